@@ -1,0 +1,42 @@
+# Two commands do all the set-up: `make demo` and `make test`. Everything runs from .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+TRAIN ?= 0
+
+.PHONY: setup demo test test-slow quality style bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffusers-repr needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py --output_dir outputs/demo $(if $(filter 1,$(TRAIN)),--train)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/interrogate diffusers_repr pipelines
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
