@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import CardData
 
 from diffusers_repr.hub.errors import is_repo_id
 
-_SIZES = "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()
+_BOUNDS = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # of the Hub's size categories
 
 
 @dataclass(frozen=True)
@@ -217,5 +217,9 @@ def _check_datasets_named_once(metrics: Sequence[Metric]) -> None:
 def _size_category(num_rows: int) -> str:
     if num_rows < 0:
         raise ValueError(f"num_rows={num_rows}; a number of rows is 0 or more.")
-    thousands = len(str(num_rows)) - 3  # digits beyond three: one size category each
-    return _SIZES[min(max(thousands, 0), len(_SIZES) - 1)]
+    above = max(len(str(num_rows)) - 3, 0)  # how many of the bounds it reaches
+    if above == 0:
+        return f"n<{_BOUNDS[0]}"
+    if above >= len(_BOUNDS):
+        return f"n>{_BOUNDS[-1]}"
+    return f"{_BOUNDS[above - 1]}<n<{_BOUNDS[above]}"
