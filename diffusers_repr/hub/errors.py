@@ -88,6 +88,8 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
     """One or two sentences for one exception of the client, most special class first."""
     here = f"at {constants.ENDPOINT}"
     if isinstance(error, LocalEntryNotFoundError):
+        if isinstance(error.__cause__, HfHubHTTPError):
+            return f"{_explain_status(error.__cause__, repo_id, here)} It is not in the cache either."
         return _explain_not_cached(error, revision)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or pass a local folder."
@@ -118,9 +120,6 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
 
 def _explain_not_cached(error: LocalEntryNotFoundError, revision: str | None) -> str:
     """The Hub was not reached and the cache does not hold (all of) what was asked for."""
-    if isinstance(error.__cause__, HfHubHTTPError):
-        status = error.__cause__.response.status_code
-        return f"the Hub at {constants.ENDPOINT} answered with error {status} and it is not in the cache. Try later."
     cached = "is only partly in the cache" if isinstance(error, IncompleteSnapshotError) else "is not in the cache"
     if constants.is_offline_mode():
         return (
@@ -137,7 +136,7 @@ def _explain_not_cached(error: LocalEntryNotFoundError, revision: str | None) ->
 def _explain_status(error: HfHubHTTPError, repo_id: str, here: str) -> str:
     """The Hub answered with an HTTP error."""
     status = error.response.status_code
-    has_token = get_token() is not None or "authorization" in error.request.headers
+    has_token = get_token() is not None or "authorization" in error.response.request.headers
     if status == 401 and has_token and not isinstance(error, RepositoryNotFoundError):
         return f"the Hub {here} did not accept the token (401). It may be wrong or expired: {_LOG_IN}."
     if status == 401 and not has_token:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 
 from diffusers_repr.hub.errors import HubError, hub_errors, is_repo_id
 from diffusers_repr.hub.files import read_json
 
-_NO_FOLDER = "no local folder has this name"
+_LIST_FILES = "`huggingface_hub.list_repo_files` lists what is there."
 
 
 def resolve_folder(
@@ -55,23 +56,11 @@ def resolve_folder(
         return local
     repo_id = str(id_or_folder)
     patterns = [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
-    with hub_errors("load", repo_id, repo_type=repo_type, revision=revision, note=_NO_FOLDER):
-        folder = Path(
-            snapshot_download(
-                repo_id,
-                repo_type=repo_type,
-                revision=revision,
-                token=token,
-                allow_patterns=None if patterns is None else list(patterns),
-            )
-        )
+    folder = _download(repo_id, repo_type, revision, token, patterns)
     if patterns is not None:
         files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         if next(iter(filter_repo_objects(files, allow_patterns=list(patterns))), None) is None:
-            raise HubError(
-                f"No file in {repo_type} repository {repo_id!r} matches {list(patterns)}. "
-                "`huggingface_hub.list_repo_files` lists what is there."
-            )
+            raise HubError(f"No file in {repo_type} repository {repo_id!r} matches {list(patterns)}. {_LIST_FILES}")
     return folder
 
 
@@ -103,14 +92,16 @@ def load_json_config(
         >>> load_json_config(folder, "config.json")
         {'sample_size': 8}
     """
-    local = _local_folder(id_or_folder, revision)
-    if local is not None:
-        path = local / filename
-    else:
+    folder = _local_folder(id_or_folder, revision)
+    if folder is None:
         repo_id = str(id_or_folder)
-        action = f"load {filename!r} of"
-        with hub_errors(action, repo_id, repo_type=repo_type, revision=revision, note=_NO_FOLDER):
-            path = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, revision=revision, token=token))
+        folder = _download(repo_id, repo_type, revision, token, [glob.escape(filename)])
+        if not (folder / filename).is_file():
+            raise HubError(
+                f"{repo_type.capitalize()} repository {repo_id!r} has no file {filename!r} at revision "
+                f"{revision or 'main'!r}. {_LIST_FILES}"
+            )
+    path = folder / filename
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(
@@ -118,6 +109,22 @@ def load_json_config(
             "({...}). Check that this is the right file."
         )
     return config
+
+
+def _download(
+    repo_id: str, repo_type: str, revision: str | None, token: str | None, patterns: Sequence[str] | None
+) -> Path:
+    """The snapshot folder in the cache. Without a network this fails at once; `hf_hub_download` would retry first."""
+    note = "no local folder has this name"
+    with hub_errors("load", repo_id, repo_type=repo_type, revision=revision, note=note):
+        folder = snapshot_download(
+            repo_id,
+            repo_type=repo_type,
+            revision=revision,
+            token=token,
+            allow_patterns=None if patterns is None else list(patterns),
+        )
+    return Path(folder)
 
 
 def _local_folder(id_or_folder: str | os.PathLike[str], revision: str | None) -> Path | None:

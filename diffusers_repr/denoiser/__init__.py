@@ -1,0 +1,19 @@
+"""The Denoiser: a diffusers model, its scheduler, its VAE and its conditioning as one object."""
+
+from diffusers_repr.denoiser.condition import Condition
+from diffusers_repr.denoiser.denoiser import Denoiser
+from diffusers_repr.denoiser.family import Family, GenericFamily, register_family
+from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers
+from diffusers_repr.denoiser.streams import register_stream
+
+__all__ = [
+    "Condition",
+    "Denoiser",
+    "Family",
+    "GenericFamily",
+    "Layer",
+    "layer_table",
+    "list_layers",
+    "register_family",
+    "register_stream",
+]

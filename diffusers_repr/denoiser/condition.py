@@ -1,0 +1,121 @@
+"""Conditions made by the pipeline's own code: its call runs to the first denoiser call, whose arguments are kept."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Keyword inputs of the network besides the noisy input and the timestep.
+
+    Attributes:
+        inputs: Name -> tensor with `rows` rows, nested dict of such, or anything else (passed as it is).
+        rows: Distinct rows held.
+        index: Row of each sample, `(B,)`; equal prompts share a row.
+        unbatched: Names without a batch dimension.
+        null: The null condition (negative prompt or null class), where one was asked for.
+    """
+
+    inputs: Mapping[str, Any]
+    rows: int
+    index: Tensor
+    unbatched: tuple[str, ...] = ()
+    null: Condition | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, samples: Sequence[int] | Tensor) -> dict[str, Any]:
+        """Network inputs for the samples at these positions, in this order."""
+        rows = self.index[torch.as_tensor(samples, dtype=torch.long)]
+        return {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
+
+    def kwargs(self) -> dict[str, Any]:
+        """Network inputs for all samples."""
+        return self.take(torch.arange(len(self)))
+
+    def _rows(self, name: str, value: Any, rows: Tensor) -> Any:
+        if isinstance(value, Mapping):
+            return {k: self._rows(k, v, rows) for k, v in value.items()}
+        if isinstance(value, Tensor) and name not in self.unbatched and value.ndim and value.shape[0] == self.rows:
+            return value.index_select(0, rows.to(value.device))
+        return value
+
+
+class _FirstCall(Exception):
+    """Carries the arguments of the first denoiser call out of a pipeline."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__("first denoiser call")
+        self.arguments = (args, kwargs)
+
+
+def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `pipe(**call)` for one step up to its first call of `model`; return that call's keyword inputs.
+
+    The pipeline, its scheduler and the global random state stay as they were.
+
+    Raises:
+        RuntimeError: If the pipeline returned without calling the model.
+    """
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstCall(args, kwargs)
+
+    # The call writes attributes on the pipeline and steps into its scheduler: both are copies here.
+    shadow = copy.copy(pipe)
+    shadow.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
+    shadow.__dict__["_progress_bar_config"] = {"disable": True}
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    defaults = {
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "generator": torch.Generator("cpu").manual_seed(0),
+    }
+    arguments = {**{k: v for k, v in defaults.items() if k in accepted}, **call}
+    unknown = [name for name in call if name not in accepted]
+    if unknown:
+        raise ValueError(
+            f"{type(pipe).__name__} takes no argument {unknown[0]!r}. It takes: {', '.join(list(accepted)[1:])}."
+        )
+    handle = model.register_forward_pre_hook(stop, with_kwargs=True)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            shadow(**arguments)
+    except _FirstCall as call_made:
+        args, kwargs = call_made.arguments
+    else:
+        raise RuntimeError(f"{type(pipe).__name__} returned without calling its {type(model).__name__}.")
+    finally:
+        handle.remove()
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name in (names[0], "timestep", "return_dict"):
+        given.pop(name, None)
+    return given
+
+
+def merge_rows(parts: Sequence[Mapping[str, Any]], unbatched: tuple[str, ...]) -> dict[str, Any]:
+    """Stack the inputs of one-row conditions into one condition of `len(parts)` rows."""
+    first = parts[0]
+    merged: dict[str, Any] = {}
+    for name, value in first.items():
+        if isinstance(value, Mapping):
+            merged[name] = merge_rows([part[name] for part in parts], unbatched)
+        elif isinstance(value, Tensor) and name not in unbatched and value.ndim and value.shape[0] == 1:
+            shapes = {tuple(part[name].shape) for part in parts}
+            if len(shapes) > 1:
+                raise ValueError(f"Prompts give {name!r} of unequal shapes {sorted(shapes)}; pass them one at a time.")
+            merged[name] = torch.cat([part[name] for part in parts])
+        else:
+            merged[name] = value
+    return merged

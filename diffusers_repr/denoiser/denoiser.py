@@ -1,0 +1,386 @@
+"""The one object through which a diffusion model is looked at."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_repr import noise as process
+from diffusers_repr.denoiser.condition import Condition, first_call, merge_rows
+from diffusers_repr.denoiser.family import Family, family_of, noised_dtype
+from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
+from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
+
+COMPONENTS = ("unet", "transformer")
+
+
+class Denoiser:
+    """A diffusers model with its scheduler, VAE and conditioning, of any family.
+
+    Args:
+        model: The network.
+        scheduler: Its scheduler; only the training-time noise process is read.
+        vae: Autoencoder of a latent model.
+        pipe: The pipeline whose code makes text conditions.
+        family: Adapter; by the model's class if None.
+        schedule: Noise process; read from the scheduler if None.
+        name: Hub id or folder it came from, for recipes.
+        revision: Its revision.
+
+    Raises:
+        TypeError: If no family adapter fits the model, or no noise process can be read.
+
+    Example:
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        >>> denoiser = Denoiser(unet, DDPMScheduler())
+        >>> x_t = denoiser.add_noise(torch.zeros(2, 1, 8, 8), 261, torch.randn(2, 1, 8, 8))
+        >>> denoiser.predict(x_t, 261).x0.shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: Any = None,
+        vae: Any = None,
+        *,
+        pipe: Any = None,
+        family: Family | None = None,
+        schedule: NoiseSchedule | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if schedule is None and scheduler is None:
+            raise TypeError("Denoiser needs a scheduler, or a NoiseSchedule(...) by `schedule=`.")
+        self.model, self.scheduler, self.vae, self.pipe = model, scheduler, vae, pipe
+        self.family = family or family_of(model)
+        self.schedule = schedule or NoiseSchedule.from_scheduler(scheduler)
+        self.name, self.revision = name, revision
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, **kwargs: Any) -> Denoiser:
+        """From a loaded pipeline; its components are shared, not copied.
+
+        Raises:
+            TypeError: If no component of the pipeline is a denoiser we know.
+        """
+        for component in COMPONENTS:
+            model = getattr(pipe, component, None)
+            if isinstance(model, nn.Module):
+                kwargs.setdefault(
+                    "name", getattr(pipe.config, "_name_or_path", None) or pipe.config.get("_name_or_path")
+                )
+                return cls(
+                    model,
+                    pipe.scheduler,
+                    getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None),
+                    pipe=pipe,
+                    **kwargs,
+                )
+        raise TypeError(
+            f"{type(pipe).__name__} has no component named {' or '.join(COMPONENTS)} to take as the denoiser; "
+            f"it has {', '.join(sorted(pipe.components))}. Build it from parts: Denoiser(model, scheduler, vae)."
+        )
+
+    @classmethod
+    def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **kwargs: Any) -> Denoiser:
+        """Load a pipeline folder or Hub id with diffusers and wrap it.
+
+        Args:
+            id_or_folder: Local folder with a `model_index.json`, or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            **kwargs: For `DiffusionPipeline.from_pretrained` (`torch_dtype`, `variant`, `token`, ...).
+
+        Raises:
+            FileNotFoundError: If the folder is no pipeline folder.
+            OSError: If the Hub cannot be reached or has no such repository.
+        """
+        from diffusers import DiffusionPipeline
+
+        folder = Path(id_or_folder)
+        if folder.is_dir():
+            check_pipeline_folder(folder)
+        elif folder.is_absolute() or str(id_or_folder).startswith(".") or str(id_or_folder).count("/") > 1:
+            raise FileNotFoundError(
+                f"No folder {str(id_or_folder)!r}. Pass a pipeline folder or a Hub id 'user/name'."
+            )
+        try:
+            pipe = DiffusionPipeline.from_pretrained(str(id_or_folder), revision=revision, **kwargs)
+        except OSError as error:
+            raise OSError(
+                f"Could not load {str(id_or_folder)!r}: {error}\nIt must be a pipeline folder, or a Hub id that can "
+                "be reached (check the network, the spelling and `hf auth login` for gated models)."
+            ) from error
+        return cls.from_pipe(pipe, name=str(id_or_folder), revision=revision)
+
+    # What it is
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The network's config; empty for a plain nn.Module."""
+        return getattr(getattr(self.model, "_orig_mod", self.model), "config", {})
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the execution device under offload, else the model's."""
+        if self.pipe is not None:
+            return torch.device(self.pipe._execution_device)
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's floating dtype."""
+        return noised_dtype(self.model)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per x_0 pixel along one side: 1 without a VAE."""
+        return 1 if self.vae is None else vae_stride(self.vae)
+
+    @property
+    def multiple(self) -> int:
+        """Image height and width must be multiples of this, in pixels."""
+        return self.stride * self.family.multiple(self.config)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of an image: those of x_0 for pixel models, those of the VAE's input else."""
+        if self.vae is not None:
+            return int(self.vae.config.get("in_channels", 3))
+        return self.family.channels(self.config)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The image size (H, W) the network was configured for."""
+        size = self.config.get("sample_size")
+        if size is None:
+            raise ValueError("The model's config has no sample_size; pass image_size=(H, W).")
+        h, w = (size, size) if isinstance(size, int) else tuple(size)
+        scale = self.stride if self.vae is not None else 1
+        return h * scale, w * scale
+
+    # Images and latents
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError unless images of `size` (H, W) in pixels suit the model."""
+        h, w = size
+        if h % self.multiple or w % self.multiple:
+            good = tuple(max(self.multiple, round(v / self.multiple) * self.multiple) for v in size)
+            raise ValueError(
+                f"Images are {h} x {w} (H x W); {type(self.model).__name__} takes multiples of {self.multiple}. "
+                f"Pass image_size={good} to resize."
+            )
+        if self.family.square(self.config) and h != w:
+            raise ValueError(
+                f"{type(self.model).__name__} takes square images only (its forward assumes a square token grid); "
+                f"got {h} x {w}. Crop, or pass image_size={min(h, w)}."
+            )
+
+    def encode(
+        self,
+        images: Any,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        sample: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Images to x_0 `(B, C, h, w)` in the network's dtype, on its device.
+
+        Args:
+            images: See `to_pixels`.
+            image_size: Resize to `(H, W)`.
+            sample: Latent models: draw from the VAE's posterior instead of taking its mean.
+            generator: For `sample`: one, or one per image.
+        """
+        return self.encode_pixels(
+            to_pixels(images, self.image_channels, image_size), sample=sample, generator=generator
+        )
+
+    def encode_pixels(
+        self, pixels: Tensor, *, sample: bool = False, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
+        """As `encode`, from `(B, C, H, W)` in [-1, 1]."""
+        self.check_size((pixels.shape[2], pixels.shape[3]))
+        pixels = pixels.to(self.device)
+        if self.vae is not None:
+            pixels = encode_latents(self.vae, pixels, sample, generator)
+        return pixels.to(self.device, self.dtype)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x_0 to images `(B, C, H, W)` float32 in [0, 1]."""
+        pixels = x0 if self.vae is None else decode_latents(self.vae, x0)
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    # Noise
+
+    def level(self, level: NoiseLevel | float | Tensor) -> NoiseLevel:
+        """Resolve a level (a bare number is a timestep; larger is noisier) for this model."""
+        return self.schedule.resolve(level)
+
+    def add_noise(self, x0: Tensor, level: NoiseLevel | float | Tensor, noise: Tensor) -> Tensor:
+        """`alpha x_0 + sigma eps` at `level`; see `diffusers_repr.noise.add_noise`."""
+        return process.add_noise(x0, self.level(level), noise)
+
+    # Conditions
+
+    def condition(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        embeddings: Mapping[str, Any] | None = None,
+        batch: int = 1,
+        size: tuple[int, int] | None = None,
+        cache: MutableMapping[Any, dict[str, Any]] | None = None,
+    ) -> Condition:
+        """What the network takes besides the input and the timestep, for `batch` samples.
+
+        Text models run their pipeline's own call to its first denoiser call; every distinct prompt is encoded once.
+
+        Args:
+            prompt: One prompt for all or one per sample. None is the empty prompt.
+            negative_prompt: Also make the null condition, from this prompt.
+            class_labels: An id for all or one per sample. None is the null class where the model has one.
+            embeddings: Ready inputs instead: by the names of the pipeline's call (`prompt_embeds`, ...) or of the
+                network's forward (`encoder_hidden_states`, ...), with 1 or `batch` rows.
+            batch: Number of samples.
+            size: Image size (H, W) in pixels; the configured size if None.
+            cache: Keeps the encoded prompts between calls.
+
+        Raises:
+            ValueError: For inputs the family does not take, or a wrong number of them.
+        """
+        if embeddings is not None:
+            if prompt is not None or class_labels is not None:
+                raise ValueError("Pass embeddings, or prompt / class_labels, not both.")
+            return self._given(embeddings, batch, size)
+        if self.family.conditioning == "text":
+            if class_labels is not None:
+                raise ValueError(f"{type(self.model).__name__} takes a prompt, not class_labels.")
+            return self._text(prompt, negative_prompt, batch, size, {} if cache is None else cache)
+        if prompt not in (None, "") or negative_prompt not in (None, ""):
+            raise ValueError(
+                f"{type(self.model).__name__} takes no prompt"
+                + ("; pass class_labels." if self.family.conditioning == "class" else ".")
+            )
+        labels = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1).long()
+        inputs = self.family.from_class_labels(self.config, labels)
+        return self._rows({k: v.to(self.device) for k, v in inputs.items()}, batch, "class_labels")
+
+    def _rows(self, inputs: Mapping[str, Any], batch: int, what: str) -> Condition:
+        rows = max((_rows_of(k, v, self.family.unbatched) for k, v in inputs.items()), default=1)
+        if rows not in (1, batch):
+            raise ValueError(f"{rows} {what} for {batch} images; pass 1 or {batch}.")
+        index = torch.arange(batch) if rows == batch else torch.zeros(batch, dtype=torch.long)
+        return Condition(dict(inputs), rows, index, self.family.unbatched)
+
+    def _given(self, embeddings: Mapping[str, Any], batch: int, size: tuple[int, int] | None) -> Condition:
+        network = set(inspect.signature(type(self.model).forward).parameters)
+        if all(name in network for name in embeddings) or self.pipe is None:
+            return self._rows(embeddings, batch, "rows of embeddings")
+        return self._rows(self._pipeline_inputs(dict(embeddings), size), batch, "rows of embeddings")
+
+    def _text(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative: str | None,
+        batch: int,
+        size: tuple[int, int] | None,
+        cache: MutableMapping[Any, dict[str, Any]],
+    ) -> Condition:
+        if self.pipe is None:
+            raise ValueError(
+                f"A bare {type(self.model).__name__} has no text encoder: build the Denoiser with `from_pipe`, or "
+                "pass embeddings={'encoder_hidden_states': ..., ...}."
+            )
+        prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+        if len(prompts) not in (1, batch):
+            raise ValueError(f"{len(prompts)} prompts for {batch} images; pass 1 or {batch}.")
+        distinct = list(dict.fromkeys(prompts))
+        for text in distinct:
+            if (text, size) not in cache:
+                cache[text, size] = self._pipeline_inputs({"prompt": text}, size)
+        parts = [cache[text, size] for text in distinct]
+        index = torch.tensor([distinct.index(text) for text in prompts]).expand(batch)
+        null = None if negative is None else self._text(negative, None, batch, size, cache)
+        return Condition(merge_rows(parts, self.family.unbatched), len(parts), index, self.family.unbatched, null)
+
+    def _pipeline_inputs(self, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+        accepted = inspect.signature(type(self.pipe).__call__).parameters
+        arguments = {k: v for k, v in self.family.pipeline_arguments.items() if k in accepted}
+        if size is not None:
+            arguments |= {"height": size[0], "width": size[1]}
+        with self.evaluating():
+            return first_call(self.pipe, self.model, {**arguments, **call})
+
+    # The network
+
+    def network_inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword inputs of the network's forward for `x_t` at a resolved level."""
+        return self.family.inputs(self.config, x_t, level, condition)
+
+    def predict(
+        self, x_t: Tensor, level: NoiseLevel | float | Tensor, condition: Condition | Mapping[str, Any] | None = None
+    ) -> Prediction:
+        """Run the network once.
+
+        Args:
+            x_t: `alpha x_0 + sigma eps`, `(B, C, h, w)`: what the network takes.
+            level: Noise level, one for all or one per sample.
+            condition: From `condition(...)`, or network inputs by name; None is the default condition.
+        """
+        level = self.level(level)
+        if condition is None:
+            condition = self.condition(
+                batch=x_t.shape[0], size=(x_t.shape[2] * self.stride, x_t.shape[3] * self.stride)
+            )
+        inputs = condition.kwargs() if isinstance(condition, Condition) else condition
+        raw = self.model(**self.network_inputs(x_t, level, inputs))
+        return Prediction(self.family.output(self.config, raw, x_t), x_t, level, self.schedule)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode for the network inside; every module's own mode comes back after."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _rows_of(name: str, value: Any, unbatched: tuple[str, ...]) -> int:
+    if isinstance(value, Mapping):
+        return max((_rows_of(k, v, unbatched) for k, v in value.items()), default=1)
+    return value.shape[0] if isinstance(value, Tensor) and value.ndim and name not in unbatched else 1
+
+
+def check_pipeline_folder(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline folder.
+
+    Raises:
+        FileNotFoundError: If there is none; tells what the folder seems to be.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{str(folder)!r} is no pipeline folder: it has no model_index.json (it holds {inside}). "
+            "Save one with `pipe.save_pretrained(folder)`."
+        )
+    return json.loads(index.read_text())
+
+
+__all__ = ["COMPONENTS", "Denoiser", "check_pipeline_folder"]

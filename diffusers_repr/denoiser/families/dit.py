@@ -1,0 +1,35 @@
+"""`DiTTransformer2DModel` (Peebles and Xie 2022, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+
+
+@register_family("DiTTransformer2DModel")
+class DiTFamily(PatchTransformerFamily):
+    """Class-conditional; the null class is id `num_embeds_ada_norm` (1000 for ImageNet)."""
+
+    conditioning = "class"
+
+    def square(self, config: Mapping[str, Any]) -> bool:
+        """Its forward un-patches by the square root of the token count."""
+        return True
+
+    def from_class_labels(self, config: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+        """Ids 0 to `num_embeds_ada_norm`, the last being null; None gives null."""
+        null = int(config["num_embeds_ada_norm"])
+        if labels is None:
+            return {"class_labels": torch.tensor([null])}
+        if bool(((labels < 0) | (labels > null)).any()):
+            raise ValueError(f"class_labels must lie in 0..{null} ({null} is the null class); got {labels.tolist()}.")
+        return {"class_labels": labels}
+
+    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+        """Label 0."""
+        return {"class_labels": torch.zeros(batch, dtype=torch.long, device=device)}

@@ -1,0 +1,75 @@
+"""`FluxTransformer2DModel`: FLUX.1. Latents are packed two by two into tokens here, so callers see maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+from diffusers_repr.noise import NoiseLevel
+
+
+@register_family("FluxTransformer2DModel")
+class FluxFamily(PatchTransformerFamily):
+    """Two-stream blocks, then single-stream blocks over text and image; the image tokens are read."""
+
+    conditioning = "text"
+    unbatched = ("img_ids", "txt_ids")
+    not_image = (*PatchTransformerFamily.not_image, "pos_embed")
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """A token holds 2 x 2 latent pixels."""
+        return int(config["in_channels"]) // 4
+
+    def multiple(self, config: Mapping[str, Any]) -> int:
+        """The packing."""
+        return 2
+
+    def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
+        """In [0, 1]: the network multiplies by 1000 itself."""
+        return (torch.as_tensor(level.timestep, device=x_t.device) / 1000).to(x_t.dtype).expand(x_t.shape[0])
+
+    def inputs(
+        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Packed latents; image position ids for the input's own size if the condition holds none."""
+        tokens = functional.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
+        inputs = {"hidden_states": tokens, "timestep": self.timestep(level, x_t), **condition}
+        if inputs.get("img_ids") is None:
+            inputs["img_ids"] = _image_ids(x_t.shape[2] // 2, x_t.shape[3] // 2, x_t.device)
+        return inputs
+
+    def output(self, config: Mapping[str, Any], raw: Any, x_t: Tensor) -> Tensor:
+        """Unpacked to `(B, C, H, W)`."""
+        tokens = raw if isinstance(raw, Tensor) else raw[0]
+        h, w = x_t.shape[2] // 2, x_t.shape[3] // 2
+        return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h, w)), 2)
+
+    def grid(
+        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], int] | None:
+        """Longer sequences are text first, then image."""
+        h, w = size[0] // 2, size[1] // 2
+        return ((h, w), tokens - h * w) if tokens >= h * w else None
+
+    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+        """512 text tokens, the pooled CLIP vector and, for guidance-distilled models, the guidance vector."""
+        inputs = {
+            "encoder_hidden_states": torch.zeros(batch, 512, config["joint_attention_dim"], device=device),
+            "pooled_projections": torch.zeros(batch, config["pooled_projection_dim"], device=device),
+            "txt_ids": torch.zeros(512, 3, device=device),
+        }
+        if config.get("guidance_embeds"):
+            inputs["guidance"] = torch.zeros(batch, device=device)
+        return inputs
+
+
+def _image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    ids = torch.zeros(height, width, 3, device=device)
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)[None]
+    return ids.reshape(-1, 3)

@@ -1,0 +1,35 @@
+"""`SanaTransformer2DModel` (Xie et al. 2024, arXiv 2410.10629)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+from diffusers_repr.noise import NoiseLevel
+
+
+@register_family("SanaTransformer2DModel")
+class SanaFamily(PatchTransformerFamily):
+    """Linear attention on the latents of a 32-fold autoencoder; cross-attention to text."""
+
+    conditioning = "text"
+    pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
+
+    def inputs(
+        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The timestep is multiplied by the model's own `timestep_scale`."""
+        inputs = super().inputs(config, x_t, level, condition)
+        inputs["timestep"] = inputs["timestep"] * config.get("timestep_scale", 1.0)
+        return inputs
+
+    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+        """300 text tokens."""
+        inputs = {"encoder_hidden_states": torch.zeros(batch, 300, config["caption_channels"], device=device)}
+        if config.get("guidance_embeds"):
+            inputs["guidance"] = torch.zeros(batch, device=device)
+        return inputs

@@ -1,0 +1,36 @@
+"""`UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diffusers_repr.denoiser.family import Family, register_family
+
+
+@register_family("UNet2DConditionModel")
+class UNet2DConditionFamily(Family):
+    """Latent U-Net with cross-attention to text."""
+
+    conditioning = "text"
+    pipeline_arguments = {"guidance_scale": 1.0}
+
+    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+        """77 text tokens; for SDXL also the pooled text and the six size numbers."""
+        width = config["cross_attention_dim"]
+        width = width[0] if isinstance(width, (list, tuple)) else width
+        if config.get("encoder_hid_dim"):
+            width = config["encoder_hid_dim"]
+        inputs: dict[str, Any] = {"encoder_hidden_states": torch.zeros(batch, 77, width, device=device)}
+        if config.get("addition_embed_type") == "text_time":
+            time_dim = config["addition_time_embed_dim"]
+            text = config["projection_class_embeddings_input_dim"] - 6 * time_dim
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": torch.zeros(batch, text, device=device),
+                "time_ids": torch.zeros(batch, 6, device=device),
+            }
+        if config.get("time_cond_proj_dim"):
+            inputs["timestep_cond"] = torch.zeros(batch, config["time_cond_proj_dim"], device=device)
+        return inputs

@@ -1,0 +1,244 @@
+"""What differs between architectures: one small adapter a model class, in a registry that users can extend."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_repr.noise import NoiseLevel
+
+# Model class -> module of its adapter; imported when first asked for.
+_BUILTIN = {
+    "UNet2DModel": "unet2d",
+    "UNet2DConditionModel": "unet2d_condition",
+    "DiTTransformer2DModel": "dit",
+    "PixArtTransformer2DModel": "pixart",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "SanaTransformer2DModel": "sana",
+}
+_REGISTRY: dict[str, type[Family]] = {}
+
+
+class Family:
+    """How one architecture is called and read. Subclass, override what differs, `@register_family("ModelClass")`.
+
+    The defaults fit a U-Net that takes `(sample, timestep, **condition)`.
+
+    Attributes:
+        conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
+        unbatched: Names of condition inputs without a batch dimension (position ids).
+        not_image: First parts of paths that carry text or time, never the image.
+        pipeline_arguments: What is passed to the pipeline's call besides the prompt and the size.
+    """
+
+    conditioning: str = "none"
+    unbatched: tuple[str, ...] = ()
+    not_image: tuple[str, ...] = ("time_proj", "time_embedding", "time_embed", "class_embedding", "add_embedding")
+    pipeline_arguments: Mapping[str, Any] = {}
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """Channels of x_0, the pixel or latent tensor."""
+        return int(config["in_channels"])
+
+    def multiple(self, config: Mapping[str, Any]) -> int:
+        """Height and width of x_0 must be multiples of this."""
+        return 1
+
+    def square(self, config: Mapping[str, Any]) -> bool:
+        """Whether only square inputs are right."""
+        return False
+
+    def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
+        """What the network is told of the level: `(B,)`; whole timesteps as int64, as pipelines pass them."""
+        value = torch.as_tensor(level.timestep)
+        whole = not value.is_floating_point() or bool((value == value.round()).all())
+        return (value.long() if whole else value.float()).to(x_t.device).expand(x_t.shape[0])
+
+    def inputs(
+        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Keyword inputs of the network's forward."""
+        return {"sample": x_t, "timestep": self.timestep(level, x_t), **condition}
+
+    def output(self, config: Mapping[str, Any], raw: Any, x_t: Tensor) -> Tensor:
+        """The prediction `(B, C, H, W)` in what forward returned; a learned variance is split off."""
+        out = raw if isinstance(raw, Tensor) else raw[0]
+        return out[:, : x_t.shape[1]]
+
+    def grid(
+        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], int] | None:
+        """Token grid of a sequence of `tokens`, for x_0 of `size` (H, W).
+
+        Returns:
+            `((h, w), text)`, `text` being the number of text tokens that stand before the image's; None if the
+            sequence is no image.
+        """
+        h, w = size
+        while True:
+            if h * w == tokens:
+                return (h, w), 0
+            if max(h, w) == 1:
+                return None
+            h, w = -(-h // 2), -(-w // 2)
+
+    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+        """Condition inputs of the right shapes for `batch` samples, for the layer table."""
+        return {}
+
+    def from_class_labels(self, config: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+        """Condition inputs from class labels `(B,)`; None asks for the null class."""
+        if labels is not None:
+            raise ValueError(f"{type(self).__name__} takes no class_labels.")
+        return {}
+
+
+class GenericFamily(Family):
+    """Any `nn.Module` whose forward takes the noisy input and the timestep by the names given here.
+
+    Args:
+        sample: Keyword of the noisy input.
+        timestep: Keyword of the timestep.
+        channels: Channels of x_0.
+        timestep_fn: From a resolved level to what the network is told, a number or tensor; the timestep by default.
+        grid_fn: `(tokens, (H, W)) -> (h, w)`: the token grid, for models with tokens.
+    """
+
+    def __init__(
+        self,
+        sample: str = "sample",
+        timestep: str = "timestep",
+        channels: int = 3,
+        timestep_fn: Callable[[NoiseLevel], Any] | None = None,
+        grid_fn: Callable[[int, tuple[int, int]], tuple[int, int] | None] | None = None,
+    ) -> None:
+        self._sample, self._timestep, self._channels = sample, timestep, channels
+        self._timestep_fn, self._grid_fn = timestep_fn, grid_fn
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """As given."""
+        return self._channels
+
+    def inputs(
+        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Under the names given."""
+        if self._timestep_fn is None:
+            told = self.timestep(level, x_t)
+        else:
+            told = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
+        return {self._sample: x_t, self._timestep: told, **condition}
+
+    def grid(
+        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], int] | None:
+        """By `grid_fn`, else as a U-Net's."""
+        if self._grid_fn is None:
+            return super().grid(config, tokens, size)
+        found = self._grid_fn(tokens, size)
+        return None if found is None else (found, 0)
+
+
+class PatchTransformerFamily(Family):
+    """Shared by transformers on a `(H / patch, W / patch)` grid."""
+
+    patch_key = "patch_size"
+    not_image = (
+        "time_embed",
+        "time_text_embed",
+        "adaln_single",
+        "caption_projection",
+        "caption_norm",
+        "context_embedder",
+    )
+
+    def multiple(self, config: Mapping[str, Any]) -> int:
+        """The patch size."""
+        return int(config[self.patch_key])
+
+    def inputs(
+        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Under the names of diffusers' transformers."""
+        return {"hidden_states": x_t, "timestep": self.timestep(level, x_t), **condition}
+
+    def grid(
+        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], int] | None:
+        """One grid for the whole depth."""
+        patch = self.multiple(config)
+        h, w = size[0] // patch, size[1] // patch
+        return ((h, w), 0) if tokens == h * w else None
+
+
+def register_family(*class_names: str) -> Callable[[type[Family]], type[Family]]:
+    """Register an adapter for model classes, by name.
+
+    Raises:
+        ValueError: If a class has an adapter already.
+    """
+
+    def register(cls: type[Family]) -> type[Family]:
+        for name in class_names:
+            builtin = f"{__package__}.families.{_BUILTIN.get(name)}"
+            if name in _REGISTRY or (name in _BUILTIN and cls.__module__ != builtin):
+                raise ValueError(f"{name} has a family adapter already. Known: {', '.join(list_families())}.")
+            _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def list_families() -> list[str]:
+    """Model classes with an adapter."""
+    return sorted({*_BUILTIN, *_REGISTRY})
+
+
+def family_by_name(*class_names: str) -> Family | None:
+    """The adapter of the first class name that has one."""
+    for name in class_names:
+        if name not in _REGISTRY and name in _BUILTIN:
+            importlib.import_module(f"{__package__}.families.{_BUILTIN[name]}")
+        if name in _REGISTRY:
+            return _REGISTRY[name]()
+    return None
+
+
+def family_of(model: nn.Module) -> Family:
+    """The adapter of a model, by its class or a parent class.
+
+    Raises:
+        TypeError: If there is none; says how to add one.
+    """
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    family = family_by_name(*(cls.__name__ for cls in type(inner).__mro__))
+    if family is None:
+        name = type(inner).__name__
+        raise TypeError(
+            f"No family adapter for {name}. Known: {', '.join(list_families())}. "
+            f"Write one (docs/adding_a_family.md):\n    @register_family({name!r})\n    class MyFamily(Family): ...\n"
+            "or call any nn.Module through Denoiser(model, scheduler, family=GenericFamily(sample='x', timestep='t'))."
+        )
+    return family
+
+
+def noised_dtype(model: nn.Module) -> torch.dtype:
+    """Floating dtype of a model's parameters; float32 for a model without any."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+__all__ = [
+    "Family",
+    "GenericFamily",
+    "PatchTransformerFamily",
+    "family_by_name",
+    "family_of",
+    "list_families",
+    "noised_dtype",
+    "register_family",
+]

@@ -1,0 +1,194 @@
+"""The layer table: every place that can be read, in execution order, from the meta device."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_repr.denoiser.denoiser import Denoiser
+from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.streams import image_stream
+from diffusers_repr.noise import NoiseLevel, NoiseSchedule
+
+Detail = Literal["blocks", "all"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One place that can be read.
+
+    Attributes:
+        path: Full module path, as `capture` takes it.
+        kind: `map` (B, C, H, W) or `tokens` (B, N, C).
+        channels: C.
+        grid: (H, W) of the map, or of the image tokens.
+        stride: Image pixels per cell along the height.
+        flops_share: Share of the forward's FLOPs that are spent when the layer is done, 0 to 1.
+        text_tokens: Tokens of text that stand before the image's in `tokens`.
+        module: Class name.
+    """
+
+    path: str
+    kind: Literal["map", "tokens"]
+    channels: int
+    grid: tuple[int, int]
+    stride: float
+    flops_share: float
+    text_tokens: int
+    module: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def list_layers(
+    denoiser: Denoiser, image_size: int | tuple[int, int] | None = None, detail: Detail = "blocks"
+) -> list[Layer]:
+    """Layers of a denoiser in the order in which they are done.
+
+    The network is rebuilt on the meta device from its config: no weights are touched.
+
+    Args:
+        denoiser: Of any family.
+        image_size: Pixels, (H, W) or one side; the configured size if None.
+        detail: `blocks`: stages, residual blocks, attentions, transformer blocks, the network's own children. `all`:
+            every module that returns an image.
+
+    Example:
+        >>> [layer.path for layer in list_layers(denoiser)][:2]  # doctest: +SKIP
+        ['conv_in', 'down_blocks.0.resnets.0']
+    """
+    size = denoiser.image_size if image_size is None else image_size
+    size = (size, size) if isinstance(size, int) else size
+    denoiser.check_size(size)
+    small = (size[0] // denoiser.stride, size[1] // denoiser.stride)
+    model = getattr(denoiser.model, "_orig_mod", denoiser.model)
+    meta = (
+        build_on_meta(type(model), model.config) if hasattr(model, "from_config") else copy.deepcopy(model).to("meta")
+    )
+    return layer_table(meta, denoiser.family, denoiser.config, small, denoiser.stride, denoiser.schedule, detail)
+
+
+def layer_table(
+    model: nn.Module,
+    family: Family,
+    config: Mapping[str, Any],
+    size: tuple[int, int],
+    stride: int,
+    schedule: NoiseSchedule | None = None,
+    detail: Detail = "blocks",
+) -> list[Layer]:
+    """As `list_layers`, for a network that is on the meta device; `size` is x_0's (H, W), `stride` the VAE's."""
+    batch = 2
+    x_t = torch.empty(batch, family.channels(config), *size, device="meta")
+    level = _example_level(schedule)
+    inputs = family.inputs(config, x_t, level, family.example(config, batch, "meta"))
+    inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    wanted = dict(_blocks(model)) if detail == "blocks" else {n: m for n, m in model.named_modules() if n}
+    done: dict[str, tuple[Tensor, int]] = {}
+    repeated: set[str] = set()
+    handles = []
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        try:
+            for path, module in wanted.items():
+                if path.split(".")[0] not in family.not_image:
+                    hook = _recorder(path, done, repeated, flops)
+                    handles.append(module.register_forward_hook(hook))
+            model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = max(flops.get_total_flops(), 1)
+    layers = []
+    for path, (out, spent) in done.items():
+        place = None if path in repeated else _place(out, family, config, size)
+        if place is not None:
+            kind, channels, grid, text = place
+            layers.append(
+                Layer(
+                    path,
+                    kind,
+                    channels,
+                    grid,
+                    stride * size[0] / grid[0],
+                    spent / total,
+                    text,
+                    type(wanted[path]).__name__,
+                )
+            )
+    return layers
+
+
+def _recorder(
+    path: str, done: dict[str, tuple[Tensor, int]], repeated: set[str], flops: FlopCounterMode
+) -> Callable[..., None]:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            out = image_stream(module, output, path)
+        except TypeError:  # not an image for sure, or a class nobody registered: not readable
+            return
+        if path in done:
+            repeated.add(path)
+        elif isinstance(out, Tensor):
+            done[path] = (out, flops.get_total_flops())
+
+    return record
+
+
+def _place(
+    out: Tensor, family: Family, config: Mapping[str, Any], size: tuple[int, int]
+) -> tuple[Literal["map", "tokens"], int, tuple[int, int], int] | None:
+    if out.shape[0] != 2 or not out.is_floating_point():
+        return None
+    if out.ndim == 4:
+        return "map", out.shape[1], (out.shape[2], out.shape[3]), 0
+    if out.ndim == 3:
+        found = family.grid(config, out.shape[1], size)
+        if found is not None:
+            return "tokens", out.shape[2], found[0], found[1]
+    return None
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The network's children, and from there down the elements of module lists."""
+    for name, child in model.named_children():
+        if not isinstance(child, nn.ModuleList):
+            yield name, child
+        yield from _elements(name, child)
+
+
+def _elements(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if hasattr(module, "to_q"):  # an attention: its lists are projections
+        return
+    lists = [("", module)] if isinstance(module, nn.ModuleList) else module.named_children()
+    for name, child in lists:
+        if isinstance(child, nn.ModuleList):
+            for at, element in enumerate(child):
+                where = ".".join(part for part in (path, name, str(at)) if part)
+                yield from _elements(where, element)
+                yield where, element
+
+
+def _example_level(schedule: NoiseSchedule | None) -> NoiseLevel:
+    if schedule is None:
+        return NoiseLevel(timestep=1.0, nsr=1.0, half_log_snr=0.0, alpha=1.0, sigma=1.0)
+    low, high = schedule.timestep_range
+    return schedule.resolve((low + high) / 2)
+
+
+def build_on_meta(cls: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """A network from its config, without weights."""
+    # Not `from_config`: it drops values that were first given by position.
+    accepted = inspect.signature(cls.__init__).parameters
+    with torch.device("meta"):
+        model = cls(**{k: v for k, v in config.items() if k in accepted and not k.startswith("_")})
+    return model.to("meta")

@@ -1,0 +1,62 @@
+"""What extraction returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from diffusers_repr.features.pooling import Place, tokens_to_map
+from diffusers_repr.noise import NoiseLevel
+
+
+@dataclass(frozen=True)
+class FeatureOutput:
+    """Features of a batch of images.
+
+    Attributes:
+        features: Layer path -> float32 tensor: a map `(B, C, H, W)`, tokens `(B, N, C)`, or `(B, D)` if pooled. With a
+            list of timesteps, one more dimension in front: `(T, B, ...)`.
+        level: The resolved noise level; the list of them with a list of timesteps.
+        places: Layer path -> `((H, W), text_tokens)` for layers of tokens.
+        pooling: As asked for.
+    """
+
+    features: Mapping[str, Tensor]
+    level: NoiseLevel | list[NoiseLevel]
+    places: Mapping[str, Place]
+    pooling: str | None = None
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self.features[layer]
+
+    @property
+    def layers(self) -> list[str]:
+        """Layer paths, in the order asked for."""
+        return list(self.features)
+
+    def as_map(self, layer: str) -> Tensor:
+        """The layer as `(B, C, H, W)`, text tokens dropped; `(T, B, C, H, W)` with a list of timesteps.
+
+        Raises:
+            KeyError: For a layer that was not asked for.
+            ValueError: For pooled features.
+        """
+        if layer not in self.features:
+            raise KeyError(f"Layer {layer!r} was not extracted; there are {', '.join(self.features)}.")
+        if self.pooling is not None:
+            raise ValueError(f"Features were pooled ({self.pooling}); extract with pooling=None for maps.")
+        feature = self.features[layer]
+        if layer not in self.places:
+            return feature
+        flat = feature.flatten(0, -3) if feature.ndim > 3 else feature
+        return tokens_to_map(flat, *self.places[layer]).unflatten(0, feature.shape[:-2])
+
+    def per_level(self) -> Iterator[tuple[NoiseLevel, FeatureOutput]]:
+        """One output a level, for a list of timesteps."""
+        if not isinstance(self.level, list):
+            yield self.level, self
+            return
+        for at, level in enumerate(self.level):
+            yield level, replace(self, features={k: v[at] for k, v in self.features.items()}, level=level)

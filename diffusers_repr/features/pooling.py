@@ -1,0 +1,91 @@
+"""Poolings of one layer's output, maps and tokens alike."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Place = tuple[tuple[int, int], int]
+POOLINGS = "None, 'mean', 'max' or 'adaptive:P' with a whole number P, e.g. 'adaptive:2'"
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int], text_tokens: int = 0) -> Tensor:
+    """`(B, T + H*W, C)` to `(B, C, H, W)`.
+
+    Args:
+        tokens: Rows of the image one after another, after `text_tokens` tokens of text.
+        grid: (H, W) in tokens.
+        text_tokens: T, dropped.
+
+    Raises:
+        ValueError: If the count does not fit the grid.
+    """
+    h, w = grid
+    if tokens.ndim != 3 or tokens.shape[1] != text_tokens + h * w:
+        raise ValueError(f"Tokens {tuple(tokens.shape)} do not fit {text_tokens} text tokens and a grid of {h} x {w}.")
+    return tokens[:, text_tokens:].transpose(1, 2).unflatten(2, (h, w))
+
+
+def check_pooling(pooling: str | None) -> str | None:
+    """The pooling, if it is one.
+
+    Raises:
+        ValueError: With the poolings there are.
+    """
+    if pooling in (None, "mean", "max") or (isinstance(pooling, str) and re.fullmatch(r"adaptive:[1-9]\d*", pooling)):
+        return pooling
+    raise ValueError(f"Unknown pooling {pooling!r}; expected {POOLINGS}.")
+
+
+def is_linear(pooling: str | None) -> bool:
+    """Whether pooling commutes with averaging over an ensemble."""
+    return pooling != "max"
+
+
+def pooled_size(pooling: str | None) -> int:
+    """Values per channel that a pooling leaves (1 for `mean` and `max`)."""
+    if pooling is None:
+        raise ValueError("pooling=None leaves maps; choose 'mean', 'max' or 'adaptive:P' to get vectors.")
+    return int(pooling.split(":")[1]) ** 2 if pooling.startswith("adaptive") else 1
+
+
+def pool(feature: Tensor, pooling: str | None, place: Place | None = None) -> Tensor:
+    """Pool a map `(B, C, H, W)` or tokens `(B, N, C)` in float32.
+
+    Args:
+        feature: Output of a layer.
+        pooling: `mean` and `max` over positions give `(B, C)`; `adaptive:P` averages over P x P cells and gives
+            `(B, C * P * P)`, channel by channel; None returns the feature as it is.
+        place: For tokens, `((H, W), text_tokens)`; `mean` and `max` need it only where text stands before the image.
+
+    Example:
+        >>> pool(torch.ones(2, 3, 4, 4), "mean").shape
+        torch.Size([2, 3])
+        >>> pool(torch.ones(2, 3, 4, 4), "adaptive:2").shape
+        torch.Size([2, 12])
+    """
+    if check_pooling(pooling) is None:
+        return feature
+    feature = feature.float()
+    if feature.ndim == 2:
+        return feature
+    if feature.ndim == 3:
+        if place is None:
+            raise ValueError(f"Pooling tokens {tuple(feature.shape)} needs their grid; none is known for this layer.")
+        feature = tokens_to_map(feature, *place)
+    if feature.ndim != 4:
+        raise ValueError(f"Cannot pool a feature of shape {tuple(feature.shape)}; expected (B, C, H, W) or (B, N, C).")
+    if pooling == "mean":
+        return feature.mean(dim=(2, 3))
+    if pooling == "max":
+        return feature.amax(dim=(2, 3))
+    assert pooling is not None
+    return functional.adaptive_avg_pool2d(feature, int(pooling.split(":")[1])).flatten(1)
+
+
+def concatenate(features: list[Tensor]) -> Tensor:
+    """Pooled features `(B, D_i)` side by side, `(B, sum D_i)`."""
+    return torch.cat(features, dim=1)
