@@ -159,7 +159,10 @@ class FeatureExtractor:
 
         Args:
             pixels: `(B, C, H, W)` in [-1, 1].
-            prompt, class_labels, embeddings, ids: As in `__call__`.
+            prompt: As in `__call__`.
+            class_labels: As in `__call__`.
+            embeddings: As in `__call__`.
+            ids: As in `__call__`.
         """
         count, size = len(pixels), (pixels.shape[2], pixels.shape[3])
         if ids is not None and len(ids) != count:

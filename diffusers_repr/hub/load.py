@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 
 from diffusers_repr.hub.errors import HubError, hub_errors, is_repo_id
@@ -97,9 +97,10 @@ def load_json_config(
         repo_id = str(id_or_folder)
         folder = _download(repo_id, repo_type, revision, token, [glob.escape(filename)])
         if not (folder / filename).is_file():
+            seen = " in the cache, and HF_HUB_OFFLINE is set" if constants.is_offline_mode() else ""
             raise HubError(
                 f"{repo_type.capitalize()} repository {repo_id!r} has no file {filename!r} at revision "
-                f"{revision or 'main'!r}. {_LIST_FILES}"
+                f"{revision or 'main'!r}{seen}. {_LIST_FILES}"
             )
     path = folder / filename
     config = read_json(path)

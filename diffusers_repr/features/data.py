@@ -1,0 +1,137 @@
+"""Labelled images from a folder, Parquet files or the Hub, through `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """One split of a data set of images.
+
+    Attributes:
+        dataset: Rows, in a fixed order.
+        image_column: Column of images.
+        label_column: Column of class ids; None without labels.
+        label_names: Name of each class id.
+        name: Path or Hub id.
+        split: Name of the split.
+    """
+
+    dataset: datasets.Dataset
+    image_column: str
+    label_column: str | None
+    label_names: list[str] | None
+    name: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def labels(self) -> list[int]:
+        """Class id of every row.
+
+        Raises:
+            ValueError: If there is no label column.
+        """
+        if self.label_column is None:
+            raise ValueError(f"{self.name} has no label column; columns are {self.dataset.column_names}.")
+        return [int(v) for v in self.dataset[self.label_column]]
+
+    def select(self, rows: Sequence[int]) -> ImageData:
+        """The data with these rows, in this order."""
+        return ImageData(
+            self.dataset.select(rows), self.image_column, self.label_column, self.label_names, self.name, self.split
+        )
+
+    def batches(
+        self, size: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[list[Any], list[int] | None]]:
+        """`(images, labels)` of rows `start..stop`, `size` at a time."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        for at in range(start, stop, size):
+            rows = self.dataset[at : min(at + size, stop)]
+            labels = None if self.label_column is None else [int(v) for v in rows[self.label_column]]
+            yield list(rows[self.image_column]), labels
+
+
+def load_images(
+    path: str,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+) -> ImageData:
+    """Open a split of images.
+
+    Args:
+        path: Folder (of images, one subfolder a class, or of Parquet files), a Parquet file, or a Hub id.
+        split: Name of the split.
+        image_column: The column of type `datasets.Image` if None.
+        label_column: The column of type `ClassLabel`, or an integer column named `label`, if None.
+        revision: Of a Hub id.
+
+    Raises:
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If a column or the split is not there, or there are no rows.
+    """
+    dataset = _open(path, split, revision)
+    return from_dataset(dataset, image_column, label_column, path, split)
+
+
+def from_dataset(
+    dataset: datasets.Dataset,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    name: str = "dataset",
+    split: str = "train",
+) -> ImageData:
+    """As `load_images`, from a `datasets.Dataset`."""
+    features = dataset.features
+    images = [k for k, v in features.items() if isinstance(v, datasets.Image)]
+    if image_column is None and len(images) != 1:
+        raise ValueError(f"{name} has {len(images)} image columns {images} among {list(features)}; pass image_column.")
+    image_column = image_column or images[0]
+    if image_column not in features:
+        raise ValueError(f"{name} has no column {image_column!r}; columns are {list(features)}, images are {images}.")
+    if image_column not in images:
+        raise ValueError(
+            f"Column {image_column!r} of {name} holds {features[image_column]}, not images; images: {images}."
+        )
+    if label_column is not None and label_column not in features:
+        raise ValueError(f"{name} has no column {label_column!r}; columns are {list(features)}.")
+    if label_column is None:
+        classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
+        plain = [k for k in ("label",) if k in features and str(getattr(features[k], "dtype", "")).startswith("int")]
+        label_column = (classes or plain or [None])[0]
+    names = getattr(features[label_column], "names", None) if label_column else None
+    if not len(dataset):
+        raise ValueError(f"{name} (split {split!r}) has no rows.")
+    return ImageData(dataset, image_column, label_column, names, name, split)
+
+
+def _open(path: str, split: str, revision: str | None) -> datasets.Dataset:
+    local = Path(path)
+    kwargs: dict[str, Any] = {"path": path, "revision": revision}
+    if local.is_file():
+        if local.suffix != ".parquet":
+            raise ValueError(
+                f"{path} is a {local.suffix or 'plain'} file; pass a .parquet file, a folder or a Hub id."
+            )
+        return datasets.load_dataset("parquet", data_files={split: str(local)}, split=split)
+    if not local.is_dir() and (local.is_absolute() or path.startswith(".") or path.count("/") > 1):
+        raise FileNotFoundError(f"No file or folder {path!r}. Pass a folder, a .parquet file or a Hub id 'user/name'.")
+    try:
+        found = datasets.load_dataset(**kwargs)
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"Could not open {path!r}: {error}. Pass a folder with images or Parquet files, or a Hub id that can be reached."
+        ) from error
+    if split not in found:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}.")
+    return found[split]
