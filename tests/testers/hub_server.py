@@ -207,6 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply({})
 
     def storage_put(self, oid):
+        if self.server.broken_storage:
+            raise HubAnswer(507, None, "Insufficient storage")
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise HubAnswer(400, None, "The content does not have this SHA-256")
         self.store.large_files[oid] = self.body
@@ -242,6 +244,7 @@ class HubServer(ThreadingHTTPServer):
 
     `url` is the endpoint; large files lie under another host name, as on the Hub, where no token must be sent.
     `token` writes for `user`, `read_token` only reads. `requests` lists (method, path, host, token) of all requests.
+    Large files are refused while `broken_storage` is true.
     """
 
     daemon_threads = True
@@ -252,6 +255,7 @@ class HubServer(ThreadingHTTPServer):
         self.token, self.read_token = (f"hf_{secrets.token_hex(16)}" for _ in range(2))
         self.store = HubStore(self.user, {self.token: "write", self.read_token: "read"})
         self.requests = []
+        self.broken_storage = False
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.storage_url = f"http://localhost:{self.server_port}/storage"
 

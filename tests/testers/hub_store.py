@@ -175,6 +175,11 @@ class HubStore:
         repo.commits[sha], repo.titles[sha], repo.branches[branch] = files, title, sha
         return sha
 
+    def add_file(self, repo, path, data, branch="main"):
+        """Put one small file there without a client, for a test to start from."""
+        files = repo.commits[repo.branches[branch]] | {path: StoredFile(data, size=len(data))}
+        return self.add_commit(repo, branch, files, f"Add {path}")
+
     def upload_modes(self, repo, revision, files):
         """Answer to `preupload`: which files go as large files, and what is already there."""
         stored = repo.commits[repo.resolve(revision)]
