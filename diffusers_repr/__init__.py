@@ -8,9 +8,27 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 # Public name -> the module that defines it. Nothing is imported before it is asked for.
-_PUBLIC: dict[str, str] = {}
+_PUBLIC = {
+    "Condition": "diffusers_repr.denoiser",
+    "Denoiser": "diffusers_repr.denoiser",
+    "Family": "diffusers_repr.denoiser",
+    "FeatureExtractor": "diffusers_repr.features",
+    "FeatureOutput": "diffusers_repr.features",
+    "GenericFamily": "diffusers_repr.denoiser",
+    "Layer": "diffusers_repr.denoiser",
+    "NoiseLevel": "diffusers_repr.noise",
+    "NoiseSchedule": "diffusers_repr.noise",
+    "Prediction": "diffusers_repr.noise",
+    "Tape": "diffusers_repr.capture",
+    "list_layers": "diffusers_repr.denoiser",
+    "match_layers": "diffusers_repr.capture",
+    "pool": "diffusers_repr.features",
+    "register_family": "diffusers_repr.denoiser",
+    "register_stream": "diffusers_repr.denoiser",
+    "tokens_to_map": "diffusers_repr.features",
+}
 
-__all__ = sorted([*_PUBLIC, "__version__"])
+__all__ = sorted([*_PUBLIC, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
