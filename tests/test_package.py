@@ -1,0 +1,60 @@
+"""The package as a whole: light to import, lazy, its public names documented, its extras named."""
+
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+import diffusers_repr
+
+PROBE = """
+import json, sys, time
+import diffusers
+before = set(sys.modules)
+start = time.perf_counter()
+import diffusers_repr
+added = time.perf_counter() - start
+print(json.dumps({"seconds": added, "modules": sorted(set(sys.modules) - before)}))
+"""
+
+
+def test_import_is_light():
+    out = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout
+    measured = json.loads(out.splitlines()[-1])
+    assert measured["seconds"] < 0.3
+    ours = [name for name in measured["modules"] if name.startswith("diffusers_repr")]
+    assert ours == ["diffusers_repr"]
+
+
+@pytest.mark.parametrize("name", [name for name in diffusers_repr.__all__ if name != "__version__"])
+def test_public_names_load_and_are_documented(name):
+    value = getattr(diffusers_repr, name)
+    assert inspect.getdoc(value)
+    assert name in dir(diffusers_repr)
+
+
+def test_public_names_are_not_modules():
+    # A public function named like a subpackage would be hidden by it after the first import.
+    for name in diffusers_repr.__all__:
+        assert not inspect.ismodule(getattr(diffusers_repr, name)), name
+
+
+def test_unknown_name_says_what_there_is():
+    with pytest.raises(AttributeError, match="Public names: .*Denoiser"):
+        diffusers_repr.Denoisr  # noqa: B018
+
+
+def test_command_lists_its_commands(capsys):
+    from diffusers_repr.cli import COMMANDS, main
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    for name in COMMANDS:
+        module = importlib.import_module(f"diffusers_repr.cli.{name}")
+        assert callable(module.arguments)
+        assert callable(module.run)
