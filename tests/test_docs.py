@@ -1,14 +1,9 @@
 """Every python block of README and docs runs, page by page, in order, in one namespace."""
 
-import doctest
-import importlib
-import pkgutil
 import re
 from pathlib import Path
 
 import pytest
-
-import diffusers_repr
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,12 +30,3 @@ def test_local_links_exist(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
-MODULES = [name for _, name, _ in pkgutil.walk_packages(diffusers_repr.__path__, "diffusers_repr.")]
-
-
-@pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith("__main__")])
-def test_doctests(name):
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
-    assert result.failed == 0
