@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from diffusers_repr.capture import capture, check_layers
+from diffusers_repr.capture.capture import Where
 from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.features.noise_policy import NoiseSource, keyed_generator, pixel_keys
+from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import Place, check_pooling, is_linear, pool
 from diffusers_repr.noise import NoiseLevel
 
 Timestep = int | float | NoiseLevel
 _FIELDS = ("timestep", "nsr", "half_log_snr", "alpha", "sigma", "alpha_dot", "sigma_dot")
-_PROMPTS_KEPT = 256
+_PROMPTS_KEPT = 256  # encoded prompts an extractor keeps between calls
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,13 @@ class Batch:
         x_t: `(n, C, h, w)`.
         level: One level, or one per row.
         condition: Network inputs for the rows.
-        cells: For each row, its place in the results: `level * images + image`.
+        cells: For each row, its place in the results: `level * images + image`; never falls.
     """
 
     x_t: Tensor
     level: NoiseLevel
     condition: Mapping[str, Any]
     cells: list[int]
-
-
-class _Recent(OrderedDict[Any, dict[str, Any]]):
-    """Keeps the last encoded prompts, so that a data set of captions does not fill the memory."""
-
-    def __setitem__(self, key: Any, value: dict[str, Any]) -> None:
-        super().__setitem__(key, value)
-        while len(self) > _PROMPTS_KEPT:
-            self.popitem(last=False)
 
 
 class FeatureExtractor:
@@ -64,11 +55,20 @@ class FeatureExtractor:
         seed: Of the noise, and of the VAE's posterior if sampled.
         where: `output`, `input` or `residual`, as in `capture`.
         image_size: Resize images to (H, W) or a square.
-        sample_posterior: Draw the VAE's latents (per image, seeded) instead of taking their mean.
-        progress_bar: `progress_bar(total=n)` gives a context with `.update(k)`, as tqdm and pipelines do.
+        sample_posterior: Draw the VAE's latents (once an image, seeded) instead of taking their mean.
+        progress_bar: `progress_bar(total=n)` gives an object with `update(k)` and `close()`, as tqdm and pipelines
+            do.
 
     Raises:
         ValueError, TypeError: For layers, levels, policies or poolings that do not exist, before anything runs.
+
+    Example:
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        >>> extractor = FeatureExtractor(Denoiser(unet, DDPMScheduler()), "mid_block", 200, pooling="mean")
+        >>> extractor(torch.rand(3, 1, 8, 8))["mid_block"].shape
+        torch.Size([3, 16])
     """
 
     def __init__(
@@ -90,24 +90,22 @@ class FeatureExtractor:
     ) -> None:
         self.denoiser = denoiser
         self.layers = list(check_layers(denoiser.model, layers))
-        self.many = isinstance(timestep, (list, tuple, range))
-        self.levels = [denoiser.level(t) for t in (timestep if self.many else [timestep])]  # type: ignore[union-attr,list-item]
-        if not self.levels:
-            raise ValueError("No timesteps: the list is empty.")
+        self.levels, self.many = _resolve(denoiser, timestep)
         self.noise = NoiseSource(noise, seed)
-        for name, value in (("ensemble_size", ensemble_size), ("batch_size", batch_size)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
-        if noise == "clean" and ensemble_size > 1:
+        self.ensemble_size = _whole("ensemble_size", ensemble_size)
+        self.batch_size = None if batch_size is None else _whole("batch_size", batch_size)
+        if noise == "clean" and self.ensemble_size > 1:
             raise ValueError(f"ensemble_size={ensemble_size} with noise='clean' would average equal features; use 1.")
-        self.ensemble_size, self.batch_size = ensemble_size, batch_size
+        if where not in get_args(Where):
+            raise ValueError(f"where={where!r}; expected one of {', '.join(get_args(Where))}.")
         self.pooling = check_pooling(pooling)
         self.output_device = torch.device(output_device) if output_device is not None else None
-        self.seed, self.where, self.image_size = seed, where, image_size
+        self.seed, self.where, self.image_size = self.noise.seed, where, _pair(image_size)
+        if self.image_size is not None:
+            denoiser.check_size(self.image_size)
         self.sample_posterior, self.progress_bar = sample_posterior, progress_bar
-        self._prompts = _Recent()
+        self._prompts: dict[Any, dict[str, Any]] = {}
 
-    @torch.no_grad()
     def __call__(
         self,
         images: Any,
@@ -125,27 +123,53 @@ class FeatureExtractor:
             class_labels: One id for all images or one per image.
             embeddings: Ready network inputs; see `Denoiser.condition`.
             ids: A stable name per image, the key of its noise; its pixels if None.
+
+        Raises:
+            ValueError: For images, prompts, labels or ids that do not fit the model or each other.
+            FloatingPointError: If a layer gives NaN or infinity; names the layer.
         """
         pixels = to_pixels(images, self.denoiser.image_channels, self.image_size)
-        count = len(pixels)
-        totals: dict[str, list[Tensor | None]] = {layer: [None] * (len(self.levels) * count) for layer in self.layers}
-        places: dict[str, Place] = {}
+        return self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
+
+    @torch.no_grad()
+    def from_pixels(
+        self,
+        pixels: Tensor,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        embeddings: Mapping[str, Any] | None = None,
+        ids: Sequence[Any] | None = None,
+    ) -> FeatureOutput:
+        """As a call, from `(B, C, H, W)` in [-1, 1] as `to_pixels` gives it; `image_size` is not applied."""
         early = is_linear(self.pooling)  # pool at once where that equals pooling the ensemble's mean
+        sums = _Sums(len(self.levels) * len(pixels), self.output_device or self.denoiser.device)
+        places: dict[str, Place] = {}
         with self.denoiser.evaluating():
             for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
                 size = (batch.x_t.shape[2], batch.x_t.shape[3])
 
-                def keep(feature: Tensor, path: str, size: tuple[int, int] = size) -> Tensor:
+                def keep(feature: Tensor, path: str, batch: Batch = batch, size: tuple[int, int] = size) -> None:
+                    self._check_rows(feature, path, len(batch.cells))
                     self._place(feature, path, size, places)
-                    return pool(feature, self.pooling if early else None, places.get(path)).float().to(self._target)
+                    sums.add(path, pool(feature, self.pooling if early else None, places.get(path)), batch.cells)
 
-                with capture(self.denoiser.model, self.layers, self.where, transform=keep) as tape:  # type: ignore[arg-type]
+                with capture(self.denoiser.model, self.layers, self.where, transform=keep):  # type: ignore[arg-type]
                     self.denoiser.predict(batch.x_t, batch.level, batch.condition)
-                for layer, rows in tape.features.items():
-                    for row, cell in zip(rows, batch.cells, strict=True):
-                        before = totals[layer][cell]
-                        totals[layer][cell] = row if before is None else before + row
-        return self._pack(totals, count, places, early)
+        features = {}
+        for layer in self.layers:
+            mean = sums.totals.pop(layer)
+            if self.ensemble_size > 1:
+                mean /= self.ensemble_size
+            if not early:
+                mean = pool(mean, self.pooling, places.get(layer))
+            if not bool(torch.isfinite(mean).all()):
+                raise FloatingPointError(
+                    f"Layer {layer!r} of {type(self.denoiser.model).__name__} ({self.denoiser.dtype}) gave NaN or "
+                    "infinite features. Load the model in float32 or bfloat16, or take an earlier layer."
+                )
+            features[layer] = mean.unflatten(0, (len(self.levels), len(pixels))) if self.many else mean
+        return FeatureOutput(features, self.levels if self.many else self.levels[0], places, self.pooling)
 
     def batches(
         self,
@@ -165,13 +189,13 @@ class FeatureExtractor:
             ids: As in `__call__`.
         """
         count, size = len(pixels), (pixels.shape[2], pixels.shape[3])
-        if ids is not None and len(ids) != count:
-            raise ValueError(f"{len(ids)} ids for {count} images; pass one per image.")
-        keys = [str(i) for i in ids] if ids is not None else pixel_keys(pixels)
+        keys = image_keys(ids, pixels)
         self.denoiser.check_size(size)
         condition = self.denoiser.condition(
             prompt, class_labels=class_labels, embeddings=embeddings, batch=count, size=size, cache=self._prompts
         )
+        while len(self._prompts) > _PROMPTS_KEPT:  # a data set of captions does not fill the memory
+            self._prompts.pop(next(iter(self._prompts)))
         x0 = self._encode(pixels, keys)
         cells = [
             (level, image, member)
@@ -211,18 +235,32 @@ class FeatureExtractor:
         rows = [image for _, image, _ in cells]
         level = self.levels[levels[0]]
         if len(set(levels)) > 1:
-            stacked = {f: torch.tensor([getattr(self.levels[at], f) for at in levels]) for f in _FIELDS}
-            level = NoiseLevel(**stacked)
+            stacked: dict[str, Any] = {
+                f: torch.tensor([getattr(self.levels[at], f) for at in levels]) for f in _FIELDS
+            }
+            level = NoiseLevel(**stacked, schedule=level.schedule)
         clean = x0[torch.tensor(rows, device=x0.device)]
         noise = self.noise.draw([keys[row] for row in rows], [member for _, _, member in cells], x0.shape[1:])
-        x_t = clean if noise is None else self.denoiser.add_noise(clean, level, noise.to(clean.device))
+        if noise is None:
+            x_t = clean * self._clean_scale
+        else:
+            x_t = self.denoiser.add_noise(clean, level, noise.to(clean.device))
         return Batch(
             x_t, level, condition.take(rows), [at * count + row for at, row in zip(levels, rows, strict=True)]
         )
 
     @property
-    def _target(self) -> torch.device:
-        return self.output_device or self.denoiser.device
+    def _clean_scale(self) -> float:
+        """What the process multiplies x_0 by where no noise is left: 1, for EDM networks 1 / sigma_data."""
+        schedule = self.denoiser.schedule
+        return 1 / schedule.sigma_data if schedule.kind == "edm" else 1.0
+
+    def _check_rows(self, feature: Tensor, path: str, rows: int) -> None:
+        if feature.ndim < 2 or feature.shape[0] != rows:
+            raise ValueError(
+                f"Layer {path!r} gave shape {tuple(feature.shape)} for a batch of {rows}: it holds no feature per "
+                "image. `list_layers(denoiser)` shows the layers that do."
+            )
 
     def _place(self, feature: Tensor, path: str, size: tuple[int, int], places: dict[str, Place]) -> None:
         if feature.ndim == 3 and path not in places:
@@ -230,22 +268,8 @@ class FeatureExtractor:
             if found is not None:
                 places[path] = found
 
-    def _pack(
-        self, totals: dict[str, list[Tensor | None]], count: int, places: dict[str, Place], early: bool
-    ) -> FeatureOutput:
-        features = {}
-        for layer, rows in totals.items():
-            mean = torch.stack([row for row in rows if row is not None])
-            if self.ensemble_size > 1:
-                mean = mean / self.ensemble_size
-            if not early:
-                mean = pool(mean, self.pooling, places.get(layer))
-            features[layer] = mean.unflatten(0, (len(self.levels), count)) if self.many else mean
-        level = self.levels if self.many else self.levels[0]
-        return FeatureOutput(features, level, places, self.pooling)
-
     def replace(self, **changes: Any) -> FeatureExtractor:
-        """A copy with other settings."""
+        """A copy with other settings; prompts that are encoded already are shared."""
         settings = {
             "denoiser": self.denoiser,
             "layers": self.layers,
@@ -261,7 +285,58 @@ class FeatureExtractor:
             "sample_posterior": self.sample_posterior,
             "progress_bar": self.progress_bar,
         }
-        return FeatureExtractor(**{**settings, **changes})
+        copy = FeatureExtractor(**{**settings, **changes})
+        if copy.denoiser is self.denoiser:
+            copy._prompts = self._prompts
+        return copy
+
+
+class _Sums:
+    """Running float32 sums over ensemble members, one row a cell; only sums are held, never single members."""
+
+    def __init__(self, cells: int, device: torch.device) -> None:
+        self.cells, self.device = cells, device
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, layer: str, rows: Tensor, cells: list[int]) -> None:
+        """Add each row to its cell; equal cells stand side by side, and are summed in the order of the rows."""
+        if layer not in self.totals:
+            self.totals[layer] = torch.zeros(self.cells, *rows.shape[1:], device=self.device)
+        total = self.totals[layer]
+        low, high = cells[0], cells[-1] + 1
+        if len(cells) > high - low:
+            summed = torch.zeros(high - low, *rows.shape[1:], device=rows.device)
+            for row, cell in zip(rows, cells, strict=True):
+                summed[cell - low] += row
+            rows = summed
+        total[low:high] += rows.to(self.device)
+
+
+def _resolve(denoiser: Denoiser, timestep: Any) -> tuple[list[NoiseLevel], bool]:
+    """Resolved levels, and whether a list of them was asked for."""
+    many = isinstance(timestep, (list, tuple, range)) or getattr(timestep, "ndim", 0) == 1
+    levels = [denoiser.level(t) for t in (timestep if many else [timestep])]
+    if not levels:
+        raise ValueError("No timesteps: the list is empty.")
+    for level in levels:
+        if isinstance(level.timestep, Tensor):
+            raise ValueError(f"{level!r} holds one level per sample; pass a list of levels, each a single number.")
+    return levels, many
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+        raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+    return int(value)
+
+
+def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    values = (size, size) if isinstance(size, int) else tuple(size)
+    if len(values) != 2:
+        raise ValueError(f"image_size must be one side or (height, width); got {size!r}.")
+    return _whole("image_size", values[0]), _whole("image_size", values[1])
 
 
 __all__ = ["Batch", "FeatureExtractor", "Timestep"]

@@ -41,7 +41,7 @@ class FeatureOutput:
 
         Raises:
             KeyError: For a layer that was not asked for.
-            ValueError: For pooled features.
+            ValueError: For pooled features, and for tokens of an unknown grid.
         """
         if layer not in self.features:
             raise KeyError(f"Layer {layer!r} was not extracted; there are {', '.join(self.features)}.")
@@ -49,6 +49,10 @@ class FeatureOutput:
             raise ValueError(f"Features were pooled ({self.pooling}); extract with pooling=None for maps.")
         feature = self.features[layer]
         if layer not in self.places:
+            if feature.ndim - isinstance(self.level, list) != 4:
+                raise ValueError(
+                    f"Layer {layer!r} gave {tuple(feature.shape)}: neither a map nor tokens of a known grid."
+                )
             return feature
         flat = feature.flatten(0, -3) if feature.ndim > 3 else feature
         return tokens_to_map(flat, *self.places[layer]).unflatten(0, feature.shape[:-2])

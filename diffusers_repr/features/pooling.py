@@ -58,8 +58,12 @@ def pool(feature: Tensor, pooling: str | None, place: Place | None = None) -> Te
     Args:
         feature: Output of a layer.
         pooling: `mean` and `max` over positions give `(B, C)`; `adaptive:P` averages over P x P cells and gives
-            `(B, C * P * P)`, channel by channel; None returns the feature as it is.
-        place: For tokens, `((H, W), text_tokens)`; `mean` and `max` need it only where text stands before the image.
+            `(B, C * P * P)`, channel by channel (a grid with fewer than P cells a side repeats them); None returns
+            the feature as it is.
+        place: For tokens, `((H, W), text_tokens)`; text tokens are left out.
+
+    Raises:
+        ValueError: For an unknown pooling, tokens without a place, or a shape that is neither map nor tokens.
 
     Example:
         >>> pool(torch.ones(2, 3, 4, 4), "mean").shape
