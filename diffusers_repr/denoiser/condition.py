@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,49 +60,97 @@ class _FirstCall(Exception):
 
 
 def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `pipe(**call)` for one step up to its first call of `model`; return that call's keyword inputs.
+    """Run `pipe(**call)` up to its first call of `model`; return that call's keyword inputs.
 
-    The pipeline, its scheduler and the global random state stay as they were.
+    The input itself and the timestep are left out. The pipeline, its scheduler, its modules' training flags and the
+    global random state stay as they were.
 
     Raises:
+        ValueError: For an argument that the pipeline's call does not take.
         RuntimeError: If the pipeline returned without calling the model.
     """
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _FirstCall(args, kwargs)
-
-    # The call writes attributes on the pipeline and steps into its scheduler: both are copies here.
-    shadow = copy.copy(pipe)
-    shadow.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
-    shadow.__dict__["_progress_bar_config"] = {"disable": True}
-    accepted = inspect.signature(type(pipe).__call__).parameters
+    accepted = list(inspect.signature(type(pipe).__call__).parameters)[1:]
+    unknown = [name for name in call if name not in accepted]
+    if unknown:
+        raise ValueError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}. It takes: {', '.join(accepted)}.")
     defaults = {
         "num_inference_steps": 2,
         "output_type": "latent",
         "generator": torch.Generator("cpu").manual_seed(0),
     }
     arguments = {**{k: v for k, v in defaults.items() if k in accepted}, **call}
-    unknown = [name for name in call if name not in accepted]
-    if unknown:
-        raise ValueError(
-            f"{type(pipe).__name__} takes no argument {unknown[0]!r}. It takes: {', '.join(list(accepted)[1:])}."
-        )
-    handle = model.register_forward_pre_hook(stop, with_kwargs=True)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    # The call writes attributes on the pipeline and steps into its scheduler: both are copies here.
+    shadow = copy.copy(pipe)
+    shadow.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
+    shadow.__dict__["_progress_bar_config"] = {"disable": True}
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with _untouched(pipe), _stopped_at(model), torch.no_grad():
             shadow(**arguments)
-    except _FirstCall as call_made:
-        args, kwargs = call_made.arguments
-    else:
-        raise RuntimeError(f"{type(pipe).__name__} returned without calling its {type(model).__name__}.")
+    except _FirstCall as made:
+        return _named_inputs(model, *made.arguments)
+    raise RuntimeError(f"{type(pipe).__name__} returned without calling its {type(model).__name__}.")
+
+
+@contextmanager
+def _stopped_at(model: nn.Module) -> Iterator[None]:
+    """Raise `_FirstCall` where `model` is called, before any other hook of it runs."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstCall(args, kwargs)
+
+    # A module compiled in place ignores new hooks; without this entry torch takes the plain call.
+    compiled = model.__dict__.pop("_compiled_call_impl", None)
+    handle = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        yield
     finally:
         handle.remove()
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+        if compiled is not None:
+            model._compiled_call_impl = compiled
+
+
+@contextmanager
+def _untouched(pipe: Any) -> Iterator[None]:
+    """Eval mode, the random state and the tokenizers' settings as they were before, after the block."""
+    components = list(pipe.components.values())
+    # Some pipelines set the padding side of their tokenizer.
+    sides = [(item, item.padding_side) for item in components if isinstance(getattr(item, "padding_side", None), str)]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            eval_mode(*(item for item in components if isinstance(item, nn.Module))),
+        ):
+            yield
+    finally:
+        for tokenizer, side in sides:
+            tokenizer.padding_side = side
+
+
+def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = forward_names(model)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for name in (names[0], "timestep", "return_dict"):
         given.pop(name, None)
     return given
+
+
+def forward_names(model: nn.Module) -> list[str]:
+    """Names of what a network's forward takes, the noisy input first."""
+    return list(inspect.signature(type(getattr(model, "_orig_mod", model)).forward).parameters)[1:]
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module's own mode comes back after, its children's too."""
+    modes = [(child, child.training) for module in modules for child in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
 
 
 def merge_rows(parts: Sequence[Mapping[str, Any]], unbatched: tuple[str, ...]) -> dict[str, Any]:

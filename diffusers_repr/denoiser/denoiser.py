@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr import noise as process
-from diffusers_repr.denoiser.condition import Condition, first_call, merge_rows
+from diffusers_repr.denoiser import conditioning
+from diffusers_repr.denoiser.condition import Condition, eval_mode
 from diffusers_repr.denoiser.family import Family, family_of, noised_dtype
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
@@ -66,6 +66,7 @@ class Denoiser:
         self.family = family or family_of(model)
         self.schedule = schedule or NoiseSchedule.from_scheduler(scheduler)
         self.name, self.revision = name, revision
+        self.prompts: MutableMapping[Any, dict[str, Any]] | None = None  # set a dict to keep encoded prompts
 
     @classmethod
     def from_pipe(cls, pipe: Any, **kwargs: Any) -> Denoiser:
@@ -162,12 +163,8 @@ class Denoiser:
     @property
     def image_size(self) -> tuple[int, int]:
         """The image size (H, W) the network was configured for."""
-        size = self.config.get("sample_size")
-        if size is None:
-            raise ValueError("The model's config has no sample_size; pass image_size=(H, W).")
-        h, w = (size, size) if isinstance(size, int) else tuple(size)
-        scale = self.stride if self.vae is not None else 1
-        return h * scale, w * scale
+        h, w = self.family.size(self.config)
+        return h * self.stride, w * self.stride
 
     # Images and latents
 
@@ -240,7 +237,7 @@ class Denoiser:
         negative_prompt: str | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         embeddings: Mapping[str, Any] | None = None,
-        batch: int = 1,
+        batch: int | None = None,
         size: tuple[int, int] | None = None,
         cache: MutableMapping[Any, dict[str, Any]] | None = None,
     ) -> Condition:
@@ -254,75 +251,31 @@ class Denoiser:
             class_labels: An id for all or one per sample. None is the null class where the model has one.
             embeddings: Ready inputs instead: by the names of the pipeline's call (`prompt_embeds`, ...) or of the
                 network's forward (`encoder_hidden_states`, ...), with 1 or `batch` rows.
-            batch: Number of samples.
+            batch: Number of samples; as many as there are prompts, labels or rows if None.
             size: Image size (H, W) in pixels; the configured size if None.
-            cache: Keeps the encoded prompts between calls.
+            cache: Keeps the encoded prompts between calls; `prompts` of this object if None.
 
         Raises:
             ValueError: For inputs the family does not take, or a wrong number of them.
+            TypeError: For prompts that are no strings and labels that are no whole numbers.
         """
+        if size is not None:
+            self.check_size(size)  # some pipelines round the size with a mere warning
         if embeddings is not None:
-            if prompt is not None or class_labels is not None:
+            if prompt is not None or negative_prompt is not None or class_labels is not None:
                 raise ValueError("Pass embeddings, or prompt / class_labels, not both.")
-            return self._given(embeddings, batch, size)
+            return conditioning.from_embeddings(self, embeddings, batch, size)
         if self.family.conditioning == "text":
             if class_labels is not None:
                 raise ValueError(f"{type(self.model).__name__} takes a prompt, not class_labels.")
-            return self._text(prompt, negative_prompt, batch, size, {} if cache is None else cache)
+            store = cache if cache is not None else self.prompts if self.prompts is not None else {}
+            return conditioning.from_prompts(self, prompt, negative_prompt, batch, size, store)
         if prompt not in (None, "") or negative_prompt not in (None, ""):
             raise ValueError(
                 f"{type(self.model).__name__} takes no prompt"
                 + ("; pass class_labels." if self.family.conditioning == "class" else ".")
             )
-        labels = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1).long()
-        inputs = self.family.from_class_labels(self.config, labels)
-        return self._rows({k: v.to(self.device) for k, v in inputs.items()}, batch, "class_labels")
-
-    def _rows(self, inputs: Mapping[str, Any], batch: int, what: str) -> Condition:
-        rows = max((_rows_of(k, v, self.family.unbatched) for k, v in inputs.items()), default=1)
-        if rows not in (1, batch):
-            raise ValueError(f"{rows} {what} for {batch} images; pass 1 or {batch}.")
-        index = torch.arange(batch) if rows == batch else torch.zeros(batch, dtype=torch.long)
-        return Condition(dict(inputs), rows, index, self.family.unbatched)
-
-    def _given(self, embeddings: Mapping[str, Any], batch: int, size: tuple[int, int] | None) -> Condition:
-        network = set(inspect.signature(type(self.model).forward).parameters)
-        if all(name in network for name in embeddings) or self.pipe is None:
-            return self._rows(embeddings, batch, "rows of embeddings")
-        return self._rows(self._pipeline_inputs(dict(embeddings), size), batch, "rows of embeddings")
-
-    def _text(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative: str | None,
-        batch: int,
-        size: tuple[int, int] | None,
-        cache: MutableMapping[Any, dict[str, Any]],
-    ) -> Condition:
-        if self.pipe is None:
-            raise ValueError(
-                f"A bare {type(self.model).__name__} has no text encoder: build the Denoiser with `from_pipe`, or "
-                "pass embeddings={'encoder_hidden_states': ..., ...}."
-            )
-        prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
-        if len(prompts) not in (1, batch):
-            raise ValueError(f"{len(prompts)} prompts for {batch} images; pass 1 or {batch}.")
-        distinct = list(dict.fromkeys(prompts))
-        for text in distinct:
-            if (text, size) not in cache:
-                cache[text, size] = self._pipeline_inputs({"prompt": text}, size)
-        parts = [cache[text, size] for text in distinct]
-        index = torch.tensor([distinct.index(text) for text in prompts]).expand(batch)
-        null = None if negative is None else self._text(negative, None, batch, size, cache)
-        return Condition(merge_rows(parts, self.family.unbatched), len(parts), index, self.family.unbatched, null)
-
-    def _pipeline_inputs(self, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
-        accepted = inspect.signature(type(self.pipe).__call__).parameters
-        arguments = {k: v for k, v in self.family.pipeline_arguments.items() if k in accepted}
-        if size is not None:
-            arguments |= {"height": size[0], "width": size[1]}
-        with self.evaluating():
-            return first_call(self.pipe, self.model, {**arguments, **call})
+        return conditioning.from_labels(self, class_labels, batch)
 
     # The network
 
@@ -352,19 +305,8 @@ class Denoiser:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode for the network inside; every module's own mode comes back after."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-def _rows_of(name: str, value: Any, unbatched: tuple[str, ...]) -> int:
-    if isinstance(value, Mapping):
-        return max((_rows_of(k, v, unbatched) for k, v in value.items()), default=1)
-    return value.shape[0] if isinstance(value, Tensor) and value.ndim and name not in unbatched else 1
 
 
 def check_pipeline_folder(folder: Path) -> dict[str, Any]:

@@ -34,16 +34,29 @@ class Family:
         unbatched: Names of condition inputs without a batch dimension (position ids).
         not_image: First parts of paths that carry text or time, never the image.
         pipeline_arguments: What is passed to the pipeline's call besides the prompt and the size.
+        null_arguments: What is passed on top where the prompt is a negative one.
     """
 
     conditioning: str = "none"
     unbatched: tuple[str, ...] = ()
     not_image: tuple[str, ...] = ("time_proj", "time_embedding", "time_embed", "class_embedding", "add_embedding")
     pipeline_arguments: Mapping[str, Any] = {}
+    null_arguments: Mapping[str, Any] = {}
 
     def channels(self, config: Mapping[str, Any]) -> int:
         """Channels of x_0, the pixel or latent tensor."""
         return int(config["in_channels"])
+
+    def size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """(H, W) of x_0 that the network was configured for.
+
+        Raises:
+            ValueError: If the config does not tell.
+        """
+        size = config.get("sample_size")
+        if size is None:
+            raise ValueError("The model's config has no sample_size; pass image_size=(H, W).")
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def multiple(self, config: Mapping[str, Any]) -> int:
         """Height and width of x_0 must be multiples of this."""

@@ -25,13 +25,18 @@ class FluxFamily(PatchTransformerFamily):
         """A token holds 2 x 2 latent pixels."""
         return int(config["in_channels"]) // 4
 
+    def size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """1024 pixels: the config has no size, the pipeline takes 128 latent pixels."""
+        return 128, 128
+
     def multiple(self, config: Mapping[str, Any]) -> int:
         """The packing."""
         return 2
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
-        """In [0, 1]: the network multiplies by 1000 itself."""
-        return (torch.as_tensor(level.timestep, device=x_t.device) / 1000).to(x_t.dtype).expand(x_t.shape[0])
+        """In [0, 1], in the input's dtype as the pipeline has it; the network multiplies by 1000 itself."""
+        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
+        return told.to(x_t.dtype).expand(x_t.shape[0]) / 1000
 
     def inputs(
         self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
@@ -39,8 +44,14 @@ class FluxFamily(PatchTransformerFamily):
         """Packed latents; image position ids for the input's own size if the condition holds none."""
         tokens = functional.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
         inputs = {"hidden_states": tokens, "timestep": self.timestep(level, x_t), **condition}
-        if inputs.get("img_ids") is None:
+        ids = inputs.get("img_ids")
+        if ids is None:
             inputs["img_ids"] = _image_ids(x_t.shape[2] // 2, x_t.shape[3] // 2, x_t.device)
+        elif ids.shape[0] != tokens.shape[1]:
+            raise ValueError(
+                f"The condition holds positions of {ids.shape[0]} image tokens, the input {tuple(x_t.shape)} has "
+                f"{tokens.shape[1]}: make it for this size, denoiser.condition(..., size=(H, W) in pixels)."
+            )
         return inputs
 
     def output(self, config: Mapping[str, Any], raw: Any, x_t: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ class SanaFamily(PatchTransformerFamily):
 
     conditioning = "text"
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
+    null_arguments = {"complex_human_instruction": None}  # the pipeline puts its instruction before prompts only
 
     def inputs(
         self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]

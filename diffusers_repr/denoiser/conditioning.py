@@ -1,0 +1,144 @@
+"""How a Denoiser makes a `Condition`: from prompts, class labels or ready embeddings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.denoiser.condition import Condition, first_call, forward_names, merge_rows
+
+if TYPE_CHECKING:
+    from diffusers_repr.denoiser.denoiser import Denoiser
+
+Cache = MutableMapping[Any, dict[str, Any]]
+
+
+def from_prompts(
+    denoiser: Denoiser,
+    prompt: str | Sequence[str] | None,
+    negative: str | None,
+    batch: int | None,
+    size: tuple[int, int] | None,
+    cache: Cache,
+) -> Condition:
+    """One row a distinct prompt, made by the pipeline's own call; see `Denoiser.condition`."""
+    if denoiser.pipe is None:
+        raise ValueError(
+            f"A bare {type(denoiser.model).__name__} has no text encoder: build the Denoiser with `from_pipe`, or "
+            "pass embeddings={'encoder_hidden_states': ..., ...}."
+        )
+    prompts = _prompts("prompt", prompt)
+    count = _count(len(prompts), batch, "prompts")
+    distinct = list(dict.fromkeys(prompts))
+    parts = [_encoded(denoiser, text, size, cache, null=False) for text in distinct]
+    index = torch.tensor([distinct.index(text) for text in prompts]).expand(count)
+    null = None
+    if negative is not None:
+        (text,) = _prompts("negative_prompt", negative)
+        null = rows_of(denoiser, _encoded(denoiser, text, size, cache, null=True), count, "negative prompts")
+    unbatched = denoiser.family.unbatched
+    return Condition(merge_rows(parts, unbatched), len(parts), index, unbatched, null)
+
+
+def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
+    prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+    if name == "negative_prompt" and len(prompts) != 1:
+        raise TypeError(f"negative_prompt is one string for all images; got {len(prompts)}.")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a string, or one per image; got {text!r} ({type(text).__name__}).")
+    return prompts
+
+
+def _encoded(denoiser: Denoiser, text: str, size: tuple[int, int] | None, cache: Cache, null: bool) -> dict[str, Any]:
+    extra = denoiser.family.null_arguments if null else {}
+    key = (text, size, null and bool(extra))
+    if key not in cache:
+        cache[key] = pipeline_inputs(denoiser, {"prompt": text, **extra}, size)
+    return cache[key]
+
+
+def from_labels(denoiser: Denoiser, class_labels: int | Sequence[int] | Tensor | None, batch: int | None) -> Condition:
+    """Class ids, checked by the family."""
+    labels = None
+    if class_labels is not None:
+        labels = _labels(class_labels)
+        if not len(labels):
+            raise ValueError("class_labels is empty; pass one id, or one per image.")
+    inputs = denoiser.family.from_class_labels(denoiser.config, labels)
+    return rows_of(denoiser, {k: v.to(denoiser.device) for k, v in inputs.items()}, batch, "class_labels")
+
+
+def _labels(class_labels: int | Sequence[int] | Tensor) -> Tensor:
+    try:
+        labels = torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"class_labels are whole numbers, one or one per image; got {class_labels!r}.") from error
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        if not labels.numel():
+            return labels.long()
+        raise TypeError(f"class_labels are whole numbers, one or one per image; got {class_labels!r}.")
+    return labels.long()
+
+
+def from_embeddings(
+    denoiser: Denoiser, embeddings: Mapping[str, Any], batch: int | None, size: tuple[int, int] | None
+) -> Condition:
+    """Ready inputs, by the network's names or, through the pipeline's call, by the pipeline's."""
+    names = forward_names(denoiser.model)
+    unknown = [name for name in embeddings if name not in names]
+    if unknown and denoiser.pipe is not None:
+        embeddings = pipeline_inputs(denoiser, dict(embeddings), size)
+    elif unknown and not _takes_any(denoiser):
+        raise ValueError(
+            f"{type(denoiser.model).__name__} takes no input {unknown[0]!r}. It takes: {', '.join(names[1:])}."
+        )
+    placed = {name: _to_device(value, denoiser.device) for name, value in embeddings.items()}
+    return rows_of(denoiser, placed, batch, "rows of embeddings")
+
+
+def _takes_any(denoiser: Denoiser) -> bool:
+    parameters = inspect.signature(type(denoiser.model).forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _to_device(part, device) for name, part in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def rows_of(denoiser: Denoiser, inputs: Mapping[str, Any], batch: int | None, what: str) -> Condition:
+    """A condition of inputs that have one row, or one per sample."""
+    unbatched = denoiser.family.unbatched
+    rows = max((_rows(name, value, unbatched) for name, value in inputs.items()), default=1)
+    count = _count(rows, batch, what)
+    index = torch.arange(count) if rows == count else torch.zeros(count, dtype=torch.long)
+    return Condition(dict(inputs), rows, index, unbatched)
+
+
+def _rows(name: str, value: Any, unbatched: tuple[str, ...]) -> int:
+    if isinstance(value, Mapping):
+        return max((_rows(key, part, unbatched) for key, part in value.items()), default=1)
+    return value.shape[0] if isinstance(value, Tensor) and value.ndim and name not in unbatched else 1
+
+
+def _count(given: int, batch: int | None, what: str) -> int:
+    if batch is None:
+        batch = given
+    if given not in (1, batch) or not given:
+        raise ValueError(f"{given} {what} for {batch} images; pass 1 or {batch}.")
+    return batch
+
+
+def pipeline_inputs(denoiser: Denoiser, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+    """What the pipeline of a denoiser gives its network in a call with these arguments."""
+    accepted = inspect.signature(type(denoiser.pipe).__call__).parameters
+    arguments = {k: v for k, v in denoiser.family.pipeline_arguments.items() if k in accepted}
+    if size is not None:
+        arguments |= {name: side for name, side in zip(("height", "width"), size, strict=True) if name in accepted}
+    return first_call(denoiser.pipe, denoiser.model, {**arguments, **call})
