@@ -1,0 +1,93 @@
+"""What every head shares: standardisation as part of the state, float32 inside, saving and loading by diffusers."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+
+class Head(ModelMixin, ConfigMixin):
+    """Base of heads: pooled features `(B, in_features)` to logits `(B, num_classes)` in float32.
+
+    `mean` and `std` are buffers: features enter as `(x - mean) / std`, so a saved head holds its own preprocessing.
+    A subclass registers its arguments with `register_to_config`, calls `make_statistics` and writes `classify`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def make_statistics(self, in_features: int, num_classes: int) -> None:
+        """Make the buffers `mean` (zeros) and `std` (ones).
+
+        Raises:
+            ValueError: If a size is not a whole number from 1.
+        """
+        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("std", torch.ones(in_features))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set what features are standardised by, both `(in_features,)`; a std of 0 becomes 1."""
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def standardize(self, features: Tensor) -> Tensor:
+        """`(x - mean) / std` in float32.
+
+        Raises:
+            ValueError: If `features` is not `(B, in_features)`.
+        """
+        if features.ndim != 2 or features.shape[1] != self.mean.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__} takes features (B, {self.mean.shape[0]}); got {tuple(features.shape)}."
+                + (" Pool maps and tokens first." if features.ndim > 2 else "")
+            )
+        return (features.to(self.mean.device).float() - self.mean.float()) / self.std.float()
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of standardised features."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `(B, num_classes)`, float32 whatever the dtype of head and features.
+
+        Args:
+            features: `(B, in_features)`.
+        """
+        return self.classify(self.standardize(features)).float()
+
+    def to_json_string(self) -> str:
+        """The config as JSON, without the place the head was loaded from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def linear(layer: nn.Linear, features: Tensor) -> Tensor:
+    """Apply a layer in float32 whatever its dtype."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return nn.functional.linear(features, layer.weight.float(), bias)
+
+
+def init_linear(layer: nn.Linear, generator: torch.Generator | None = None) -> None:
+    """Torch's own initialisation of a linear layer, U(-1/sqrt(in), 1/sqrt(in)), drawn from `generator`."""
+    bound = layer.in_features**-0.5
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        if layer.bias is not None:
+            layer.bias.uniform_(-bound, bound, generator=generator)
+
+
+def empty_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    """A linear layer of zeros; draws no random number."""
+    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    return layer
