@@ -106,6 +106,7 @@ class FeatureExtractor:
         self.sample_posterior, self.progress_bar = sample_posterior, progress_bar
         self._prompts: dict[Any, dict[str, Any]] = {}
 
+    @torch.no_grad()
     def __call__(
         self,
         images: Any,

@@ -1,0 +1,593 @@
+"""The extractor against a plain loop, and what it promises about neighbours, batches, seeds and its surroundings."""
+
+import copy
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EDMEulerScheduler
+from PIL import Image
+
+from diffusers_repr import Denoiser, FeatureExtractor, NoiseLevel
+from diffusers_repr.features import extractor as extractor_module
+from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, unet2d
+
+LAYERS = {
+    "ddpm": ["mid_block", "up_blocks.1"],
+    "ddim": ["down_blocks.1", "up_blocks.1.resnets.0"],
+    "class_unet": ["mid_block"],
+    "sd": ["up_blocks.1", "up_blocks.2.attentions.0"],
+    "sdxl": ["mid_block", "up_blocks.0.attentions.1"],
+    "dit": ["transformer_blocks.1"],
+    "pixart": ["transformer_blocks.0"],
+    "sd3": ["transformer_blocks.0"],
+    "flux": ["transformer_blocks.1", "single_transformer_blocks.0"],
+    "flux_guidance": ["single_transformer_blocks.0"],
+    "sana": ["transformer_blocks.1"],
+}
+
+
+def images_for(name, count=2, seed=0, size=None):
+    channels = 1 if name == "ddpm" else 3
+    return torch.rand(count, channels, *(size or SIZES[name]), generator=torch.Generator().manual_seed(seed))
+
+
+def make(name, layers=None, timestep=261, **settings):
+    return FeatureExtractor(
+        Denoiser.from_pipe(build(name)), LAYERS[name] if layers is None else layers, timestep, **settings
+    )
+
+
+def assert_close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max())))
+
+
+# The plain way: one image, one member, one level at a time; the whole forward; noise multiplied in float64.
+
+
+def own_noise(pixels, member, shape, seed):
+    key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f"{seed}|{key}|{member}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(*shape, generator=generator)
+
+
+def own_coefficients(pipe, t):
+    if "Flow" in type(pipe.scheduler).__name__ or pipe.scheduler.config.get("use_flow_sigmas"):
+        return 1 - t / 1000, t / 1000
+    bar = torch.cumprod(1 - pipe.scheduler.betas.double(), 0)[t]
+    return bar.sqrt().item(), (1 - bar).sqrt().item()
+
+
+def own_latents(pipe, pixels):
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return pixels
+    out = vae.encode(pixels)
+    mean = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent
+    return (mean - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+
+def recorded_call(pipe, model, name):
+    """What the pipeline itself passes to its network, from a whole run of it."""
+    calls = []
+    handle = model.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    height, width = SIZES[name]
+    call = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "latent"}
+    if name == "dit":
+        call = {"num_inference_steps": 2, "output_type": "np"}
+    if not name.startswith("flux"):
+        call["guidance_scale"] = 1.0
+    if name in ("pixart", "sana"):
+        call["use_resolution_binning"] = False
+    condition = CONDITIONS[name]
+    if name == "dit":
+        condition = {"class_labels": [condition["class_labels"]]}
+    pipe(**condition, **call)
+    handle.remove()
+    return calls[0]
+
+
+def own_forward(pipe, model, name, recorded, x_t, t):
+    if name in ("ddpm", "ddim"):
+        return model(x_t, t)
+    if name == "class_unet":
+        return model(x_t, t, class_labels=torch.tensor([CONDITIONS[name]["class_labels"]]))
+    args, kwargs = recorded
+    args, kwargs = list(args), dict(kwargs)
+    if name.startswith("flux"):
+        b, c, h, w = x_t.shape
+        x_t = x_t.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+    told = {"flux": t / 1000, "flux_guidance": t / 1000, "sana": t * model.config.get("timestep_scale", 1.0)}
+    t = torch.tensor([told.get(name, t)])
+    if args:
+        args[0] = x_t
+    else:
+        kwargs["sample" if "sample" in kwargs else "hidden_states"] = x_t
+    if len(args) > 1:
+        args[1] = t
+    else:
+        kwargs["timestep"] = t
+    return model(*args, **kwargs)
+
+
+def image_part(name, module, output):
+    if not isinstance(output, tuple):
+        return output
+    two_streams = {"JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    return output[1] if type(module).__name__ in two_streams else output[0]
+
+
+@torch.no_grad()
+def plain_features(pipe, name, layers, timesteps, images, members, seed=0):
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    text = name not in ("ddpm", "ddim", "class_unet")
+    recorded = recorded_call(pipe, model, name) if text else None
+    found = {layer: [] for layer in layers}
+    for t in timesteps:
+        for image in images:
+            pixels = (2 * image - 1)[None]
+            x0 = own_latents(pipe, pixels)
+            total = {}
+            for member in range(members):
+                alpha, sigma = own_coefficients(pipe, t)
+                noise = own_noise(pixels[0], member, x0.shape[1:], seed)
+                x_t = (alpha * x0.double() + sigma * noise.double()).float()
+                seen = {}
+                handles = [
+                    model.get_submodule(path).register_forward_hook(
+                        lambda m, a, out, path=path, seen=seen: seen.__setitem__(
+                            path, image_part(name, m, out).clone()
+                        )
+                    )
+                    for path in layers
+                ]
+                own_forward(pipe, model, name, recorded, x_t, t)
+                for handle in handles:
+                    handle.remove()
+                for path, value in seen.items():
+                    total[path] = total.get(path, 0) + value[0].double()
+            for path in layers:
+                found[path].append((total[path] / members).float())
+    return {path: torch.stack(rows).unflatten(0, (len(timesteps), len(images))) for path, rows in found.items()}
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_equals_a_plain_loop(name):
+    images, timesteps, members = images_for(name), [261, 40], 2
+    condition = CONDITIONS[name]
+    features = make(name, timestep=timesteps, ensemble_size=members, batch_size=3, seed=5)(images, **condition)
+    plain = plain_features(build(name), name, LAYERS[name], timesteps, images, members, seed=5)
+    for layer in LAYERS[name]:
+        assert_close(features[layer], plain[layer])
+
+
+@pytest.mark.parametrize("name", [n for n in PIPELINES if n != "dit"])
+def test_maps_of_images_with_unequal_sides(name):
+    """H != W: every layer lies as its image; a transposed grid would have the other shape."""
+    output = make(name)(images_for(name), **CONDITIONS[name])
+    height, width = SIZES[name]
+    for layer in output.layers:
+        h, w = output.as_map(layer).shape[2:]
+        assert h * width == w * height
+
+
+def test_dit_takes_square_images_only():
+    with pytest.raises(ValueError, match="square images only.*32 x 48"):
+        make("dit")(torch.rand(1, 3, 32, 48))
+    with pytest.raises(ValueError, match="square images only"):
+        make("dit", image_size=(32, 48))
+
+
+# Neighbours, order, batch size.
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_an_image_does_not_depend_on_neighbours_or_batch_size(name):
+    images, condition = images_for(name, 3), CONDITIONS[name]
+    alone = make(name, ensemble_size=2, batch_size=4)
+    together = alone(images, **condition)
+    others = alone(torch.cat([images[:1], images_for(name, 2, seed=9)]), **condition)
+    for layer in LAYERS[name]:
+        assert torch.equal(others[layer][0], together[layer][0])  # equal batch size: bit-equal
+    for size in (None, 1, 5):
+        split = alone.replace(batch_size=size)(images, **condition)
+        for layer in LAYERS[name]:
+            assert_close(split[layer], together[layer])
+    single = alone(images[2:], **condition)
+    for layer in LAYERS[name]:
+        assert_close(single[layer], together[layer][2:])
+
+
+def test_equal_calls_are_bit_equal_and_seeds_differ():
+    images = images_for("sd")
+    first, second = make("sd")(images), make("sd")(images)
+    other = make("sd", seed=1)(images)
+    assert torch.equal(first["up_blocks.1"], second["up_blocks.1"])
+    assert not torch.allclose(first["up_blocks.1"], other["up_blocks.1"], atol=1e-3)
+
+
+def test_ids_take_the_place_of_pixels():
+    extractor, images = make("ddpm", "mid_block"), images_for("ddpm", 1).expand(3, -1, -1, -1)
+    by_pixels = extractor(images)["mid_block"]
+    by_ids = extractor(images, ids=["a", "b", "a"])["mid_block"]
+    assert_close(by_pixels[0], by_pixels[1])
+    assert_close(by_ids[0], by_ids[2])
+    assert not torch.allclose(by_ids[0], by_ids[1], atol=1e-3)
+    assert_close(
+        extractor(images, ids=np.array([7, 8, 9]))["mid_block"], extractor(images, ids=["7", "8", "9"])["mid_block"]
+    )
+
+
+def test_pil_numpy_and_tensors_are_one_image():
+    array = (images_for("ddim", 2).permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    extractor = make("ddim")
+    reference = extractor(array)
+    for same in (
+        [Image.fromarray(a) for a in array],
+        list(array),
+        torch.from_numpy(array).permute(0, 3, 1, 2),
+        array.astype(np.float32) / 255,
+        (Image.fromarray(a) for a in array),
+    ):
+        assert torch.equal(extractor(same)["down_blocks.1"], reference["down_blocks.1"])
+    assert extractor(Image.fromarray(array[0]))["down_blocks.1"].shape[0] == 1
+
+
+def test_image_size_resizes():
+    extractor = make("ddim", image_size=(16, 24))
+    assert extractor(torch.rand(1, 3, 50, 30))["down_blocks.1"].shape[2:] == (4, 6)
+
+
+# Levels.
+
+
+def test_one_level_and_a_list_of_levels():
+    images = images_for("sd")
+    one, many = make("sd")(images), make("sd", timestep=range(61, 262, 100), batch_size=4)(images)
+    assert one.level.timestep == 261
+    assert [level.timestep for level in many.level] == [61, 161, 261]
+    assert many["up_blocks.1"].shape == (3, *one["up_blocks.1"].shape)
+    assert_close(many["up_blocks.1"][2], one["up_blocks.1"])
+    level, last = list(many.per_level())[2]
+    assert level.timestep == 261
+    assert_close(last["up_blocks.1"], one["up_blocks.1"])
+    assert many.as_map("up_blocks.1").shape == many["up_blocks.1"].shape
+    assert [level.nsr for level in many.level] == sorted(level.nsr for level in many.level)
+
+
+def test_levels_by_nsr_tensor_and_array():
+    denoiser = Denoiser.from_pipe(build("sd"))
+    nsr = denoiser.level(261).nsr
+    images = images_for("sd")
+    reference = FeatureExtractor(denoiser, "mid_block", [261, 100])(images)
+    for levels in ([NoiseLevel(nsr=nsr), 100], torch.tensor([261, 100]), np.array([261, 100])):
+        assert_close(
+            FeatureExtractor(denoiser, "mid_block", levels)(images)["mid_block"], reference["mid_block"], 1e-4
+        )
+
+
+def test_several_levels_share_encodes_and_forwards():
+    pipe = build("sd")
+    calls = {"vae": 0, "text": 0, "unet": []}
+    encode = pipe.vae.encode
+    pipe.vae.encode = lambda x, *a, **k: (calls.__setitem__("vae", calls["vae"] + len(x)), encode(x, *a, **k))[1]
+    pipe.text_encoder.register_forward_pre_hook(lambda m, a: calls.__setitem__("text", calls["text"] + 1))
+    pipe.unet.register_forward_pre_hook(lambda m, a, k: calls["unet"].append(len(k["sample"])), with_kwargs=True)
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), "up_blocks.1", [100, 261], ensemble_size=4, batch_size=8)
+    extractor(images_for("sd", 3), prompt="a cat")
+    forwards = [n for n in calls["unet"] if n > 1]  # one row: the pipeline's own call, for the condition
+    assert (calls["vae"], calls["text"], forwards) == (3, 1, [8, 8, 8])
+    extractor(images_for("sd", 3, seed=1), prompt="a cat")
+    extractor.replace(ensemble_size=1)(images_for("sd", 2), prompt=["a cat", "a cat"])
+    assert (calls["vae"], calls["text"]) == (8, 1)  # an image once; the prompt once an extractor, copies included
+    extractor(images_for("sd", 2), prompt=["a dog", "a cat"])
+    assert calls["text"] == 2
+
+
+def test_more_prompts_than_are_kept(monkeypatch):
+    monkeypatch.setattr(extractor_module, "_PROMPTS_KEPT", 2)
+    images, prompts = images_for("sd", 4), ["a", "b", "c", "d"]
+    extractor = make("sd", "mid_block")
+    together = extractor(images, prompt=prompts)["mid_block"]
+    assert len(extractor._prompts) == 2
+    for at, prompt in enumerate(prompts):
+        assert_close(extractor(images[at : at + 1], prompt=prompt)["mid_block"], together[at : at + 1])
+
+
+# Noise policies inside the extractor.
+
+
+def test_clean_is_the_image_itself():
+    pipe, images = build("ddpm"), images_for("ddpm")
+    clean = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", 200, noise="clean")(images)
+    seen = []
+    handle = pipe.unet.mid_block.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        pipe.unet(2 * images - 1, 200)
+    handle.remove()
+    assert_close(clean["mid_block"], seen[0])
+
+
+def test_clean_input_of_an_edm_network_has_its_scale():
+    unet, images = unet2d(3), torch.rand(2, 3, 16, 16)
+    denoiser = Denoiser(unet.eval(), EDMEulerScheduler(sigma_data=0.5))
+    level = NoiseLevel(nsr=0.5)
+    clean = FeatureExtractor(denoiser, "mid_block", level, noise="clean")(images)
+    seen = []
+    handle = unet.mid_block.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad():
+        unet((2 * images - 1) / 0.5, torch.tensor(denoiser.level(level).timestep))
+    handle.remove()
+    assert_close(clean["mid_block"], seen[0])
+
+
+def test_shared_noise_is_one_draw_for_all_and_at_pure_noise_hides_the_image():
+    pipe = build("ddim")  # zero terminal SNR: no signal is left at 999
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", [999, 200], noise="shared")
+    output = extractor(images_for("ddim", 2))["mid_block"]
+    assert_close(output[0, 0], output[0, 1])
+    assert not torch.allclose(output[1, 0], output[1, 1], atol=1e-3)
+    assert torch.equal(extractor(images_for("ddim", 2))["mid_block"], output)
+
+
+def test_fresh_noise_differs_between_calls_and_starts_from_the_seed():
+    images, layer = images_for("ddpm", 3), "mid_block"
+    one, two = make("ddpm", layer, noise="fresh", seed=3), make("ddpm", layer, noise="fresh", seed=3, batch_size=2)
+    first, second = one(images)[layer], one(images)[layer]
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert_close(two(images)[layer], first)
+    assert_close(two(images)[layer], second)
+
+
+def test_small_noise_moves_a_feature_in_proportion():
+    """Under one draw and one timestep embedding, twice the (small) noise moves a feature twice as far."""
+    denoiser = Denoiser.from_pipe(build("ddpm"))
+    images = images_for("ddpm", 2)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for sigma in (0.0, 1e-3, 2e-3):
+        level = NoiseLevel(
+            timestep=200, nsr=sigma, half_log_snr=0.0, alpha=1.0, sigma=sigma, alpha_dot=0.0, sigma_dot=0.0
+        )
+        moved[sigma] = _read(denoiser, denoiser.add_noise(2 * images - 1, level, noise), 200)
+    ratio = (moved[2e-3] - moved[0.0]).norm() / (moved[1e-3] - moved[0.0]).norm()
+    assert ratio == pytest.approx(2, abs=0.2)
+
+
+@torch.no_grad()
+def _read(denoiser, x_t, t):
+    from diffusers_repr.capture import capture
+
+    with capture(denoiser.model.double(), "mid_block") as tape:
+        denoiser.model(x_t.double(), t)
+    return tape["mid_block"]
+
+
+def test_variance_of_an_ensemble_falls_with_its_size():
+    image = images_for("ddpm", 1)
+    denoiser = Denoiser.from_pipe(build("ddpm"))
+    repeated, ids = image.expand(96, -1, -1, -1), range(96)
+
+    def variance(members):
+        extractor = FeatureExtractor(denoiser, "mid_block", 261, ensemble_size=members, pooling="mean", batch_size=64)
+        return extractor(repeated, ids=ids)["mid_block"].var(0).sum()
+
+    assert variance(1) / variance(4) == pytest.approx(4, rel=0.3)
+
+
+def test_posterior_sample_is_seeded_per_image():
+    images = images_for("sd", 2)
+    extractor = make("sd", "mid_block", noise="clean", sample_posterior=True)
+    first = extractor(images)["mid_block"]
+    assert torch.equal(extractor(images)["mid_block"], first)
+    assert_close(extractor(images[1:])["mid_block"], first[1:])
+    assert not torch.allclose(make("sd", "mid_block", noise="clean")(images)["mid_block"], first, atol=1e-5)
+
+
+# Pooling and where.
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "adaptive:2"])
+def test_pooling_on_the_fly_equals_pooling_after(name, pooling):
+    images, condition = images_for(name), CONDITIONS[name]
+    maps = make(name, ensemble_size=2)(images, **condition)
+    pooled = make(name, ensemble_size=2, pooling=pooling, batch_size=3)(images, **condition)
+    for layer in LAYERS[name]:
+        grid = maps.as_map(layer)
+        expected = {
+            "mean": lambda g: g.mean((2, 3)),
+            "max": lambda g: g.flatten(2).max(2).values,
+            "adaptive:2": lambda g: torch.nn.functional.adaptive_avg_pool2d(g, 2).flatten(1),
+        }[pooling](grid)
+        assert_close(pooled[layer], expected)
+
+
+def test_input_and_residual_of_a_resnet():
+    images, path = images_for("sd"), "up_blocks.1.resnets.2"
+    pipe = build("sd")
+    output, taken, branch = (
+        FeatureExtractor(Denoiser.from_pipe(pipe), path, 261, where=where)(images)[path]
+        for where in ("output", "input", "residual")
+    )
+    shortcut = pipe.unet.get_submodule(path).conv_shortcut
+    with torch.no_grad():
+        assert_close(branch + shortcut(taken), output)
+    assert taken.shape[1] > output.shape[1]  # the skip is concatenated
+    with pytest.raises(ValueError, match="ResnetBlock2D"):
+        make("sd", "mid_block", where="residual")(images)
+
+
+# What the user passed in stays as it was.
+
+
+def test_no_graph_no_state_left_behind():
+    pipe, images = build("sd"), images_for("sd").requires_grad_()
+    pipe.unet.train()
+    pipe.unet.mid_block.eval()
+    modes = [m.training for m in pipe.unet.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules()]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    scheduler = copy.deepcopy(dict(pipe.scheduler.config))
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), ["mid_block"], 261, ensemble_size=2, noise="fresh")
+    feature = extractor(images, prompt="a cat")["mid_block"]
+    with pytest.raises(ValueError, match="3 prompts"):
+        extractor(images, prompt=["a", "b", "c"])
+    assert not feature.requires_grad
+    assert feature.grad_fn is None
+    assert torch.is_grad_enabled()
+    assert images.grad is None
+    assert [m.training for m in pipe.unet.modules()] == modes
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), before)
+    assert dict(pipe.scheduler.config) == scheduler
+    assert all(p.requires_grad and p.grad is None for p in pipe.unet.parameters())
+
+
+def test_features_hold_only_their_own_memory():
+    feature = make("ddpm", "mid_block", ensemble_size=4)(images_for("ddpm", 2))["mid_block"]
+    assert feature.untyped_storage().nbytes() == feature.numel() * 4
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloaded_pipelines(offload):
+    images = images_for("sd")
+    plain = make("sd")(images, prompt="a cat")
+    pipe = build("sd")
+    pipe._exclude_from_cpu_offload = ["text_encoder"]  # the stock pipeline cannot run it offloaded onto a CPU
+    getattr(pipe, offload)(device="cpu")
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), LAYERS["sd"], 261)
+    for _ in range(2):
+        assert torch.equal(extractor(images, prompt="a cat")["up_blocks.1"], plain["up_blocks.1"])
+
+
+def test_output_device_and_dtype():
+    pipe = build("ddpm").to(dtype=torch.bfloat16)
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", 261, output_device="cpu", ensemble_size=3)
+    feature = extractor(images_for("ddpm"))["mid_block"]
+    assert feature.dtype is torch.float32  # means of half-precision networks are taken in float32
+    assert feature.device.type == "cpu"
+    assert not torch.equal(feature, feature.bfloat16().float())
+
+
+def test_progress_bar():
+    seen = []
+
+    class Bar:
+        def __init__(self, total):
+            seen.append(total)
+
+        def update(self, n):
+            seen.append(n)
+
+        def close(self):
+            seen.append("closed")
+
+    make("ddpm", "mid_block", timestep=[10, 20], ensemble_size=2, batch_size=3, progress_bar=Bar)(images_for("ddpm"))
+    assert seen == [3, 1, 1, 1, "closed"]
+
+
+def test_replace_keeps_the_rest():
+    extractor = make("sd", ensemble_size=2, seed=4, pooling="mean", image_size=32, noise="shared")
+    other = extractor.replace(seed=5)
+    assert (other.seed, other.ensemble_size, other.pooling, other.noise.policy) == (5, 2, "mean", "shared")
+    assert other.image_size == (32, 32)
+    assert other.levels[0] is extractor.levels[0]
+
+
+# Bad input: what came, what is allowed.
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"layers": "up_blocks.9"}, ValueError, "No layer 'up_blocks.9'.*Closest"),
+        ({"layers": "midblock"}, ValueError, "Closest.*mid_block"),
+        ({"layers": 3}, TypeError, "full module paths"),
+        ({"layers": [1]}, TypeError, "never by an index"),
+        ({"layers": []}, ValueError, "list is empty"),
+        ({"layers": ["mid_block", "mid_block"]}, ValueError, "given twice"),
+        ({"timestep": 1000}, ValueError, "outside"),
+        ({"timestep": -1}, ValueError, "outside"),
+        ({"timestep": [10, 5000]}, ValueError, "outside"),
+        ({"timestep": "261"}, TypeError, "must be a number"),
+        ({"timestep": True}, TypeError, "must be a number"),
+        ({"timestep": float("nan")}, ValueError, "finite"),
+        ({"timestep": []}, ValueError, "No timesteps"),
+        ({"timestep": [[1]]}, TypeError, "must be a number"),
+        ({"timestep": NoiseLevel(timestep=torch.tensor([1.0, 2.0]))}, ValueError, "per sample"),
+        ({"noise": "random"}, ValueError, "per_image, shared, fresh, clean"),
+        ({"noise": "clean", "ensemble_size": 2}, ValueError, "average equal features"),
+        ({"pooling": "adaptive:0"}, ValueError, "adaptive:P"),
+        ({"ensemble_size": 0}, ValueError, "whole number from 1"),
+        ({"ensemble_size": 1.5}, ValueError, "whole number from 1"),
+        ({"batch_size": True}, ValueError, "whole number from 1"),
+        ({"seed": 0.5}, TypeError, "seed must be a whole number"),
+        ({"where": "middle"}, ValueError, "output, input, residual"),
+        ({"image_size": (32, 33)}, ValueError, "multiples of"),
+        ({"image_size": (32, 32, 3)}, ValueError, "one side or"),
+    ],
+)
+def test_bad_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        make("ddpm", **{"layers": "mid_block", "timestep": 100, **settings})
+
+
+@pytest.mark.parametrize(
+    ("images", "call", "error", "message"),
+    [
+        ([], {}, ValueError, "list is empty"),
+        (torch.rand(0, 3, 32, 32), {}, ValueError, "list is empty"),
+        ([torch.rand(3, 32, 32), torch.rand(3, 32, 48)], {}, ValueError, "mixed sizes"),
+        (torch.full((1, 3, 32, 32), torch.nan), {}, ValueError, "NaN"),
+        (torch.full((1, 3, 32, 32), 2.0), {}, ValueError, r"\[0, 1\]"),
+        (torch.rand(1, 3, 33, 32), {}, ValueError, "multiples of"),
+        ("cat.png", {}, TypeError, "Cannot read images from str"),
+        (torch.rand(2, 3, 32, 32), {"ids": ["a"]}, ValueError, "1 ids for 2 images"),
+        (torch.rand(2, 3, 32, 32), {"ids": "ab"}, TypeError, "one text"),
+        (torch.rand(2, 3, 32, 32), {"ids": [0.5, None]}, TypeError, "text or a whole number"),
+        (torch.rand(2, 3, 32, 32), {"prompt": ["a", "b", "c"]}, ValueError, "3 prompts for 2 images"),
+        (torch.rand(2, 3, 32, 32), {"class_labels": 1}, ValueError, "takes a prompt"),
+    ],
+)
+def test_bad_calls(images, call, error, message):
+    with pytest.raises(error, match=message):
+        make("sd", "mid_block")(images, **call)
+
+
+def test_wrong_number_of_labels():
+    with pytest.raises(ValueError, match="3 class_labels for 2 images"):
+        make("class_unet")(images_for("class_unet"), class_labels=[1, 2, 3])
+
+
+def test_a_layer_that_never_runs_or_holds_no_image():
+    with pytest.raises(ValueError, match="Never called"):
+        make("ddpm", "time_proj", where="output", timestep=5).replace(layers=["mid_block", "down_blocks"])(
+            images_for("ddpm")
+        )
+    extractor = make("flux", "pos_embed")
+    with pytest.raises((TypeError, ValueError), match="pos_embed"):
+        extractor(images_for("flux"), prompt="a")
+
+
+def test_nan_features_name_their_layer():
+    pipe = build("ddpm")
+    with torch.no_grad():
+        pipe.unet.mid_block.resnets[0].conv1.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="'mid_block'.*float32"):
+        FeatureExtractor(Denoiser.from_pipe(pipe), ["conv_in", "mid_block"], 5)(images_for("ddpm"))
+
+
+def test_as_map_refuses_what_is_no_map():
+    pooled = make("ddpm", "mid_block", pooling="mean")(images_for("ddpm"))
+    with pytest.raises(ValueError, match="pooled"):
+        pooled.as_map("mid_block")
+    with pytest.raises(KeyError, match="not extracted"):
+        pooled.as_map("up_blocks.0")
+    vectors = make("ddpm", "time_embedding")(images_for("ddpm"))
+    with pytest.raises(ValueError, match="neither a map nor tokens"):
+        vectors.as_map("time_embedding")
