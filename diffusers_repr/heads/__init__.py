@@ -6,7 +6,6 @@ from diffusers_repr.heads.knn import KNNHead
 from diffusers_repr.heads.linear import LinearHead
 from diffusers_repr.heads.mlp import MLPHead
 from diffusers_repr.heads.protocols import PROTOCOLS, get_protocol
-from diffusers_repr.heads.ridge import RidgeSums
 
 __all__ = [
     "PROTOCOLS",
@@ -15,7 +14,6 @@ __all__ = [
     "KNNHead",
     "LinearHead",
     "MLPHead",
-    "RidgeSums",
     "fit_head",
     "get_protocol",
 ]

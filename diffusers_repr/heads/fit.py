@@ -24,7 +24,7 @@ from diffusers_repr.heads.protocols import (
     RidgeProtocol,
     get_protocol,
 )
-from diffusers_repr.heads.ridge import LinearFit, RidgeSums, calibrate
+from diffusers_repr.heads.ridge import LinearFit, calibrate, fit_ridge
 
 HEADS: dict[str, type[Head]] = {"linear": LinearHead, "mlp": MLPHead, "knn": KNNHead}
 _HELD_OUT = 5  # every fifth row of a class validates where no validation set is given
@@ -231,10 +231,7 @@ def _linear_head(fit: LinearFit, factor: float, task: Task) -> LinearHead:
 
 def _fit_ridge(protocol: RidgeProtocol, task: Task) -> tuple[Head, dict[str, Any]]:
     def make(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearFit]:
-        sums = RidgeSums(x.shape[1], task.num_classes, x.device)
-        for rows, targets in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
-            sums.update(rows, targets)
-        return sums.solve_all(penalties, protocol.standardize)
+        return fit_ridge(x, y, task.num_classes, penalties, _ROWS)
 
     fit, l2, factor = _tune(protocol, task, make, calibrate)
     return _linear_head(fit, factor, task), {"l2": l2, "calibration": factor}

@@ -59,6 +59,11 @@ class RidgeProtocol(Protocol):
 
     heads: ClassVar[tuple[str, ...]] = ("linear",)
 
+    def __post_init__(self) -> None:
+        """Refuse what the closed form does not do."""
+        if not self.standardize:
+            raise ValueError("The closed form standardises features always; leave standardize=True.")
+
 
 @dataclass(frozen=True)
 class LBFGSProtocol(Protocol):
@@ -76,7 +81,7 @@ class LBFGSProtocol(Protocol):
     l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     default_l2: float = 1e-2
     max_iter: int = 1000
-    tolerance: float = 1e-6
+    tolerance: float = 1e-5
 
     heads: ClassVar[tuple[str, ...]] = ("linear",)
 
