@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,25 +18,43 @@ Where = Literal["output", "input", "residual"]
 Transform = Callable[[Tensor, str], Any]
 
 
+_OPEN = threading.local()  # `.tapes`: the capture blocks that this thread is in, outermost first
+
+
 class _Stop(Exception):
-    """All layers are read; unwinds the forward."""
+    """All layers are read; unwinds the forward to the end of the block that `tape` belongs to."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
 
 
 class Tape:
     """What `capture` recorded.
 
     Attributes:
+        layers: Layer paths, in the order asked for.
         features: Layer path -> tensor (or what `transform` made of it), of the last forward.
+        calls: How often the model was called.
     """
 
-    def __init__(self, layers: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[str], stop_early: bool = True) -> None:
         self.layers = tuple(layers)
+        self.stop_early = stop_early
         self.features: dict[str, Any] = {}
         self.calls = 0
         self._versions: list[tuple[str, Tensor, int]] = []
 
     def __getitem__(self, layer: str) -> Any:
+        if layer not in self.features:
+            near = difflib.get_close_matches(str(layer), self.layers, n=3, cutoff=0.4)
+            raise KeyError(f"{layer!r} was not captured. Closest: {near or list(self.layers[:3])}.")
         return self.features[layer]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has run in the last forward."""
+        return len(self.features) == len(self.layers)
 
     def _begin(self) -> None:
         self.calls += 1
@@ -46,16 +66,31 @@ class Tape:
             raise ValueError(
                 f"Layer {path!r} ran twice in one forward; which call is meant is not clear. Read another."
             )
-        if transform is None:
-            self.features[path] = value
-            if not value.is_inference() and not torch.compiler.is_compiling():
-                self._versions.append((path, value, value._version))
-        else:
-            self.features[path] = transform(value, path)
+        kept = value if transform is None else transform(value, path)
+        if torch.compiler.is_compiling():  # neither versions nor an early exit are part of a graph
+            self.features[path] = kept
+            return
+        if isinstance(kept, Tensor):
+            if kept.is_inference():  # has no version counter: a later change in place would go unseen
+                kept = kept.clone() if _shares_memory(kept, value) else kept
+            else:
+                self._versions.append((path, kept, kept._version))
+        self.features[path] = kept
+        if self.complete:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Leave the innermost block, unless another open block still needs the forward."""
+        tapes = _OPEN.tapes
+        if all(tape.stop_early and tape.complete for tape in tapes):
+            raise _Stop(tapes[-1])
 
     def _check(self) -> None:
         if not self.calls:
-            raise ValueError("Nothing was captured: the model was not called inside `with capture(...)`.")
+            raise ValueError(
+                "Nothing was captured: the model was not called inside `with capture(...)` (call `model(...)`, not "
+                "`model.forward(...)` nor a compiled or wrapped copy of it)."
+            )
         missed = [path for path in self.layers if path not in self.features]
         if missed:
             ran = [path for path in self.layers if path in self.features]
@@ -63,13 +98,13 @@ class Tape:
                 f"Never called in the forward: {missed} (called: {ran or 'none'}). `list_layers(denoiser)` shows the "
                 "layers that run."
             )
-        for path, value, version in self._versions:
-            if value._version != version:
+        versions, self._versions = self._versions, []
+        for path, kept, version in versions:
+            if kept._version != version:
                 raise RuntimeError(
-                    f"The model changed the output of {path!r} in place after it was read; pass "
+                    f"The model changed the tensor of {path!r} in place after it was read; pass "
                     "transform=lambda x, path: x.clone()."
                 )
-        self._versions = []
 
 
 @contextmanager
@@ -84,6 +119,10 @@ def capture(
 
     The features are bit-equal to those of a full forward; gradients, autocast and other hooks work as ever. With
     `stop_early` the forward stops after the last layer and leaves the `with` block: one model call, as its last line.
+    Blocks may be nested: the forward goes on until all of them have their layers.
+
+    To compile, enter first, call `torch.compile` inside and use the compiled model there only: the hooks become part
+    of its graph, which always runs to its end.
 
     Args:
         model: Any `nn.Module`; call it inside the block.
@@ -97,8 +136,8 @@ def capture(
         A `Tape`; read `tape.features` after the block.
 
     Raises:
-        ValueError: Unknown layers (with the closest names), layers that never ran, or a model that was not called.
-        RuntimeError: A compiled model, on which hooks would not fire.
+        ValueError: Unknown layers (with the closest names), layers that never ran or ran twice, a model not called.
+        RuntimeError: A compiled model, on which hooks would not fire; a layer whose tensor was changed in place.
 
     Example:
         >>> from torch import nn
@@ -114,26 +153,31 @@ def capture(
     modules = {
         path: _residual(path, m) if where == "residual" else m for path, m in check_layers(model, layers).items()
     }
-    tape = Tape(list(modules))
-    handles = [model.register_forward_pre_hook(lambda module, args: tape._begin(), prepend=True)]
+    tape = Tape(list(modules), stop_early)
+    tapes = _OPEN.__dict__.setdefault("tapes", [])
+    handles: list[Any] = []
 
     def read(path: str, value: Tensor) -> None:
         tape._record(path, value, transform)
-        if stop_early and len(tape.features) == len(tape.layers):
-            raise _Stop
 
+    tapes.append(tape)
     try:
+        handles.append(model.register_forward_pre_hook(lambda module, args: tape._begin(), prepend=True))
         for path, module in modules.items():
             if where == "input":
                 handles.append(module.register_forward_pre_hook(_input_hook(path, read), with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(_output_hook(path, read)))
-        with suppress(_Stop):
+        try:
             yield tape
+        except _Stop as stop:
+            if stop.tape is not tape:
+                raise
         tape._check()
     finally:
         for handle in handles:
             handle.remove()
+        tapes.remove(tape)
 
 
 def _output_hook(path: str, read: Callable[[str, Tensor], None]) -> Callable[..., None]:
@@ -145,7 +189,7 @@ def _output_hook(path: str, read: Callable[[str, Tensor], None]) -> Callable[...
 
 def _input_hook(path: str, read: Callable[[str, Tensor], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = kwargs.get("hidden_states", args[0] if args else None)
+        value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"Layer {path!r} ({type(module).__name__}) takes no tensor first; got {type(value).__name__}."
@@ -165,15 +209,21 @@ def _residual(path: str, module: nn.Module) -> nn.Module:
     return conv
 
 
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def refuse_compiled(model: nn.Module) -> None:
     """Raise RuntimeError if the model or a part of it is compiled, scripted or exported: hooks would not fire."""
     for path, module in model.named_modules():
         compiled = (
-            getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+            getattr(module, "_compiled_call_impl", None) is not None
+            or type(module).__name__ in ("OptimizedModule", "InterpreterModule")
+            or isinstance(module, torch.jit.ScriptModule)
+            or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         )
-        if compiled or isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "InterpreterModule":
+        if compiled:
             raise RuntimeError(
                 f"{path or 'The model'} ({type(module).__name__}) is compiled; hooks set now would be ignored. Enter "
-                "`capture` first and compile inside it (stop_early=False), or pass the plain module "
-                "(`model._orig_mod`, or load it anew)."
+                "`capture` first and compile inside it, or pass the plain module (`model._orig_mod`, or load it anew)."
             )
