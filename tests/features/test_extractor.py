@@ -3,6 +3,7 @@
 import copy
 import hashlib
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -453,13 +454,18 @@ def test_features_hold_only_their_own_memory():
     assert feature.untyped_storage().nbytes() == feature.numel() * 4
 
 
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offloaded_pipelines(offload):
-    images = images_for("sd")
+@pytest.mark.parametrize("kind", ["model", "sequential", "leaf_level"])
+def test_offloaded_pipelines(kind):
+    images, cpu = images_for("sd"), torch.device("cpu")
     plain = make("sd")(images, prompt="a cat")
     pipe = build("sd")
-    pipe._exclude_from_cpu_offload = ["text_encoder"]  # the stock pipeline cannot run it offloaded onto a CPU
-    getattr(pipe, offload)(device="cpu")
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif kind == "sequential":  # as enable_sequential_cpu_offload, whose "cpu:0" accelerate cannot handle
+        for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+            accelerate.cpu_offload(module, cpu, offload_buffers=len(module._parameters) > 0)
+    else:
+        pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind)
     extractor = FeatureExtractor(Denoiser.from_pipe(pipe), LAYERS["sd"], 261)
     for _ in range(2):
         assert torch.equal(extractor(images, prompt="a cat")["up_blocks.1"], plain["up_blocks.1"])
