@@ -19,6 +19,7 @@ from diffusers_repr.features.ridge import CRITERIA, PENALTIES, check_penalties
 from diffusers_repr.features.selection_data import Labelled, Source, Task, hold_out, make_task
 from diffusers_repr.features.selection_read import Progress, Reader
 from diffusers_repr.features.selection_result import Cell, FeatureSet, Selection
+from diffusers_repr.features.selection_score import comparable
 from diffusers_repr.features.selection_search import Search, Step
 from diffusers_repr.noise import NoiseLevel
 
@@ -245,7 +246,7 @@ def _spread(
     count: int,
 ) -> list[Cell]:
     """The best cells with the score of every seed, best first."""
-    top = sorted(cells, key=lambda c: (-c.score, *_preference(c, policies)))[:count]
+    top = _distinct(sorted(cells, key=lambda c: (-comparable(c.score), *_preference(c, policies))))[:count]
     found = {(c.noise, c.timestep, c.layer): [c.score] for c in top}
     for policy in policies:
         mine = [c for c in top if c.noise == policy]
@@ -265,7 +266,7 @@ def _spread(
         scored = found[cell.noise, cell.timestep, cell.layer]
         spread = statistics.stdev(scored) if len(scored) > 1 else 0.0
         ranked.append(replace(cell, mean=statistics.fmean(scored), std=spread, seed_scores=tuple(scored)))
-    return sorted(ranked, key=lambda c: (-round(c.mean or 0.0, 12), *_preference(c, policies)))
+    return sorted(ranked, key=lambda c: (-comparable(c.mean or 0.0), *_preference(c, policies)))
 
 
 def _sets(
@@ -313,16 +314,24 @@ def _candidates(search: Search, rivals: Sequence[Cell], best: Cell, count: int, 
 
     def rank(cell: Cell) -> tuple[Any, ...]:
         others = (cell.layer, cell.timestep) != (best.layer, best.timestep)
-        return others, -cell.score, cell.flops_share, cell.dim, cell.nsr
+        return others, -comparable(cell.score), cell.flops_share, cell.dim, cell.nsr
 
     taken: list[Cell] = []
     total = 0
-    for cell in sorted(rivals, key=rank)[:count]:
+    for cell in _distinct(sorted(rivals, key=rank))[:count]:
         total += cell.dim if dim is None else dim
         if taken and search.bytes_of(total) > search.memory:
             break
         taken.append(cell)
     return taken
+
+
+def _distinct(cells: Sequence[Cell]) -> list[Cell]:
+    """Without repeats: a stage and its last block return the same tensor, for the same FLOPs."""
+    found: dict[tuple[Any, ...], Cell] = {}
+    for cell in cells:
+        found.setdefault((cell.timestep, cell.noise, cell.flops_share, cell.dim, cell.score, cell.penalty), cell)
+    return list(found.values())
 
 
 def _feature_set(

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -18,7 +18,7 @@ CLASS_METRICS = ("accuracy", "balanced_accuracy")
 VALUE_METRICS = ("r2", "neg_mse")
 METRICS = CLASS_METRICS + VALUE_METRICS
 
-Source = ImageData | datasets.Dataset | tuple[Any, Any]
+Source: TypeAlias = ImageData | datasets.Dataset | tuple[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,12 @@ class Scorer:
 
     def best(self) -> tuple[float, int]:
         """`(score, index of the penalty)`; equal scores go to the larger penalty."""
-        scores = [round(float(score), 12) for score in self.scores()]
-        top = max(scores)
-        return top, max(at for at, score in enumerate(scores) if score == top)
+        scores = self.scores().tolist()
+        top = max(scores, key=comparable)
+        at = max(at for at, score in enumerate(scores) if comparable(score) == comparable(top))
+        return scores[at], at
+
+
+def comparable(score: float) -> float:
+    """The score without its rounding errors, so that equal ones compare equal."""
+    return round(score, 12)

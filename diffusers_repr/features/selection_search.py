@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusers_repr.features.ridge import CRITERIA, LinearPath, Moments
 from diffusers_repr.features.selection_data import Labelled, Task
 from diffusers_repr.features.selection_read import Reader
-from diffusers_repr.features.selection_score import Scorer
+from diffusers_repr.features.selection_score import Scorer, comparable
 from diffusers_repr.noise import NoiseLevel
 
 Key = tuple[int, str]  # (index of the level, layer path)
@@ -185,8 +185,8 @@ class Search:
                     chosen = torch.cat([index[member] for member in (*taken, name)])
                     fitted[name] = (chosen, CRITERIA[self.criterion](moments.take(chosen), self.penalties))
             found = self._score_sets(fitted, columns, total, levels, noise, seed, stage)
-            best = min(found, key=lambda name: (-found[name][0], cost(name)))
-            gain = found[best][0] - steps[-1].score
+            best = min(found, key=lambda name: (-comparable(found[name][0]), cost(name)))
+            gain = comparable(found[best][0] - steps[-1].score)
             if gain < tolerance or gain <= 0:
                 break
             steps.append(Step(best, *found[best], len(fitted[best][0])))

@@ -1,0 +1,134 @@
+"""`diffusers-repr select MODEL DATASET`: which noise level and layers suit a task."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers_repr.features.data import ImageData
+    from diffusers_repr.features.selection_result import Selection
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", help="pipeline folder or Hub id")
+    parser.add_argument("dataset", help="folder of images or Parquet files, a Parquet file, or a Hub id")
+    parser.add_argument("--timesteps", type=float, nargs="+", required=True, help="levels to try; larger is noisier")
+    parser.add_argument("--out", required=True, help="folder for selection.json, selection.parquet and heatmap.png")
+    parser.add_argument("--layers", nargs="+", help="full module paths; all layers if not given")
+    parser.add_argument("--metric", default="accuracy", help="accuracy, balanced_accuracy, r2 or neg_mse")
+    parser.add_argument("--pooling", default="mean", help="mean, max or adaptive:P")
+    parser.add_argument(
+        "--noise", nargs="+", default=["per_image"], help="per_image, shared, fresh, clean; several: a third axis"
+    )
+    parser.add_argument("--criterion", default="ridge", help="ridge or lda")
+    parser.add_argument("--train_split", default="train")
+    parser.add_argument("--validation_split", help="'validation' if there is one; a test split is refused")
+    parser.add_argument(
+        "--validation_fraction", type=float, default=0.2, help="of train, if there is no validation split"
+    )
+    parser.add_argument("--image_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--prompt", help="one for all images")
+    parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
+    parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
+    parser.add_argument("--max_layers", type=int, default=3, help="largest set of layers")
+    parser.add_argument("--max_levels", type=int, default=2, help="largest set of levels")
+    parser.add_argument("--tolerance", type=float, default=0.005, help="least gain for which a set grows")
+    parser.add_argument("--memory_gib", type=float, default=4.0, help="limit on the running sums")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", help="cuda, cpu, ...; a GPU if there is one")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--no_heatmap", action="store_true", help="do not draw the picture (it needs matplotlib)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Select, save and print."""
+    from diffusers_repr.features.heatmap import require_matplotlib
+    from diffusers_repr.features.selection_data import refuse_test
+
+    refuse_test(args.train_split)
+    refuse_test(args.validation_split or "validation")
+    if not args.no_heatmap:
+        require_matplotlib()  # before the work, not after
+    train, validation = _splits(args)
+
+    import torch
+
+    from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.features.selection import select_features
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, torch_dtype=getattr(torch, args.dtype))
+    denoiser.pipe.to(device)
+    selection = select_features(
+        denoiser,
+        train,
+        validation,
+        [int(t) if t.is_integer() else t for t in args.timesteps],
+        args.layers,
+        args.metric,
+        args.pooling,
+        args.noise,
+        args.batch_size,
+        criterion=args.criterion,
+        prompt=args.prompt,
+        class_labels=args.class_label,
+        image_size=_size(args.image_size),
+        seeds=args.seeds,
+        max_layers=args.max_layers,
+        max_levels=args.max_levels,
+        tolerance=args.tolerance,
+        memory_gib=args.memory_gib,
+        progress=not args.quiet,
+    )
+    folder = selection.save(args.out, heatmap=not args.no_heatmap)
+    _print(selection)
+    print(f"Saved to {folder}")
+    return 0
+
+
+def _size(values: list[int] | None) -> int | tuple[int, int] | None:
+    if values is None:
+        return None
+    if len(values) > 2:
+        raise ValueError(f"--image_size takes one side, or height and width; got {values}.")
+    return values[0] if len(values) == 1 else (values[0], values[1])
+
+
+def _splits(args: argparse.Namespace) -> tuple[ImageData, ImageData]:
+    from diffusers_repr.features.data import load_images
+    from diffusers_repr.features.selection_data import hold_out
+
+    columns = (args.image_column, args.label_column)
+    train = load_images(args.dataset, args.train_split, *columns)
+    if args.validation_split is not None:
+        return train, load_images(args.dataset, args.validation_split, *columns)
+    if _has_validation(args.dataset):
+        return train, load_images(args.dataset, "validation", *columns)
+    train, validation = hold_out(train, args.validation_fraction)
+    print(f"No split 'validation': held out {len(validation)} of {len(train) + len(validation)} training images.")
+    return train, validation
+
+
+def _has_validation(dataset: str) -> bool:
+    from pathlib import Path
+
+    import datasets
+
+    return not Path(dataset).is_file() and "validation" in datasets.get_dataset_split_names(dataset)
+
+
+def _print(selection: Selection) -> None:
+    width = max(len(cell.layer) for cell in selection.finalists)
+    print(f"{'layer':<{width}}  {'timestep':>8}  {'noise':<9}  {selection.metric} (mean ± std of noise seeds)  FLOPs")
+    for cell in selection.finalists:
+        score = f"{cell.mean:.4f} ± {cell.std:.4f}"
+        print(f"{cell.layer:<{width}}  {cell.timestep:>8g}  {cell.noise:<9}  {score}  {cell.flops_share:.0%}")
+    for name, found in selection.sets.items():
+        levels = ", ".join(f"{t:g}" for t in found.timesteps)
+        print(f"set of {name}: {', '.join(found.layers)} at {levels}: {found.score:.4f}")
