@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ImageData:
         """
         if self.label_column is None:
             raise ValueError(f"{self.name} has no label column; columns are {self.dataset.column_names}.")
-        return [int(v) for v in self.dataset[self.label_column]]
+        return self._whole(self.dataset[self.label_column])
 
     def select(self, rows: Sequence[int]) -> ImageData:
         """The data with these rows, in this order."""
@@ -55,9 +56,35 @@ class ImageData:
         """`(images, labels)` of rows `start..stop`, `size` at a time."""
         stop = len(self) if stop is None else min(stop, len(self))
         for at in range(start, stop, size):
-            rows = self.dataset[at : min(at + size, stop)]
-            labels = None if self.label_column is None else [int(v) for v in rows[self.label_column]]
-            yield list(rows[self.image_column]), labels
+            end = min(at + size, stop)
+            try:
+                rows = self.dataset[at:end]
+            except (OSError, SyntaxError, ValueError):
+                self._name_the_broken_row(at, end)
+                raise
+            images = list(rows[self.image_column])
+            if None in images:
+                raise ValueError(f"Row {at + images.index(None)} of {self.name} (split {self.split!r}) has no image.")
+            yield images, None if self.label_column is None else self._whole(rows[self.label_column], at)
+
+    def _name_the_broken_row(self, start: int, stop: int) -> None:
+        """Raise ValueError for the first of these rows that cannot be read, if one alone is the cause."""
+        for row in range(start, stop):
+            try:
+                self.dataset[row]
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(
+                    f"Row {row} of {self.name} (split {self.split!r}) cannot be read: {error}. Repair or drop it."
+                ) from error
+
+    def _whole(self, values: Iterable[Any], start: int = 0) -> list[int]:
+        labels = list(values)
+        if None in labels:
+            raise ValueError(
+                f"Row {start + labels.index(None)} of {self.name} (split {self.split!r}) has no label in "
+                f"{self.label_column!r}."
+            )
+        return [int(v) for v in labels]
 
 
 def load_images(
@@ -70,7 +97,8 @@ def load_images(
     """Open a split of images.
 
     Args:
-        path: Folder (of images, one subfolder a class, or of Parquet files), a Parquet file, or a Hub id.
+        path: Folder (of images, one subfolder a class; of Parquet files; or of `save_to_disk`), a Parquet file, or a
+            Hub id.
         split: Name of the split.
         image_column: The column of type `datasets.Image` if None.
         label_column: The column of type `ClassLabel`, or an integer column named `label`, if None.
@@ -78,7 +106,7 @@ def load_images(
 
     Raises:
         FileNotFoundError: If a local path does not exist.
-        ValueError: If a column or the split is not there, or there are no rows.
+        ValueError: If a column or the split is not there, a column holds something else, or there are no rows.
     """
     dataset = _open(path, split, revision)
     return from_dataset(dataset, image_column, label_column, path, split)
@@ -109,29 +137,49 @@ def from_dataset(
         classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
         plain = [k for k in ("label",) if k in features and str(getattr(features[k], "dtype", "")).startswith("int")]
         label_column = (classes or plain or [None])[0]
-    names = getattr(features[label_column], "names", None) if label_column else None
+    if label_column is not None and not _is_label(features[label_column]):
+        raise ValueError(
+            f"Column {label_column!r} of {name} holds {features[label_column]}, not class ids. Use whole numbers or a "
+            f"ClassLabel (`dataset.class_encode_column({label_column!r})` makes one)."
+        )
     if not len(dataset):
         raise ValueError(f"{name} (split {split!r}) has no rows.")
+    names = getattr(features[label_column], "names", None) if label_column else None
+    dataset = dataset.select_columns([image_column, *([label_column] if label_column else [])])
     return ImageData(dataset, image_column, label_column, names, name, split)
+
+
+def _is_label(feature: Any) -> bool:
+    return isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
 
 
 def _open(path: str, split: str, revision: str | None) -> datasets.Dataset:
     local = Path(path)
-    kwargs: dict[str, Any] = {"path": path, "revision": revision}
+    if local.exists() and revision is not None:
+        raise ValueError(f"revision={revision!r} was given with the local path {path!r}, which has no revisions.")
+    if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"No file or folder {path!r}. Pass a folder, a .parquet file or a Hub id 'user/name'.")
+    try:
+        found = _load(local, path, split, revision)
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, pyarrow.ArrowException) as error:
+        raise FileNotFoundError(
+            f"Could not open {path!r} as a data set: {error}. Pass a folder with images (one subfolder a class) or "
+            "Parquet files, a .parquet file, or a Hub id that can be reached."
+        ) from error
+    if not isinstance(found, dict):  # `Dataset.save_to_disk`: one split, without a name
+        return found
+    if split not in found:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}.")
+    return found[split]
+
+
+def _load(local: Path, path: str, split: str, revision: str | None) -> Any:
     if local.is_file():
         if local.suffix != ".parquet":
             raise ValueError(
                 f"{path} is a {local.suffix or 'plain'} file; pass a .parquet file, a folder or a Hub id."
             )
-        return datasets.load_dataset("parquet", data_files={split: str(local)}, split=split)
-    if not local.is_dir() and (local.is_absolute() or path.startswith(".") or path.count("/") > 1):
-        raise FileNotFoundError(f"No file or folder {path!r}. Pass a folder, a .parquet file or a Hub id 'user/name'.")
-    try:
-        found = datasets.load_dataset(**kwargs)
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"Could not open {path!r}: {error}. Pass a folder with images or Parquet files, or a Hub id that can be reached."
-        ) from error
-    if split not in found:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}.")
-    return found[split]
+        return datasets.load_dataset("parquet", data_files={split: str(local)})
+    if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+        return datasets.load_from_disk(path)
+    return datasets.load_dataset(path, revision=revision)
