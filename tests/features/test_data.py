@@ -102,7 +102,8 @@ def twice(data):
         (lambda d: d, {"label_column": "kind"}, "no column 'kind'"),
         (lambda d: d, {"label_column": "image"}, "not class ids"),
         (lambda d: d.remove_columns("image"), {}, "0 image columns"),
-        (twice, {}, "has no rows"),
+        (twice, {}, "2 image columns.*image_column"),
+        (lambda d: d.select([]), {}, "has no rows"),
         (lambda d: d.add_column("word", ["a"] * 5), {"label_column": "word"}, "class_encode_column"),
     ],
 )
