@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_repr.features.selection import select_features
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, torch_dtype=getattr(torch, args.dtype))
+    denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(device)
     selection = select_features(
         denoiser,

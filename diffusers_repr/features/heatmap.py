@@ -52,8 +52,10 @@ def draw_heatmap(selection: Selection) -> bytes:
     for panel, policy in zip(axes, policies, strict=True):
         grid = [[scores[policy, layer, level] for level in levels] for layer in layers]
         image = panel.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-        panel.set_xticks(range(len(levels)), [f"{t:g}\n{_short(c.nsr)}" for t, c in levels.items()], fontsize=8)
-        panel.set_xlabel("timestep / noise-to-signal ratio")
+        clean = policy == "clean"
+        names = [f"{t:g}" if clean else f"{t:g}\n{_short(c.nsr)}" for t, c in levels.items()]
+        panel.set_xticks(range(len(levels)), names, fontsize=8)
+        panel.set_xlabel("timestep told (no noise added)" if clean else "timestep\nnoise-to-signal ratio")
         panel.set_yticks(range(len(layers)), [f"{p}  {c.flops_share:4.0%}" for p, c in layers.items()], fontsize=8)
         if len(policies) > 1:
             panel.set_title(f"noise: {policy}", fontsize=9)
@@ -70,15 +72,13 @@ def draw_heatmap(selection: Selection) -> bytes:
 
 
 def _title(selection: Selection, factor: int) -> str:
-    best, unit = selection.best, "%" if factor == 100 else ""
-    value = f"{factor * best.score:.3g}{unit}"
+    best = selection.best
+    digits, unit = (1, " %") if factor == 100 else (3, "")
+    value = f"{factor * best.score:.{digits}f}{unit}"
     if best.mean is not None and best.std is not None and len(selection.seeds) > 1:
-        value = (
-            f"{factor * best.mean:.1f} ± {factor * best.std:.1f}{unit}"
-            if unit
-            else f"{best.mean:.3g} ± {best.std:.2g}"
-        )
-    return f"best: {best.layer} at timestep {best.timestep:g}, {value}"
+        value = f"{factor * best.mean:.{digits}f} ± {factor * best.std:.{digits}f}{unit}"
+        value += f" over {len(selection.seeds)} noise seeds"
+    return f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {value}"
 
 
 def _short(nsr: float) -> str:
@@ -86,7 +86,7 @@ def _short(nsr: float) -> str:
 
 
 def _write_values(panel: Any, grid: list[list[float]], low: float, high: float, factor: int) -> None:
-    style = "{:.0f}" if factor == 100 else "{:.2f}"
+    style = "{:.1f}" if factor == 100 else "{:.2f}"
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             dark = value < low + 0.6 * (high - low)
