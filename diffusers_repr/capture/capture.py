@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -76,11 +76,10 @@ class Tape:
             else:
                 self._versions.append((path, kept, kept._version))
         self.features[path] = kept
-        if self.complete:
-            self._stop()
+        self._stop_if_complete()
 
-    def _stop(self) -> None:
-        """Leave the innermost block, unless another open block still needs the forward."""
+    def _stop_if_complete(self) -> None:
+        """Leave the innermost block, unless an open block still needs the forward."""
         tapes = _OPEN.tapes
         if all(tape.stop_early and tape.complete for tape in tapes):
             raise _Stop(tapes[-1])
@@ -154,29 +153,40 @@ def capture(
         path: _residual(path, m) if where == "residual" else m for path, m in check_layers(model, layers).items()
     }
     tape = Tape(list(modules), stop_early)
-    tapes = _OPEN.__dict__.setdefault("tapes", [])
-    handles: list[Any] = []
 
     def read(path: str, value: Tensor) -> None:
         tape._record(path, value, transform)
 
-    tapes.append(tape)
-    try:
-        handles.append(model.register_forward_pre_hook(lambda module, args: tape._begin(), prepend=True))
+    with recording(tape, model) as hooks:
         for path, module in modules.items():
             if where == "input":
-                handles.append(module.register_forward_pre_hook(_input_hook(path, read), with_kwargs=True))
+                handle = module.register_forward_pre_hook(_input_hook(path, read), with_kwargs=True)
             else:
-                handles.append(module.register_forward_hook(_output_hook(path, read)))
-        try:
-            yield tape
-        except _Stop as stop:
-            if stop.tape is not tape:
-                raise
+                handle = module.register_forward_hook(_output_hook(path, read))
+            hooks.callback(handle.remove)
+        yield tape
+
+
+@contextmanager
+def recording(tape: Tape, model: nn.Module) -> Iterator[ExitStack]:
+    """Keep a tape open: calls of `model` start it anew, its early exit ends the block, which checks it at its end.
+
+    Yields:
+        A stack for what is to be undone at the end, such as the removal of hooks.
+    """
+    tapes = _OPEN.__dict__.setdefault("tapes", [])
+    tapes.append(tape)
+    try:
+        with ExitStack() as hooks:
+            handle = model.register_forward_pre_hook(lambda module, args: tape._begin(), prepend=True)
+            hooks.callback(handle.remove)
+            try:
+                yield hooks
+            except _Stop as stop:
+                if stop.tape is not tape:
+                    raise
         tape._check()
     finally:
-        for handle in handles:
-            handle.remove()
         tapes.remove(tape)
 
 
