@@ -1,0 +1,23 @@
+"""Settings of every test process, and the markers that need something a machine may not have."""
+
+import os
+
+# One thread a process, children included: two workers with two threads each wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing may reach out; tests that use a Hub start their own server and say so to their processes.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; none here"))
+        if item.get_closest_marker("hub") and os.environ["HF_HUB_OFFLINE"] == "1":
+            item.add_marker(pytest.mark.skip(reason="needs the network; run with HF_HUB_OFFLINE=0"))
