@@ -1,0 +1,92 @@
+"""`diffusers-repr predict PROBE IMAGES...`: label images with a saved probe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("probe", help="folder or Hub id of a probe")
+    parser.add_argument("images", nargs="+", help="image files, or folders that are searched for them")
+    parser.add_argument("--top", type=int, default=5, help="classes shown an image")
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    parser.add_argument("--base", help="folder or Hub id of the base model, if not the recorded one")
+    parser.add_argument("--base_revision", help="branch, tag or commit of --base")
+    parser.add_argument("--revision", help="branch, tag or commit of the probe")
+    parser.add_argument("--prompt", help="instead of the probe's own")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", help="cuda, cpu, ...; a GPU if there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, predict and print, one line an image."""
+    for name in ("top", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1; got {getattr(args, name)}.")
+    files = find_images(args.images)
+
+    import torch
+
+    from diffusers_repr.tasks import Probe
+
+    probe = Probe.from_pretrained(
+        args.probe,
+        args.base,
+        args.revision,
+        base_revision=args.base_revision,
+        batch_size=args.batch_size,
+        torch_dtype=getattr(torch, args.dtype),
+    )
+    probe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    width = max(len(str(file)) for file in files)
+    for start in range(0, len(files), args.batch_size):
+        part = files[start : start + args.batch_size]
+        output = probe([_open(file) for file in part], prompt=args.prompt)
+        for file, top in zip(part, output.top(args.top), strict=True):
+            if args.json:
+                ranked = [{"label": name, "probability": value} for name, value in top]
+                print(json.dumps({"image": str(file), "label": top[0][0], "top": ranked}))
+            else:
+                print(f"{file!s:<{width}}  " + "  ".join(f"{name} {value:.3f}" for name, value in top))
+    return 0
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """Files, and the image files in folders (in all depths, sorted by path).
+
+    Raises:
+        FileNotFoundError: If a path does not exist, or a folder has no image.
+    """
+    found: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                raise FileNotFoundError(f"No image in the folder {name!r}; looked for {', '.join(SUFFIXES)}.")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"No file or folder {name!r}.")
+    return found
+
+
+def _open(file: Path) -> Any:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).copy()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{str(file)!r} cannot be read as an image ({error}). Leave it out, or convert it."
+        ) from error

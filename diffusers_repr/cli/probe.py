@@ -1,0 +1,121 @@
+"""`diffusers-repr probe MODEL DATASET`: fit a probe on features and save it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", help="pipeline folder or Hub id")
+    parser.add_argument("dataset", help="folder of images or Parquet files, a Parquet file, or a Hub id")
+    parser.add_argument("--out", required=True, help="folder for the probe")
+    parser.add_argument("--layers", nargs="+", help="full module paths; `diffusers-repr layers MODEL` shows them")
+    parser.add_argument("--timestep", type=float, nargs="+", help="larger is noisier; several are joined")
+    parser.add_argument("--selection", help="folder that `diffusers-repr select` wrote, instead of the two above")
+    parser.add_argument("--use", default="best", help="of the selection: best, layers or levels")
+    parser.add_argument("--head", default="linear", help="linear, mlp or knn")
+    parser.add_argument("--protocol", help="lbfgs, ridge, adam, ddae, mae, repa or knn; the head's default if none")
+    parser.add_argument("--pooling", help="mean (the default), max or adaptive:P")
+    parser.add_argument("--noise", help="per_image (the default), shared, fresh or clean")
+    parser.add_argument("--ensemble_size", type=int, help="noise draws an image")
+    parser.add_argument("--train_split", default="train")
+    parser.add_argument("--validation_split", help="'validation' if there is one; else part of train tunes the head")
+    parser.add_argument("--test_split", help="measured once, at the end; 'test' if there is one")
+    parser.add_argument("--image_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--prompt", help="one for all images")
+    parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
+    parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
+    parser.add_argument("--seed", type=int, help="of the noise and of fitting")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", help="cuda, cpu, ...; a GPU if there is one")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, measure, save and print."""
+    settings = _settings(args)
+
+    import datasets
+    import torch
+
+    from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.features.data import load_images
+    from diffusers_repr.features.selection_result import Selection
+    from diffusers_repr.heads import get_protocol
+    from diffusers_repr.tasks import Probe
+
+    get_protocol(args.protocol, args.head)
+    if args.selection is not None:
+        settings["selection"], settings["use"] = Selection.load(args.selection), args.use
+    if args.quiet:
+        datasets.disable_progress_bars()
+    columns = (args.image_column, args.label_column)
+    data = {"train": load_images(args.dataset, args.train_split, *columns)}
+    for part in ("validation", "test"):
+        named = getattr(args, f"{part}_split")
+        if named is not None or _has_split(args.dataset, part):
+            data[part] = load_images(args.dataset, named or part, *columns)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, torch_dtype=getattr(torch, args.dtype))
+    denoiser.pipe.to(device)
+    bar = None if args.quiet else _bar
+    probe = Probe.fit(
+        denoiser,
+        data["train"],
+        data.get("validation"),
+        head=args.head,
+        protocol=args.protocol,
+        prompt=args.prompt,
+        class_labels=args.class_label,
+        batch_size=args.batch_size,
+        progress_bar=bar,
+        **settings,
+    )
+    if "test" in data:
+        probe.evaluate(data["test"], progress_bar=bar)
+    probe.save_pretrained(args.out)
+    print(probe)
+    for score in probe.recipe.scores:
+        print(f"{score.split:<12} {score.name:<18} {score.value:.4f}  ({score.rows} images)")
+    print(f"Saved to {args.out}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the extractor that were given."""
+    if (args.selection is None) == (args.layers is None and args.timestep is None):
+        raise ValueError("Give --layers and --timestep, or --selection, not both.")
+    if args.selection is None and (args.layers is None or args.timestep is None):
+        raise ValueError("Give both --layers and --timestep; `diffusers-repr select` finds good ones.")
+    settings = {
+        name: getattr(args, name)
+        for name in ("layers", "pooling", "noise", "ensemble_size", "seed")
+        if getattr(args, name) is not None
+    }
+    if args.timestep is not None:
+        steps = [int(t) if t.is_integer() else t for t in args.timestep]
+        settings["timestep"] = steps if len(steps) > 1 else steps[0]
+    if args.image_size is not None:
+        if len(args.image_size) > 2:
+            raise ValueError(f"--image_size takes one side, or height and width; got {args.image_size}.")
+        settings["image_size"] = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
+    return settings
+
+
+def _has_split(dataset: str, split: str) -> bool:
+    from pathlib import Path
+
+    import datasets
+
+    return not Path(dataset).is_file() and split in datasets.get_dataset_split_names(dataset)
+
+
+def _bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="image", desc="features")

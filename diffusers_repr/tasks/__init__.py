@@ -1,0 +1,6 @@
+"""What features are for: probes."""
+
+from diffusers_repr.tasks.probe import Probe, ProbeOutput
+from diffusers_repr.tasks.recipe import BaseRecord, Level, ProbeRecipe, Score
+
+__all__ = ["BaseRecord", "Level", "Probe", "ProbeOutput", "ProbeRecipe", "Score"]

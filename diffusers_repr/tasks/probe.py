@@ -1,0 +1,317 @@
+"""`Probe`: a head on the features of a diffusion model, with the recipe of both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.features.selection_result import Selection
+from diffusers_repr.heads import Head
+from diffusers_repr.heads.protocols import Protocol
+from diffusers_repr.tasks import probe_files
+from diffusers_repr.tasks.base import check_features
+from diffusers_repr.tasks.images import join, labelled_images, read_features
+from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_extractor
+from diffusers_repr.tasks.recipe import ProbeRecipe, Score
+
+
+@dataclass(frozen=True)
+class ProbeOutput:
+    """What a probe says of a batch of images.
+
+    Attributes:
+        labels: Name of the likeliest class of each image.
+        probabilities: `(B, K)` float32.
+        label_names: Name of each class.
+    """
+
+    labels: list[str]
+    probabilities: Tensor
+    label_names: tuple[str, ...]
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """The `k` likeliest classes of each image with their probabilities, likeliest first."""
+        values, classes = self.probabilities.sort(dim=1, descending=True, stable=True)
+        k = min(k, len(self.label_names))
+        return [
+            [(self.label_names[int(c)], float(v)) for v, c in zip(row[:k], ids[:k], strict=True)]
+            for row, ids in zip(values, classes, strict=True)
+        ]
+
+
+class Probe:
+    """A fitted head with its base model; call it with images.
+
+    Made by `Probe.fit` or `Probe.from_pretrained`; `Probe(head, recipe, denoiser)` joins parts.
+
+    Args:
+        head: The fitted head.
+        recipe: Everything between an image and the head.
+        denoiser: The base model.
+        batch_size: Images read and encoded at a time.
+    """
+
+    def __init__(self, head: Head, recipe: ProbeRecipe, denoiser: Denoiser, batch_size: int = 64) -> None:
+        self.head, self.recipe, self.denoiser, self.batch_size = head.eval(), recipe, denoiser, batch_size
+        self.extractor = recipe.extractor(denoiser)
+
+    @classmethod
+    def fit(
+        cls,
+        source: Any,
+        train: Any,
+        validation: Any = None,
+        *,
+        layers: str | Sequence[str] | None = None,
+        timestep: Any = None,
+        pooling: str | None = None,
+        selection: Selection | None = None,
+        use: str = "best",
+        head: str = "linear",
+        protocol: str | Protocol | None = None,
+        head_options: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+        class_labels: int | None = None,
+        label_names: Sequence[str] | None = None,
+        batch_size: int = 64,
+        base: str | None = None,
+        base_revision: str | None = None,
+        progress_bar: Callable[..., Any] | None = None,
+        **settings: Any,
+    ) -> Probe:
+        """Read the features of labelled images once and fit a head to them.
+
+        Memory holds the pooled features of all images (N x D float32, where D sums over layers and levels; L-BFGS
+        holds them once more in float64) and one batch of images.
+
+        Args:
+            source: A `Denoiser`, a diffusers pipeline, or a `FeatureExtractor` whose settings are taken.
+            train: `ImageData`, a `datasets.Dataset`, or `(images, labels)` with class ids from 0.
+            validation: The same, for tuning and the probe's validation score. Never the data of the final score.
+            layers: Full module paths.
+            timestep: Training timestep or `NoiseLevel`, or a list of them.
+            pooling: `mean` (if nothing is said), `max` or `adaptive:P`.
+            selection: Take layers, levels, noise and pooling from `select_features` instead.
+            use: What of the selection: `best`, `layers` or `levels`.
+            head: `linear`, `mlp` or `knn`.
+            protocol: How the head is fitted; see `diffusers_repr.heads.PROTOCOLS`.
+            head_options: Arguments of the head's class.
+            prompt: Prompt of every image.
+            class_labels: Condition of a class-conditional model for every image; never the labels of the task.
+            label_names: Name of each class; those of the data, or its ids, if None.
+            batch_size: Images read and encoded at a time.
+            base: Hub id or folder to write as the base, if not the one the model was loaded from.
+            base_revision: Goes with `base`.
+            progress_bar: `progress_bar(total=n)` gives an object with `update(k)` and `close()`, e.g. tqdm.
+            **settings: Further settings of `FeatureExtractor`: `noise`, `ensemble_size`, `seed`, `image_size`, ...
+
+        Raises:
+            ValueError, TypeError: For layers, levels, protocols or data that do not exist or fit; what can be checked
+                is checked before the first forward.
+
+        Example:
+            >>> Probe.fit(denoiser, train, layers=["mid_block"], timestep=50)  # doctest: +SKIP
+        """
+        named = {"layers": layers, "timestep": timestep, "pooling": pooling}
+        settings |= {name: value for name, value in named.items() if value is not None}
+        extractor = make_extractor(source, selection, use, settings)
+        fitted, recipe = fit_probe(
+            extractor,
+            train,
+            validation,
+            requested=settings.get("timestep"),
+            head=head,
+            protocol=protocol,
+            head_options=head_options or {},
+            condition=(prompt, class_labels),
+            label_names=label_names,
+            batch_size=batch_size,
+            base=(base, base_revision),
+            progress_bar=progress_bar,
+        )
+        return cls(fitted, recipe, extractor.denoiser, batch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_folder: str | os.PathLike[str],
+        base: Any = None,
+        revision: str | None = None,
+        *,
+        base_revision: str | None = None,
+        token: str | None = None,
+        batch_size: int = 64,
+        **kwargs: Any,
+    ) -> Probe:
+        """Load a probe and its base model.
+
+        Args:
+            id_or_folder: What `save_pretrained` wrote, or a Hub id.
+            base: A folder, Hub id, pipeline or `Denoiser` to take instead of the recorded base at its recorded
+                revision.
+            revision: Of the probe: branch, tag or commit.
+            base_revision: Of `base`.
+            token: Hub token, for the probe and the base.
+            batch_size: Images read and encoded at a time.
+            **kwargs: For loading the base (`torch_dtype`, `variant`, ...).
+
+        Raises:
+            FileNotFoundError: If there is no such folder, probe or base folder.
+            ValueError: If a file is damaged, or the base is another model than the probe was fitted on.
+            OSError: If the Hub does not give the probe or the base.
+        """
+        if token is not None:
+            kwargs["token"] = token
+        head, recipe, denoiser = probe_files.load(id_or_folder, base, revision, base_revision, token, kwargs)
+        return cls(head, recipe, denoiser, batch_size)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Write `config.json` and weights of the head, `probe.json` and a model card, all or nothing.
+
+        Args:
+            folder: A new or empty folder, or one with a probe, which is replaced.
+            title: Heading of the card; the folder's name if None.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+        """
+        probe_files.save(self.head, self.recipe, folder, title)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | None = None,
+        base_revision: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload probe with diffusers-repr",
+    ) -> str:
+        """Upload what `save_pretrained` writes.
+
+        Args:
+            repo_id: `"user/name"`.
+            base: Hub id to write as the base, where it was a folder.
+            base_revision: Goes with `base`.
+            private: Whether a repository made here is private.
+            token: Hub token with the right to write.
+            revision: Branch to push to.
+            commit_message: First line of the commit.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            HubError: If the Hub does not take it.
+        """
+        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
+        return probe_files.push(
+            self.head,
+            recipe,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
+    def logits(
+        self, images: Any, *, prompt: str | Sequence[str] | None = None, class_labels: int | None = None
+    ) -> Tensor:
+        """Logits `(B, K)` float32; arguments as in a call."""
+        pixels = to_pixels(images, self.denoiser.image_channels, self.recipe.image_size)
+        if not isinstance(prompt, (str, type(None))) and len(prompt) != len(pixels):
+            raise ValueError(f"{len(prompt)} prompts for {len(pixels)} images; pass 1 or {len(pixels)}.")
+        prompt = self.recipe.prompt if prompt is None else prompt
+        class_labels = self.recipe.class_labels if class_labels is None else class_labels
+        parts = []
+        for start in range(0, len(pixels), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            texts = prompt if isinstance(prompt, (str, type(None))) else list(prompt)[rows]
+            output = self.extractor.from_pixels(pixels[rows], prompt=texts, class_labels=class_labels)
+            sizes = {layer: feature.shape[-1] for layer, feature in output.features.items()}
+            check_features(self.recipe, sizes, self.denoiser.name)
+            with torch.no_grad():
+                parts.append(self.head(join(output, self.recipe.layers)))
+        return torch.cat(parts)
+
+    def __call__(
+        self, images: Any, prompt: str | Sequence[str] | None = None, class_labels: int | None = None
+    ) -> ProbeOutput:
+        """Label images.
+
+        Args:
+            images: PIL images, numpy arrays or tensors of any size; resized as in training.
+            prompt: One for all images or one per image; that of the recipe if None.
+            class_labels: Condition of a class-conditional model; that of the recipe if None.
+        """
+        probabilities = self.logits(images, prompt=prompt, class_labels=class_labels).softmax(1)
+        names = self.recipe.label_names
+        return ProbeOutput([names[int(i)] for i in probabilities.argmax(1)], probabilities, names)
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        record: bool = True,
+        dataset: str | None = None,
+        split: str | None = None,
+        progress_bar: Callable[..., Any] | None = None,
+    ) -> dict[str, float]:
+        """Accuracy, and its mean over classes (`balanced_accuracy`), on labelled images.
+
+        Args:
+            data: As for `fit`; a tuple counts as the split `test`.
+            record: Keep the scores in the recipe, so that they are saved and stand in the card.
+            dataset: Name to record; that of the data if None.
+            split: Split to record; that of the data if None.
+            progress_bar: As for `fit`.
+
+        Returns:
+            `accuracy`, `balanced_accuracy` and `rows`.
+
+        Raises:
+            ValueError: If the data's classes are not those of the probe.
+        """
+        found = labelled_images(data, "test")
+        check_labels(found, self.recipe.label_names)
+        features, *_ = read_features(
+            self.extractor, found, self.batch_size, self.recipe.prompt, self.recipe.class_labels, progress_bar
+        )
+        with torch.no_grad():
+            guesses = torch.cat([self.head(rows).argmax(1).cpu() for rows in features.split(4096)])
+        right = guesses == found.labels
+        each = [float(right[found.labels == label].double().mean()) for label in found.labels.unique()]
+        result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
+        if record:
+            for name, value in result.items():
+                self.record(Score(name, value, dataset or found.name, split or found.split, len(found)))
+        return {**result, "rows": len(found)}
+
+    def record(self, score: Score) -> None:
+        """Keep a score in the recipe; one of the same name, data set and split is replaced."""
+        self.recipe = self.recipe.with_scores([score])
+
+    def to(self, device: str | torch.device) -> Probe:
+        """Move the base model and the head."""
+        target = self.denoiser.pipe if self.denoiser.pipe is not None else self.denoiser.model
+        target.to(device)
+        if self.denoiser.vae is not None:
+            self.denoiser.vae.to(device)
+        self.head.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{level.timestep:g}" for level in self.recipe.levels)
+        return (
+            f"Probe({type(self.head).__name__}, base={self.recipe.base.name!r}, layers={list(self.recipe.layers)}, "
+            f"timesteps=[{levels}], classes={len(self.recipe.label_names)})"
+        )
