@@ -19,6 +19,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     from diffusers_repr.denoiser.layers import list_layers_from_config
 
+    if args.image_size is not None and len(args.image_size) > 2:
+        raise ValueError(f"--image_size takes one side, or height and width; got {len(args.image_size)} numbers.")
     size = None if args.image_size is None else tuple(args.image_size * 2)[:2]
     layers = list_layers_from_config(args.model, size, args.detail, revision=args.revision)
     if args.json:

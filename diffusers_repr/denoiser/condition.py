@@ -137,7 +137,7 @@ def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def forward_names(model: nn.Module) -> list[str]:
     """Names of what a network's forward takes, the noisy input first."""
-    return list(inspect.signature(type(getattr(model, "_orig_mod", model)).forward).parameters)[1:]
+    return list(inspect.signature(getattr(model, "_orig_mod", model).__class__.forward).parameters)[1:]
 
 
 @contextmanager

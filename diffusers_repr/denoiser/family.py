@@ -161,7 +161,7 @@ class PatchTransformerFamily(Family):
     """Shared by transformers on a `(H / patch, W / patch)` grid."""
 
     patch_key = "patch_size"
-    not_image = (
+    not_image: tuple[str, ...] = (
         "time_embed",
         "time_text_embed",
         "adaln_single",

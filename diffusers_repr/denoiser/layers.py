@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_repr.denoiser.denoiser import Denoiser
+from diffusers_repr.denoiser.condition import eval_mode
+from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, check_pipeline_folder
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.streams import image_stream
+from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 Detail = Literal["blocks", "all"]
@@ -70,11 +75,69 @@ def list_layers(
     size = (size, size) if isinstance(size, int) else size
     denoiser.check_size(size)
     small = (size[0] // denoiser.stride, size[1] // denoiser.stride)
-    model = getattr(denoiser.model, "_orig_mod", denoiser.model)
-    meta = (
-        build_on_meta(type(model), model.config) if hasattr(model, "from_config") else copy.deepcopy(model).to("meta")
+    return layer_table(
+        _on_meta(denoiser.model), denoiser.family, denoiser.config, small, denoiser.stride, denoiser.schedule, detail
     )
-    return layer_table(meta, denoiser.family, denoiser.config, small, denoiser.stride, denoiser.schedule, detail)
+
+
+def list_layers_from_config(
+    id_or_folder: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    detail: Detail = "blocks",
+    revision: str | None = None,
+) -> list[Layer]:
+    """As `list_layers`, for a pipeline folder or Hub id, from its JSON configs alone: no weights are loaded.
+
+    Args:
+        id_or_folder: Local folder with a `model_index.json`, or Hub id.
+        image_size: As in `list_layers`.
+        detail: As in `list_layers`.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: If the folder is no pipeline folder.
+        TypeError: If no family adapter fits the network.
+        OSError: If the Hub cannot be reached or has no such file.
+    """
+    if Path(id_or_folder).is_dir():
+        check_pipeline_folder(Path(id_or_folder))
+    index = load_json_config(id_or_folder, "model_index.json", revision)
+    component = next((name for name in COMPONENTS if _present(index.get(name))), None)
+    if component is None:
+        raise TypeError(f"{str(id_or_folder)!r} has no component named {' or '.join(COMPONENTS)}.")
+    model = _empty_component(id_or_folder, component, index[component], revision)
+    scheduler = None
+    if _present(index.get("scheduler")):
+        config = load_json_config(id_or_folder, "scheduler/scheduler_config.json", revision)
+        scheduler = _class_of("scheduler", index["scheduler"]).from_config(config)
+    vae = next((name for name in ("vae", "vqvae") if _present(index.get(name))), None)
+    # An empty network and the autoencoder's config are all that sizes need.
+    denoiser = Denoiser(
+        model, scheduler, schedule=None if scheduler is not None else NoiseSchedule("flow", "velocity")
+    )
+    if vae is not None:
+        denoiser.vae = SimpleNamespace(config=load_json_config(id_or_folder, f"{vae}/config.json", revision))
+    return list_layers(denoiser, image_size, detail)
+
+
+def _present(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
+
+
+def _empty_component(id_or_folder: str | Path, name: str, entry: Sequence[str], revision: str | None) -> nn.Module:
+    return build_on_meta(_class_of(name, entry), load_json_config(id_or_folder, f"{name}/config.json", revision))
+
+
+def _class_of(component: str, entry: Sequence[str]) -> Any:
+    """The class that a line of `model_index.json` names; code from a repository is not run."""
+    library, class_name = entry
+    try:
+        return getattr(importlib.import_module(library), class_name)
+    except (ImportError, AttributeError) as error:
+        raise TypeError(
+            f"{component!r} is a {class_name} of {library!r}, which is not installed here. Load the pipeline with "
+            "diffusers and use list_layers(Denoiser.from_pipe(pipe))."
+        ) from error
 
 
 def layer_table(
@@ -96,8 +159,7 @@ def layer_table(
     done: dict[str, tuple[Tensor, int]] = {}
     repeated: set[str] = set()
     handles = []
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as flops:
         try:
             for path, module in wanted.items():
                 if path.split(".")[0] not in family.not_image:
@@ -185,6 +247,13 @@ def _example_level(schedule: NoiseSchedule | None) -> NoiseLevel:
     return schedule.resolve((low + high) / 2)
 
 
+def _on_meta(model: nn.Module) -> nn.Module:
+    inner: Any = getattr(model, "_orig_mod", model)
+    if all(p.is_meta for p in inner.parameters()) and not hasattr(inner, "_hf_hook"):
+        return inner
+    return build_on_meta(type(inner), inner.config) if hasattr(inner, "from_config") else copy_to_meta(inner)
+
+
 def build_on_meta(cls: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
     """A network from its config, without weights."""
     # Not `from_config`: it drops values that were first given by position.
@@ -192,3 +261,15 @@ def build_on_meta(cls: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         model = cls(**{k: v for k, v in config.items() if k in accepted and not k.startswith("_")})
     return model.to("meta")
+
+
+def copy_to_meta(model: nn.Module) -> nn.Module:
+    """A copy without weights and hooks, of any module."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta", requires_grad=False) for _, t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,16 @@ from torch import Tensor
 
 def vae_stride(vae: Any) -> int:
     """Pixels per latent pixel along one side."""
-    config = vae.config
-    if config.get("encoder_block_out_channels") is not None:  # AutoencoderDC
-        return 2 ** (len(config.encoder_block_out_channels) - 1)
+    return config_stride(vae.config)
+
+
+def config_stride(config: Mapping[str, Any]) -> int:
+    """As `vae_stride`, from the autoencoder's config alone."""
     if config.get("spatial_compression_ratio") is not None:
-        return int(config.spatial_compression_ratio)
-    return 2 ** (len(config.block_out_channels) - 1)
+        return int(config["spatial_compression_ratio"])
+    # AutoencoderDC and AutoencoderTiny tell encoder and decoder apart.
+    stages = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return 2 ** (len(stages) - 1)
 
 
 def encode_latents(
@@ -68,7 +72,8 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
         return None, None
-    return tuple(torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    first, second = (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    return first, second
 
 
 @contextmanager

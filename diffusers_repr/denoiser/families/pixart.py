@@ -23,7 +23,7 @@ class PixArtFamily(PatchTransformerFamily):
         use = config.get("use_additional_conditions")
         if use is None:
             use = config["sample_size"] == 128
-        added = {"resolution": None, "aspect_ratio": None}
+        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if use:
             added = {
                 "resolution": torch.zeros(batch, 2, device=device),
