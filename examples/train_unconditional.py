@@ -65,11 +65,11 @@ class TrainingArgs:
     adam_weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this")
     ema_max_decay: float = HfArg(default=0.9999, help="EMA decay, or (1 + n) / (10 + n) where that is less")
-    mixed_precision: Literal["no", "fp16", "bf16"] = HfArg(default="no", help="dtype of the forward pass")
+    mixed_precision: str | None = HfArg(default=None, help="no, fp16 or bf16; default: what accelerate is set to")
     seed: int = HfArg(default=0, help="of weights, data order, noise and samples")
     checkpointing_steps: int = HfArg(default=500, help="optimizer steps between checkpoints")
     checkpoints_total_limit: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
-    resume_from_checkpoint: str = HfArg(default="latest", help="latest, none, or a checkpoint folder")
+    resume_from_checkpoint: Literal["latest", "none"] = HfArg(default="latest", help="none refuses to continue")
     logging_steps: int = HfArg(default=50, help="steps averaged into one line of loss.jsonl")
     dataloader_num_workers: int = HfArg(default=0, help="processes that decode images")
     save_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="of the saved pipeline")
@@ -103,9 +103,8 @@ class TrainingArgs:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
 
     def to_yaml(self) -> str:
-        recipe = dataclasses.asdict(self)
-        for key in ("output_dir", "resume_from_checkpoint", "dry_run"):
-            del recipe[key]
+        leave_out = ("output_dir", "resume_from_checkpoint", "dry_run")
+        recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in leave_out}
         return yaml.safe_dump(recipe, sort_keys=False, width=119)
 
 
@@ -125,7 +124,8 @@ def parse_args(argv: list[str]) -> TrainingArgs:
         check_keys(known.config, recipe, (setting.name for setting in dataclasses.fields(TrainingArgs)))
     given = []
     for key, value in recipe.items():
-        given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        if value is not None:  # null leaves the default
+            given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     parser = HfArgumentParser(TrainingArgs, description=__doc__.split("\n")[0], parents=[parser], allow_abbrev=False)
     return parser.parse_args_into_dataclasses(given + flags, look_for_args_file=False)[0]
 
@@ -181,13 +181,11 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def find_checkpoint(args: TrainingArgs, identity: dict) -> Path | None:
     """The checkpoint to continue from, if any; one of another run is refused."""
     existing = list_checkpoints(args.output_dir)
-    if args.resume_from_checkpoint == "none" and existing:
-        raise ValueError(f"{args.output_dir} holds checkpoints; to start anew, name another --output_dir.")
-    if args.resume_from_checkpoint in ("none", "latest") and not existing:
+    if not existing:
         return None
-    path = existing[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
-    if not (path / "state.json").is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint; allowed: latest, none, or one of {existing}.")
+    if args.resume_from_checkpoint == "none":
+        raise ValueError(f"{args.output_dir} holds checkpoints; to start anew, name another --output_dir.")
+    path = existing[-1]
     before = json.loads((path / "state.json").read_text())["identity"]
     changed = {key: before.get(key) for key in identity if before.get(key) != identity[key]}
     if changed:
@@ -209,15 +207,14 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema.to(accelerator.device)
         self.identity = args.identity() | {"images": len(images), "num_processes": accelerator.num_processes}
-        self.identity = json.loads(json.dumps(self.identity))
+        self.identity["mixed_precision"] = accelerator.mixed_precision
 
     def save(self) -> None:
         """Write a checkpoint: into a temporary folder, which is then renamed; drop the oldest ones."""
         if self.accelerator.is_main_process:
             final = Path(self.args.output_dir) / f"checkpoint-{self.progress.step:08d}"
             partial = final.with_name(f"partial-{final.name}")
-            for stale in (partial, final):
-                shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             save_file(self.accelerator.unwrap_model(self.model).state_dict(), partial / "model.safetensors")
             save_file(dict(zip(self.names, self.ema.shadow_params, strict=True)), partial / "ema.safetensors")

@@ -64,19 +64,10 @@ def write_recipe(folder: Path, **changes) -> str:
 
 
 def launch_command(config: str, output: Path, *flags: str, processes: int = 1) -> list[str]:
-    several = ["--multi_gpu"] if processes > 1 else []
     options = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
     script = [str(EXAMPLES / "train_unconditional.py"), "--config", config, "--output_dir", str(output), *flags]
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    return [*launcher, *several, *options, *script]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
 
 
 def environment() -> dict:
@@ -107,7 +98,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture
 def fresh_accelerate():
-    """Runs in this process leave each other no accelerate state, and take one thread: tiny models gain by no more."""
+    """Runs in this process leave each other no accelerate state; one thread, as tiny models gain nothing by more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -119,6 +110,16 @@ def fresh_accelerate():
 def run_here(folder: Path, name: str = "out", **changes) -> Path:
     main(["--config", write_recipe(folder, **changes), "--output_dir", str(folder / name)])
     return folder / name
+
+
+def noiseless_loss(model, scheduler, images):
+    return model(images, 0).sample.square().mean()
+
+
+def as_flags(recipe: dict) -> list[str]:
+    given = {key: value for key, value in recipe.items() if value is not None}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+    return [part for key, text in texts.items() for part in (f"--{key}", text)]
 
 
 # --- launched runs
@@ -238,9 +239,7 @@ def test_repeated_kills_lose_nothing(finished, tmp_path):
 @pytest.mark.usefixtures("fresh_accelerate")
 class TestRun:
     def test_accumulation_equals_a_larger_batch(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            "train_unconditional.diffusion_loss", lambda model, _, x: model(x, 0).sample.square().mean()
-        )
+        monkeypatch.setattr("train_unconditional.diffusion_loss", noiseless_loss)
         quiet = {"model": RECIPE["model"] | {"dropout": 0.0}, "random_rotation": 0.0, "random_shift": 0.0,
                  "max_train_steps": 2, "learning_rate": 1e-3, "eval_batch_size": 0}  # fmt: skip
         for name, batch, accumulation in (("parts", 2, 4), ("whole", 8, 1)):
@@ -258,7 +257,7 @@ class TestRun:
 
         def loss(model, scheduler, images):
             calls.append(None)
-            return model(images, 0).sample.square().mean() * (math.nan if len(calls) == 2 else 1)
+            return noiseless_loss(model, scheduler, images) * (math.nan if len(calls) == 2 else 1)
 
         monkeypatch.setattr("train_unconditional.diffusion_loss", loss)
         output = run_here(tmp_path, gradient_accumulation_steps=1, max_train_steps=3, eval_batch_size=0)
@@ -271,9 +270,7 @@ class TestRun:
 
     def test_only_such_losses_stop_the_run(self, tmp_path, monkeypatch):
         monkeypatch.setattr("train_unconditional.MAX_SKIPPED_IN_A_ROW", 3)
-        monkeypatch.setattr(
-            "train_unconditional.diffusion_loss", lambda model, _, x: model(x, 0).sample.sum() * math.inf
-        )
+        monkeypatch.setattr("train_unconditional.diffusion_loss", lambda *given: noiseless_loss(*given) * math.inf)
         with pytest.raises(RuntimeError, match="learning_rate"):
             run_here(tmp_path)
 
@@ -307,13 +304,12 @@ class TestRun:
         [
             (["--seed", "8"], r"of a run with \{'seed': 7\}"),
             (["--resume_from_checkpoint", "none"], "another --output_dir"),
-            (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint; allowed: latest, none"),
             (["--max_train_steps", "3"], r"of a run with \{'max_train_steps': 6\}"),
         ],
     )
     def test_checkpoints_that_do_not_fit(self, finished, flags, message):
         output, config = finished
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with pytest.raises(ValueError, match=message):
             main(["--config", config, "--output_dir", str(output), *flags])
 
     def test_a_checkpoint_past_the_end(self, tmp_path):
@@ -341,19 +337,11 @@ def test_dry_run_prints_the_recipe(tmp_path, capsys):
     printed = capsys.readouterr().out
     recipe = yaml.safe_load(printed)
     assert recipe["seed"] == 5
-    assert parse_args(["--output_dir", "out", *_flags(recipe)]) == dataclasses.replace(
+    assert parse_args(["--output_dir", "out", *as_flags(recipe)]) == dataclasses.replace(
         parse_args(["--config", str(DIGITS_RECIPE)]), output_dir="out", seed=5
     )
-    assert "# 7" in printed
+    assert "# 701,345 parameters" in printed
     assert not (tmp_path / "none").exists()
-
-
-def _flags(recipe: dict) -> list[str]:
-    return [
-        part
-        for key, value in recipe.items()
-        for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-    ]
 
 
 @pytest.mark.parametrize(
@@ -481,7 +469,7 @@ def test_committed_model_is_what_its_card_says():
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float16}
     card = (DIGITS_MODEL / "README.md").read_text()
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert parse_args(["--output_dir", "outputs/digits-ddpm", *_flags(recipe)]) == parse_args(
+    assert parse_args(["--output_dir", "outputs/digits-ddpm", *as_flags(recipe)]) == parse_args(
         ["--config", str(DIGITS_RECIPE)]
     )
     assert f"Steps: {recipe['max_train_steps']:,} with seed {recipe['seed']}" in card
