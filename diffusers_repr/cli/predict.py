@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         args.revision,
         base_revision=args.base_revision,
         batch_size=args.batch_size,
-        torch_dtype=getattr(torch, args.dtype),
+        dtype=getattr(torch, args.dtype),
     )
     probe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     width = max(len(str(file)) for file in files)

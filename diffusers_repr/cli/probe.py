@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if named is not None or _has_split(args.dataset, part):
             data[part] = load_images(args.dataset, named or part, *columns)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, torch_dtype=getattr(torch, args.dtype))
+    denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(device)
     bar = None if args.quiet else _bar
     probe = Probe.fit(

@@ -111,28 +111,28 @@ def check_base(denoiser: Denoiser, recipe: ProbeRecipe) -> None:
             was recorded.
     """
     base, model = recipe.base, _plain(denoiser)
-    name = denoiser.name or "the given model"
+    name, was = _called(denoiser.name, "the given model"), _called(base.name, "a model without a name")
     if type(model).__name__ != base.model_class:
         raise ValueError(
-            f"Wrong base for this probe: {name!r} is a {type(model).__name__}; the probe was fitted on a "
-            f"{base.model_class} ({base.name!r}). Pass the model it was fitted on as base=..., or fit a new probe."
+            f"Wrong base for this probe: {name} is a {type(model).__name__}; the probe was fitted on a "
+            f"{base.model_class} ({was}). Pass the model it was fitted on as base=..., or fit a new probe."
         )
     known = dict(model.named_modules(remove_duplicate=False))
     missing = [layer for layer in recipe.layers if layer not in known]
     if missing:
         near = difflib.get_close_matches(missing[0], known, n=3, cutoff=0.4)
         raise ValueError(
-            f"Wrong base for this probe: {name!r} has no layer {', '.join(map(repr, missing))} (closest: {near}); the "
-            f"probe reads {', '.join(recipe.layers)} of {base.name!r}. Pass that model as base=..., or fit a new "
+            f"Wrong base for this probe: {name} has no layer {', '.join(map(repr, missing))} (closest: {near}); the "
+            f"probe reads {', '.join(recipe.layers)} of {was}. Pass that model as base=..., or fit a new "
             "probe."
         )
     _check_levels(denoiser, recipe, name)
     differing = _differing(base.config, _config(denoiser))
     if differing:
         _check_channels(denoiser, recipe, name, differing)
-        _warn(f"{name!r} has another config than the probe's base {base.name!r}: {'; '.join(differing)}.")
+        _warn(f"{name} has another config than the probe's base ({was}): {'; '.join(differing)}.")
     if not _same_weights(base.marks, model):
-        _warn(f"{name!r} has other weights than the probe's base {base.name!r}.")
+        _warn(f"{name} has other weights than the probe's base ({was}).")
 
 
 def _warn(what: str) -> None:
@@ -146,7 +146,7 @@ def _check_levels(denoiser: Denoiser, recipe: ProbeRecipe, name: str) -> None:
         if not same and not (close and abs(float(found.timestep) - level.timestep) <= 1e-2 * max(level.timestep, 1)):
             raise ValueError(
                 f"Wrong base for this probe: {dict(level.requested)} is timestep {float(found.timestep):g} (nsr "
-                f"{float(found.nsr):.4g}) for {name!r}, and was timestep {level.timestep:g} (nsr {level.nsr:.4g}) "
+                f"{float(found.nsr):.4g}) for {name}, and was timestep {level.timestep:g} (nsr {level.nsr:.4g}) "
                 "when the probe was fitted: the noise schedules differ. Give the base its own scheduler, or fit a new "
                 "probe."
             )
@@ -159,21 +159,27 @@ def _check_channels(denoiser: Denoiser, recipe: ProbeRecipe, name: str, differin
         output = recipe.extractor(denoiser)(grey, prompt=recipe.prompt, class_labels=recipe.class_labels)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"Wrong base for this probe: {name!r} does not take what the probe gives it ({error}). Its config differs "
-            f"from that of {recipe.base.name!r}: {'; '.join(differing)}. Pass the model it was fitted on as base=...."
+            f"Wrong base for this probe: {name} does not take what the probe gives it ({error}). Its config differs "
+            f"from that of {_called(recipe.base.name, 'the recorded base')}: {'; '.join(differing)}. Pass the model "
+            "it was fitted on as base=..., or fit a new probe."
         ) from error
-    check_features(recipe, {layer: feature.shape[-1] for layer, feature in output.features.items()}, name)
+    check_features(recipe, {layer: feature.shape[-1] for layer, feature in output.features.items()}, denoiser.name)
 
 
 def check_features(recipe: ProbeRecipe, sizes: Mapping[str, int], name: str | None) -> None:
     """Raise ValueError unless each layer gives as many values as it gave when the probe was fitted."""
     for layer, size in recipe.base.features.items():
         if sizes[layer] != size:
+            came, was = _called(name, "the given model"), _called(recipe.base.name, "a model without a name")
             raise ValueError(
-                f"Wrong base for this probe: layer {layer!r} of {name or 'the given model'!r} gives {sizes[layer]} "
-                f"values with pooling {recipe.pooling!r}; the probe was fitted on {size} ({recipe.base.name!r}). Pass "
-                "the model it was fitted on as base=..., or fit a new probe."
+                f"Wrong base for this probe: layer {layer!r} of {came} gives {sizes[layer]} values with pooling "
+                f"{recipe.pooling!r}; the probe was fitted on {size} ({was}). Pass the model it was fitted on as "
+                "base=..., or fit a new probe."
             )
+
+
+def _called(name: str | None, otherwise: str) -> str:
+    return otherwise if name is None else repr(name)
 
 
 def _plain(denoiser: Denoiser) -> nn.Module:

@@ -70,6 +70,8 @@ def labelled_images(data: Any, what: str = "train") -> LabelledImages:
             f"{type(data).__name__}."
         )
     images, labels = data[0], torch.as_tensor(data[1])
+    if not labels.numel():
+        raise ValueError(f"The {what} data has no images.")
     if labels.is_floating_point() or labels.ndim != 1:
         raise ValueError(
             f"The {what} labels must be class ids in one dimension; got {tuple(labels.shape)} {labels.dtype}."
@@ -78,8 +80,6 @@ def labelled_images(data: Any, what: str = "train") -> LabelledImages:
         images = list(images)
     if len(images) != len(labels):
         raise ValueError(f"The {what} data has {len(images)} images and {len(labels)} labels.")
-    if not len(labels):
-        raise ValueError(f"The {what} data has no images.")
     return LabelledImages(images, labels.long(), None, "images", what)
 
 

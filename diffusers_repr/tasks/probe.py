@@ -160,7 +160,7 @@ class Probe:
             base_revision: Of `base`.
             token: Hub token, for the probe and the base.
             batch_size: Images read and encoded at a time.
-            **kwargs: For loading the base (`torch_dtype`, `variant`, ...).
+            **kwargs: For loading the base (`dtype`, `variant`, ...).
 
         Raises:
             FileNotFoundError: If there is no such folder, probe or base folder.

@@ -1,0 +1,151 @@
+"""Base and probe to the Hub and back over HTTP, by the real client."""
+
+import json
+
+import pytest
+
+from tests.testers.hub_server import hub_env, hub_server, run_python
+
+ROUND_TRIP = """
+import json, os, warnings
+from pathlib import Path
+import torch
+from huggingface_hub import HfApi, ModelCard
+from diffusers_repr.cli import main
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.heads import LinearHead
+from diffusers_repr.hub import HubError, push_folder
+from diffusers_repr.tasks import Probe
+from tests.tasks.planted import dataset, images, pipeline
+
+work, report = Path(os.environ["WORK"]), {}
+x, settings = images(6, seed=3)[0], {"layers": ["mid_block"], "timestep": 50, "protocol": "ridge"}
+pipeline().save_pretrained(work / "base")
+push_folder(work / "base", "user/base")
+
+# base and probe from the Hub; the commit of the base is written
+probe = Probe.fit(Denoiser.from_pretrained("user/base"), dataset(30), **settings)
+report["scores"] = probe.evaluate(dataset(30, seed=2), dataset="Sides", split="test")
+report["url"] = probe.push_to_hub("user/probe")
+report["files"] = sorted(HfApi().list_repo_files("user/probe"))
+base = probe.recipe.base
+assert base.name == "user/base" and not base.local and base.commit == HfApi().model_info("user/base").sha, base
+loaded = Probe.from_pretrained("user/probe")
+assert torch.equal(loaded(x).probabilities, probe(x).probabilities)
+assert torch.equal(LinearHead.from_pretrained("user/probe").linear.weight, probe.head.linear.weight)
+card = ModelCard.load("user/probe")
+report["card"] = {r.metric_type: [r.metric_value, r.dataset_name, r.dataset_split] for r in card.data.eval_results}
+report["base_model"], report["content"] = card.data.base_model, card.content
+
+# the base moves on; the probe keeps the commit it was fitted on
+pipeline(seed=1).save_pretrained(work / "other")
+push_folder(work / "other", "user/base")
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert torch.equal(Probe.from_pretrained("user/probe")(x).probabilities, probe(x).probabilities)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    Probe.from_pretrained("user/probe", base="user/base")
+report["moved"] = [str(w.message) for w in caught if w.category is UserWarning]
+
+# a pipeline that was loaded by its id is known by its id
+from diffusers import DDPMPipeline
+pipe = DDPMPipeline.from_pretrained("user/base")
+report["from_pipe"] = Probe.fit(pipe, images(12), **settings).recipe.base.name
+
+# a local base: told, and named anew by the command
+local = Probe.fit(Denoiser.from_pretrained(work / "base"), images(12), **settings)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    local.push_to_hub("user/local")
+report["local"] = [str(w.message) for w in caught if w.category is UserWarning]
+local.save_pretrained(work / "probe")
+assert main(["push", str(work / "probe"), "user/named", "--base", "user/base", "--private"]) == 0
+named = Path(HfApi().snapshot_download("user/named"))
+report["named"] = json.loads((named / "probe.json").read_text())["base"]["name"]
+report["private"] = HfApi().model_info("user/named").private
+
+# the base disappears
+HfApi().create_repo("user/empty")
+gone = Probe.fit(Denoiser.from_pretrained(work / "base"), images(12), base="user/gone", **settings)
+gone.push_to_hub("user/orphan")
+try:
+    Probe.from_pretrained("user/orphan")
+except HubError as error:
+    report["gone"] = str(error)
+try:
+    Probe.from_pretrained("user/nothing")
+except HubError as error:
+    report["nothing"] = str(error)
+try:
+    Probe.from_pretrained("user/empty")
+except OSError as error:
+    report["empty"] = str(error)
+print(json.dumps(report))
+"""
+
+NO_NETWORK = """
+import os
+from diffusers_repr.cli import main
+print(main(["predict", "user/probe", os.environ["IMAGE"]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    with hub_server() as server:
+        done = run_python(ROUND_TRIP, hub_env(server, folder, WORK=folder, OMP_NUM_THREADS=1), timeout=240)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_probe_goes_to_the_hub_and_back(report):
+    assert "/user/probe/commit/" in report["url"]
+    assert set(report["files"]) == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "probe.json",
+    }
+
+
+def test_the_card_on_the_hub_has_metrics_and_base(report):
+    scores = report["scores"]
+    assert report["card"] == {
+        "accuracy": [scores["accuracy"], "Sides", "test"],
+        "balanced_accuracy": [scores["balanced_accuracy"], "Sides", "test"],
+    }
+    assert report["base_model"] == "user/base"
+    assert 'Probe.from_pretrained("user/probe")' in report["content"]
+
+
+def test_the_base_is_that_of_the_recorded_commit(report):
+    assert len(report["moved"]) == 1
+    assert "has other weights than the probe's base" in report["moved"][0]
+    assert report["from_pipe"] == "user/base"
+
+
+def test_a_local_base_is_told_and_can_be_named(report):
+    assert len(report["local"]) == 1
+    assert "not on the Hub" in report["local"][0]
+    assert report["named"] == "user/base"
+    assert report["private"] is True
+
+
+def test_what_is_not_there_is_told(report):
+    assert "needs its base model 'user/gone'" in report["gone"]
+    assert "Pass base=" in report["gone"]
+    assert "user/nothing" in report["nothing"]
+    assert "user/empty" in report["empty"]
+
+
+def test_without_a_network(tmp_path):
+    image = tmp_path / "image.png"
+    image.write_bytes(b"x")
+    env = hub_env("http://127.0.0.1:9", tmp_path, token=None, IMAGE=image)
+    done = run_python(NO_NETWORK, env)
+    assert done.stdout.splitlines()[-1] == "2"
+    assert "diffusers-repr predict: Cannot load model repository 'user/probe'" in done.stderr
+    assert "Traceback" not in done.stderr
