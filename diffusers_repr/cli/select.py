@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -108,19 +109,20 @@ def _splits(args: argparse.Namespace) -> tuple[ImageData, ImageData]:
     train = load_images(args.dataset, args.train_split, *columns)
     if args.validation_split is not None:
         return train, load_images(args.dataset, args.validation_split, *columns)
-    if _has_validation(args.dataset):
-        return train, load_images(args.dataset, "validation", *columns)
+    if not _one_split(Path(args.dataset)):
+        try:
+            return train, load_images(args.dataset, "validation", *columns)
+        except ValueError as error:
+            if "has no split 'validation'" not in str(error):
+                raise
     train, validation = hold_out(train, args.validation_fraction)
     print(f"No split 'validation': held out {len(validation)} of {len(train) + len(validation)} training images.")
     return train, validation
 
 
-def _has_validation(dataset: str) -> bool:
-    from pathlib import Path
-
-    import datasets
-
-    return not Path(dataset).is_file() and "validation" in datasets.get_dataset_split_names(dataset)
+def _one_split(path: Path) -> bool:
+    """Whether this is one Parquet file, or a single split of `save_to_disk`, which answers to every name."""
+    return path.is_file() or (path / "state.json").is_file()
 
 
 def _print(selection: Selection) -> None:

@@ -67,7 +67,8 @@ def select_features(
 
     Args:
         denoiser: Any `Denoiser`.
-        train: Images and labels to fit on: `ImageData`, a `datasets.Dataset`, or `(images, labels)`.
+        train: Images and labels to fit on: `ImageData`, a `datasets.Dataset`, or `(images, labels)`; numbers as
+            targets, `(n,)` or `(n, K)`, in the last form only.
         validation: The same, to score on; other images.
         timesteps: Levels to try: training timesteps or `NoiseLevel`s.
         layers: Full module paths; all of `list_layers(denoiser)` if None.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import datasets
@@ -40,12 +40,15 @@ class Labelled:
 
     def batches(self, size: int) -> Iterator[tuple[slice, Any]]:
         """`(rows, images)`, `size` at a time."""
+        if isinstance(self.source, ImageData):
+            start = 0
+            for images, _ in self.source.batches(size):
+                yield slice(start, start + len(images)), images
+                start += len(images)
+            return
         for start in range(0, len(self), size):
             rows = slice(start, min(start + size, len(self)))
-            if isinstance(self.source, ImageData):
-                yield rows, list(self.source.dataset[rows][self.source.image_column])
-            else:
-                yield rows, self.source[rows]
+            yield rows, self.source[rows]
 
     def side(self, classes: int | None) -> Tensor:
         """Targets of a linear fit `(n, K)` float64: one-hot of `classes`, or the values."""
@@ -86,7 +89,7 @@ def make_task(train: Source, validation: Source, metric: str) -> Task:
     if metric not in METRICS:
         raise ValueError(f"Unknown metric {metric!r}; expected one of {', '.join(METRICS)}.")
     fit, score = _open(train, "train"), _open(validation, "validation")
-    _refuse_same(train, validation)
+    _refuse_same(fit[0], score[0])
     if metric in VALUE_METRICS:
         values = [_values(images, targets, name) for images, targets, name in (fit, score)]
         if values[0].targets.shape[1] != values[1].targets.shape[1]:
@@ -159,7 +162,7 @@ def _open(data: Any, role: str) -> tuple[Any, Any, str]:
                 f"{data.name} (split {data.split!r}) has no label column; columns are {data.dataset.column_names}. "
                 "Pass ImageData with label_column=, or (images, labels)."
             )
-        return data, data.dataset[data.label_column][:], f"{data.name} ({data.split})"
+        return data, data.labels(), f"{data.name} ({data.split})"
     if isinstance(data, dict):
         raise TypeError(
             f"{role} is a dictionary of splits ({', '.join(map(str, data))}); pass one split, e.g. data['{role}']."
@@ -189,9 +192,8 @@ def refuse_test(split: str) -> None:
 
 
 def _refuse_same(train: Any, validation: Any) -> None:
-    def key(data: Any) -> Any:
-        rows = data.dataset if isinstance(data, ImageData) else data
-        return rows._fingerprint if isinstance(rows, datasets.Dataset) else id(rows[0])
+    def key(source: Any) -> Any:
+        return source.dataset._fingerprint if isinstance(source, ImageData) else id(source)
 
     if key(train) == key(validation):
         raise ValueError("train and validation are the same rows; scores would be those of the fit. See `hold_out`.")
@@ -216,14 +218,14 @@ def hold_out(data: ImageData, fraction: float = 0.2, seed: int = 0) -> tuple[Ima
     refuse_test(data.split)
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1; got {fraction!r}.")
-    labels = data.dataset[data.label_column][:] if data.label_column is not None else [0] * len(data)
+    labels = data.labels() if data.label_column is not None else [0] * len(data)
     order = sorted(range(len(labels)), key=lambda row: hashlib.blake2b(f"{seed}:{row}".encode()).digest())
-    if isinstance(labels[0], int):
-        order = _spread(order, labels)
+    order = _spread(order, labels)
     count = round(fraction * len(order))
     if not 0 < count < len(order):
         raise ValueError(f"A fraction {fraction} of {len(order)} rows leaves one part empty.")
-    return data.select(sorted(order[count:])), data.select(sorted(order[:count]))
+    held = data.select(sorted(order[:count]))
+    return data.select(sorted(order[count:])), replace(held, split=f"{data.split}, held out")
 
 
 def _spread(order: Sequence[int], labels: Sequence[int]) -> list[int]:

@@ -25,14 +25,13 @@ class Scorer:
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Add rows: outputs `(P, n, K)`; targets: class indices `(n,)` or values `(n, K)`."""
-        outputs = outputs.cpu()
         self.finite &= bool(torch.isfinite(outputs).all())
         if targets.ndim == 1:
-            right = (outputs.argmax(2) == targets).double()
+            right = (outputs.argmax(2).cpu() == targets).double()
             self.hits.index_add_(1, targets, right)
             self.seen += torch.bincount(targets, minlength=len(self.seen))
         else:
-            self.hits += ((outputs - targets) ** 2).sum(1)
+            self.hits += ((outputs.cpu() - targets) ** 2).sum(1)
             self.seen += len(targets)
             self.sums += torch.stack([targets.sum(0), (targets**2).sum(0)])
 

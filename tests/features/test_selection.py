@@ -168,6 +168,15 @@ def test_noise_policy_is_a_third_axis(unet, data):
     assert noised != clean
 
 
+@pytest.mark.parametrize("noise", ["per_image", "fresh"])
+def test_noise_itself_tells_nothing(noise):
+    model = planted(rows=Rows(range(8)))
+    images, labels = striped(32, 0)
+    settings = {**BASE, "pooling": "adaptive:2", "penalties": (1e-6,)}  # 32 features fit 32 rows by heart
+    found = select_features(model, (images, labels), striped(32, 1), [999], noise=noise, **settings)
+    assert found.best.score < 0.6
+
+
 def test_spread_over_noise_seeds(unet, data):
     settings = {**BASE, "seeds": (0, 1, 2), "finalists": 3}
     found = select_features(unet, *data, [100, 300], **settings)

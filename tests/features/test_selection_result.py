@@ -155,6 +155,12 @@ def test_command_holds_out_where_there_is_no_validation_split(folder, tmp_path, 
     assert not (tmp_path / "out" / "heatmap.png").exists()
 
 
+def test_command_on_one_file(folder, tmp_path, capsys):
+    data = folder(train=rows(40)) + "/train.parquet"
+    assert command(data, tmp_path / "out", "--no_heatmap") == 0
+    assert "held out 8 of 40" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
