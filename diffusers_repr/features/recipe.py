@@ -1,0 +1,127 @@
+"""What a feature store holds, said completely: two stores with one recipe hold the same features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_repr.features.data import ImageData
+from diffusers_repr.features.extractor import FeatureExtractor
+
+_SAMPLED = 64  # values of each weight that enter a fingerprint
+
+
+def recipe_of(
+    extractor: FeatureExtractor,
+    data: ImageData,
+    *,
+    rows: int,
+    image_size: tuple[int, int],
+    dtype: str,
+    prompt: str | None = None,
+    class_label: int | None = None,
+) -> dict[str, Any]:
+    """Everything the features depend on, as plain JSON values.
+
+    Args:
+        extractor: Its settings and its denoiser.
+        data: The images.
+        rows: How many of them, from the first.
+        image_size: (H, W) in pixels, as the network sees them.
+        dtype: Of the stored features.
+        prompt: As given; may hold `{label}`.
+        class_label: One for all images.
+    """
+    denoiser = extractor.denoiser
+    return {
+        "model": {
+            "name": _plain_path(denoiser.name),
+            "revision": denoiser.revision,
+            "class": type(getattr(denoiser.model, "_orig_mod", denoiser.model)).__name__,
+            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "noise_process": denoiser.schedule.kind,
+            "weights": fingerprint(denoiser.model, denoiser.vae),
+        },
+        "data": {
+            "name": _plain_path(data.name),
+            "split": data.split,
+            "image_column": data.image_column,
+            "label_column": data.label_column,
+            "rows": rows,
+        },
+        "features": {
+            "layers": list(extractor.layers),
+            "where": extractor.where,
+            "levels": [{k: v for k, v in level.to_dict().items() if k in _LEVEL} for level in extractor.levels],
+            "noise": extractor.noise.policy,
+            "ensemble_size": extractor.ensemble_size,
+            "pooling": extractor.pooling,
+            "seed": extractor.seed,
+            "sample_posterior": extractor.sample_posterior,
+            "image_size": list(image_size),
+            "prompt": prompt,
+            "class_label": class_label,
+            "dtype": dtype,
+        },
+    }
+
+
+_LEVEL = ("timestep", "alpha", "sigma")
+
+
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """A short name of a recipe; every shard carries it.
+
+    Example:
+        >>> recipe_hash({"a": 1, "b": 2}) == recipe_hash({"b": 2, "a": 1})
+        True
+    """
+    text = json.dumps(recipe, sort_keys=True, allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def recipe_differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Lines `place: old -> new` for all that differs.
+
+    Example:
+        >>> recipe_differences({"seed": 0, "data": {"rows": 5}}, {"seed": 1, "data": {"rows": 5}})
+        ['seed: 0 -> 1']
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in recipe_differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
+    return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def fingerprint(*modules: nn.Module | None) -> str | None:
+    """A hash of weights: names, shapes, dtypes and some values of each, so that a retrained model is noticed.
+
+    None if weights are not in reach (offloaded to disk).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        if module is None:
+            continue
+        for name, tensor in getattr(module, "_orig_mod", module).state_dict().items():
+            if tensor.is_meta:
+                return None
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_some_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _some_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+    return some.view(torch.uint8).numpy().tobytes()
+
+
+def _plain_path(name: str | None) -> str | None:
+    """`./model/` and `model` are one path; a Hub id stays as it is."""
+    return name if name is None or not os.path.exists(name) else os.path.normpath(name)

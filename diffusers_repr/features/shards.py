@@ -1,0 +1,239 @@
+"""Shards of a feature store: Parquet files that are whole or not there, each with its recipe's name inside."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_STAMP = b"diffusers_repr"
+_MAX_OFFSET = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature column.
+
+    Attributes:
+        name: `layer@t<timestep>`.
+        layer: Full module path.
+        level: Place in the recipe's levels.
+        timestep: Of that level.
+        shape: Of one image's feature: `(D,)`, tokens `(N, C)` or map `(C, H, W)`.
+        grid: (H, W) of tokens, None else.
+        text_tokens: Tokens of text that stand before the image's.
+    """
+
+    name: str
+    layer: str
+    level: int
+    timestep: float
+    shape: tuple[int, ...]
+    grid: tuple[int, int] | None = None
+    text_tokens: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Column:
+        """The inverse of `to_dict`, lists for tuples allowed."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows and columns lie in files.
+
+    Attributes:
+        split: Name of the split.
+        rows: Rows in all.
+        shard_size: Rows of every shard but the last.
+        columns: Feature columns.
+        dtype: `float32` or `float16`.
+        recipe: Name of the recipe, from `recipe_hash`.
+        label: Type of the label column; None without labels.
+    """
+
+    split: str
+    rows: int
+    shard_size: int
+    columns: tuple[Column, ...]
+    dtype: str
+    recipe: str
+    label: Any = None
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.shard_size)
+
+    def path(self, shard: int) -> str:
+        """File of a shard inside the store."""
+        return f"data/{self.split}-{shard:05d}-of-{self.shards:05d}.parquet"
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First row of a shard, and the row after its last."""
+        return shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows)
+
+    def features(self) -> datasets.Features:
+        """Column types as `datasets` shows them."""
+        label = {} if self.label is None else {"label": self.label}
+        types = {column.name: _feature(column.shape, self.dtype) for column in self.columns}
+        return datasets.Features(
+            {"row": datasets.Value("int64"), "image_hash": datasets.Value("string"), **label, **types}
+        )
+
+    def schema(self, shard: int) -> pa.Schema:
+        """Arrow schema of a shard, stamped with recipe and place."""
+        schema = self.features().arrow_schema
+        stamp = json.dumps({"recipe": self.recipe, "shard": shard, "start": self.span(shard)[0]})
+        return schema.with_metadata({**(schema.metadata or {}), _STAMP: stamp.encode()})
+
+
+def _feature(shape: tuple[int, ...], dtype: str) -> Any:
+    if len(shape) == 1:
+        return datasets.List(datasets.Value(dtype), length=shape[0])
+    arrays = {2: datasets.Array2D, 3: datasets.Array3D, 4: datasets.Array4D}
+    if len(shape) not in arrays:
+        raise ValueError(f"A feature of shape {shape} cannot be stored; use a pooling.")
+    return arrays[len(shape)](shape=shape, dtype=dtype)
+
+
+# Writing
+
+
+class ShardWriter:
+    """Appends rows to one shard that is being written."""
+
+    def __init__(self, writer: pq.ParquetWriter, layout: Layout, schema: pa.Schema) -> None:
+        self._writer, self._layout, self._schema = writer, layout, schema
+
+    def write(
+        self, start: int, hashes: Sequence[str], labels: Sequence[int] | None, features: Mapping[str, np.ndarray]
+    ) -> None:
+        """Append rows `start...`; `features` by column name, `(rows, *shape)`."""
+        arrays = [pa.array(np.arange(start, start + len(hashes))), pa.array(hashes, pa.string())]
+        if self._layout.label is not None:
+            arrays.append(pa.array(labels, self._schema.field("label").type))
+        arrays += [_to_arrow(features[c.name], self._schema.field(c.name).type) for c in self._layout.columns]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+
+@contextmanager
+def write_shard(folder: Path, layout: Layout, shard: int) -> Iterator[ShardWriter]:
+    """Fill a shard; it takes its name, flushed to disk, when the block ends well.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; an existing shard is untouched then.
+    """
+    path, schema = folder / layout.path(shard), layout.schema(shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            with pq.ParquetWriter(
+                file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+            ) as writer:
+                yield ShardWriter(writer, layout, schema)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Flush the names in a folder to disk, where the system can open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _to_arrow(values: np.ndarray, kind: Any) -> pa.Array:
+    values = np.ascontiguousarray(values)
+    flat = pa.array(values.reshape(-1))
+    if values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    if values.size > _MAX_OFFSET:
+        raise ValueError(f"{values.shape} values at once are too many for Arrow; use a smaller batch_size.")
+    for size in reversed(values.shape[1:]):
+        flat = pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, size, dtype=np.int32)), flat)
+    return pa.ExtensionArray.from_storage(kind, flat)
+
+
+# Reading
+
+
+def shard_stamp(path: Path) -> dict[str, Any] | None:
+    """What a Parquet file says of its recipe and place; None for a file that says nothing, or is broken."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return json.loads(metadata[_STAMP])
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return None
+
+
+def shard_problem(folder: Path, layout: Layout, shard: int) -> str | None:
+    """Why a shard is not what it must be, in a few words; None if it is whole. Reads it all, a row group at a time."""
+    path, (start, stop) = folder / layout.path(shard), layout.span(shard)
+    if not path.is_file():
+        return "is missing"
+    stamp = shard_stamp(path)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if stamp is None or stamp.get("recipe") != layout.recipe:
+                return "was not written by this recipe"
+            if not file.schema_arrow.equals(layout.schema(shard)):
+                return "has other columns"
+            if file.metadata.num_rows != stop - start:
+                return f"has {file.metadata.num_rows} rows instead of {stop - start}"
+            rows = [file.read_row_group(group)["row"].to_numpy() for group in range(file.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return f"cannot be read ({str(error).splitlines()[0][:120]})"
+    if not np.array_equal(np.concatenate(rows), np.arange(start, stop)):
+        return f"does not hold rows {start} to {stop - 1}"
+    return None
+
+
+def read_shard(path: Path, names: Sequence[str], batch_rows: int) -> Iterator[dict[str, Any]]:
+    """Columns of a shard by name, as Arrow arrays, `batch_rows` rows at a time.
+
+    Raises:
+        pyarrow.ArrowException, OSError: For a file that is broken.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for batch in file.iter_batches(batch_size=batch_rows, columns=list(names)):
+            yield {name: batch.column(name) for name in names}
+
+
+def to_numpy(array: pa.Array, shape: Sequence[int]) -> np.ndarray:
+    """A feature column `(rows, *shape)`."""
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    rows = len(array)
+    while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        array = array.flatten()
+    return array.to_numpy(zero_copy_only=False).reshape(rows, *shape)
+
+
+def row_bytes(columns: Sequence[Column], dtype: str) -> int:
+    """Bytes of one row's features."""
+    return sum(math.prod(column.shape) for column in columns) * np.dtype(dtype).itemsize
