@@ -46,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
     elif kind == "custom pipeline":
         address = publish_pipeline(args.folder, args.repo_id, **options)
     else:
+        if kind == "store of features":
+            from diffusers_repr.features.store import FeatureStore
+
+            FeatureStore.open(args.folder).verify()
         address = push_folder(args.folder, args.repo_id, repo_type=repo_type, **options)
     print(f"Pushed the {kind} to {address}")
     return 0

@@ -104,6 +104,8 @@ def test_wrong_use(place, tmp_path, capsys):
     image = str(place / "images")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
     cases = [
         (["probe", model, data, *out], "Give --layers and --timestep, or --selection"),
         (["probe", model, data, "--layers", "mid_block", *out], "Give both --layers and --timestep"),
@@ -120,6 +122,7 @@ def test_wrong_use(place, tmp_path, capsys):
         (["predict", probe, image, "--base", probe], "is no pipeline folder"),
         (["push", str(tmp_path / "nothing"), "user/x"], "Cannot tell what"),
         (["push", probe + "/probe.json", "user/x"], "is a file"),
+        (["push", str(tmp_path / "store"), "user/x"], "manifest"),
         (["push", str(tmp_path / "none"), "user/x"], "There is no folder"),
         (["push", probe, "user/x", "--repo_type", "dataset"], "is a probe, which goes to a model repository"),
         (["push", model, "user/x", "--base", "user/y"], "--base is for probes"),

@@ -33,6 +33,8 @@ assert base.name == "user/base" and not base.local and base.commit == HfApi().mo
 loaded = Probe.from_pretrained("user/probe")
 assert torch.equal(loaded(x).probabilities, probe(x).probabilities)
 assert torch.equal(LinearHead.from_pretrained("user/probe").linear.weight, probe.head.linear.weight)
+probe.head.push_to_hub("user/head")
+assert torch.equal(LinearHead.from_pretrained("user/head").linear.weight, probe.head.linear.weight)
 card = ModelCard.load("user/probe")
 report["card"] = {r.metric_type: [r.metric_value, r.dataset_name, r.dataset_split] for r in card.data.eval_results}
 report["base_model"], report["content"] = card.data.base_model, card.content
@@ -64,6 +66,18 @@ assert main(["push", str(work / "probe"), "user/named", "--base", "user/base", "
 named = Path(HfApi().snapshot_download("user/named"))
 report["named"] = json.loads((named / "probe.json").read_text())["base"]["name"]
 report["private"] = HfApi().model_info("user/named").private
+
+# the command tells a store, a pipeline and a custom pipeline apart
+(work / "data").mkdir()
+dataset(6).to_parquet(work / "data" / "train.parquet")
+store, reads = str(work / "store"), ["--layers", "mid_block", "--timestep", "50"]
+assert main(["extract", str(work / "base"), str(work / "data"), *reads, "--out", store]) == 0
+(work / "custom").mkdir()
+(work / "custom" / "pipeline.py").write_text("import diffusers\\nclass X(diffusers.DiffusionPipeline): ...\\n")
+for folder, repo_id in {"store": "user/store", "other": "user/pipe", "custom": "user/custom"}.items():
+    assert main(["push", str(work / folder), repo_id]) == 0
+report["store"] = HfApi().list_repo_files("user/store", repo_type="dataset")
+report["pipe"], report["custom"] = (HfApi().list_repo_files(f"user/{name}") for name in ("pipe", "custom"))
 
 # the base disappears
 HfApi().create_repo("user/empty")
@@ -132,6 +146,12 @@ def test_a_local_base_is_told_and_can_be_named(report):
     assert "not on the Hub" in report["local"][0]
     assert report["named"] == "user/base"
     assert report["private"] is True
+
+
+def test_the_command_pushes_each_kind_to_its_place(report):
+    assert "manifest.json" in report["store"]
+    assert "model_index.json" in report["pipe"]
+    assert "pipeline.py" in report["custom"]
 
 
 def test_what_is_not_there_is_told(report):
