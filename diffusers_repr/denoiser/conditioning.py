@@ -57,8 +57,11 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
 def _encoded(denoiser: Denoiser, text: str, size: tuple[int, int] | None, cache: Cache, null: bool) -> dict[str, Any]:
     extra = denoiser.family.null_arguments if null else {}
     key = (text, size, null and bool(extra))
+    kept = denoiser.prompts if denoiser.prompts is not None else cache
     if key not in cache:
-        cache[key] = pipeline_inputs(denoiser, {"prompt": text, **extra}, size)
+        if key not in kept:
+            kept[key] = pipeline_inputs(denoiser, {"prompt": text, **extra}, size)
+        cache[key] = kept[key]
     return cache[key]
 
 

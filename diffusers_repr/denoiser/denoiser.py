@@ -253,7 +253,7 @@ class Denoiser:
                 network's forward (`encoder_hidden_states`, ...), with 1 or `batch` rows.
             batch: Number of samples; as many as there are prompts, labels or rows if None.
             size: Image size (H, W) in pixels; the configured size if None.
-            cache: Keeps the encoded prompts between calls; `prompts` of this object if None.
+            cache: Keeps encoded prompts between calls, as does `prompts` of this object.
 
         Raises:
             ValueError: For inputs the family does not take, or a wrong number of them.
@@ -268,7 +268,7 @@ class Denoiser:
         if self.family.conditioning == "text":
             if class_labels is not None:
                 raise ValueError(f"{type(self.model).__name__} takes a prompt, not class_labels.")
-            store = cache if cache is not None else self.prompts if self.prompts is not None else {}
+            store = {} if cache is None else cache
             return conditioning.from_prompts(self, prompt, negative_prompt, batch, size, store)
         if prompt not in (None, "") or negative_prompt not in (None, ""):
             raise ValueError(

@@ -1,0 +1,1 @@
+"""Features of images from the layers of any diffusion pipeline."""
