@@ -1,0 +1,27 @@
+"""The wheel carries every package, the published pipelines among them."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_wheel_has_every_module(tmp_path):
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("diffusers_repr", "pipelines"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=skip)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    want = {file.relative_to(source).as_posix() for file in source.rglob("*.py")}
+    want = {f"diffusers_repr/{name}" if name.startswith("pipelines/") else name for name in want}
+    want |= {"diffusers_repr/py.typed", "diffusers_repr/pipelines/feature_extraction/README.md"}
+    build = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", tmp_path]
+    run = subprocess.run([*build, source], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == want
