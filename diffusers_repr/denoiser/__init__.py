@@ -3,7 +3,7 @@
 from diffusers_repr.denoiser.condition import Condition
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family, GenericFamily, register_family
-from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers
+from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
 from diffusers_repr.denoiser.streams import register_stream
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Layer",
     "layer_table",
     "list_layers",
+    "list_layers_from_config",
     "register_family",
     "register_stream",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusers_repr import noise as process
 from diffusers_repr.denoiser import conditioning
 from diffusers_repr.denoiser.condition import Condition, eval_mode
-from diffusers_repr.denoiser.family import Family, family_of, noised_dtype
+from diffusers_repr.denoiser.family import Family, family_of, floating_dtype
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
@@ -141,7 +141,7 @@ class Denoiser:
     @property
     def dtype(self) -> torch.dtype:
         """The network's floating dtype."""
-        return noised_dtype(self.model)
+        return floating_dtype(self.model)
 
     @property
     def stride(self) -> int:

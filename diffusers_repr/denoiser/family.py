@@ -240,7 +240,7 @@ def family_of(model: nn.Module) -> Family:
     return family
 
 
-def noised_dtype(model: nn.Module) -> torch.dtype:
+def floating_dtype(model: nn.Module) -> torch.dtype:
     """Floating dtype of a model's parameters; float32 for a model without any."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
@@ -251,7 +251,7 @@ __all__ = [
     "PatchTransformerFamily",
     "family_by_name",
     "family_of",
+    "floating_dtype",
     "list_families",
-    "noised_dtype",
     "register_family",
 ]

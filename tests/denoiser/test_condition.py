@@ -77,6 +77,23 @@ def test_equals_what_the_pipeline_passes(name):
     assert_same_inputs(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["sd", "pixart", "sd3", "flux_guidance", "sana"])
+def test_half_precision_equals_what_the_pipeline_passes(name):
+    """In bfloat16 too, dtypes included; the timestep as the pipeline rounds it."""
+    theirs = pipeline_call(build(name).to(dtype=torch.bfloat16), **guidance_off(name))
+    denoiser = Denoiser.from_pipe(build(name).to(dtype=torch.bfloat16))
+    ours = denoiser.condition(**CONDITIONS[name], size=SIZES[name]).kwargs()
+    for key, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == theirs[key].dtype
+            assert torch.equal(value, theirs[key])
+    if name == "flux_guidance":
+        step = 733.25
+        x_t = torch.zeros(1, 4, 16, 24, dtype=torch.bfloat16)
+        told = denoiser.network_inputs(x_t, denoiser.level(step), ours)["timestep"]
+        assert torch.equal(told, torch.tensor(step).expand(1).to(torch.bfloat16) / 1000)
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_null_equals_the_pipelines_own_null(name):
     """The negative prompt's condition is the half that the pipeline's CFG passes for it."""
