@@ -68,8 +68,12 @@ def list_layers(
             every module that returns an image.
 
     Example:
-        >>> [layer.path for layer in list_layers(denoiser)][:2]  # doctest: +SKIP
-        ['conv_in', 'down_blocks.0.resnets.0']
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        >>> layers = list_layers(Denoiser(unet, DDPMScheduler()))
+        >>> [(layer.path, layer.channels, layer.grid) for layer in layers[:2]]
+        [('conv_in', 8, (8, 8)), ('down_blocks.0.resnets.0', 8, (8, 8))]
     """
     size = denoiser.image_size if image_size is None else image_size
     size = (size, size) if isinstance(size, int) else size
