@@ -56,10 +56,10 @@ Model: {report["model"]}. Splits: {report["splits"]} images; the model was train
 ![samples](samples.png)
 
 Selected on the validation split: layer `{best["layer"]}` at timestep {best["timestep"]:g}, noise `{best["noise"]}`,
-pooling `{best["pooling"]}`: validation accuracy {best["validation_accuracy"]:.3f}
-(standard deviation over noise seeds {best["std_over_noise_seeds"]:.3f}).
+pooling `{best["pooling"]}`: Brier score {-best["validation_neg_brier"]:.3f}
+(standard deviation over noise seeds {best["std_over_noise_seeds"]:.3f}; all cells below, higher is better).
 
-![validation accuracy by level and layer](heatmap.png)
+![negative Brier score on validation by level and layer](heatmap.png)
 
 | test accuracy of a logistic regression | all labels | 10 labels a class |
 |---|---|---|

@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=float, nargs="+", required=True, help="levels to try; larger is noisier")
     parser.add_argument("--out", required=True, help="folder for selection.json, selection.parquet and heatmap.png")
     parser.add_argument("--layers", nargs="+", help="full module paths; all layers if not given")
-    parser.add_argument("--metric", default="accuracy", help="accuracy, balanced_accuracy, r2 or neg_mse")
+    parser.add_argument("--metric", default="accuracy", help="accuracy, balanced_accuracy, neg_brier, r2 or neg_mse")
     parser.add_argument("--pooling", default="mean", help="mean, max or adaptive:P")
     parser.add_argument(
         "--noise", nargs="+", default=["per_image"], help="per_image, shared, fresh, clean; several: a third axis"

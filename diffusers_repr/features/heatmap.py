@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 _TITLES = {
     "accuracy": "validation accuracy (%)",
     "balanced_accuracy": "validation accuracy, mean over classes (%)",
+    "neg_brier": "negative squared distance to the one-hot label, validation",
     "r2": "validation R²",
     "neg_mse": "negative mean squared error on validation",
 }

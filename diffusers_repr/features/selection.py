@@ -72,7 +72,8 @@ def select_features(
         validation: The same, to score on; other images.
         timesteps: Levels to try: training timesteps or `NoiseLevel`s.
         layers: Full module paths; all of `list_layers(denoiser)` if None.
-        metric: `accuracy`, `balanced_accuracy` (mean over classes); for numbers as targets `r2`, `neg_mse`.
+        metric: `accuracy`, `balanced_accuracy` (mean over classes), `neg_brier` (minus the Brier score of the ridge's
+            outputs: finer where accuracy is near 1 for many cells); for numbers as targets `r2`, `neg_mse`.
         pooling: `mean`, `max` or `adaptive:P`.
         noise: Policy, see `FeatureExtractor`; a list makes it a third axis, e.g. `("per_image", "clean")`.
         batch_size: Images a forward.
@@ -100,7 +101,7 @@ def select_features(
         FloatingPointError: If a layer gives NaN or infinite features; names it.
     """
     policies = [noise] if isinstance(noise, str) else list(noise)
-    _check(policies, pooling, criterion, seeds, prompt, class_labels)
+    _check(policies, pooling, criterion, metric, seeds, prompt, class_labels)
     for name, value in {
         "batch_size": batch_size,
         "finalists": finalists,
@@ -151,7 +152,13 @@ def select_features(
 
 
 def _check(
-    policies: Sequence[str], pooling: str, criterion: str, seeds: Sequence[int], prompt: Any, class_labels: Any
+    policies: Sequence[str],
+    pooling: str,
+    criterion: str,
+    metric: str,
+    seeds: Sequence[int],
+    prompt: Any,
+    class_labels: Any,
 ) -> None:
     for policy in policies:
         check_policy(policy)
@@ -161,6 +168,8 @@ def _check(
         raise ValueError("pooling=None leaves maps; selection compares vectors: 'mean', 'max' or 'adaptive:P'.")
     if criterion not in CRITERIA:
         raise ValueError(f"Unknown criterion {criterion!r}; expected one of {', '.join(CRITERIA)}.")
+    if metric == "neg_brier" and criterion != "ridge":
+        raise ValueError(f"metric='neg_brier' measures the ridge's own loss; got criterion={criterion!r}.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be at least one whole number, each once; got {list(seeds)}.")
     if prompt is not None and not isinstance(prompt, str):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusers_repr.features.data import ImageData, from_dataset
 
-CLASS_METRICS = ("accuracy", "balanced_accuracy")
+CLASS_METRICS = ("accuracy", "balanced_accuracy", "neg_brier")
 VALUE_METRICS = ("r2", "neg_mse")
 METRICS = CLASS_METRICS + VALUE_METRICS
 

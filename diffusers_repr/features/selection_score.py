@@ -10,8 +10,8 @@ class Scorer:
     """Adds up what a metric needs, for every penalty at once.
 
     Args:
-        metric: `accuracy`, `balanced_accuracy` (mean over the classes that occur), `r2` (mean over targets) or
-            `neg_mse`.
+        metric: `accuracy`, `balanced_accuracy` (mean over the classes that occur), `neg_brier` (minus the squared
+            distance to the one-hot label, mean over rows), `r2` (mean over targets) or `neg_mse`.
         penalties: Number of penalties P.
         columns: Number of classes, or of targets, K.
     """
@@ -26,7 +26,11 @@ class Scorer:
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Add rows: outputs `(P, n, K)`; targets: class indices `(n,)` or values `(n, K)`."""
         self.finite &= bool(torch.isfinite(outputs).all())
-        if targets.ndim == 1:
+        if self.metric == "neg_brier":
+            labels = torch.nn.functional.one_hot(targets, len(self.seen))
+            self.hits += ((outputs.cpu() - labels) ** 2).sum(1)
+            self.seen += torch.bincount(targets, minlength=len(self.seen))
+        elif targets.ndim == 1:
             right = (outputs.argmax(2).cpu() == targets).double()
             self.hits.index_add_(1, targets, right)
             self.seen += torch.bincount(targets, minlength=len(self.seen))
@@ -42,6 +46,8 @@ class Scorer:
         if self.metric == "balanced_accuracy":
             present = self.seen > 0
             return (self.hits[:, present] / self.seen[present]).mean(1)
+        if self.metric == "neg_brier":
+            return -self.hits.sum(1) / self.seen.sum()
         mse = self.hits / self.seen
         if self.metric == "neg_mse":
             return -mse.mean(1)
