@@ -35,10 +35,6 @@ def attention_memory(
 
     Raises:
         ValueError: As `capture_attention`, for layers without a probability matrix.
-
-    Example:
-        >>> attention_memory(denoiser, ["mid_block.attentions.0"], 512)  # doctest: +SKIP
-        16384
     """
     tokens = attention_tokens(denoiser, layers, image_size)
     return sum(batch * t.bytes_per_map * (1 if heads == "mean" else t.heads) for t in tokens.values())

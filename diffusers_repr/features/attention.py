@@ -91,11 +91,6 @@ def attention_maps(
     Raises:
         ValueError: As `FeatureExtractor` and `capture_attention`.
         MemoryError: If the maps need more than `max_bytes`.
-
-    Example:
-        >>> out = attention_maps(denoiser, images, ["mid_block.attentions.0"], 261)  # doctest: +SKIP
-        >>> out.as_map("mid_block.attentions.0").shape  # doctest: +SKIP
-        torch.Size([1, 64, 8, 8])
     """
     extractor = _extractor(source, layers, timestep, settings)
     denoiser = extractor.denoiser

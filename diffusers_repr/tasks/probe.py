@@ -115,9 +115,6 @@ class Probe:
         Raises:
             ValueError, TypeError: For layers, levels, protocols or data that do not exist or fit; what can be checked
                 is checked before the first forward.
-
-        Example:
-            >>> Probe.fit(denoiser, train, layers=["mid_block"], timestep=50)  # doctest: +SKIP
         """
         named = {"layers": layers, "timestep": timestep, "pooling": pooling}
         settings |= {name: value for name, value in named.items() if value is not None}

@@ -14,7 +14,7 @@ def test_the_wheel_has_every_module(tmp_path):
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("diffusers_repr", "pipelines"):
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     want = {file.relative_to(source).as_posix() for file in source.rglob("*.py")}
     want = {f"diffusers_repr/{name}" if name.startswith("pipelines/") else name for name in want}
