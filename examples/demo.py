@@ -6,6 +6,7 @@ is fitted there, compared with raw pixels and with the same network untrained, s
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,16 +19,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from diffusers_repr import Denoiser, Probe, select_features
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.features.data import from_dataset
 from diffusers_repr.heads import fit_head
 from examples.demo_report import draw_pca, draw_samples, write_report
 from examples.digits import load_digits_splits
 
-MODEL = Path(__file__).parent / "models" / "digits-ddpm"
+MODEL = Path(os.path.relpath(Path(__file__).parent / "models" / "digits-ddpm"))
 RECIPE = Path(__file__).parent / "configs" / "ddpm_digits.yaml"
 TIMESTEPS = (10, 30, 60, 100, 150, 200, 300, 400, 600)
 NOISE = ("per_image", "clean")
 POOLINGS = ("mean", "adaptive:2")
-PER_CLASS, DRAWS = 10, 5
+PER_CLASS, DRAWS, RANDOM_INITS = 10, 5, 3
 
 
 def train_short(output_dir: Path, steps: int) -> Path:
@@ -40,9 +42,9 @@ def train_short(output_dir: Path, steps: int) -> Path:
     return folder
 
 
-def untrained(denoiser: Denoiser) -> Denoiser:
+def untrained(denoiser: Denoiser, seed: int) -> Denoiser:
     """The same network with random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return Denoiser(UNet2DModel.from_config(denoiser.config).eval(), denoiser.scheduler, name="random initialisation")
 
 
@@ -113,32 +115,35 @@ def main() -> None:
     images = sampler(64, generator=torch.Generator().manual_seed(0), num_inference_steps=50).images
     draw_samples(images, args.output_dir / "samples.png")
 
-    print("2/5 which level, which layer? (all layers, trained network, then the same untrained)")
+    print(f"2/5 which level, which layer? (all layers; the trained network, then {RANDOM_INITS} untrained ones)")
     selection = select(denoiser, digits)
     selection.save(args.output_dir / "selection")
     (args.output_dir / "heatmap.png").write_bytes(selection.heatmap())
-    random = untrained(denoiser)
-    random_selection = select(random, digits)
+    untrained_networks = [untrained(denoiser, seed) for seed in range(RANDOM_INITS)]
+    untrained_selections = [select(network, digits) for network in untrained_networks]
 
     print("3/5 probe, against raw pixels and the untrained network")
     inputs = {
-        "probe": features(selection, denoiser, digits),
-        "pixels": pixels(digits),
-        "random_init": features(random_selection, random, digits),
+        "probe": [features(selection, denoiser, digits)],
+        "pixels": [pixels(digits)],
+        "random_init": [
+            features(*pair, digits) for pair in zip(untrained_selections, untrained_networks, strict=True)
+        ],
     }
     report = {}
-    for name, x in inputs.items():
-        report[f"{name}_accuracy"] = accuracy(x, labels)
-        few = few_label_accuracies(x, labels)
+    for name, networks in inputs.items():
+        every = [accuracy(x, labels) for x in networks]
+        few = [score for x in networks for score in few_label_accuracies(x, labels)]
+        report[f"{name}_accuracy"] = sum(every) / len(every)
         report[f"{name}_accuracy_10_per_class"] = sum(few) / len(few)
-        report[f"{name}_draws_10_per_class"] = few
-    draw_pca(inputs["probe"]["test"], inputs["pixels"]["test"], labels["test"], args.output_dir / "features_pca.png")
+        report[f"{name}_every_run"] = {"all_labels": every, "10_per_class": few}
+    pictured = [inputs[name][0]["test"] for name in ("probe", "pixels")]
+    draw_pca(*pictured, labels["test"], args.output_dir / "features_pca.png")
 
     print("4/5 save the probe, load it, predict")
-    probe = Probe.fit(
-        selection.extractor(denoiser, batch_size=256), digits["train"], digits["validation"], protocol="lbfgs"
-    )
-    probe.evaluate(digits["test"])
+    data = {split: from_dataset(digits[split], name="digits", split=split) for split in digits}
+    probe = Probe.fit(denoiser, data["train"], data["validation"], selection=selection, protocol="lbfgs")
+    probe.evaluate(data["test"])
     probe.save_pretrained(args.output_dir / "probe")
     loaded = Probe.from_pretrained(args.output_dir / "probe", base=folder)
     predicted = loaded(digits["test"]["image"]).labels
@@ -151,7 +156,7 @@ def main() -> None:
     report |= {
         "saved_probe_accuracy": saved_accuracy,
         "best": best_of(selection),
-        "random_init_best": best_of(random_selection),
+        "random_init_best": [best_of(found) for found in untrained_selections],
         "timesteps": list(TIMESTEPS),
         "splits": {split: len(digits[split]) for split in digits},
         "model": "retrained, short" if args.train else "examples/models/digits-ddpm",

@@ -41,17 +41,18 @@ def draw_pca(features: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor,
 def write_report(report: dict, path: Path) -> None:
     """The demo's numbers and pictures as one page."""
     best = report["best"]
+    splits = ", ".join(f"{count} {split}" for split, count in report["splits"].items())
     rows = "\n".join(
         f"| {title} | {report[name + '_accuracy']:.3f} | {report[name + '_accuracy_10_per_class']:.3f} |"
         for name, title in (
             ("probe", "probe on diffusion features"),
             ("pixels", "raw pixels"),
-            ("random_init", "same network, random weights"),
+            ("random_init", "same network, random weights (mean of 3)"),
         )
     )
     path.write_text(f"""# What a small diffusion model knows about digits
 
-Model: {report["model"]}. Splits: {report["splits"]} images; the model was trained on the train split only.
+Model: {report["model"]}. Images: {splits}; the model was trained on the train split only.
 
 ![samples](samples.png)
 
@@ -66,7 +67,7 @@ pooling `{best["pooling"]}`: Brier score {-best["validation_neg_brier"]:.3f}
 {rows}
 
 The penalty of every logistic regression is tuned on the validation split. 10 labels a class: mean of 5 draws; level
-and layer were selected with all training labels, for the untrained network too. The probe loaded from its saved folder
+and layer were selected with all training labels, for the untrained networks too. The probe loaded from its saved folder
 scores {report["saved_probe_accuracy"]:.3f}.
 
 ![first two principal components](features_pca.png)
