@@ -67,8 +67,8 @@ pooling `{best["pooling"]}`: Brier score {-best["validation_neg_brier"]:.3f}
 {rows}
 
 The penalty of every logistic regression is tuned on the validation split. 10 labels a class: mean of 5 draws; level
-and layer were selected with all training labels, for the untrained networks too. The probe loaded from its saved folder
-scores {report["saved_probe_accuracy"]:.3f}.
+and layer were selected with all training labels, for the untrained networks too. The probe loaded from its saved
+folder scores {report["saved_probe_accuracy"]:.3f}.
 
 ![first two principal components](features_pca.png)
 """)
