@@ -56,7 +56,8 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
 
 def _encoded(denoiser: Denoiser, text: str, size: tuple[int, int] | None, cache: Cache, null: bool) -> dict[str, Any]:
     extra = denoiser.family.null_arguments if null else {}
-    key = (text, size, null and bool(extra))
+    # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
+    key = (text, size, null and bool(extra), denoiser.device, denoiser.dtype)
     kept = denoiser.prompts if denoiser.prompts is not None else cache
     if key not in cache:
         if key not in kept:

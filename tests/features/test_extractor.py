@@ -288,6 +288,18 @@ def test_several_levels_share_encodes_and_forwards():
     assert calls["text"] == 2
 
 
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_model_may_be_cast_between_calls(name):
+    """Moving it to another device is the same case: encoded prompts that are kept must follow."""
+    pipe, images = build(name), images_for(name)
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), LAYERS[name], 261)
+    before = extractor(images, prompt="a cat")
+    pipe.to(torch.float64)
+    after = extractor(images, prompt="a cat")
+    for layer in LAYERS[name]:
+        assert_close(after[layer], before[layer], 1e-3)
+
+
 def test_more_prompts_than_are_kept(monkeypatch):
     monkeypatch.setattr(extractor_module, "_PROMPTS_KEPT", 2)
     images, prompts = images_for("sd", 4), ["a", "b", "c", "d"]
