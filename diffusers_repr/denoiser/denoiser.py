@@ -166,6 +166,14 @@ class Denoiser:
         h, w = self.family.size(self.config)
         return h * self.stride, w * self.stride
 
+    def token_grid(self, path: str, tokens: int, size: tuple[int, int]) -> tuple[tuple[int, int], int] | None:
+        """Where the image lies in a sequence of `tokens` that the layer at `path` gives, for x_0 of `size` (H, W).
+
+        Returns:
+            `((h, w), text)` as `Family.grid`; None if the layer or the sequence is no image.
+        """
+        return self.family.grid(self.config, tokens, size) if self.family.is_image(path) else None
+
     # Images and latents
 
     def check_size(self, size: tuple[int, int]) -> None:

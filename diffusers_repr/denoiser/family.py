@@ -32,7 +32,7 @@ class Family:
     Attributes:
         conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
         unbatched: Names of condition inputs without a batch dimension (position ids).
-        not_image: First parts of paths that carry text or time, never the image.
+        not_image: Parts of paths whose modules give no image: text, time, single heads.
         pipeline_arguments: What is passed to the pipeline's call besides the prompt and the size.
         null_arguments: What is passed on top where the prompt is a negative one.
     """
@@ -99,6 +99,10 @@ class Family:
             if max(h, w) == 1:
                 return None
             h, w = -(-h // 2), -(-w // 2)
+
+    def is_image(self, path: str) -> bool:
+        """Whether the module at `path` may carry the image."""
+        return not any(part in self.not_image for part in path.split("."))
 
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """Condition inputs of the right shapes for `batch` samples, for the layer table."""
@@ -168,6 +172,19 @@ class PatchTransformerFamily(Family):
         "caption_projection",
         "caption_norm",
         "context_embedder",
+        # the text's half of a joint block
+        "norm1_context",
+        "norm2_context",
+        "ff_context",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "norm_added_q",
+        "norm_added_k",
+        "to_add_out",
+        # queries and keys by head: four dimensions, but no map
+        "norm_q",
+        "norm_k",
     )
 
     def multiple(self, config: Mapping[str, Any]) -> int:

@@ -166,7 +166,7 @@ def layer_table(
     with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as flops:
         try:
             for path, module in wanted.items():
-                if path.split(".")[0] not in family.not_image:
+                if family.is_image(path):
                     hook = _recorder(path, done, repeated, flops)
                     handles.append(module.register_forward_hook(hook))
             model(**inputs)

@@ -121,7 +121,7 @@ def attention_maps(
     if extractor.many:
         maps = {layer: value.unflatten(0, (len(extractor.levels), len(pixels))) for layer, value in maps.items()}
     small = (size[0] // denoiser.stride, size[1] // denoiser.stride)
-    places = {layer: _place(denoiser, tape.tokens[layer], small) for layer in extractor.layers}
+    places = {layer: _place(denoiser, layer, tape.tokens[layer], small) for layer in extractor.layers}
     known = {layer: place for layer, place in places.items() if place is not None}
     return AttentionOutput(
         maps,
@@ -147,11 +147,13 @@ def _extractor(
     return FeatureExtractor(source, layers, timestep, **settings)
 
 
-def _place(denoiser: Denoiser, tokens: AttentionTokens, size: tuple[int, int]) -> tuple[tuple[int, int], slice] | None:
+def _place(
+    denoiser: Denoiser, path: str, tokens: AttentionTokens, size: tuple[int, int]
+) -> tuple[tuple[int, int], slice] | None:
     """Grid of the image tokens and their rows, for x_0 of `size`."""
     if tokens.order == "unknown":
         return None
-    found = denoiser.family.grid(denoiser.config, tokens.image, size)
+    found = denoiser.token_grid(path, tokens.image, size)
     if found is None:
         return None
     grid, start = found  # text inside the layer's first input stands in front

@@ -265,7 +265,7 @@ class FeatureExtractor:
 
     def _place(self, feature: Tensor, path: str, size: tuple[int, int], places: dict[str, Place]) -> None:
         if feature.ndim == 3 and path not in places:
-            found = self.denoiser.family.grid(self.denoiser.config, feature.shape[1], size)
+            found = self.denoiser.token_grid(path, feature.shape[1], size)
             if found is not None:
                 places[path] = found
 

@@ -12,7 +12,7 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser, Layer
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import FeatureExtractor
-from diffusers_repr.features.pooling import Place, pool, pooled_size
+from diffusers_repr.features.pooling import pool, pooled_size
 from diffusers_repr.features.selection_data import Labelled
 from diffusers_repr.noise import NoiseLevel
 
@@ -106,18 +106,14 @@ class Reader:
             size = (batch.x_t.shape[2], batch.x_t.shape[3])
 
             def pooled(feature: Tensor, path: str, size: tuple[int, int] = size) -> Tensor:
-                return pool(feature, self.pooling, self._place(feature, size))
+                place = self.denoiser.token_grid(path, feature.shape[1], size) if feature.ndim == 3 else None
+                return pool(feature, self.pooling, place)
 
             with capture(self.denoiser.model, extractor.layers, transform=pooled) as tape:
                 self.denoiser.predict(batch.x_t, batch.level, batch.condition)
             self.progress.step()
             for level, part, at in _levels(batch.cells, count):
                 yield level, part, {path: feature[at] for path, feature in tape.features.items()}
-
-    def _place(self, feature: Tensor, size: tuple[int, int]) -> Place | None:
-        if feature.ndim != 3:
-            return None
-        return self.denoiser.family.grid(self.denoiser.config, feature.shape[1], size)
 
 
 def _levels(cells: Sequence[int], count: int) -> Iterator[tuple[int, slice, slice]]:

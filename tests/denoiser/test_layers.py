@@ -71,6 +71,25 @@ def test_what_the_table_holds(name):
         assert not layer.path.startswith(("time_", "class_emb", "context_embedder", "caption", "adaln", "text"))
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+@torch.no_grad()
+def test_what_changes_with_the_text_alone_is_not_listed(name):
+    """A layer that gives the same for two images holds text, however many tokens that has."""
+    denoiser, x_t, condition = start(name)
+    layers = [layer.path for layer in list_layers(denoiser, SIZES[name], "all")]
+    parts = {part for path in layers for part in path.split(".")}
+    assert not parts & {"ff_context", "norm1_context", "add_k_proj", "norm_added_q", "norm_q", "to_add_out"}
+    first = [path for path in layers if path.startswith("transformer_blocks.0.")]  # later text has seen the image
+    read = []
+    for x in (x_t, x_t + 1):
+        with capture(denoiser.model, first, stop_early=False) as tape:
+            denoiser.predict(x, 261, condition)
+        read.append(tape)
+    assert len(first) > 5
+    for path in first:
+        assert not torch.equal(read[0][path], read[1][path]), path
+
+
 def test_detail_all_has_what_blocks_has_and_more():
     denoiser = Denoiser.from_pipe(build("sd3"))
     blocks, everything = (list_layers(denoiser, SIZES["sd3"], detail) for detail in ("blocks", "all"))

@@ -419,6 +419,12 @@ def test_pooling_on_the_fly_equals_pooling_after(name, pooling):
         assert_close(pooled[layer], expected)
 
 
+def test_pooling_of_a_layer_of_text_is_refused():
+    """Flux's text has more tokens than a small image: its tail must not pass for the image."""
+    with pytest.raises(ValueError, match="none is known for this layer"):
+        make("flux", "transformer_blocks.0.ff_context", pooling="mean")(images_for("flux"), prompt="a")
+
+
 def test_input_and_residual_of_a_resnet():
     images, path = images_for("sd"), "up_blocks.1.resnets.2"
     pipe = build("sd")
