@@ -19,7 +19,7 @@ def to_pixels(images: Any, channels: int = 3, image_size: int | tuple[int, int] 
     Args:
         images: One image or a sequence of them: PIL; numpy `(H, W)`, `(H, W, C)` or `(B, H, W, C)`; tensor `(C, H, W)`
             or `(B, C, H, W)`. uint8 runs over 0..255, floats over [0, 1].
-        channels: 1 converts PIL images to grey, 3 to RGB.
+        channels: 1 converts PIL images to grey, 3 to RGB. 16-bit grey ones run over 0..65535.
         image_size: Resize to `(H, W)` (an int: square; the aspect ratio is not kept) by a bicubic filter. None
             keeps the size.
 
@@ -56,8 +56,10 @@ def _items(images: Any) -> list[Any]:
 
 
 def _one(image: Any, channels: int, size: tuple[int, int] | None, at: int) -> Tensor:
+    if isinstance(image, Image.Image) and image.mode.startswith("I;16"):  # PIL's conversion would clip it at 255
+        image = np.asarray(image).astype(np.float32) / 65535
     if isinstance(image, Image.Image):
-        image = _pil(image, channels)
+        image = _pil(image, channels, at)
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.BICUBIC)
         array = torch.from_numpy(np.array(image))
@@ -86,7 +88,12 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None, at: int) -> Te
     return 2 * pixels - 1
 
 
-def _pil(image: Image.Image, channels: int) -> Image.Image:
+def _pil(image: Image.Image, channels: int, at: int) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"Image {at} is a PIL image of mode {image.mode!r}, whose range is not known; pass it as a float array in "
+            "[0, 1], or in mode 'L', 'RGB' or 'I;16'."
+        )
     if channels not in _MODES:
         raise ValueError(f"PIL images cannot give {channels} channels; pass tensors (C, H, W).")
     return image.convert(_MODES[channels])
