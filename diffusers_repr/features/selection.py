@@ -13,10 +13,11 @@ from diffusers_repr.capture import check_layers
 from diffusers_repr.denoiser import Denoiser, Layer, list_layers
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import Timestep
+from diffusers_repr.features.labelled import Labelled, Source
 from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.features.pooling import check_pooling, pooled_size
 from diffusers_repr.features.ridge import CRITERIA, PENALTIES, check_penalties
-from diffusers_repr.features.selection_data import Labelled, Source, Task, hold_out, make_task
+from diffusers_repr.features.selection_data import Task, hold_out, make_task
 from diffusers_repr.features.selection_read import Progress, Reader
 from diffusers_repr.features.selection_result import Cell, FeatureSet, Selection
 from diffusers_repr.features.selection_score import comparable
@@ -132,8 +133,8 @@ def select_features(
         "model": denoiser.name,
         "revision": denoiser.revision,
         "model_class": type(denoiser.model).__name__,
-        "train": {"name": task.train.name, "rows": len(task.train)},
-        "validation": {"name": task.validation.name, "rows": len(task.validation)},
+        "train": {"name": str(task.train), "rows": len(task.train)},
+        "validation": {"name": str(task.validation), "rows": len(task.validation)},
         "classes": None if task.classes is None else list(task.classes),
         "pooling": pooling,
         "criterion": criterion,

@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
-from diffusers_repr.features.data import ImageData, from_dataset
+from diffusers_repr.features.data import ImageData
+from diffusers_repr.features.labelled import Labelled, Source, open_labelled
 
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "neg_brier")
 VALUE_METRICS = ("r2", "neg_mse")
 METRICS = CLASS_METRICS + VALUE_METRICS
-
-Source: TypeAlias = ImageData | datasets.Dataset | tuple[Any, Any]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images, read when asked for, with their targets.
-
-    Attributes:
-        source: `ImageData`, or a sequence of images.
-        targets: Class indices `(n,)` int64, or values `(n, K)` float64.
-        name: For messages and the recipe.
-    """
-
-    source: Any
-    targets: Tensor
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def batches(self, size: int) -> Iterator[tuple[slice, Any]]:
-        """`(rows, images)`, `size` at a time."""
-        if isinstance(self.source, ImageData):
-            start = 0
-            for images, _ in self.source.batches(size):
-                yield slice(start, start + len(images)), images
-                start += len(images)
-            return
-        for start in range(0, len(self), size):
-            rows = slice(start, min(start + size, len(self)))
-            yield rows, self.source[rows]
-
-    def side(self, classes: int | None) -> Tensor:
-        """Targets of a linear fit `(n, K)` float64: one-hot of `classes`, or the values."""
-        if classes is None:
-            return self.targets
-        return torch.nn.functional.one_hot(self.targets, classes).double()
 
 
 @dataclass(frozen=True)
@@ -62,8 +24,8 @@ class Task:
     """A train and a validation split of one task.
 
     Attributes:
-        train: Rows to fit on.
-        validation: Rows to score on.
+        train: Rows to fit on; class ids as indices into `classes`, values as `(n, K)` float64.
+        validation: Rows to score on, likewise.
         classes: Class ids in ascending order; None for values.
         metric: One of `METRICS`; larger is better.
     """
@@ -78,6 +40,12 @@ class Task:
         """Columns of the targets of a linear fit."""
         return int(self.train.targets.shape[1]) if self.classes is None else len(self.classes)
 
+    def side(self, data: Labelled) -> Tensor:
+        """Targets of a linear fit `(n, K)` float64, of one of the splits: one-hot, or the values."""
+        if self.classes is None:
+            return data.targets
+        return torch.nn.functional.one_hot(data.targets, len(self.classes)).double()
+
 
 def make_task(train: Source, validation: Source, metric: str) -> Task:
     """Check both splits and bring them to one form.
@@ -88,97 +56,59 @@ def make_task(train: Source, validation: Source, metric: str) -> Task:
     """
     if metric not in METRICS:
         raise ValueError(f"Unknown metric {metric!r}; expected one of {', '.join(METRICS)}.")
-    fit, score = _open(train, "train"), _open(validation, "validation")
-    _refuse_same(fit[0], score[0])
-    if metric in VALUE_METRICS:
-        values = [_values(images, targets, name) for images, targets, name in (fit, score)]
-        if values[0].targets.shape[1] != values[1].targets.shape[1]:
-            raise ValueError("train and validation have targets of unequal width.")
-        if len(values[0]) < 2 or len(values[1]) < 2:
-            raise ValueError("Too few rows: train and validation need at least 2 each.")
-        if metric == "r2" and bool((values[1].targets == values[1].targets[0]).all(0).any()):
-            raise ValueError(
-                "r2 is undefined: a validation target has the same value in all rows. Use metric='neg_mse'."
-            )
-        return Task(values[0], values[1], None, metric)
-    return _classes(fit, score, metric)
+    fit, score = open_labelled(train, "train"), open_labelled(validation, "validation")
+    for found in (fit, score):
+        if isinstance(found.images, ImageData):
+            refuse_test(found.split)
+    _refuse_same(fit.images, score.images)
+    return _values(fit, score, metric) if metric in VALUE_METRICS else _classes(fit, score, metric)
 
 
-def _classes(fit: tuple[Any, Any, str], score: tuple[Any, Any, str], metric: str) -> Task:
-    ids, held = _ids(fit[1], fit[2], metric), _ids(score[1], score[2], metric)
+def _values(fit: Labelled, score: Labelled, metric: str) -> Task:
+    train, held = _as_values(fit), _as_values(score)
+    if train.targets.shape[1] != held.targets.shape[1]:
+        raise ValueError("train and validation have targets of unequal width.")
+    if len(train) < 2 or len(held) < 2:
+        raise ValueError("Too few rows: train and validation need at least 2 each.")
+    if metric == "r2" and bool((held.targets == held.targets[0]).all(0).any()):
+        raise ValueError("r2 is undefined: a validation target has the same value in all rows. Use metric='neg_mse'.")
+    return Task(train, held, None, metric)
+
+
+def _as_values(data: Labelled) -> Labelled:
+    values = data.targets.double()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{data} has NaN or infinite targets.")
+    if values.ndim not in (1, 2):
+        raise ValueError(f"{data} has targets of shape {tuple(values.shape)}; expected (n,) or (n, K).")
+    return replace(data, targets=values.reshape(len(values), -1))
+
+
+def _classes(fit: Labelled, score: Labelled, metric: str) -> Task:
+    ids, held = _ids(fit, metric), _ids(score, metric)
     classes, counts = ids.unique(return_counts=True)
     if len(classes) < 2:
-        raise ValueError(f"{fit[2]} has the single class {classes.tolist()}; nothing tells features apart. Need 2.")
+        raise ValueError(f"{fit} has the single class {classes.tolist()}; nothing tells features apart. Need 2.")
     if int(counts.min()) < 2:
         rare = classes[counts < 2].tolist()
-        raise ValueError(f"Too few rows: classes {rare[:10]} of {fit[2]} have one image; each needs at least 2.")
+        raise ValueError(f"Too few rows: classes {rare[:10]} of {fit} have one image; each needs at least 2.")
     if len(held) < 2:
-        raise ValueError(f"Too few rows: {score[2]} has {len(held)}; selection needs some dozens.")
+        raise ValueError(f"Too few rows: {score} has {len(held)}; selection needs some dozens.")
     unknown = sorted(set(held.unique().tolist()) - set(classes.tolist()))
     if unknown:
         raise ValueError(
-            f"{score[2]} has classes {unknown[:10]} that {fit[2]} lacks ({classes.tolist()[:10]}...); "
+            f"{score} has classes {unknown[:10]} that {fit} lacks ({classes.tolist()[:10]}...); "
             "check that both use the same label ids."
         )
-    parts = [Labelled(x[0], torch.searchsorted(classes, y), x[2]) for x, y in ((fit, ids), (score, held))]
+    parts = [replace(data, targets=torch.searchsorted(classes, y)) for data, y in ((fit, ids), (score, held))]
     return Task(parts[0], parts[1], tuple(classes.tolist()), metric)
 
 
-def _ids(targets: Any, name: str, metric: str) -> Tensor:
-    values = _tensor(targets, name)
-    if values.is_floating_point() or values.dtype == torch.bool or values.ndim != 1:
-        raise ValueError(
-            f"metric={metric!r} needs one whole-number class id per image; {name} has {values.dtype} targets of shape "
-            f"{tuple(values.shape)}. For numbers use metric='r2'."
-        )
-    if len(values) and int(values.min()) < 0:
-        raise ValueError(f"{name} has {int((values < 0).sum())} rows with label {int(values.min())}: missing labels.")
-    return values.long()
-
-
-def _values(images: Any, targets: Any, name: str) -> Labelled:
-    values = _tensor(targets, name).double()
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name} has NaN or infinite targets.")
-    if values.ndim not in (1, 2):
-        raise ValueError(f"{name} has targets of shape {tuple(values.shape)}; expected (n,) or (n, K).")
-    return Labelled(images, values.reshape(len(values), -1), name)
-
-
-def _tensor(targets: Any, name: str) -> Tensor:
-    try:
-        return torch.as_tensor(targets).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"The labels of {name} are no numbers, or some are missing: {error}.") from error
-
-
-def _open(data: Any, role: str) -> tuple[Any, Any, str]:
-    if isinstance(data, datasets.Dataset):
-        data = from_dataset(data, name=role, split=str(data.split) if data.split is not None else role)
-    if isinstance(data, ImageData):
-        refuse_test(data.split)
-        if data.label_column is None:
-            raise ValueError(
-                f"{data.name} (split {data.split!r}) has no label column; columns are {data.dataset.column_names}. "
-                "Pass ImageData with label_column=, or (images, labels)."
-            )
-        return data, data.labels(), f"{data.name} ({data.split})"
-    if isinstance(data, dict):
-        raise TypeError(
-            f"{role} is a dictionary of splits ({', '.join(map(str, data))}); pass one split, e.g. data['{role}']."
-        )
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        raise TypeError(
-            f"{role} must be ImageData, a datasets.Dataset or (images, labels); got {type(data).__name__}."
-        )
-    images, labels = data
-    if not hasattr(images, "__len__") or not hasattr(labels, "__len__"):
-        raise TypeError(
-            f"{role}: images and labels must be sequences; got {type(images).__name__} and {type(labels).__name__}."
-        )
-    if len(images) != len(labels) or not len(images):
-        raise ValueError(f"{role} has {len(images)} images and {len(labels)} labels; they must be equal and not 0.")
-    return images, labels, role
+def _ids(data: Labelled, metric: str) -> Tensor:
+    ids = data.class_ids(f"metric={metric!r} compares classes; for numbers use metric='r2'.")
+    if int(ids.min()) < 0:
+        raise ValueError(f"{data} has {int((ids < 0).sum())} rows with label {int(ids.min())}: missing labels.")
+    return ids
 
 
 def refuse_test(split: str) -> None:
@@ -241,4 +171,4 @@ def _spread(order: Sequence[int], labels: Sequence[int]) -> list[int]:
     return sorted(order, key=lambda row: place[row])  # stable: equal places keep the hash order
 
 
-__all__ = ["METRICS", "Labelled", "Task", "hold_out", "make_task", "refuse_test"]
+__all__ = ["METRICS", "Task", "hold_out", "make_task", "refuse_test"]

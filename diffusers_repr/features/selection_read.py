@@ -12,8 +12,8 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser, Layer
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import FeatureExtractor
+from diffusers_repr.features.labelled import Labelled
 from diffusers_repr.features.pooling import pool, pooled_size
-from diffusers_repr.features.selection_data import Labelled
 from diffusers_repr.noise import NoiseLevel
 
 Stream = Iterator[tuple[int, slice, dict[str, Tensor]]]

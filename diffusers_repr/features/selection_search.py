@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.features.labelled import Labelled
 from diffusers_repr.features.ridge import CRITERIA, LinearPath, Moments
-from diffusers_repr.features.selection_data import Labelled, Task
+from diffusers_repr.features.selection_data import Task
 from diffusers_repr.features.selection_read import Reader
 from diffusers_repr.features.selection_score import Scorer, comparable
 from diffusers_repr.noise import NoiseLevel
@@ -107,7 +108,7 @@ class Search:
         for path, sums in moments.items():
             for at, level in enumerate(levels):
                 if not sums.finite(at):
-                    raise _not_finite(path, level, self.task.train.name)
+                    raise _not_finite(path, level, self.task.train)
         fitted = {path: CRITERIA[self.criterion](moments.pop(path), self.penalties) for path in paths}
         scorers = {
             (at, path): Scorer(self.task.metric, len(self.penalties), columns)
@@ -128,7 +129,7 @@ class Search:
         paths: Sequence[str],
         side: bool = True,
     ) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
-        targets = data.side(None if self.task.classes is None else len(self.task.classes)) if side else data.targets
+        targets = self.task.side(data) if side else data.targets
         for rows, stream in self.reader.read(data, levels, noise, self._seed(data, noise, seed), paths):
             for level, part, features in stream:
                 yield targets[rows][part], level, features
@@ -139,7 +140,7 @@ class Search:
 
     def _best(self, scorer: Scorer, what: str, level: NoiseLevel) -> tuple[float, float]:
         if not scorer.finite:
-            raise _not_finite(what, level, self.task.validation.name)
+            raise _not_finite(what, level, self.task.validation)
         score, at = scorer.best()
         return score, self.penalties[at]
 
@@ -234,7 +235,7 @@ class Search:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`(targets, features side by side (n, total))` for each batch of images."""
         paths = list(dict.fromkeys(path for _, path in columns))
-        targets = data.side(None if self.task.classes is None else len(self.task.classes)) if side else data.targets
+        targets = self.task.side(data) if side else data.targets
         for rows, stream in self.reader.read(data, levels, noise, self._seed(data, noise, seed), paths):
             matrix = torch.empty(rows.stop - rows.start, total, device=self.device)
             for level, part, features in stream:
@@ -245,7 +246,7 @@ class Search:
             yield targets[rows], matrix
 
 
-def _not_finite(what: str, level: NoiseLevel, data: str) -> FloatingPointError:
+def _not_finite(what: str, level: NoiseLevel, data: Labelled) -> FloatingPointError:
     return FloatingPointError(
         f"{what!r} gave NaN or infinite features at timestep {level.timestep:g} on {data}. Load the model in float32 "
         "or bfloat16, or leave this layer out."

@@ -17,7 +17,7 @@ from diffusers_repr.heads import Head
 from diffusers_repr.heads.protocols import Protocol
 from diffusers_repr.tasks import probe_files
 from diffusers_repr.tasks.base import check_features
-from diffusers_repr.tasks.images import join, labelled_images, read_features
+from diffusers_repr.tasks.images import class_data, join, read_features
 from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_extractor
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
 
@@ -55,12 +55,12 @@ class Probe:
         head: The fitted head.
         recipe: Everything between an image and the head.
         denoiser: The base model.
-        batch_size: Images read and encoded at a time.
+        batch_size: Images read at a time, and rows of one forward (ensemble members and levels counted).
     """
 
     def __init__(self, head: Head, recipe: ProbeRecipe, denoiser: Denoiser, batch_size: int = 64) -> None:
         self.head, self.recipe, self.denoiser, self.batch_size = head.eval(), recipe, denoiser, batch_size
-        self.extractor = recipe.extractor(denoiser)
+        self.extractor = recipe.extractor(denoiser, batch_size=batch_size)
 
     @classmethod
     def fit(
@@ -106,7 +106,8 @@ class Probe:
             prompt: Prompt of every image.
             class_labels: Condition of a class-conditional model for every image; never the labels of the task.
             label_names: Name of each class; those of the data, or its ids, if None.
-            batch_size: Images read and encoded at a time.
+            batch_size: Images read at a time, and rows of one forward (ensemble members and levels counted) unless an
+                extractor or selection says that.
             base: Hub id or folder to write as the base, if not the one the model was loaded from.
             base_revision: Goes with `base`.
             progress_bar: `progress_bar(total=n)` gives an object with `update(k)` and `close()`, e.g. tqdm.
@@ -119,6 +120,8 @@ class Probe:
         named = {"layers": layers, "timestep": timestep, "pooling": pooling}
         settings |= {name: value for name, value in named.items() if value is not None}
         extractor = make_extractor(source, selection, use, settings)
+        if extractor.batch_size is None:
+            extractor = extractor.replace(batch_size=batch_size)
         fitted, recipe = fit_probe(
             extractor,
             train,
@@ -156,7 +159,7 @@ class Probe:
             revision: Of the probe: branch, tag or commit.
             base_revision: Of `base`.
             token: Hub token, for the probe and the base.
-            batch_size: Images read and encoded at a time.
+            batch_size: As for `fit`.
             **kwargs: For loading the base (`dtype`, `variant`, ...).
 
         Raises:
@@ -278,15 +281,15 @@ class Probe:
         Raises:
             ValueError: If the data's classes are not those of the probe.
         """
-        found = labelled_images(data, "test")
+        found = class_data(data, "test")
         check_labels(found, self.recipe.label_names)
         features, *_ = read_features(
             self.extractor, found, self.batch_size, self.recipe.prompt, self.recipe.class_labels, progress_bar
         )
         with torch.no_grad():
             guesses = torch.cat([self.head(rows).argmax(1).cpu() for rows in features.split(4096)])
-        right = guesses == found.labels
-        each = [float(right[found.labels == label].double().mean()) for label in found.labels.unique()]
+        right = guesses == found.targets
+        each = [float(right[found.targets == label].double().mean()) for label in found.targets.unique()]
         result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
         if record:
             for name, value in result.items():

@@ -10,13 +10,14 @@ import torch
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
+from diffusers_repr.features.labelled import Labelled
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.features.selection_result import Selection
 from diffusers_repr.heads import Head, fit_head
 from diffusers_repr.heads.protocols import Protocol, get_protocol
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.tasks.base import record_base
-from diffusers_repr.tasks.images import LabelledImages, labelled_images, read_features
+from diffusers_repr.tasks.images import class_data, read_features
 from diffusers_repr.tasks.recipe import Level, ProbeRecipe, Score
 
 _PACKAGES = ("diffusers-repr", "diffusers", "torch", "transformers")
@@ -54,8 +55,8 @@ def fit_probe(
         progress_bar: Makes a bar.
     """
     chosen = get_protocol(protocol, head)
-    data = labelled_images(train, "train")
-    held = None if validation is None else labelled_images(validation, "validation")
+    data = class_data(train, "train")
+    held = None if validation is None else class_data(validation, "validation")
     names = _names(data, held, label_names)
     read = (batch_size, *condition, progress_bar)
     features, output, size = read_features(extractor, data, *read)
@@ -63,10 +64,10 @@ def fit_probe(
     device = extractor.denoiser.device if extractor.denoiser.device.type == "cuda" else torch.device("cpu")
     pair = None
     if held is not None:
-        pair = (read_features(extractor, held, *read)[0].to(device), held.labels)
+        pair = (read_features(extractor, held, *read)[0].to(device), held.targets)
     result = fit_head(
         features.to(device),
-        data.labels,
+        data.targets,
         len(names),
         head=head,
         protocol=chosen,
@@ -146,8 +147,8 @@ def _levels(extractor: FeatureExtractor, asked: Any) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def _names(data: LabelledImages, held: LabelledImages | None, given: Sequence[str] | None) -> list[str]:
-    classes = int(data.labels.max()) + 1
+def _names(data: Labelled, held: Labelled | None, given: Sequence[str] | None) -> list[str]:
+    classes = int(data.targets.max()) + 1
     names = list(given) if given is not None else data.label_names or [str(i) for i in range(classes)]
     if len(set(names)) < len(names):
         raise ValueError(f"label_names must differ; got {names}.")
@@ -156,15 +157,13 @@ def _names(data: LabelledImages, held: LabelledImages | None, given: Sequence[st
     return names
 
 
-def check_labels(data: LabelledImages, names: Sequence[str]) -> None:
+def check_labels(data: Labelled, names: Sequence[str]) -> None:
     """Raise ValueError unless the labels are ids of `names`, and the data's own names are the same."""
-    low, high = int(data.labels.min()), int(data.labels.max())
+    low, high = int(data.targets.min()), int(data.targets.max())
     if low < 0 or high >= len(names):
-        raise ValueError(
-            f"Labels of {data.name} ({data.split}) run from {low} to {high}; class ids run from 0 to {len(names) - 1}."
-        )
+        raise ValueError(f"Labels of {data} run from {low} to {high}; class ids run from 0 to {len(names) - 1}.")
     if data.label_names is not None and list(data.label_names) != list(names):
         raise ValueError(
-            f"{data.name} ({data.split}) has the classes {list(data.label_names)}; the probe has {list(names)}. "
+            f"{data} has the classes {list(data.label_names)}; the probe has {list(names)}. "
             "Bring them to the same names in the same order."
         )

@@ -91,7 +91,7 @@ def test_the_fit_is_not_scored_on_itself(model, data):
         ({"labels": [None] * 32}, "missing"),
         ({"labels": ["a"] * 32}, "no numbers"),
         ({"labels": [0, 1]}, "32 images and 2 labels"),
-        ({"labels": [], "images": []}, "0 images"),
+        ({"labels": [], "images": []}, "no images"),
         ({"labels": torch.arange(32) % 3}, r"classes \[3\]"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -73,6 +74,19 @@ def test_every_form_of_data_gives_the_same_probe():
         torch.testing.assert_close(probe.logits(x), expected, atol=1e-4, rtol=1e-4)
     assert probe.recipe.label_names == tuple(NAMES)
     assert small().recipe.label_names == ("0", "1", "2")
+
+
+def test_a_forward_holds_batch_size_rows_ensemble_and_levels_counted():
+    pipe, rows = pipeline(), []
+    pipe.unet.register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(kwargs["sample"])), with_kwargs=True)
+    probe = small(pipe, ensemble_size=3, timestep=[10, 50], batch_size=8)
+    fitting, forwards = list(rows), 24 * 3 * 2 // 8
+    assert fitting == [8] * forwards
+    probe(images(24)[0])
+    assert rows == fitting * 2
+    rows.clear()
+    small(FeatureExtractor(Denoiser.from_pipe(pipe), ["mid_block"], 50, batch_size=6), batch_size=24, pooling="mean")
+    assert rows == [6] * 4
 
 
 def test_batch_size_changes_nothing_but_rounding():
@@ -429,15 +443,18 @@ def bad_data():
     pictures, labels = images(6)
     nan = torch.rand(2, 1, 16, 16)
     nan[1, 0, 3, 3] = math.nan
+    columns = {"image": [*pictures[:4], None, pictures[5]], "label": labels}
+    no_image = Dataset.from_dict(columns, features=dataset(6).features)
     return {
         "empty": (([], []), ValueError, "has no images"),
         "counts": ((pictures, labels[:5]), ValueError, "6 images and 5 labels"),
-        "floats": ((pictures, [0.5] * 6), ValueError, "must be class ids"),
+        "floats": ((pictures, [0.5] * 6), ValueError, "one whole-number class id per image"),
         "negative": ((pictures, [-1, 0, 1] * 2), ValueError, "run from -1 to 1"),
         "one class": ((pictures, [0] * 6), ValueError, "a classifier needs two classes"),
         "nan": ((nan, [0, 1]), ValueError, "NaN"),
         "sizes": (([pictures[0], Image.new("L", (20, 20))], [0, 1]), ValueError, "mixed sizes"),
         "no tuple": (pictures, TypeError, "tuple .images, labels."),
+        "no image": (no_image, ValueError, "Row 4 of .* has no image"),
         "no labels": (dataset(6).remove_columns("label"), ValueError, "no label column"),
     }
 
