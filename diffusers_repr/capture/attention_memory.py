@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from diffusers_repr.capture.attention import AttentionTape, AttentionTokens, Heads, check_attention_layers, watching
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.layers import build_on_meta
+from diffusers_repr.denoiser.condition import eval_mode
+from diffusers_repr.denoiser.layers import on_meta
 
 
 def attention_memory(
@@ -47,10 +47,7 @@ def attention_tokens(
     size = denoiser.image_size if image_size is None else image_size
     size = (size, size) if isinstance(size, int) else size
     denoiser.check_size(size)
-    inner: Any = getattr(denoiser.model, "_orig_mod", denoiser.model)
-    model: Any = (
-        build_on_meta(type(inner), inner.config) if hasattr(inner, "from_config") else copy.deepcopy(inner).to("meta")
-    )
+    model = on_meta(denoiser.model)
     modules = check_attention_layers(model, layers)
     family, config = denoiser.family, denoiser.config
     x_t = torch.empty(
@@ -64,6 +61,6 @@ def attention_tokens(
         tape.tokens[path] = tokens
         tape._record(path, call["query"], None)
 
-    with torch.no_grad(), watching(tape, model.eval(), modules, keep):
+    with torch.no_grad(), eval_mode(model), watching(tape, model, modules, keep):
         model(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()})
     return {path: tape.tokens[path] for path in modules}

@@ -80,7 +80,7 @@ def list_layers(
     denoiser.check_size(size)
     small = (size[0] // denoiser.stride, size[1] // denoiser.stride)
     return layer_table(
-        _on_meta(denoiser.model), denoiser.family, denoiser.config, small, denoiser.stride, denoiser.schedule, detail
+        on_meta(denoiser.model), denoiser.family, denoiser.config, small, denoiser.stride, denoiser.schedule, detail
     )
 
 
@@ -251,7 +251,8 @@ def _example_level(schedule: NoiseSchedule | None) -> NoiseLevel:
     return schedule.resolve((low + high) / 2)
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
+    """The same network without weights: from its config, or a copy; itself if it is on the meta device already."""
     inner: Any = getattr(model, "_orig_mod", model)
     if all(p.is_meta for p in inner.parameters()) and not hasattr(inner, "_hf_hook"):
         return inner

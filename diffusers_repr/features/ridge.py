@@ -41,7 +41,7 @@ class Moments:
 
     def add(self, features: Tensor, targets: Tensor, cell: int = 0) -> None:
         """Add rows: features `(n, D)`, targets `(n, K)` (one-hot for classes)."""
-        features = features.to(self.sums.device, torch.float64)
+        features = features.to(self.sums.device).double()  # moved first: not every device has float64
         targets = targets.to(self.sums.device, torch.float64)
         if not self.counts[cell]:
             self.shift[cell] = features.mean(0)
@@ -131,7 +131,7 @@ class LinearPath:
 
     def predict(self, features: Tensor, cell: int = 0) -> Tensor:
         """Outputs `(P, n, K)` float64 for features `(n, D)`, one plane a penalty."""
-        features = features.to(self.basis.device, torch.float64)
+        features = features.to(self.basis.device).double()
         rotated = ((features - self.mean[cell]) * self.inverse_scale[cell]) @ self.basis[cell]
         damped = self._damping(cell)[:, :, None] * self.loading[cell]  # (P, D, K)
         flat = damped.transpose(0, 1).flatten(1)  # one product for all penalties

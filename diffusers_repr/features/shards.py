@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +14,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from diffusers_repr.hub import atomic_file
 
 _STAMP = b"diffusers_repr"
 _MAX_OFFSET = 2**31 - 1
@@ -140,31 +140,10 @@ def write_shard(folder: Path, layout: Layout, shard: int) -> Iterator[ShardWrite
     Raises:
         OSError: If the disk is full or the folder cannot be written; an existing shard is untouched then.
     """
-    path, schema = folder / layout.path(shard), layout.schema(shard)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            with pq.ParquetWriter(
-                file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
-            ) as writer:
-                yield ShardWriter(writer, layout, schema)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Flush the names in a folder to disk, where the system can open a folder."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    schema = layout.schema(shard)
+    settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with atomic_file(folder / layout.path(shard)) as file, pq.ParquetWriter(file, schema, **settings) as writer:
+        yield ShardWriter(writer, layout, schema)
 
 
 def _to_arrow(values: np.ndarray, kind: Any) -> pa.Array:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
@@ -34,6 +34,24 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
         >>> atomic_write(folder / "a.txt", "text").read_text()
         'text'
     """
+    with atomic_file(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+    return Path(path)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """As `atomic_write`, for a file that is written piece by piece: it takes its name when the block ends well.
+
+    Args:
+        path: The file to write; an existing file is replaced.
+
+    Yields:
+        The open hidden file.
+
+    Raises:
+        IsADirectoryError, OSError: As `atomic_write`.
+    """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"Cannot write the file {str(path)!r}: a folder has this name. Give a file name.")
@@ -41,14 +59,13 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     temporary = _hidden_sibling(path, "tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
-    return path
 
 
 @contextmanager
