@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.capture.names import check_layers
+from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.denoiser.streams import image_stream
 
 Where = Literal["output", "input", "residual"]
@@ -180,6 +181,8 @@ def recording(tape: Tape, model: nn.Module) -> Iterator[ExitStack]:
         with ExitStack() as hooks:
             handle = model.register_forward_pre_hook(lambda module, args: tape._begin(), prepend=True)
             hooks.callback(handle.remove)
+            if is_offloaded(model):
+                hooks.callback(model.register_forward_hook(_unfinished, always_call=True).remove)
             try:
                 yield hooks
             except _Stop as stop:
@@ -188,6 +191,11 @@ def recording(tape: Tape, model: nn.Module) -> Iterator[ExitStack]:
         tape._check()
     finally:
         tapes.remove(tape)
+
+
+def _unfinished(module: nn.Module, args: Any, output: Any) -> None:
+    if output is None:  # left by an exception: an early exit, or an error
+        send_back(module)
 
 
 def _output_hook(path: str, read: Callable[[str, Tensor], None]) -> Callable[..., None]:

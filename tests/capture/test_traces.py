@@ -3,10 +3,12 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.hooks.group_offloading import ModuleGroup
 from torch import nn
 
 from diffusers_repr.capture import capture
@@ -219,6 +221,55 @@ def test_offloaded_models(name, kind):
         for path in LAYERS[name]:
             assert torch.equal(tape[path], plain[path])
     assert torch.equal(sample(pipe, name), image)
+
+
+@pytest.mark.filterwarnings("error:module forward hook")
+@pytest.mark.parametrize("stop", ["early", "error", "never"])
+def test_no_weights_of_a_sequential_offload_stay(stop):
+    pipe = build("pixart")  # its blocks, and the network itself, hold parameters besides those of their parts
+    inputs = inputs_of(Denoiser.from_pipe(pipe), "pixart")
+    offload(pipe, "sequential")
+    model = pipe.transformer
+    assert all(p.is_meta for p in model.parameters())
+
+    def transform(x, path):
+        if stop == "error":
+            raise ValueError("an error")
+        return x
+
+    layer = "transformer_blocks.0.attn1"
+    error = pytest.raises(ValueError, match="an error") if stop == "error" else nullcontext()
+    with error, torch.no_grad(), capture(model, layer, stop_early=stop == "early", transform=transform):
+        model(**inputs)
+    assert [name for name, p in model.named_parameters() if not p.is_meta] == []
+    assert hook_count(model) == 0
+
+
+def counted(plain, change):
+    def move(group):
+        change(group)
+        return plain(group)
+
+    return move
+
+
+@pytest.mark.filterwarnings("error:module forward hook")
+@pytest.mark.parametrize("layer", ["up_blocks.0", "up_blocks.0.resnets.0.conv1", "mid_block.attentions.0"])
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_no_group_of_a_group_offload_stays(kind, layer, monkeypatch):
+    inside = set()
+    for name, change in (("onload_", inside.add), ("offload_", inside.discard)):
+        monkeypatch.setattr(ModuleGroup, name, counted(getattr(ModuleGroup, name), change))
+    pipe = build("sd")
+    inputs = inputs_of(Denoiser.from_pipe(pipe), "sd")
+    with torch.no_grad(), capture(pipe.unet, layer) as plain:
+        pipe.unet(**inputs)
+    offload(pipe, kind)
+    for _ in range(2):
+        with torch.no_grad(), capture(pipe.unet, layer) as tape:
+            pipe.unet(**inputs)
+        assert torch.equal(tape[layer], plain[layer])
+        assert not inside
 
 
 def component(pipe):

@@ -1,0 +1,40 @@
+"""Offloaded weights go back when a forward does not reach its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate or diffusers may move weights while the model runs."""
+    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+
+
+def send_back(model: nn.Module) -> None:
+    """Offload again what a forward brought in; no effect on weights that are where they belong.
+
+    Both systems do it after a module has returned, which a module that is left by an exception never does.
+    """
+    from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
+
+    for module in model.modules():
+        for hook in _align_hooks(getattr(module, "_hf_hook", None)):
+            if hook.offload and hasattr(hook, "tied_pointers_to_remove"):  # set when the module first runs
+                hook.post_forward(module, None)
+        registry = getattr(module, "_diffusers_hook", None)
+        group = None if registry is None else registry.get_hook(_GROUP_OFFLOADING)
+        if group is not None:
+            group.group.offload_()
+
+
+def _align_hooks(hook: Any) -> Iterator[Any]:
+    from accelerate.hooks import AlignDevicesHook, SequentialHook
+
+    if isinstance(hook, SequentialHook):
+        for part in hook.hooks:
+            yield from _align_hooks(part)
+    elif isinstance(hook, AlignDevicesHook):
+        yield hook
