@@ -12,8 +12,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of the store; the same command resumes it")
     parser.add_argument("--layers", nargs="+", required=True, help="full module paths (`diffusers-repr layers MODEL`)")
     parser.add_argument("--timestep", nargs="+", type=_number, required=True, help="larger is noisier, e.g. 261")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--image_column", help="if the data set has several")
+    parser.add_argument("--split", default="train", help="of the data set: train if not given")
+    parser.add_argument("--image_column", help="found by type if not given")
     parser.add_argument("--label_column", help="class ids; found by type if not given")
     parser.add_argument("--pooling", default="mean", help="mean (default), max, adaptive:P or none")
     parser.add_argument("--noise", default="per_image", choices=("per_image", "shared", "clean"))
@@ -26,10 +26,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, nargs="+", help="resize: one side, or height and width")
     parser.add_argument("--prompt", help="of text models; {label} stands for the class name")
     parser.add_argument("--class_label", type=int, help="of class-conditional models; the null class if it has one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--revision", help="of the model on the Hub")
     parser.add_argument("--dataset_revision", help="of the data set on the Hub")
     parser.add_argument("--limit", type=int, help="the first rows only")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,10 +72,12 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         shard_size=args.shard_size,
         limit=args.limit,
+        progress=not args.quiet,
     )
     if state.is_main_process:
         processes = "" if state.num_processes == 1 else f", written by {state.num_processes} processes"
-        print(f"{len(store)} rows in {store.layout.shards} shards{processes}: {args.out}")
+        shards = f"{store.layout.shards} shard{'s' if store.layout.shards > 1 else ''}"
+        print(f"{len(store)} rows in {shards}{processes}: {args.out}")
         for column in store.columns:
             print(f"  {column.name}  {' x '.join(map(str, column.shape))}")
     return 0

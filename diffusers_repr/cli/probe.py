@@ -14,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", help="full module paths; `diffusers-repr layers MODEL` shows them")
     parser.add_argument("--timestep", type=float, nargs="+", help="larger is noisier; several are joined")
     parser.add_argument("--selection", help="folder that `diffusers-repr select` wrote, instead of the two above")
-    parser.add_argument("--use", default="best", help="of the selection: best, layers or levels")
+    parser.add_argument("--use", help="of the selection: best (the default), layers or levels")
     parser.add_argument("--head", default="linear", help="linear, mlp or knn")
     parser.add_argument("--protocol", help="lbfgs, ridge, adam, ddae, mae, repa or knn; the head's default if none")
     parser.add_argument("--pooling", help="mean (the default), max or adaptive:P")
@@ -23,8 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--validation_split", help="'validation' if there is one; else part of train tunes the head")
     parser.add_argument("--test_split", help="measured once, at the end; 'test' if there is one")
-    parser.add_argument("--image_column")
-    parser.add_argument("--label_column")
+    parser.add_argument("--image_column", help="found by type if not given")
+    parser.add_argument("--label_column", help="class ids; found by type if not given")
     parser.add_argument("--prompt", help="one for all images")
     parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
     parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     get_protocol(args.protocol, args.head)
     if args.selection is not None:
-        settings["selection"], settings["use"] = Selection.load(args.selection), args.use
+        settings["selection"], settings["use"] = Selection.load(args.selection), args.use or "best"
     if args.quiet:
         datasets.disable_progress_bars()
     columns = (args.image_column, args.label_column)
@@ -92,6 +92,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("Give --layers and --timestep, or --selection, not both.")
     if args.selection is None and (args.layers is None or args.timestep is None):
         raise ValueError("Give both --layers and --timestep; `diffusers-repr select` finds good ones.")
+    if args.selection is None and args.use is not None:
+        raise ValueError(f"--use {args.use} says what of a selection to take; give --selection too.")
     settings = {
         name: getattr(args, name)
         for name in ("layers", "pooling", "noise", "ensemble_size", "seed")

@@ -29,8 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation_fraction", type=float, default=0.2, help="of train, if there is no validation split"
     )
-    parser.add_argument("--image_column")
-    parser.add_argument("--label_column")
+    parser.add_argument("--image_column", help="found by type if not given")
+    parser.add_argument("--label_column", help="class ids; found by type if not given")
     parser.add_argument("--prompt", help="one for all images")
     parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
     parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
@@ -133,4 +133,5 @@ def _print(selection: Selection) -> None:
         print(f"{cell.layer:<{width}}  {cell.timestep:>8g}  {cell.noise:<9}  {score}  {cell.flops_share:.0%}")
     for name, found in selection.sets.items():
         levels = ", ".join(f"{t:g}" for t in found.timesteps)
-        print(f"set of {name}: {', '.join(found.layers)} at {levels}: {found.score:.4f}")
+        alone = "" if len(found.steps) > 1 else "  (nothing was added)"
+        print(f"set of {name}: {', '.join(found.layers)} at {levels}: {found.score:.4f}{alone}")

@@ -68,6 +68,8 @@ def test_from_command_to_dataset(tmp_path, capsys):
     recipe = FeatureStore.open(out).recipe
     assert recipe["model"]["name"] == str(saved("ddpm"))
     assert (recipe["features"]["seed"], recipe["features"]["ensemble_size"]) == (3, 2)
+    assert main([*command(saved("ddpm"), data, out, ensemble_size=2, seed=3, **flags), "--quiet"]) == 0
+    assert "images" not in capsys.readouterr().err
     assert main(command(saved("ddpm"), data, out, ensemble_size=2, seed=4, **flags)) == 2
     assert "features.seed: 3 -> 4" in capsys.readouterr().err
 
