@@ -31,6 +31,11 @@ def check_layers(model: nn.Module, layers: str | Sequence[str]) -> dict[str, nn.
             )
         if path in found:
             raise ValueError(f"Layer {path!r} is given twice.")
+        if path not in known and path.removeprefix("-").isdecimal():
+            raise ValueError(
+                f"No layer {path!r} in {type(model).__name__}: a layer is named by its full module path, such as "
+                f"{list(known)[-1]!r}, never by an index. `list_layers(denoiser)` shows them."
+            )
         if path not in known or not path:
             near = difflib.get_close_matches(path, known, n=3, cutoff=0.4)
             raise ValueError(
@@ -45,6 +50,7 @@ def match_layers(model: nn.Module, pattern: str) -> list[str]:
     """Paths that match a shell pattern as a whole, in module order; `*` does not stop at dots.
 
     Raises:
+        TypeError: If `model` is no network, but a `Denoiser` or a pipeline.
         ValueError: If nothing matches.
 
     Example:
@@ -52,6 +58,8 @@ def match_layers(model: nn.Module, pattern: str) -> list[str]:
         >>> match_layers(nn.Sequential(nn.ReLU(), nn.ReLU()), "*")
         ['0', '1']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"match_layers takes the network, such as `denoiser.model`; got {type(model).__name__}.")
     known = [name for name, _ in model.named_modules() if name]
     found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
     if not found:

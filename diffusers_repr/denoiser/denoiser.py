@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,8 @@ from diffusers_repr.denoiser.condition import Condition, eval_mode
 from diffusers_repr.denoiser.family import Family, family_of, floating_dtype
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
+from diffusers_repr.hub.files import read_json
+from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
 
 COMPONENTS = ("unet", "transformer")
@@ -100,27 +101,32 @@ class Denoiser:
         Args:
             id_or_folder: Local folder with a `model_index.json`, or Hub id.
             revision: Branch, tag or commit on the Hub.
-            **kwargs: For `DiffusionPipeline.from_pretrained` (`torch_dtype`, `variant`, `token`, ...).
+            **kwargs: For `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `token`, ...).
 
         Raises:
             FileNotFoundError: If the folder is no pipeline folder.
-            OSError: If the Hub cannot be reached or has no such repository.
+            ValueError: If the name is neither a folder nor a Hub id, or its `model_index.json` is damaged.
+            OSError: If the Hub cannot be reached or has no such repository, or a component cannot be read.
         """
         from diffusers import DiffusionPipeline
 
         folder = Path(id_or_folder)
         if folder.is_dir():
             check_pipeline_folder(folder)
-        elif folder.is_absolute() or str(id_or_folder).startswith(".") or str(id_or_folder).count("/") > 1:
+        elif not folder.is_file() and (
+            folder.is_absolute() or str(id_or_folder).startswith(".") or str(id_or_folder).count("/") > 1
+        ):
             raise FileNotFoundError(
                 f"No folder {str(id_or_folder)!r}. Pass a pipeline folder or a Hub id 'user/name'."
             )
+        elif not {"cache_dir", "local_files_only"} & kwargs.keys():  # why a Hub id does not load, told at once
+            load_json_config(str(id_or_folder), "model_index.json", revision, kwargs.get("token"))
         try:
             pipe = DiffusionPipeline.from_pretrained(str(id_or_folder), revision=revision, **kwargs)
         except OSError as error:
             raise OSError(
-                f"Could not load {str(id_or_folder)!r}: {error}\nIt must be a pipeline folder, or a Hub id that can "
-                "be reached (check the network, the spelling and `hf auth login` for gated models)."
+                f"Could not load {str(id_or_folder)!r}: {' '.join(str(error).split()).rstrip('.')}. A file of a "
+                "component is missing or damaged, or did not arrive: save or download the pipeline anew."
             ) from error
         return cls.from_pipe(pipe, name=str(id_or_folder), revision=revision)
 
@@ -281,7 +287,7 @@ class Denoiser:
         if prompt not in (None, "") or negative_prompt not in (None, ""):
             raise ValueError(
                 f"{type(self.model).__name__} takes no prompt"
-                + ("; pass class_labels." if self.family.conditioning == "class" else ".")
+                + ("; class-conditional models take class_labels." if self.family.conditioning == "class" else ".")
             )
         return conditioning.from_labels(self, class_labels, batch)
 
@@ -322,6 +328,7 @@ def check_pipeline_folder(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none; tells what the folder seems to be.
+        ValueError: If it is not JSON.
     """
     index = folder / "model_index.json"
     if not index.is_file():
@@ -330,7 +337,16 @@ def check_pipeline_folder(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} is no pipeline folder: it has no model_index.json (it holds {inside}). "
             "Save one with `pipe.save_pretrained(folder)`."
         )
-    return json.loads(index.read_text())
+    return read_json(index)
 
 
-__all__ = ["COMPONENTS", "Denoiser", "check_pipeline_folder"]
+def require_denoiser(value: Any) -> None:
+    """Raise TypeError unless `value` is a `Denoiser`."""
+    if not isinstance(value, Denoiser):
+        raise TypeError(
+            f"A Denoiser is needed; got {type(value).__name__}. Make one: Denoiser.from_pipe(pipe), or "
+            "Denoiser.from_pretrained(folder_or_id)."
+        )
+
+
+__all__ = ["COMPONENTS", "Denoiser", "check_pipeline_folder", "require_denoiser"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,14 @@ def _items(images: Any) -> list[Any]:
         return [part for image in images for part in _items(image)]
     if hasattr(images, "__iter__") and not isinstance(images, (str, bytes, dict)):
         return [part for image in images for part in _items(image)]
+    hint = ""
+    if isinstance(images, (str, Path)):
+        hint = " Open files first: PIL.Image.open(path)."
+    elif isinstance(images, dict):
+        hint = " Of a data set, pass its column of images."
     raise TypeError(
         f"Cannot read images from {type(images).__name__}; pass PIL images, numpy arrays (H, W, C) or "
-        "tensors (C, H, W)."
+        f"tensors (C, H, W).{hint}"
     )
 
 

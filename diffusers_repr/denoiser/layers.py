@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, check_pipeline_folder
+from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, check_pipeline_folder, require_denoiser
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.streams import image_stream
 from diffusers_repr.hub.load import load_json_config
@@ -75,6 +75,7 @@ def list_layers(
         >>> [(layer.path, layer.channels, layer.grid) for layer in layers[:2]]
         [('conv_in', 8, (8, 8)), ('down_blocks.0.resnets.0', 8, (8, 8))]
     """
+    require_denoiser(denoiser)
     size = denoiser.image_size if image_size is None else image_size
     size = (size, size) if isinstance(size, int) else size
     denoiser.check_size(size)

@@ -41,7 +41,10 @@ class ImageData:
             ValueError: If there is no label column.
         """
         if self.label_column is None:
-            raise ValueError(f"{self.name} has no label column; columns are {self.dataset.column_names}.")
+            raise ValueError(
+                f"{self.name} has no label column; columns are {self.dataset.column_names}. Name one by label_column "
+                "if it is not called 'label'; in a folder of images, put each class into a subfolder."
+            )
         return self._whole(self.dataset[self.label_column])
 
     def select(self, rows: Sequence[int]) -> ImageData:
@@ -122,8 +125,13 @@ def from_dataset(
     """As `load_images`, from a `datasets.Dataset`."""
     features = dataset.features
     images = [k for k, v in features.items() if isinstance(v, datasets.Image)]
-    if image_column is None and len(images) != 1:
-        raise ValueError(f"{name} has {len(images)} image columns {images} among {list(features)}; pass image_column.")
+    if not images:
+        raise ValueError(
+            f"{name} has no column of images; its columns are {list(features)}. A column of files or of their bytes "
+            "becomes one by `dataset.cast_column(column, datasets.Image())`."
+        )
+    if image_column is None and len(images) > 1:
+        raise ValueError(f"{name} has several columns of images: {images}. Choose one by image_column.")
     image_column = image_column or images[0]
     if image_column not in features:
         raise ValueError(f"{name} has no column {image_column!r}; columns are {list(features)}, images are {images}.")

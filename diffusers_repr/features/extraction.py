@@ -234,14 +234,22 @@ def _earlier_shard_size(out: Path) -> int | None:
 
 def _prepare(plan: _Plan) -> None:
     """Refuse what is another's, clear what a kill left, say what will be here."""
-    if (plan.out / MANIFEST).is_file():
-        _check_same(plan, read_json(plan.out / MANIFEST))
-    elif plan.out.is_dir():
+    manifest = read_json(plan.out / MANIFEST) if (plan.out / MANIFEST).is_file() else None
+    blank = manifest is None or _has_no_shard(plan.out, manifest)
+    if manifest is None and plan.out.is_dir():
         _check_ours(plan)
+    elif manifest is not None and not blank:
+        _check_same(plan, manifest)
     for leftover in (plan.out / "data").glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    if not (plan.out / MANIFEST).is_file():
+    if blank:
         write_json(plan.out / MANIFEST, plan.manifest(False))
+
+
+def _has_no_shard(out: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a run ended before its first shard: its recipe binds nobody."""
+    unfinished = manifest.get("complete") is False and "recipe_hash" in manifest
+    return unfinished and not any((out / "data").glob("*.parquet"))
 
 
 def _check_same(plan: _Plan, manifest: dict[str, Any]) -> None:
@@ -250,9 +258,8 @@ def _check_same(plan: _Plan, manifest: dict[str, Any]) -> None:
     if differences:
         raise FileExistsError(
             f"{str(plan.out)!r} holds features of another recipe; nothing was changed. "
-            "What differs (there -> now):\n  "
-            + "\n  ".join(differences)
-            + "\nRun the old command to finish it, or give another --out."
+            f"What differs (there -> now): {'; '.join(differences)}. Run the old command to finish it, or give "
+            "another --out."
         )
 
 
@@ -329,7 +336,8 @@ def _write_all(plan: _Plan, todo: Sequence[int], progress: bool, processes: int)
 
     spans = [plan.layout.span(shard) for shard in todo]
     what = "extract" if processes == 1 else f"extract (1 of {processes} processes)"
-    with tqdm(total=sum(stop - start for start, stop in spans), unit="images", desc=what, disable=not progress) as bar:
+    total = sum(stop - start for start, stop in spans)
+    with tqdm(total=total, unit=" images", desc=what, disable=not (progress and todo)) as bar:
         for shard in todo:
             try:
                 _write_one(plan, shard, bar)

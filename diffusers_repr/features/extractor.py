@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusers_repr.capture import capture, check_layers
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.denoiser import Condition, Denoiser
+from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
@@ -88,6 +89,7 @@ class FeatureExtractor:
         sample_posterior: bool = False,
         progress_bar: Callable[..., Any] | None = None,
     ) -> None:
+        require_denoiser(denoiser)
         self.denoiser = denoiser
         self.layers = list(check_layers(denoiser.model, layers))
         self.levels, self.many = _resolve(denoiser, timestep)

@@ -11,7 +11,7 @@ from diffusers_repr.features.pooling import Place, tokens_to_map
 from diffusers_repr.noise import NoiseLevel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FeatureOutput:
     """Features of a batch of images.
 
@@ -30,6 +30,10 @@ class FeatureOutput:
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.features[layer]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{layer!r}: {tuple(feature.shape)}" for layer, feature in self.features.items())
+        return f"FeatureOutput({{{shapes}}}, level={self.level!r}, pooling={self.pooling!r})"
 
     @property
     def layers(self) -> list[str]:

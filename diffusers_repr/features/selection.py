@@ -11,6 +11,7 @@ import torch
 
 from diffusers_repr.capture import check_layers
 from diffusers_repr.denoiser import Denoiser, Layer, list_layers
+from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.labelled import Labelled, Source
@@ -101,6 +102,7 @@ def select_features(
             that pass `memory_gib`; before the first forward.
         FloatingPointError: If a layer gives NaN or infinite features; names it.
     """
+    require_denoiser(denoiser)
     policies = [noise] if isinstance(noise, str) else list(noise)
     _check(policies, pooling, criterion, metric, seeds, prompt, class_labels)
     for name, value in {

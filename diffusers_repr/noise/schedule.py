@@ -108,6 +108,8 @@ class NoiseSchedule:
             ValueError: Outside the range of the schedule, or resolved for another process.
             TypeError: For anything that is no number.
         """
+        if level is None:
+            raise TypeError("timestep must be a number, such as 261, or a NoiseLevel; got None.")
         if not isinstance(level, NoiseLevel):
             level = NoiseLevel(timestep=level)
         if level.resolved:

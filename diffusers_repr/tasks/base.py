@@ -145,7 +145,7 @@ def _check_levels(denoiser: Denoiser, recipe: ProbeRecipe, name: str) -> None:
         close = abs(float(found.nsr) - level.nsr) <= 1e-3 * abs(level.nsr) + 1e-9
         if not same and not (close and abs(float(found.timestep) - level.timestep) <= 1e-2 * max(level.timestep, 1)):
             raise ValueError(
-                f"Wrong base for this probe: {dict(level.requested)} is timestep {float(found.timestep):g} (nsr "
+                f"Wrong base for this probe: {_shown(level.requested)} is timestep {float(found.timestep):g} (nsr "
                 f"{float(found.nsr):.4g}) for {name}, and was timestep {level.timestep:g} (nsr {level.nsr:.4g}) "
                 "when the probe was fitted: the noise schedules differ. Give the base its own scheduler, or fit a new "
                 "probe."
@@ -176,6 +176,10 @@ def check_features(recipe: ProbeRecipe, sizes: Mapping[str, int], name: str | No
                 f"{recipe.pooling!r}; the probe was fitted on {size} ({was}). Pass the model it was fitted on as "
                 "base=..., or fit a new probe."
             )
+
+
+def _shown(requested: Mapping[str, float]) -> str:
+    return ", ".join(f"{key}={value:g}" for key, value in requested.items())
 
 
 def _called(name: str | None, otherwise: str) -> str:

@@ -218,7 +218,7 @@ def test_wrong_inputs_for_the_family():
     sd, ddpm, dit = (Denoiser.from_pipe(build(name)) for name in ("sd", "ddpm", "dit"))
     with pytest.raises(ValueError, match="takes a prompt, not class_labels"):
         sd.condition(class_labels=1)
-    with pytest.raises(ValueError, match="takes no prompt; pass class_labels"):
+    with pytest.raises(ValueError, match="takes no prompt; class-conditional models take class_labels"):
         dit.condition("a cat")
     with pytest.raises(ValueError, match="unconditional"):
         ddpm.condition(class_labels=[1])

@@ -172,7 +172,7 @@ def test_from_pretrained_folder(name):
 
 
 def test_from_pretrained_passes_arguments_on():
-    assert Denoiser.from_pretrained(saved("ddpm"), torch_dtype=torch.float16).dtype == torch.float16
+    assert Denoiser.from_pretrained(saved("ddpm"), dtype=torch.float16).dtype == torch.float16
 
 
 def test_from_pretrained_errors(tmp_path):
@@ -196,8 +196,10 @@ def test_no_network():
     run = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=120
     )
-    assert "Could not load 'nobody/nothing'" in run.stdout
-    assert "check the network" in run.stdout
+    assert "'nobody/nothing'" in run.stdout
+    assert "no connection to the Hub" in run.stdout
+    assert "Check the connection" in run.stdout
+    assert run.stderr == ""
 
 
 def test_from_pipe_needs_a_denoiser():
