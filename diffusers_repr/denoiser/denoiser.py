@@ -79,9 +79,7 @@ class Denoiser:
         for component in COMPONENTS:
             model = getattr(pipe, component, None)
             if isinstance(model, nn.Module):
-                kwargs.setdefault(
-                    "name", getattr(pipe.config, "_name_or_path", None) or pipe.config.get("_name_or_path")
-                )
+                kwargs.setdefault("name", pipe.config.get("_name_or_path"))
                 return cls(
                     model,
                     pipe.scheduler,

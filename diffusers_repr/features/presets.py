@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.noise import NoiseLevel
-
-Timestep = int | float | NoiseLevel
 
 # Architecture -> what it is. Checkpoints come and go; the layer paths belong to the architecture.
 FAMILIES: dict[str, str] = {
