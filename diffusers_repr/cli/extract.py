@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from diffusers_repr.cli import options
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -23,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard_size", type=int, help="rows of a file; at most 1000 and 256 MiB if not given")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="of the stored features")
     parser.add_argument("--model_dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--image_size", type=int, nargs="+", help="resize: one side, or height and width")
+    options.add_image_size(parser)
     parser.add_argument("--prompt", help="of text models; {label} stands for the class name")
     parser.add_argument("--class_label", type=int, help="of class-conditional models; the null class if it has one")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -48,9 +50,6 @@ def run(args: argparse.Namespace) -> int:
         denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.model_dtype))
     if denoiser.pipe is not None:
         denoiser.pipe.to(state.device)
-    size = args.image_size
-    if size is not None and len(size) > 2:
-        raise ValueError(f"--image_size takes one side, or height and width; got {len(size)} numbers.")
     extractor = FeatureExtractor(
         denoiser,
         args.layers,
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
         where=args.where,
-        image_size=None if size is None else (size[0], size[-1]),
+        image_size=options.image_size(args),
     )
     store = extract_to_store(
         extractor,

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_repr.cli import options
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -23,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="instead of the probe's own")
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", help="cuda, cpu, ...; a GPU if there is one")
+    options.add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         dtype=getattr(torch, args.dtype),
     )
-    probe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    probe.to(options.device(args))
     width = max(len(str(file)) for file in files)
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]

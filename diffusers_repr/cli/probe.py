@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from diffusers_repr.cli import options
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -27,11 +29,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label_column", help="class ids; found by type if not given")
     parser.add_argument("--prompt", help="one for all images")
     parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
-    parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
+    options.add_image_size(parser)
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
     parser.add_argument("--seed", type=int, help="of the noise and of fitting")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", help="cuda, cpu, ...; a GPU if there is one")
+    options.add_device(parser)
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -60,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
         named = getattr(args, f"{part}_split")
         if named is not None or _has_split(args.dataset, part):
             data[part] = load_images(args.dataset, named or part, *columns)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
-    denoiser.pipe.to(device)
+    denoiser.pipe.to(options.device(args))
     bar = None if args.quiet else _bar
     probe = Probe.fit(
         denoiser,
@@ -103,9 +104,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         steps = [int(t) if t.is_integer() else t for t in args.timestep]
         settings["timestep"] = steps if len(steps) > 1 else steps[0]
     if args.image_size is not None:
-        if len(args.image_size) > 2:
-            raise ValueError(f"--image_size takes one side, or height and width; got {args.image_size}.")
-        settings["image_size"] = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
+        settings["image_size"] = options.image_size(args)
     return settings
 
 

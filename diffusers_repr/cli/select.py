@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusers_repr.cli import options
+
 if TYPE_CHECKING:
     from diffusers_repr.features.data import ImageData
     from diffusers_repr.features.selection_result import Selection
@@ -33,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label_column", help="class ids; found by type if not given")
     parser.add_argument("--prompt", help="one for all images")
     parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
-    parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
+    options.add_image_size(parser)
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
     parser.add_argument("--max_layers", type=int, default=3, help="largest set of layers")
@@ -41,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=0.005, help="least gain for which a set grows")
     parser.add_argument("--memory_gib", type=float, default=4.0, help="limit on the running sums")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", help="cuda, cpu, ...; a GPU if there is one")
+    options.add_device(parser)
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--no_heatmap", action="store_true", help="do not draw the picture (it needs matplotlib)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -63,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.features.selection import select_features
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
-    denoiser.pipe.to(device)
+    denoiser.pipe.to(options.device(args))
     selection = select_features(
         denoiser,
         train,
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         criterion=args.criterion,
         prompt=args.prompt,
         class_labels=args.class_label,
-        image_size=_size(args.image_size),
+        image_size=options.image_size(args),
         seeds=args.seeds,
         max_layers=args.max_layers,
         max_levels=args.max_levels,
@@ -91,14 +92,6 @@ def run(args: argparse.Namespace) -> int:
     _print(selection)
     print(f"Saved to {folder}")
     return 0
-
-
-def _size(values: list[int] | None) -> int | tuple[int, int] | None:
-    if values is None:
-        return None
-    if len(values) > 2:
-        raise ValueError(f"--image_size takes one side, or height and width; got {values}.")
-    return values[0] if len(values) == 1 else (values[0], values[1])
 
 
 def _splits(args: argparse.Namespace) -> tuple[ImageData, ImageData]:

@@ -19,6 +19,14 @@ def check_policy(policy: str) -> str:
     return policy
 
 
+def validation_seed(policy: str, seed: int) -> int:
+    """Seed with which a second split is read.
+
+    A stream of `fresh` noise starts anew with every extractor; two splits must not get the same one.
+    """
+    return seed + 2**32 if policy == "fresh" else seed
+
+
 def pixel_keys(pixels: Tensor) -> list[str]:
     """A key for each preprocessed image `(B, C, H, W)`: a hash of its float32 pixels.
 

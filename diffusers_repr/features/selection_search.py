@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.features.labelled import Labelled
+from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.ridge import CRITERIA, LinearPath, Moments
 from diffusers_repr.features.selection_data import Task
 from diffusers_repr.features.selection_read import Reader
@@ -130,13 +131,10 @@ class Search:
         side: bool = True,
     ) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
         targets = self.task.side(data) if side else data.targets
-        for rows, stream in self.reader.read(data, levels, noise, self._seed(data, noise, seed), paths):
+        seed = validation_seed(noise, seed) if data is self.task.validation else seed
+        for rows, stream in self.reader.read(data, levels, noise, seed, paths):
             for level, part, features in stream:
                 yield targets[rows][part], level, features
-
-    def _seed(self, data: Labelled, noise: str, seed: int) -> int:
-        """A stream of `fresh` noise starts anew for each pass: the two splits must not get the same one."""
-        return seed + 2**32 if noise == "fresh" and data is self.task.validation else seed
 
     def _best(self, scorer: Scorer, what: str, level: NoiseLevel) -> tuple[float, float]:
         if not scorer.finite:
@@ -236,7 +234,8 @@ class Search:
         """`(targets, features side by side (n, total))` for each batch of images."""
         paths = list(dict.fromkeys(path for _, path in columns))
         targets = self.task.side(data) if side else data.targets
-        for rows, stream in self.reader.read(data, levels, noise, self._seed(data, noise, seed), paths):
+        seed = validation_seed(noise, seed) if data is self.task.validation else seed
+        for rows, stream in self.reader.read(data, levels, noise, seed, paths):
             matrix = torch.empty(rows.stop - rows.start, total, device=self.device)
             for level, part, features in stream:
                 for path, feature in features.items():

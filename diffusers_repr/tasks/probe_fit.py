@@ -11,6 +11,7 @@ import torch
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.labelled import Labelled
+from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.features.selection_result import Selection
 from diffusers_repr.heads import Head, fit_head
@@ -64,7 +65,8 @@ def fit_probe(
     device = extractor.denoiser.device if extractor.denoiser.device.type == "cuda" else torch.device("cpu")
     pair = None
     if held is not None:
-        pair = (read_features(extractor, held, *read)[0].to(device), held.targets)
+        other = extractor.replace(seed=validation_seed(extractor.noise.policy, extractor.seed))
+        pair = (read_features(other, held, *read)[0].to(device), held.targets)
     result = fit_head(
         features.to(device),
         data.targets,

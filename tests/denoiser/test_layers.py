@@ -265,7 +265,7 @@ def test_from_configs_alone(name, bare):
 def test_the_command(bare, capsys):
     assert main(["layers", str(bare / "sd"), "--image_size", "32", "48"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["layer", "kind", "channels", "grid", "stride", "FLOPs", "module"]
+    assert lines[0].split() == ["layer", "kind", "channels", "grid", "stride", "cum.", "FLOPs", "module"]
     assert any(line.split()[:5] == ["up_blocks.1", "map", "16", "8x12", "4"] for line in lines)
     assert lines[-1].split()[-2:] == ["100.0%", "Conv2d"]
     assert main(["layers", str(bare / "dit"), "--json", "--detail", "all"]) == 0

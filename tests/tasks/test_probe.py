@@ -499,3 +499,20 @@ def test_to_moves_base_and_head():
     probe = small().to("cpu")
     assert probe.head.mean.device.type == "cpu"
     assert "LinearHead" in repr(probe)
+
+
+def test_fresh_noise_is_not_the_same_in_both_splits(monkeypatch):
+    import diffusers_repr.tasks.probe_fit as module
+
+    seen, fit = {}, module.fit_head
+
+    def spy(features, targets, *args, validation, **kwargs):
+        seen.update(train=features, validation=validation[0])
+        return fit(features, targets, *args, validation=validation, **kwargs)
+
+    monkeypatch.setattr(module, "fit_head", spy)
+    data = images(24)
+    again = (list(data[0]), list(data[1]))
+    for noise, equal in (("per_image", True), ("fresh", False)):
+        Probe.fit(pipeline(), data, again, layers=["mid_block"], timestep=300, protocol="ridge", noise=noise)
+        assert torch.allclose(seen["train"], seen["validation"], atol=1e-5) == equal
