@@ -62,7 +62,7 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 
 def report(benchmark: str, **values: object) -> None:
-    values = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+    values = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
     machine = {"threads": torch.get_num_threads(), "processor": platform.machine(), "torch": torch.__version__}
     print(json.dumps({"benchmark": benchmark, **values, **machine}), flush=True)
 

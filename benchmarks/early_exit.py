@@ -9,7 +9,7 @@ from diffusers_repr import list_layers
 from diffusers_repr.capture import capture
 
 
-def main(pixels: int = 256, repeats: int = 5) -> None:
+def main(pixels: int = 256, repeats: int = 9) -> None:
     denoiser = sd15_denoiser()
     unet, side = denoiser.model, pixels // 8
     inputs = {

@@ -8,7 +8,7 @@ from diffusers_repr.capture import capture
 from diffusers_repr.features import pool
 
 
-def main(pixels: int = 256, repeats: int = 7) -> None:
+def main(pixels: int = 256, repeats: int = 15) -> None:
     denoiser = sd15_denoiser()
     unet, side = denoiser.model, pixels // 8
     layers = {layer.path: (layer.grid, layer.text_tokens) for layer in list_layers(denoiser, pixels)}
