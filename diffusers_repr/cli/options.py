@@ -10,6 +10,15 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Declare how labelled images are found, conditioned on and resized."""
+    parser.add_argument("--image_column", help="found by type if not given")
+    parser.add_argument("--label_column", help="class ids; found by type if not given")
+    parser.add_argument("--prompt", help="one for all images")
+    parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
+    add_image_size(parser)
+
+
 def image_size(args: argparse.Namespace) -> tuple[int, int] | None:
     """(H, W) as given; None if not.
 

@@ -31,11 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation_fraction", type=float, default=0.2, help="of train, if there is no validation split"
     )
-    parser.add_argument("--image_column", help="found by type if not given")
-    parser.add_argument("--label_column", help="class ids; found by type if not given")
-    parser.add_argument("--prompt", help="one for all images")
-    parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
-    options.add_image_size(parser)
+    options.add_images(parser)
     parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
     parser.add_argument("--max_layers", type=int, default=3, help="largest set of layers")

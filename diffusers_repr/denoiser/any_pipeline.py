@@ -16,7 +16,6 @@ from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser
 from diffusers_repr.hub.load import load_json_config
 
 logger = logging.getLogger(__name__)
-_PROMPTS_KEPT = 256
 
 
 class AnyPipelineMixin(ConfigMixin):
@@ -190,7 +189,7 @@ class AnyPipelineMixin(ConfigMixin):
             self._made, self._encoders_state = (key, made), None
         denoiser = self._made[1]
         state = _state([c for name, c in present.items() if name.startswith("text_encoder")])
-        if denoiser.prompts is None or self._encoders_state != state or len(denoiser.prompts) > _PROMPTS_KEPT:
+        if denoiser.prompts is None or self._encoders_state != state:
             denoiser.prompts, self._encoders_state = {}, state
         return denoiser
 

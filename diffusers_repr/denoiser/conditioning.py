@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers_repr.denoiser.denoiser import Denoiser
 
 Cache = MutableMapping[Any, dict[str, Any]]
+_PROMPTS_KEPT = 256  # encoded prompts that are kept between calls
 
 
 def from_prompts(
@@ -40,6 +41,9 @@ def from_prompts(
     if negative is not None:
         (text,) = _prompts("negative_prompt", negative)
         null = rows_of(denoiser, _encoded(denoiser, text, size, cache, null=True), count, "negative prompts")
+    for kept in (cache, denoiser.prompts):
+        while kept is not None and len(kept) > _PROMPTS_KEPT:  # a data set of captions does not fill the memory
+            kept.pop(next(iter(kept)))
     unbatched = denoiser.family.unbatched
     return Condition(merge_rows(parts, unbatched), len(parts), index, unbatched, null)
 

@@ -21,7 +21,6 @@ from diffusers_repr.noise import NoiseLevel
 
 Timestep = int | float | NoiseLevel
 _FIELDS = ("timestep", "nsr", "half_log_snr", "alpha", "sigma", "alpha_dot", "sigma_dot")
-_PROMPTS_KEPT = 256  # encoded prompts an extractor keeps between calls
 
 
 @dataclass(frozen=True)
@@ -197,8 +196,6 @@ class FeatureExtractor:
         condition = self.denoiser.condition(
             prompt, class_labels=class_labels, embeddings=embeddings, batch=count, size=size, cache=self._prompts
         )
-        while len(self._prompts) > _PROMPTS_KEPT:  # a data set of captions does not fill the memory
-            self._prompts.pop(next(iter(self._prompts)))
         x0 = self._encode(pixels, keys)
         cells = [
             (level, image, member)

@@ -11,7 +11,7 @@ from diffusers import EDMEulerScheduler
 from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor, NoiseLevel
-from diffusers_repr.features import extractor as extractor_module
+from diffusers_repr.denoiser import conditioning
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, unet2d
 
 LAYERS = {
@@ -301,11 +301,12 @@ def test_a_model_may_be_cast_between_calls(name):
 
 
 def test_more_prompts_than_are_kept(monkeypatch):
-    monkeypatch.setattr(extractor_module, "_PROMPTS_KEPT", 2)
+    monkeypatch.setattr(conditioning, "_PROMPTS_KEPT", 2)
     images, prompts = images_for("sd", 4), ["a", "b", "c", "d"]
     extractor = make("sd", "mid_block")
+    extractor.denoiser.prompts = {}
     together = extractor(images, prompt=prompts)["mid_block"]
-    assert len(extractor._prompts) == 2
+    assert len(extractor._prompts) == len(extractor.denoiser.prompts) == 2
     for at, prompt in enumerate(prompts):
         assert_close(extractor(images[at : at + 1], prompt=prompt)["mid_block"], together[at : at + 1])
 
