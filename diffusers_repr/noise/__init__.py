@@ -5,8 +5,16 @@ Notation (Karras et al. 2022, arXiv 2206.00364; Lipman et al. 2022, arXiv 2210.0
 Derivatives (`alpha_dot`, `sigma_dot`) are per unit of a time that runs from 0 (data) to 1 (noise).
 """
 
-from diffusers_repr.noise.conversions import Prediction, add_noise, expand, to_x0_eps
+from diffusers_repr.noise.conversions import (
+    Prediction,
+    add_noise,
+    eps_shift_to_output,
+    expand,
+    output_difference,
+    to_x0_eps,
+)
 from diffusers_repr.noise.level import NoiseLevel
+from diffusers_repr.noise.sampler import SamplerLevel, sampler_level
 from diffusers_repr.noise.schedule import KINDS, OUTPUTS, Kind, NoiseSchedule, Output
 
 __all__ = [
@@ -17,7 +25,11 @@ __all__ = [
     "NoiseSchedule",
     "Output",
     "Prediction",
+    "SamplerLevel",
     "add_noise",
+    "eps_shift_to_output",
     "expand",
+    "output_difference",
+    "sampler_level",
     "to_x0_eps",
 ]

@@ -82,6 +82,95 @@ def to_x0_eps(
     raise ValueError(f"Unknown network output {kind!r}; known: {', '.join(OUTPUTS)}.")
 
 
+def eps_shift_to_output(shift: Tensor, level: NoiseLevel, kind: Output, sigma_data: float = 1.0) -> Tensor:
+    """The change of a network output that changes its noise estimate by `shift` while `x_t` stays.
+
+    With `y = A x_t + B eps` it is `B shift`, where B is 1 for epsilon, `-sigma / alpha` for sample, `n / alpha` for
+    v_prediction (`n = alpha^2 + sigma^2`), `D / alpha` for velocity (`D = alpha sigma_dot - alpha_dot sigma`),
+    `-1 / (sigma_data alpha)` for edm (Karras et al. 2022, eq. 7), its negative for edm_v, and `-1 / sigma` for score.
+    A guided score `s + w G` is the shift `-w sigma G`.
+
+    Args:
+        shift: Wanted change of eps `(B, ...)`.
+        level: Resolved level, one for all or one per sample.
+        kind: What the output means; see `OUTPUTS`.
+        sigma_data: EDM only.
+
+    Returns:
+        Shape of `shift`, float32 or wider.
+
+    Raises:
+        ValueError: Where alpha = 0 (score: sigma = 0) makes B infinite, and for an unknown kind.
+
+    Example:
+        >>> level = NoiseSchedule("flow", "velocity").resolve(500)
+        >>> eps_shift_to_output(torch.ones(1, 2), level, "velocity")
+        tensor([[2., 2.]])
+    """
+    shift = shift.to(torch.promote_types(shift.dtype, torch.float32))
+    a, s = expand(level.alpha, shift), expand(level.sigma, shift)
+    what = f"The {kind} that changes eps"
+    if kind == "epsilon":
+        return shift
+    if kind == "sample":
+        return _divide(-s * shift, a, what, "alpha")
+    if kind == "v_prediction":
+        return _divide((a**2 + s**2) * shift, a, what, "alpha")
+    if kind == "velocity":
+        delta = a * expand(level.sigma_dot, shift) - expand(level.alpha_dot, shift) * s
+        return _divide(delta * shift, a, what, "alpha")
+    if kind in ("edm", "edm_v"):
+        return _divide(-shift if kind == "edm" else shift, sigma_data * a, what, "alpha")
+    if kind == "score":
+        return _divide(-shift, s, what, "sigma")
+    raise ValueError(f"Unknown network output {kind!r}; known: {', '.join(OUTPUTS)}.")
+
+
+def output_difference(
+    output: Tensor, other: Tensor, offset: Tensor, level: NoiseLevel, kind: Output, sigma_data: float = 1.0
+) -> Tensor:
+    """`eps(x) - eps(x')` of two inputs of one network, as a change of its output at `x`.
+
+    With `x' = x + alpha offset` and `y = A x + B eps` at both, `B (eps(x) - eps(x')) = y - y' + A alpha offset`,
+    where `A alpha` is 1 for sample, `-sigma` for v_prediction, `alpha_dot` for velocity, `sigma / sigma_data` for
+    edm, its negative for edm_v, and 0 for epsilon and score: finite also where alpha = 0. It equals
+    `eps_shift_to_output(eps(x) - eps(x'), ...)` wherever that is defined.
+
+    Args:
+        output: Network output at `x`, `(B, ...)`.
+        other: Network output at `x'`, the same shape.
+        offset: `(x' - x) / alpha`, the change of the clean data, the same shape.
+        level: Resolved level of both, one for all or one per sample.
+        kind: What the outputs mean; see `OUTPUTS`.
+        sigma_data: EDM only.
+
+    Returns:
+        Shape of `output`, float32 or wider.
+
+    Raises:
+        ValueError: For an unknown kind, and for a velocity without `alpha_dot`.
+
+    Example:
+        >>> level, x = NoiseSchedule("flow", "velocity").resolve(500), torch.ones(1, 2)
+        >>> output_difference(3 * x, 3 * x, 0.5 * x, level, "velocity")
+        tensor([[-0.5000, -0.5000]])
+    """
+    wide = torch.promote_types(torch.promote_types(output.dtype, other.dtype), torch.float32)
+    difference, offset = output.to(wide) - other.to(wide), offset.to(wide)
+    if kind in ("epsilon", "score"):
+        return difference
+    if kind == "sample":
+        return difference + offset
+    if kind == "v_prediction":
+        return difference - expand(level.sigma, offset) * offset
+    if kind == "velocity":
+        return difference + expand(level.alpha_dot, offset) * offset
+    if kind in ("edm", "edm_v"):
+        part = expand(level.sigma, offset) / sigma_data * offset
+        return difference + part if kind == "edm" else difference - part
+    raise ValueError(f"Unknown network output {kind!r}; known: {', '.join(OUTPUTS)}.")
+
+
 def _divide(top: Tensor, bottom: float | Tensor, what: str, name: str) -> Tensor:
     if bool((bottom == 0).any()) if isinstance(bottom, Tensor) else bottom == 0:
         raise ValueError(
