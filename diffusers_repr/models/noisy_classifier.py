@@ -1,0 +1,292 @@
+"""`NoisyClassifier`: p(c | x_t, t), the classifier of classifier guidance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
+from torch import Tensor, nn
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+POOLINGS = ("attention", "mean")
+_SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
+_POINTS = 9  # timesteps at which two tables of a process are compared
+
+
+class NoisyClassifier(ModelMixin, ConfigMixin):
+    """The downsampling half of a U-Net with a classifier on top (Dhariwal and Nichol 2021, section 4.1).
+
+    It takes what the denoiser takes, `x_t = alpha x_0 + sigma eps` in pixels or latents of any height and width, and
+    the training timestep, and gives logits of the class of x_0. Its config tells the forward process it was trained
+    on, and `check_base` refuses a denoiser of another one.
+
+    Args:
+        in_channels: C, channels of x_0.
+        num_classes: K.
+        sample_size: Height and width of x_0 in training, a number if they are equal. Others are taken too.
+        block_out_channels: Channels of each stage; all stages but the last halve height and width (rounded up).
+        down_block_types: Of each stage, from `DOWN_BLOCKS`.
+        layers_per_block: Residual blocks of a stage.
+        attention_head_dim: Channels of an attention head, in the stages, the middle and the pooling.
+        mid_block_attention: Whether the middle block has attention.
+        norm_num_groups: Groups of every group norm.
+        norm_eps: Their epsilon.
+        resnet_time_scale_shift: `scale_shift` (adaptive group norm) or `default` (the embedding is added).
+        dropout: In the residual blocks.
+        pooling: `attention` (the mean attends to all places; it has no positions, so any size fits) or `mean`.
+        num_train_timesteps: T of the forward process.
+        noise_schedule: The rest of the process. `**describe_process(schedule)` gives both.
+        base_model: Name of the pipeline that the process and the latents were taken from.
+        latent_scale: Scaling factor of its VAE; None in pixels.
+        id2label: Name of each class id, or the names in the order of the ids.
+
+    Raises:
+        ValueError: For sizes, blocks or names that do not fit together.
+
+    Example:
+        >>> model = NoisyClassifier(1, 10, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+        >>> model(torch.zeros(2, 1, 8, 6), torch.tensor([3, 900])).shape
+        torch.Size([2, 10])
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        sample_size: int | tuple[int, int] | None = None,
+        block_out_channels: Sequence[int] = (32, 64),
+        down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D"),
+        layers_per_block: int = 1,
+        attention_head_dim: int = 16,
+        mid_block_attention: bool = True,
+        norm_num_groups: int = 8,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "scale_shift",
+        dropout: float = 0.0,
+        pooling: str = "attention",
+        num_train_timesteps: int = 1000,
+        noise_schedule: dict[str, Any] | None = None,
+        base_model: str | None = None,
+        latent_scale: float | None = None,
+        id2label: Mapping[Any, str] | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_whole(
+            in_channels=in_channels,
+            num_classes=num_classes,
+            layers_per_block=layers_per_block,
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
+            num_train_timesteps=num_train_timesteps,
+        )
+        self.register_to_config(id2label=_named_ids(id2label, num_classes))
+        channels, kinds = list(block_out_channels), list(down_block_types)
+        last_attends = mid_block_attention or pooling == "attention"
+        _check_blocks(channels, kinds, attention_head_dim, norm_num_groups, last_attends)
+        if pooling not in POOLINGS or resnet_time_scale_shift not in ("scale_shift", "default"):
+            raise ValueError(
+                f"pooling={pooling!r}, resnet_time_scale_shift={resnet_time_scale_shift!r}; expected one of "
+                f"{', '.join(POOLINGS)}, and scale_shift or default."
+            )
+        width, embedded = channels[-1], 4 * channels[0]
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(channels[0], embedded)
+        self.down_blocks = nn.ModuleList(
+            get_down_block(
+                kind,
+                num_layers=layers_per_block,
+                in_channels=channels[max(stage - 1, 0)],
+                out_channels=channels[stage],
+                temb_channels=embedded,
+                add_downsample=stage < len(channels) - 1,
+                resnet_eps=norm_eps,
+                resnet_act_fn="silu",
+                resnet_groups=norm_num_groups,
+                attention_head_dim=attention_head_dim,
+                downsample_padding=1,
+                resnet_time_scale_shift=resnet_time_scale_shift,
+                dropout=dropout,
+            )
+            for stage, kind in enumerate(kinds)
+        )
+        self.mid_block = UNetMidBlock2D(
+            in_channels=width,
+            temb_channels=embedded,
+            dropout=dropout,
+            resnet_eps=norm_eps,
+            resnet_act_fn="silu",
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            attention_head_dim=attention_head_dim,
+            resnet_groups=norm_num_groups,
+            attn_groups=norm_num_groups,
+            add_attention=mid_block_attention,
+        )
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, eps=norm_eps)
+        self.pool = (
+            Attention(width, heads=width // attention_head_dim, dim_head=attention_head_dim, bias=True)
+            if pooling == "attention"
+            else None
+        )
+        self.classifier = nn.Linear(width, num_classes)
+
+    @property
+    def labels(self) -> list[str]:
+        """Name of each class, in the order of the ids; the ids as text where none were given."""
+        names = self.config["id2label"]
+        return [names[str(i)] if names else str(i) for i in range(self.config["num_classes"])]
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Logits `(B, K)` of the class of x_0, float32 or wider whatever the dtype of the network.
+
+        Args:
+            sample: x_t, `(B, C, H, W)`, scaled as the denoiser takes it.
+            timestep: Training timestep (`NoiseLevel.timestep`), a number for all or `(B,)`; may be fractional.
+
+        Raises:
+            ValueError: For an input of another shape, or another number of timesteps.
+        """
+        channels = self.config["in_channels"]
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise ValueError(f"NoisyClassifier takes x_t (B, {channels}, H, W); got {tuple(sample.shape)}.")
+        times = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if len(times) not in (1, len(sample)):
+            raise ValueError(
+                f"NoisyClassifier got {len(times)} timesteps for {len(sample)} samples; pass one or each."
+            )
+        dtype = self.conv_in.weight.dtype
+        emb = self.time_embedding(self.time_proj(times.expand(len(sample))).to(dtype))
+        hidden = self.conv_in(sample.to(dtype))
+        for block in self.down_blocks:
+            hidden, _ = block(hidden, emb)
+        hidden = nn.functional.silu(self.conv_norm_out(self.mid_block(hidden, emb)))
+        pooled = hidden.mean((2, 3))
+        if self.pool is not None:
+            tokens = torch.cat([pooled[:, None], hidden.flatten(2).transpose(1, 2)], dim=1)
+            pooled = self.pool(pooled[:, None], encoder_hidden_states=tokens)[:, 0]
+        wide = torch.promote_types(dtype, torch.float32)
+        return nn.functional.linear(pooled.to(wide), self.classifier.weight.to(wide), self.classifier.bias.to(wide))
+
+    def check_base(self, schedule: Any, channels: int, latent_scale: float | None = None) -> None:
+        """Check that a denoiser's x_t and timesteps mean what they meant in training.
+
+        Args:
+            schedule: Forward process of the denoiser, a `NoiseSchedule`.
+            channels: Of its x_0.
+            latent_scale: Scaling factor of its VAE; None leaves it unchecked.
+
+        Raises:
+            ValueError: If process, channels or latents are others; names both sides. Also if the config tells no
+                process.
+        """
+        config = self.config
+        if config["noise_schedule"] is None:
+            raise ValueError(
+                "This NoisyClassifier's config does not tell the noise process it was trained on, so it cannot be "
+                "checked against the base. Make it with NoisyClassifier(..., **describe_process(schedule))."
+            )
+        mine = {"num_train_timesteps": config["num_train_timesteps"], "noise_schedule": dict(config["noise_schedule"])}
+        theirs = describe_process(schedule)
+        trained = f"The classifier was trained {_of_base(config['base_model'])}"
+        if not _same_process(mine, theirs):
+            raise ValueError(
+                f"{trained} on the process {_brief(mine)}; the base has {_brief(theirs)}: its timesteps mean another "
+                "noise. Use a classifier trained for this base (examples/train_classifier.py)."
+            )
+        if channels != config["in_channels"]:
+            raise ValueError(f"{trained} on x_0 of {config['in_channels']} channels; that of the base has {channels}.")
+        known = config["latent_scale"]
+        if latent_scale is not None and (known is None or not math.isclose(latent_scale, known, rel_tol=1e-5)):
+            where = "pixels" if known is None else f"latents scaled by {known:g}"
+            raise ValueError(f"{trained} on {where}; those of the base are latents scaled by {latent_scale:g}.")
+
+
+def describe_process(schedule: Any) -> dict[str, Any]:
+    """A forward process as the config of a `NoisyClassifier` keeps it; what the network predicts is no part of it.
+
+    Args:
+        schedule: A `NoiseSchedule`, or anything with its `kind`, `num_train_timesteps` and `log_alpha_bar`.
+
+    Returns:
+        `num_train_timesteps` and `noise_schedule`: `kind`, for `vp` `half_log_snr` at timesteps evenly spread over
+        the table (None where the signal is gone), for `edm` and `ve` their sigmas.
+    """
+    described: dict[str, Any] = {"kind": schedule.kind}
+    if schedule.kind == "vp":
+        table = schedule.log_alpha_bar.double()
+        table = table[torch.linspace(0, len(table) - 1, _POINTS).round().long()]
+        values = (0.5 * (table - torch.log(-torch.expm1(table)))).tolist()
+        described["half_log_snr"] = [value if math.isfinite(value) else None for value in values]
+    elif schedule.kind != "flow":
+        described |= {name: float(getattr(schedule, name)) for name in _SIGMAS}
+    return {"num_train_timesteps": int(schedule.num_train_timesteps), "noise_schedule": described}
+
+
+def _same_process(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    first, second = a["noise_schedule"], b["noise_schedule"]
+    if a["num_train_timesteps"] != b["num_train_timesteps"] or first["kind"] != second["kind"]:
+        return False
+    one, two = ([v for k, v in side.items() if k in _SIGMAS] for side in (first, second))
+    one, two = one + list(first.get("half_log_snr", ())), two + list(second.get("half_log_snr", ()))
+    return len(one) == len(two) and all(
+        x is y if x is None or y is None else math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-3)
+        for x, y in zip(one, two, strict=True)
+    )
+
+
+def _brief(process: dict[str, Any]) -> str:
+    told = process["noise_schedule"]
+    text = f"{told['kind']} of {process['num_train_timesteps']} timesteps"
+    if values := told.get("half_log_snr"):
+        ends = ["-inf" if values[i] is None else f"{values[i]:.3f}" for i in (0, len(values) // 2, -1)]
+        return f"{text} (log(alpha/sigma) from {ends[0]} over {ends[1]} to {ends[2]})"
+    sigmas = ", ".join(f"{name} {told[name]:g}" for name in _SIGMAS if name in told)
+    return f"{text} ({sigmas})" if sigmas else text
+
+
+def _of_base(name: str | None) -> str:
+    return f"for {name!r}" if name else "for an unnamed base"
+
+
+def _named_ids(names: Mapping[Any, str] | Sequence[str] | None, num_classes: int) -> dict[str, str] | None:
+    """With the ids as text, as JSON has them."""
+    if names is None:
+        return None
+    named = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
+    named = {str(key): str(name) for key, name in named.items()}
+    if set(named) != {str(i) for i in range(num_classes)}:
+        raise ValueError(f"id2label must name the ids 0 to {num_classes - 1}; got {names!r}.")
+    return {str(i): named[str(i)] for i in range(num_classes)}
+
+
+def _check_whole(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+
+
+def _check_blocks(channels: list[int], kinds: list[str], head: int, groups: int, last_attends: bool) -> None:
+    if not channels or len(channels) != len(kinds):
+        raise ValueError(
+            f"block_out_channels and down_block_types tell one stage each; got {len(channels)} and {len(kinds)}."
+        )
+    for stage, (width, kind) in enumerate(zip(channels, kinds, strict=True)):
+        if kind not in DOWN_BLOCKS:
+            raise ValueError(f"Unknown down block {kind!r}; expected one of {', '.join(DOWN_BLOCKS)}.")
+        attends = kind.startswith("Attn") or (last_attends and stage == len(kinds) - 1)
+        if width % groups or width % 2 or (attends and width % head):
+            raise ValueError(
+                f"block_out_channels[{stage}]={width} must be even and a multiple of norm_num_groups={groups}"
+                + (f" and attention_head_dim={head}." if attends else ".")
+            )
