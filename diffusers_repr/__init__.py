@@ -10,6 +10,7 @@ __version__ = "0.1.0.dev0"
 # Public name -> the module that defines it. Nothing is imported before it is asked for.
 _PUBLIC = {
     "AttentionOutput": "diffusers_repr.features.attention",
+    "CFG": "diffusers_repr.guidance",
     "Condition": "diffusers_repr.denoiser",
     "Denoiser": "diffusers_repr.denoiser",
     "Family": "diffusers_repr.denoiser",
@@ -23,6 +24,7 @@ _PUBLIC = {
     "MLPHead": "diffusers_repr.heads",
     "NoiseLevel": "diffusers_repr.noise",
     "NoiseSchedule": "diffusers_repr.noise",
+    "PAG": "diffusers_repr.guidance",
     "Prediction": "diffusers_repr.noise",
     "Preset": "diffusers_repr.features.presets",
     "Probe": "diffusers_repr.tasks",
@@ -35,6 +37,7 @@ _PUBLIC = {
     "attention_memory": "diffusers_repr.capture",
     "capture_attention": "diffusers_repr.capture",
     "fit_head": "diffusers_repr.heads",
+    "guide": "diffusers_repr.guidance",
     "list_layers": "diffusers_repr.denoiser",
     "list_presets": "diffusers_repr.features.presets",
     "match_layers": "diffusers_repr.capture",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ _BUILTIN = {
 _REGISTRY: dict[str, type[Family]] = {}
 
 
+@dataclass(frozen=True)
+class BatchLanes:
+    """Which rows of one network call are conditional, and which have the null condition.
+
+    Attributes:
+        cond: Rows with the condition.
+        null: Rows with the null condition, as many; None where the call has none.
+    """
+
+    cond: slice
+    null: slice | None = None
+
+
 class Family:
     """How one architecture is called and read. Subclass, override what differs, `@register_family("ModelClass")`.
 
@@ -35,9 +49,18 @@ class Family:
         not_image: Parts of paths whose modules give no image: text, time, single heads.
         pipeline_arguments: What is passed to the pipeline's call besides the prompt and the size.
         null_arguments: What is passed on top where the prompt is a negative one.
+        sample_name: Name of the noisy input in the network's forward.
+        timestep_name: Name of the timestep.
+        early_rows: Path of a top-level module -> index in what it returns of a tensor that the network's own forward
+            adds to the image after the last block; lanes that join on the way are given their rows of it at once.
+        joins: Whether lanes may join the batch on the way through the network, at one of its top-level modules.
     """
 
     conditioning: str = "none"
+    sample_name: str = "sample"
+    timestep_name: str = "timestep"
+    early_rows: Mapping[str, int] = {}
+    joins: bool = False
     unbatched: tuple[str, ...] = ()
     not_image: tuple[str, ...] = ("time_proj", "time_embedding", "time_embed", "class_embedding", "add_embedding")
     pipeline_arguments: Mapping[str, Any] = {}
@@ -82,6 +105,67 @@ class Family:
         """The prediction `(B, C, H, W)` in what forward returned; a learned variance is split off."""
         out = raw if isinstance(raw, Tensor) else raw[0]
         return out[:, : x_t.shape[1]]
+
+    def sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
+        """x_t `(B, C, H, W)` in the inputs of a call, without the further channels of inpainting."""
+        value = inputs[self.sample_name]
+        return value[:, : self.sample_channels(config, value)]
+
+    def with_sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
+        """The inputs of a call with another x_t."""
+        extra = inputs[self.sample_name][:, x_t.shape[1] :]
+        return {**inputs, self.sample_name: torch.cat([x_t, extra], 1) if extra.shape[1] else x_t}
+
+    def sample_channels(self, config: Mapping[str, Any], value: Tensor) -> int:
+        """Channels of x_t in the network's input: as many as it predicts, at most."""
+        return min(value.shape[1], int(config.get("out_channels") or value.shape[1]))
+
+    def with_output(self, config: Mapping[str, Any], raw: Tensor, prediction: Tensor) -> Tensor:
+        """The network's output tensor with another prediction `(B, C, H, W)`; a learned variance stays."""
+        extra = raw[:, prediction.shape[1] :]
+        return torch.cat([prediction, extra], 1) if extra.shape[1] else prediction
+
+    def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
+        """The training timestep, from what the network is told: the inverse of `timestep`."""
+        return told
+
+    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+        """Whether lanes may join at the first of these top-level modules, in a call with these inputs."""
+        return self.joins
+
+    def late_inputs(self, units: Collection[str]) -> tuple[str, ...]:
+        """Inputs that the network's own forward adds to the image after lanes have joined at one of `units`."""
+        return ()
+
+    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+        """Which rows of a call of `pipe` are conditional and which null.
+
+        Args:
+            pipe: The running pipeline, or None for a loop without one.
+            config: The network's.
+            inputs: Keyword inputs of the call.
+
+        Raises:
+            ValueError: If the call does not tell.
+        """
+        on = getattr(pipe, "do_classifier_free_guidance", None)
+        rows = inputs[self.sample_name].shape[0]
+        if pipe is None or on is False or (on is None and self.conditioning != "text"):
+            return BatchLanes(slice(0, rows))
+        if not equal_halves(inputs[self.sample_name]):
+            if on is None:
+                return BatchLanes(slice(0, rows))
+            raise ValueError(
+                f"{type(pipe).__name__} guides by itself, but its batch of {rows} is not the null and the conditional "
+                "half of one input; which rows are which is not known. Call it with guidance_scale=1."
+            )
+        if on is None:
+            raise ValueError(
+                f"{type(pipe).__name__} does not tell whether it guides, and the halves of its batch of {rows} are "
+                "equal; which rows have the condition is not known. Call it with guidance_scale=1, or with latents "
+                "that differ."
+            )
+        return null_first(rows)
 
     def grid(
         self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
@@ -134,7 +218,7 @@ class GenericFamily(Family):
         timestep_fn: Callable[[NoiseLevel], Any] | None = None,
         grid_fn: Callable[[int, tuple[int, int]], tuple[int, int] | None] | None = None,
     ) -> None:
-        self._sample, self._timestep, self._channels = sample, timestep, channels
+        self.sample_name, self.timestep_name, self._channels = sample, timestep, channels
         self._timestep_fn, self._grid_fn = timestep_fn, grid_fn
 
     def channels(self, config: Mapping[str, Any]) -> int:
@@ -149,7 +233,7 @@ class GenericFamily(Family):
             told = self.timestep(level, x_t)
         else:
             told = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
-        return {self._sample: x_t, self._timestep: told, **condition}
+        return {self.sample_name: x_t, self.timestep_name: told, **condition}
 
     def grid(
         self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
@@ -165,6 +249,7 @@ class PatchTransformerFamily(Family):
     """Shared by transformers on a `(H / patch, W / patch)` grid."""
 
     patch_key = "patch_size"
+    sample_name = "hidden_states"
     not_image: tuple[str, ...] = (
         "time_embed",
         "time_text_embed",
@@ -204,6 +289,17 @@ class PatchTransformerFamily(Family):
         patch = self.multiple(config)
         h, w = size[0] // patch, size[1] // patch
         return ((h, w), 0) if tokens == h * w else None
+
+
+def equal_halves(value: Tensor) -> bool:
+    """Whether the batch is one half twice, bit by bit, as pipelines make it for classifier-free guidance."""
+    half = value.shape[0] // 2
+    return value.shape[0] % 2 == 0 and torch.equal(value[:half], value[half:])
+
+
+def null_first(rows: int) -> BatchLanes:
+    """The null condition in the first half, the condition in the second."""
+    return BatchLanes(slice(rows // 2, rows), slice(0, rows // 2))
 
 
 def register_family(*class_names: str) -> Callable[[type[Family]], type[Family]]:
@@ -263,12 +359,15 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
 
 
 __all__ = [
+    "BatchLanes",
     "Family",
     "GenericFamily",
     "PatchTransformerFamily",
+    "equal_halves",
     "family_by_name",
     "family_of",
     "floating_dtype",
     "list_families",
+    "null_first",
     "register_family",
 ]

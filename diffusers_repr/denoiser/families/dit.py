@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, equal_halves, register_family
 
 
 @register_family("DiTTransformer2DModel")
@@ -16,6 +16,7 @@ class DiTFamily(PatchTransformerFamily):
     """Class-conditional; the null class is id `num_embeds_ada_norm` (1000 for ImageNet)."""
 
     conditioning = "class"
+    joins = True
 
     def square(self, config: Mapping[str, Any]) -> bool:
         """Its forward un-patches by the square root of the token count."""
@@ -29,6 +30,17 @@ class DiTFamily(PatchTransformerFamily):
         if bool(((labels < 0) | (labels > null)).any()):
             raise ValueError(f"class_labels must lie in 0..{null} ({null} is the null class); got {labels.tolist()}.")
         return {"class_labels": labels}
+
+    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+        """The pipeline puts the condition first, and the null class in the second half."""
+        labels, rows = inputs.get("class_labels"), inputs["hidden_states"].shape[0]
+        half = rows // 2
+        null = int(config["num_embeds_ada_norm"])
+        if labels is None or pipe is None or rows % 2 or not bool((labels[half:] == null).all()):
+            return BatchLanes(slice(0, rows))
+        if not equal_halves(inputs["hidden_states"]):
+            return BatchLanes(slice(0, rows))
+        return BatchLanes(slice(0, half), slice(half, rows))
 
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """Label 0."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, register_family
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -18,6 +18,7 @@ class FluxFamily(PatchTransformerFamily):
     """Two-stream blocks, then single-stream blocks over text and image; the image tokens are read."""
 
     conditioning = "text"
+    joins = True
     unbatched = ("img_ids", "txt_ids")
     not_image = (*PatchTransformerFamily.not_image, "pos_embed")
 
@@ -60,6 +61,34 @@ class FluxFamily(PatchTransformerFamily):
         h, w = x_t.shape[2] // 2, x_t.shape[3] // 2
         return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h, w)), 2)
 
+    def sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
+        """Unpacked to `(B, C, H, W)`, of the size that the position ids tell."""
+        tokens = inputs["hidden_states"][..., : int(config.get("out_channels") or config["in_channels"])]
+        h, w = _token_size(inputs["img_ids"])
+        return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h, w)), 2)
+
+    def with_sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
+        """Packed; further channels of the tokens (inpainting) stay."""
+        tokens = functional.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
+        extra = inputs["hidden_states"][..., tokens.shape[2] :]
+        return {**inputs, "hidden_states": torch.cat([tokens, extra], 2) if extra.shape[2] else tokens}
+
+    def with_output(self, config: Mapping[str, Any], raw: Tensor, prediction: Tensor) -> Tensor:
+        """Packed."""
+        return functional.pixel_unshuffle(prediction, 2).flatten(2).transpose(1, 2)
+
+    def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
+        """Times 1000."""
+        return told * 1000
+
+    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+        """Not with ControlNet, whose residuals the forward adds between blocks."""
+        return inputs.get("controlnet_block_samples") is None and inputs.get("controlnet_single_block_samples") is None
+
+    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+        """One condition a call; true classifier-free guidance is a second call."""
+        return BatchLanes(slice(0, inputs["hidden_states"].shape[0]))
+
     def grid(
         self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
     ) -> tuple[tuple[int, int], int] | None:
@@ -77,6 +106,12 @@ class FluxFamily(PatchTransformerFamily):
         if config.get("guidance_embeds"):
             inputs["guidance"] = torch.zeros(batch, device=device)
         return inputs
+
+
+def _token_size(ids: Tensor) -> tuple[int, int]:
+    """(height, width) of the token grid that position ids `(N, 3)` span; a reference image's ids come after it."""
+    height, width = (ids[:, 1:].amax(0) + 1).long().tolist()
+    return height, width
 
 
 def _image_ids(height: int, width: int, device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ class PixArtFamily(PatchTransformerFamily):
     """Cross-attention to T5 tokens; learned variance split off."""
 
     conditioning = "text"
+    joins = True
+    early_rows = {"adaln_single": 1}
     # Binning would move the input to the nearest trained aspect ratio.
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
 

@@ -28,6 +28,10 @@ class SanaFamily(PatchTransformerFamily):
         inputs["timestep"] = inputs["timestep"] * config.get("timestep_scale", 1.0)
         return inputs
 
+    def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
+        """Divided by the model's `timestep_scale`."""
+        return told / config.get("timestep_scale", 1.0)
+
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """300 text tokens."""
         inputs = {"encoder_hidden_states": torch.zeros(batch, 300, config["caption_channels"], device=device)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ class SD3Family(PatchTransformerFamily):
     """Two streams with joint attention; the image stream is read."""
 
     conditioning = "text"
+    joins = True
     pipeline_arguments = {"guidance_scale": 1.0}
+
+    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+        """Not with ControlNet, whose residuals the forward adds between blocks."""
+        return inputs.get("block_controlnet_hidden_states") is None
 
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """77 CLIP and 256 T5 tokens, and the pooled CLIP vector."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,15 @@ class UNet2DFamily(Family):
     """Pixel or latent U-Net without text; `class_labels` where `class_embed_type` or `num_class_embeds` is set."""
 
     conditioning = "class"
+    joins = True
 
     def multiple(self, config: Mapping[str, Any]) -> int:
         """Two to the number of down-samplings."""
         return 2 ** (len(config["block_out_channels"]) - 1)
+
+    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+        """Not where the output is divided by the timesteps of the batch that came in."""
+        return config.get("time_embedding_type") != "fourier"
 
     def from_class_labels(self, config: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """Ids below `num_class_embeds`; the vectors of an `identity` embedding come through `embeddings=`."""

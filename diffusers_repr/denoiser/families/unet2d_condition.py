@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,21 @@ class UNet2DConditionFamily(Family):
     """Latent U-Net with cross-attention to text."""
 
     conditioning = "text"
+    joins = True
     pipeline_arguments = {"guidance_scale": 1.0}
+
+    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+        """Where the forward adds nothing to a part of the image that has not joined: ControlNet, T2I adapters."""
+        if all(unit.startswith("up_blocks") for unit in units):
+            return True
+        if inputs.get("down_intrablock_additional_residuals") is not None:
+            return False
+        residuals = inputs.get("down_block_additional_residuals") is not None
+        return not (residuals and any(unit.startswith("down_blocks") for unit in units))
+
+    def late_inputs(self, units: Collection[str]) -> tuple[str, ...]:
+        """ControlNet's residual of the middle block."""
+        return ("mid_block_additional_residual",) if "mid_block" in units else ()
 
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """77 text tokens; for SDXL also the pooled text and the six size numbers."""

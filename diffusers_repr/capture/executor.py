@@ -1,0 +1,239 @@
+"""`Executor`: runs the lanes of a network call in as few passes and as little work as exactness allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_repr.capture.lanes import Lane, LaneFunction, NetworkCall, TapFunction
+from diffusers_repr.capture.rows import UNBATCHED, map_rows, take_rows
+from diffusers_repr.denoiser.family import Family
+
+Hook = Callable[..., Any]
+
+
+class Executor:
+    """Lanes that share a pass of a network, by hooks on its modules.
+
+    Rows of the pass: those of the call that are run, then `samples` rows for each lane. Up to the first top-level
+    module that holds a changed module the lanes are one with the conditional rows; there they join the batch. A
+    changed module runs its own forward for the other rows only.
+
+    Args:
+        model: The network.
+        family: Its adapter.
+        config: Its config.
+        lanes: All lanes that calls may ask for.
+        taps: Key -> (path, function): what to keep of the arguments of a module, of the rows of the call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        config: Mapping[str, Any],
+        lanes: Sequence[Lane] = (),
+        taps: Mapping[str, tuple[str, TapFunction]] | None = None,
+    ) -> None:
+        self.model, self.family, self.config = model, family, config
+        self.lanes, self.taps = tuple(lanes), dict(taps or {})
+        self.unbatched = UNBATCHED | set(family.unbatched)
+        self._active: tuple[Lane, ...] = ()
+        self._tapped: frozenset[str] = frozenset()
+        self._call: NetworkCall | None = None
+        self._rows = 0  # of the pass, before lanes join
+        self._source = slice(0)  # the conditional rows among them
+        self._stash: dict[str, list[Any]] = {}
+
+    # Installing
+
+    def install(self, stack: ExitStack) -> None:
+        """Set the hooks; they do nothing but during a pass. The stack removes them."""
+        modules = dict(self.model.named_modules())
+        if self.lanes:
+            for path, unit in top_level(self.model):
+                stack.callback(unit.register_forward_pre_hook(self._unit_hook(path), with_kwargs=True).remove)
+                if path in self.family.early_rows:
+                    stack.callback(unit.register_forward_hook(self._early_hook(path)).remove)
+        changed = {path for lane in self.lanes for path in lane.modules}
+        for path in sorted(changed | {path for path, _ in self.taps.values()}):
+            stack.callback(modules[path].register_forward_pre_hook(self._enter_hook(path), with_kwargs=True).remove)
+            if path in changed:
+                stack.callback(modules[path].register_forward_hook(self._leave_hook(path)).remove)
+
+    # One pass
+
+    def begin(
+        self, call: NetworkCall, which: slice, lanes: Sequence[Lane] = (), taps: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Start the pass that runs the rows `which` of a call together with lanes.
+
+        Args:
+            call: The call.
+            which: Contiguous rows that are run; they include the conditional ones if there are lanes.
+            lanes: The lanes of this pass.
+            taps: Keys of the taps of this pass.
+
+        Returns:
+            Keyword inputs to run the network with.
+        """
+        self._call, self._active, self._tapped = call, tuple(lanes), frozenset(taps)
+        start, stop, _ = which.indices(call.rows)
+        self._rows = stop - start
+        self._source = slice(call.batch.cond.start - start, call.batch.cond.stop - start)
+        self._stash = {}
+        inputs = take_rows(call.inputs, call.rows, which, self.unbatched)
+        call.joined = None
+        if not lanes:
+            return inputs
+        units = {self._unit_of(path) for lane in lanes for path in lane.modules}
+        if not self.family.joins_at(self.config, inputs, units):
+            call.joined = ""
+            return self._join(inputs)
+        for name in self.family.late_inputs(units):
+            if inputs.get(name) is not None:
+                inputs[name] = self._join(inputs[name])
+        return inputs
+
+    def end(self) -> None:
+        """Close the pass, finished or not."""
+        self._call, self._active, self._tapped, self._stash = None, (), frozenset(), {}
+
+    def split(self, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows of the call, and the rows of each lane, in what the network returned for the pass.
+
+        Raises:
+            RuntimeError: If the lanes never joined: none of their modules ran.
+        """
+        if not self._active:
+            return output, {}
+        assert self._call is not None
+        if output.shape[0] == self._rows:
+            paths = [path for lane in self._active for path in lane.modules]
+            raise RuntimeError(f"None of {paths} was called in the forward; nothing would be changed.")
+        samples = self._call.samples
+        parts = output[self._rows :].split(samples)
+        return output[: self._rows], {lane.name: part for lane, part in zip(self._active, parts, strict=True)}
+
+    # Hooks
+
+    def _unit_of(self, path: str) -> str:
+        return next(name for name, _ in top_level(self.model) if path == name or path.startswith(name + "."))
+
+    def _join(self, value: Any) -> Any:
+        def repeat(t: Tensor) -> Tensor:
+            return torch.cat([t, *[t[self._source]] * len(self._active)])
+
+        return map_rows(value, self._rows, repeat, self.unbatched)
+
+    def _unit_hook(self, path: str) -> Hook:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._call
+            if call is None or not self._active or call.joined == "":
+                return None
+            if call.joined is None:
+                if not any(p == path or p.startswith(path + ".") for lane in self._active for p in lane.modules):
+                    return None
+                call.joined = path
+            return self._join(args), self._join(kwargs)
+
+        return hook
+
+    def _early_hook(self, path: str) -> Hook:
+        index = self.family.early_rows[path]
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._call is None or not self._active or self._call.joined is not None:
+                return None
+            return tuple(self._join(item) if at == index else item for at, item in enumerate(output))
+
+        return hook
+
+    def _enter_hook(self, path: str) -> Hook:
+        """Keep what a tap asks for; take the rows of the lanes that change this module out of its arguments."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._call
+            if call is None:
+                return None
+            total = self._rows + len(self._active) * call.samples * (call.joined is not None)
+            for key, (where, function) in self.taps.items():
+                if where == path and key in self._tapped:
+                    own = slice(0, self._rows)
+                    rows = [take_rows(part, total, own, self.unbatched) for part in (args, kwargs)]
+                    call.taps[key] = function(module, *rows, call)
+            changes = [(lane, rows) for lane, rows in self._lane_rows() if path in lane.modules]
+            if not changes:
+                return None
+            made = []
+            for lane, rows in changes:
+                own_args, own_kwargs = (take_rows(part, total, rows, self.unbatched) for part in (args, kwargs))
+                made.append((rows, lane.modules[path], own_args, own_kwargs))
+            self._stash[path] = made
+            kept = self._kept(path, total)
+            return tuple(
+                map_rows(part, total, lambda t: torch.cat([t[rows] for rows in kept]), self.unbatched)
+                for part in (args, kwargs)
+            )
+
+        return hook
+
+    def _leave_hook(self, path: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            call, made = self._call, self._stash.pop(path, None)
+            if call is None or made is None:
+                return None
+            total = self._rows + len(self._active) * call.samples
+            parts: list[tuple[slice, Any]] = [(rows, run(module, a, k, call)) for rows, run, a, k in made]
+            start = 0
+            for rows in self._kept(path, total):
+                length = rows.stop - rows.start
+                parts.append((rows, take_rows(output, _rows_of(output), slice(start, start + length))))
+                start += length
+            return _concatenate([value for _, value in sorted(parts, key=lambda part: part[0].start)])
+
+        return hook
+
+    def _lane_rows(self) -> Iterator[tuple[Lane, slice]]:
+        assert self._call is not None
+        for at, lane in enumerate(self._active):
+            start = self._rows + at * self._call.samples
+            yield lane, slice(start, start + self._call.samples)
+
+    def _kept(self, path: str, total: int) -> list[slice]:
+        """Row ranges for which the module at `path` runs as ever."""
+        others = [rows for lane, rows in self._lane_rows() if path not in lane.modules]
+        return [slice(0, self._rows), *others]
+
+
+def top_level(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The network's children, lists of modules by their elements: what its own forward calls."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            found += [(f"{name}.{at}", element) for at, element in enumerate(child)]
+        else:
+            found.append((name, child))
+    return found
+
+
+def _rows_of(output: Any) -> int:
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output.shape[0]
+
+
+def _concatenate(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if first is None:
+        return None
+    return type(first)(_concatenate(items) for items in zip(*values, strict=True))
+
+
+__all__ = ["Executor", "LaneFunction", "top_level"]

@@ -1,0 +1,22 @@
+"""Guidance on any pipeline: one engine, one file a method."""
+
+from diffusers_repr.guidance.base import Guidance
+from diffusers_repr.guidance.cfg import CFG
+from diffusers_repr.guidance.guide import GuidanceHandle, guide
+from diffusers_repr.guidance.pag import PAG
+from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask
+from diffusers_repr.guidance.stats import GuidanceStats, StepStats
+
+__all__ = [
+    "CFG",
+    "PAG",
+    "Blur",
+    "Drop",
+    "Guidance",
+    "GuidanceHandle",
+    "GuidanceStats",
+    "Identity",
+    "Mask",
+    "StepStats",
+    "guide",
+]

@@ -1,0 +1,395 @@
+"""`Engine`: guidance at the network's call, by hooks, whatever pipeline or loop makes that call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_repr.capture.executor import Executor
+from diffusers_repr.capture.gradient import GradientStop, GradientTape
+from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.capture.offload import is_offloaded, send_back
+from diffusers_repr.capture.rows import UNBATCHED, take_rows
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.condition import forward_names
+from diffusers_repr.denoiser.family import BatchLanes
+from diffusers_repr.guidance.base import Term, widened
+from diffusers_repr.guidance.cfg import CFGTerm
+from diffusers_repr.guidance.gradients import EpsGradient, latent_change
+from diffusers_repr.guidance.stats import GuidanceStats, StepStats
+from diffusers_repr.guidance.step import GuidedStep
+from diffusers_repr.noise import NoiseLevel, NoiseSchedule, sampler_level
+
+
+@dataclass(eq=False)
+class _Running:
+    """A call between the network's pre-hook and its hook."""
+
+    call: NetworkCall
+    stats: StepStats
+    active: list[tuple[Term, float]]
+    which: slice
+    gradient: EpsGradient | None = None
+    in_pass: bool = False  # the gradient is taken in the call's own pass
+    follows: bool = False  # a second call at the same step: the other half of classifier-free guidance
+
+
+class Engine:
+    """Plans each network call, runs what it takes, and changes what the call returns.
+
+    Args:
+        denoiser: The model.
+        terms: Bound guidances, those of scale 0 left out.
+        cfg: Classifier-free guidance that replaces the pipeline's own, or None.
+        pipe: The pipeline whose calls are guided; None for a loop of the user's.
+        null: Inputs of the null condition, for a loop whose calls have none.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        terms: Sequence[Term],
+        cfg: CFGTerm | None,
+        pipe: Any,
+        null: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.denoiser, self.terms, self.cfg, self.pipe, self.null = denoiser, list(terms), cfg, pipe, null
+        self.model: nn.Module = denoiser.model
+        self.schedule: NoiseSchedule = denoiser.schedule
+        self.scheduler: Any = None
+        self.stats = GuidanceStats()
+        lanes = [term.lane for term in terms if term.lane is not None]
+        taps = {key: tap for term in terms for key, tap in term.taps.items()}
+        requests = [term.gradient for term in terms if term.gradient is not None]
+        layers = dict.fromkeys(path for request in requests for path in request.layers)
+        self._executor = Executor(self.model, denoiser.family, denoiser.config, lanes, taps)
+        self._tape = GradientTape(self.model, list(layers))
+        self._unbatched = UNBATCHED | set(denoiser.family.unbatched)
+        self._names = forward_names(self.model)
+        self._running: _Running | None = None
+        self._batches: dict[int, BatchLanes] = {}
+        self._acted: dict[str, int] = {}
+        self._changed: dict[str, Tensor] = {}
+        self._levels: list[NoiseLevel] = []
+        self._after_step()
+
+    def install(self, stack: ExitStack) -> None:
+        """Set the hooks; the stack removes them."""
+        self._executor.install(stack)
+        self._tape.install(stack)
+        stack.callback(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+        hook = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        stack.callback(hook.remove)
+
+    # Runs and steps
+
+    def new_run(self) -> None:
+        """A sampling run begins."""
+        self.stats.steps = []
+        self._batches, self._acted, self._changed, self._levels = {}, {}, {}, []
+        self._after_step()
+        for term in self.terms:
+            term.starts()
+
+    def judge(self) -> None:
+        """Raise RuntimeError if a guidance acted at no step of the run."""
+        levels, self._levels = self._levels, []
+        if not levels:
+            return
+        terms = [*self.terms, *([self.cfg] if self.cfg is not None and self.cfg.config.scale != 1 else [])]
+        idle = [term for term in terms if not self._acted.get(term.label)]
+        if idle:
+            nsr = [float(level.nsr) for level in levels]
+            raise RuntimeError(
+                f"{idle[0].label} did not act in any of {len(levels)} network calls: its interval "
+                f"{idle[0].config.interval} (adaptive={idle[0].config.adaptive}) has none of their noise levels, "
+                f"nsr {min(nsr):.4g} to {max(nsr):.4g} (timesteps {float(levels[-1].timestep):g} to "
+                f"{float(levels[0].timestep):g})."
+            )
+
+    def without_effect(self) -> list[str]:
+        """Labels of the guidances whose corrections were zero throughout the run."""
+        return [label for label, changed in self._changed.items() if not bool(changed)]
+
+    def step_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the scheduler's step gets instead: latents that a guidance moved, CFG's own prediction."""
+        if self._calls and self.cfg is not None and self._cfg_waits:
+            raise ValueError(self.cfg.needs_null(self.pipe))
+        if self._replacement is not None:
+            arguments["model_output"] = self._replacement.to(arguments["model_output"].dtype)
+        if self._moved is not None:
+            sample = arguments["sample"]
+            moved = self.denoiser.family.with_output(self.denoiser.config, self._moved, self._moved)
+            repeats = sample.shape[0] // moved.shape[0]
+            arguments["sample"] = sample + torch.cat([moved] * repeats).to(sample.dtype)
+        self._after_step()
+        return arguments
+
+    def _after_step(self) -> None:
+        self._calls = 0  # of the network since the last scheduler step
+        self._moved: Tensor | None = None  # change of the latents, in the scheduler's form
+        self._shift: Tensor | None = None  # change of the latents, as the network takes them
+        self._correction: Tensor | None = None
+        self._cond: Tensor | None = None
+        self._cfg_waits = False  # the null prediction is to come by a second call
+        self._replacement: Tensor | None = None
+
+    # Before the network
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        call = self._describe(inputs)
+        step = StepStats(call.level)
+        self.stats.steps.append(step)
+        self.stats.calls += 1
+        self._levels.append(call.level)
+        self._calls += 1
+        if self._calls > 1 and self.scheduler is not None:
+            return (), self._follow(call, step)
+        active = [(term, w) for term in self.terms if (w := term.weight(call.level))]
+        self._check(call, bool(active))
+        for term, weight in active:
+            if term.gradient is not None and term.gradient.update != "eps":
+                self._move(call, term, weight, step)
+        lanes = [term.lane for term, _ in active if term.lane is not None]
+        taps = [key for term, _ in active for key in term.taps]
+        wanted = [(t, w) for t, w in active if t.gradient is not None and t.gradient.update == "eps"]
+        gradient = EpsGradient(self.denoiser, self.schedule, call, wanted) if wanted else None
+        needs_null = call.batch.null is not None and (self.cfg is None or self.cfg.weight(call.level) != 0)
+        in_pass = gradient is not None and gradient.reads_network and not lanes and not taps
+        which = call.batch.cond if in_pass or not needs_null else slice(0, call.rows)
+        running = _Running(call, step, active, which, gradient, in_pass)
+        if gradient is not None and gradient.reads_network and not in_pass:
+            self._gradient_pass(call, gradient, step)
+        self._running = running
+        given = self._executor.begin(call, which, lanes, taps)
+        if in_pass and gradient is not None:
+            given = gradient.begin(self._tape, given, stop=False)
+        step.passes += 1
+        step.lanes += (which.stop - which.start) // call.samples + len(lanes)
+        return (), given
+
+    def _describe(self, inputs: dict[str, Any]) -> NetworkCall:
+        family, config = self.denoiser.family, self.denoiser.config
+        rows = inputs[family.sample_name].shape[0]
+        if self._calls and self.scheduler is not None:
+            batch = BatchLanes(slice(0, rows))
+        else:
+            if rows not in self._batches:
+                self._batches[rows] = family.lanes(self.pipe, config, inputs)
+            batch = self._batches[rows]
+        level, scale = self._level(inputs)
+        return NetworkCall(inputs, rows, batch, family.sample(config, inputs), level, scale)
+
+    def _level(self, inputs: Mapping[str, Any]) -> tuple[NoiseLevel, float]:
+        family = self.denoiser.family
+        told = torch.as_tensor(inputs[family.timestep_name])
+        if told.ndim and told.numel() > 1 and self.scheduler is None and not bool((told == told[0]).all()):
+            raise ValueError(f"Guidance needs one noise level for the whole batch; got timesteps {told.tolist()}.")
+        told = family.training_timestep(self.denoiser.config, told.flatten()[0])
+        if self.scheduler is None:
+            return self.schedule.resolve(float(told)), 1.0
+        where = sampler_level(self.scheduler, told, self.schedule)
+        return where.level, where.scale
+
+    def _check(self, call: NetworkCall, active: bool) -> None:
+        pipe = self.pipe
+        if getattr(pipe, "do_perturbed_attention_guidance", False):
+            raise ValueError(f"{type(pipe).__name__} perturbs attention by itself; call it with pag_scale=0.")
+        rescale = getattr(pipe, "guidance_rescale", 0) or 0
+        if active and rescale > 0 and call.batch.null is not None and self.cfg is None:
+            raise ValueError(
+                f"guidance_rescale={rescale} renormalises the pipeline's own guidance, and with it what is added "
+                "here. Call the pipeline with guidance_rescale=0, or let CFG(...) replace its guidance."
+            )
+
+    def _follow(self, call: NetworkCall, step: StepStats) -> dict[str, Any]:
+        """A further call at one step: the null condition, at the latents that the first call was moved to."""
+        step.passes, step.lanes = 1, 1
+        self._running = _Running(call, step, [], slice(0, call.rows), follows=True)
+        inputs = take_rows(call.inputs, call.rows, slice(0, call.rows), self._unbatched)
+        if self._shift is None:
+            return inputs
+        x = call.x + self._shift.to(call.x.dtype)
+        return self.denoiser.family.with_sample(self.denoiser.config, inputs, x)
+
+    # Gradients
+
+    def _gradient_pass(self, call: NetworkCall, gradient: EpsGradient, step: StepStats) -> None:
+        """A pass of its own over the conditional rows, as far as the loss reads."""
+        inputs = take_rows(call.inputs, call.rows, call.batch.cond, self._unbatched)
+        inputs = gradient.begin(self._tape, inputs, stop=True)
+        step.passes, step.lanes, step.backward_passes = step.passes + 1, step.lanes + 1, step.backward_passes + 1
+        try:
+            self._tape.finish(self._forward(self.model, inputs))
+        except GradientStop:
+            if is_offloaded(self.model):
+                send_back(self.model)
+        finally:
+            self._tape.end()
+        gradient.found = self._tape.gradient
+
+    def _move(self, call: NetworkCall, term: Term, weight: float, step: StepStats) -> None:
+        """Step on the latents, for the network's input now and for the scheduler's step after."""
+        gradient = EpsGradient(self.denoiser, self.schedule, call, [(term, 1.0)])
+        if gradient.reads_network:
+            self._gradient_pass(call, gradient, step)
+        else:
+            gradient.compute_direct()
+            step.backward_passes += 1
+        assert term.gradient is not None
+        assert gradient.found is not None
+        shift = latent_change(widened(gradient.found), weight, term.gradient.update)
+        self._note(term, shift)
+        step.acted.append(term.label)
+        x = widened(call.x).clone()
+        for rows in (call.batch.cond, call.batch.null):
+            if rows is not None:
+                x[rows] += shift
+        call.x = x.to(call.x.dtype)
+        call.inputs = self.denoiser.family.with_sample(self.denoiser.config, call.inputs, call.x)
+        self._shift = shift if self._shift is None else self._shift + shift
+        self._moved = self._shift / call.scale
+
+    # After the network
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        running, self._running = self._running, None
+        if output is None or running is None:  # left by an exception
+            self._executor.end()
+            self._tape.end()
+            self._levels = []  # a run that is broken off is not judged
+            return None
+        raw = output if isinstance(output, Tensor) else output[0]
+        try:
+            changed = self._after_follower(running, raw) if running.follows else self._after_call(running, raw)
+        finally:
+            self._executor.end()
+            self._tape.end()
+        return _with_first(output, changed)
+
+    def _after_call(self, running: _Running, raw: Tensor) -> Tensor:
+        call, stats, family, config = running.call, running.stats, self.denoiser.family, self.denoiser.config
+        gradient = running.gradient
+        if gradient is not None and running.in_pass:
+            self._tape.finish(raw)
+            gradient.found = self._tape.gradient
+            stats.backward_passes += 1
+            self._tape.end()
+            raw = raw.detach()
+        own, lanes = self._executor.split(raw)
+        stats.joined = call.joined
+        self._executor.end()
+        raws: dict[str, Tensor] = {}
+        start = running.which.start
+        for name, rows in (("cond", call.batch.cond), ("null", call.batch.null)):
+            if rows is not None and rows.start >= start and rows.stop <= running.which.stop:
+                raws[name] = own[rows.start - start : rows.stop - start]
+        x = call.x[call.batch.cond]
+
+        def read(value: Tensor) -> Tensor:
+            return widened(family.output(config, value, x))
+
+        step = GuidedStep(
+            self.denoiser,
+            self.schedule,
+            call,
+            read(raws["cond"]),
+            read(raws["null"]) if "null" in raws else None,
+            {name: read(value) for name, value in lanes.items()},
+            stats,
+            self._forward,
+        )
+        cfg_weight = 0.0 if self.cfg is None else self.cfg.weight(call.level)
+        if step.null is None and call.batch.null is not None and (self.cfg is None or cfg_weight):
+            step.null = step.run(call.batch.null)
+        elif cfg_weight and step.null is None and self.null is not None:
+            step.null = step.run(call.batch.cond, condition=self.null)
+        total = self._total(running, step)
+        return self._compose(step, raws, total, cfg_weight)
+
+    def _total(self, running: _Running, step: GuidedStep) -> Tensor | None:
+        parts = []
+        for term, weight in running.active:
+            if term.gradient is not None:
+                continue
+            correction = term.correction(step)
+            if correction is not None:
+                parts.append(weight * correction)
+                self._note(term, correction)
+            running.stats.acted.append(term.label)
+        if running.gradient is not None:
+            if not running.gradient.reads_network:
+                running.gradient.compute_direct()
+                running.stats.backward_passes += 1
+            correction = running.gradient.correction()
+            for term in running.gradient.terms:
+                running.stats.acted.append(term.label)
+                self._note(term, correction)
+            if correction is not None:
+                parts.append(correction)
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _compose(self, step: GuidedStep, raws: dict[str, Tensor], total: Tensor | None, cfg_weight: float) -> Tensor:
+        family, config, batch = self.denoiser.family, self.denoiser.config, step.call.batch
+        cond, null = step.cond, step.null
+        waits = False
+        if self.cfg is not None:
+            waits = batch.null is None and null is None
+            if waits and self.scheduler is None and cfg_weight:
+                raise ValueError(self.cfg.needs_null(self.pipe))
+            if cfg_weight and null is not None:
+                cond = self.cfg.combine(cond, null, cfg_weight)
+            self._acted[self.cfg.label] = self._acted.get(self.cfg.label, 0) + (cfg_weight != 0)
+            null = None if batch.null is None else cond
+        self._cfg_waits, self._cond, self._correction = waits and cfg_weight != 0, step.cond, total
+        if total is not None:
+            cond = cond + total
+            null = None if null is None else null + total
+        if waits and not cfg_weight:
+            self._replacement = family.with_output(config, raws["cond"], cond.to(raws["cond"].dtype))
+        parts = [(batch.cond, cond, raws["cond"])]
+        if batch.null is not None and null is not None:
+            parts.append((batch.null, null, raws.get("null", raws["cond"])))
+        parts.sort(key=lambda part: part[0].start)
+        return torch.cat([family.with_output(config, raw, value.to(raw.dtype)) for _, value, raw in parts])
+
+    def _after_follower(self, running: _Running, raw: Tensor) -> Tensor:
+        family, config, call = self.denoiser.family, self.denoiser.config, running.call
+        value = widened(family.output(config, raw, call.x))
+        if self.cfg is not None and self._cfg_waits and self._cond is not None:
+            combined = self.cfg.combine(self._cond, value, self.cfg.weight(call.level))
+            combined = combined if self._correction is None else combined + self._correction
+            self._replacement = family.with_output(config, raw, combined.to(raw.dtype))
+            self._cfg_waits = False
+        if self._correction is None or self._correction.shape != value.shape:
+            return raw
+        return family.with_output(config, raw, (value + self._correction).to(raw.dtype))
+
+    # Shared
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        output = model.forward(**inputs) if model is self.model else model(**inputs)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _note(self, term: Term, correction: Tensor | None) -> None:
+        """Count that a term acted, and whether it changed anything; no synchronisation of a device."""
+        self._acted[term.label] = self._acted.get(term.label, 0) + 1
+        changed = torch.zeros((), dtype=torch.bool) if correction is None else (correction != 0).any()
+        before = self._changed.get(term.label)
+        self._changed[term.label] = changed if before is None else before.to(changed.device) | changed
+
+
+def _with_first(output: Any, value: Tensor) -> Any:
+    """What the network returned, with another first tensor."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    first = next(iter(output.keys()))
+    return type(output)(**{**output, first: value})

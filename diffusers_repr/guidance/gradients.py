@@ -1,0 +1,125 @@
+"""Gradients of energies with respect to what the network takes, as corrections of eps or steps on the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.capture.gradient import GradientTape
+from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.pooling import tokens_to_map
+from diffusers_repr.guidance.base import Term, widened
+from diffusers_repr.noise import NoiseSchedule, Prediction, eps_shift_to_output, expand
+
+ADAM_EPS = 1e-8
+
+
+class EpsGradient:
+    """The weighted sum of energies of one call, and its gradient for the conditional rows.
+
+    Args:
+        denoiser: The model.
+        schedule: Its noise process.
+        call: The call.
+        wanted: Terms with a `GradientRequest`, each with its weight.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, schedule: NoiseSchedule, call: NetworkCall, wanted: Sequence[tuple[Term, float]]
+    ) -> None:
+        self.denoiser, self.schedule, self.call, self.wanted = denoiser, schedule, call, list(wanted)
+        self.terms = [term for term, _ in wanted]
+        self.requests = [term.gradient for term, _ in wanted if term.gradient is not None]
+        self.reads_network = any(request.reads_network for request in self.requests)
+        self.found: Tensor | None = None
+        self._x: Tensor | None = None
+
+    def begin(self, tape: GradientTape, inputs: Mapping[str, Any], *, stop: bool) -> dict[str, Any]:
+        """Start the tape for a forward over the conditional rows.
+
+        Args:
+            tape: Of the network.
+            inputs: Its keyword inputs for these rows.
+            stop: Leave the forward as soon as the gradient is known.
+
+        Returns:
+            The inputs to run it with.
+        """
+        self._x = self._leaf()
+        needs_x0 = any(request.needs_x0 for request in self.requests)
+        tape.begin(
+            self._x,
+            self._loss,
+            list(dict.fromkeys(path for request in self.requests for path in request.layers)),
+            at_output=needs_x0,
+            stop=stop and not needs_x0,
+            checkpoint=any(request.checkpoint for request in self.requests),
+        )
+        return self.denoiser.family.with_sample(self.denoiser.config, inputs, self._x)
+
+    def compute_direct(self) -> None:
+        """The gradient of energies that do not read the network."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("Gradients do not exist under torch.inference_mode(); use torch.no_grad() instead.")
+        with torch.enable_grad():
+            self._x = self._leaf()
+            loss = self._loss({}, None)
+            self.found = torch.autograd.grad(loss, self._x)[0] if loss.requires_grad else torch.zeros_like(self._x)
+
+    def correction(self) -> Tensor | None:
+        """Change of the network's output: eps + sigma times the gradient; None where there is no signal (alpha = 0).
+
+        Pure noise tells nothing of the data, so the gradient of a true energy is zero there.
+        """
+        level = self.call.level
+        if self.found is None or float(level.alpha) == 0:
+            return None
+        gradient = widened(self.found)
+        shift = expand(level.sigma, gradient) * gradient
+        return eps_shift_to_output(shift, level, self.schedule.output, self.schedule.sigma_data)
+
+    def _leaf(self) -> Tensor:
+        x = self.call.x[self.call.batch.cond].detach().clone()
+        return x.requires_grad_(True)
+
+    def _loss(self, features: Mapping[str, Tensor], output: Any) -> Tensor:
+        x = self._x
+        assert x is not None
+        maps = {path: self._as_map(path, value) for path, value in features.items()}
+        x0 = None
+        if output is not None:
+            read = self.denoiser.family.output(self.denoiser.config, output, x)
+            x0 = Prediction(read, x, self.call.level, self.schedule).x0
+        total = torch.zeros((), device=x.device, dtype=widened(x).dtype)
+        for (term, weight), request in zip(self.wanted, self.requests, strict=True):
+            own = {path: maps[path] for path in request.layers}
+            loss = request.loss(own, x0 if request.needs_x0 else None, self.call, x)
+            if not isinstance(loss, Tensor) or loss.ndim > 1:
+                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"The energy of {term.label} must be a scalar or (B,) tensor; got {shape}.")
+            total = total + weight * loss.sum()
+        return total
+
+    def _as_map(self, path: str, value: Tensor) -> Tensor:
+        if value.ndim != 3:
+            return value
+        found = self.denoiser.token_grid(path, value.shape[1], self.call.size)
+        if found is None:
+            return value
+        grid, text = found
+        return tokens_to_map(value[:, text : text + grid[0] * grid[1]], grid)
+
+
+def latent_change(gradient: Tensor, rate: float, update: str) -> Tensor:
+    """Change of what the network takes, against the gradient.
+
+    `latent_sign`: `-rate sign(g)`. `latent_adam`: the first step of a fresh Adam, `-rate g / (|g| + 1e-8)`, whose
+    moments are g and g^2: a sign step but where the gradient vanishes (Luo et al. 2024, arXiv 2312.02150).
+    """
+    if update == "latent_sign":
+        return -rate * gradient.sign()
+    return -rate * gradient / (gradient.abs() + ADAM_EPS)

@@ -1,0 +1,87 @@
+"""`PAG`: perturbed-attention guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffusers_repr.capture.lanes import Lane, NetworkCall
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.guidance.base import Guidance, Term
+from diffusers_repr.guidance.defaults import pag_layers, resolve_layers
+from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, Perturbation, perturbed
+from diffusers_repr.guidance.projections import check_supported, named_arguments
+from diffusers_repr.guidance.step import GuidedStep
+
+_BY_NAME: Mapping[str, type] = {"identity": Identity, "drop": Drop, "blur": Blur, "mask": Mask}
+
+
+@dataclass(frozen=True)
+class PAG(Guidance):
+    """Perturbed-attention guidance: `eps + s (eps - eps_perturbed)` (Ahn et al. 2024, arXiv 2403.17377, eq. 16).
+
+    The perturbed lane is the conditional one with the attention of some layers replaced, for image tokens, by the
+    identity; it needs no condition and no training. With classifier-free guidance both terms add.
+
+    Attributes:
+        scale: s, the paper's; 0 is off. `guide_scale` of its code is s + 1. Default: diffusers' `pag_scale`.
+        layers: Self-attention modules by exact path or whole-path pattern (`*` does not stop at dots); None takes the
+            default of the architecture (`describe(pipe)`).
+        perturbation: `identity` (the paper), `drop` (nothing attended), `blur` (queries smoothed over the image: SEG,
+            arXiv 2408.00760), `mask` (a fixed random share of the pairs cut), or a configured `Blur(sigma)`, `Mask(...)`.
+
+    Example:
+        >>> PAG(4.0, layers="mid_block.*", interval=(200, 900)).scale
+        4.0
+    """
+
+    scale: float = 3.0
+    layers: str | Sequence[str] | None = None
+    perturbation: str | Perturbation = "identity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.perturbation, str) and self.perturbation not in _BY_NAME:
+            raise ValueError(f"perturbation={self.perturbation!r}; it is one of {', '.join(_BY_NAME)}.")
+
+    def bind(self, denoiser: Denoiser) -> PAGTerm:
+        """Ready for a model.
+
+        Raises:
+            ValueError: For layers that match nothing or cross-attention only, and attention whose parts are hidden.
+        """
+        return PAGTerm(self, denoiser)
+
+
+class PAGTerm(Term):
+    """The perturbed lane, and its difference from the conditional one."""
+
+    def __init__(self, config: PAG, denoiser: Denoiser) -> None:
+        super().__init__(config, denoiser)
+        model = denoiser.model
+        self.layers = pag_layers(denoiser).layers if config.layers is None else resolve_layers(model, config.layers)
+        named = config.perturbation
+        self.perturbation: Any = _BY_NAME[named]() if isinstance(named, str) else named
+        needs = "values" if isinstance(self.perturbation, Identity | Drop) else "queries"
+        for path in self.layers:
+            check_supported(model.get_submodule(path), path, needs)
+        self.lane = Lane(self.key, {path: self._of(path) for path in self.layers})
+
+    def _of(self, path: str) -> Any:
+        def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: NetworkCall) -> Any:
+            arguments = named_arguments(module, args, kwargs)
+            hidden = arguments["hidden_states"]
+            if hidden.ndim == 4:
+                return perturbed(module, arguments, self.perturbation, (hidden.shape[2], hidden.shape[3]))
+            found = self.denoiser.token_grid(path, hidden.shape[1], call.size)
+            grid, text = found if found is not None else (None, 0)
+            return perturbed(module, arguments, self.perturbation, grid, text)
+
+        return run
+
+    def correction(self, step: GuidedStep) -> Tensor:
+        """`eps - eps_perturbed`: of one input, so the same in every form of the prediction."""
+        return step.cond - step.lanes[self.key]

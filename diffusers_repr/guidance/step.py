@@ -1,0 +1,103 @@
+"""`GuidedStep`: the outputs of one network call, and what terms may ask for on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.capture.rows import UNBATCHED, take_rows
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.guidance.base import widened
+from diffusers_repr.guidance.stats import StepStats
+from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction, output_difference
+
+Forward = Callable[[nn.Module, dict[str, Any]], Any]
+
+
+class GuidedStep:
+    """One network call of a pipeline, after its own pass.
+
+    Attributes:
+        call: The call.
+        cond: Prediction for the conditional rows, `(B, C, H, W)`, in the network's own form and float32 or wider.
+        null: Prediction for the null rows, or None.
+        lanes: Name of a lane -> its prediction.
+        level: Noise level.
+        schedule: The noise process; `schedule.output` is the form of predictions.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        call: NetworkCall,
+        cond: Tensor,
+        null: Tensor | None,
+        lanes: dict[str, Tensor],
+        stats: StepStats,
+        forward: Forward,
+    ) -> None:
+        self.denoiser, self.schedule, self.call = denoiser, schedule, call
+        self.cond, self.null, self.lanes = cond, null, lanes
+        self._stats, self._forward = stats, forward
+
+    @property
+    def level(self) -> NoiseLevel:
+        """Noise level of the call."""
+        return self.call.level
+
+    @property
+    def base(self) -> Tensor:
+        """Prediction without condition where the call has it, else the conditional one."""
+        return self.cond if self.null is None else self.null
+
+    @property
+    def base_rows(self) -> slice:
+        """Rows of the call that `base` belongs to."""
+        return self.call.batch.cond if self.null is None else self.call.batch.null or slice(0)
+
+    def x(self, rows: slice) -> Tensor:
+        """What the network took in these rows, in float32 or wider."""
+        return widened(self.call.x[rows])
+
+    def prediction(self, output: Tensor, x: Tensor) -> Prediction:
+        """All forms of a prediction."""
+        return Prediction(output, x, self.level, self.schedule)
+
+    def run(
+        self,
+        rows: slice,
+        x: Tensor | None = None,
+        model: nn.Module | None = None,
+        condition: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """One more evaluation: rows of the call, with another input or by another network.
+
+        Args:
+            rows: Of the call.
+            x: What the network takes instead, `(rows, C, H, W)`; cast to the network's dtype.
+            model: Another network that takes the same inputs.
+            condition: Other inputs besides x_t and the timestep, by name.
+
+        Returns:
+            The prediction `(rows, C, H, W)` in float32 or wider.
+        """
+        call, family, config = self.call, self.denoiser.family, self.denoiser.config
+        unbatched = UNBATCHED | set(family.unbatched)
+        inputs = take_rows(call.inputs, call.rows, rows, unbatched)
+        own = call.x[rows]
+        if condition is not None:
+            inputs = {**inputs, **condition}
+        if x is not None:
+            inputs = family.with_sample(config, inputs, x.to(own.dtype))
+        raw = self._forward(self.denoiser.model if model is None else model, inputs)
+        self._stats.passes += 1
+        self._stats.lanes += 1
+        return widened(family.output(config, raw, own))
+
+    def difference(self, output: Tensor, other: Tensor, offset: Tensor) -> Tensor:
+        """Change of `output` equal to `eps(x) - eps(x~)`, `other` being the prediction at `x~ = x + alpha offset`."""
+        return output_difference(output, other, offset, self.level, self.schedule.output, self.schedule.sigma_data)
