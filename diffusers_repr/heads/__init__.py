@@ -1,19 +1,40 @@
 """From features to predictions: heads, and how they are fitted."""
 
 from diffusers_repr.heads.base import Head
+from diffusers_repr.heads.depth import DepthHead
 from diffusers_repr.heads.fit import FitResult, fit_head
 from diffusers_repr.heads.knn import KNNHead
 from diffusers_repr.heads.linear import LinearHead
 from diffusers_repr.heads.mlp import MLPHead
 from diffusers_repr.heads.protocols import PROTOCOLS, get_protocol
+from diffusers_repr.heads.readout import ReadoutHead
+from diffusers_repr.heads.readout_features import depth_layers, read_features, readout_layers, to_map
+from diffusers_repr.heads.readout_losses import (
+    appearance_triplet_loss,
+    correspondence_loss,
+    sample_points,
+    sobel_edges,
+)
+from diffusers_repr.heads.readout_parts import MapHead
 
 __all__ = [
     "PROTOCOLS",
+    "DepthHead",
     "FitResult",
     "Head",
     "KNNHead",
     "LinearHead",
     "MLPHead",
+    "MapHead",
+    "ReadoutHead",
+    "appearance_triplet_loss",
+    "correspondence_loss",
+    "depth_layers",
     "fit_head",
     "get_protocol",
+    "read_features",
+    "readout_layers",
+    "sample_points",
+    "sobel_edges",
+    "to_map",
 ]
