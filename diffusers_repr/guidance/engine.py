@@ -121,7 +121,9 @@ class Engine:
         if self._calls and self.cfg is not None and self._cfg_waits:
             raise ValueError(self.cfg.needs_null(self.pipe))
         if self._replacement is not None:
-            arguments["model_output"] = self._replacement.to(arguments["model_output"].dtype)
+            given = arguments["model_output"]
+            replaced = self.denoiser.family.with_output(self.denoiser.config, given, self._replacement)
+            arguments["model_output"] = replaced.to(given.dtype)
         if self._moved is not None:
             sample = arguments["sample"]
             moved = self.denoiser.family.with_output(self.denoiser.config, self._moved, self._moved)
@@ -352,7 +354,7 @@ class Engine:
             cond = cond + total
             null = None if null is None else null + total
         if waits and not cfg_weight:
-            self._replacement = family.with_output(config, raws["cond"], cond.to(raws["cond"].dtype))
+            self._replacement = cond
         parts = [(batch.cond, cond, raws["cond"])]
         if batch.null is not None and null is not None:
             parts.append((batch.null, null, raws.get("null", raws["cond"])))
@@ -364,8 +366,7 @@ class Engine:
         value = widened(family.output(config, raw, call.x))
         if self.cfg is not None and self._cfg_waits and self._cond is not None:
             combined = self.cfg.combine(self._cond, value, self.cfg.weight(call.level))
-            combined = combined if self._correction is None else combined + self._correction
-            self._replacement = family.with_output(config, raw, combined.to(raw.dtype))
+            self._replacement = combined if self._correction is None else combined + self._correction
             self._cfg_waits = False
         if self._correction is None or self._correction.shape != value.shape:
             return raw

@@ -31,11 +31,13 @@ def guide(
     scheduler: Any = None,
     null: Condition | Mapping[str, Any] | None = None,
 ) -> GuidanceHandle:
-    """Guide the sampling runs of an unmodified pipeline, `with guide(pipe, [PAG(3.0)]): ...`, or those of a loop.
+    """Put guidance on an unmodified pipeline, or on a loop of your own, until the handle is removed.
+
+    `with guide(pipe, [PAG(3.0)]): pipe(...)`, or `handle = guide(...)` and `handle.remove()`.
 
     It acts where the network is called, by torch hooks, and on the scheduler's step where a method moves the latents:
     `epsilon = epsilon_base + sum of the terms`, in every form of prediction. Terms of scale 0 do nothing: the result
-    is bit-equal to the pipeline's own, with as many network calls. Outside a `with` block, `handle.remove()` ends it.
+    is bit-equal to the pipeline's own, with as many network calls.
 
     Args:
         target: A diffusers pipeline of a known family, or a `Denoiser` whose network a loop of yours calls.

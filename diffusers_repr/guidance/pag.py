@@ -31,7 +31,7 @@ class PAG(Guidance):
         layers: Self-attention modules by exact path or whole-path pattern (`*` does not stop at dots); None takes the
             default of the architecture (`describe(pipe)`).
         perturbation: `identity` (the paper), `drop` (nothing attended), `blur` (queries smoothed over the image: SEG,
-            arXiv 2408.00760), `mask` (a fixed random share of the pairs cut), or a configured `Blur(sigma)`, `Mask(...)`.
+            arXiv 2408.00760), `mask` (a fixed random share of the pairs cut), or a `Blur(...)` or `Mask(...)` of yours.
 
     Example:
         >>> PAG(4.0, layers="mid_block.*", interval=(200, 900)).scale

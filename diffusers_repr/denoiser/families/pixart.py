@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+from diffusers_repr.denoiser.family import (
+    BatchLanes,
+    PatchTransformerFamily,
+    equal_halves,
+    null_first,
+    register_family,
+)
 
 
 @register_family("PixArtTransformer2DModel")
@@ -19,6 +25,16 @@ class PixArtFamily(PatchTransformerFamily):
     early_rows = {"adaln_single": 1}
     # Binning would move the input to the nearest trained aspect ratio.
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
+
+    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+        """The pipeline does not tell whether it guides: a batch of two equal halves is null and condition.
+
+        So without its own guidance, samples that start from equal latents are taken for a guided batch.
+        """
+        value = inputs["hidden_states"]
+        if pipe is not None and equal_halves(value):
+            return null_first(value.shape[0])
+        return BatchLanes(slice(0, value.shape[0]))
 
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """300 text tokens; resolution and aspect ratio where the model takes them (alpha at 1024)."""
