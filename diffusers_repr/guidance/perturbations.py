@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusers_repr.guidance.image_prompts import flux_image_prompt, has_image_prompt, sd3_image_prompt
 from diffusers_repr.guidance.projections import (
     Kind,
     Needs,
@@ -170,7 +173,7 @@ def perturbed(
     perturbation: Perturbation,
     grid: tuple[int, int] | None = None,
     text_tokens: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """The output of an attention module under a perturbation, for the rows given.
 
     Nothing is drawn from the global generators, and the module is not changed. Its submodules are called as modules,
@@ -184,22 +187,28 @@ def perturbed(
         text_tokens: Text tokens at the start of `hidden_states`, in single-stream attention.
 
     Returns:
-        As the module's own forward: `(B, T, C)` or `(B, C, h, w)`; `(image, text)` where the text is a second input.
+        As the module's own forward: `(B, T, C)` or `(B, C, h, w)`; `(image, text)` where the text is a second input,
+        `(image, text, image prompt)` in FLUX with an IP-Adapter.
 
     Raises:
         ValueError: A grid that is missing or does not fit, text tokens that are not told.
 
     Example:
-        >>> from diffusers.models.attention_processor import Attention
         >>> layer, tokens = Attention(8, heads=2, dim_head=4), torch.ones(1, 6, 8)
         >>> out = perturbed(layer, {"hidden_states": tokens}, Identity())
         >>> torch.equal(out, layer.to_out[0](layer.to_v(tokens)))
         True
     """
-    if kind_of(module) in (Kind.SELF, Kind.LINEAR) and isinstance(perturbation, Identity | Drop):
+    prompted = has_image_prompt(module, arguments)
+    if kind_of(module) in (Kind.SELF, Kind.LINEAR) and isinstance(perturbation, Identity | Drop) and not prompted:
         return finish(module, arguments, perturbation.of_values(project_values(module, arguments)))
     calls = project(module, arguments, text_tokens)
-    return finish(module, arguments, merge_heads(perturbation.attend(calls, grid)), calls.image)
+    attended = perturbation.attend(calls, grid)
+    if prompted and isinstance(module, Attention):
+        prompt = perturbation.attend(sd3_image_prompt(module, arguments), grid) * module.processor.scale  # type: ignore[attr-defined]
+        attended = attended + functional.pad(prompt, (0, 0, 0, attended.shape[2] - prompt.shape[2]))
+    out = finish(module, arguments, merge_heads(attended), calls.image)
+    return (*out, flux_image_prompt(module, arguments)) if prompted and isinstance(module, FluxAttention) else out
 
 
 def _softmax(query: Tensor, calls: Projections, mask: Tensor | None = None) -> Tensor:
@@ -208,9 +217,10 @@ def _softmax(query: Tensor, calls: Projections, mask: Tensor | None = None) -> T
 
 def _with_text(calls: Projections, image: Tensor) -> Tensor:
     """The image tokens' weighted sum joined with the text tokens' own, which see everything."""
-    if calls.text.start == calls.text.stop:
+    query = calls.query[:, :, calls.text]
+    if not query.shape[2]:
         return image
-    text = _softmax(calls.query[:, :, calls.text], calls)
+    text = _softmax(query, calls)
     return torch.cat([text, image] if calls.text.start == 0 else [image, text], dim=2)
 
 

@@ -19,13 +19,18 @@ from diffusers.models.attention_processor import (
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
     SanaLinearAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
     XFormersJointAttnProcessor,
     XLAFlashAttnProcessor2_0,
 )
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
 from torch import Tensor, nn
 
 Needs = Literal["values", "queries"]
@@ -77,9 +82,12 @@ _RULES: dict[type, _Rule] = {
     XFormersAttnProcessor: _Rule(qk_norm=False, own_scale=True),
     JointAttnProcessor2_0: _Rule((Kind.JOINT, Kind.SELF)),
     XFormersJointAttnProcessor: _Rule((Kind.JOINT, Kind.SELF), own_scale=True),
+    SD3IPAdapterJointAttnProcessor2_0: _Rule((Kind.JOINT, Kind.SELF)),
     FluxAttnProcessor: _Rule((Kind.DUAL, Kind.SINGLE)),
+    FluxIPAdapterAttnProcessor: _Rule((Kind.DUAL, Kind.SINGLE)),
     SanaLinearAttnProcessor2_0: _Rule((Kind.LINEAR,)),
 }
+_MASKLESS = (JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0)
 _FUSED = (FusedAttnProcessor2_0, FusedJointAttnProcessor2_0)
 
 
@@ -369,7 +377,7 @@ def _check_text(kind: Kind, text: Tensor | None, text_tokens: int, tokens: int) 
 
 def _mask(module: nn.Module, kind: Kind, arguments: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
     mask = arguments.get("attention_mask")
-    if mask is None or type(module.processor) is JointAttnProcessor2_0:  # which takes no notice of it
+    if mask is None or isinstance(module.processor, _MASKLESS):
         return None
     if kind is not Kind.SELF:
         raise ValueError("Attention masks in joint attention are not supported under a perturbation.")

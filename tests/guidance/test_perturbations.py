@@ -6,154 +6,46 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
     AttnProcessor2_0,
-    FusedAttnProcessor2_0,
     JointAttnProcessor2_0,
     PAGIdentitySanaLinearAttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
     PAGJointAttnProcessor2_0,
     SanaLinearAttnProcessor2_0,
-    SlicedAttnProcessor,
+    SD3IPAdapterJointAttnProcessor2_0,
 )
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
 from peft import LoraConfig, inject_adapter_in_model
 
 from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, perturbed
 from diffusers_repr.guidance.projections import (
     Kind,
-    attention_received,
     check_supported,
-    finish,
     kind_of,
-    merge_heads,
-    named_arguments,
-    project,
 )
-from tests.testers.models import build
-
-GRID, TEXT, WIDTH = (2, 8), 5, 16
-TOKENS = GRID[0] * GRID[1]
-
-
-def randomised(module):
-    """Every parameter drawn anew, so that no norm, scale or bias is neutral."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(std=0.4).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return module.eval()
-
-
-def plain(**changes):
-    return randomised(Attention(WIDTH, heads=2, dim_head=8, bias=True, **changes))
-
-
-def spatial(**changes):
-    settings = {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 1.7}
-    return plain(**{**settings, **changes})
-
-
-def joint(**changes):
-    settings = {"added_kv_proj_dim": WIDTH, "context_pre_only": False, "processor": JointAttnProcessor2_0()}
-    return plain(**{**settings, "qk_norm": "rms_norm", **changes})
-
-
-def flux(single=False):
-    changes = {"pre_only": True} if single else {"added_kv_proj_dim": WIDTH, "context_pre_only": False}
-    return randomised(FluxAttention(WIDTH, heads=2, dim_head=8, bias=True, out_dim=WIDTH, **changes))
-
-
-def rotary():
-    rows, columns = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
-    ids = torch.stack([torch.zeros(TOKENS), rows.flatten(), columns.flatten()], dim=1)
-    return FluxPosEmbed(theta=100, axes_dim=[2, 2, 4])(torch.cat([torch.zeros(TEXT, 3), ids]))
-
-
-def inputs(seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    image, text = (torch.randn(3, count, WIDTH, generator=draw) for count in (TOKENS, TEXT))
-    return image, text
-
-
-def _self(module):
-    return module, {"hidden_states": inputs()[0]}
-
-
-def _spatial(module):
-    return module, {"hidden_states": inputs()[0].transpose(1, 2).unflatten(2, GRID)}
-
-
-def _two(module, **more):
-    image, text = inputs()
-    return module, {"hidden_states": image, "encoder_hidden_states": text, **more}
-
-
-def _single(module):
-    image, text = inputs()
-    return module, {"hidden_states": torch.cat([text, image], dim=1), "image_rotary_emb": rotary()}
-
-
-def _masked(module):
-    mask = torch.zeros(3, 1, TOKENS)
-    mask[0, 0, 3:7] = -10000.0
-    return module, {"hidden_states": inputs()[0], "attention_mask": mask}
-
-
-# Name -> (module, arguments), every way an attention is built whose probabilities exist.
-CASES = {
-    "self": lambda: _self(plain()),
-    "self, q and k normed": lambda: _self(plain(qk_norm="layer_norm")),
-    "self, first processor": lambda: _self(plain(qk_norm="layer_norm", processor=AttnProcessor())),
-    "self, sliced": lambda: _self(plain(processor=SlicedAttnProcessor(1))),
-    "self, own scale": lambda: _self(plain(processor=AttnProcessor(), scale_qk=False)),
-    "self, masked": lambda: _masked(plain()),
-    "self, 2 of SD3.5": lambda: _self(plain(qk_norm="rms_norm", processor=JointAttnProcessor2_0())),
-    "spatial": lambda: _spatial(spatial()),
-    "spatial, first processor": lambda: _spatial(spatial(processor=AttnProcessor())),
-    "joint": lambda: _two(joint()),
-    "joint, q and k not normed": lambda: _two(joint(qk_norm=None)),
-    "joint, last": lambda: _two(joint(context_pre_only=True)),
-    "flux": lambda: _two(flux(), image_rotary_emb=rotary()),
-    "flux, not rotated": lambda: _two(flux()),
-    "flux single": lambda: _single(flux(single=True)),
-}
-PLAIN = [name for name in CASES if name.startswith(("self", "spatial"))]
-
-
-def case(name, dtype=torch.float64):
-    module, arguments = CASES[name]()
-    cast = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
-    return module.to(dtype), cast, TEXT if "single" in name else 0
-
-
-def with_probabilities(module, arguments, text_tokens, change=lambda scores, image: scores):
-    """The module's output by the full matrix of scores, changed by `change(scores, image)`."""
-    calls = project(module, arguments, text_tokens)
-    scores = calls.query @ calls.key.transpose(-1, -2) * calls.scale
-    scores = scores if calls.mask is None else scores + calls.mask
-    weights = change(scores, calls.image).softmax(-1)
-    return finish(module, arguments, merge_heads(weights @ calls.value), calls.image)
-
-
-def identity_by_mask(scores, image):
-    scores, tokens = scores.clone(), image.stop - image.start
-    block = scores[..., image, image]
-    block[..., ~torch.eye(tokens, dtype=torch.bool)] = -math.inf
-    return scores
-
-
-def same(one, other, tolerance):
-    one, other = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (one, other))
-    assert [x.shape for x in one] == [x.shape for x in other]
-    return all((a - b).abs().max() <= tolerance for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_unperturbed_projections_give_the_modules_own_output(name, dtype, tolerance):
-    module, arguments, text = case(name, dtype)
-    assert same(with_probabilities(module, arguments, text), module(**arguments), tolerance)
+from tests.guidance.attention_cases import (
+    CASES,
+    GRID,
+    PLAIN,
+    TEXT,
+    TOKENS,
+    WIDTH,
+    _self,
+    _two,
+    case,
+    flux,
+    identity_by_mask,
+    inputs,
+    joint,
+    plain,
+    randomised,
+    rotary,
+    same,
+    with_probabilities,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -203,17 +95,6 @@ def test_sana_identity_equals_diffusers_pag(dtype):
     if dtype == torch.float16:
         assert found.abs().max() == 65504
     assert torch.equal(perturbed(module, {"hidden_states": hidden}, Drop()), module.to_out[0].bias.expand_as(hidden))
-
-
-def test_upcast_attention_is_computed_in_float32():
-    module = plain(processor=AttnProcessor(), upcast_attention=True).bfloat16()
-    arguments = {"hidden_states": inputs()[0].bfloat16()}
-    assert project(module, arguments).query.dtype == torch.float32
-    found = with_probabilities(module, arguments, 0)
-    assert found.dtype == torch.bfloat16
-    assert same(found, module(**arguments), 0.1)
-    module.set_processor(AttnProcessor2_0())
-    assert project(module, arguments).query.dtype == torch.bfloat16
 
 
 def test_one_token_already_sees_itself_only():
@@ -358,105 +239,52 @@ def test_lora_in_the_value_projection_is_seen(name):
     assert same(perturbed(module, arguments, Identity()), expected, 1e-12)
 
 
-def test_spatial_norm_takes_its_condition():
-    module = randomised(Attention(32, heads=2, dim_head=8, spatial_norm_dim=4, residual_connection=True)).double()
-    hidden, condition = torch.randn(2, 32, 4, 6).double(), torch.randn(2, 4, 2, 3).double()
-    arguments = named_arguments(module, (hidden,), {"temb": condition})
-    assert same(with_probabilities(module, arguments, 0), module(hidden, temb=condition), 1e-12)
-    tokens = module.spatial_norm(hidden, condition).flatten(2).mT
-    expected = module.to_out[0](module.to_v(tokens)).mT.unflatten(2, (4, 6)) + hidden
-    assert same(perturbed(module, arguments, Identity()), expected, 1e-12)
+def with_image_prompt(kind):
+    draw = torch.Generator().manual_seed(7)
+    if kind == "flux":
+        module, arguments = _two(flux(), image_rotary_emb=rotary())
+        module.set_processor(randomised(FluxIPAdapterAttnProcessor(WIDTH, 12, num_tokens=(4, 3), scale=[0.6, 0.9])))
+        prompts = [torch.randn(3, 1, count, 12, generator=draw).double() for count in (4, 3)]
+        arguments["ip_hidden_states"] = prompts
+    else:
+        module, arguments = _two(joint()) if kind == "joint" else _self(plain(qk_norm="rms_norm"))
+        module.set_processor(randomised(SD3IPAdapterJointAttnProcessor2_0(WIDTH, 12, 8, timesteps_emb_dim=6)))
+        arguments["ip_hidden_states"] = torch.randn(3, 4, 12, generator=draw)
+        arguments["temb"] = torch.randn(3, 6, generator=draw)
+    cast = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    return module.double(), cast
 
 
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("chunk", [None, 1, 5])
-def test_attention_received_is_the_column_sum(name, chunk):
-    module, arguments, _ = case(name, torch.float32)
-    calls = project(module, arguments)
-    scores = calls.query.double() @ calls.key.double().mT * calls.scale
-    full = (scores if calls.mask is None else scores + calls.mask).softmax(-1).mean(1).sum(1)
-    found = attention_received(module, arguments, chunk)
-    assert found.dtype == torch.float32
-    assert (found - full).abs().max() < 1e-6 * 4  # sums of 16 terms up to 4
-    assert (found.mean(1) - 1).abs().max() < 1e-6
-    assert found.std() > 0.05
+@pytest.mark.parametrize("kind", ["joint", "self", "flux"])
+def test_an_image_prompt_stays(kind):
+    module, arguments = with_image_prompt(kind)
+    assert check_supported(module, "x") in (Kind.JOINT, Kind.SELF, Kind.DUAL)
+    own = module(**arguments)
+    for nearly_none in (Mask(0.0), Blur(1e-3)):
+        assert same(perturbed(module, arguments, nearly_none, GRID), own, 1e-12)
+    identity = perturbed(module, arguments, Identity())
+    assert same(perturbed(module, arguments, Mask(1.0)), identity, 1e-12)
+    assert not same(identity, own, 1e-2)
+    if kind == "flux":
+        assert same(identity[2], own[2], 1e-12)
+        module.set_processor(FluxAttnProcessor())
+        assert same(perturbed(module, arguments, Identity()), identity[:2], 1e-12)
+        return
+    module.processor.scale = 0
+    without = perturbed(module, arguments, Identity())
+    module.set_processor(JointAttnProcessor2_0())
+    assert same(perturbed(module, arguments, Identity()), without, 1e-12)
+    assert not same(without, identity, 1e-2)
 
 
-def test_attention_received_in_half_precision_is_float32():
-    module, arguments, _ = case("spatial", torch.bfloat16)
-    found = attention_received(module, arguments)
-    assert found.dtype == torch.float32
-    assert (found.mean(1) - 1).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="self-attention; this is joint"):
-        attention_received(*case("joint")[:2])
-
-
-def test_kinds_in_whole_networks():
-    networks = {
-        "ddpm": ("mid_block.attentions.0", Kind.SELF),
-        "sd": ("mid_block.attentions.0.transformer_blocks.0.attn1", Kind.SELF),
-        "sdxl": ("up_blocks.0.attentions.0.transformer_blocks.1.attn1", Kind.SELF),
-        "dit": ("transformer_blocks.1.attn1", Kind.SELF),
-        "pixart": ("transformer_blocks.1.attn1", Kind.SELF),
-        "sd3": ("transformer_blocks.1.attn", Kind.JOINT),
-        "flux": ("transformer_blocks.1.attn", Kind.DUAL),
-        "sana": ("transformer_blocks.0.attn1", Kind.LINEAR),
-    }
-    for name, (path, kind) in networks.items():
-        pipe = build(name)
-        model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-        assert check_supported(model.get_submodule(path), path, "values") is kind
-    assert check_supported(flux(single=True), "single", "queries") is Kind.SINGLE
-
-
-class Hidden:
-    """A processor of which nothing is known."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        return hidden_states
-
-
-def test_what_is_refused():
-    unet = build("sd").unet
-    path = "mid_block.attentions.0.transformer_blocks.0.attn2"
-    with pytest.raises(ValueError, match=rf"Layer '{path}' is cross-attention.*attn1"):
-        check_supported(unet.get_submodule(path), path)
-    with pytest.raises(ValueError, match="'a.conv' is a Conv2d"):
-        check_supported(unet.conv_in, "a.conv")
-    with pytest.raises(ValueError, match="added_kv_proj_dim"):
-        check_supported(plain(added_kv_proj_dim=WIDTH), "x")
-    with pytest.raises(ValueError, match=r"processor Hidden, which hides q and k.*set_default_attn_processor\(\)"):
-        check_supported(plain(processor=Hidden()), "x", "values")
-    with pytest.raises(ValueError, match="PAGIdentitySelfAttnProcessor2_0"):
-        check_supported(plain(processor=PAGIdentitySelfAttnProcessor2_0()), "x")
-    with pytest.raises(ValueError, match="FusedAttnProcessor2_0.*unfuse_qkv_projections"):
-        check_supported(plain(processor=FusedAttnProcessor2_0()), "x")
-    fused = flux()
-    fused.fuse_projections()
-    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
-        check_supported(fused, "x")
-    fused.unfuse_projections()
-    assert check_supported(fused, "x") is Kind.DUAL
-    linear = plain(processor=SanaLinearAttnProcessor2_0())
-    with pytest.raises(ValueError, match="linear attention.*values only"):
-        check_supported(linear, "x", "queries")
-    parallel = flux()
-    parallel.processor._parallel_config = object()
-    with pytest.raises(ValueError, match="context parallelism"):
-        check_supported(parallel, "x")
-
-
-def test_unfused_unet_is_accepted_again():
-    unet = build("sd").unet
-    path = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    unet.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
-        check_supported(unet.get_submodule(path), path)
-    unet.unfuse_qkv_projections()
-    module = unet.get_submodule(path)
-    assert check_supported(module, path) is Kind.SELF
-    hidden = torch.randn(2, 12, 16)
-    assert same(with_probabilities(module, {"hidden_states": hidden}, 0), module(hidden), 1e-5)
+def test_the_image_prompts_own_attention_is_perturbed_too():
+    """SD3's adapter attends to image tokens a second time; one image token is its own whole image."""
+    module, arguments = with_image_prompt("self")
+    module.processor.scale = 1.3
+    whole = perturbed(module, arguments, Identity())
+    for at in range(3):
+        token = {**arguments, "hidden_states": arguments["hidden_states"][:, at : at + 1]}
+        assert same(whole[:, at : at + 1], module(**token), 1e-12)
 
 
 def test_bad_calls():
@@ -483,13 +311,3 @@ def test_bad_calls():
             Mask(bad)
     with pytest.raises(ValueError, match="seed"):
         Mask(0.5, seed=1.5)
-
-
-def test_arguments_get_their_names():
-    module, hidden = plain(), object()
-    named = named_arguments(module, (hidden, None), {"attention_mask": 1, "temb": 2})
-    assert named == {"hidden_states": hidden, "encoder_hidden_states": None, "attention_mask": 1, "temb": 2}
-    assert named_arguments(flux(), (hidden,), {"image_rotary_emb": 3}) == {
-        "hidden_states": hidden,
-        "image_rotary_emb": 3,
-    }

@@ -1,0 +1,193 @@
+"""Queries, keys and values of every kind of attention, against the modules themselves; what is refused."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+    SanaLinearAttnProcessor2_0,
+)
+
+from diffusers_repr.guidance.perturbations import Identity, Mask, perturbed
+from diffusers_repr.guidance.projections import (
+    Kind,
+    attention_received,
+    check_supported,
+    kind_of,
+    named_arguments,
+    project,
+)
+from tests.guidance.attention_cases import (
+    CASES,
+    PLAIN,
+    WIDTH,
+    case,
+    flux,
+    inputs,
+    plain,
+    randomised,
+    same,
+    with_probabilities,
+)
+from tests.testers.models import CONDITIONS, SIZES, build
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_unperturbed_projections_give_the_modules_own_output(name, dtype, tolerance):
+    module, arguments, text = case(name, dtype)
+    assert same(with_probabilities(module, arguments, text), module(**arguments), tolerance)
+
+
+def test_upcast_attention_is_computed_in_float32():
+    module = plain(processor=AttnProcessor(), upcast_attention=True).bfloat16()
+    arguments = {"hidden_states": inputs()[0].bfloat16()}
+    assert project(module, arguments).query.dtype == torch.float32
+    found = with_probabilities(module, arguments, 0)
+    assert found.dtype == torch.bfloat16
+    assert same(found, module(**arguments), 0.1)
+    module.set_processor(AttnProcessor2_0())
+    assert project(module, arguments).query.dtype == torch.bfloat16
+
+
+def test_spatial_norm_takes_its_condition():
+    module = randomised(Attention(32, heads=2, dim_head=8, spatial_norm_dim=4, residual_connection=True)).double()
+    hidden, condition = torch.randn(2, 32, 4, 6).double(), torch.randn(2, 4, 2, 3).double()
+    arguments = named_arguments(module, (hidden,), {"temb": condition})
+    assert same(with_probabilities(module, arguments, 0), module(hidden, temb=condition), 1e-12)
+    tokens = module.spatial_norm(hidden, condition).flatten(2).mT
+    expected = module.to_out[0](module.to_v(tokens)).mT.unflatten(2, (4, 6)) + hidden
+    assert same(perturbed(module, arguments, Identity()), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+def test_attention_received_is_the_column_sum(name, chunk):
+    module, arguments, _ = case(name, torch.float32)
+    calls = project(module, arguments)
+    scores = calls.query.double() @ calls.key.double().mT * calls.scale
+    full = (scores if calls.mask is None else scores + calls.mask).softmax(-1).mean(1).sum(1)
+    found = attention_received(module, arguments, chunk)
+    assert found.dtype == torch.float32
+    assert (found - full).abs().max() < 1e-6 * 4  # sums of 16 terms up to 4
+    assert (found.mean(1) - 1).abs().max() < 1e-6
+    assert found.std() > 0.05
+
+
+def test_attention_received_in_half_precision_is_float32():
+    module, arguments, _ = case("spatial", torch.bfloat16)
+    found = attention_received(module, arguments)
+    assert found.dtype == torch.float32
+    assert (found.mean(1) - 1).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="self-attention; this is joint"):
+        attention_received(*case("joint")[:2])
+
+
+@pytest.mark.parametrize("name", ["ddpm", "sd", "sdxl", "dit", "pixart", "sd3", "flux"])
+def test_the_calls_of_whole_networks_are_understood(name):
+    """Every attention among image tokens of a network, in a pipeline's own run, with the arguments it gets there."""
+    pipe, seen, text, paths = build(name), {}, [], []
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+    def compare(module, args, kwargs, output):
+        calls = named_arguments(module, args, kwargs)
+        text_tokens = text[0] if kind_of(module) is Kind.SINGLE else 0
+        seen[module] = same(perturbed(module, calls, Mask(0.0), None, text_tokens), output, 1e-5)
+
+    def note(module, args, kwargs):
+        text.append(kwargs["encoder_hidden_states"].shape[1])
+
+    for path, module in model.named_modules():
+        if hasattr(module, "to_q") and not getattr(module, "is_cross_attention", False):
+            check_supported(module, path, "queries")
+            paths.append(path)
+            module.register_forward_hook(compare, with_kwargs=True)
+    if name == "flux":
+        model.register_forward_pre_hook(note, with_kwargs=True)
+    size = {} if name in ("ddpm", "dit") else dict(zip(("height", "width"), SIZES[name], strict=True))
+    size |= {"use_resolution_binning": False} if name == "pixart" else {}
+    condition = {"class_labels": [207]} if name == "dit" else CONDITIONS[name]
+    pipe(**condition, **size, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    assert len(seen) == len(paths) > 1
+    assert all(seen.values())
+
+
+def test_kinds_in_whole_networks():
+    networks = {
+        "ddpm": ("mid_block.attentions.0", Kind.SELF),
+        "sd": ("mid_block.attentions.0.transformer_blocks.0.attn1", Kind.SELF),
+        "sdxl": ("up_blocks.0.attentions.0.transformer_blocks.1.attn1", Kind.SELF),
+        "dit": ("transformer_blocks.1.attn1", Kind.SELF),
+        "pixart": ("transformer_blocks.1.attn1", Kind.SELF),
+        "sd3": ("transformer_blocks.1.attn", Kind.JOINT),
+        "flux": ("transformer_blocks.1.attn", Kind.DUAL),
+        "sana": ("transformer_blocks.0.attn1", Kind.LINEAR),
+    }
+    for name, (path, kind) in networks.items():
+        pipe = build(name)
+        model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        assert check_supported(model.get_submodule(path), path, "values") is kind
+    assert check_supported(flux(single=True), "single", "queries") is Kind.SINGLE
+
+
+class Hidden:
+    """A processor of which nothing is known."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        return hidden_states
+
+
+def test_what_is_refused():
+    unet = build("sd").unet
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    with pytest.raises(ValueError, match=rf"Layer '{path}' is cross-attention.*attn1"):
+        check_supported(unet.get_submodule(path), path)
+    with pytest.raises(ValueError, match="'a.conv' is a Conv2d"):
+        check_supported(unet.conv_in, "a.conv")
+    with pytest.raises(ValueError, match="added_kv_proj_dim"):
+        check_supported(plain(added_kv_proj_dim=WIDTH), "x")
+    with pytest.raises(ValueError, match=r"processor Hidden, which hides q and k.*set_default_attn_processor\(\)"):
+        check_supported(plain(processor=Hidden()), "x", "values")
+    with pytest.raises(ValueError, match="PAGIdentitySelfAttnProcessor2_0"):
+        check_supported(plain(processor=PAGIdentitySelfAttnProcessor2_0()), "x")
+    with pytest.raises(ValueError, match="FusedAttnProcessor2_0.*unfuse_qkv_projections"):
+        check_supported(plain(processor=FusedAttnProcessor2_0()), "x")
+    fused = flux()
+    fused.fuse_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        check_supported(fused, "x")
+    fused.unfuse_projections()
+    assert check_supported(fused, "x") is Kind.DUAL
+    linear = plain(processor=SanaLinearAttnProcessor2_0())
+    with pytest.raises(ValueError, match="linear attention.*values only"):
+        check_supported(linear, "x", "queries")
+    parallel = flux()
+    parallel.processor._parallel_config = object()
+    with pytest.raises(ValueError, match="context parallelism"):
+        check_supported(parallel, "x")
+
+
+def test_unfused_unet_is_accepted_again():
+    unet = build("sd").unet
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        check_supported(unet.get_submodule(path), path)
+    unet.unfuse_qkv_projections()
+    module = unet.get_submodule(path)
+    assert check_supported(module, path) is Kind.SELF
+    hidden = torch.randn(2, 12, 16)
+    assert same(with_probabilities(module, {"hidden_states": hidden}, 0), module(hidden), 1e-5)
+
+
+def test_arguments_get_their_names():
+    module, hidden = plain(), object()
+    named = named_arguments(module, (hidden, None), {"attention_mask": 1, "temb": 2})
+    assert named == {"hidden_states": hidden, "encoder_hidden_states": None, "attention_mask": 1, "temb": 2}
+    assert named_arguments(flux(), (hidden,), {"image_rotary_emb": 3}) == {
+        "hidden_states": hidden,
+        "image_rotary_emb": 3,
+    }
