@@ -19,7 +19,7 @@ from diffusers_repr.heads.readout_features import readout_layers, tap_channels
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a convolution in the dtype of `x`, whatever its own."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.padding)  # type: ignore[arg-type]
+    return nn.functional.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.padding)
 
 
 def normalize(layer: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, timestep_range: Sequence[float]) -> None:
         super().__init__()
         self.low, self.high = float(timestep_range[0]), float(timestep_range[1])
-        self.half = max(width // 8, 1)
-        self.layers = nn.ModuleList([nn.Linear(2 * self.half, width), nn.Linear(width, width)])
+        self.frequencies = max(width // 8, 1)
+        self.layers = nn.ModuleList([nn.Linear(2 * self.frequencies, width), nn.Linear(width, width)])
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """Timesteps `(B,)` to embeddings `(B, width)` in `dtype`."""
         place = 1000 * (timestep - self.low) / (self.high - self.low)
-        power = torch.arange(self.half, dtype=torch.float64, device=timestep.device) / self.half
+        power = torch.arange(self.frequencies, dtype=torch.float64, device=timestep.device) / self.frequencies
         angle = place[:, None] * torch.exp(-math.log(10_000) * power)
         x = torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype)
         for layer in self.layers:
@@ -84,20 +84,18 @@ class MapHead(ModelMixin, ConfigMixin):
         Raises:
             ValueError: For layers and channels that do not pair up, widths below 1, or a range the wrong way round.
         """
-        layers, channels = list(self.config.layers), list(self.config.channels)
+        layers, channels = list(self.config["layers"]), list(self.config["channels"])
         if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
             raise ValueError(
                 f"layers and channels must pair up, each layer once; got {len(layers)} layers ({layers}) and "
                 f"{len(channels)} channels ({channels})."
             )
-        for name, value in {
-            **widths,
-            **{f"channels of {k!r}": c for k, c in zip(layers, channels, strict=True)},
-        }.items():
+        sizes = {**widths, **{f"channels of {k!r}": c for k, c in zip(layers, channels, strict=True)}}
+        for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
         for name in ("label_range", "timestep_range", "level_range"):
-            low, high = getattr(self.config, name)
+            low, high = self.config[name]
             if not low < high:
                 raise ValueError(f"{name} must be (low, high) with low < high; got ({low}, {high}).")
 
@@ -133,12 +131,12 @@ class MapHead(ModelMixin, ConfigMixin):
             ValueError: If class, config, layers, channels or noise process differ; names both sides.
         """
         config = self.config
-        readout_base.check_base(denoiser, type(self).__name__, config, config.layers, config.channels)
+        readout_base.check_base(denoiser, type(self).__name__, config, config["layers"], config["channels"])
 
     @property
     def range(self) -> tuple[float, float]:
         """Smallest and largest label the head was trained on."""
-        low, high = self.config.label_range
+        low, high = self.config["label_range"]
         return float(low), float(high)
 
     def readout(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
@@ -172,7 +170,7 @@ class MapHead(ModelMixin, ConfigMixin):
 
     def _take(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name, taken = type(self).__name__, {}
-        for path, channels in zip(self.config.layers, self.config.channels, strict=True):
+        for path, channels in zip(self.config["layers"], self.config["channels"], strict=True):
             if path not in features:
                 raise ValueError(f"{name} reads layer {path!r}, which is not among the features {list(features)}.")
             x = features[path]
