@@ -310,6 +310,20 @@ def test_rounded_timesteps_do_not_matter():
     assert rounded > 10
 
 
+def test_of_a_repeated_timestep_the_sampler_knows_which():
+    scheduler, schedule = make(MULTISTEP, {**SD, "use_karras_sigmas": True})
+    times = start(scheduler, 60)
+    first = next(i for i in range(59) if times[i] == times[i + 1])
+    assert len(set(scheduler.sigmas[first : first + 2].tolist())) == 2
+    for begin in (None, first, first + 1):
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        at = sampler_level(scheduler, times[first], schedule)
+        scheduler._init_step_index(times[first])
+        assert at.level.nsr == pytest.approx(float(scheduler.sigmas[scheduler.step_index]), rel=1e-12)
+        scheduler._step_index = None
+
+
 def test_variance_exploding_states_are_fed_as_they_are():
     scheduler = diffusers.ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50.0)
     scheduler.set_timesteps(6)
