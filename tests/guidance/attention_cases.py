@@ -92,7 +92,7 @@ CASES = {
     "self": lambda: _self(plain()),
     "self, q and k normed": lambda: _self(plain(qk_norm="layer_norm")),
     "self, first processor": lambda: _self(plain(qk_norm="layer_norm", processor=AttnProcessor())),
-    "self, sliced": lambda: _self(plain(processor=SlicedAttnProcessor(1))),
+    "self, sliced": lambda: _self(plain(qk_norm="layer_norm", scale_qk=False, processor=SlicedAttnProcessor(1))),
     "self, own scale": lambda: _self(plain(processor=AttnProcessor(), scale_qk=False)),
     "self, masked": lambda: _masked(plain()),
     "self, 2 of SD3.5": lambda: _self(plain(qk_norm="rms_norm", processor=JointAttnProcessor2_0())),

@@ -1,7 +1,10 @@
 """Queries, keys and values of every kind of attention, against the modules themselves; what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers.models import attention_processor
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -9,6 +12,8 @@ from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
     SanaLinearAttnProcessor2_0,
+    XFormersAttnProcessor,
+    XFormersJointAttnProcessor,
 )
 
 from diffusers_repr.guidance.perturbations import Identity, Mask, perturbed
@@ -40,6 +45,24 @@ from tests.testers.models import CONDITIONS, SIZES, build
 def test_unperturbed_projections_give_the_modules_own_output(name, dtype, tolerance):
     module, arguments, text = case(name, dtype)
     assert same(with_probabilities(module, arguments, text), module(**arguments), tolerance)
+
+
+@pytest.mark.parametrize("name", ["self", "joint"])
+def test_xformers_processors_with_its_definition_of_attention(name, monkeypatch):
+    """xFormers itself runs on GPUs only; its operator gets `(B * heads, S, D)`."""
+
+    def attention(query, key, value, attn_bias=None, op=None, scale=None):
+        return (query @ key.mT * scale).softmax(-1) @ value
+
+    operators = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=attention))
+    monkeypatch.setattr(attention_processor, "xformers", operators)
+    module, arguments, _ = case(name)
+    module.scale = 0.7
+    if name == "self":
+        module.norm_q = module.norm_k = randomised(torch.nn.LayerNorm(8)).double()  # which it leaves out
+    module.set_processor(XFormersJointAttnProcessor() if name == "joint" else XFormersAttnProcessor())
+    check_supported(module, "x")
+    assert same(with_probabilities(module, arguments, 0), module(**arguments), 1e-12)
 
 
 def test_upcast_attention_is_computed_in_float32():
