@@ -30,6 +30,7 @@ _PUBLIC = {
     "Probe": "diffusers_repr.tasks",
     "ProbeOutput": "diffusers_repr.tasks",
     "ProbeRecipe": "diffusers_repr.tasks",
+    "SAG": "diffusers_repr.guidance",
     "Selection": "diffusers_repr.features.selection_result",
     "Tape": "diffusers_repr.capture",
     "attention_layers": "diffusers_repr.capture",

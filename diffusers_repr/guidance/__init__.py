@@ -5,11 +5,13 @@ from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.guide import GuidanceHandle, guide
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask
+from diffusers_repr.guidance.sag import SAG
 from diffusers_repr.guidance.stats import GuidanceStats, StepStats
 
 __all__ = [
     "CFG",
     "PAG",
+    "SAG",
     "Blur",
     "Drop",
     "Guidance",
