@@ -55,6 +55,37 @@ class ImagePixels(Dataset):
         return torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1)
 
 
+class LabelledImages(Dataset):
+    """`ImagePixels` with the class ids of a `ClassLabel` column, for a model with one more embedding than classes."""
+
+    def __init__(self, images: ImagePixels, column: str, num_class_embeds: int) -> None:
+        feature = images.data.features.get(column)
+        if not isinstance(feature, datasets.ClassLabel):
+            found = {name: type(feature).__name__ for name, feature in images.data.features.items()}
+            raise ValueError(f"No column {column!r} of type ClassLabel in {found}; choose by --label_column.")
+        if num_class_embeds != feature.num_classes + 1:
+            raise ValueError(
+                f"`model` has num_class_embeds={num_class_embeds}; the {feature.num_classes} classes of {column!r} "
+                f"and the null id need {feature.num_classes + 1}."
+            )
+        self.images, self.labels = images, list(images.data[column])
+        unknown = sum(label is None or label < 0 for label in self.labels)
+        if unknown:
+            raise ValueError(f"{unknown} of {len(self.labels)} images have no class in {column!r}; leave them out.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+def drop_labels(labels: Tensor, null: int, probability: float) -> Tensor:
+    """Each of (B,) labels becomes `null` with this probability, by its own draw (Ho and Salimans 2022, alg. 1)."""
+    dropped = torch.rand(len(labels), device=labels.device) < probability
+    return torch.where(dropped, null, labels)
+
+
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)

@@ -1,141 +1,41 @@
-"""Train an unconditional diffusion model (`UNet2DModel`, `DDPMScheduler`) and save it as a `DDPMPipeline` folder.
+"""Train a diffusion model of images (`UNet2DModel`, `DDPMScheduler`) and save it as a pipeline folder.
 
     accelerate launch examples/train_unconditional.py --config examples/configs/ddpm_digits.yaml
     accelerate launch examples/train_unconditional.py --config my_recipe.yaml --seed 1 --output_dir outputs/seed1
+
+An unconditional model is saved as a `DDPMPipeline`. A model with `num_class_embeds`, the number of classes and one
+more for the null id, is trained on labels, a share of which become the null id, and is saved as a `DDIMPipeline`.
 
 A recipe is a YAML file whose keys are the fields of `TrainingArgs`; flags on the command line win over it. The same
 command run again continues from the newest checkpoint, bit-exactly on CPU: the data order is a function of
 (seed, epoch), all randomness of a step is one of (seed, step, rank), and checkpoints lie between optimizer steps.
 """
 
-import argparse
 import dataclasses
-import difflib
-import inspect
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from image_batches import ImagePixels, augment, batch_indices, load_split
+from image_batches import ImagePixels, LabelledImages, augment, batch_indices, drop_labels, load_split
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
+from training_args import TrainingArgs, parse_args
 
 MAX_SKIPPED_IN_A_ROW = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingArgs:
-    """Settings of a run: the keys of a recipe, the flags of the command line."""
-
-    output_dir: str = HfArg(help="pipeline folder to write; the checkpoints lie in it")
-    model: dict | str | None = HfArg(default=None, help="arguments of UNet2DModel, a mapping (JSON in a flag)")
-    scheduler: dict | str | None = HfArg(default=None, help="arguments of DDPMScheduler, a mapping")
-    dataset_name: str = HfArg(default="digits", help="digits, or a path or Hub id for `datasets`")
-    dataset_split: str = HfArg(default="train", help="split to train on")
-    image_column: str = HfArg(default="image", help="column that holds the images")
-    cache_images: bool = HfArg(default=False, help="decode every image once and keep it in memory")
-    random_flip: bool = HfArg(default=False, help="mirror half of the images")
-    random_rotation: float = HfArg(default=0.0, help="turn images by up to so many degrees")
-    random_shift: float = HfArg(default=0.0, help="move them by up to this share of their side")
-    random_scale: float = HfArg(default=0.0, help="shrink or enlarge them by up to this share")
-    train_batch_size: int = HfArg(default=64, help="images of one process and micro-batch")
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches in an optimizer step")
-    max_train_steps: int = HfArg(default=1000, help="optimizer steps")
-    learning_rate: float = HfArg(default=1e-4, help="peak learning rate")
-    lr_scheduler: Literal["constant", "cosine"] = HfArg(default="cosine", help="shape after the warm-up")
-    lr_warmup_steps: int = HfArg(default=500, help="steps of linear warm-up")
-    adam_weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this")
-    ema_max_decay: float = HfArg(default=0.9999, help="EMA decay, or (1 + n) / (10 + n) where that is less")
-    mixed_precision: str | None = HfArg(default=None, help="no, fp16 or bf16; default: what accelerate is set to")
-    seed: int = HfArg(default=0, help="of weights, data order, noise and samples")
-    checkpointing_steps: int = HfArg(default=500, help="optimizer steps between checkpoints")
-    checkpoints_total_limit: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
-    resume_from_checkpoint: Literal["latest", "none"] = HfArg(default="latest", help="none refuses to continue")
-    logging_steps: int = HfArg(default=50, help="steps averaged into one line of loss.jsonl")
-    dataloader_num_workers: int = HfArg(default=0, help="processes that decode images")
-    save_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="of the saved pipeline")
-    eval_batch_size: int = HfArg(default=64, help="images in samples.png, in rows of 8; 0: none")
-    ddpm_num_inference_steps: int = HfArg(default=1000, help="sampling steps for samples.png")
-    dry_run: bool = HfArg(default=False, help="print the resolved recipe and the parameter count, and stop")
-
-    def __post_init__(self) -> None:
-        for name, target in (("model", UNet2DModel), ("scheduler", DDPMScheduler)):
-            mapping = getattr(self, name)
-            mapping = json.loads(mapping) if isinstance(mapping, str) else mapping or {}
-            if not isinstance(mapping, dict):
-                raise ValueError(f"`{name}` must be a mapping of {target.__name__}'s arguments, got {mapping!r}.")
-            check_keys(f"`{name}`", mapping, inspect.signature(target.__init__).parameters)
-            object.__setattr__(self, name, mapping)
-        if self.model.get("sample_size") is None:
-            raise ValueError("`model` needs `sample_size`, the side of the images.")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                     "checkpoints_total_limit", "logging_steps", "learning_rate", "max_grad_norm"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if self.eval_batch_size < 0 or self.eval_batch_size % 8:
-            raise ValueError(f"`eval_batch_size` must be a multiple of 8, or 0, got {self.eval_batch_size}.")
-
-    def identity(self) -> dict:
-        """The settings that decide the weights: a checkpoint of others is refused."""
-        free = {"output_dir", "cache_images", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-                "resume_from_checkpoint", "dataloader_num_workers", "save_dtype", "eval_batch_size",
-                "ddpm_num_inference_steps", "dry_run"}  # fmt: skip
-        free |= {"max_train_steps"} if self.lr_scheduler == "constant" else set()
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
-
-    def to_yaml(self) -> str:
-        leave_out = ("output_dir", "resume_from_checkpoint", "dry_run")
-        recipe = {key: value for key, value in dataclasses.asdict(self).items() if key not in leave_out}
-        return yaml.safe_dump(recipe, sort_keys=False, width=119)
-
-
-def parse_args(argv: list[str]) -> TrainingArgs:
-    """The recipe of `--config` first, the command line over it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    known, flags = parser.parse_known_args(argv)
-    recipe = {}
-    if known.config:
-        if not Path(known.config).is_file():
-            near = sorted(path.name for path in (Path(__file__).parent / "configs").glob("*.yaml"))
-            raise FileNotFoundError(f"No recipe {known.config!r}; --config takes a YAML file. In configs/: {near}.")
-        recipe = yaml.safe_load(Path(known.config).read_text())
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{known.config} holds a {type(recipe).__name__}; a recipe is a mapping of key: value.")
-        check_keys(known.config, recipe, (setting.name for setting in dataclasses.fields(TrainingArgs)))
-    given = []
-    for key, value in recipe.items():
-        if value is not None:  # null leaves the default
-            given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    parser = HfArgumentParser(TrainingArgs, description=__doc__.split("\n")[0], parents=[parser], allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(given + flags, look_for_args_file=False)[0]
-
-
-def check_keys(place: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    allowed = [name for name in allowed if name != "self"]
-    for key in given:
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=3) or sorted(allowed)
-            raise ValueError(f"Unknown key {key!r} in {place}. Closest allowed: {near}.")
 
 
 def reseed(seed: int, step: int, rank: int) -> None:
@@ -152,11 +52,14 @@ def learning_rate(args: TrainingArgs, step: int) -> float:
     return args.learning_rate * (1 + math.cos(math.pi * share)) / 2
 
 
-def diffusion_loss(model: torch.nn.Module, scheduler: DDPMScheduler, images: torch.Tensor) -> torch.Tensor:
+def diffusion_loss(
+    model: torch.nn.Module, scheduler: DDPMScheduler, images: torch.Tensor, class_labels: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean squared error of what the scheduler predicts, at uniform timesteps (Ho et al. 2020, eq. 14)."""
     noise = torch.randn_like(images)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(images),), device=images.device)
-    predicted = model(scheduler.add_noise(images, noise, timesteps), timesteps).sample
+    condition = {} if class_labels is None else {"class_labels": class_labels}
+    predicted = model(scheduler.add_noise(images, noise, timesteps), timesteps, **condition).sample
     target = {"epsilon": noise, "sample": images}.get(scheduler.config.prediction_type)
     if target is None:
         target = scheduler.get_velocity(images, noise, timesteps)
@@ -196,7 +99,7 @@ def find_checkpoint(args: TrainingArgs, identity: dict) -> Path | None:
 class Run:
     """Everything a step changes: weights, their average, the optimizer's state, the position."""
 
-    def __init__(self, args: TrainingArgs, accelerator: Accelerator, images: ImagePixels) -> None:
+    def __init__(self, args: TrainingArgs, accelerator: Accelerator, images: ImagePixels | LabelledImages) -> None:
         torch.manual_seed(args.seed)
         self.args, self.accelerator, self.progress = args, accelerator, Progress()
         self.scheduler = DDPMScheduler(**args.scheduler)
@@ -238,7 +141,7 @@ class Run:
         state = json.loads((folder / "state.json").read_text())
         self.progress, self.ema.optimization_step = Progress(**state["progress"]), state["ema_updates"]
 
-    def step(self, batches: Iterator[torch.Tensor]) -> float:
+    def step(self, batches: Iterator[torch.Tensor | list[torch.Tensor]]) -> float:
         """One optimizer step, skipped where loss or gradient is not finite; the mean loss over all processes."""
         args, accelerator, progress = self.args, self.accelerator, self.progress
         reseed(args.seed, progress.step, accelerator.process_index)
@@ -247,9 +150,14 @@ class Run:
         losses = []
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
-                images = next(batches).to(accelerator.device).float() / 127.5 - 1  # NCHW, uint8 => [-1, 1]
+                batch = next(batches)
+                images, *labels = batch if args.class_conditional else [batch]
+                images = images.to(accelerator.device).float() / 127.5 - 1  # NCHW, uint8 => [-1, 1]
                 images = augment(images, args.random_flip, args.random_rotation, args.random_shift, args.random_scale)
-                losses.append(diffusion_loss(self.model, self.scheduler, images))
+                labels = [
+                    drop_labels(ids.to(accelerator.device), args.null_label, args.label_dropout) for ids in labels
+                ]
+                losses.append(diffusion_loss(self.model, self.scheduler, images, *labels))
                 accelerator.backward(losses[-1])
         norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         loss = accelerator.reduce(torch.stack(losses).detach().mean(), "mean").item()
@@ -291,6 +199,8 @@ def train(args: TrainingArgs) -> None:
     data = load_split(args.dataset_name, args.dataset_split)
     channels, side = args.model.get("in_channels", 3), args.model["sample_size"]
     images = ImagePixels(data, args.image_column, channels, side, args.cache_images)
+    if args.class_conditional:
+        images = LabelledImages(images, args.label_column, args.model["num_class_embeds"])
     run = Run(args, accelerator, images)
     checkpoint = find_checkpoint(args, run.identity)
     if checkpoint:
@@ -336,16 +246,35 @@ def train(args: TrainingArgs) -> None:
     if main_process:
         model = accelerator.unwrap_model(run.model)
         run.ema.copy_to(model.parameters())
-        save_pipeline(args, DDPMPipeline(model.eval(), run.scheduler), lines, images)
+        kind = DDIMPipeline if args.class_conditional else DDPMPipeline
+        save_pipeline(args, kind(model.eval(), run.scheduler), lines, len(images))
     accelerator.end_training()
 
 
-def save_pipeline(args: TrainingArgs, pipeline: DDPMPipeline, lines: list[dict], images: ImagePixels) -> None:
-    """The pipeline with a grid of samples and a card."""
+@torch.no_grad()
+def sample_classes(pipeline: DDIMPipeline, labels: list[int], generator: torch.Generator, steps: int) -> list:
+    """An image of each class in `labels` by deterministic DDIM without guidance."""
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    side = unet.config.sample_size
+    shape = (len(labels), unet.config.in_channels, *([side, side] if isinstance(side, int) else side))
+    images = torch.randn(shape, generator=generator).to(unet.device)
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        predicted = unet(images, timestep, class_labels=torch.tensor(labels, device=unet.device)).sample
+        images = scheduler.step(predicted, timestep, images).prev_sample
+    return pipeline.numpy_to_pil((images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy())
+
+
+def save_pipeline(args: TrainingArgs, pipeline: DDPMPipeline | DDIMPipeline, lines: list[dict], images: int) -> None:
+    """The pipeline with a grid of samples, a row for each class if there are classes, and a card."""
     folder = Path(args.output_dir)
     if args.eval_batch_size:
         generator = torch.Generator("cpu").manual_seed(args.seed)
-        samples = pipeline(args.eval_batch_size, generator, args.ddpm_num_inference_steps).images
+        if args.class_conditional:
+            labels = [place // 8 % args.null_label for place in range(args.eval_batch_size)]
+            samples = sample_classes(pipeline, labels, generator, args.ddpm_num_inference_steps)
+        else:
+            samples = pipeline(args.eval_batch_size, generator, args.ddpm_num_inference_steps).images
         samples = [ImageOps.scale(sample, max(1, 32 // sample.width), Image.Resampling.NEAREST) for sample in samples]
         make_image_grid(samples, rows=len(samples) // 8, cols=8).save(folder / "samples.png")
     torch.nn.Module.to(pipeline.unet, getattr(torch, args.save_dtype))
@@ -353,7 +282,8 @@ def save_pipeline(args: TrainingArgs, pipeline: DDPMPipeline, lines: list[dict],
     (folder / "README.md").write_text(model_card(args, pipeline, lines, images))
 
 
-def model_card(args: TrainingArgs, pipeline: DDPMPipeline, lines: list[dict], images: ImagePixels) -> str:
+def model_card(args: TrainingArgs, pipeline: DDPMPipeline | DDIMPipeline, lines: list[dict], images: int) -> str:
+    kind = type(pipeline).__name__
     final = [line["loss"] for line in lines[-max(1, len(lines) // 20) :] if line["loss"] is not None] or [math.nan]
     return f"""---
 library_name: diffusers
@@ -361,20 +291,20 @@ pipeline_tag: unconditional-image-generation
 license: apache-2.0
 tags:
 - diffusers
-- unconditional-image-generation
-- ddpm
+- {"class-conditional" if args.class_conditional else "unconditional"}-image-generation
+- {kind.removesuffix("Pipeline").lower()}
 ---
 
 # {Path(args.output_dir).name}
 
-A `DDPMPipeline` with a `UNet2DModel` of {pipeline.unet.num_parameters():,} parameters, trained by
+A `{kind}` with a `UNet2DModel` of {pipeline.unet.num_parameters():,} parameters, trained by
 `examples/train_unconditional.py` of diffusers-repr. The weights are the moving average, saved in {args.save_dtype}.
 {"![samples](samples.png)" if args.eval_batch_size else ""}
 
-- Data: {len(images):,} images of `{args.dataset_name}`, split `{args.dataset_split}`, and no other.
+- Data: {images:,} images of `{args.dataset_name}`, split `{args.dataset_split}`, and no other.
 - Steps: {lines[-1]["step"]:,} with seed {args.seed}; {lines[-1]["skipped"]} skipped, where the loss was not finite.
 - Final training loss: {sum(final) / len(final):.4f}, the mean of the last twentieth of `loss.jsonl`.
-
+{label_notes(args)}
 ## Recipe
 
 ```yaml
@@ -382,8 +312,18 @@ A `DDPMPipeline` with a `UNet2DModel` of {pipeline.unet.num_parameters():,} para
 """
 
 
+def label_notes(args: TrainingArgs) -> str:
+    if not args.class_conditional:
+        return ""
+    classes, null = args.null_label, args.null_label
+    return f"""- Labels: column `{args.label_column}`, ids 0 to {classes - 1}. The null id is {null}: a label became
+  it with probability {args.label_dropout:g}.
+  `DDIMPipeline` loads the folder but passes no labels: sample by a loop with `unet(images, t, class_labels=ids)`.
+"""
+
+
 def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+    args = parse_args(argv, description=__doc__.split("\n")[0])
     if args.dry_run:
         print(f"{args.to_yaml()}# {UNet2DModel(**args.model).num_parameters():,} parameters")
     else:
