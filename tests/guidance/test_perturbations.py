@@ -210,7 +210,7 @@ def test_nothing_is_drawn_and_twice_is_equal(perturbation):
     assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("perturbation", [Identity(), Blur(1.0), Mask()])
+@pytest.mark.parametrize("perturbation", [Identity(), Blur(1.37), Mask(0.6, seed=37)])  # used nowhere else: not cached
 def test_gradients_flow_even_if_first_run_in_inference_mode(perturbation):
     module, arguments, _ = case("joint, q and k not normed")
     with torch.inference_mode():
