@@ -175,8 +175,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         if self.pool is not None:
             tokens = torch.cat([pooled[:, None], hidden.flatten(2).transpose(1, 2)], dim=1)
             pooled = self.pool(pooled[:, None], encoder_hidden_states=tokens)[:, 0]
-        wide = torch.promote_types(dtype, torch.float32)
-        return nn.functional.linear(pooled.to(wide), self.classifier.weight.to(wide), self.classifier.bias.to(wide))
+        wide, last = torch.promote_types(dtype, torch.float32), self.classifier
+        with torch.autocast(sample.device.type, enabled=False):
+            return nn.functional.linear(pooled.to(wide), last.weight.to(wide), last.bias.to(wide))
 
     def check_base(self, schedule: Any, channels: int, latent_scale: float | None = None) -> None:
         """Check that a denoiser's x_t and timesteps mean what they meant in training.

@@ -151,6 +151,16 @@ def test_half_precision_gives_float32_logits(dtype):
     torch.testing.assert_close(logits, exact, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 0.01)
 
 
+def test_logits_are_float32_under_autocast():
+    model, seen = tiny(pooling="mean"), []
+    model.conv_norm_out.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(2, 2, 8, 8), 100)
+    assert logits.dtype == torch.float32
+    pooled = torch.nn.functional.silu(seen[0]).mean((2, 3)).float()
+    torch.testing.assert_close(logits, pooled @ model.classifier.weight.T + model.classifier.bias)
+
+
 def test_gradient_checkpointing_changes_nothing():
     x_t = torch.randn(2, 2, 8, 8)
     gradients = []
