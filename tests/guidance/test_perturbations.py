@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from peft import LoraConfig, inject_adapter_in_model
 
-from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, perturbed
+from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, _blur_matrix, perturbed
 from diffusers_repr.guidance.projections import (
     Kind,
     check_supported,
@@ -210,7 +210,7 @@ def test_nothing_is_drawn_and_twice_is_equal(perturbation):
     assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("perturbation", [Identity(), Blur(1.37), Mask(0.6, seed=37)])  # used nowhere else: not cached
+@pytest.mark.parametrize("perturbation", [Identity(), Blur(1.0), Mask()])
 def test_gradients_flow_even_if_first_run_in_inference_mode(perturbation):
     module, arguments, _ = case("joint, q and k not normed")
     with torch.inference_mode():
@@ -220,6 +220,12 @@ def test_gradients_flow_even_if_first_run_in_inference_mode(perturbation):
     assert torch.autograd.gradcheck(
         lambda x: perturbed(module, {**arguments, "hidden_states": x}, perturbation, GRID), hidden, fast_mode=True
     )
+
+
+def test_what_is_kept_between_calls_is_no_inference_tensor():
+    with torch.inference_mode():
+        assert not Mask(0.6, seed=37).kept(TOKENS).is_inference()
+        assert not _blur_matrix(5, 1.37, torch.device("cpu"), torch.float32).is_inference()
 
 
 @pytest.mark.parametrize("name", ["self", "flux"])
