@@ -10,9 +10,12 @@ __version__ = "0.1.0.dev0"
 # Public name -> the module that defines it. Nothing is imported before it is asked for.
 _PUBLIC = {
     "AttentionOutput": "diffusers_repr.features.attention",
+    "AutoGuidance": "diffusers_repr.guidance",
     "CFG": "diffusers_repr.guidance",
+    "ClassifierGuidance": "diffusers_repr.guidance",
     "Condition": "diffusers_repr.denoiser",
     "Denoiser": "diffusers_repr.denoiser",
+    "EnergyGuidance": "diffusers_repr.guidance",
     "Family": "diffusers_repr.denoiser",
     "FeatureExtractor": "diffusers_repr.features",
     "FeatureOutput": "diffusers_repr.features",

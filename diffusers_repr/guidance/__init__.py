@@ -1,7 +1,10 @@
 """Guidance on any pipeline: one engine, one file a method."""
 
+from diffusers_repr.guidance.auto import AutoGuidance
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG
+from diffusers_repr.guidance.classifier import ClassifierGuidance
+from diffusers_repr.guidance.energy import EnergyGuidance
 from diffusers_repr.guidance.guide import GuidanceHandle, guide
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask
@@ -12,8 +15,11 @@ __all__ = [
     "CFG",
     "PAG",
     "SAG",
+    "AutoGuidance",
     "Blur",
+    "ClassifierGuidance",
     "Drop",
+    "EnergyGuidance",
     "Guidance",
     "GuidanceHandle",
     "GuidanceStats",

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.capture.lanes import Lane, NetworkCall, TapFunction
 from diffusers_repr.denoiser import Denoiser
@@ -117,11 +117,13 @@ class GradientRequest:
 
     Attributes:
         loss: `(features, x0, call, x) -> loss`, a scalar (summed over samples). `features`: layer path -> map
-            `(B, C, h, w)`; `x0`: the estimate of the clean data or None; `x`: the leaf itself.
+            `(B, C, h, w)`; `x0`: the estimate of the clean data or None; `x`: the leaf, what the network takes in the
+            conditional rows. All in float32 or wider, whatever the network's dtype.
         layers: Exact paths of what it reads.
         needs_x0: Whether it reads the estimate, and with it the whole network.
         update: `eps` (a correction), `latent_sign` or `latent_adam` (steps on the latents).
         checkpoint: Recompute activations in the backward pass.
+        modules: What the loss calls: frozen and in eval mode while it is computed and differentiated.
     """
 
     loss: Callable[[Mapping[str, Tensor], Tensor | None, NetworkCall, Tensor], Tensor]
@@ -129,6 +131,7 @@ class GradientRequest:
     needs_x0: bool = False
     update: str = "eps"
     checkpoint: bool = False
+    modules: tuple[nn.Module, ...] = ()
 
     @property
     def reads_network(self) -> bool:

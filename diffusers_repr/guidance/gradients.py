@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusers_repr.capture.gradient import GradientTape
+from diffusers_repr.capture.gradient import NO_GRAPH, GradientTape, frozen, gradient_of, refuse_inference_mode
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.features.pooling import tokens_to_map
-from diffusers_repr.guidance.base import Term, widened
+from diffusers_repr.guidance.base import Term
 from diffusers_repr.noise import NoiseSchedule, Prediction, eps_shift_to_output, expand
 
 ADAM_EPS = 1e-8
@@ -35,8 +36,7 @@ class EpsGradient:
         self.terms = [term for term, _ in wanted]
         self.requests = [term.gradient for term, _ in wanted if term.gradient is not None]
         self.reads_network = any(request.reads_network for request in self.requests)
-        self.found: Tensor | None = None
-        self._x: Tensor | None = None
+        self.found: Tensor | None = None  # the gradient, float32 or wider
 
     def begin(self, tape: GradientTape, inputs: Mapping[str, Any], *, stop: bool) -> dict[str, Any]:
         """Start the tape for a forward over the conditional rows.
@@ -49,26 +49,26 @@ class EpsGradient:
         Returns:
             The inputs to run it with.
         """
-        self._x = self._leaf()
+        x = self._leaf()
         needs_x0 = any(request.needs_x0 for request in self.requests)
         tape.begin(
-            self._x,
+            x,
             self._loss,
             list(dict.fromkeys(path for request in self.requests for path in request.layers)),
             at_output=needs_x0,
             stop=stop and not needs_x0,
             checkpoint=any(request.checkpoint for request in self.requests),
+            modules=self._modules(),
         )
-        return self.denoiser.family.with_sample(self.denoiser.config, inputs, self._x)
+        usable = {name: _without_inference(value) for name, value in inputs.items()}
+        return self.denoiser.family.with_sample(self.denoiser.config, usable, x)
 
     def compute_direct(self) -> None:
         """The gradient of energies that do not read the network."""
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("Gradients do not exist under torch.inference_mode(); use torch.no_grad() instead.")
-        with torch.enable_grad():
-            self._x = self._leaf()
-            loss = self._loss({}, None)
-            self.found = torch.autograd.grad(loss, self._x)[0] if loss.requires_grad else torch.zeros_like(self._x)
+        refuse_inference_mode()
+        modules = self._modules()
+        with torch.enable_grad(), frozen(*modules), eval_mode(*modules):
+            self.found = gradient_of(self._loss, self._leaf(), {})
 
     def correction(self) -> Tensor | None:
         """Change of the network's output: eps + sigma times the gradient; None where there is no signal (alpha = 0).
@@ -78,29 +78,27 @@ class EpsGradient:
         level = self.call.level
         if self.found is None or float(level.alpha) == 0:
             return None
-        gradient = widened(self.found)
-        shift = expand(level.sigma, gradient) * gradient
+        shift = expand(level.sigma, self.found) * self.found
         return eps_shift_to_output(shift, level, self.schedule.output, self.schedule.sigma_data)
 
     def _leaf(self) -> Tensor:
         x = self.call.x[self.call.batch.cond].detach().clone()
         return x.requires_grad_(True)
 
-    def _loss(self, features: Mapping[str, Tensor], output: Any) -> Tensor:
-        x = self._x
-        assert x is not None
+    def _modules(self) -> list[nn.Module]:
+        return list(dict.fromkeys(module for request in self.requests for module in request.modules))
+
+    def _loss(self, features: Mapping[str, Tensor], output: Tensor | None, x: Tensor) -> Tensor:
         maps = {path: self._as_map(path, value) for path, value in features.items()}
         x0 = None
         if output is not None:
             read = self.denoiser.family.output(self.denoiser.config, output, x)
             x0 = Prediction(read, x, self.call.level, self.schedule).x0
-        total = torch.zeros((), device=x.device, dtype=widened(x).dtype)
+        total = torch.zeros((), device=x.device, dtype=x.dtype)
         for (term, weight), request in zip(self.wanted, self.requests, strict=True):
             own = {path: maps[path] for path in request.layers}
             loss = request.loss(own, x0 if request.needs_x0 else None, self.call, x)
-            if not isinstance(loss, Tensor) or loss.ndim > 1:
-                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"The energy of {term.label} must be a scalar or (B,) tensor; got {shape}.")
+            _check_loss(loss, len(x), term.label)
             total = total + weight * loss.sum()
         return total
 
@@ -112,6 +110,27 @@ class EpsGradient:
             return value
         grid, text = found
         return tokens_to_map(value[:, text : text + grid[0] * grid[1]], grid)
+
+
+def _check_loss(loss: Any, rows: int, label: str) -> None:
+    if not isinstance(loss, Tensor) or (loss.ndim and loss.shape != (rows,)):
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"The energy of {label} must be a scalar tensor, or one number a sample, ({rows},); got {got}."
+        )
+    if not loss.requires_grad:
+        raise RuntimeError(f"{label}: {NO_GRAPH}")
+
+
+def _without_inference(value: Any) -> Any:
+    """Tensors made in inference mode (prompt embeddings, say) cannot be saved for a backward pass; copies can."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        return {name: _without_inference(part) for name, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_without_inference(part) for part in value)
+    return value
 
 
 def latent_change(gradient: Tensor, rate: float, update: str) -> Tensor:
