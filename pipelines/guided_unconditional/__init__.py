@@ -1,0 +1,1 @@
+"""DDPM and DDIM models, class-conditional ones too, with guidance."""
