@@ -231,7 +231,17 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def refuse_compiled(model: nn.Module) -> None:
+def is_breaking_off() -> bool:
+    """Whether a forward made now is left by `capture` before its end, so that nobody gets its output."""
+    tapes = getattr(_OPEN, "tapes", [])
+    return bool(tapes) and all(tape.stop_early for tape in tapes)
+
+
+def refuse_compiled(
+    model: nn.Module,
+    remedy: str = "Enter `capture` first and compile inside it, or pass the plain module (`model._orig_mod`, or load "
+    "it anew).",
+) -> None:
     """Raise RuntimeError if the model or a part of it is compiled, scripted or exported: hooks would not fire."""
     for path, module in model.named_modules():
         compiled = (
@@ -242,6 +252,6 @@ def refuse_compiled(model: nn.Module) -> None:
         )
         if compiled:
             raise RuntimeError(
-                f"{path or 'The model'} ({type(module).__name__}) is compiled; hooks set now would be ignored. Enter "
-                "`capture` first and compile inside it, or pass the plain module (`model._orig_mod`, or load it anew)."
+                f"{path or 'The model'} ({type(module).__name__}) is compiled; hooks set now would be ignored. "
+                f"{remedy}"
             )

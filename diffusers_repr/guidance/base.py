@@ -90,7 +90,7 @@ class Term:
     def inside(self, level: NoiseLevel) -> bool:
         """Whether a noise level is in its interval."""
         low, high = self._bounds
-        slack, nsr = 1 + 1e-6, float(level.nsr)
+        slack, nsr = 1 + 1e-4, float(level.nsr)  # of sigmas in float32
         return low <= nsr * slack and nsr <= high * slack
 
     def weight(self, level: NoiseLevel) -> float:
@@ -154,6 +154,8 @@ def _check_interval(interval: Any) -> None:
     for end in interval:
         if not isinstance(end, NoiseLevel):
             check_finite("An end of interval", end)
+        elif any(isinstance(value, Tensor) and value.numel() > 1 for value in vars(end).values()):
+            raise ValueError(f"An end of interval is one noise level; got {end!r}, with one per sample.")
     if isinstance(low, Real) and isinstance(high, Real):
         wrong = low > high
     elif isinstance(low, NoiseLevel) and isinstance(high, NoiseLevel) and None not in (low.nsr, high.nsr):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.base import Guidance, Term
+from diffusers_repr.guidance.base import Guidance, Term, check_finite
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -18,18 +18,26 @@ class CFG(Guidance):
 
     It replaces the guidance of the pipeline, whose `guidance_scale` then only has to be above 1, so that it encodes
     the null condition (Flux: `true_cfg_scale`, with a negative prompt). Outside of `interval` (Kynkaanniemi et al.
-    2024, arXiv 2404.07724) the prediction is the conditional one, and the null rows of the batch are not run. The
-    scale of diffusers: 1 is no guidance, the paper's w is s - 1.
+    2024, arXiv 2404.07724) the prediction is the conditional one, and the null rows of the batch are not run (Flux
+    calls its network a second time all the same). The scale of diffusers: 1 is no guidance, the paper's w is s - 1.
 
     Attributes:
         scale: s; 1 is off. Default: diffusers' for Stable Diffusion.
         interval: Where it acts; None is everywhere.
+        rescale: Share phi in [0, 1] of the result that is brought to the standard deviation of the conditional
+            prediction, in the network's form of it (Lin et al. 2023, arXiv 2305.08891, eqs. 15 and 16):
+            `guidance_rescale` of diffusers, which pipelines are then called without. Terms of other guidances are
+            added after.
     """
 
     scale: float = 7.5
+    rescale: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_finite("CFG.rescale", self.rescale)
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must be in [0, 1]; got {self.rescale}.")
         if self.adaptive:
             raise ValueError("CFG has no adaptive scale; give it an interval.")
 
@@ -45,13 +53,21 @@ class CFG(Guidance):
 class CFGTerm(Term):
     """The rule by which the conditional and the null prediction become one."""
 
+    config: CFG
+
     def weight(self, level: NoiseLevel) -> float:
         """`s - 1` inside the interval, 0 outside."""
         return self.config.scale - 1.0 if self.inside(level) else 0.0
 
     def combine(self, cond: Tensor, null: Tensor, weight: float) -> Tensor:
-        """`cond + (s - 1) (cond - null)`: the same in every form of the prediction."""
-        return cond + weight * (cond - null)
+        """`cond + (s - 1) (cond - null)`: the same in every form of the prediction; then rescaled."""
+        combined = cond + weight * (cond - null)
+        share = self.config.rescale
+        if not share:
+            return combined
+        axes = tuple(range(1, cond.ndim))
+        factor = cond.std(axes, keepdim=True) / combined.std(axes, keepdim=True)
+        return combined * (1 - share + share * factor)
 
     def needs_null(self, pipe: Any) -> str:
         """Message for a call without the null condition."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.capture.capture import is_breaking_off
 from diffusers_repr.capture.executor import Executor
 from diffusers_repr.capture.gradient import GradientStop, GradientTape
 from diffusers_repr.capture.lanes import NetworkCall
@@ -17,13 +18,13 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
-from diffusers_repr.denoiser.family import BatchLanes
 from diffusers_repr.guidance.base import Term, widened
+from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, with_first
 from diffusers_repr.guidance.cfg import CFGTerm
 from diffusers_repr.guidance.gradients import EpsGradient, latent_change
-from diffusers_repr.guidance.stats import GuidanceStats, StepStats
+from diffusers_repr.guidance.stats import GuidanceStats, RunRecord, StepStats
 from diffusers_repr.guidance.step import GuidedStep
-from diffusers_repr.noise import NoiseLevel, NoiseSchedule, sampler_level
+from diffusers_repr.noise import NoiseSchedule
 
 
 @dataclass(eq=False)
@@ -60,8 +61,6 @@ class Engine:
     ) -> None:
         self.denoiser, self.terms, self.cfg, self.pipe, self.null = denoiser, list(terms), cfg, pipe, null
         self.model: nn.Module = denoiser.model
-        self.schedule: NoiseSchedule = denoiser.schedule
-        self.scheduler: Any = None
         self.stats = GuidanceStats()
         lanes = [term.lane for term in terms if term.lane is not None]
         taps = {key: tap for term in terms for key, tap in term.taps.items()}
@@ -71,11 +70,10 @@ class Engine:
         self._tape = GradientTape(self.model, list(layers))
         self._unbatched = UNBATCHED | set(denoiser.family.unbatched)
         self._names = forward_names(self.model)
+        self._reader = CallReader(denoiser, pipe)
         self._running: _Running | None = None
-        self._batches: dict[int, BatchLanes] = {}
-        self._acted: dict[str, int] = {}
-        self._changed: dict[str, Tensor] = {}
-        self._levels: list[NoiseLevel] = []
+        self._busy = False
+        self.record = RunRecord()
         self._after_step()
 
     def install(self, stack: ExitStack) -> None:
@@ -85,40 +83,48 @@ class Engine:
         stack.callback(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         hook = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         stack.callback(hook.remove)
+        stack.callback(self._recover)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return self  # a copy of the network has hooks that do nothing
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The process that is sampled; `schedule.output` is the form of predictions."""
+        return self._reader.schedule
+
+    @property
+    def scheduler(self) -> Any:
+        """The sampler whose steps are seen, or None."""
+        return self._reader.scheduler
+
+    def step_by(self, scheduler: Any, schedule: NoiseSchedule) -> None:
+        """The sampler from now on, and the process that it samples."""
+        self._reader.scheduler, self._reader.schedule = scheduler, schedule
+        self._after_step()
 
     # Runs and steps
 
     def new_run(self) -> None:
         """A sampling run begins."""
         self.stats.steps = []
-        self._batches, self._acted, self._changed, self._levels = {}, {}, {}, []
+        self.record = RunRecord()
+        self._reader.new_run()
         self._after_step()
         for term in self.terms:
             term.starts()
 
     def judge(self) -> None:
         """Raise RuntimeError if a guidance acted at no step of the run."""
-        levels, self._levels = self._levels, []
-        if not levels:
-            return
-        terms = [*self.terms, *([self.cfg] if self.cfg is not None and self.cfg.config.scale != 1 else [])]
-        idle = [term for term in terms if not self._acted.get(term.label)]
-        if idle:
-            nsr = [float(level.nsr) for level in levels]
-            raise RuntimeError(
-                f"{idle[0].label} did not act in any of {len(levels)} network calls: its interval "
-                f"{idle[0].config.interval} (adaptive={idle[0].config.adaptive}) has none of their noise levels, "
-                f"nsr {min(nsr):.4g} to {max(nsr):.4g} (timesteps {float(levels[-1].timestep):g} to "
-                f"{float(levels[0].timestep):g})."
-            )
-
-    def without_effect(self) -> list[str]:
-        """Labels of the guidances whose corrections were zero throughout the run."""
-        return [label for label, changed in self._changed.items() if not bool(changed)]
+        cfg = [] if self.cfg is None or self.cfg.config.scale == 1 else [self.cfg]
+        self.record.judge([*self.terms, *cfg])
 
     def step_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the scheduler's step gets instead: latents that a guidance moved, CFG's own prediction."""
-        if self._calls and self.cfg is not None and self._cfg_waits:
+        if self._first is None and self.pipe is not None:
+            check_seen(self.pipe, self.model)
+        if self.cfg is not None and self._cfg_waits:
+            self._abandon()
             raise ValueError(self.cfg.needs_null(self.pipe))
         if self._replacement is not None:
             given = arguments["model_output"]
@@ -133,7 +139,7 @@ class Engine:
         return arguments
 
     def _after_step(self) -> None:
-        self._calls = 0  # of the network since the last scheduler step
+        self._first: FirstCall | None = None  # call of the network since the last scheduler step
         self._moved: Tensor | None = None  # change of the latents, in the scheduler's form
         self._shift: Tensor | None = None  # change of the latents, as the network takes them
         self._correction: Tensor | None = None
@@ -141,18 +147,46 @@ class Engine:
         self._cfg_waits = False  # the null prediction is to come by a second call
         self._replacement: Tensor | None = None
 
+    def _abandon(self) -> None:
+        """A call that does not reach its end: everything as before it; the run is not judged."""
+        self._running = None
+        self._executor.end()
+        self._tape.end()
+        self.record.levels = []
+        self._after_step()
+
+    def _recover(self) -> None:
+        """After an interrupt, of which torch tells no hook."""
+        if self._running is not None:
+            self._abandon()
+
     # Before the network
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        call = self._describe(inputs)
+        # Not guided: a copy's calls, those that a term makes itself, and those whose output nobody gets.
+        if module is not self.model or self._busy or is_breaking_off():
+            return None
+        self._recover()
+        self._busy = True
+        try:
+            return (), self._plan({**dict(zip(self._names, args, strict=False)), **kwargs})
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._busy = False
+
+    def _plan(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        call, follows = self._reader.read(inputs, self._first)
         step = StepStats(call.level)
         self.stats.steps.append(step)
         self.stats.calls += 1
-        self._levels.append(call.level)
-        self._calls += 1
-        if self._calls > 1 and self.scheduler is not None:
-            return (), self._follow(call, step)
+        self.record.levels.append(call.level)
+        if follows:
+            return self._follow(call, step)
+        self._after_step()
+        if self.scheduler is not None:
+            self._first = FirstCall(call, inputs[self.denoiser.family.sample_name])
         active = [(term, w) for term in self.terms if (w := term.weight(call.level))]
         self._check(call, bool(active))
         for term, weight in active:
@@ -160,7 +194,9 @@ class Engine:
                 self._move(call, term, weight, step)
         lanes = [term.lane for term, _ in active if term.lane is not None]
         taps = [key for term, _ in active for key in term.taps]
-        wanted = [(t, w) for t, w in active if t.gradient is not None and t.gradient.update == "eps"]
+        # Without signal (alpha = 0) an energy has no gradient in eps.
+        eps = [(t, w) for t, w in active if t.gradient is not None and t.gradient.update == "eps"]
+        wanted = eps if float(call.level.alpha) else []
         gradient = EpsGradient(self.denoiser, self.schedule, call, wanted) if wanted else None
         needs_null = call.batch.null is not None and (self.cfg is None or self.cfg.weight(call.level) != 0)
         in_pass = gradient is not None and gradient.reads_network and not lanes and not taps
@@ -174,40 +210,15 @@ class Engine:
             given = gradient.begin(self._tape, given, stop=False)
         step.passes += 1
         step.lanes += (which.stop - which.start) // call.samples + len(lanes)
-        return (), given
-
-    def _describe(self, inputs: dict[str, Any]) -> NetworkCall:
-        family, config = self.denoiser.family, self.denoiser.config
-        rows = inputs[family.sample_name].shape[0]
-        if self._calls and self.scheduler is not None:
-            batch = BatchLanes(slice(0, rows))
-        else:
-            if rows not in self._batches:
-                self._batches[rows] = family.lanes(self.pipe, config, inputs)
-            batch = self._batches[rows]
-        level, scale = self._level(inputs)
-        return NetworkCall(inputs, rows, batch, family.sample(config, inputs), level, scale)
-
-    def _level(self, inputs: Mapping[str, Any]) -> tuple[NoiseLevel, float]:
-        family = self.denoiser.family
-        told = torch.as_tensor(inputs[family.timestep_name])
-        if told.ndim and told.numel() > 1 and self.scheduler is None and not bool((told == told[0]).all()):
-            raise ValueError(f"Guidance needs one noise level for the whole batch; got timesteps {told.tolist()}.")
-        told = family.training_timestep(self.denoiser.config, told.flatten()[0])
-        if self.scheduler is None:
-            return self.schedule.resolve(float(told)), 1.0
-        where = sampler_level(self.scheduler, told, self.schedule)
-        return where.level, where.scale
+        return given
 
     def _check(self, call: NetworkCall, active: bool) -> None:
-        pipe = self.pipe
-        if getattr(pipe, "do_perturbed_attention_guidance", False):
-            raise ValueError(f"{type(pipe).__name__} perturbs attention by itself; call it with pag_scale=0.")
-        rescale = getattr(pipe, "guidance_rescale", 0) or 0
-        if active and rescale > 0 and call.batch.null is not None and self.cfg is None:
+        rescale = self._reader.rescale
+        if rescale > 0 and call.batch.null is not None and (active or self.cfg is not None):
             raise ValueError(
                 f"guidance_rescale={rescale} renormalises the pipeline's own guidance, and with it what is added "
-                "here. Call the pipeline with guidance_rescale=0, or let CFG(...) replace its guidance."
+                "here. Call the pipeline with guidance_rescale=0; for rescaled classifier-free guidance give "
+                f"CFG(scale, rescale={rescale}), which replaces the pipeline's."
             )
 
     def _follow(self, call: NetworkCall, step: StepStats) -> dict[str, Any]:
@@ -230,9 +241,10 @@ class Engine:
         try:
             self._tape.finish(self._forward(self.model, inputs))
         except GradientStop:
-            if is_offloaded(self.model):
-                send_back(self.model)
+            pass
         finally:
+            if is_offloaded(self.model):  # also where the forward did not reach its end
+                send_back(self.model)
             self._tape.end()
         gradient.found = self._tape.gradient
 
@@ -247,7 +259,7 @@ class Engine:
         assert term.gradient is not None
         assert gradient.found is not None
         shift = latent_change(widened(gradient.found), weight, term.gradient.update)
-        self._note(term, shift)
+        self.record.note(term.label, shift)
         step.acted.append(term.label)
         x = widened(call.x).clone()
         for rows in (call.batch.cond, call.batch.null):
@@ -261,19 +273,24 @@ class Engine:
     # After the network
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        running, self._running = self._running, None
-        if output is None or running is None:  # left by an exception
-            self._executor.end()
-            self._tape.end()
-            self._levels = []  # a run that is broken off is not judged
+        running = self._running
+        if module is not self.model or self._busy or running is None:
+            return None
+        if output is None:
+            self._abandon()
             return None
         raw = output if isinstance(output, Tensor) else output[0]
+        self._busy = True
         try:
             changed = self._after_follower(running, raw) if running.follows else self._after_call(running, raw)
+            self._running = None
         finally:
+            self._busy = False
+            if self._running is not None:
+                self._abandon()
             self._executor.end()
             self._tape.end()
-        return _with_first(output, changed)
+        return with_first(output, changed)
 
     def _after_call(self, running: _Running, raw: Tensor) -> Tensor:
         call, stats, family, config = running.call, running.stats, self.denoiser.family, self.denoiser.config
@@ -323,7 +340,7 @@ class Engine:
             correction = term.correction(step)
             if correction is not None:
                 parts.append(weight * correction)
-                self._note(term, correction)
+            self.record.note(term.label, correction)
             running.stats.acted.append(term.label)
         if running.gradient is not None:
             if not running.gradient.reads_network:
@@ -332,7 +349,7 @@ class Engine:
             correction = running.gradient.correction()
             for term in running.gradient.terms:
                 running.stats.acted.append(term.label)
-                self._note(term, correction)
+                self.record.note(term.label, correction)
             if correction is not None:
                 parts.append(correction)
         return sum(parts[1:], parts[0]) if parts else None
@@ -347,9 +364,11 @@ class Engine:
                 raise ValueError(self.cfg.needs_null(self.pipe))
             if cfg_weight and null is not None:
                 cond = self.cfg.combine(cond, null, cfg_weight)
-            self._acted[self.cfg.label] = self._acted.get(self.cfg.label, 0) + (cfg_weight != 0)
+                self.record.note(self.cfg.label, cond - step.cond)
             null = None if batch.null is None else cond
         self._cfg_waits, self._cond, self._correction = waits and cfg_weight != 0, step.cond, total
+        if batch.null is not None and cond is not step.cond:  # what a difference from the condition is to be free of
+            self._correction = cond - step.cond if total is None else cond - step.cond + total
         if total is not None:
             cond = cond + total
             null = None if null is None else null + total
@@ -367,6 +386,7 @@ class Engine:
         if self.cfg is not None and self._cfg_waits and self._cond is not None:
             combined = self.cfg.combine(self._cond, value, self.cfg.weight(call.level))
             self._replacement = combined if self._correction is None else combined + self._correction
+            self.record.note(self.cfg.label, combined - self._cond)
             self._cfg_waits = False
         if self._correction is None or self._correction.shape != value.shape:
             return raw
@@ -377,20 +397,3 @@ class Engine:
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         output = model.forward(**inputs) if model is self.model else model(**inputs)
         return output if isinstance(output, Tensor) else output[0]
-
-    def _note(self, term: Term, correction: Tensor | None) -> None:
-        """Count that a term acted, and whether it changed anything; no synchronisation of a device."""
-        self._acted[term.label] = self._acted.get(term.label, 0) + 1
-        changed = torch.zeros((), dtype=torch.bool) if correction is None else (correction != 0).any()
-        before = self._changed.get(term.label)
-        self._changed[term.label] = changed if before is None else before.to(changed.device) | changed
-
-
-def _with_first(output: Any, value: Tensor) -> Any:
-    """What the network returned, with another first tensor."""
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, tuple):
-        return (value, *output[1:])
-    first = next(iter(output.keys()))
-    return type(output)(**{**output, first: value})

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -16,11 +13,14 @@ from torch import nn
 from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.guidance.base import Guidance
-from diffusers_repr.guidance.cfg import CFGTerm
+from diffusers_repr.guidance.calls import calling_pipeline, refuse_own_guidance
+from diffusers_repr.guidance.cfg import CFG, CFGTerm
 from diffusers_repr.guidance.engine import Engine
 from diffusers_repr.guidance.stats import GuidanceStats
+from diffusers_repr.guidance.watch import SchedulerWatcher, watch_scheduler
 from diffusers_repr.noise import NoiseSchedule
 
+_PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
 _GUIDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -43,8 +43,9 @@ def guide(
         target: A diffusers pipeline of a known family, or a `Denoiser` whose network a loop of yours calls.
         guidance: One config or several; each kind as often as you like, `CFG` once.
         scheduler: For a `Denoiser`: the scheduler that your loop steps. Without it noise levels are those of training
-            timesteps, and methods that move the latents are refused.
-        null: For a `Denoiser` and `CFG`: the null condition, with as many rows as the calls have.
+            timesteps, and methods that move the latents are refused. All rows of a call are conditional; a second
+            call for the same samples at one step is the null condition's, for a guidance of the loop's own.
+        null: For a `Denoiser` and `CFG`: the null condition, one row or as many as the calls have.
 
     Returns:
         A handle: context manager, `remove()`, `stats`.
@@ -61,6 +62,9 @@ def guide(
     wrong = next((config for config in configs if not isinstance(config, Guidance)), None)
     if wrong is not None:
         raise TypeError(f"A guidance is a config such as PAG(3.0); got {wrong!r} ({type(wrong).__name__}).")
+    cfg_given = any(isinstance(config, CFG) for config in configs)
+    if pipe is None and null is not None and not cfg_given:
+        raise ValueError("null= is the null condition of CFG, and no CFG was given.")
     if pipe is not None and (scheduler is not None or null is not None):
         raise ValueError("scheduler= and null= are for a loop of your own; the pipeline has its own.")
     if denoiser.model in _GUIDED:
@@ -68,7 +72,12 @@ def guide(
             f"This {type(denoiser.model).__name__} is guided already. Give all guidances to one call, "
             "guide(pipe, [PAG(3.0), SAG(0.75)]), or remove the other first (handle.remove())."
         )
-    refuse_compiled(denoiser.model)
+    refuse_compiled(denoiser.model, _PLAIN)
+    if getattr(denoiser.model, "is_cache_enabled", False):
+        raise ValueError(
+            f"{type(denoiser.model).__name__} caches activations between steps, which lanes would mix; call its "
+            "disable_cache() first."
+        )
     refuse_own_guidance(pipe)
     terms = [config.bind(denoiser) for config in configs]
     cfgs = [term for term in terms if isinstance(term, CFGTerm)]
@@ -84,7 +93,7 @@ def guide(
     return GuidanceHandle(engine, pipe, scheduler)
 
 
-class GuidanceHandle:
+class GuidanceHandle(SchedulerWatcher):
     """What `guide` returns: guidance that is on until `remove()` or the end of the `with` block.
 
     Attributes:
@@ -92,21 +101,32 @@ class GuidanceHandle:
     """
 
     def __init__(self, engine: Engine, pipe: Any, scheduler: Any) -> None:
-        self._engine, self._pipe, self._scheduler = engine, pipe, scheduler
-        self._stack = ExitStack()
+        self._engine, self._pipe = engine, pipe
+        self._stack, self._watch = ExitStack(), ExitStack()
         self._warned: set[str] = set()
         self._on = True
         if not engine.terms and engine.cfg is None:
             return  # everything is off: no hook, the stock pipeline
-        _GUIDED.add(engine.model)
-        self._stack.callback(_GUIDED.discard, engine.model)
-        engine.install(self._stack)
-        if pipe is not None:
+        try:
+            self._install(pipe.scheduler if pipe is not None else scheduler)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _install(self, scheduler: Any) -> None:
+        self._stack.callback(self._watch.close)
+        if scheduler is not None:
+            self._follow(scheduler)
+        _GUIDED.add(self._engine.model)
+        self._stack.callback(_GUIDED.discard, self._engine.model)
+        self._engine.install(self._stack)
+        if self._pipe is not None:
             # Found anew at each call: a pipeline's scheduler may be replaced at any time.
-            handle = engine.model.register_forward_pre_hook(self._find_scheduler, prepend=True)
+            handle = self._engine.model.register_forward_pre_hook(self._find_scheduler, prepend=True)
             self._stack.callback(handle.remove)
-        if pipe is not None or scheduler is not None:
-            self._wrap(pipe.scheduler if pipe is not None else scheduler)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidanceHandle:
+        return self  # held by hooks, which copies of the network have too
 
     @property
     def stats(self) -> GuidanceStats:
@@ -114,6 +134,8 @@ class GuidanceHandle:
         return self._engine.stats
 
     def __enter__(self) -> Self:
+        if not self._on:
+            raise RuntimeError("This guidance was removed; make another: guide(...).")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -137,7 +159,7 @@ class GuidanceHandle:
             self._judge()
 
     def _judge(self) -> None:
-        for label in self._engine.without_effect():
+        for label in self._engine.record.without_effect():
             if label not in self._warned:
                 self._warned.add(label)
                 warnings.warn(f"{label} changed nothing in a whole run: its correction was zero.", stacklevel=4)
@@ -150,47 +172,28 @@ class GuidanceHandle:
     # The scheduler
 
     def _find_scheduler(self, module: nn.Module, args: Any) -> None:
-        if self._pipe.scheduler is not self._engine.scheduler:
-            self._wrap(self._pipe.scheduler)
+        if module is not self._engine.model:
+            return
+        caller = calling_pipeline(self._engine.model)  # may be another one that has the same network
+        scheduler = (self._pipe if caller is None else caller).scheduler
+        if scheduler is not self._engine.scheduler:
+            self._follow(scheduler)
+            self.before_run()
 
-    def _wrap(self, scheduler: Any) -> None:
-        self._engine.scheduler = scheduler
-        if scheduler is not None:
-            self._engine.schedule = NoiseSchedule.from_scheduler(scheduler)
-            self._override(scheduler, "step", self._step)
-            self._override(scheduler, "set_timesteps", self._set_timesteps)
+    def _follow(self, scheduler: Any) -> None:
+        schedule = self._engine.denoiser.schedule if self._pipe is None else NoiseSchedule.from_scheduler(scheduler)
+        self._watch.close()
+        self._watch.callback(watch_scheduler(scheduler, self))
+        self._engine.step_by(scheduler, schedule)
 
-    def _override(self, scheduler: Any, name: str, function: Callable[..., Any]) -> None:
-        """Put `function(scheduler, own method, *args, **kwargs)` before a method, on this object only."""
-        before = scheduler.__dict__.get(name)
-        inner = getattr(type(scheduler), name) if before is None else before
-        guided = weakref.ref(scheduler)
-
-        # Bound anew by a deep copy, which then is another scheduler: pipelines are copied to make conditions.
-        @functools.wraps(getattr(type(scheduler), name))
-        def method(own: Any, *args: Any, **kwargs: Any) -> Any:
-            call = functools.partial(inner, own) if before is None else inner
-            return function(call, args, kwargs) if own is guided() and self._on else call(*args, **kwargs)
-
-        scheduler.__dict__[name] = types.MethodType(method, scheduler)
-
-        def restore() -> None:
-            if before is None:
-                scheduler.__dict__.pop(name, None)
-            else:
-                scheduler.__dict__[name] = before
-
-        self._stack.callback(restore)
-
-    def _step(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = inspect.signature(inner).bind(*args, **kwargs)
-        given.arguments.update(self._engine.step_arguments(dict(given.arguments)))
-        return inner(*given.args, **given.kwargs)
-
-    def _set_timesteps(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_run(self) -> None:
+        """A sampling run begins; the last one is judged."""
         self._judge()
         self._engine.new_run()
-        return inner(*args, **kwargs)
+
+    def before_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the scheduler's step gets instead."""
+        return self._engine.step_arguments(arguments)
 
 
 def _denoiser(target: Any) -> Denoiser:
@@ -200,13 +203,6 @@ def _denoiser(target: Any) -> Denoiser:
             "Denoiser(model, scheduler)."
         )
     return Denoiser.from_pipe(target)
-
-
-def refuse_own_guidance(pipe: Any) -> None:
-    """Raise ValueError for a pipeline that adds lanes of its own to the batch."""
-    name = type(pipe).__name__
-    if "SAG" in name or "InstructPix2Pix" in name or "Perp" in name:
-        raise ValueError(f"{name} has more than a conditional and a null lane; use the plain pipeline and guide that.")
 
 
 def _number(terms: Sequence[Any]) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from diffusers_repr.noise import NoiseLevel
+
+if TYPE_CHECKING:
+    from diffusers_repr.guidance.base import Term
 
 
 @dataclass
@@ -61,3 +69,44 @@ class GuidanceStats:
             f"GuidanceStats(calls={len(self.steps)}, lanes={self.lanes}, passes={self.passes}, "
             f"backward_passes={self.backward_passes})"
         )
+
+
+class RunRecord:
+    """Which guidances acted in a run, and whether they changed anything.
+
+    Attributes:
+        levels: Of the network calls so far.
+    """
+
+    def __init__(self) -> None:
+        self.levels: list[NoiseLevel] = []
+        self._acted: set[str] = set()
+        self._changed: dict[str, Tensor] = {}
+
+    def acted(self, label: str) -> None:
+        """A guidance had a weight other than 0."""
+        self._acted.add(label)
+
+    def note(self, label: str, correction: Tensor | None) -> None:
+        """A guidance acted, with this correction; no synchronisation of a device."""
+        self.acted(label)
+        changed = torch.zeros((), dtype=torch.bool) if correction is None else (correction != 0).any()
+        before = self._changed.get(label)
+        self._changed[label] = changed if before is None else before.to(changed.device) | changed
+
+    def without_effect(self) -> list[str]:
+        """Labels of the guidances whose corrections were zero throughout."""
+        return [label for label, changed in self._changed.items() if not bool(changed)]
+
+    def judge(self, terms: Sequence[Term]) -> None:
+        """Raise RuntimeError if one of these acted in no call; only once for a run."""
+        levels, self.levels = self.levels, []
+        idle = [term for term in terms if term.label not in self._acted]
+        if levels and idle:
+            nsr = [float(level.nsr) for level in levels]
+            raise RuntimeError(
+                f"{idle[0].label} did not act in any of {len(levels)} network calls: its interval "
+                f"{idle[0].config.interval} (adaptive={idle[0].config.adaptive}) has none of their noise levels, "
+                f"nsr {min(nsr):.4g} to {max(nsr):.4g} (timesteps {float(levels[-1].timestep):g} to "
+                f"{float(levels[0].timestep):g})."
+            )

@@ -1,0 +1,185 @@
+"""What a network call is: whose it is, its rows, its noise level."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.denoiser.family import BatchLanes, equal_halves
+from diffusers_repr.noise import NoiseLevel, NoiseSchedule, sampler_level
+
+_ROUNDED = 2.0**-7  # a timestep divided and multiplied in bfloat16
+
+
+class CallReader:
+    """Reads network calls of one pipeline, or of a loop.
+
+    Args:
+        denoiser: The model.
+        pipe: The pipeline that is guided; None for a loop of the user's.
+
+    Attributes:
+        scheduler: The sampler that is stepped, or None.
+        schedule: The process that it samples.
+        rescale: `guidance_rescale` of the running pipeline.
+    """
+
+    def __init__(self, denoiser: Denoiser, pipe: Any) -> None:
+        self.denoiser, self.pipe = denoiser, pipe
+        self.scheduler: Any = None
+        self.schedule: NoiseSchedule = denoiser.schedule
+        self.rescale = 0.0
+        self._batches: dict[int, BatchLanes] = {}
+
+    def new_run(self) -> None:
+        """A sampling run begins: which rows are conditional is found anew."""
+        self._batches, self.rescale = {}, 0.0
+
+    def read(self, inputs: dict[str, Any], first: FirstCall | None = None) -> tuple[NetworkCall, bool]:
+        """The call with these keyword inputs.
+
+        Args:
+            inputs: All rows.
+            first: The call made before it at the same step of the sampler, if any.
+
+        Returns:
+            The call, and whether it is a further one for the same samples at the same step.
+
+        Raises:
+            ValueError: If its lanes or its noise level cannot be told.
+        """
+        family, config = self.denoiser.family, self.denoiser.config
+        given = inputs[family.sample_name]
+        rows = given.shape[0]
+        level, scale = self._level(inputs)
+        call = NetworkCall(inputs, rows, BatchLanes(slice(0, rows)), family.sample(config, inputs), level, scale)
+        if first is not None and first.is_followed_by(call, given):
+            return call, True
+        if rows not in self._batches:
+            self._batches[rows] = self._lanes(inputs)
+        call.batch = self._batches[rows]
+        return call, False
+
+    def _lanes(self, inputs: dict[str, Any]) -> BatchLanes:
+        family, config = self.denoiser.family, self.denoiser.config
+        caller = calling_pipeline(self.denoiser.model)
+        if caller is not None and (self.pipe is not None or getattr(caller, "do_classifier_free_guidance", False)):
+            if self.pipe is None:
+                raise ValueError(
+                    f"guide was given a Denoiser, but a {type(caller).__name__} calls its network: guide(pipe, ...)."
+                )
+            refuse_own_guidance(caller)
+            if getattr(caller, "do_perturbed_attention_guidance", False):
+                raise ValueError(f"{type(caller).__name__} perturbs attention by itself; call it with pag_scale=0.")
+            self.rescale = float(getattr(caller, "guidance_rescale", 0) or 0)
+            return family.lanes(caller, config, inputs)
+        if self.pipe is not None and family.conditioning == "text" and equal_halves(inputs[family.sample_name]):
+            raise ValueError(
+                f"A loop of your own calls the network of the guided {type(self.pipe).__name__} with two equal "
+                "halves; which rows have the condition is not known. Use guide(Denoiser.from_pipe(pipe), ..., null=...) "
+                "and call the network with the conditional rows only."
+            )
+        return family.lanes(None if family.conditioning == "text" else self.pipe, config, inputs)
+
+    def _level(self, inputs: Mapping[str, Any]) -> tuple[NoiseLevel, float]:
+        family = self.denoiser.family
+        told = torch.as_tensor(inputs[family.timestep_name])
+        if told.numel() > 1 and self.pipe is None and not bool((told == told.flatten()[0]).all()):
+            raise ValueError(f"Guidance needs one noise level for the whole batch; got timesteps {told.tolist()}.")
+        told = family.training_timestep(self.denoiser.config, told.flatten()[0])
+        if self.scheduler is None:
+            return self.schedule.resolve(float(told)), 1.0
+        where = sampler_level(self.scheduler, told, self.schedule)
+        if told.device.type == "cpu":  # elsewhere it would have to be waited for
+            at, given = float(where.level.timestep), float(told)
+            if abs(at - given) > _ROUNDED * max(abs(at), abs(given)):
+                raise ValueError(
+                    f"The network is called at timestep {given:g}, but the {type(self.scheduler).__name__} stands at "
+                    f"{at:g}. In a loop of your own call `scheduler.step` after each call of the network; what is "
+                    "no step of the sampler belongs outside of the guidance."
+                )
+        return where.level, where.scale
+
+
+class FirstCall:
+    """The first network call at a step, to know further ones by.
+
+    Args:
+        call: That call, as the pipeline made it.
+        given: The tensor that holds its noisy input.
+    """
+
+    def __init__(self, call: NetworkCall, given: Tensor) -> None:
+        self.samples, self.level = call.samples, call.level
+        self._given, self._version = given, _version(given)
+        self._x = call.x[call.batch.cond]
+
+    def is_followed_by(self, call: NetworkCall, given: Tensor) -> bool:
+        """Whether another call takes the same samples at the same level."""
+        if call.rows != self.samples or call.level.timestep != self.level.timestep:
+            return False
+        if given is self._given and _version(given) == self._version and not given.is_inference():
+            return True
+        return call.x.shape == self._x.shape and torch.equal(call.x, self._x)
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
+
+
+def calling_pipeline(model: nn.Module) -> Any:
+    """The pipeline in whose `__call__` the network is being called; None outside of one."""
+    from diffusers import DiffusionPipeline
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, DiffusionPipeline) and component_of(owner, model) is not None:
+                return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def component_of(pipe: Any, model: nn.Module) -> str | None:
+    """Name of the pipeline's component that is the network, or its compiled wrapper."""
+    for name in COMPONENTS:
+        component = getattr(pipe, name, None)
+        if component is not None and getattr(component, "_orig_mod", component) is model:
+            return name
+    return None
+
+
+def refuse_own_guidance(pipe: Any) -> None:
+    """Raise ValueError for a pipeline that adds lanes of its own to the batch."""
+    name = type(pipe).__name__
+    if "SAG" in name or "InstructPix2Pix" in name or "Perp" in name:
+        raise ValueError(f"{name} has more than a conditional and a null lane; use the plain pipeline and guide that.")
+
+
+def check_seen(pipe: Any, model: nn.Module) -> None:
+    """Raise RuntimeError if the pipeline's network is not the one that is guided, or ignores hooks."""
+    gone = component_of(pipe, model) is None
+    if gone or getattr(model, "_compiled_call_impl", None) is not None:
+        why = "has another network than was guided" if gone else "compiled its network after it was guided"
+        raise RuntimeError(
+            f"{type(pipe).__name__} {why}, and nothing would be guided. Remove the guidance (handle.remove()) before "
+            "a network is replaced or compiled, and guide the plain module."
+        )
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    """What a network returned, with another first tensor."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    first = next(iter(output.keys()))
+    return type(output)(**{**output, first: value})
