@@ -107,6 +107,14 @@ class Term:
         """Change of the network's output, `(B, C, H, W)` in float32 or wider, for scale 1; None for none."""
         raise NotImplementedError
 
+    def prepare(self, call: NetworkCall, forward: Callable[[dict[str, Any]], Any]) -> None:
+        """Before its loss is asked for: room for passes of its own.
+
+        Args:
+            call: The call, at the latents that earlier terms have moved to.
+            forward: Runs the network once on keyword inputs, counted as a lane; hooks set meanwhile see it.
+        """
+
     def starts(self) -> None:
         """A new sampling run begins."""
 

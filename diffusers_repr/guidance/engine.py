@@ -207,6 +207,7 @@ class Engine:
         self._running = running
         given = self._executor.begin(call, which, lanes, taps)
         if in_pass and gradient is not None:
+            gradient.prepare(self._forward, step)
             given = gradient.begin(self._tape, given, stop=False)
         step.passes += 1
         step.lanes += (which.stop - which.start) // call.samples + len(lanes)
@@ -235,6 +236,7 @@ class Engine:
 
     def _gradient_pass(self, call: NetworkCall, gradient: EpsGradient, step: StepStats) -> None:
         """A pass of its own over the conditional rows, as far as the loss reads."""
+        gradient.prepare(self._forward, step)
         inputs = take_rows(call.inputs, call.rows, call.batch.cond, self._unbatched)
         inputs = gradient.begin(self._tape, inputs, stop=True)
         step.passes, step.lanes, step.backward_passes = step.passes + 1, step.lanes + 1, step.backward_passes + 1
