@@ -4,10 +4,12 @@ from diffusers_repr.guidance.auto import AutoGuidance
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.classifier import ClassifierGuidance
+from diffusers_repr.guidance.depth import DepthGuidance
 from diffusers_repr.guidance.energy import EnergyGuidance
 from diffusers_repr.guidance.guide import GuidanceHandle, guide
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask
+from diffusers_repr.guidance.readout import ReadoutGuidance
 from diffusers_repr.guidance.sag import SAG
 from diffusers_repr.guidance.stats import GuidanceStats, StepStats
 
@@ -18,6 +20,7 @@ __all__ = [
     "AutoGuidance",
     "Blur",
     "ClassifierGuidance",
+    "DepthGuidance",
     "Drop",
     "EnergyGuidance",
     "Guidance",
@@ -25,6 +28,7 @@ __all__ = [
     "GuidanceStats",
     "Identity",
     "Mask",
+    "ReadoutGuidance",
     "StepStats",
     "guide",
 ]
