@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("early_exit", "hooks", "extraction", "selection", "memory")
+NAMES = ("early_exit", "hooks", "extraction", "selection", "memory", "readout")
 
 
 def main() -> int:

@@ -143,6 +143,7 @@ class ReadoutHead(MapHead):
         for share, block, x in zip(shares, self.blocks, projected, strict=True):
             part = share * block(x, time)
             total = part if total is None else total + part
+            del x, part  # before the next map is made
         assert total is not None
         return total
 

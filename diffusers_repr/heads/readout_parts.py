@@ -22,6 +22,14 @@ def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return nn.functional.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.padding)
 
 
+def project(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution as a matrix product, which needs no other layout of the map, in the dtype of `x`."""
+    y = torch.matmul(layer.weight.flatten(1).to(x.dtype), x.flatten(2))
+    if layer.bias is not None:
+        y = y + layer.bias.to(x.dtype)[:, None]
+    return y.unflatten(2, x.shape[2:])
+
+
 def normalize(layer: nn.GroupNorm, x: Tensor) -> Tensor:
     """Apply a group norm in the dtype of `x`, whatever its own."""
     return nn.functional.group_norm(x, layer.num_groups, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
@@ -201,7 +209,7 @@ def resized_projections(
     first, with the resize on fewer channels and the convolution on fewer pixels.
     """
     for layer, x in zip(layers, maps, strict=True):
-        yield resize(convolve(layer, x), size)
+        yield resize(project(layer, x), size)
 
 
 __all__ = [
@@ -211,6 +219,7 @@ __all__ = [
     "convolve",
     "group_norm",
     "normalize",
+    "project",
     "resize",
     "resized_projections",
 ]
