@@ -135,10 +135,10 @@ def _as_tuple(labels: Any) -> tuple[int, ...]:
         values = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"class_labels are whole numbers; got {labels!r}.") from error
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool or values.ndim > 1:
-        raise TypeError(f"class_labels are whole numbers, one for all samples or one each; got {labels!r}.")
     if not values.numel():
         raise ValueError("class_labels is empty; give one class for all samples, or one each.")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool or values.ndim > 1:
+        raise TypeError(f"class_labels are whole numbers, one for all samples or one each; got {labels!r}.")
     return tuple(values.reshape(-1).tolist())
 
 
