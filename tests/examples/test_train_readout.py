@@ -21,6 +21,7 @@ from train_readout import Objective, draw_levels, load_base, main
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import DepthHead, ReadoutHead, sobel_edges
+from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.testers.models import saved
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -313,3 +314,32 @@ def test_bad_recipes(tmp_path, changes, what):
 def test_recipes_parse(path, capsys):
     main(["--config", str(path), "--dry_run"])
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "spatial"
+
+
+PUSH = """
+import json, os, sys
+sys.path.insert(0, os.environ["EXAMPLES"])
+from huggingface_hub import HfApi, ModelCard
+from diffusers_repr.hub import push_folder
+from diffusers_repr.heads import ReadoutHead
+from train_readout import main
+push_folder(os.environ["BASE"], "user/base")
+main(["--config", os.environ["RECIPE"], "--output_dir", os.environ["OUT"], "--max_train_steps", "1",
+      "--pretrained_model_name_or_path", "user/base", "--push_to_hub", "true", "--hub_model_id", "user/edges"])
+files = sorted(HfApi().list_repo_files("user/edges"))
+head = ReadoutHead.from_pretrained("user/edges")
+card = ModelCard.load("user/edges")
+print(json.dumps([files, head.config.base_model, card.data.base_model, card.content]))
+"""
+
+
+def test_push_to_hub(tmp_path):
+    with hub_server() as server:
+        places = {"EXAMPLES": EXAMPLES, "BASE": DIGITS, "RECIPE": write_recipe(tmp_path), "OUT": tmp_path / "out"}
+        environment = hub_env(server, tmp_path, **places, OMP_NUM_THREADS=1, ACCELERATE_USE_CPU="true")
+        done = run_python(PUSH, environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    files, recorded, base, content = json.loads(done.stdout.splitlines()[-1])
+    assert files == [".gitattributes", "README.md", "config.json", WEIGHTS]
+    assert (recorded, base) == ("user/base", "user/base")
+    assert 'ReadoutHead.from_pretrained("user/edges")' in content
