@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.capture.rows import map_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import BatchLanes, equal_halves
@@ -83,7 +84,7 @@ class CallReader:
         if self.pipe is not None and family.conditioning == "text" and equal_halves(inputs[family.sample_name]):
             raise ValueError(
                 f"A loop of your own calls the network of the guided {type(self.pipe).__name__} with two equal "
-                "halves; which rows have the condition is not known. Use guide(Denoiser.from_pipe(pipe), ..., null=...) "
+                "halves; which rows have the condition is not known. Use guide(Denoiser.from_pipe(pipe), null=...), "
                 "and call the network with the conditional rows only."
             )
         return family.lanes(None if family.conditioning == "text" else self.pipe, config, inputs)
@@ -173,6 +174,23 @@ def check_seen(pipe: Any, model: nn.Module) -> None:
             f"{type(pipe).__name__} {why}, and nothing would be guided. Remove the guidance (handle.remove()) before "
             "a network is replaced or compiled, and guide the plain module."
         )
+
+
+def null_inputs(null: Mapping[str, Any], samples: int, unbatched: Collection[str]) -> Mapping[str, Any]:
+    """The null condition with as many rows as a call has, from one row or as many.
+
+    Raises:
+        ValueError: If it has another number of rows.
+    """
+    rows: set[int] = set()
+    for name, value in null.items():
+        if name not in unbatched and isinstance(value, Tensor) and value.ndim:
+            rows.add(value.shape[0])
+    if samples in rows or not rows:
+        return null
+    if rows != {1}:
+        raise ValueError(f"The null condition has {max(rows)} rows; the call has {samples}. Give 1 or {samples}.")
+    return map_rows(null, 1, lambda value: value.expand(samples, *value.shape[1:]), unbatched)
 
 
 def with_first(output: Any, value: Tensor) -> Any:

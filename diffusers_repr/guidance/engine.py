@@ -19,7 +19,8 @@ from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.guidance.base import Term, widened
-from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, with_first
+from diffusers_repr.guidance.between import Between
+from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, null_inputs, with_first
 from diffusers_repr.guidance.cfg import CFGTerm
 from diffusers_repr.guidance.gradients import EpsGradient, latent_change
 from diffusers_repr.guidance.stats import GuidanceStats, RunRecord, StepStats
@@ -74,7 +75,7 @@ class Engine:
         self._running: _Running | None = None
         self._busy = False
         self.record = RunRecord()
-        self._after_step()
+        self._between = Between()
 
     def install(self, stack: ExitStack) -> None:
         """Set the hooks; the stack removes them."""
@@ -101,7 +102,7 @@ class Engine:
     def step_by(self, scheduler: Any, schedule: NoiseSchedule) -> None:
         """The sampler from now on, and the process that it samples."""
         self._reader.scheduler, self._reader.schedule = scheduler, schedule
-        self._after_step()
+        self._between = Between()
 
     # Runs and steps
 
@@ -110,7 +111,7 @@ class Engine:
         self.stats.steps = []
         self.record = RunRecord()
         self._reader.new_run()
-        self._after_step()
+        self._between = Between()
         for term in self.terms:
             term.starts()
 
@@ -121,31 +122,13 @@ class Engine:
 
     def step_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the scheduler's step gets instead: latents that a guidance moved, CFG's own prediction."""
-        if self._first is None and self.pipe is not None:
+        if self._between.first is None and self.pipe is not None:
             check_seen(self.pipe, self.model)
-        if self.cfg is not None and self._cfg_waits:
+        if self.cfg is not None and self._between.waits:
             self._abandon()
             raise ValueError(self.cfg.needs_null(self.pipe))
-        if self._replacement is not None:
-            given = arguments["model_output"]
-            replaced = self.denoiser.family.with_output(self.denoiser.config, given, self._replacement)
-            arguments["model_output"] = replaced.to(given.dtype)
-        if self._moved is not None:
-            sample = arguments["sample"]
-            moved = self.denoiser.family.with_output(self.denoiser.config, self._moved, self._moved)
-            repeats = sample.shape[0] // moved.shape[0]
-            arguments["sample"] = sample + torch.cat([moved] * repeats).to(sample.dtype)
-        self._after_step()
-        return arguments
-
-    def _after_step(self) -> None:
-        self._first: FirstCall | None = None  # call of the network since the last scheduler step
-        self._moved: Tensor | None = None  # change of the latents, in the scheduler's form
-        self._shift: Tensor | None = None  # change of the latents, as the network takes them
-        self._correction: Tensor | None = None
-        self._cond: Tensor | None = None
-        self._cfg_waits = False  # the null prediction is to come by a second call
-        self._replacement: Tensor | None = None
+        between, self._between = self._between, Between()
+        return between.step_arguments(self.denoiser, arguments)
 
     def _abandon(self) -> None:
         """A call that does not reach its end: everything as before it; the run is not judged."""
@@ -153,11 +136,12 @@ class Engine:
         self._executor.end()
         self._tape.end()
         self.record.levels = []
-        self._after_step()
+        self._between = Between()
 
     def _recover(self) -> None:
         """After an interrupt, of which torch tells no hook."""
         if self._running is not None:
+            self._tape.abandon()  # leaves the gradient mode to whoever has come back to it
             self._abandon()
 
     # Before the network
@@ -177,16 +161,16 @@ class Engine:
             self._busy = False
 
     def _plan(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        call, follows = self._reader.read(inputs, self._first)
+        call, follows = self._reader.read(inputs, self._between.first)
         step = StepStats(call.level)
         self.stats.steps.append(step)
         self.stats.calls += 1
         self.record.levels.append(call.level)
         if follows:
             return self._follow(call, step)
-        self._after_step()
+        self._between = Between()
         if self.scheduler is not None:
-            self._first = FirstCall(call, inputs[self.denoiser.family.sample_name])
+            self._between.first = FirstCall(call, inputs[self.denoiser.family.sample_name])
         active = [(term, w) for term in self.terms if (w := term.weight(call.level))]
         self._check(call, bool(active))
         for term, weight in active:
@@ -227,9 +211,9 @@ class Engine:
         step.passes, step.lanes = 1, 1
         self._running = _Running(call, step, [], slice(0, call.rows), follows=True)
         inputs = take_rows(call.inputs, call.rows, slice(0, call.rows), self._unbatched)
-        if self._shift is None:
+        if self._between.shift is None:
             return inputs
-        x = call.x + self._shift.to(call.x.dtype)
+        x = call.x + self._between.shift.to(call.x.dtype)
         return self.denoiser.family.with_sample(self.denoiser.config, inputs, x)
 
     # Gradients
@@ -269,8 +253,7 @@ class Engine:
                 x[rows] += shift
         call.x = x.to(call.x.dtype)
         call.inputs = self.denoiser.family.with_sample(self.denoiser.config, call.inputs, call.x)
-        self._shift = shift if self._shift is None else self._shift + shift
-        self._moved = self._shift / call.scale
+        self._between.move(shift, call.scale)
 
     # After the network
 
@@ -330,7 +313,8 @@ class Engine:
         if step.null is None and call.batch.null is not None and (self.cfg is None or cfg_weight):
             step.null = step.run(call.batch.null)
         elif cfg_weight and step.null is None and self.null is not None:
-            step.null = step.run(call.batch.cond, condition=self.null)
+            null = null_inputs(self.null, call.samples, self._unbatched)
+            step.null = step.run(call.batch.cond, condition=null)
         total = self._total(running, step)
         return self._compose(step, raws, total, cfg_weight)
 
@@ -368,14 +352,15 @@ class Engine:
                 cond = self.cfg.combine(cond, null, cfg_weight)
                 self.record.note(self.cfg.label, cond - step.cond)
             null = None if batch.null is None else cond
-        self._cfg_waits, self._cond, self._correction = waits and cfg_weight != 0, step.cond, total
+        between = self._between
+        between.waits, between.cond, between.correction = waits and cfg_weight != 0, step.cond, total
         if batch.null is not None and cond is not step.cond:  # what a difference from the condition is to be free of
-            self._correction = cond - step.cond if total is None else cond - step.cond + total
+            between.correction = cond - step.cond if total is None else cond - step.cond + total
         if total is not None:
             cond = cond + total
             null = None if null is None else null + total
         if waits and not cfg_weight:
-            self._replacement = cond
+            between.replacement = cond
         parts = [(batch.cond, cond, raws["cond"])]
         if batch.null is not None and null is not None:
             parts.append((batch.null, null, raws.get("null", raws["cond"])))
@@ -384,15 +369,15 @@ class Engine:
 
     def _after_follower(self, running: _Running, raw: Tensor) -> Tensor:
         family, config, call = self.denoiser.family, self.denoiser.config, running.call
-        value = widened(family.output(config, raw, call.x))
-        if self.cfg is not None and self._cfg_waits and self._cond is not None:
-            combined = self.cfg.combine(self._cond, value, self.cfg.weight(call.level))
-            self._replacement = combined if self._correction is None else combined + self._correction
-            self.record.note(self.cfg.label, combined - self._cond)
-            self._cfg_waits = False
-        if self._correction is None or self._correction.shape != value.shape:
+        value, between = widened(family.output(config, raw, call.x)), self._between
+        if self.cfg is not None and between.waits and between.cond is not None:
+            combined = self.cfg.combine(between.cond, value, self.cfg.weight(call.level))
+            self.record.note(self.cfg.label, combined - between.cond)
+            between.replacement = combined if between.correction is None else combined + between.correction
+            between.waits = False
+        if between.correction is None:
             return raw
-        return family.with_output(config, raw, (value + self._correction).to(raw.dtype))
+        return family.with_output(config, raw, (value + between.correction).to(raw.dtype))
 
     # Shared
 
