@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.capture.offload import is_offloaded
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode, forward_names
 from diffusers_repr.denoiser.denoiser import COMPONENTS
@@ -149,10 +150,9 @@ def _check_place(weaker: nn.Module, denoiser: Denoiser) -> None:
     first = next(weaker.parameters(), None)
     if first is None:
         return
-    offloaded = first.device.type == "meta" or hasattr(weaker, "_hf_hook")
     mine = denoiser.device
     elsewhere = (first.device.type, first.device.index or 0) != (mine.type, mine.index or 0)
-    if dtype != denoiser.dtype or (elsewhere and not offloaded):
+    if dtype != denoiser.dtype or (elsewhere and not is_offloaded(weaker)):
         raise ValueError(
             f"The weaker model is on {first.device} in {dtype}, the model on {mine} in {denoiser.dtype}. "
             f"Move it: weaker_model.to({str(mine)!r}, {denoiser.dtype})."
