@@ -18,7 +18,9 @@ def test_the_wheel_has_every_module(tmp_path):
         shutil.copy(ROOT / file, source)
     want = {file.relative_to(source).as_posix() for file in source.rglob("*.py")} - {"setup.py"}
     want = {f"diffusers_repr/{name}" if name.startswith("pipelines/") else name for name in want}
-    want |= {"diffusers_repr/py.typed", "diffusers_repr/pipelines/feature_extraction/README.md"}
+    want |= {"diffusers_repr/py.typed"}
+    want |= {f"diffusers_repr/pipelines/{file.parent.name}/README.md" for file in ROOT.glob("pipelines/*/pipeline.py")}
+    assert {f"diffusers_repr/pipelines/guided_{name}/README.md" for name in ("dit", "unconditional")} <= want
     build = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", tmp_path]
     run = subprocess.run([*build, source], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
