@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 import weakref
@@ -111,6 +110,10 @@ def _reduce_plain(cls: type) -> Callable[..., Any]:
     """`__reduce_ex__` by which copies and pickles are of class `cls`."""
 
     def reduce_ex(scheduler: Any, protocol: Any) -> Any:
-        return (copyreg.__newobj__, (cls,), dict(scheduler.__dict__))  # type: ignore[attr-defined]
+        return _new, (cls,), dict(scheduler.__dict__)
 
     return reduce_ex
+
+
+def _new(cls: type) -> Any:
+    return cls.__new__(cls)
