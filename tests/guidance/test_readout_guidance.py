@@ -1,0 +1,587 @@
+"""ReadoutGuidance: losses against loops, gradients against differences, steps, references, cost, bad input."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from torch.nn import functional
+
+from diffusers_repr import CFG, PAG, Denoiser, NoiseLevel, ReadoutGuidance, guide
+from diffusers_repr.guidance.readout_losses import appearance_loss, drag_loss, resize_target, spatial_loss
+from diffusers_repr.heads import LinearHead
+from tests.guidance.readout_cases import bare, gradient, hooks_of, images, normal, read, readout, slope, train
+from tests.testers.models import build
+
+AT = 300
+TARGET = torch.linspace(-0.8, 0.8, 6)[:, None].expand(6, 9)
+
+
+def eps_gradient(denoiser, config, x, at=AT):
+    """What `update="eps"` adds to the network's output, over scale and sigma."""
+    with torch.no_grad():
+        plain = denoiser.model(x, at).sample
+        with guide(denoiser, config.replace(update="eps", scale=1e3)) as handle:
+            guided = denoiser.model(x, at).sample
+    return (guided - plain) / (1e3 * denoiser.level(at).sigma), handle.stats
+
+
+def stepped(denoiser):
+    """The scheduler of a loop that stands at `AT` among other steps."""
+    denoiser.scheduler.set_timesteps(10)
+    return denoiser.scheduler
+
+
+def seen_inputs(denoiser, config, x, at=AT):
+    """What the network takes in the pass whose output counts, under a guidance."""
+    seen = []
+    hook = denoiser.model.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with torch.no_grad(), guide(denoiser, config, scheduler=stepped(denoiser)):
+        denoiser.model(x, at)
+    hook.remove()
+    return seen[-1]
+
+
+def cosine(a, b):
+    return sum(u * v for u, v in zip(a, b, strict=True)) / math.sqrt(sum(u * u for u in a) * sum(v * v for v in b))
+
+
+# Losses against loops
+
+
+def test_spatial_loss_is_the_papers():
+    r, target, x = normal(2, 3, 4, 5), normal(1, 3, 4, 5, seed=1), normal(2, 4, 6, 6, seed=2)
+    a, b = -0.5, 0.5
+    got = spatial_loss(r, target, x, (a, b))
+    for n in range(2):
+        low, high = float(x[n].min()), float(x[n].max())
+
+        def phi(y, low=low, high=high):
+            return (y - a) / (b - a) * (high - low) + low
+
+        squares = [
+            (phi(float(r[n, c, i, j])) - phi(float(target[0, c, i, j]))) ** 2
+            for c in range(3)
+            for i in range(4)
+            for j in range(5)
+        ]
+        assert float(got[n]) == pytest.approx(sum(squares) / len(squares), rel=1e-12)
+    plain = spatial_loss(r, target, x, (a, b), rescale=False)
+    torch.testing.assert_close(plain, (r - target).square().mean((1, 2, 3)), rtol=1e-12, atol=0)
+
+
+def test_a_mask_weighs_places():
+    r, target, x = normal(2, 2, 3, 4), normal(2, 2, 3, 4, seed=1), normal(2, 1, 6, 6, seed=2)
+    weights = normal(2, 1, 3, 4, seed=3).abs()
+    got = spatial_loss(r, target, x, (-1, 1), rescale=False, weights=weights)
+    other = appearance_loss(r, target, x, rescale=False, weights=weights)
+    for n in range(2):
+        total = squares = cosines = 0.0
+        for i in range(3):
+            for j in range(4):
+                w = float(weights[n, 0, i, j])
+                total += w
+                squares += w * float((r[n, :, i, j] - target[n, :, i, j]).square().mean())
+                cosines += w * (1 - cosine(target[n, :, i, j].tolist(), r[n, :, i, j].tolist()))
+        assert float(got[n]) == pytest.approx(squares / total, rel=1e-12)
+        assert float(other[n]) == pytest.approx(cosines / total, rel=1e-9)
+
+
+def test_appearance_loss_is_the_papers():
+    r, reference, x = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1), normal(2, 4, 6, 6, seed=2)
+    got, plain = appearance_loss(r, reference, x), appearance_loss(r, reference, x, rescale=False)
+    pooled = appearance_loss(r, reference, x, rescale=False, pooled=True)
+    boxes = ((0, 1, 2, 4), (1, 0, 4, 5))
+    boxed = appearance_loss(r, reference, x, rescale=False, boxes=boxes, pooled=True)
+    for n in range(2):
+        places = [(i, j) for i in range(4) for j in range(5)]
+        parts = [1 - cosine(reference[n, :, i, j].tolist(), r[n, :, i, j].tolist()) for i, j in places]
+        expected = sum(parts) / len(parts)
+        assert float(plain[n]) == pytest.approx(expected, rel=1e-9)
+        assert float(got[n]) == pytest.approx(expected * float(x[n].max() - x[n].min()) ** 2, rel=1e-9)
+        means = [[float(part[n, c].mean()) for c in range(3)] for part in (reference, r)]
+        assert float(pooled[n]) == pytest.approx(1 - cosine(*means), rel=1e-9)
+        cut = functional.interpolate(reference[n : n + 1, :, 0:2, 1:4], (4, 5), mode="bilinear").mean((0, 2, 3))
+        own = functional.interpolate(r[n : n + 1, :, 1:4, 0:5], (4, 5), mode="bilinear").mean((0, 2, 3))
+        assert float(boxed[n]) == pytest.approx(1 - cosine(cut.tolist(), own.tolist()), rel=1e-9)
+
+
+def test_drag_loss_is_the_papers():
+    r, reference = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1)
+    points = [((0, 1), (3, 4)), ((2, 2), (1, 0)), ((3, 0), (3, 1))]
+    got = drag_loss(r, reference, points)
+    for n in range(2):
+
+        def similar(p, q, n=n):
+            return (cosine(reference[n, :, p[0], p[1]].tolist(), r[n, :, q[0], q[1]].tolist()) + 1) / 2
+
+        expected = -0.5 * sum(similar(p, q) for p, q in points) / 3 + 0.5 * sum(similar(p, p) for p, _ in points) / 3
+        assert float(got[n]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_targets_are_averaged_when_they_shrink():
+    target = normal(1, 1, 4, 6)
+    torch.testing.assert_close(resize_target(target, (2, 3)), functional.avg_pool2d(target, 2))
+    grown = resize_target(target, (8, 12))
+    torch.testing.assert_close(grown, functional.interpolate(target, (8, 12), mode="bilinear"))
+    assert resize_target(target, (4, 6)) is target
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("kind", ["spatial", "appearance", "correspondence"])
+def test_gradient_against_central_differences(kind):
+    denoiser, x = bare(), normal(2, 2, 16, 24)
+    head = readout(denoiser, kind)
+    x0, seed = normal(1, 2, 16, 24, seed=4), 11
+    pairs = [((1, 2), (9, 20)), ((15, 0), (4, 4))]
+    options = {
+        "spatial": {"target": TARGET},
+        "appearance": {"reference": x0, "seed": seed},
+        "correspondence": {"reference": x0, "points": pairs, "seed": seed},
+    }[kind]
+    config = ReadoutGuidance(head, rescale=False, **options)
+    noise = torch.randn(1, 2, 16, 24, generator=torch.Generator().manual_seed(seed)).double()
+    level = denoiser.level(AT)
+    other = read(denoiser, head, level.alpha * x0 + level.sigma * noise, AT).expand(2, -1, -1, -1)
+    goal = functional.interpolate(TARGET[None, None].double(), (16, 24), mode="bilinear")
+
+    def energy(x):
+        r = read(denoiser, head, x, AT)
+        if kind == "spatial":
+            return float((r - goal).square().mean((1, 2, 3)).sum())
+        if kind == "appearance":
+            return float((1 - functional.cosine_similarity(r, other)).mean((1, 2)).sum())
+        parts = []
+        for p, q in pairs:
+            there, here = (functional.cosine_similarity(other[..., p[0], p[1]], r[..., i, j]) for i, j in (q, p))
+            parts.append((here + 1) / 4 - (there + 1) / 4)
+        return float(torch.stack(parts).mean(0).sum())
+
+    found, stats = eps_gradient(denoiser, config, x)
+    ways, expected = slope(energy, x)
+    along = (ways * found.flatten()).sum(1)
+    assert expected.abs().min() > 1e-7
+    torch.testing.assert_close(along, expected, rtol=1e-6, atol=0)
+    lanes = 1 + (kind != "spatial")
+    assert (stats.lanes, stats.passes, stats.backward_passes) == (lanes, lanes, 1)
+
+
+def test_the_range_of_the_latents_scales_the_loss_and_is_constant():
+    denoiser, x = bare(), normal(2, 2, 16, 24)
+    head = readout(denoiser, label_range=(-0.5, 1.0))
+    config = ReadoutGuidance(head, TARGET.clamp(-0.5, 0.8))
+    scaled, _ = eps_gradient(denoiser, config, x)
+    plain, _ = eps_gradient(denoiser, config.replace(rescale=False), x)
+    factor = ((x.amax((1, 2, 3)) - x.amin((1, 2, 3))) / 1.5).square()[:, None, None, None]
+    torch.testing.assert_close(scaled, plain * factor, rtol=1e-7, atol=1e-12)
+
+
+def test_samples_do_not_depend_on_their_batch():
+    denoiser, x = bare(), normal(3, 2, 16, 24)
+    head = readout(denoiser, "appearance")
+    config = ReadoutGuidance(head, reference=normal(2, 16, 24, seed=4))
+    whole, _ = eps_gradient(denoiser, config, x)
+    alone, _ = eps_gradient(denoiser, config, x[1:2])
+    torch.testing.assert_close(whole[1:2], alone, rtol=1e-6, atol=1e-12)
+
+
+def test_the_head_is_told_the_timestep_of_the_level():
+    denoiser, x = bare(), normal(1, 2, 16, 24)
+    head, told = readout(denoiser), []
+    head.register_forward_pre_hook(lambda module, args: told.append(args[1]))
+    eps_gradient(denoiser, ReadoutGuidance(head, TARGET), x, at=250)
+    assert told == [250.0]
+
+
+def test_a_target_for_each_sample_and_a_mask():
+    denoiser, x = bare(), normal(2, 2, 16, 24)
+    head = readout(denoiser)
+    targets = normal(2, 1, 16, 24, seed=5).clamp(-1, 1)
+    both, _ = eps_gradient(denoiser, ReadoutGuidance(head, targets), x)
+    for n in range(2):
+        alone, _ = eps_gradient(denoiser, ReadoutGuidance(head, targets[n]), x[n : n + 1])
+        torch.testing.assert_close(both[n : n + 1], alone, rtol=1e-6, atol=1e-12)
+    mask = torch.zeros(16, 24)
+    mask[4:8] = 1
+    found, _ = eps_gradient(denoiser, ReadoutGuidance(head, targets, mask=mask, rescale=False), x)
+    expected = gradient(
+        denoiser,
+        head.config["layers"],
+        lambda maps: (head(maps, AT) - targets)[:, :, 4:8].square().mean((1, 2, 3)),
+        x,
+        AT,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+
+
+# Steps on the latents
+
+
+def test_sign_and_adam_steps():
+    denoiser, x = bare(), normal(2, 2, 16, 24)
+    config = ReadoutGuidance(readout(denoiser), TARGET, scale=0.03)
+    assert config.update == "latent_sign"
+    g, _ = eps_gradient(denoiser, config, x)
+    assert g.abs().min() > 0
+    torch.testing.assert_close(seen_inputs(denoiser, config, x), x - 0.03 * g.sign(), rtol=0, atol=1e-12)
+    leaf = torch.nn.Parameter(x.clone())
+    leaf.grad = g
+    torch.optim.Adam([leaf], lr=0.03).step()
+    adam = seen_inputs(denoiser, config.replace(update="latent_adam"), x)
+    torch.testing.assert_close(adam, leaf.detach(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("update", ["latent_sign", "latent_adam"])
+def test_a_step_lowers_the_loss(update):
+    denoiser, x = bare(), normal(2, 2, 16, 24)
+    head = readout(denoiser)
+    goal = resize_target(TARGET[None, None].double(), (16, 24))
+
+    def loss(x):
+        return (read(denoiser, head, x, AT) - goal).square().mean((1, 2, 3))
+
+    moved = seen_inputs(denoiser, ReadoutGuidance(head, TARGET, scale=1e-3, update=update), x)
+    assert bool((loss(moved) < loss(x)).all())
+
+
+# The reference
+
+
+def test_a_reference_among_the_samples_is_not_moved():
+    denoiser, x = bare(), normal(3, 2, 16, 24)
+    head = readout(denoiser, "appearance")
+    config = ReadoutGuidance(head, reference_row=1, rescale=False)
+    found, stats = eps_gradient(denoiser, config, x)
+    other = read(denoiser, head, x[1:2], AT)
+
+    def loss(maps):
+        return (1 - functional.cosine_similarity(head(maps, AT), other)).mean((1, 2))
+
+    expected = gradient(denoiser, head.config["layers"], loss, x, AT)
+    keep = torch.tensor([0, 2])
+    torch.testing.assert_close(found[keep], expected[keep], rtol=1e-6, atol=1e-12)
+    assert not found[1].any()
+    assert (stats.lanes, stats.passes, stats.backward_passes) == (1, 1, 1)
+    moved = seen_inputs(denoiser, config.replace(scale=0.1), x)
+    assert torch.equal(moved[1], x[1])
+    assert float((moved[keep] - x[keep]).abs().min()) == pytest.approx(0.1)
+
+
+def test_a_whole_run_leaves_the_reference_row_as_it_is():
+    pipe = build("sd")
+    head = readout(Denoiser.from_pipe(pipe), "correspondence")
+    config = ReadoutGuidance(head, reference_row=0, points=[((2, 2), (10, 15))], scale=0.2)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    plain = images(pipe, "sd", 2, 1.0, generator=[g.clone_state() for g in generators])
+    with guide(pipe, config):
+        guided = images(pipe, "sd", 2, 1.0, generator=generators)
+    torch.testing.assert_close(plain[0], plain[1], rtol=0, atol=1e-4)
+    assert torch.equal(guided[0], plain[0])
+    assert (guided[1] - plain[1]).abs().max() > 1e-2
+
+
+def test_the_reference_lane_stops_after_the_last_layer_and_keeps_no_graph():
+    denoiser, x = bare(), normal(1, 2, 16, 24)
+    layer = "up_blocks.1.resnets.0.conv2"
+    head = readout(denoiser, "appearance", [layer])
+    ends, rows, graph = [], [], []
+    denoiser.model.conv_out.register_forward_hook(lambda *args: ends.append(1))
+
+    def keep(module, args, out):
+        rows.append(len(out))
+        graph.append(out.requires_grad)
+
+    hook = denoiser.model.get_submodule(layer).register_forward_hook(keep)
+    x0 = normal(2, 16, 24, seed=4)
+    config = ReadoutGuidance(head, reference=x0)
+    with torch.no_grad(), guide(denoiser, config, scheduler=stepped(denoiser)) as handle:
+        denoiser.model(x, AT)
+    hook.remove()
+    assert graph == [False, True, False]  # reference, gradient, the call's own
+    assert rows == [1, 1, 1]
+    assert len(ends) == 1
+    step = handle.stats.steps[0]
+    assert (step.lanes, step.passes, step.backward_passes) == (3, 3, 1)
+
+
+# Cost, and being off
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_lanes_and_passes(guidance_scale):
+    pipe = build("sd")
+    head, lanes = readout(Denoiser.from_pipe(pipe)), 1 + (guidance_scale > 1)
+    with guide(pipe, ReadoutGuidance(head, TARGET)) as handle:
+        images(pipe, "sd", 2, guidance_scale)
+    for step in handle.stats.steps:
+        assert (step.lanes, step.passes, step.backward_passes) == (1 + lanes, 2, 1)
+    with guide(pipe, ReadoutGuidance(head, TARGET, scale=5.0, update="eps")) as handle:
+        images(pipe, "sd", 2, guidance_scale)
+    for step in handle.stats.steps:
+        assert (step.lanes, step.passes, step.backward_passes) == (lanes, lanes, 1)
+
+
+def test_scale_zero_is_the_pipeline_itself():
+    pipe = build("sd")
+    head, calls = readout(Denoiser.from_pipe(pipe)), []
+    hook = pipe.unet.conv_in.register_forward_hook(lambda *args: calls.append(1))
+    plain = images(pipe, "sd", 1, 4.0)
+    with guide(pipe, ReadoutGuidance(head, TARGET, scale=0.0)):
+        assert torch.equal(images(pipe, "sd", 1, 4.0), plain)
+    hook.remove()
+    assert len(calls) == 8
+
+
+def test_acts_at_the_levels_that_the_head_has_seen():
+    pipe = build("ddim")
+    denoiser = Denoiser.from_pipe(pipe)
+    head = readout(denoiser, level_range=(0, 600))
+    config = ReadoutGuidance(head, TARGET)
+
+    def acted(config):
+        with guide(pipe, config) as handle:
+            images(pipe, "ddim", steps=10)
+        return [float(step.level.timestep) for step in handle.stats.steps if step.backward_passes]
+
+    assert acted(config) == [600, 500, 400, 300, 200, 100, 0]
+    assert acted(config.replace(interval=(450, 850))) == [800, 700, 600, 500]
+    assert acted(ReadoutGuidance(readout(denoiser), TARGET)) == list(range(900, -1, -100))
+
+
+# Whole pipelines
+
+
+def bright(x0):
+    return x0.mean(1, keepdim=True).mul(1.5).clamp(-1, 1)
+
+
+LAST = {"ddim": "up_blocks.2.resnets.1.conv2", "sd": "up_blocks.3.resnets.2.conv2", "dit": "transformer_blocks.2"}
+
+
+@pytest.mark.parametrize(("name", "guidance_scale"), [("ddim", None), ("sd", 4.0), ("dit", 4.0)])
+def test_samples_come_nearer_to_the_target(name, guidance_scale):
+    pipe = build(name)
+    denoiser = Denoiser.from_pipe(pipe)
+    denoiser.prompts = {}
+    head = readout(denoiser, layers=[LAST[name]], width=16, bottleneck=8)
+    train(denoiser, head, bright, 40, shape=(3 if name == "ddim" else 4, 16, 16))
+    target = torch.full((16, 16), -0.6)
+    target[:, 8:] = 0.6
+
+    def sample():
+        seen = []
+        if name == "dit":
+            hook = pipe.vae.post_quant_conv.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        found = images(pipe, name, 2, guidance_scale, steps=6, **({"height": 32, "width": 32} if name == "sd" else {}))
+        if name == "dit":
+            hook.remove()
+            return seen[0] * pipe.vae.config.scaling_factor
+        return found if name == "sd" else found.permute(0, 3, 1, 2) * 2 - 1
+
+    def error(x):
+        r = read(denoiser, head, x, 20)
+        return (r - resize_target(target[None, None], tuple(r.shape[2:]))).square().mean((1, 2, 3))
+
+    plain = error(sample())
+    updates = {"latent_sign": 0.2} if name != "dit" else {"latent_sign": 0.2, "latent_adam": 0.2, "eps": 100.0}
+    for update, scale in updates.items():
+        with guide(pipe, ReadoutGuidance(head, target, scale=scale, update=update)):
+            guided = error(sample())
+        assert bool((guided < 0.9 * plain).all()), (update, guided, plain)
+    assert hooks_of(denoiser.model) == 0
+
+
+@pytest.mark.parametrize("name", ["ddpm", "sd", "sdxl", "pixart", "sd3", "flux", "sana"])
+def test_every_family_with_a_reference(name):
+    pipe = build(name)
+    denoiser = Denoiser.from_pipe(pipe)
+    head = readout(denoiser, "appearance")
+    plain = images(pipe, name, 2, steps=3)
+    size = {"ddpm": (16, 16), "sdxl": (8, 12), "sana": (8, 16)}.get(name, (16, 24))
+    x0 = torch.randn(denoiser.family.channels(denoiser.config), *size, generator=torch.Generator().manual_seed(2))
+    with guide(pipe, ReadoutGuidance(head, reference=x0, scale=0.1)) as handle:
+        guided = images(pipe, name, 2, steps=3)
+    assert guided.isfinite().all()
+    assert (guided - plain).abs().max() > 1e-3
+    assert all(step.backward_passes == 1 for step in handle.stats.steps)
+    assert hooks_of(denoiser.model) == 0
+
+
+def test_beside_other_guidances():
+    pipe = build("sd")
+    head = readout(Denoiser.from_pipe(pipe))
+    configs = [
+        CFG(3.0),
+        PAG(2.0),
+        ReadoutGuidance(head, TARGET),
+        ReadoutGuidance(head, -TARGET, update="eps", scale=9),
+    ]
+    with guide(pipe, configs) as handle:
+        found = images(pipe, "sd", 1, 3.0)
+    assert found.isfinite().all()
+    assert len(handle.stats.steps[0].acted) >= 3
+    assert handle.stats.steps[0].backward_passes == 2
+
+
+def test_a_scaled_sampler_and_half_precision():
+    pipe = build("sd")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    head = readout(Denoiser.from_pipe(pipe))
+    plain = images(pipe, "sd", 1, 1.0)
+    with guide(pipe, ReadoutGuidance(head, TARGET, scale=0.1)):
+        assert (images(pipe, "sd", 1, 1.0) - plain).abs().max() > 1e-2
+    halved = build("sd").to(torch.bfloat16)
+    assert next(head.parameters()).dtype == torch.float32
+    with guide(halved, ReadoutGuidance(head, TARGET, scale=0.1)):
+        assert images(halved, "sd", 1, 1.0).isfinite().all()
+
+
+def test_checkpoints_give_the_same_gradient():
+    denoiser, x = bare(), normal(1, 2, 16, 24)
+    config = ReadoutGuidance(readout(denoiser, layers=["up_blocks.1"]), TARGET)
+    plain, _ = eps_gradient(denoiser, config, x)
+    denoiser.model.train()
+    again, _ = eps_gradient(denoiser, config.replace(checkpoint=True), x)
+    torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-14)
+
+
+# What is left behind
+
+
+def state(denoiser, head):
+    parts = [*denoiser.model.modules(), *head.modules()]
+    flags = [p.requires_grad for part in (denoiser.model, head) for p in part.parameters()]
+    grads = [p.grad is None for part in (denoiser.model, head) for p in part.parameters()]
+    modes = [part.training for part in parts]
+    return flags, grads, modes, hooks_of(denoiser.model), torch.is_grad_enabled(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("where", ["head", "reference", "network", "nowhere"])
+def test_everything_is_restored(where):
+    denoiser = bare()
+    head = readout(denoiser, "appearance")
+    head.train()
+    next(head.parameters()).requires_grad_(False)
+    before = state(denoiser, head)
+    broken = {"head": head.blocks[0].conv_mid, "network": denoiser.model.conv_out}.get(where)
+    told = []
+
+    def fail(module, args):
+        told.append(1)
+        if where != "head" or len(told) == 2:  # the first call reads the reference
+            raise KeyError("broken")
+
+    if where == "head":
+        head.register_forward_pre_hook(fail)
+    elif broken is not None:
+        broken_hook = broken.register_forward_pre_hook(fail)
+    x0 = normal(2, 16, 24 if where != "reference" else 16, seed=4)
+    config = ReadoutGuidance(head, reference=x0)
+    x = normal(1, 2, 16, 24)
+    if where == "nowhere":
+        with guide(denoiser, config, scheduler=stepped(denoiser)):
+            denoiser.model(x, AT)
+    else:
+        with (
+            pytest.raises(ValueError if where == "reference" else KeyError),
+            guide(denoiser, config, scheduler=stepped(denoiser)),
+        ):
+            denoiser.model(x, AT)
+    if where == "network":
+        broken_hook.remove()
+    assert state(denoiser, head) == before
+
+
+# Bad input
+
+
+def test_a_head_of_another_base_is_refused():
+    pipe = build("ddim")
+    scheduler_step = pipe.scheduler.step
+    head = readout(bare(3, torch.float32, block_out_channels=(8, 16, 24), norm_num_groups=8))
+    with pytest.raises(ValueError, match="Wrong base for this ReadoutHead"):
+        guide(pipe, ReadoutGuidance(head, TARGET))
+    assert hooks_of(pipe.unet) == 0
+    assert pipe.scheduler.step == scheduler_step
+    other = DDIMScheduler(beta_start=0.01, beta_end=0.05)
+    with pytest.raises(ValueError, match="trained under another"):
+        guide(Denoiser(pipe.unet, other), ReadoutGuidance(readout(Denoiser.from_pipe(pipe)), TARGET))
+
+
+SPATIAL, LOOKS, PLACES = "spatial", "appearance", "correspondence"
+X0 = torch.zeros(2, 16, 24)
+PAIR = [((0, 0), (1, 1))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "what"),
+    [
+        (SPATIAL, {}, "needs target"),
+        (SPATIAL, {"target": TARGET, "reference": X0}, "takes no reference; it takes mask, target"),
+        (SPATIAL, {"target": TARGET, "pooled": True}, "takes no pooled"),
+        (SPATIAL, {"target": 100 * TARGET}, r"spans -80 to 80; this head's labels lie in \[-1, 1\]"),
+        (SPATIAL, {"target": torch.zeros(3, 8, 8)}, r"\(1, H, W\) or \(B, 1, H, W\); got \(3, 8, 8\)"),
+        (SPATIAL, {"target": torch.zeros(8)}, r"got \(8,\)"),
+        (SPATIAL, {"target": torch.full((4, 4), torch.nan)}, "not finite"),
+        (SPATIAL, {"target": TARGET, "mask": torch.zeros(4, 4)}, "0 everywhere"),
+        (SPATIAL, {"target": TARGET, "mask": 2 * torch.ones(4, 4)}, r"lie in \[0, 1\]"),
+        (SPATIAL, {"target": TARGET, "mask": torch.ones(4)}, r"got \(4,\)"),
+        (SPATIAL, {"target": TARGET, "update": "adam"}, "latent_adam"),
+        (SPATIAL, {"target": TARGET, "scale": math.inf}, "finite"),
+        (LOOKS, {}, "needs reference or reference_row"),
+        (LOOKS, {"reference": X0, "reference_row": 0}, "not both"),
+        (LOOKS, {"reference": X0[0]}, r"\(C, h, w\)"),
+        (LOOKS, {"reference_row": -1}, "from 0; got -1"),
+        (LOOKS, {"reference": X0, "target": TARGET}, "takes no target"),
+        (LOOKS, {"reference": X0, "boxes": ((0, 0, 1, 1), (2, 2, 2, 3))}, "top < bottom"),
+        (LOOKS, {"reference": X0, "boxes": ((0, 0, 1, 1), (0, 0, 0.5, 1))}, "whole pixels"),
+        (LOOKS, {"reference": X0, "boxes": ((0, 0, 1, 1),)}, "must be two"),
+        (LOOKS, {"reference": X0, "pooled": True, "mask": torch.ones(4, 4)}, "without boxes and pooled"),
+        (PLACES, {"reference": X0}, "needs points"),
+        (PLACES, {"reference": X0, "points": []}, "pairs"),
+        (PLACES, {"reference": X0, "points": [((0, 0), (1, -1))]}, "from 0"),
+        (PLACES, {"reference": X0, "points": [((0, 0), (1.5, 1))]}, "whole pixels"),
+        (PLACES, {"reference": X0, "points": [(0, 0)]}, "A point"),
+    ],
+)
+def test_bad_settings(kind, options, what):
+    head = readout(bare(dtype=torch.float32), kind)
+    with pytest.raises(ValueError, match=what):
+        ReadoutGuidance(head, **options)
+
+
+def test_no_head_on_maps():
+    with pytest.raises(TypeError, match="ReadoutHead.from_pretrained"):
+        ReadoutGuidance(LinearHead(2, 3), TARGET)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "what"),
+    [
+        (SPATIAL, {"target": torch.zeros(3, 1, 8, 8)}, "target has 3 rows for 2 samples"),
+        (SPATIAL, {"target": TARGET, "mask": torch.ones(3, 8, 8)}, "mask has 3 rows"),
+        (LOOKS, {"reference": torch.zeros(3, 16, 24)}, "denoiser.encode"),
+        (LOOKS, {"reference": torch.zeros(3, 2, 16, 24)}, "one for all samples, or one each"),
+        (LOOKS, {"reference_row": 2}, "batch of 2"),
+        (LOOKS, {"reference": X0, "boxes": ((0, 0, 1, 1), (0, 0, 17, 2))}, "16 x 24"),
+        (PLACES, {"reference": X0, "points": [*PAIR, ((0, 24), (16, 0))]}, r"\[\(0, 24\), \(16, 0\)\].* 16 x 24"),
+    ],
+)
+def test_what_does_not_fit_the_call(kind, options, what):
+    denoiser = bare()
+    config = ReadoutGuidance(readout(denoiser, kind), **options)
+    with torch.no_grad(), guide(denoiser, config, scheduler=stepped(denoiser)), pytest.raises(ValueError, match=what):
+        denoiser.model(normal(2, 2, 16, 24), AT)
+    assert hooks_of(denoiser.model) == 0
+
+
+def test_settings_are_changed_by_making_others():
+    head = readout(bare(dtype=torch.float32))
+    config = ReadoutGuidance(head, TARGET, mask=torch.ones(2, 4, 4), interval=(NoiseLevel(nsr=0.1), NoiseLevel(nsr=2)))
+    other = config.replace(scale=0.5)
+    assert (other.scale, config.scale) == (0.5, 0.02)
+    assert torch.equal(other.target, config.target)
+    assert torch.equal(other.mask, config.mask)
+    assert config.kind == "spatial"
