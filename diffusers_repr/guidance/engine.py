@@ -82,7 +82,7 @@ class Engine:
         self._executor.install(stack)
         self._tape.install(stack)
         stack.callback(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        hook = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        hook = self.model.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
         stack.callback(hook.remove)
         stack.callback(self._recover)
 
@@ -115,8 +115,16 @@ class Engine:
         for term in self.terms:
             term.starts()
 
-    def judge(self) -> None:
-        """Raise RuntimeError if a guidance acted at no step of the run."""
+    def judge(self, *, finished: bool) -> None:
+        """Raise RuntimeError if a guidance acted at no step of the run.
+
+        Args:
+            finished: Whether the run is known to have reached its end; else the scheduler's last step tells.
+        """
+        self._recover()
+        levels, times = self.record.levels, getattr(self.scheduler, "timesteps", None)
+        if not finished and levels and times is not None and float(times[-1]) != float(levels[-1].timestep):
+            self.record.levels = []
         cfg = [] if self.cfg is None or self.cfg.config.scale == 1 else [self.cfg]
         self.record.judge([*self.terms, *cfg])
 

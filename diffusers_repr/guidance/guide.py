@@ -139,31 +139,34 @@ class GuidanceHandle(SchedulerWatcher):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._remove(judge=kind is None)
-        if kind is None and not self.stats.calls and (self._engine.terms or self._engine.cfg):
+        was_on = self._on
+        self._end()
+        if kind is not None:
+            return
+        if was_on:
+            self._judge(finished=True)
+        if not self.stats.calls and (self._engine.terms or self._engine.cfg):
             raise RuntimeError(
                 "Nothing was guided: the network was not called inside the block (or called by `model.forward`, which "
                 "no hook sees)."
             )
 
     def remove(self) -> None:
-        """End the guidance; everything is as before. Judges the last run as `guide` says."""
-        self._remove(judge=True)
+        """End the guidance; everything is as before. Judges the last run as `guide` says, if it came to its end."""
+        if self._on:
+            self._end()
+            self._judge(finished=False)
 
-    def _remove(self, judge: bool) -> None:
-        if not self._on:
-            return
+    def _end(self) -> None:
         self._on = False
         self._stack.close()
-        if judge:
-            self._judge()
 
-    def _judge(self) -> None:
+    def _judge(self, *, finished: bool) -> None:
         for label in self._engine.record.without_effect():
             if label not in self._warned:
                 self._warned.add(label)
                 warnings.warn(f"{label} changed nothing in a whole run: its correction was zero.", stacklevel=4)
-        self._engine.judge()
+        self._engine.judge(finished=finished)
 
     def __repr__(self) -> str:
         names = [term.label for term in self._engine.terms] + (["CFG"] if self._engine.cfg else [])
@@ -177,8 +180,9 @@ class GuidanceHandle(SchedulerWatcher):
         caller = calling_pipeline(self._engine.model)  # may be another one that has the same network
         scheduler = (self._pipe if caller is None else caller).scheduler
         if scheduler is not self._engine.scheduler:
+            self._judge(finished=False)
             self._follow(scheduler)
-            self.before_run()
+            self._engine.new_run()
 
     def _follow(self, scheduler: Any) -> None:
         schedule = self._engine.denoiser.schedule if self._pipe is None else NoiseSchedule.from_scheduler(scheduler)
@@ -188,7 +192,7 @@ class GuidanceHandle(SchedulerWatcher):
 
     def before_run(self) -> None:
         """A sampling run begins; the last one is judged."""
-        self._judge()
+        self._judge(finished=False)
         self._engine.new_run()
 
     def before_step(self, arguments: dict[str, Any]) -> dict[str, Any]:

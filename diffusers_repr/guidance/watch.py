@@ -116,4 +116,4 @@ def _reduce_plain(cls: type) -> Callable[..., Any]:
 
 
 def _new(cls: type) -> Any:
-    return cls.__new__(cls)
+    return object.__new__(cls)
