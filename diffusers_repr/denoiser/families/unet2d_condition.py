@@ -22,9 +22,10 @@ class UNet2DConditionFamily(Family):
         """Where the forward adds nothing to a part of the image that has not joined: ControlNet, T2I adapters."""
         if all(unit.startswith("up_blocks") for unit in units):
             return True
-        if inputs.get("down_intrablock_additional_residuals") is not None:
-            return False
         residuals = inputs.get("down_block_additional_residuals") is not None
+        alone = residuals and inputs.get("mid_block_additional_residual") is None  # read as an adapter's
+        if alone or inputs.get("down_intrablock_additional_residuals") is not None:
+            return False
         return not (residuals and any(unit.startswith("down_blocks") for unit in units))
 
     def late_inputs(self, units: Collection[str]) -> tuple[str, ...]:
