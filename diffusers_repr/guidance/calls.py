@@ -165,10 +165,20 @@ def refuse_own_guidance(pipe: Any) -> None:
         raise ValueError(f"{name} has more than a conditional and a null lane; use the plain pipeline and guide that.")
 
 
-def check_seen(pipe: Any, model: nn.Module) -> None:
-    """Raise RuntimeError if the pipeline's network is not the one that is guided, or ignores hooks."""
-    gone = component_of(pipe, model) is None
-    if gone or getattr(model, "_compiled_call_impl", None) is not None:
+def check_seen(pipe: Any, model: nn.Module, *, called: bool) -> None:
+    """Raise RuntimeError if the pipeline's network is not the one that is guided, or was compiled since.
+
+    Args:
+        pipe: The pipeline.
+        model: What is guided.
+        called: Whether it has been called for this step.
+    """
+    name = component_of(pipe, model)
+    gone = name is None and not called
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or (
+        name is not None and getattr(pipe, name) is not model
+    )
+    if gone or compiled:
         why = "has another network than was guided" if gone else "compiled its network after it was guided"
         raise RuntimeError(
             f"{type(pipe).__name__} {why}, and nothing would be guided. Remove the guidance (handle.remove()) before "

@@ -130,8 +130,8 @@ class Engine:
 
     def step_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the scheduler's step gets instead: latents that a guidance moved, CFG's own prediction."""
-        if self._between.first is None and self.pipe is not None:
-            check_seen(self.pipe, self.model)
+        if self.pipe is not None:
+            check_seen(self.pipe, self.model, called=self._between.first is not None)
         if self.cfg is not None and self._between.waits:
             self._abandon()
             raise ValueError(self.cfg.needs_null(self.pipe))

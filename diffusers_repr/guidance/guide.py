@@ -56,12 +56,7 @@ def guide(
         RuntimeError: For a compiled network; and at the end of a run, if a guidance acted at none of its steps.
     """
     denoiser, pipe = (target, None) if isinstance(target, Denoiser) else (_denoiser(target), target)
-    configs = [guidance] if isinstance(guidance, Guidance) else list(guidance)
-    if not configs:
-        raise ValueError("No guidance was given: guide(pipe, [PAG(3.0)]).")
-    wrong = next((config for config in configs if not isinstance(config, Guidance)), None)
-    if wrong is not None:
-        raise TypeError(f"A guidance is a config such as PAG(3.0); got {wrong!r} ({type(wrong).__name__}).")
+    configs = _configs(guidance)
     cfg_given = any(isinstance(config, CFG) for config in configs)
     if pipe is None and null is not None and not cfg_given:
         raise ValueError("null= is the null condition of CFG, and no CFG was given.")
@@ -198,6 +193,27 @@ class GuidanceHandle(SchedulerWatcher):
     def before_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the scheduler's step gets instead."""
         return self._engine.step_arguments(arguments)
+
+
+def is_guided(model: nn.Module) -> bool:
+    """Whether `guide` acts on a network."""
+    return model in _GUIDED
+
+
+def _configs(guidance: Any) -> list[Guidance]:
+    if isinstance(guidance, Guidance):
+        return [guidance]
+    if isinstance(guidance, str) or not isinstance(guidance, Sequence):
+        raise TypeError(
+            "A guidance is a config such as PAG(3.0), or a list of them; "
+            f"got {guidance!r} ({type(guidance).__name__})."
+        )
+    for config in guidance:
+        if not isinstance(config, Guidance):
+            raise TypeError(f"A guidance is a config such as PAG(3.0); got {config!r} ({type(config).__name__}).")
+    if not guidance:
+        raise ValueError("No guidance was given: guide(pipe, [PAG(3.0)]).")
+    return list(guidance)
 
 
 def _denoiser(target: Any) -> Denoiser:

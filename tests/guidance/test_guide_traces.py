@@ -295,8 +295,6 @@ def offload_and_run(name, pipe, kind, guidance, scale):
 @pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
 @pytest.mark.parametrize("name", ["sd", "flux", "pixart"])
 def test_offloaded_networks(name, kind):
-    if name == "pixart" and kind == "block_level":
-        pytest.skip("its weights outside of blocks are not brought in by diffusers")
     pipe = build(name)
     scale = own_scales(pipe)[-1]
     guidance = [
