@@ -48,6 +48,13 @@ class DepthGuidance(Guidance):
     Raises:
         TypeError: For heads that are none on maps, and a prior that is no `Denoiser`.
         ValueError: If neither part is there, or a weight is negative.
+
+    Example:
+        >>> from diffusers_repr.heads import DepthHead
+        >>> strong = DepthHead(["up_blocks.0.resnets.0", "up_blocks.1.resnets.0"], [16, 8], hidden=(8,))
+        >>> weak = DepthHead(["up_blocks.1.resnets.0"], [8], hidden=(8,))
+        >>> DepthGuidance(strong, weak, scale=50.0, interval=(0, 800)).consistent
+        True
     """
 
     strong: MapHead = field(repr=False)

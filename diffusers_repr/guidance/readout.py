@@ -79,6 +79,13 @@ class ReadoutGuidance(Guidance):
     Raises:
         TypeError: If `head` is no head on maps.
         ValueError: For what its kind does not take or lacks, and values out of range.
+
+    Example:
+        >>> from diffusers_repr.heads import ReadoutHead
+        >>> small = {"width": 8, "bottleneck": 4, "output_widths": (4, 4), "time_width": 8}
+        >>> head = ReadoutHead(["up_blocks.0.resnets.0.conv2"], [16], **small)
+        >>> ReadoutGuidance(head, torch.zeros(16, 24), interval=(500, 999)).update
+        'latent_sign'
     """
 
     head: MapHead = field(repr=False)
