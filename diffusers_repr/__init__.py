@@ -42,6 +42,7 @@ _PUBLIC = {
     "attention_maps": "diffusers_repr.features.attention",
     "attention_memory": "diffusers_repr.capture",
     "capture_attention": "diffusers_repr.capture",
+    "describe": "diffusers_repr.guidance",
     "fit_head": "diffusers_repr.heads",
     "guide": "diffusers_repr.guidance",
     "list_layers": "diffusers_repr.denoiser",

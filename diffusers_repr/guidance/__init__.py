@@ -5,6 +5,7 @@ from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.classifier import ClassifierGuidance
 from diffusers_repr.guidance.depth import DepthGuidance
+from diffusers_repr.guidance.describe import GuidanceDescription, MethodDescription, describe
 from diffusers_repr.guidance.energy import EnergyGuidance
 from diffusers_repr.guidance.guide import GuidanceHandle, guide
 from diffusers_repr.guidance.pag import PAG
@@ -24,11 +25,14 @@ __all__ = [
     "Drop",
     "EnergyGuidance",
     "Guidance",
+    "GuidanceDescription",
     "GuidanceHandle",
     "GuidanceStats",
     "Identity",
     "Mask",
+    "MethodDescription",
     "ReadoutGuidance",
     "StepStats",
+    "describe",
     "guide",
 ]
