@@ -95,7 +95,7 @@ def run(name, pipe, scale, seed=0, **extra):
     if "class_labels" in call:
         call["class_labels"] = [call["class_labels"], 3]
     if "flux" in name:
-        call.update(true_cfg_scale=scale, negative_prompt="bad")
+        call.update(true_cfg_scale=scale, negative_prompt=extra.get("negative_prompt", "bad"))
     else:
         call["guidance_scale"] = scale
     if name in ("pixart", "sana"):
@@ -116,6 +116,20 @@ def test_replaces_the_pipelines_own(name):
     assert (run(name, pipe, 1.5) - expected).abs().max() > 1e-5
     assert handle.stats.lanes == 6
     assert handle.stats.passes == (6 if "flux" in name else 3)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart", "sana", "flux"])
+def test_several_prompts_and_images_of_each(name):
+    pipe = build(name)
+    extra = {"prompt": ["a cat", "a dog"], "num_images_per_prompt": 2}
+    if name == "flux":
+        extra["negative_prompt"] = ["bad", "worse"]
+    expected = run(name, pipe, 4.0, **extra)
+    with guide(pipe, CFG(4.0)) as handle:
+        found = run(name, pipe, 1.5, **extra)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
+    assert len(found) == 4
+    assert handle.stats.lanes == 6
 
 
 @pytest.mark.parametrize("name", GUIDED)

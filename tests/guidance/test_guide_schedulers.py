@@ -19,6 +19,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -180,6 +181,29 @@ def test_from_an_image_on(kind, scheduler):
     assert max(times) < 700
     with guide(pipe, PAG(3.0)):
         assert (run(1.5) - run(1.0)).abs().max() > 0
+
+
+def test_a_run_that_ends_before_the_last_step_and_one_that_goes_on():
+    """The two models of SDXL's ensemble."""
+    base = build("sdxl")
+    refiner = StableDiffusionXLImg2ImgPipeline(**base.components)
+    refiner.set_progress_bar_config(disable=True)
+    shared = {"prompt": "a cat", "num_inference_steps": 10, "output_type": "latent"}
+
+    def run(scale):
+        generator = torch.Generator().manual_seed(0)
+        half = base(**shared, guidance_scale=scale, denoising_end=0.6, height=32, width=32, generator=generator)
+        whole = refiner(
+            **shared, guidance_scale=scale, denoising_start=0.6, image=half.images, strength=0.3, generator=generator
+        )
+        return half.images, whole.images
+
+    expected = run(5.0)
+    handle = guide(base, CFG(5.0))
+    for found, wanted in zip(run(1.5), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    assert len(handle.stats.steps) == 4
+    handle.remove()
 
 
 # The scheduler stays what it is
