@@ -52,7 +52,7 @@ class EnergyGuidance(Guidance):
     Example:
         >>> def darker(features, x0, condition):
         ...     return x0.square().mean((1, 2, 3))
-        >>> EnergyGuidance(darker, scale=20.0, interval=(200, 1000)).update
+        >>> EnergyGuidance(darker, scale=20.0, interval=(200, 900)).update
         'eps'
     """
 

@@ -1,0 +1,227 @@
+"""What guidance does to samples of a class-conditional digit model: Fréchet distance and class accuracy by scale.
+
+    python examples/guidance_digits.py --output_dir outputs/guidance
+    python examples/guidance_digits.py --output_dir outputs/guidance --seeds 0 --num_samples 500 --rows none "PAG(1.0)"
+
+Each row samples the same number of images of each digit from the same noise as every other row of its seed. A row that
+is done is not done again: several processes may share a folder, each with its own seeds. Writes `rows.jsonl`,
+`report.md`, `scales.png` and a picture for each method.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
+from digits_metrics import DigitsJudge
+from PIL import Image
+from torch import Tensor
+
+from diffusers_repr import CFG, PAG, SAG, AutoGuidance, ClassifierGuidance, EnergyGuidance, guide
+from diffusers_repr import NoisyClassifier
+
+MODELS = Path(__file__).parent / "models"
+CLASSES = 10
+ATTENTION = "up_blocks.0.*"  # the two blocks at 4x4; the default, the middle one alone, changes little here
+
+
+def pag(scale: float) -> PAG:
+    return PAG(scale, layers=ATTENTION)
+
+
+# Name of a row -> its guidance. CFG takes the place of the pipeline's own, which is on where CFG is given.
+BY_CLASS: dict[str, tuple] = {
+    "none": (),
+    **{f"CFG({s})": (CFG(s),) for s in (1.5, 2.0, 3.0)},
+    **{f"PAG({s})": (pag(s),) for s in (0.5, 1.0, 2.0)},
+    **{f"SAG({s})": (SAG(s),) for s in (0.1, 0.5)},
+    "CFG(1.5) + PAG(0.5)": (CFG(1.5), pag(0.5)),
+    "CFG(1.5) + SAG(0.1)": (CFG(1.5), SAG(0.1)),
+    "PAG(0.5) + SAG(0.1)": (pag(0.5), SAG(0.1)),
+    "CFG(1.5) + PAG(0.5) + SAG(0.1)": (CFG(1.5), pag(0.5), SAG(0.1)),
+}
+WITHOUT_CLASS: dict[str, tuple] = {
+    "no class: none": (),
+    "no class: PAG(0.5)": (pag(0.5),),
+    "no class: SAG(0.1)": (SAG(0.1),),
+    "no class: PAG(0.5) + SAG(0.1)": (pag(0.5), SAG(0.1)),
+}
+ROWS = BY_CLASS | WITHOUT_CLASS
+
+
+def load(folder: Path) -> GuidedUnconditionalPipeline:
+    pipe = GuidedUnconditionalPipeline.from_pretrained(folder)
+    # The models' own DDPM schedulers take a thousand steps.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(
+    pipe: GuidedUnconditionalPipeline, guidance: Sequence, labels: Tensor | None, noise: Tensor, steps: int
+) -> Tensor:
+    """Images (N, 1, 8, 8) in [0, 1]."""
+    own = 2.0 if any(isinstance(config, CFG) for config in guidance) else 1.0
+    call = {} if labels is None else {"class_labels": labels, "guidance_scale": own}
+    with guide(pipe, list(guidance)) if guidance else nullcontext():
+        return pipe(latents=noise, num_inference_steps=steps, output_type="pt", **call).images
+
+
+def run_row(pipe, judge: DigitsJudge, name: str, seed: int, count: int, steps: int, batch: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    images, start = [], time.perf_counter()
+    for chunk in labels.split(batch):
+        noise = torch.randn(len(chunk), 1, 8, 8, generator=generator)
+        images.append(sample(pipe, ROWS[name], chunk if name in BY_CLASS else None, noise, steps))
+    found = torch.cat(images).float()
+    return {
+        "row": name,
+        "seed": seed,
+        "num_samples": count,
+        "num_inference_steps": steps,
+        "frechet_distance": judge.frechet_distance(found, "augmented"),
+        "frechet_distance_unaugmented": judge.frechet_distance(found, "train"),
+        "accuracy": judge.accuracy(found, labels) if name in BY_CLASS else None,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(rows: list[dict], floor: Mapping[str, float], names: Sequence[str]) -> str:
+    """Mean and range over the seeds, in the order of `ROWS`."""
+    lines = ["| guidance | Fréchet distance | to the images as they are | class accuracy | seeds |"]
+    lines.append("|---|---|---|---|---|")
+    for name in names:
+        own = [row for row in rows if row["row"] == name]
+        if not own:
+            continue
+        cells = []
+        for key, form in (("frechet_distance", ".3f"), ("frechet_distance_unaugmented", ".3f"), ("accuracy", ".4f")):
+            values = [row[key] for row in own]
+            if None in values:
+                cells.append("")
+                continue
+            cells.append(f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})")
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(own)} |")
+    lines.append(f"| *real digits not trained on* | *{floor['augmented']:.3f}* | *{floor['train']:.3f}* | "
+                 f"*{floor['accuracy']:.4f}* | |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    keys = (("frechet_distance", "Fréchet distance (lower is better)"), ("accuracy", "class accuracy of samples"))
+    for axis, (key, title) in zip(panels, keys, strict=True):
+        for method, off in (("CFG", 1.0), ("PAG", 0.0), ("SAG", 0.0)):
+            points = {off: [row[key] for row in rows if row["row"] == "none"]}
+            for name in ROWS:
+                if name.startswith(method + "(") and "+" not in name:
+                    points[float(name[4:-1])] = [row[key] for row in rows if row["row"] == name]
+            points = {scale - off: values for scale, values in points.items() if values}
+            means = [statistics.mean(values) for values in points.values()]
+            below = [mean - min(values) for mean, values in zip(means, points.values(), strict=True)]
+            above = [max(values) - mean for mean, values in zip(means, points.values(), strict=True)]
+            label = f"{method}(1 + x)" if off else f"{method}(x)"
+            axis.errorbar(list(points), means, [below, above], marker="o", capsize=3, label=label)
+        axis.set(xlabel="weight of the term, x", title=title)
+        axis.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def grid(images: Tensor, scale: int = 6, columns: int = CLASSES) -> Image.Image:
+    rows = [torch.cat(list(row), dim=-1) for row in images.clamp(0, 1).split(columns)]
+    pixels = (torch.cat(rows, dim=-2)[0] * 255).round().to(torch.uint8).numpy()
+    image = Image.fromarray(pixels, "L")
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def less_ink(features, x0: Tensor, condition) -> Tensor:
+    return x0.clamp(-1, 1).mean(dim=(1, 2, 3))
+
+
+def pictures(folder: Path, pipe, weaker: UNet2DModel | None, steps: int) -> None:
+    """Two samples of each digit, all methods from the same noise."""
+    labels = torch.arange(2 * CLASSES) % CLASSES
+    noise = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    shown: dict[str, tuple] = {
+        "none": (),
+        "cfg": (CFG(3.0),),
+        "pag": (pag(2.0),),
+        "sag": (SAG(1.0),),
+        "energy": (EnergyGuidance(less_ink, scale=20.0),),
+    }
+    if weaker is not None:
+        shown["auto"] = (AutoGuidance(weaker, scale=1.0),)
+    for name, guidance in shown.items():
+        grid(sample(pipe, guidance, labels, noise, steps)).save(folder / f"{name}.png")
+    plain = load(MODELS / "digits-ddpm")
+    classifier = NoisyClassifier.from_pretrained(MODELS / "digits-classifier")
+    guidance = (ClassifierGuidance(classifier, labels.tolist(), scale=1.0),)
+    grid(sample(plain, guidance, None, noise, steps)).save(folder / "classifier.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/guidance"))
+    parser.add_argument("--model", type=Path, default=MODELS / "digits-class-ddim", help="pipeline folder")
+    parser.add_argument("--weaker", type=Path, help="folder of a weaker network (UNet2DModel), for AutoGuidance")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--num_samples", type=int, default=5000, help="of each row and seed")
+    parser.add_argument("--num_inference_steps", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=125)
+    args = parser.parse_args()
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pipe, judge, path = load(args.model), DigitsJudge.train(seed=0), args.output_dir / "rows.jsonl"
+    for seed in args.seeds:
+        for name in args.rows:
+            setting = {"row": name, "seed": seed, "num_samples": args.num_samples,
+                       "num_inference_steps": args.num_inference_steps}  # fmt: skip
+            if any(setting.items() <= row.items() for row in read_rows(path)):
+                continue
+            row = run_row(pipe, judge, name, seed, args.num_samples, args.num_inference_steps, args.batch_size)
+            with path.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    weaker = UNet2DModel.from_pretrained(args.weaker).eval() if args.weaker else None
+    report(args.output_dir, judge, args.num_samples, args.num_inference_steps)
+    pictures(args.output_dir, pipe, weaker, args.num_inference_steps)
+
+
+def report(folder: Path, judge: DigitsJudge, count: int, steps: int) -> None:
+    from digits_metrics import real_digits
+
+    same = {"num_samples": count, "num_inference_steps": steps}
+    rows = [row for row in read_rows(folder / "rows.jsonl") if same.items() <= row.items()]
+    images, labels = real_digits("validation", "test")
+    floor: dict[str, float] = {name: judge.frechet_distance(images, name) for name in ("augmented", "train")}
+    floor["accuracy"] = judge.accuracy(images, labels)
+    text = (
+        f"{count} samples a row and seed, DDIM, {steps} steps; mean (lowest to highest) over the seeds. The distance "
+        "is between Gaussians fitted to the 64 features of a classifier of the training digits: to these digits under "
+        "the augmentation that the model was trained with, and to the digits as they are.\n\n"
+    )
+    (folder / "report.md").write_text(text + table(rows, floor, list(ROWS)) + "\n")
+    plot(rows, folder / "scales.png")
+    print(table(rows, floor, list(ROWS)))
+
+
+if __name__ == "__main__":
+    main()
