@@ -53,7 +53,8 @@ def resolve_layers(
         TypeError: For a layer that is no string.
         ValueError: For a pattern that matches nothing, or nothing but cross-attention; names candidates.
     """
-    patterns = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Sequence) else [layers]
+    several = isinstance(layers, Sequence) and not isinstance(layers, str | bytes)
+    patterns = list(layers) if several else [layers]
     known = [path for path, _ in model.named_modules() if path]
     candidates = list(allowed(model))
     found: dict[str, None] = {}

@@ -61,6 +61,9 @@ def describe(target: Any) -> GuidanceDescription:
     Args:
         target: A pipeline, or a `Denoiser`.
 
+    Raises:
+        TypeError: For what is neither.
+
     Example:
         >>> from diffusers import DDPMScheduler, UNet2DModel
         >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8,
@@ -68,6 +71,8 @@ def describe(target: Any) -> GuidanceDescription:
         >>> describe(Denoiser(unet, DDPMScheduler())).methods[1].layers
         ('mid_block.attentions.0',)
     """
+    if not isinstance(target, Denoiser) and not hasattr(target, "components"):
+        raise TypeError(f"describe takes a diffusers pipeline or a Denoiser; got {type(target).__name__}.")
     denoiser = target if isinstance(target, Denoiser) else Denoiser.from_pipe(target)
     methods = [
         MethodDescription("CFG", CFG().scale, (), "in place of the pipeline's own guidance_scale"),
@@ -77,9 +82,7 @@ def describe(target: Any) -> GuidanceDescription:
     return GuidanceDescription(type(denoiser.model).__name__, tuple(methods), tuple(self_attentions(denoiser.model)))
 
 
-def _method(
-    denoiser: Denoiser, config: Guidance, default: Callable[[Denoiser], LayerDefault]
-) -> MethodDescription:
+def _method(denoiser: Denoiser, config: Guidance, default: Callable[[Denoiser], LayerDefault]) -> MethodDescription:
     name = type(config).__name__
     try:
         config.bind(denoiser)

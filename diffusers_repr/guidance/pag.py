@@ -13,7 +13,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import Guidance, Term
 from diffusers_repr.guidance.defaults import pag_layers, resolve_layers
 from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, Perturbation, perturbed
-from diffusers_repr.guidance.projections import check_supported, named_arguments
+from diffusers_repr.guidance.projections import Kind, Needs, check_supported, kind_of, named_arguments
 from diffusers_repr.guidance.step import GuidedStep
 
 _BY_NAME: Mapping[str, type] = {"identity": Identity, "drop": Drop, "blur": Blur, "mask": Mask}
@@ -31,7 +31,7 @@ class PAG(Guidance):
         layers: Self-attention modules by exact path or whole-path pattern (`*` does not stop at dots); None takes the
             default of the architecture (`describe(pipe)`).
         perturbation: `identity` (the paper), `drop` (nothing attended), `blur` (queries smoothed over the image: SEG,
-            arXiv 2408.00760), `mask` (a fixed random share of the pairs cut), or a `Blur(...)` or `Mask(...)` of yours.
+            arXiv 2408.00760), `mask` (a fixed random share of the pairs cut), or a `Blur(...)`, `Mask(...)`.
 
     Example:
         >>> PAG(4.0, layers="mid_block.*", interval=(200, 900)).scale
@@ -44,8 +44,11 @@ class PAG(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        known = ", ".join(_BY_NAME)
+        if not isinstance(self.perturbation, str | Perturbation):
+            raise TypeError(f"perturbation is one of {known}, or a Blur or Mask; got {self.perturbation!r}.")
         if isinstance(self.perturbation, str) and self.perturbation not in _BY_NAME:
-            raise ValueError(f"perturbation={self.perturbation!r}; it is one of {', '.join(_BY_NAME)}.")
+            raise ValueError(f"perturbation={self.perturbation!r}; it is one of {known}.")
 
     def bind(self, denoiser: Denoiser) -> PAGTerm:
         """Ready for a model.
@@ -65,7 +68,7 @@ class PAGTerm(Term):
         self.layers = pag_layers(denoiser).layers if config.layers is None else resolve_layers(model, config.layers)
         named = config.perturbation
         self.perturbation: Any = _BY_NAME[named]() if isinstance(named, str) else named
-        needs = "values" if isinstance(self.perturbation, Identity | Drop) else "queries"
+        needs: Needs = "values" if isinstance(self.perturbation, Identity | Drop) else "queries"
         for path in self.layers:
             check_supported(model.get_submodule(path), path, needs)
         self.lane = Lane(self.key, {path: self._of(path) for path in self.layers})
@@ -77,8 +80,9 @@ class PAGTerm(Term):
             if hidden.ndim == 4:
                 return perturbed(module, arguments, self.perturbation, (hidden.shape[2], hidden.shape[3]))
             found = self.denoiser.token_grid(path, hidden.shape[1], call.size)
-            grid, text = found if found is not None else (None, 0)
-            return perturbed(module, arguments, self.perturbation, grid, text)
+            # In single-stream attention the text comes first; what else is there are images, references too.
+            text = call.inputs["encoder_hidden_states"].shape[1] if kind_of(module) is Kind.SINGLE else 0
+            return perturbed(module, arguments, self.perturbation, found[0] if found is not None else None, text)
 
         return run
 

@@ -56,26 +56,22 @@ class FluxFamily(PatchTransformerFamily):
         return inputs
 
     def output(self, config: Mapping[str, Any], raw: Any, x_t: Tensor) -> Tensor:
-        """Unpacked to `(B, C, H, W)`."""
+        """Unpacked to `(B, C, H, W)`; tokens of reference images are left out."""
         tokens = raw if isinstance(raw, Tensor) else raw[0]
-        h, w = x_t.shape[2] // 2, x_t.shape[3] // 2
-        return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h, w)), 2)
+        return _unpacked(tokens, x_t.shape[2] // 2, x_t.shape[3] // 2)
 
     def sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
-        """Unpacked to `(B, C, H, W)`, of the size that the position ids tell."""
+        """Unpacked to `(B, C, H, W)`, of the size that the position ids tell, without reference images."""
         tokens = inputs["hidden_states"][..., : int(config.get("out_channels") or config["in_channels"])]
-        h, w = _token_size(inputs["img_ids"])
-        return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h, w)), 2)
+        return _unpacked(tokens, *_token_size(inputs["img_ids"]))
 
     def with_sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
-        """Packed; further channels of the tokens (inpainting) stay."""
-        tokens = functional.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
-        extra = inputs["hidden_states"][..., tokens.shape[2] :]
-        return {**inputs, "hidden_states": torch.cat([tokens, extra], 2) if extra.shape[2] else tokens}
+        """Packed; further channels of the tokens (inpainting) and tokens of reference images stay."""
+        return {**inputs, "hidden_states": _replaced(inputs["hidden_states"], x_t)}
 
     def with_output(self, config: Mapping[str, Any], raw: Tensor, prediction: Tensor) -> Tensor:
-        """Packed."""
-        return functional.pixel_unshuffle(prediction, 2).flatten(2).transpose(1, 2)
+        """Packed; tokens of reference images stay."""
+        return _replaced(raw, prediction)
 
     def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
         """Times 1000."""
@@ -109,9 +105,25 @@ class FluxFamily(PatchTransformerFamily):
 
 
 def _token_size(ids: Tensor) -> tuple[int, int]:
-    """(height, width) of the token grid that position ids `(N, 3)` span; a reference image's ids come after it."""
-    height, width = (ids[:, 1:].amax(0) + 1).long().tolist()
+    """(height, width) of the token grid that position ids `(N, 3)` span; a reference image's have another first id."""
+    own = ids[ids[:, 0] == ids[0, 0]]
+    height, width = (own[:, 1:].amax(0) + 1).long().tolist()
     return height, width
+
+
+def _unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The map in the first tokens `(B, N, 4 C)`: `(B, C, 2 height, 2 width)`."""
+    own = tokens[:, : height * width]
+    return functional.pixel_shuffle(own.transpose(1, 2).unflatten(2, (height, width)), 2)
+
+
+def _replaced(tokens: Tensor, value: Tensor) -> Tensor:
+    """Tokens that begin with another map `(B, C, H, W)`."""
+    packed = functional.pixel_unshuffle(value, 2).flatten(2).transpose(1, 2)
+    count, width = packed.shape[1:]
+    if tokens.shape[2] > width:
+        packed = torch.cat([packed, tokens[:, :count, width:]], 2)
+    return torch.cat([packed, tokens[:, count:]], 1) if tokens.shape[1] > count else packed
 
 
 def _image_ids(height: int, width: int, device: torch.device) -> Tensor:
