@@ -73,6 +73,24 @@ class AutoGuidance(Guidance):
         """
         return AutoGuidanceTerm(self, denoiser)
 
+    def as_guider(self, cfg: Any = 1.0) -> Any:
+        """As a guider of diffusers' modular pipelines, beside classifier-free guidance of scale `cfg` (1 is off).
+
+        That the weaker model has the same noise process is not checked: a guider is not told the pipeline's.
+
+        Raises:
+            ValueError: For an interval of noise levels without timesteps: a guider is told the timestep alone.
+        """
+        from diffusers_repr.guidance.guiders import AutoGuidanceGuider, cfg_settings, timesteps
+
+        return AutoGuidanceGuider(
+            **cfg_settings(cfg),
+            weaker_model=_network(self.weaker_model),
+            auto_scale=self.scale,
+            auto_interval=timesteps(self.interval),
+            auto_adaptive=self.adaptive,
+        )
+
 
 class AutoGuidanceTerm(Term):
     """The difference between the model's prediction and the weaker one's."""

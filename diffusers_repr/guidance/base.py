@@ -58,6 +58,18 @@ class Guidance:
         """
         raise NotImplementedError
 
+    def as_guider(self, *args: Any, **kwargs: Any) -> Any:
+        """As a guider of diffusers' modular pipelines, `pipe.update_components(guider=...)`, where that is possible.
+
+        Raises:
+            NotImplementedError: For all but `CFG`, `PAG` and `AutoGuidance`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be a guider of a modular pipeline: a guider combines predictions of one "
+            "input, made without gradient; it can ask neither for a gradient nor for a pass whose input follows from "
+            "a prediction, nor can it move the latents. Use guide(pipe, ...) on a classic pipeline."
+        )
+
     def replace(self, **changes: Any) -> Any:
         """The same settings with some changed."""
         return dataclasses.replace(self, **changes)

@@ -58,6 +58,28 @@ class PAG(Guidance):
         """
         return PAGTerm(self, denoiser)
 
+    def as_guider(self, cfg: Any = 1.0) -> Any:
+        """As a guider of diffusers' modular pipelines: `pipe.update_components(guider=PAG(3.0).as_guider(cfg=5.0))`.
+
+        Its three predictions are one network call each, as the pipelines' loops have it: nothing is shared.
+
+        Args:
+            cfg: Classifier-free guidance beside it, a scale (1 is off) or a `CFG`.
+
+        Raises:
+            ValueError: For an interval of noise levels without timesteps: a guider is told the timestep alone.
+        """
+        from diffusers_repr.guidance.guiders import PAGGuider, cfg_settings, timesteps
+
+        return PAGGuider(
+            **cfg_settings(cfg),
+            pag_scale=self.scale,
+            pag_layers=self.layers,
+            perturbation=self.perturbation,
+            pag_interval=timesteps(self.interval),
+            pag_adaptive=self.adaptive,
+        )
+
 
 class PAGTerm(Term):
     """The perturbed lane, and its difference from the conditional one."""
