@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, FluxKontextPipeline, StableDiffusionPAGPipeline
 from diffusers.models.attention_processor import (
     AttnProcessor,
@@ -203,14 +204,17 @@ def test_lora_acts_in_the_perturbed_layer(name):
         without = latents(pipe, name)
         network.enable_adapters()
         assert torch.equal(latents(pipe, name), found)
+        if name == "sd":
+            half = latents(pipe, name, cross_attention_kwargs={"scale": 0.5})
     merged = build(name)
-    for path, layer in network.named_modules():
-        if hasattr(layer, "lora_A"):
-            change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-            plain = (merged.unet if name == "sd" else merged.transformer).get_submodule(path)
-            plain.weight.add_(change * layer.scaling["default"])
-    with guide(merged, PAG(3.0)):
-        close(found, latents(merged, name), 1e-4)
+    for expected in (found, half) if name == "sd" else (found,):
+        for path, layer in network.named_modules():
+            if hasattr(layer, "lora_A"):
+                change = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+                plain = (merged.unet if name == "sd" else merged.transformer).get_submodule(path)
+                plain.weight.add_(change, alpha=1.0 if expected is found else -0.5)
+        with guide(merged, PAG(3.0)):
+            close(expected, latents(merged, name), 1e-4)
     assert (found - without).abs().max() > 1e-2
 
 
@@ -314,3 +318,23 @@ def test_reference_images_are_image_tokens_too(layer):
     close(found, plain + 2 * (plain - weak))
     assert (found - plain).abs().max() > 1e-3
     assert handle.stats.steps[0].joined == layer.removesuffix(".attn")
+
+
+# Weights elsewhere
+
+
+@pytest.mark.parametrize("kind", ["sequential", "leaf_level"])
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_offloaded_weights(name, kind):
+    """Projections of the perturbed rows are called when the module's own call is over."""
+    guidance, results = [PAG(3.0), PAG(1.0, perturbation="mask")], []
+    for offloaded in (False, True):
+        pipe = build(name)
+        network = pipe.unet if name == "sd" else pipe.transformer
+        if offloaded and kind == "sequential":
+            cpu_offload(network, execution_device=torch.device("cpu"))
+        elif offloaded:
+            network.enable_group_offload(onload_device=torch.device("cpu"), offload_type=kind)
+        with guide(pipe, guidance):
+            results.append(latents(pipe, name, guidance_scale=3.5))
+    assert torch.equal(*results)
