@@ -71,11 +71,14 @@ class CallReader:
     def _lanes(self, inputs: dict[str, Any]) -> BatchLanes:
         family, config = self.denoiser.family, self.denoiser.config
         caller = calling_pipeline(self.denoiser.model)
-        if caller is not None and (self.pipe is not None or getattr(caller, "do_classifier_free_guidance", False)):
-            if self.pipe is None:
+        if caller is not None and self.pipe is None:
+            lanes = family.lanes(caller, config, inputs)
+            if lanes.null is not None or getattr(caller, "do_classifier_free_guidance", False):
                 raise ValueError(
                     f"guide was given a Denoiser, but a {type(caller).__name__} calls its network: guide(pipe, ...)."
                 )
+            return lanes
+        if caller is not None:
             refuse_own_guidance(caller)
             if getattr(caller, "do_perturbed_attention_guidance", False):
                 raise ValueError(f"{type(caller).__name__} perturbs attention by itself; call it with pag_scale=0.")
@@ -121,12 +124,15 @@ class FirstCall:
         self.samples, self.level = call.samples, call.level
         self._given, self._version = given, _version(given)
         self._x = call.x[call.batch.cond]
+        self._x_version = _version(self._x)
 
     def is_followed_by(self, call: NetworkCall, given: Tensor) -> bool:
         """Whether another call takes the same samples at the same level."""
         if call.rows != self.samples or call.level.timestep != self.level.timestep:
             return False
-        if given is self._given and _version(given) == self._version and not given.is_inference():
+        if _version(self._given) != self._version or _version(self._x) != self._x_version:
+            return False  # changed in place since
+        if given is self._given and not given.is_inference():
             return True
         return call.x.shape == self._x.shape and torch.equal(call.x, self._x)
 
@@ -184,6 +190,15 @@ def check_seen(pipe: Any, model: nn.Module, *, called: bool) -> None:
             f"{type(pipe).__name__} {why}, and nothing would be guided. Remove the guidance (handle.remove()) before "
             "a network is replaced or compiled, and guide the plain module."
         )
+
+
+def not_stepped(scheduler: Any) -> str:
+    """Message for a step that the scheduler did not make between two calls of the network."""
+    return (
+        f"The network is called again, but its {type(scheduler).__name__} was not stepped after the last call: what a "
+        "guidance did to the latents or the prediction would be lost. Step the scheduler that is guided, by its "
+        "`step`: the pipeline's own, or the one given as guide(denoiser, ..., scheduler=)."
+    )
 
 
 def null_inputs(null: Mapping[str, Any], samples: int, unbatched: Collection[str]) -> Mapping[str, Any]:

@@ -327,11 +327,13 @@ def test_a_second_call_at_a_step_is_the_null_condition_of_a_loop():
             guided = [unet(x, 750, labels).sample for labels in (cond, null)]
             scheduler.step(guided[0], 750, x)
             other = unet(noise(2, 3, 16, 16, seed=1), 500, cond).sample
-            again = unet(noise(2, 3, 16, 16, seed=2), 500, cond).sample  # other samples: no second call
+            y = noise(2, 3, 16, 16, seed=2)  # other samples: no second call
+            again = unet(y, 500, cond).sample
+            unet(y.add_(1), 500, cond)
     change = guided[0] - plain[0]
     assert change.abs().max() > 1e-4
     torch.testing.assert_close(guided[1] - plain[1], change, rtol=1e-4, atol=1e-6)
-    assert [step.lanes for step in handle.stats.steps] == [2, 1, 2, 2]
+    assert [step.lanes for step in handle.stats.steps] == [2, 1, 2, 2, 2]
     assert not torch.equal(other, again)
 
 

@@ -254,6 +254,9 @@ def test_a_copy_of_a_guided_scheduler_is_a_plain_one(how):
         handle._engine.step_arguments = lambda arguments: held.append(1) or arguments
         twin = how(pipe.scheduler)
         assert type(twin) is DDIMScheduler
+        other = type(pipe.scheduler).from_config(pipe.scheduler.config)  # as users make one from another
+        other.set_timesteps(7)
+        other.step(state, other.timesteps[0], state)
         twin.set_timesteps(7)
         assert len(pipe.scheduler.timesteps) == 4
         twin.step(state, twin.timesteps[0], state)
