@@ -164,8 +164,8 @@ class Executor:
             for key, (where, function) in self.taps.items():
                 if where == path and key in self._tapped:
                     own = slice(0, self._rows)
-                    rows = [take_rows(part, total, own, self.unbatched) for part in (args, kwargs)]
-                    call.taps[key] = function(module, *rows, call)
+                    own_args, own_kwargs = (take_rows(part, total, own, self.unbatched) for part in (args, kwargs))
+                    call.taps[key] = function(module, own_args, own_kwargs, call)
             changes = [(lane, rows) for lane, rows in self._lane_rows() if path in lane.modules]
             if not changes:
                 return None
