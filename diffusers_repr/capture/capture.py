@@ -45,6 +45,7 @@ class Tape:
         self.features: dict[str, Any] = {}
         self.calls = 0
         self._versions: list[tuple[str, Tensor, int]] = []
+        self._model: nn.Module | None = None  # while its block is open
 
     def __getitem__(self, layer: str) -> Any:
         if layer not in self.features:
@@ -177,6 +178,7 @@ def recording(tape: Tape, model: nn.Module) -> Iterator[ExitStack]:
     """
     tapes = _OPEN.__dict__.setdefault("tapes", [])
     tapes.append(tape)
+    tape._model = model
     try:
         with ExitStack() as hooks:
             handle = model.register_forward_pre_hook(lambda module, args: tape._begin(), prepend=True)
@@ -191,6 +193,7 @@ def recording(tape: Tape, model: nn.Module) -> Iterator[ExitStack]:
         tape._check()
     finally:
         tapes.remove(tape)
+        tape._model = None
 
 
 def _unfinished(module: nn.Module, args: Any, output: Any) -> None:
@@ -231,10 +234,15 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def is_breaking_off() -> bool:
-    """Whether a forward made now is left by `capture` before its end, so that nobody gets its output."""
-    tapes = getattr(_OPEN, "tapes", [])
-    return bool(tapes) and all(tape.stop_early for tape in tapes)
+def is_breaking_off(model: nn.Module) -> bool:
+    """Whether a forward of `model` made now is left by `capture` before its end, so that nobody gets its output."""
+    tapes: list[Tape] = getattr(_OPEN, "tapes", [])
+    own = [tape for tape in tapes if tape._model is not None and _share_modules(model, tape._model)]
+    return bool(own) and all(tape.stop_early and (tape in own or tape.complete) for tape in tapes)
+
+
+def _share_modules(one: nn.Module, other: nn.Module) -> bool:
+    return any(part is one for part in other.modules()) or any(part is other for part in one.modules())
 
 
 def refuse_compiled(

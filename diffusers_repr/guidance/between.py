@@ -39,6 +39,11 @@ class Between:
         self.shift = shift if self.shift is None else self.shift + shift
         self.moved = self.shift / scale
 
+    @property
+    def pending(self) -> bool:
+        """Whether the scheduler's step has something to take over."""
+        return self.moved is not None or self.replacement is not None or self.waits
+
     def step_arguments(self, denoiser: Denoiser, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the scheduler's step, with the prediction and the latents that it is to take."""
         family, config = denoiser.family, denoiser.config
@@ -46,8 +51,8 @@ class Between:
             given = arguments["model_output"]
             arguments["model_output"] = family.with_output(config, given, self.replacement).to(given.dtype)
         if self.moved is not None:
-            sample = arguments["sample"]
-            moved = family.with_output(config, self.moved, self.moved)
-            repeats = sample.shape[0] // moved.shape[0]
-            arguments["sample"] = sample + torch.cat([moved] * repeats).to(sample.dtype)
+            sample, rows = arguments["sample"], self.moved.shape[0]
+            still = torch.zeros_like(sample[:rows], dtype=self.moved.dtype)
+            moved = family.with_output(config, still, self.moved)  # in the scheduler's layout: Flux has tokens
+            arguments["sample"] = sample + torch.cat([moved] * (sample.shape[0] // rows)).to(sample.dtype)
         return arguments

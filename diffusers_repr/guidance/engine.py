@@ -20,7 +20,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.guidance.base import Term, widened
 from diffusers_repr.guidance.between import Between
-from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, null_inputs, with_first
+from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, not_stepped, null_inputs, with_first
 from diffusers_repr.guidance.cfg import CFGTerm
 from diffusers_repr.guidance.gradients import EpsGradient, latent_change
 from diffusers_repr.guidance.stats import GuidanceStats, RunRecord, StepStats
@@ -156,7 +156,7 @@ class Engine:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Not guided: a copy's calls, those that a term makes itself, and those whose output nobody gets.
-        if module is not self.model or self._busy or is_breaking_off():
+        if module is not self.model or self._busy or is_breaking_off(module):
             return None
         self._recover()
         self._busy = True
@@ -176,6 +176,8 @@ class Engine:
         self.record.levels.append(call.level)
         if follows:
             return self._follow(call, step)
+        if self._between.pending:
+            raise RuntimeError(not_stepped(self.scheduler))
         self._between = Between()
         if self.scheduler is not None:
             self._between.first = FirstCall(call, inputs[self.denoiser.family.sample_name])

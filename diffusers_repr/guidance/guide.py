@@ -160,7 +160,7 @@ class GuidanceHandle(SchedulerWatcher):
         for label in self._engine.record.without_effect():
             if label not in self._warned:
                 self._warned.add(label)
-                warnings.warn(f"{label} changed nothing in a whole run: its correction was zero.", stacklevel=4)
+                warnings.warn(f"{label} changed nothing in a whole run: its correction was zero.", stacklevel=3)
         self._engine.judge(finished=finished)
 
     def __repr__(self) -> str:
