@@ -1,15 +1,12 @@
 """Settings of a readout head's training: the keys of a recipe, the flags of `train_readout.py`."""
 
-import argparse
 import dataclasses
 import inspect
 import json
-from pathlib import Path
 from typing import Literal
 
 import yaml
-from training_args import check_keys
-from transformers import HfArgumentParser
+from training_args import check_keys, parse_settings
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead
@@ -103,22 +100,4 @@ class ReadoutArgs:
 
 
 def parse_args(argv: list[str], description: str | None = None) -> ReadoutArgs:
-    """The recipe of `--config` first, the command line over it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    known, flags = parser.parse_known_args(argv)
-    recipe = {}
-    if known.config:
-        if not Path(known.config).is_file():
-            near = sorted(path.name for path in (Path(__file__).parent / "configs").glob("*.yaml"))
-            raise FileNotFoundError(f"No recipe {known.config!r}; --config takes a YAML file. In configs/: {near}.")
-        recipe = yaml.safe_load(Path(known.config).read_text())
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{known.config} holds a {type(recipe).__name__}; a recipe is a mapping of key: value.")
-        check_keys(known.config, recipe, (setting.name for setting in dataclasses.fields(ReadoutArgs)))
-    given = []
-    for key, value in recipe.items():
-        if value is not None:  # null leaves the default
-            given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    parser = HfArgumentParser(ReadoutArgs, description=description, parents=[parser], allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(given + flags, look_for_args_file=False)[0]
+    return parse_settings(ReadoutArgs, argv, description)

@@ -7,12 +7,14 @@ import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 from diffusers import DDPMScheduler, UNet2DModel
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+Settings = TypeVar("Settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,11 @@ class TrainingArgs:
 
 
 def parse_args(argv: list[str], description: str | None = None) -> TrainingArgs:
-    """The recipe of `--config` first, the command line over it."""
+    return parse_settings(TrainingArgs, argv, description)
+
+
+def parse_settings(kind: type[Settings], argv: list[str], description: str | None = None) -> Settings:
+    """Settings of a dataclass: the recipe of `--config` first, the command line over it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     known, flags = parser.parse_known_args(argv)
@@ -116,12 +122,12 @@ def parse_args(argv: list[str], description: str | None = None) -> TrainingArgs:
         recipe = yaml.safe_load(Path(known.config).read_text())
         if not isinstance(recipe, dict):
             raise ValueError(f"{known.config} holds a {type(recipe).__name__}; a recipe is a mapping of key: value.")
-        check_keys(known.config, recipe, (setting.name for setting in dataclasses.fields(TrainingArgs)))
+        check_keys(known.config, recipe, (setting.name for setting in dataclasses.fields(kind)))
     given = []
     for key, value in recipe.items():
         if value is not None:  # null leaves the default
             given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    parser = HfArgumentParser(TrainingArgs, description=description, parents=[parser], allow_abbrev=False)
+    parser = HfArgumentParser(kind, description=description, parents=[parser], allow_abbrev=False)
     return parser.parse_args_into_dataclasses(given + flags, look_for_args_file=False)[0]
 
 
