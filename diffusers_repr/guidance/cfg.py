@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +82,19 @@ class CFGTerm(Term):
 
     def needs_null(self, pipe: Any) -> str:
         """Message for a call without the null condition."""
-        what = "the loop" if pipe is None else type(pipe).__name__
-        return (
-            f"CFG needs the null condition, but {what} calls the network without one. Call the pipeline with "
-            "guidance_scale > 1 (any value: CFG replaces it; Flux: true_cfg_scale > 1 and a negative_prompt), or give "
-            "guide(denoiser, ..., null=condition) the null inputs."
-        )
+        if pipe is None:
+            return (
+                "CFG needs the null condition, but the loop calls the network without one. Give its inputs: "
+                "guide(denoiser, ..., null=condition)."
+            )
+        name, takes = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+        if "true_cfg_scale" in takes:
+            how = "Call it with true_cfg_scale > 1 (any value: CFG replaces it) and a negative_prompt"
+        elif "guidance_scale" in takes:
+            how = "Call it with guidance_scale > 1 (any value: CFG replaces it)"
+        else:
+            how = (
+                "It takes no guidance_scale, so it never will: PAG and SAG need no condition, and a class-conditional "
+                "UNet2DModel is sampled by GuidedUnconditionalPipeline"
+            )
+        return f"CFG needs the null condition, but {name} calls the network without one. {how}."

@@ -67,7 +67,8 @@ def resolve_layers(
         matched = [path for path in known if fnmatch.fnmatchcase(path, pattern)]
         good = [path for path in matched if path in candidates]
         if not good:
-            near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.3) or candidates[:3]
+            near = [path for path in candidates if pattern.strip(".*") in path][:3]
+            near = near or difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.3) or candidates[:3]
             attentions = [path for path in matched if hasattr(model.get_submodule(path), "to_q")]
             why = (
                 f"matches cross-attention only ({attentions[0]})"
@@ -76,7 +77,11 @@ def resolve_layers(
                 if matched
                 else "matches nothing"
             )
-            raise ValueError(f"Layer {pattern!r} of {type(model).__name__} {why}. Self-attention: {near}.")
+            example = near[0].split(".")[0] + ".*" if near else "mid_block.*"
+            raise ValueError(
+                f"Layer {pattern!r} of {type(model).__name__} {why}. Self-attention: {near}. Give full paths, or "
+                f"patterns of them such as {example!r}."
+            )
         found.update(dict.fromkeys(good))
     if not found:
         raise ValueError(f"No layers were given; self-attention of {type(model).__name__}: {candidates[:3]}.")

@@ -82,6 +82,11 @@ class DepthGuidance(Guidance):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}.")
         check_update(self.update)
+        if self.weak is self.strong:
+            raise ValueError(
+                "weak is the strong head itself: they agree everywhere. Give one that was trained on earlier layers "
+                "(examples/train_readout.py --kind depth trains both)."
+            )
         if not self.consistent and not self.likely:
             raise ValueError(
                 "DepthGuidance has nothing to do: give a weak head (consistency), a prior, or both, with weights "

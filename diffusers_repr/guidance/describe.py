@@ -72,7 +72,10 @@ def describe(target: Any) -> GuidanceDescription:
         ('mid_block.attentions.0',)
     """
     if not isinstance(target, Denoiser) and not hasattr(target, "components"):
-        raise TypeError(f"describe takes a diffusers pipeline or a Denoiser; got {type(target).__name__}.")
+        raise TypeError(
+            f"describe takes a diffusers pipeline or a Denoiser; got {type(target).__name__}. For a "
+            "bare network: Denoiser(model, scheduler)."
+        )
     denoiser = target if isinstance(target, Denoiser) else Denoiser.from_pipe(target)
     methods = [
         MethodDescription("CFG", CFG().scale, (), "in place of the pipeline's own guidance_scale"),

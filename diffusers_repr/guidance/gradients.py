@@ -156,7 +156,8 @@ def latent_change(gradient: Tensor, rate: float, update: str) -> Tensor:
 
     `latent_sign`: `-rate sign(g)`. `latent_adam`: the first step of a fresh Adam, `-rate g / (|g| + 1e-8)`, whose
     moments are g and g^2: a sign step but where the gradient vanishes (Luo et al. 2024, arXiv 2312.02150).
+    NaN stays NaN.
     """
     if update == "latent_sign":
-        return -rate * gradient.sign()
+        return -rate * torch.where(gradient.isnan(), gradient, gradient.sign())
     return -rate * gradient / (gradient.abs() + ADAM_EPS)

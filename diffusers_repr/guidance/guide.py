@@ -62,10 +62,16 @@ def guide(
         raise ValueError("null= is the null condition of CFG, and no CFG was given.")
     if pipe is not None and (scheduler is not None or null is not None):
         raise ValueError("scheduler= and null= are for a loop of your own; the pipeline has its own.")
+    if null is not None and not isinstance(null, Condition | Mapping):
+        raise TypeError(
+            "null= is a condition, such as denoiser.condition(prompt=''), or the network's inputs by name; got "
+            f"{type(null).__name__}."
+        )
     if denoiser.model in _GUIDED:
         raise ValueError(
             f"This {type(denoiser.model).__name__} is guided already. Give all guidances to one call, "
-            "guide(pipe, [PAG(3.0), SAG(0.75)]), or remove the other first (handle.remove())."
+            "guide(pipe, [PAG(3.0), SAG(0.75)]), or remove the other first (handle.remove(); if its handle is lost, "
+            "load the pipeline anew)."
         )
     refuse_compiled(denoiser.model, _PLAIN)
     if getattr(denoiser.model, "is_cache_enabled", False):
@@ -139,7 +145,7 @@ class GuidanceHandle(SchedulerWatcher):
         if kind is not None:
             return
         if was_on:
-            self._judge(finished=True)
+            self._judge(finished=not getattr(self._pipe, "_interrupt", False))  # a callback may end a run early
         if not self.stats.calls and (self._engine.terms or self._engine.cfg):
             raise RuntimeError(
                 "Nothing was guided: the network was not called inside the block (or called by `model.forward`, which "

@@ -190,8 +190,8 @@ def check_supported(module: nn.Module, path: str, needs: Needs = "queries") -> K
         )
     if needs == "queries" and kind is Kind.LINEAR:
         raise ValueError(
-            f"Layer {path!r} is linear attention ({name}), which has no attention probabilities. The identity "
-            "perturbation needs values only and is defined for it."
+            f"Layer {path!r} is linear attention ({name}), which has no attention probabilities to read. "
+            "PAG with perturbation='identity' or 'drop' takes the values only."
         )
     return kind
 

@@ -56,13 +56,14 @@ class ReadoutGuidance(Guidance):
 
     Attributes:
         head: A `ReadoutHead`, or another head on maps. Frozen and in eval mode meanwhile; features come to its device.
-        target: Of a spatial head: `(H, W)`, `(C, H, W)` or `(B, C, H, W)` in the range of its labels, any size.
+        target: Of a spatial head: `(H, W)`, `(C, H, W)` or `(B, C, H, W)` in the range of its labels; any size,
+            resized to the readout, but of about the samples' aspect ratio.
         scale: Size of a step; 0.02 is the paper's rate. With `update="eps"` the weight of the energy.
         update: `latent_sign`; `latent_adam`, the first step of a fresh Adam (the paper's); `eps`, classifier guidance
             with this energy: no second pass, another algorithm.
         interval: As of every guidance; None is the head's `level_range`. The paper acts in the first half of the
             steps: `(500, 999)` for evenly spaced steps of 1000.
-        mask: Weights of places, `(H, W)` or `(B, H, W)` in [0, 1], any size.
+        mask: Weights of places, `(H, W)` or `(B, H, W)` in [0, 1], of a size as the target's.
         rescale: False leaves the factors with M - m (and b - a) out.
         reference: Clean x_0 `(C, h, w)` or `(B, C, h, w)`, by `denoiser.encode(image)`: noised to each level with
             noise of its own and read under the samples' conditions, one more lane without gradient that stops after
@@ -197,7 +198,7 @@ class ReadoutTerm(EnergyTerm):
         config = self.config
         read = read_head(config.head, features, call, x)
         if config.kind == "spatial":
-            target = resize_target(_rows("target", config.target, x).to(x), _size(read))
+            target = resize_target(_placed("target", config.target, read).to(x), _size(read))
             return spatial_loss(
                 read, target, x, config.head.range, rescale=config.rescale, weights=self._weights(read)
             )
@@ -224,7 +225,7 @@ class ReadoutTerm(EnergyTerm):
     def _weights(self, read: Tensor) -> Tensor | None:
         if self.config.mask is None:
             return None
-        return resize_target(_rows("mask", self.config.mask, read).to(read), _size(read))
+        return resize_target(_placed("mask", self.config.mask, read).to(read), _size(read))
 
     @staticmethod
     def _row(read: Tensor, row: int) -> Tensor:
@@ -244,7 +245,14 @@ def _size(read: Tensor) -> tuple[int, int]:
     return read.shape[2], read.shape[3]
 
 
-def _rows(name: str, value: Tensor, x: Tensor) -> Tensor:
-    if len(value) not in (1, len(x)):
-        raise ValueError(f"{name} has {len(value)} rows for {len(x)} samples; give one for all, or one each.")
+def _placed(name: str, value: Tensor, read: Tensor) -> Tensor:
+    """What is one for all samples or one each, and of about their shape."""
+    if len(value) not in (1, len(read)):
+        raise ValueError(f"{name} has {len(value)} rows for {len(read)} samples; give one for all, or one each.")
+    (height, width), (own, across) = _size(value), _size(read)
+    if not 0.8 <= height * across / (width * own) <= 1.25:  # beyond what rounding to whole cells does
+        raise ValueError(
+            f"{name} is {height} x {width} (H x W), the readout of these samples {own} x {across}: it would be "
+            "squeezed. Crop or pad it to their shape, or sample images of its shape (height=, width=)."
+        )
     return value

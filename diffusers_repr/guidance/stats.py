@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -81,7 +82,7 @@ class RunRecord:
     def __init__(self) -> None:
         self.levels: list[NoiseLevel] = []
         self._acted: set[str] = set()
-        self._changed: dict[str, Tensor] = {}
+        self._peaks: dict[str, Tensor] = {}
 
     def acted(self, label: str) -> None:
         """A guidance had a weight other than 0."""
@@ -90,17 +91,27 @@ class RunRecord:
     def note(self, label: str, correction: Tensor | None) -> None:
         """A guidance acted, with this correction; no synchronisation of a device."""
         self.acted(label)
-        changed = torch.zeros((), dtype=torch.bool) if correction is None else (correction != 0).any()
-        before = self._changed.get(label)
-        self._changed[label] = changed if before is None else before.to(changed.device) | changed
+        peak = torch.zeros(()) if correction is None else correction.detach().abs().max()  # NaN wins
+        before = self._peaks.get(label)
+        self._peaks[label] = peak if before is None else torch.maximum(before.to(peak), peak)
 
     def without_effect(self) -> list[str]:
         """Labels of the guidances whose corrections were zero throughout."""
-        return [label for label, changed in self._changed.items() if not bool(changed)]
+        return [label for label, peak in self._peaks.items() if not bool(peak)]
+
+    def not_finite(self) -> list[str]:
+        """Labels of the guidances with a correction that holds NaN or infinity."""
+        return [label for label, peak in self._peaks.items() if not bool(peak.isfinite())]
 
     def judge(self, terms: Sequence[Term]) -> None:
-        """Raise RuntimeError if one of these acted in no call; only once for a run."""
+        """Raise RuntimeError if one of these acted in no call; warn of what is not finite. Only once for a run."""
         levels, self.levels = self.levels, []
+        for label in self.not_finite() if levels else ():
+            warnings.warn(
+                f"{label} gave a correction that holds NaN or infinity, and so do the samples. See whether they are "
+                "without guidance; if so, try a lower scale, a loss without roots or logarithms of 0, or float32.",
+                stacklevel=5,
+            )
         idle = [term for term in terms if term.label not in self._acted]
         if levels and idle:
             nsr = [float(level.nsr) for level in levels]
