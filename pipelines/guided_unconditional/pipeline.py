@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -46,8 +46,9 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
 
     def _folder_class(self) -> str:
         # With another sampler the stock pipelines would sample wrongly, so the folder is of this class then.
-        stock = {DDPMScheduler: "DDPMPipeline", DDIMScheduler: "DDIMPipeline"}
-        return stock.get(type(self.scheduler), type(self).__name__)
+        # By name: a scheduler that is being guided has a class of its own.
+        stock = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
+        return stock.get(type(self.scheduler).__name__, type(self).__name__)
 
     @property
     def guidance_scale(self) -> float:

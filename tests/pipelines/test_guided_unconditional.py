@@ -321,6 +321,14 @@ def test_a_callback_may_change_labels_and_switch_guidance_off():
     assert [step.lanes for step in ours.guidance_stats.steps] == [3, 3, 2, 2]
 
 
+def test_saving_while_guided(tmp_path):
+    ours = make("ddim")
+    handle = guide(ours, PAG(2.0))
+    ours.save_pretrained(tmp_path)
+    handle.remove()
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is DDIMPipeline
+
+
 def test_saving(tmp_path):
     for name, scheduler, want in (
         ("class_unet", None, "DDIMPipeline"),
