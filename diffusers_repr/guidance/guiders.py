@@ -20,7 +20,7 @@ from diffusers_repr.guidance.base import Interval
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.guider import Guider, Worse
 from diffusers_repr.guidance.pag import PAG, PAGTerm
-from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, Perturbation
+from diffusers_repr.guidance.perturbations import PERTURBATIONS, Perturbation
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 Timesteps = Sequence[float]
@@ -28,7 +28,6 @@ Timesteps = Sequence[float]
 # A guider is told neither the noise process nor a level; what it uses of a model and of a call asks for none.
 _UNREAD = NoiseSchedule("flow", "velocity")
 _LEVEL = NoiseLevel(timestep=0)
-_PERTURBATIONS: Mapping[str, type] = {"identity": Identity, "drop": Drop, "blur": Blur, "mask": Mask}
 
 
 class CFGGuider(Guider):
@@ -79,6 +78,7 @@ class PAGGuider(Guider):
         enabled: False gives the conditional prediction.
 
     Example:
+        >>> from diffusers_repr.guidance import Blur
         >>> guider = PAG(2.0, perturbation=Blur(1.5)).as_guider(cfg=5.0)
         >>> guider.new(pag_scale=4.0).config.perturbation
         {'name': 'blur', 'sigma': 1.5}
@@ -232,8 +232,8 @@ def _plain(perturbation: Any) -> Any:
     """As JSON can hold it: settings that are not the default."""
     if not isinstance(perturbation, Perturbation):
         return perturbation
-    name = next(name for name, kind in _PERTURBATIONS.items() if type(perturbation) is kind)
-    default = _PERTURBATIONS[name]()
+    name = next(name for name, kind in PERTURBATIONS.items() if type(perturbation) is kind)
+    default = PERTURBATIONS[name]()
     own = dataclasses.asdict(perturbation)
     return {"name": name, **{key: value for key, value in own.items() if value != getattr(default, key)}}
 
@@ -243,6 +243,6 @@ def _made(perturbation: Any) -> Any:
         return perturbation
     settings = dict(perturbation)
     name = settings.pop("name", None)
-    if name not in _PERTURBATIONS:
-        raise ValueError(f"perturbation={perturbation!r} has no name; it is one of {', '.join(_PERTURBATIONS)}.")
-    return _PERTURBATIONS[name](**settings)
+    if name not in PERTURBATIONS:
+        raise ValueError(f"perturbation={perturbation!r} has no name; it is one of {', '.join(PERTURBATIONS)}.")
+    return PERTURBATIONS[name](**settings)

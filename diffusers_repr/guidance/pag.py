@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,9 @@ from diffusers_repr.capture.lanes import Lane, NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import Guidance, Term
 from diffusers_repr.guidance.defaults import pag_layers, resolve_layers
-from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, Perturbation, perturbed
+from diffusers_repr.guidance.perturbations import PERTURBATIONS, Drop, Identity, Perturbation, perturbed
 from diffusers_repr.guidance.projections import Kind, Needs, check_supported, kind_of, named_arguments
 from diffusers_repr.guidance.step import GuidedStep
-
-_BY_NAME: Mapping[str, type] = {"identity": Identity, "drop": Drop, "blur": Blur, "mask": Mask}
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,10 @@ class PAG(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ", ".join(_BY_NAME)
+        known = ", ".join(PERTURBATIONS)
         if not isinstance(self.perturbation, str | Perturbation):
             raise TypeError(f"perturbation is one of {known}, or a Blur or Mask; got {self.perturbation!r}.")
-        if isinstance(self.perturbation, str) and self.perturbation not in _BY_NAME:
+        if isinstance(self.perturbation, str) and self.perturbation not in PERTURBATIONS:
             raise ValueError(f"perturbation={self.perturbation!r}; it is one of {known}.")
 
     def bind(self, denoiser: Denoiser) -> PAGTerm:
@@ -89,7 +87,7 @@ class PAGTerm(Term):
         model = denoiser.model
         self.layers = pag_layers(denoiser).layers if config.layers is None else resolve_layers(model, config.layers)
         named = config.perturbation
-        self.perturbation: Any = _BY_NAME[named]() if isinstance(named, str) else named
+        self.perturbation: Any = PERTURBATIONS[named]() if isinstance(named, str) else named
         needs: Needs = "values" if isinstance(self.perturbation, Identity | Drop) else "queries"
         for path in self.layers:
             check_supported(model.get_submodule(path), path, needs)

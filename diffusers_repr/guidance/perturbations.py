@@ -165,6 +165,7 @@ class Mask:
 
 
 Perturbation = Identity | Drop | Blur | Mask
+PERTURBATIONS: Mapping[str, type] = {"identity": Identity, "drop": Drop, "blur": Blur, "mask": Mask}
 
 
 def perturbed(
