@@ -142,11 +142,7 @@ def train(args: ReadoutArgs) -> None:
     model, optimizer = accelerator.prepare(objective, optimizer)
     if step:
         optimizer.load_state_dict(state["optimizer"])
-    lines, main_process = read_log(folder / "loss.jsonl", step), accelerator.is_main_process
-    accelerator.wait_for_everyone()  # all have read what the first now writes
-    if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines, main_process = start_log(folder / "loss.jsonl", step, accelerator), accelerator.is_main_process
 
     size_of_step = args.train_batch_size * ranks
     first = step * size_of_step + accelerator.process_index * args.train_batch_size
@@ -158,8 +154,7 @@ def train(args: ReadoutArgs) -> None:
         reseed(args.seed, step, accelerator.process_index)
         batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
         if args.random_flip:
-            mirror = torch.rand(len(batch["image"]), device=accelerator.device)[:, None, None, None] < 0.5
-            batch = {name: torch.where(mirror, value.flip(3), value) for name, value in batch.items()}
+            batch = mirrored(batch)
         level = draw_levels(denoiser, next(iter(heads.values())), len(batch["image"]))
         features, timestep = noisy_features(denoiser, args, batch, level, layers)
         loss = model(features, timestep, batch)
@@ -188,12 +183,34 @@ def train(args: ReadoutArgs) -> None:
     bar.close()
     if main_process:
         errors = evaluate(denoiser, args, heads, layers, size) if args.eval_split else {}
-        save_heads(folder, args, heads, lines, errors, folder.resolve().name)
-        if args.push_to_hub:
-            with tempfile.TemporaryDirectory() as fresh:  # without the checkpoint
-                save_heads(Path(fresh), args, heads, lines, errors, args.hub_model_id)
-                print(push_folder(fresh, args.hub_model_id))
+        publish(folder, args, heads, lines, errors)
     accelerator.end_training()
+
+
+def start_log(path: Path, step: int, accelerator: Accelerator) -> list[dict]:
+    """The lines of the log up to a step, and the file with these alone."""
+    lines = read_log(path, step)
+    accelerator.wait_for_everyone()  # all have read what the first now writes
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def mirrored(batch: Batch) -> Batch:
+    """Half of the rows from right to left, their labels with them."""
+    image = batch["image"]
+    mirror = torch.rand(len(image), device=image.device)[:, None, None, None] < 0.5
+    return {name: torch.where(mirror, value.flip(3), value) for name, value in batch.items()}
+
+
+def publish(folder: Path, args: ReadoutArgs, heads: torch.nn.ModuleDict, lines: list[dict], errors: dict) -> None:
+    """Save the heads, and push them if asked for."""
+    save_heads(folder, args, heads, lines, errors, folder.resolve().name)
+    if args.push_to_hub:
+        with tempfile.TemporaryDirectory() as fresh:  # without the checkpoint
+            save_heads(Path(fresh), args, heads, lines, errors, args.hub_model_id)
+            print(push_folder(fresh, args.hub_model_id))
 
 
 def main(argv: list[str]) -> None:
