@@ -32,7 +32,9 @@ class EnergyGuidance(Guidance):
     - `"latent_sign"`: before the step `x_t - scale sign(g)`; the network then runs on the moved input.
     - `"latent_adam"`: the first step of a fresh Adam with rate `scale`, `x_t - scale g / (|g| + 1e-8)`; the step of
       Readout Guidance (Luo et al. 2024, arXiv 2312.02150, whose code sums the gradients of both conditions). Both do
-      not depend on the size of the energy. They cost one more pass, which stops after the last layer.
+      not depend on the size of the energy. They cost one more pass, which stops after the last layer. A sampler that
+      calls the network twice a step (Heun, KDPM2) goes on from the first call's latents: a move at the second one
+      changes the slope alone.
 
     Parameters are frozen meanwhile and nothing accumulates in `.grad`; a network in float16 is differentiated in
     float16, the energy itself in float32.
