@@ -31,7 +31,7 @@ SIGN = {f"latent_sign {scale}": {"scale": scale} for scale in (0.01, 0.02, 0.04)
 READOUT = SIGN | {"eps 20": {"scale": 20.0, "update": "eps"}}
 DEPTH = {"depth, eps 100": {"scale": 100.0}, "depth, latent_sign 0.02": {"scale": 0.02, "update": "latent_sign"}}
 ROWS = ["none", *READOUT, *DEPTH]
-SHOWN, SHOWN_DEPTH = "latent_sign 0.02", "depth, latent_sign 0.02"
+SHOWN, SHOWN_STRONGER, SHOWN_DEPTH = "latent_sign 0.02", "latent_sign 0.04", "depth, latent_sign 0.02"
 LOW, MIDDLE = 50, 300  # timesteps: finished images are read at the first, and judged as images at the second
 
 COLUMNS = {  # key of a row -> title and format
@@ -163,9 +163,11 @@ def grid(rows: list[Tensor], scale: int = 3) -> Image.Image:
 
 def pictures(folder: Path, study: Study, seed: int) -> None:
     count = min(10, len(study.real))
-    plain, guided, deep = (study.sample(row, seed, count)[0] for row in ("none", SHOWN, SHOWN_DEPTH))
+    shown = ("none", SHOWN, SHOWN_STRONGER, SHOWN_DEPTH)
+    plain, guided, stronger, deep = (study.sample(row, seed, count)[0] for row in shown)
     target = study.target[:count]
-    grid([x[:8] for x in (target, plain, guided, sobel_edges(guided))]).save(folder / "control.png")
+    control = (target, plain, guided, sobel_edges(guided), stronger, sobel_edges(stronger))
+    grid([x[:8] for x in control]).save(folder / "control.png")
     maps = [study.read(head, images) for images in (plain, deep) for head in (study.strong, study.weak)]
     grid([x[:8] for x in (plain, *maps[:2], deep, *maps[2:])]).save(folder / "depth.png")
     grid([target, guided], 2).save(folder / "strip_readout.png")

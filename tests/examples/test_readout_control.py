@@ -127,10 +127,10 @@ def test_report_and_pictures(study):
     target, others = sobel(real), sobel(real).take([3, 0, 1, 2], 0)
     assert float(cells["*another car*"][1]) == pytest.approx(((others - target) ** 2).mean(), abs=1e-4)
     assert float(cells["*the car itself*"][1]) == 0
-    sizes = {"control": (4, 4, 3), "depth": (4, 6, 3), "strip_readout": (4, 2, 2), "strip_depth": (4, 2, 2)}
+    sizes = {"control": (4, 6, 3), "depth": (4, 6, 3), "strip_readout": (4, 2, 2), "strip_depth": (4, 2, 2)}
     for name, (columns, rows_, scale) in sizes.items():
         assert Image.open(folder / f"{name}.png").size == (32 * columns * scale, 32 * rows_ * scale)
-    shown = np.array(Image.open(folder / "control.png").resize((128, 128), Image.Resampling.NEAREST))[:32, :, 0]
+    shown = np.array(Image.open(folder / "control.png").resize((128, 192), Image.Resampling.NEAREST))[:32, :, 0]
     np.testing.assert_allclose(shown / 127.5 - 1, np.concatenate(list(target), 1), atol=0.01)
 
 
