@@ -56,7 +56,7 @@ ROWS = BY_CLASS | WITHOUT_CLASS
 
 
 def load(folder: Path) -> GuidedUnconditionalPipeline:
-    pipe = GuidedUnconditionalPipeline.from_pretrained(folder)
+    pipe = GuidedUnconditionalPipeline.from_pretrained(str(folder))
     # The models' own DDPM schedulers take a thousand steps.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -68,7 +68,11 @@ class ReadoutArgs:
     def __post_init__(self) -> None:
         for name in ("head", "layers", "weak_layers", "label_range", "level_range"):
             value = getattr(self, name)
-            object.__setattr__(self, name, json.loads(value) if isinstance(value, str) else value)
+            try:
+                object.__setattr__(self, name, json.loads(value) if isinstance(value, str) else value)
+            except json.JSONDecodeError as error:
+                like = '{"width": 48}' if name == "head" else '["mid_block"]' if "layers" in name else "[0, 600]"
+                raise ValueError(f"`{name}` is JSON, such as --{name} '{like}'; got {value!r}.") from error
         object.__setattr__(self, "head", self.head or {})
         allowed = [name for name in inspect.signature(HEADS[self.kind].__init__).parameters if name not in GIVEN]
         check_keys("`head`", self.head, allowed)

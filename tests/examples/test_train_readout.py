@@ -303,6 +303,7 @@ def test_base_stays_as_it_is(tmp_path):
         ({"kind": "correspondence"}, "off their points"),
         ({"push_to_hub": True}, "needs `hub_model_id`"),
         ({"steps": 3}, "Unknown key 'steps'"),
+        ({"layers": "mid_block"}, "`layers` is JSON, such as --layers .*got 'mid_block'"),
     ],
 )
 def test_bad_recipes(tmp_path, changes, what):
