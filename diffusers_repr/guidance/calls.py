@@ -71,8 +71,10 @@ class CallReader:
     def _lanes(self, inputs: dict[str, Any]) -> BatchLanes:
         family, config = self.denoiser.family, self.denoiser.config
         caller = calling_pipeline(self.denoiser.model)
+        alone = BatchLanes(slice(0, inputs[family.sample_name].shape[0]))
+        off = caller is not None and is_off(caller, self.denoiser.model)
         if caller is not None and self.pipe is None:
-            lanes = family.lanes(caller, config, inputs)
+            lanes = alone if off else family.lanes(caller, config, inputs)
             if lanes.null is not None or getattr(caller, "do_classifier_free_guidance", False):
                 raise ValueError(
                     f"guide was given a Denoiser, but a {type(caller).__name__} calls its network: guide(pipe, ...)."
@@ -83,7 +85,7 @@ class CallReader:
             if getattr(caller, "do_perturbed_attention_guidance", False):
                 raise ValueError(f"{type(caller).__name__} perturbs attention by itself; call it with pag_scale=0.")
             self.rescale = float(getattr(caller, "guidance_rescale", 0) or 0)
-            return family.lanes(caller, config, inputs)
+            return alone if off else family.lanes(caller, config, inputs)
         if self.pipe is not None and family.conditioning == "text" and equal_halves(inputs[family.sample_name]):
             raise ValueError(
                 f"A loop of your own calls the network of the guided {type(self.pipe).__name__} with two equal "
@@ -143,6 +145,22 @@ def _version(value: Tensor) -> int:
 
 def calling_pipeline(model: nn.Module) -> Any:
     """The pipeline in whose `__call__` the network is being called; None outside of one."""
+    return _running_call(model).get("self")
+
+
+def is_off(pipe: Any, model: nn.Module) -> bool:
+    """Whether the running call of a pipeline is told to do without its own guidance, `guidance_scale` up to 1.
+
+    For the pipelines that have no `do_classifier_free_guidance` (DiT, PixArt): False is said for all others.
+    """
+    if getattr(pipe, "do_classifier_free_guidance", None) is not None:
+        return False
+    scale = _running_call(model).get("guidance_scale")
+    return isinstance(scale, int | float) and scale <= 1
+
+
+def _running_call(model: nn.Module) -> Mapping[str, Any]:
+    """Arguments of the pipeline's `__call__` in which the network is being called; none outside of one."""
     from diffusers import DiffusionPipeline
 
     frame = sys._getframe(1)
@@ -150,9 +168,9 @@ def calling_pipeline(model: nn.Module) -> Any:
         if frame.f_code.co_name == "__call__":
             owner = frame.f_locals.get("self")
             if isinstance(owner, DiffusionPipeline) and component_of(owner, model) is not None:
-                return owner
+                return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return {}
 
 
 def component_of(pipe: Any, model: nn.Module) -> str | None:

@@ -115,15 +115,15 @@ class Engine:
         for term in self.terms:
             term.starts()
 
-    def judge(self, *, finished: bool) -> None:
-        """Raise RuntimeError if a guidance acted at no step of the run.
-
-        Args:
-            finished: Whether the run is known to have reached its end; else the scheduler's last step tells.
-        """
+    def is_whole(self, *, finished: bool) -> bool:
+        """Whether the run has reached its end: known to have (`finished`), or seen at the scheduler's last step."""
         self._recover()
         levels, times = self.record.levels, getattr(self.scheduler, "timesteps", None)
-        if not finished and levels and times is not None and float(times[-1]) != float(levels[-1].timestep):
+        return bool(levels) and (finished or times is None or float(times[-1]) == float(levels[-1].timestep))
+
+    def judge(self, *, finished: bool) -> None:
+        """Raise RuntimeError if a guidance acted at no step of a whole run."""
+        if not self.is_whole(finished=finished):
             self.record.levels = []
         cfg = [] if self.cfg is None or self.cfg.config.scale == 1 else [self.cfg]
         self.record.judge([*self.terms, *cfg])

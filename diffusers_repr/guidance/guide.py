@@ -163,7 +163,8 @@ class GuidanceHandle(SchedulerWatcher):
         self._stack.close()
 
     def _judge(self, *, finished: bool) -> None:
-        for label in self._engine.record.without_effect():
+        whole = self._engine.is_whole(finished=finished)
+        for label in self._engine.record.without_effect() if whole else ():
             if label not in self._warned:
                 self._warned.add(label)
                 warnings.warn(f"{label} changed nothing in a whole run: its correction was zero.", stacklevel=3)

@@ -85,6 +85,44 @@ def test_a_pipeline_without_guidance_of_its_own_over_a_guided_denoiser(name, sca
         assert torch.equal(run(name, pipe, scale), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "two", "one"),
+    [
+        ("pixart", {"prompt": ["a cat", "a dog"], "negative_prompt": ""}, {"prompt": "a cat", "negative_prompt": ""}),
+        ("dit", {"class_labels": [207, 1000]}, {"class_labels": [207]}),
+    ],
+)
+def test_equal_seeds_without_guidance_are_no_guided_batch(name, two, one):
+    """Two samples from the same noise, the second of DiT with the null class: conditions of their own all the same."""
+    pipe = build(name)
+    size = {"height": 32, "width": 48, "use_resolution_binning": False} if name == "pixart" else {}
+    call = {**size, "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "np"}
+
+    def seeds(count):
+        return [torch.Generator().manual_seed(0) for _ in range(count)]
+
+    with guide(pipe, PAG(2.0)) as handle:
+        both = pipe(**two, **call, generator=seeds(2)).images
+        assert [step.lanes for step in handle.stats.steps] == [2, 2]
+        alone = pipe(**one, **call, generator=seeds(1)).images
+    torch.testing.assert_close(torch.as_tensor(both[:1]), torch.as_tensor(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_was_broken_off_is_not_told_to_have_changed_nothing():
+    pipe = build("sd")
+
+    def stop(pipeline, step, timestep, tensors):
+        raise InterruptedError
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        handle = guide(pipe, EnergyGuidance(lambda features, x0, condition: 0 * x0.mean()))
+        with pytest.raises(InterruptedError):
+            run("sd", pipe, 1.0, steps=3, callback_on_step_end=stop)
+        handle.remove()
+    assert not [warning for warning in told if "changed nothing" in str(warning.message)]
+
+
 def test_a_block_that_captures_another_network_hides_nothing():
     pipe = build("ddim")
     reader = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

@@ -29,7 +29,8 @@ class PixArtFamily(PatchTransformerFamily):
     def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
         """The pipeline does not tell whether it guides: a batch of two equal halves is null and condition.
 
-        So without its own guidance, samples that start from equal latents are taken for a guided batch.
+        Not to be asked where its own guidance is known to be off: samples that start from equal latents would be
+        taken for a guided batch.
         """
         value = inputs["hidden_states"]
         if pipe is not None and equal_halves(value):
