@@ -47,6 +47,8 @@ class Guidance:
         check_finite(f"{type(self).__name__}.adaptive", self.adaptive)
         if self.adaptive < 0:
             raise ValueError(f"adaptive must be at least 0; got {self.adaptive}.")
+        if self.adaptive and self.scale < 0:
+            raise ValueError(f"adaptive lets a positive scale fall to 0; got scale={self.scale}.")
         if self.interval is not None:
             _check_interval(self.interval)
 

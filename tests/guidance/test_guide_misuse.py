@@ -51,6 +51,7 @@ def untouched(pipe):
         ({"scale": torch.tensor([1.0, 2.0])}, TypeError, r"{name}.scale must be a number; got tensor"),
         ({"adaptive": math.nan}, ValueError, r"{name}.adaptive must be finite; got nan"),
         ({"adaptive": -0.1}, ValueError, r"adaptive must be at least 0; got -0.1"),
+        ({"scale": -1.0, "adaptive": 0.1}, ValueError, r"adaptive lets a positive scale fall to 0; got scale=-1.0"),
         ({"interval": (900, 100)}, ValueError, r"interval=\(900, 100\) is the wrong way round: give \(low, high\)"),
         ({"interval": (NoiseLevel(nsr=2.0), NoiseLevel(nsr=1.0))}, ValueError, "is the wrong way round"),
         ({"interval": (0, math.nan)}, ValueError, "An end of interval must be finite; got nan"),
