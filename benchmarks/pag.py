@@ -116,8 +116,8 @@ def dit(repeats: int) -> None:
 
 
 def main() -> None:
-    size, repeats = (int(value) for value in (sys.argv[1:] or ["64", "3"]))
-    dit(2 * repeats + 1)
+    size, repeats = (int(value) for value in (sys.argv[1:] or ["64", "7"]))
+    dit(repeats)
     sd15(size, repeats, 1)
 
 
