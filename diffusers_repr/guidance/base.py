@@ -200,7 +200,10 @@ def nsr_bounds(interval: Interval | None, schedule: NoiseSchedule) -> tuple[floa
     """
     if interval is None:
         return 0.0, math.inf
-    low, high = (float(schedule.resolve(end).nsr) for end in interval)
+    try:
+        low, high = (float(schedule.resolve(end).nsr) for end in interval)
+    except ValueError as error:
+        raise ValueError(f"interval=({interval[0]!r}, {interval[1]!r}): {error}") from None
     if low > high:
         raise ValueError(_reversed(*interval))
     return low, high

@@ -44,7 +44,11 @@ AT_ONCE = {
     "joint block of the same": ("sd3", PAG(layers="blocks.1"), r"\['transformer_blocks.1.attn'\]"),
     "block instead of its attention": ("sd", PAG(layers="mid_block"), r"no attention module.*'mid_block\.\*'"),
     "second number": ("sd", PAG(3.0, 2.0), r"got 2.0 \(float\)"),
-    "interval above the range": ("sd", PAG(1.0, interval=(900, 1000)), r"timestep 1000 is outside \[0, 999\]"),
+    "interval above the range": (
+        "sd",
+        PAG(1.0, interval=(900, 1000)),
+        r"interval=\(900, 1000\): timestep 1000 is outside \[0, 999\]",
+    ),
     "interval below the range": ("sd", SAG(1.0, interval=(-5, 10)), r"timestep -5 is outside \[0, 999\]"),
     "joint attention": ("flux", SAG(1.0), "SAG is defined for attention among image tokens alone. Use PAG"),
     "linear attention": ("sana", SAG(1.0), "no attention probabilities to read. PAG with perturbation='identity'"),
