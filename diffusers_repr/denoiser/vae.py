@@ -51,6 +51,11 @@ def encode_latents(
             f"The VAE ({type(vae).__name__}, {dtype}) gave NaN or infinite latents. Load it in float32 or bfloat16, "
             "or set force_upcast in its config."
         )
+    return scale_latents(vae, latents)
+
+
+def scale_latents(vae: Any, latents: Tensor) -> Tensor:
+    """A VAE's raw latents `(B, C, h, w)` as the network takes them: shifted and scaled as its config says."""
     mean, std = _statistics(vae, latents)
     factor, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
     if mean is not None and std is not None:

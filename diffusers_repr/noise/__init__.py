@@ -16,6 +16,7 @@ from diffusers_repr.noise.conversions import (
 from diffusers_repr.noise.level import NoiseLevel
 from diffusers_repr.noise.sampler import SamplerLevel, sampler_level
 from diffusers_repr.noise.schedule import KINDS, OUTPUTS, Kind, NoiseSchedule, Output
+from diffusers_repr.noise.targets import training_target
 
 __all__ = [
     "KINDS",
@@ -32,4 +33,5 @@ __all__ = [
     "output_difference",
     "sampler_level",
     "to_x0_eps",
+    "training_target",
 ]

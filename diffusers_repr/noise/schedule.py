@@ -125,7 +125,7 @@ class NoiseSchedule:
             self._check_range(name, given, time, self.timestep_range)
         else:
             log_nsr = wide(given).log() if name == "nsr" else -wide(given)
-            low, high = self._log_nsr_range
+            low, high = self.log_nsr_range
             self._check_range(
                 name, given, log_nsr, (low, high), tuple(math.exp(v) if name == "nsr" else -v for v in (low, high))
             )
@@ -163,7 +163,8 @@ class NoiseSchedule:
         return mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
 
     @property
-    def _log_nsr_range(self) -> tuple[float, float]:
+    def log_nsr_range(self) -> tuple[float, float]:
+        """Smallest and largest logarithm of the noise-to-signal ratio that exist."""
         if self.kind == "flow":
             return -math.inf, math.inf
         if self.kind == "vp":

@@ -1,0 +1,199 @@
+"""`Objective`: one module that owns everything a training method trains; the one thing that `train` prepares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+class Objective(nn.Module):
+    """Base of training methods. Subclass, register what is trained as submodules, write `forward`.
+
+    A batch is a dict: `pixel_values` (B, C, H, W) float32 in [-1, 1]; and, where the data have them, `class_labels`
+    (B,) int64, `caption` (list of str), `moments` (B, 2c, h, w), mean and standard deviation of the VAE's posterior,
+    `features` (encoder name -> (B, N, D) of its tokens) and `features_global` (name -> (B, D)), `index` (B,).
+
+    Frozen parts (teachers, VAEs) are kept by `freeze`: they move with the objective, stay in eval mode, and are absent
+    from parameters, from `state_dict` and from the moving average.
+
+    Attributes:
+        phases: What `forward` is called with in turn in each step; one optimizer each. One phase for most methods.
+        needs_pixels: Whether a batch must bring `pixel_values` (a data set of cached latents may leave them out).
+    """
+
+    phases: tuple[str, ...] = ("main",)
+    needs_pixels: bool = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_frozen"] = {}
+
+    # What a method defines
+
+    def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
+        """The loss of one micro-batch.
+
+        Args:
+            batch: See the class. `noise` (as x_0) and `time` (B,) in it are used instead of drawn ones.
+            phase: One of `phases`.
+
+        Returns:
+            `loss`, a scalar that carries the gradient, and detached scalars to be logged: the unweighted terms.
+        """
+        raise NotImplementedError
+
+    def param_groups(self, phase: str = "main") -> list[dict[str, Any]]:
+        """Groups of parameters for the optimizer of a phase; all that require a gradient by default."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def on_step_end(self, step: int, ema: Any) -> None:
+        """Called after every optimizer step; `step` counts from 1, `ema` is the moving average or None."""
+
+    def ema_modules(self) -> dict[str, nn.Module]:
+        """Submodules whose moving average is kept and saved, by their path in this module."""
+        return {name: child for name, child in self.named_children()}
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Raise ValueError for a batch (still on the CPU) that the method cannot use."""
+
+    def check_data(self, data: Any) -> None:
+        """Raise ValueError for data that do not fit, before the first step."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result besides the recipe, as JSON: a checkpoint of another is refused."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers that belong on the card of the result."""
+        return {}
+
+    # What is saved
+
+    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
+        """The diffusers pipeline of the trained network.
+
+        Args:
+            state: Names as in `state_dict` -> CPU tensors; the moving average where there is one.
+
+        Raises:
+            TypeError: If the method yields no pipeline.
+        """
+        raise TypeError(f"{type(self).__name__} yields no pipeline.")
+
+    def heads(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Trained models besides the pipeline's (projectors, classifiers), by name, with the weights of `state`."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Write the pipeline into `folder`, and each of `heads` into `folder/heads/<name>`.
+
+        Args:
+            folder: Where to.
+            state: As `pipeline`.
+            dtype: Of the saved weights.
+        """
+        pipe = self.pipeline(state)
+        pipe.to(dtype)
+        pipe.save_pretrained(folder)
+        for name, head in self.heads(state).items():
+            head.to(dtype).save_pretrained(Path(folder) / "heads" / name)
+
+    def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
+        """`count` PIL images from the pipeline.
+
+        Args:
+            pipe: What `pipeline` gave.
+            count: How many.
+            generator: On the CPU.
+            steps: Sampling steps.
+        """
+        return pipe(batch_size=count, generator=generator, num_inference_steps=steps).images
+
+    # Frozen parts
+
+    def freeze(self, name: str, module: Any) -> Any:
+        """Keep a module that is used and not trained.
+
+        Args:
+            name: How to find it in `frozen`.
+            module: An `nn.Module`, or an object with `.to(device)` (an `Encoder`).
+
+        Returns:
+            The module, in eval mode and without gradients.
+        """
+        if isinstance(module, nn.Module):
+            module.eval().requires_grad_(False)
+        self._frozen[name] = module
+        return module
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """The frozen parts by name."""
+        return self.__dict__["_frozen"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
+        """Frozen modules move with this one, but keep their dtype's own choice of `fn`."""
+        super()._apply(fn, recurse)
+        for module in self.frozen.values():
+            if isinstance(module, nn.Module):
+                module._apply(fn)
+        return self
+
+    # State
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: parameters that require a gradient, and persistent buffers, by name."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        fixed = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if k in trained or k not in fixed}
+
+
+def rebuild(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Any:
+    """A fresh model of the same class and config on the CPU, with weights out of `state`.
+
+    Args:
+        module: A diffusers model (`ModelMixin`), maybe sharded or compiled.
+        state: Full tensors by name.
+        prefix: Path of `module` in `state`, with the dot at its end.
+
+    Raises:
+        KeyError: If `state` lacks one of its tensors.
+    """
+    inner = getattr(module, "_orig_mod", module)
+    cls = model_class(inner)
+    config = {k: v for k, v in dict(inner.config).items() if not k.startswith("_")}
+    with torch.random.fork_rng(devices=[]):
+        fresh = cls(**config)
+    own = {k: state[prefix + k] if prefix + k in state else v for k, v in inner.state_dict().items()}
+    fresh.load_state_dict({k: v.detach().to("cpu").clone() for k, v in own.items()})
+    return fresh.eval()
+
+
+def model_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a model as it was before FSDP gave it another."""
+    return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """`loss` as the weighted sum of the terms, and the detached terms themselves.
+
+    Args:
+        terms: Name -> scalar.
+        weights: Name -> factor; 1 where left out.
+
+    Example:
+        >>> out = weighted_sum({"a": torch.tensor(2.0), "b": torch.tensor(1.0)}, {"b": 0.5})
+        >>> float(out["loss"]), sorted(out)
+        (2.5, ['a', 'b', 'loss'])
+    """
+    loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+    return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+__all__: Sequence[str] = ["Batch", "Objective", "model_class", "rebuild", "weighted_sum"]

@@ -1,0 +1,243 @@
+"""`DiffusionObjective`: the plain denoising loss of any `Denoiser`, and what the methods built on it share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.condition import forward_names
+from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.denoiser.vae import scale_latents
+from diffusers_repr.noise import NoiseLevel, add_noise, training_target
+from diffusers_repr.objectives.base import Batch, Objective, rebuild
+from diffusers_repr.objectives.times import TimeSampler
+
+
+@dataclass
+class NoisyBatch:
+    """One micro-batch on its way through the network.
+
+    Attributes:
+        x0: Clean pixels or latents (B, c, h, w), float32.
+        noise: Standard normal, as `x0`.
+        level: Resolved, one a sample.
+        x_t: `alpha x0 + sigma noise`.
+        target: What the network should return.
+        condition: Its further inputs by name, labels already dropped.
+        batch: The batch it came from.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    level: NoiseLevel
+    x_t: Tensor
+    target: Tensor
+    condition: dict[str, Any]
+    batch: Batch = field(repr=False)
+
+
+class DiffusionObjective(Objective):
+    """Mean squared error of what the network predicts (Ho et al. 2020, eq. 14; Lipman et al. 2022, eq. 9).
+
+    Works for every family and noise process that `Denoiser` knows: epsilon, sample, v, flow velocity on the linear and
+    cosine path, EDM. All of a denoiser's network is trained unless its parameters say otherwise.
+
+    Args:
+        denoiser: From `Denoiser.from_pipe(pipe)`, so that the result can be saved as this pipeline, or from parts.
+        time_sampling: How noise levels are drawn.
+        label_dropout: Probability that a sample's class (or caption) becomes null, one draw a sample
+            (Ho and Salimans 2022, arXiv 2207.12598, alg. 1).
+        null_label: Id of the null class where the family does not tell (`UNet2DModel`: the last id by default).
+
+    Raises:
+        ValueError: If labels are to be dropped and there is no null class.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        time_sampling: TimeSampler | None = None,
+        label_dropout: float = 0.1,
+        null_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
+        self.denoiser, self.network = denoiser, denoiser.model
+        self.time_sampling, self.label_dropout = time_sampling or TimeSampler(), label_dropout
+        self.num_classes, self.null_label = classes_of(denoiser, null_label)
+        self.masks_labels = "drop_mask" in forward_names(self.network)
+        self.prompts: dict[Any, dict[str, Any]] = {}
+        if denoiser.vae is not None:
+            self.freeze("vae", denoiser.vae)
+        if denoiser.pipe is not None:
+            for name, part in denoiser.pipe.components.items():
+                if isinstance(part, torch.nn.Module) and part is not self.network and part is not denoiser.vae:
+                    self.freeze(name, part)
+
+    # Drawing
+
+    def clean(self, batch: Batch) -> Tensor:
+        """x_0 of a batch: pixels, or latents drawn from the VAE's posterior, float32."""
+        if self.denoiser.vae is None:
+            return batch["pixel_values"].float()
+        if "moments" in batch:
+            mean, std = batch["moments"].float().chunk(2, dim=1)
+            drawn = mean + std * torch.randn(mean.shape, device=mean.device, generator=batch.get("generator"))
+            return scale_latents(self.denoiser.vae, drawn)
+        return self.denoiser.encode_pixels(
+            batch["pixel_values"], sample=True, generator=batch.get("generator")
+        ).float()
+
+    def noised(self, batch: Batch, x0: Tensor | None = None, drop: bool = True) -> NoisyBatch:
+        """Draw time and noise for a batch, and drop its labels.
+
+        Args:
+            batch: See `Objective`; `time` and `noise` in it are taken as they are.
+            x0: Clean data where the caller has them already.
+            drop: False keeps every label.
+        """
+        x0 = self.clean(batch) if x0 is None else x0
+        generator = batch.get("generator")
+        if "time" in batch:
+            level = self.denoiser.level(batch["time"])
+        else:
+            level = self.time_sampling.draw(self.denoiser.schedule, len(x0), generator)
+        noise = batch.get("noise")
+        if noise is None:
+            noise = torch.randn(x0.shape, device=x0.device, generator=generator)
+        condition = self.condition(batch, len(x0), drop)
+        target = training_target(x0, noise, level, self.denoiser.schedule)
+        return NoisyBatch(x0, noise, level, add_noise(x0, level, noise), target, condition, batch)
+
+    def condition(self, batch: Batch, count: int, drop: bool = True) -> dict[str, Any]:
+        """The network's further inputs; a dropped label is null for the whole network."""
+        chance = self.label_dropout if drop else 0.0
+        family = self.denoiser.family
+        if family.conditioning == "text":
+            captions = list(batch.get("caption") or [""] * count)
+            dropped = (torch.rand(count, generator=batch.get("generator")) < chance).tolist()
+            captions = ["" if gone else text for text, gone in zip(captions, dropped, strict=True)]
+            return self.denoiser.condition(prompt=captions, cache=self.prompts).kwargs()
+        if self.num_classes == 0:
+            return {}
+        labels = batch["class_labels"]
+        if chance > 0:
+            gone = torch.rand(count, device=labels.device, generator=batch.get("generator")) < chance
+            labels = torch.where(gone, self.null_label, labels)  # type: ignore[arg-type]
+        masks = {"drop_mask": torch.zeros(count, dtype=torch.bool, device=labels.device)} if self.masks_labels else {}
+        return {"class_labels": labels, **masks}
+
+    # Loss
+
+    def predict(self, noisy: NoisyBatch) -> Tensor:
+        """What the network returns for a noisy batch, a learned variance split off, in float32."""
+        inputs = self.denoiser.network_inputs(noisy.x_t, noisy.level, noisy.condition)
+        raw = self.network(**inputs)
+        return self.denoiser.family.output(self.denoiser.config, raw, noisy.x_t).float()
+
+    def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
+        """`loss`: the mean squared error over all elements."""
+        noisy = self.noised(batch)
+        return {"loss": F.mse_loss(self.predict(noisy), noisy.target)}
+
+    # Checks
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Labels must be there, and in range.
+
+        Raises:
+            ValueError: Naming the label and the allowed range.
+        """
+        if self.num_classes == 0:
+            return
+        labels = batch.get("class_labels")
+        if labels is None:
+            raise ValueError(
+                f"{type(self.network).__name__} is class-conditional and the data have no class_labels; name a "
+                "ClassLabel column by label_column, or build the model with num_classes=0."
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"A batch has class_labels from {low} to {high}; the model's classes are 0 to {self.num_classes - 1}"
+                f"{'' if self.null_label is None else f' (null: {self.null_label})'}. Check label_column, or build "
+                "the model with as many classes as the data have."
+            )
+
+    def check_data(self, data: Any) -> None:
+        """The classes of the data must be those of the model.
+
+        Raises:
+            ValueError: Naming both numbers.
+        """
+        classes = getattr(data, "num_classes", None)
+        if self.num_classes and classes is not None and classes != self.num_classes:
+            raise ValueError(
+                f"The data have {classes} classes, {type(self.network).__name__} has {self.num_classes}"
+                f"{'' if self.null_label is None else ' and the null class'}; set the model's number of classes to "
+                f"{classes}."
+            )
+
+    def ema_modules(self) -> dict[str, torch.nn.Module]:
+        """The network."""
+        return {"network": self.network}
+
+    # Saving
+
+    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
+        """The denoiser's pipeline with the trained network in it.
+
+        Raises:
+            TypeError: If the denoiser was not built from a pipeline.
+        """
+        pipe = self.denoiser.pipe
+        if pipe is None:
+            raise TypeError("The denoiser has no pipeline to be saved as; build it by Denoiser.from_pipe(pipe).")
+        slot = next(name for name in COMPONENTS if getattr(pipe, name, None) is self.network)
+        result = copy.copy(pipe)
+        result.__dict__["_internal_dict"] = copy.deepcopy(pipe._internal_dict)
+        setattr(result, slot, rebuild(self.network, state, "network."))
+        return result
+
+    def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
+        """Samples; of class-conditional models the classes in turn, rows of 8 a class."""
+        given: dict[str, Any] = {"generator": generator, "num_inference_steps": steps}
+        if self.num_classes:
+            given["class_labels"] = [place // 8 % self.num_classes for place in range(count)]
+        elif self.denoiser.family.conditioning == "text":
+            given["prompt"] = [""] * count
+        else:
+            given["batch_size"] = count
+        return pipe(**given).images
+
+
+def classes_of(denoiser: Denoiser, null_label: int | None) -> tuple[int, int | None]:
+    """Number of classes of a class-conditional network (0: none) and the id of its null class.
+
+    `UNet2DModel` does not tell which of its ids is null: the last one, unless `null_label` says otherwise; -1 says
+    that there is none.
+    """
+    config, family = denoiser.config, denoiser.family
+    if family.conditioning != "class":
+        return 0, None
+    if config.get("num_class_embeds"):
+        count = int(config["num_class_embeds"])
+        if null_label == -1:
+            return count, None
+        return count - 1, count - 1 if null_label is None else null_label
+    for key in ("num_classes", "num_embeds_ada_norm"):
+        if config.get(key):
+            return int(config[key]), int(config[key])
+    return 0, None
+
+
+__all__ = ["DiffusionObjective", "NoisyBatch", "classes_of"]
