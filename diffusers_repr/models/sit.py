@@ -1,0 +1,308 @@
+"""`SiTTransformer2DModel`: the diffusion transformer of SiT and REPA, which diffusers lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from diffusers_repr.models.sit_blocks import TIME_CHANNELS, SiTBlock, SiTFinalNorm, grid_positions
+
+# Letter -> depth, width, heads.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCHES = (2, 4, 8)
+
+
+class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """Transformer on patches, conditioned by adaptive layer norm on time and a class or a vector.
+
+    The architecture of DiT (Peebles and Xie 2022, arXiv 2212.09748) as SiT (Ma et al. 2024, arXiv 2401.08740) and REPA
+    (Yu et al. 2024, arXiv 2410.06940) use it. Unlike diffusers' `DiTTransformer2DModel` it takes any height and width,
+    and drops the condition once for the whole network, so it may be trained with classifier-free guidance. A new
+    network gives 0 everywhere, and its blocks leave their input as it is.
+
+    Args:
+        sample_size: Height and width of x_0 in training, one number if they are equal.
+        patch_size: p; a token is a patch of p x p.
+        in_channels: C, channels of x_0.
+        out_channels: Channels of the output; C if None.
+        num_layers: Blocks.
+        hidden_size: D, channels of a token, a multiple of 4 and of the heads.
+        num_attention_heads: Heads of a block.
+        mlp_ratio: Hidden channels of the blocks' MLPs, in multiples of D.
+        num_classes: K; labels are 0 to K - 1 and K is the null class. 0: the network takes no labels.
+        class_dropout_prob: In training mode, the share of samples whose condition becomes null, where the caller does
+            not say which (`drop_mask`).
+        condition_dim: Channels of a vector condition, such as the features of an image; None: it takes none. The null
+            condition is a learned vector.
+        qk_norm: Layer norm of queries and keys.
+        time_divisor: The network is told `timestep / time_divisor`: 1000 for SiT, which is told t from 0 (data) to 1
+            (noise), 1 for DiT.
+
+    Raises:
+        ValueError: For sizes that do not fit together.
+
+    Example:
+        >>> model = SiTTransformer2DModel(8, 2, 4, num_layers=2, hidden_size=16, num_attention_heads=2, num_classes=10)
+        >>> out = model(torch.ones(2, 4, 8, 6), torch.tensor([250.0, 750.0]), class_labels=torch.tensor([3, 10]))
+        >>> out.sample.shape, out.sample.abs().max().item()
+        (torch.Size([2, 4, 8, 6]), 0.0)
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTBlock"]
+    _repeated_blocks = ["SiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 12,
+        hidden_size: int = 384,
+        num_attention_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        condition_dim: int | None = None,
+        qk_norm: bool = False,
+        time_divisor: float = 1000.0,
+    ) -> None:
+        super().__init__()
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        _check_sizes(height, width, patch_size, hidden_size, num_attention_heads)
+        if num_classes < 0 or not 0 <= class_dropout_prob <= 1 or not time_divisor > 0:
+            raise ValueError(
+                "num_classes must be at least 0, class_dropout_prob from 0 to 1 and time_divisor above 0; got "
+                f"{num_classes}, {class_dropout_prob}, {time_divisor}."
+            )
+        self.gradient_checkpointing = False
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        # A formula, not a parameter: it is neither saved nor trained.
+        self._grid = (height // patch_size, width // patch_size)
+        self.register_buffer("positions", grid_positions(*self._grid, hidden_size), persistent=False)
+        self.time_embed = TimestepEmbedding(TIME_CHANNELS, hidden_size)
+        self.label_embed = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
+        self.condition_embed = TimestepEmbedding(condition_dim, hidden_size) if condition_dim else None
+        self.null_condition = nn.Parameter(torch.empty(condition_dim)) if condition_dim else None
+        self.blocks = nn.ModuleList(
+            SiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)
+        )
+        self.norm_out = SiTFinalNorm(hidden_size)
+        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
+        self.reset_parameters()
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> SiTTransformer2DModel:
+        """A new network of a named size.
+
+        Args:
+            size: `S`, `B`, `L` or `XL`, a slash and the patch: 2, 4 or 8.
+            **overrides: Any argument of the class.
+
+        Raises:
+            ValueError: For another name.
+
+        Example:
+            >>> with torch.device("meta"):
+            ...     model = SiTTransformer2DModel.from_size("XL/2", num_classes=10)
+            >>> len(model.blocks), model.config.hidden_size, model.config.patch_size
+            (28, 1152, 2)
+        """
+        letter, _, patch = size.partition("/")
+        if letter not in SIZES or patch not in map(str, PATCHES):
+            names = ", ".join(f"{letter}/{patch}" for letter in SIZES for patch in PATCHES)
+            raise ValueError(f"No size {size!r}; known: {names}.")
+        depth, width, heads = SIZES[letter]
+        named = {
+            "patch_size": int(patch),
+            "num_layers": depth,
+            "hidden_size": width,
+            "num_attention_heads": heads,
+        }
+        return cls(**{**named, **overrides})
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights: Xavier-uniform layers, and zeros where the condition acts and at the end."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                # A convolution over patches is a linear layer on them.
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for layer in (block.attn.to_q, block.attn.to_k, block.attn.to_v):  # type: ignore[union-attr]
+                # In the papers' code the three are one layer, so Xavier counts the outputs of all.
+                nn.init.xavier_uniform_(layer.weight, gain=0.5**0.5)  # type: ignore[arg-type, union-attr]
+            nn.init.zeros_(block.modulation.weight)  # type: ignore[arg-type, union-attr]
+        for embed in (self.time_embed, self.condition_embed):
+            if embed is not None:
+                nn.init.normal_(embed.linear_1.weight, std=0.02)
+                nn.init.normal_(embed.linear_2.weight, std=0.02)
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed.weight, std=0.02)
+        if self.null_condition is not None:
+            nn.init.normal_(self.null_condition, std=0.02)
+        nn.init.zeros_(self.norm_out.modulation.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of a block in one product; for inference."""
+        self._set_fused(True)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`."""
+        self._set_fused(False)
+
+    def _set_fused(self, fuse: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse_projections(fuse=fuse)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
+        drop_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict from noisy data, for flow models the velocity `alpha_dot x_0 + sigma_dot eps`.
+
+        Args:
+            hidden_states: x_t, `(B, C, H, W)`, H and W multiples of the patch.
+            timestep: In the scheduler's units, a number for all or `(B,)`; may be fractional.
+            class_labels: `(B,)` from 0 to `num_classes`, which is the null class; None: null for all.
+            condition: `(B, condition_dim)`; None: null for all.
+            drop_mask: `(B,)`, boolean: samples whose label and condition become null. None draws it in training mode
+                with `class_dropout_prob`, and drops none in evaluation.
+            return_dict: Whether to return an output object, else a tuple.
+
+        Returns:
+            `sample`: `(B, out_channels, H, W)`.
+
+        Raises:
+            ValueError: For inputs of other shapes, and for a condition that the network does not take.
+        """
+        batch, _, height, width = self._check_input(hidden_states)
+        patch = self.config["patch_size"]
+        dropped = self._drop_mask(drop_mask, batch, hidden_states.device)
+        temb = self._embed_time(timestep, hidden_states)
+        if self.label_embed is not None:
+            temb = temb + self.label_embed(self._labels(class_labels, dropped, batch, hidden_states.device))
+        elif class_labels is not None:
+            raise ValueError("This SiTTransformer2DModel has no classes (num_classes=0); drop class_labels.")
+        if self.condition_embed is not None:
+            temb = temb + self.condition_embed(self._condition(condition, dropped, batch, hidden_states.device))
+        elif condition is not None:
+            raise ValueError("This SiTTransformer2DModel takes no vector (condition_dim=None); drop condition.")
+        grid = (height // patch, width // patch)
+        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        tokens = tokens + self._positions(grid, tokens)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, temb)
+            else:
+                tokens = block(tokens, temb)
+        tokens = self.proj_out(self.norm_out(tokens, temb))
+        # (B, h w, p p c) -> (B, c, h p, w p); lanes that share the pass may have joined the batch on the way
+        patches = tokens.reshape(-1, *grid, patch, patch, self.out_channels)
+        sample = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_input(self, value: Tensor) -> Sequence[int]:
+        channels, patch = self.config["in_channels"], self.config["patch_size"]
+        if value.ndim != 4 or value.shape[1] != channels or value.shape[2] % patch or value.shape[3] % patch:
+            raise ValueError(
+                f"SiTTransformer2DModel takes x_t (B, {channels}, H, W) with H and W multiples of {patch}; got "
+                f"{tuple(value.shape)}."
+            )
+        return value.shape
+
+    def _positions(self, grid: tuple[int, int], tokens: Tensor) -> Tensor:
+        if grid == self._grid:
+            return self.positions.to(tokens.dtype)
+        return grid_positions(*grid, tokens.shape[-1], tokens.device).to(tokens.dtype)
+
+    def _embed_time(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        times = torch.as_tensor(timestep, device=like.device).reshape(-1)
+        if times.shape[0] not in (1, like.shape[0]):
+            raise ValueError(
+                f"{times.shape[0]} timesteps for {like.shape[0]} samples; pass one for all, or one for each."
+            )
+        # Half precision cannot tell neighbouring timesteps apart.
+        times = times.to(torch.promote_types(times.dtype, torch.float32)) / self.config["time_divisor"]
+        waves = get_timestep_embedding(
+            times.expand(like.shape[0]), TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        return self.time_embed(waves.to(like.dtype))
+
+    def _drop_mask(self, mask: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        if mask is None:
+            if not self.training or not self.config["class_dropout_prob"]:
+                return None
+            return torch.rand(batch, device=device) < self.config["class_dropout_prob"]
+        if mask.shape != (batch,) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"drop_mask must be boolean ({batch},), True where the condition is dropped; got {mask.dtype} "
+                f"{tuple(mask.shape)}."
+            )
+        return mask.to(device)
+
+    def _labels(self, labels: Tensor | None, dropped: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        null = self.config["num_classes"]
+        if labels is None:
+            return torch.full((batch,), null, device=device)
+        if labels.shape != (batch,):
+            raise ValueError(f"class_labels must be ({batch},); got {tuple(labels.shape)}.")
+        # On a GPU the check would wait for all work before it.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (labels < 0) | (labels > null)
+            if bool(outside.any()):
+                raise ValueError(
+                    f"class_labels must lie in 0..{null} ({null} is the null class); got {labels.tolist()}."
+                )
+        labels = labels.to(device)
+        return labels if dropped is None else torch.where(dropped, null, labels)
+
+    def _condition(self, condition: Tensor | None, dropped: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        null = self.null_condition
+        assert null is not None
+        if condition is None:
+            return null.expand(batch, -1)
+        if condition.shape != (batch, len(null)):
+            raise ValueError(f"condition must be ({batch}, {len(null)}); got {tuple(condition.shape)}.")
+        if dropped is None:
+            dropped = torch.zeros(batch, dtype=torch.bool, device=device)
+        # Always a choice, so that the null vector has a gradient in every step, as DDP wants.
+        return torch.where(dropped[:, None], null, condition.to(device, null.dtype))
+
+
+def _check_sizes(height: int, width: int, patch: int, dim: int, heads: int) -> None:
+    if height % patch or width % patch:
+        raise ValueError(f"sample_size {height} x {width} must be a multiple of patch_size={patch}.")
+    if dim % 4 or dim % heads:
+        raise ValueError(f"hidden_size={dim} must be a multiple of 4 and of num_attention_heads={heads}.")
+
+
+__all__ = ["PATCHES", "SIZES", "SiTTransformer2DModel"]
