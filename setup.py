@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 # What the Hub receives lives at the top of the repository; the wheel carries it inside the package.
-PUBLISHED = ("pipelines",)
+PUBLISHED = ("pipelines", "schedulers_ext")
 
 published = [name for top in PUBLISHED for name in find_packages(include=[top, f"{top}.*"])]
 ours = find_packages(include=["diffusers_repr", "diffusers_repr.*"])

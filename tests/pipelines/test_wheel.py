@@ -7,17 +7,18 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PUBLISHED = ("pipelines", "schedulers_ext")
 
 
 def test_the_wheel_has_every_module(tmp_path):
     source = tmp_path / "source"
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("diffusers_repr", "pipelines"):
+    for folder in ("diffusers_repr", *PUBLISHED):
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     want = {file.relative_to(source).as_posix() for file in source.rglob("*.py")} - {"setup.py"}
-    want = {f"diffusers_repr/{name}" if name.startswith("pipelines/") else name for name in want}
+    want = {f"diffusers_repr/{name}" if name.split("/")[0] in PUBLISHED else name for name in want}
     want |= {"diffusers_repr/py.typed"}
     want |= {f"diffusers_repr/pipelines/{file.parent.name}/README.md" for file in ROOT.glob("pipelines/*/pipeline.py")}
     assert {f"diffusers_repr/pipelines/guided_{name}/README.md" for name in ("dit", "unconditional")} <= want
