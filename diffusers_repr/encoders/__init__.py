@@ -1,0 +1,7 @@
+"""Frozen networks that turn images into features: of transformers, of denoisers, or any of one's own."""
+
+from diffusers_repr.encoders.encoder import Encoder
+from diffusers_repr.encoders.family import EncoderFamily, list_encoder_families, register_encoder_family
+from diffusers_repr.encoders.output import EncoderOutput
+
+__all__ = ["Encoder", "EncoderFamily", "EncoderOutput", "list_encoder_families", "register_encoder_family"]

@@ -1,0 +1,76 @@
+"""Attention probabilities of a vision transformer, recomputed from its queries and keys by hooks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def attention_of(model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, Any], prefix: int) -> list[Tensor]:
+    """Attention among the patch tokens of some blocks: what HASTE (arXiv 2505.16792) takes from its teacher.
+
+    Fused attention keeps no probabilities, so they are recomputed: `softmax(q k^T / sqrt(d))` in float32 over the
+    patch tokens alone. Up to rounding that is the network's own attention with the columns of class and register
+    tokens left out and the rows normalised again. Memory is only used for the blocks asked for.
+
+    Args:
+        model: The network.
+        blocks: Paths of its blocks; in each, one attention with `q_proj` and `k_proj`.
+        inputs: Keyword inputs of its forward.
+        prefix: Tokens in front of the patches.
+
+    Returns:
+        For each block `(B, heads, N, N)` float32, its rows adding up to 1.
+
+    Raises:
+        TypeError: If a block has no such attention.
+    """
+    parts: dict[str, dict[str, Any]] = {path: {} for path in blocks}
+    with ExitStack() as hooks:
+        for path, kept in parts.items():
+            attention = _attention_in(model.get_submodule(path), path)
+            kept["module"] = attention
+            hooks.callback(attention.register_forward_pre_hook(_keep_rotary(kept), with_kwargs=True).remove)
+            for name in ("q_proj", "k_proj"):
+                hooks.callback(getattr(attention, name).register_forward_hook(_keep(kept, name)).remove)
+        model(**inputs)
+    return [_probabilities(parts[path], prefix) for path in blocks]
+
+
+def _attention_in(block: nn.Module, path: str) -> nn.Module:
+    found = [module for module in block.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
+    if len(found) != 1 or not hasattr(found[0], "head_dim"):
+        raise TypeError(
+            f"Block {path!r} ({type(block).__name__}) has {len(found)} attentions with q_proj, k_proj and head_dim; "
+            "one is needed to recompute its probabilities."
+        )
+    return found[0]
+
+
+def _keep(kept: dict[str, Any], name: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        kept[name] = output
+
+    return hook
+
+
+def _keep_rotary(kept: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        kept["rotary"] = kwargs.get("position_embeddings")
+
+    return hook
+
+
+def _probabilities(kept: Mapping[str, Any], prefix: int) -> Tensor:
+    attention = kept["module"]
+    # (B, N, heads * d) => (B, heads, N, d)
+    query, key = (kept[name].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+    if kept["rotary"] is not None:  # DINOv3 turns queries and keys after their projection
+        rotate = importlib.import_module(type(attention).__module__).apply_rotary_pos_emb
+        query, key = rotate(query, key, *kept["rotary"])
+    query, key = query[:, :, prefix:].float(), key[:, :, prefix:].float()
+    return (query @ key.transpose(-1, -2) * attention.head_dim**-0.5).softmax(-1)

@@ -1,0 +1,99 @@
+"""Pixels of the library, in [-1, 1], to what a vision network takes: on tensors, on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What pixels in [0, 1] are standardised by.
+
+    Attributes:
+        mean: One number a channel.
+        std: One number a channel, not 0.
+        side: Side of the square images that the network was made for, where its image processor tells it.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    side: int | None = None
+
+
+def statistics_from_processor(config: Mapping[str, Any], default: Statistics) -> Statistics:
+    """Read `preprocessor_config.json` of transformers; what it does not tell is that of `default`.
+
+    Raises:
+        ValueError: For a std of 0.
+    """
+    mean, std = config.get("image_mean", default.mean), config.get("image_std", default.std)
+    mean, std = ([value] if isinstance(value, (int, float)) else value for value in (mean, std))
+    if config.get("do_normalize") is False:
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    # It multiplies 0..255 by the factor; pixels here are 0..1.
+    scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    if 0 in std:
+        raise ValueError(f"The image processor has image_std {list(std)}; it must not hold 0.")
+    return Statistics(tuple(m / scale for m in mean), tuple(s / scale for s in std), _side(config) or default.side)
+
+
+def _side(config: Mapping[str, Any]) -> int | None:
+    for key in ("crop_size", "size"):
+        size = config.get(key)
+        if key == "crop_size" and config.get("do_center_crop") is False:
+            continue
+        if isinstance(size, int):
+            return size
+        if isinstance(size, Mapping) and size.get("height") and size.get("height") == size.get("width"):
+            return int(size["height"])
+    return None
+
+
+def expand_channels(pixels: Tensor, channels: int) -> Tensor:
+    """Grey images `(B, 1, H, W)` to `channels` equal channels; others must have that many.
+
+    Raises:
+        ValueError: If the number of channels does not fit.
+    """
+    if pixels.shape[1] == channels:
+        return pixels
+    if pixels.shape[1] != 1:
+        raise ValueError(
+            f"Pixels have {pixels.shape[1]} channels in shape {tuple(pixels.shape)}; the encoder takes {channels}"
+            + (" (or 1, which is repeated)." if channels > 1 else ": pass grey images.")
+        )
+    return pixels.expand(-1, channels, -1, -1)
+
+
+def preprocess(pixels: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Resize and standardise, in float32.
+
+    The resize is bicubic without antialiasing, as REPA's (arXiv 2410.06940); it comes first, which is the same as
+    after the standardisation, because the weights of the filter add up to 1.
+
+    Args:
+        pixels: `(B, C, H, W)` in [-1, 1].
+        size: (H, W) to resize to.
+        mean: One number, or one a channel, of pixels in [0, 1].
+        std: As `mean`.
+
+    Example:
+        >>> preprocess(torch.ones(1, 1, 4, 4), (2, 2), [0.5], [0.25]).flatten().tolist()
+        [2.0, 2.0, 2.0, 2.0]
+    """
+    pixels = pixels.float() / 2 + 0.5
+    if tuple(pixels.shape[2:]) != tuple(size):
+        pixels = functional.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=False)
+    shift, scale = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1).to(pixels.device) for v in (mean, std))
+    return (pixels - shift) / scale

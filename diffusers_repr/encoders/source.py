@@ -1,0 +1,100 @@
+"""Where an encoder's features come from: the part of an `Encoder` that differs between networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+POOLINGS = (None, "cls", "mean")
+
+
+class Source:
+    """A network that gives a vector a patch. Subclass for another kind of network.
+
+    Attributes:
+        module: The network.
+        channels: Of the images it takes.
+        dim: Channels of its tokens, D.
+        mean: Of pixels in [0, 1], one number or one a channel.
+        std: As `mean`.
+    """
+
+    module: nn.Module
+    channels: int
+    dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) that images of `size` (H, W) are resized to."""
+        raise NotImplementedError
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Token grid (h, w) of resized images of `size` (H, W)."""
+        raise NotImplementedError
+
+    def read(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Global features `(B, D)`, tokens `(B, N, D)` and grid (h, w) of preprocessed pixels."""
+        raise NotImplementedError
+
+    def attention(self, pixels: Tensor, layers: list[int]) -> list[Tensor]:
+        """Attention `(B, heads, N, N)` of blocks, over patch tokens, of preprocessed pixels.
+
+        Raises:
+            TypeError: If the network's attention is not known.
+        """
+        raise TypeError(
+            f"The attention of {type(self.module).__name__} is not known; only encoders of `from_pretrained` give it."
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What else decides the features, for the fingerprint: values that JSON holds."""
+        return {}
+
+
+def check_pooling(pooling: str | None, class_token: bool) -> str | None:
+    """The pooling, if the network has it.
+
+    Raises:
+        ValueError: With the poolings there are.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"Unknown pooling {pooling!r}; expected one of {', '.join(map(repr, POOLINGS))}.")
+    if pooling == "cls" and not class_token:
+        raise ValueError("pooling='cls' asks for a class token, which this network does not have; use 'mean'.")
+    return pooling
+
+
+def pair(size: int | tuple[int, int] | None, multiple: int = 1) -> tuple[int, int] | None:
+    """A size as (H, W).
+
+    Raises:
+        ValueError: If it is neither one side nor (H, W), or not a multiple of the patch.
+    """
+    if size is None:
+        return None
+    values = (size, size) if isinstance(size, int) else tuple(size)
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"image_size must be one side or (height, width) in pixels; got {size!r}.")
+    if any(v % multiple for v in values):
+        near = tuple(max(multiple, round(v / multiple) * multiple) for v in values)
+        raise ValueError(f"image_size={size!r} is no multiple of the patch, {multiple}; the nearest is {near}.")
+    return values
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module lies; the CPU for one without parameters."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def by_short_side(size: tuple[int, int], side: int, multiple: int) -> tuple[int, int]:
+    """`size` scaled so that its short side is `side`, both rounded to multiples; the aspect ratio stays.
+
+    Example:
+        >>> by_short_side((32, 48), 224, 14)
+        (224, 336)
+    """
+    h, w = (max(multiple, round(v * side / min(size) / multiple) * multiple) for v in size)
+    return h, w

@@ -1,0 +1,196 @@
+"""Vision transformers of the transformers library as sources of features: loading them, and reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.capture import capture
+from diffusers_repr.denoiser.family import floating_dtype
+from diffusers_repr.encoders.attention import attention_of
+from diffusers_repr.encoders.family import EncoderFamily, encoder_family
+from diffusers_repr.encoders.fingerprint import config_hash
+from diffusers_repr.encoders.preprocessing import Statistics, statistics_from_processor
+from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
+from diffusers_repr.hub.files import read_json
+from diffusers_repr.hub.load import load_json_config, resolve_folder
+
+_FILES = [
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
+REPA_CELL = 16  # pixels of an image a token of a latent model: stride 8 of the autoencoder, patch 2
+
+
+class TransformerSource(Source):
+    """A network of transformers with its adapter.
+
+    Args:
+        model: The network, on its device.
+        family: Its adapter.
+        statistics: Of pixels.
+        layer: Block whose output is read, from 0 or from the end; None: the family's last tokens.
+        image_size: (H, W) or a side to resize to; None: the default rule.
+        pooling: `cls`, `mean`, or None for the family's own global features.
+        config: `config.json` as it was loaded.
+
+    Raises:
+        ValueError: For a layer, size or pooling that the network does not have.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        family: EncoderFamily,
+        statistics: Statistics,
+        layer: int | None,
+        image_size: int | tuple[int, int] | None,
+        pooling: str | None,
+        config: Mapping[str, Any],
+    ) -> None:
+        self.module, self.family = model, family
+        self.mean, self.std = statistics.mean, statistics.std
+        self.channels, self.dim = int(model.config.num_channels), int(model.config.hidden_size)
+        self.patch = family.patch(model.config)
+        self.side = statistics.side or family.side(model.config)
+        self.image_size = pair(image_size, self.patch)
+        self.pooling = check_pooling(pooling, family.class_token)
+        self.paths = [f"{family.blocks}.{at}" for at in range(len(model.get_submodule(family.blocks)))]
+        self.layer = None if layer is None else self._block(layer)
+        self._config = config_hash(config)
+
+    def _block(self, layer: int) -> int:
+        count = len(self.paths)
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
+            raise ValueError(
+                f"layer={layer!r}; {type(self.module).__name__} has blocks 0 to {count - 1} (or -{count} to -1 from "
+                "the end); None reads its last tokens."
+            )
+        return layer % count
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """As given; else a patch of it for every 16 x 16 pixels, or the network's own size for small images."""
+        if self.image_size is not None:
+            return self.image_size
+        if min(size) >= 256 and self.patch in (14, 16) and (self.side is None or self.side >= 224):
+            return self.patch * (size[0] // REPA_CELL), self.patch * (size[1] // REPA_CELL)
+        if self.side is None:
+            raise ValueError(
+                f"{type(self.module).__name__} has no size of its own for images of {size[0]} x {size[1]}; pass "
+                "image_size=(H, W)."
+            )
+        return by_short_side(size, self.side, self.patch)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """In patches."""
+        return size[0] // self.patch, size[1] // self.patch
+
+    def read(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """One forward; it ends at the block that is read."""
+        inputs = self.family.inputs(self.module, pixels.to(floating_dtype(self.module)))
+        whole = self.layer is None
+        pooled = None
+        if whole and self.family.final_norm:
+            output = self.module(**inputs)
+            sequence = output.last_hidden_state
+        else:
+            path = self.paths[-1 if self.layer is None else self.layer]
+            with capture(self.module, path, stop_early=not whole) as tape:
+                output = self.module(**inputs)
+            sequence = tape[path]
+        tokens = sequence[:, self.family.prefix(self.module.config) :]
+        if whole and self.pooling is None:
+            pooled = self.family.global_features(output)
+        if pooled is None:
+            cls = self.family.class_token and self.pooling != "mean"
+            pooled = sequence[:, 0] if cls else tokens.float().mean(1)
+        return pooled, tokens, self.grid((pixels.shape[2], pixels.shape[3]))
+
+    def attention(self, pixels: Tensor, layers: list[int]) -> list[Tensor]:
+        """Recomputed from queries and keys; see `attention_of`."""
+        inputs = self.family.inputs(self.module, pixels.to(floating_dtype(self.module)))
+        paths = [self.paths[self._block(layer)] for layer in layers]
+        return attention_of(self.module, paths, inputs, self.family.prefix(self.module.config))
+
+    def describe(self) -> dict[str, Any]:
+        """Class, config, layer, pooling and size."""
+        return {
+            "model": type(self.module).__name__,
+            "config": self._config,
+            "layer": self.layer,
+            "pooling": self.pooling,
+            "image_size": None if self.image_size is None else list(self.image_size),
+            "side": self.side,
+        }
+
+
+def load_transformer(
+    id_or_folder: str | Path,
+    revision: str | None,
+    token: str | None,
+    dtype: torch.dtype,
+    layer: int | None,
+    image_size: int | tuple[int, int] | None,
+    pooling: str | None,
+) -> tuple[TransformerSource, str | None]:
+    """Load a vision network of transformers; gives the source and the revision that was loaded.
+
+    Raises:
+        TypeError: If its `model_type` has no adapter.
+        ValueError: If the files lack weights of the network.
+    """
+    config = load_json_config(id_or_folder, "config.json", revision, token)
+    family = encoder_family(config.get("model_type"))
+    folder = resolve_folder(id_or_folder, revision, token, _FILES)
+    processor: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if not processor and (folder / name).is_file():
+            processor = read_json(folder / name)
+            processor = processor.get("image_processor", processor)
+    with _quiet():
+        model, info = _class_of(family).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **family.loading(config)
+        )
+    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if missing:
+        raise ValueError(
+            f"{str(id_or_folder)!r} lacks {len(missing)} weights of {type(model).__name__}, among them "
+            f"{missing[:3]}: the file is incomplete, or of another network than config.json says."
+        )
+    model.requires_grad_(False).eval()
+    statistics = statistics_from_processor(processor, family.statistics)
+    source = TransformerSource(model, family, statistics, layer, image_size, pooling, config)
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    return source, commit or revision
+
+
+def _class_of(family: EncoderFamily) -> Any:
+    if isinstance(family.model_class, str):
+        import transformers
+
+        return getattr(transformers, family.model_class)
+    return family.model_class
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and the report on weights of other parts, such as the text half of CLIP."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
