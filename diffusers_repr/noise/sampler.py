@@ -19,6 +19,7 @@ _SOLVER = "solver"  # sigma / alpha (or flow sigmas) by step; the state is what 
 _SCALED = "scaled"  # sigma_k by step; the state is x_0 + sigma_k eps, fed times 1 / sqrt(1 + sigma_k^2)
 _EDM = "edm"  # sigma_k by step; the same state, fed times 1 / sqrt(sigma_data^2 + sigma_k^2)
 _FLOW = "flow"  # sigma_k by step; the state is (1 - sigma_k) x_0 + sigma_k eps, fed as it is
+_PATH = "path"  # t by step, in training timesteps; the state is what the network takes
 _ANGLES = "angles"  # alphas and betas (which are sigmas) by step; the state is what the network takes
 _VE = "ve"  # the network is told sigma; the state x_0 + sigma eps is fed as it is
 
@@ -48,6 +49,8 @@ _SAMPLERS = {
     "FlowMatchEulerDiscreteScheduler": _FLOW,
     "FlowMatchHeunDiscreteScheduler": _FLOW,
     "FlowMatchLCMScheduler": _FLOW,
+    "FlowMatchODEScheduler": _PATH,
+    "FlowMatchSDEScheduler": _PATH,
     "IPNDMScheduler": _ANGLES,
     "ScoreSdeVeScheduler": _VE,
 }
@@ -147,6 +150,8 @@ def _form(scheduler: Any, kind: str) -> str:
     """The kind of process, as in NoiseSchedule, along which the sampler steps."""
     if kind == _SOLVER:
         return "flow" if scheduler.config.get("use_flow_sigmas") else "vp"
+    if kind == _PATH:
+        return NoiseSchedule.from_scheduler(scheduler).kind
     return kind if kind in (_EDM, _FLOW, _VE) else "vp"
 
 
@@ -187,8 +192,8 @@ def _step(scheduler: Any, timestep: float | Tensor, kind: str) -> tuple[list[flo
 
 def _place(scheduler: Any, step: int, kind: str) -> tuple[str, int]:
     """The tensor of the scheduler that holds the sigma of this network call, and the row in it."""
-    if kind == _ANGLES:
-        return "betas", step
+    if kind in (_ANGLES, _PATH):
+        return "betas" if kind == _ANGLES else "timesteps", step
     if step == scheduler.step_index and not getattr(scheduler, "state_in_first_order", True):
         if hasattr(scheduler, "mid_point_sigma"):
             return "mid_point_sigma", 0
@@ -200,13 +205,13 @@ def _place(scheduler: Any, step: int, kind: str) -> tuple[str, int]:
 def _columns(
     scheduler: Any, name: str, kind: str, form: str, schedule: NoiseSchedule | None
 ) -> tuple[list[float], ...]:
-    """What a tensor of the scheduler stands for, computed once for each tensor."""
+    """What a tensor of the scheduler stands for, computed once for each tensor; without a form, the tensor itself."""
     held, source = _HELD.setdefault(scheduler, {}), getattr(scheduler, name)
-    version = 0 if source.is_inference() else source._version
-    found = held.get(name)
+    version, key = 0 if source.is_inference() else source._version, f"{name} {form}"
+    found = held.get(key)
     if found is None or found.source is not source or found.version != version or found.schedule is not schedule:
         values = _compute(scheduler, name, source.detach().cpu().double().reshape(-1), kind, form, schedule)
-        found = held[name] = _Columns(source, version, schedule, tuple(value.tolist() for value in values))
+        found = held[key] = _Columns(source, version, schedule, tuple(value.tolist() for value in values))
     return found.values
 
 
@@ -214,8 +219,11 @@ def _compute(
     scheduler: Any, name: str, source: Tensor, kind: str, form: str, schedule: NoiseSchedule | None
 ) -> tuple[Tensor, ...]:
     one = torch.ones_like(source)
-    if name == "timesteps":
+    if not form:
         return (source,)
+    if kind == _PATH:
+        own = NoiseSchedule.from_scheduler(scheduler)
+        return *own._process(source), one
     if kind == _ALPHAS:
         table = _log_alpha_bar(scheduler)
         own = NoiseSchedule("vp", "epsilon", len(table), table)

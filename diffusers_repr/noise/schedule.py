@@ -11,11 +11,13 @@ from torch import Tensor
 
 from diffusers_repr.noise.level import NoiseLevel, wide
 
-Kind = Literal["vp", "ve", "edm", "flow"]
+Kind = Literal["vp", "ve", "edm", "flow", "cosine_flow"]
 Output = Literal["epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v", "score"]
 
-KINDS: tuple[Kind, ...] = ("vp", "ve", "edm", "flow")
+KINDS: tuple[Kind, ...] = ("vp", "ve", "edm", "flow", "cosine_flow")
 OUTPUTS: tuple[Output, ...] = ("epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v", "score")
+# The config of a flow-matching scheduler tells a path by this name.
+_PATHS: dict[str, Kind] = {"linear": "flow", "cosine": "cosine_flow"}
 _PREDICTION_TYPES: dict[str, Output] = {
     "epsilon": "epsilon",
     "sample": "sample",
@@ -29,11 +31,12 @@ class NoiseSchedule:
     """The forward process a network was trained on.
 
     Attributes:
-        kind: `vp` (DDPM betas), `flow` (linear path), `edm` (Karras preconditioning) or `ve`.
+        kind: `vp` (DDPM betas), `flow` (linear path: alpha = 1 - t, sigma = t), `cosine_flow` (alpha = cos(pi t / 2),
+            sigma = sin(pi t / 2)), `edm` (Karras preconditioning) or `ve`.
         output: What the network returns, one of `OUTPUTS`.
         log_alpha_bar: `vp` only: float64 `(T,)`, `log` of the cumulative product of `1 - beta`; -inf where the
             signal is gone (zero terminal SNR).
-        num_train_timesteps: T; a flow model's timestep is `T sigma`.
+        num_train_timesteps: T; a flow model's timestep is `T t`, t from 0 (data) to 1 (noise).
         sigma_min, sigma_max, sigma_data: EDM and VE only.
     """
 
@@ -70,7 +73,10 @@ class NoiseSchedule:
         if name.startswith("FlowMatch"):
             if config.get("invert_sigmas"):
                 raise ValueError(f"{name}(invert_sigmas=True) runs from noise to data; larger must be noisier.")
-            return cls("flow", "velocity", steps)
+            path = config.get("path", "linear")
+            if path not in _PATHS:
+                raise ValueError(f"{name} has path={path!r}; known: {', '.join(_PATHS)}.")
+            return cls(_PATHS[path], "velocity", steps)
         if name.startswith(("EDM", "ScoreSdeVe")):
             low, high = float(config.sigma_min), float(config.sigma_max)
             if name.startswith("ScoreSdeVe"):
@@ -148,7 +154,7 @@ class NoiseSchedule:
         """Smallest and largest timestep that exist, both included."""
         if self.kind == "vp":
             return 0.0, self.num_train_timesteps - 1.0
-        if self.kind == "flow":
+        if self.kind in ("flow", "cosine_flow"):
             return 0.0, float(self.num_train_timesteps)
         if self.kind == "edm":
             return 0.25 * math.log(self.sigma_min), 0.25 * math.log(self.sigma_max)
@@ -165,7 +171,7 @@ class NoiseSchedule:
     @property
     def log_nsr_range(self) -> tuple[float, float]:
         """Smallest and largest logarithm of the noise-to-signal ratio that exist."""
-        if self.kind == "flow":
+        if self.kind in ("flow", "cosine_flow"):
             return -math.inf, math.inf
         if self.kind == "vp":
             assert self.log_alpha_bar is not None
@@ -195,6 +201,8 @@ class NoiseSchedule:
     def _time_of_log_nsr(self, log_nsr: Tensor) -> Tensor:
         if self.kind == "flow":
             return self.num_train_timesteps * torch.sigmoid(log_nsr)
+        if self.kind == "cosine_flow":
+            return self.num_train_timesteps * (2 / math.pi) * log_nsr.exp().atan()
         if self.kind == "edm":
             return 0.25 * log_nsr
         if self.kind == "ve":
@@ -213,6 +221,11 @@ class NoiseSchedule:
         if self.kind == "flow":
             sigma = time / self.num_train_timesteps
             return 1 - sigma, sigma, -one, one
+        if self.kind == "cosine_flow":
+            # cos(pi t / 2) as a sine, which is 0 at t = 1
+            quarter, t = math.pi / 2, time / self.num_train_timesteps
+            alpha, sigma = torch.sin(quarter * (1 - t)), torch.sin(quarter * t)
+            return alpha, sigma, -quarter * sigma, quarter * alpha
         if self.kind == "ve":
             return one, time, torch.zeros_like(time), self.sigma_max * one
         if self.kind == "edm":

@@ -29,10 +29,11 @@ class Objective(nn.Module):
 
     phases: tuple[str, ...] = ("main",)
     needs_pixels: bool = True
+    _frozen: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_frozen"] = {}
+        self._frozen = {}  # a plain dict: its modules are no submodules
 
     # What a method defines
 
@@ -135,7 +136,7 @@ class Objective(nn.Module):
     @property
     def frozen(self) -> dict[str, Any]:
         """The frozen parts by name."""
-        return self.__dict__["_frozen"]
+        return self._frozen
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
         """Frozen modules move with this one, but keep their dtype's own choice of `fn`."""
@@ -154,7 +155,7 @@ class Objective(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k in trained or k not in fixed}
 
 
-def rebuild(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Any:
+def rebuild(module: Any, state: Mapping[str, Tensor], prefix: str) -> Any:
     """A fresh model of the same class and config on the CPU, with weights out of `state`.
 
     Args:
@@ -167,10 +168,10 @@ def rebuild(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> Any:
     """
     inner = getattr(module, "_orig_mod", module)
     cls = model_class(inner)
-    config = {k: v for k, v in dict(inner.config).items() if not k.startswith("_")}
+    config = {k: v for k, v in inner.config.items() if not k.startswith("_")}
     with torch.random.fork_rng(devices=[]):
         fresh = cls(**config)
-    own = {k: state[prefix + k] if prefix + k in state else v for k, v in inner.state_dict().items()}
+    own = {k: state.get(prefix + k, v) for k, v in inner.state_dict().items()}
     fresh.load_state_dict({k: v.detach().to("cpu").clone() for k, v in own.items()})
     return fresh.eval()
 
