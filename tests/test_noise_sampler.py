@@ -249,7 +249,8 @@ def test_each_step_of_a_run_is_read_as_the_sampler_means_it(name, config):
 def test_every_known_sampler_is_in_the_matrix():
     from diffusers_repr.noise.sampler import _SAMPLERS
 
-    assert {name for name, _ in CASES} | {"ScoreSdeVeScheduler"} == set(_SAMPLERS)
+    ours = {"FlowMatchODEScheduler", "FlowMatchSDEScheduler"}  # in test_noise_paths.py
+    assert {name for name, _ in CASES} | {"ScoreSdeVeScheduler"} | ours == set(_SAMPLERS)
 
 
 @pytest.mark.parametrize("begin", [True, False])

@@ -229,7 +229,7 @@ def describe_process(schedule: Any) -> dict[str, Any]:
         table = table[torch.linspace(0, len(table) - 1, _POINTS).round().long()]
         values = (0.5 * (table - torch.log(-torch.expm1(table)))).tolist()
         described["half_log_snr"] = [value if math.isfinite(value) else None for value in values]
-    elif schedule.kind != "flow":
+    elif schedule.kind not in ("flow", "cosine_flow"):
         described |= {name: float(getattr(schedule, name)) for name in _SIGMAS}
     return {"num_train_timesteps": int(schedule.num_train_timesteps), "noise_schedule": described}
 
