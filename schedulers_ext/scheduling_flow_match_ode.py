@@ -59,6 +59,9 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"solver is one of {', '.join(SOLVERS)}; got {solver!r}.")
         self.order = SOLVERS.index(solver) + 1
         self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._held: tuple[torch.Tensor, torch.Tensor, float] | None = None
         self._set_grid(np.arange(num_train_timesteps, 0, -1) / num_train_timesteps, "cpu")
 
     @property
@@ -98,7 +101,9 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: For no step, and a grid that does not fall or leaves its range.
         """
-        given = _own_grid(num_inference_steps, timesteps, sigmas, self.config.num_train_timesteps, self.config.path)
+        given = _own_grid(
+            num_inference_steps, timesteps, sigmas, self.config["num_train_timesteps"], self.config["path"]
+        )
         if given is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps is 1 or more; got {num_inference_steps}.")
@@ -184,25 +189,24 @@ class FlowMatchODEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: For a timestep outside of [0, num_train_timesteps].
         """
-        return _noised(original_samples, noise, timesteps, self.config.num_train_timesteps, self.config.path)
+        return _noised(original_samples, noise, timesteps, self.config["num_train_timesteps"], self.config["path"])
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """As `add_noise`, with the arguments in the order of diffusers' flow-matching schedulers."""
         return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     def _set_grid(self, times: np.ndarray, device: str | torch.device | None) -> None:
         """`times`: t of each step, float64; 0 is appended."""
         calls = np.concatenate([times[:1], times[1:].repeat(self.order)])
         self._times = [*calls.tolist(), 0.0]
-        self.timesteps = torch.tensor(calls * self.config.num_train_timesteps, dtype=torch.float32, device=device)
-        sigmas = [t if self.config.path == "linear" else math.sin(0.5 * math.pi * t) for t in self._times]
+        self.timesteps = torch.tensor(calls * self.config["num_train_timesteps"], dtype=torch.float32, device=device)
+        sigmas = [t if self.config["path"] == "linear" else math.sin(0.5 * math.pi * t) for t in self._times]
         self.sigmas = torch.tensor(sigmas, dtype=torch.float32, device="cpu")
-        self._held: tuple[torch.Tensor, torch.Tensor, float] | None = None
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._held = None
+        self._step_index = self._begin_index = None
 
 
 def _own_grid(

@@ -75,6 +75,8 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         if not 0 < last_t < first_t <= 1:
             raise ValueError(f"0 < last_t < first_t <= 1 is needed; got last_t={last_t}, first_t={first_t}.")
         self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
         self._set_grid(np.arange(num_train_timesteps, 0, -1) / num_train_timesteps, "cpu")
 
     @property
@@ -109,15 +111,17 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: For num_inference_steps below 2, and a grid that does not fall or leaves its range.
         """
-        given = _own_grid(num_inference_steps, timesteps, sigmas, self.config.num_train_timesteps, self.config.path)
+        given = _own_grid(
+            num_inference_steps, timesteps, sigmas, self.config["num_train_timesteps"], self.config["path"]
+        )
         if given is None:
             if num_inference_steps is None or num_inference_steps < 2:
                 raise ValueError(
                     f"num_inference_steps is 2 or more, one step from first_t and one from last_t; got "
                     f"{num_inference_steps}."
                 )
-            given = np.linspace(self.config.first_t, self.config.last_t, num_inference_steps)
-        if self.config.diffusion == "g2" and self.config.diffusion_scale > 0 and given[0] >= 1:
+            given = np.linspace(self.config["first_t"], self.config["last_t"], num_inference_steps)
+        if self.config["diffusion"] == "g2" and self.config["diffusion_scale"] > 0 and given[0] >= 1:
             raise ValueError(
                 "diffusion='g2' is infinite at t = 1. Set first_t below 1 (such as 1 - 1 / num_inference_steps), or "
                 "take diffusion='time'."
@@ -175,7 +179,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         t, after = self._times[self._step_index], self._times[self._step_index + 1]
-        alpha, sigma, alpha_dot, sigma_dot = path_coefficients(self.config.path, t)
+        alpha, sigma, alpha_dot, sigma_dot = path_coefficients(self.config["path"], t)
         w, dt = self.diffusion_at(t), after - t
 
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64
@@ -192,14 +196,14 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def diffusion_at(self, t: float) -> float:
         """`w(t)`, `diffusion_scale` included."""
-        alpha, sigma, alpha_dot, sigma_dot = path_coefficients(self.config.path, t)
-        if self.config.diffusion == "zero" or self.config.diffusion_scale == 0:
+        alpha, sigma, alpha_dot, sigma_dot = path_coefficients(self.config["path"], t)
+        if self.config["diffusion"] == "zero" or self.config["diffusion_scale"] == 0:
             return 0.0
-        if self.config.diffusion == "g2":
+        if self.config["diffusion"] == "g2":
             w = 2 * sigma * (alpha * sigma_dot - alpha_dot * sigma) / alpha
         else:
-            w = 2 * (t if self.config.diffusion == "time" else sigma)
-        return self.config.diffusion_scale * w
+            w = 2 * (t if self.config["diffusion"] == "time" else sigma)
+        return self.config["diffusion_scale"] * w
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
@@ -209,23 +213,22 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: For a timestep outside of [0, num_train_timesteps].
         """
-        return _noised(original_samples, noise, timesteps, self.config.num_train_timesteps, self.config.path)
+        return _noised(original_samples, noise, timesteps, self.config["num_train_timesteps"], self.config["path"])
 
     def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """As `add_noise`, with the arguments in the order of diffusers' flow-matching schedulers."""
         return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     def _set_grid(self, times: np.ndarray, device: str | torch.device | None) -> None:
         """`times`: t of each network call, float64; 0 is appended."""
         self._times = [*times.tolist(), 0.0]
-        self.timesteps = torch.tensor(times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
-        sigmas = [path_coefficients(self.config.path, t)[1] for t in self._times]
+        self.timesteps = torch.tensor(times * self.config["num_train_timesteps"], dtype=torch.float32, device=device)
+        sigmas = [path_coefficients(self.config["path"], t)[1] for t in self._times]
         self.sigmas = torch.tensor(sigmas, dtype=torch.float32, device="cpu")
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._step_index = self._begin_index = None
 
 
 def path_coefficients(path: str, t: float) -> tuple[float, float, float, float]:
