@@ -106,7 +106,7 @@ def test_an_unknown_path():
     [FlowMatchSDEScheduler, FlowMatchODEScheduler, lambda path: FlowMatchODEScheduler(path=path, solver="heun")],
 )
 def test_each_step_of_a_run_is_read(path, scheduler):
-    """At each network call, the first and the repeated ones: the closed form at its t; the scheduler stays as it was."""
+    """At each network call, repeated ones too: the closed form at its t; the scheduler stays as it was."""
     scheduler = scheduler(path=path)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     scheduler.set_timesteps(5)

@@ -21,6 +21,7 @@ _BUILTIN = {
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
     "SanaTransformer2DModel": "sana",
+    "SiTTransformer2DModel": "sit",
 }
 _REGISTRY: dict[str, type[Family]] = {}
 

@@ -33,6 +33,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from diffusers_repr.models.sit_blocks import SiTAttnProcessor
+
 Needs = Literal["values", "queries"]
 
 _SCRATCH = 2**24  # scores held at once by default: 64 MiB in float32
@@ -86,6 +88,7 @@ _RULES: dict[type, _Rule] = {
     FluxAttnProcessor: _Rule((Kind.DUAL, Kind.SINGLE)),
     FluxIPAdapterAttnProcessor: _Rule((Kind.DUAL, Kind.SINGLE)),
     SanaLinearAttnProcessor2_0: _Rule((Kind.LINEAR,)),
+    SiTAttnProcessor: _Rule(spatial_norm=False),
 }
 _MASKLESS = (JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0)
 _FUSED = (FusedAttnProcessor2_0, FusedJointAttnProcessor2_0)
@@ -166,7 +169,8 @@ def check_supported(module: nn.Module, path: str, needs: Needs = "queries") -> K
         raise ValueError(f"Layer {path!r} {error}") from None
     processor: Any = module.processor
     name = type(processor).__name__
-    if isinstance(processor, _FUSED) or (isinstance(module, FluxAttention) and module.fused_projections):
+    reads_fused = isinstance(module, FluxAttention) or isinstance(processor, SiTAttnProcessor)
+    if isinstance(processor, _FUSED) or (reads_fused and module.fused_projections):
         raise ValueError(
             f"Layer {path!r} has fused projections ({name}), which hide q, k and v. Call unfuse_qkv_projections() on "
             "the pipeline or model first."

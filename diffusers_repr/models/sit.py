@@ -15,7 +15,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from diffusers_repr.models.sit_blocks import TIME_CHANNELS, SiTBlock, SiTFinalNorm, grid_positions
+from diffusers_repr.models.sit_blocks import TIME_CHANNELS, SiTAttnProcessor, SiTBlock, SiTFinalNorm, grid_positions
 
 # Letter -> depth, width, heads.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -164,6 +164,10 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             nn.init.normal_(self.null_condition, std=0.02)
         nn.init.zeros_(self.norm_out.modulation.weight)
         nn.init.zeros_(self.proj_out.weight)
+
+    def set_default_attn_processor(self) -> None:
+        """Undo `set_attn_processor`: attention through diffusers' dispatcher."""
+        self.set_attn_processor(SiTAttnProcessor())  # type: ignore[arg-type]
 
     def fuse_qkv_projections(self) -> None:
         """Compute queries, keys and values of a block in one product; for inference."""

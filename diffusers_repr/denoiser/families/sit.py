@@ -1,0 +1,66 @@
+"""`SiTTransformer2DModel`: SiT (arXiv 2401.08740), REPA (arXiv 2410.06940), and DiT checkpoints in its form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.denoiser.family import (
+    BatchLanes,
+    PatchTransformerFamily,
+    equal_halves,
+    null_first,
+    register_family,
+)
+
+
+@register_family("SiTTransformer2DModel")
+class SiTFamily(PatchTransformerFamily):
+    """Class-conditional, with `num_classes` as the null class, or without labels; vectors come by `embeddings=`."""
+
+    conditioning = "class"
+    joins = True
+    not_image = (*PatchTransformerFamily.not_image, "label_embed", "condition_embed", "modulation")
+
+    def from_class_labels(self, config: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+        """Ids 0 to `num_classes`, the last being null; None gives null. Nothing for a network without classes."""
+        null = int(config["num_classes"])
+        if not null:
+            if labels is not None:
+                raise ValueError("This SiTTransformer2DModel has no classes (num_classes=0); drop class_labels.")
+            return {}
+        if labels is None:
+            return {"class_labels": torch.tensor([null])}
+        if bool(((labels < 0) | (labels > null)).any()):
+            raise ValueError(f"class_labels must lie in 0..{null} ({null} is the null class); got {labels.tolist()}.")
+        return {"class_labels": labels}
+
+    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+        """The half whose labels are all null is the null half, if the halves of the sample are equal.
+
+        A call without labels has no halves, unless the pipeline says that it guides: then by its own property.
+        """
+        labels, rows = inputs.get("class_labels"), inputs["hidden_states"].shape[0]
+        if pipe is None or getattr(pipe, "do_classifier_free_guidance", None) is False:
+            return BatchLanes(slice(0, rows))
+        if labels is None:
+            return super().lanes(pipe, config, inputs)
+        half, null = rows // 2, int(config["num_classes"])
+        nulls = [bool((part == null).all()) for part in (labels[:half], labels[half:])]
+        if rows % 2 or not any(nulls) or not equal_halves(inputs["hidden_states"]):
+            return BatchLanes(slice(0, rows))
+        if nulls[0] and not nulls[1]:
+            return null_first(rows)
+        return BatchLanes(slice(0, half), slice(half, rows))
+
+    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+        """Label 0, and zeros where the network takes a vector."""
+        given: dict[str, Any] = {}
+        if config["num_classes"]:
+            given["class_labels"] = torch.zeros(batch, dtype=torch.long, device=device)
+        if config.get("condition_dim"):
+            given["condition"] = torch.zeros(batch, config["condition_dim"], device=device)
+        return given
