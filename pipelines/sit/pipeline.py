@@ -1,0 +1,390 @@
+"""Images from a SiT, by class, by a vector or freely, with guidance inside an interval. Needs `diffusers-repr`.
+
+`SiTPipeline.from_pretrained(X)` without remote code, or `DiffusionPipeline.from_pretrained(X, custom_pipeline=<this
+folder or its Hub id>, trust_remote_code=True)`, where X is a folder or Hub id that a training script or
+`SiTPipeline.save_pretrained` wrote.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffusers_repr.denoiser.vae import decode_latents, vae_stride
+from diffusers_repr.models.sit import SiTTransformer2DModel
+
+Labels = int | str | Sequence[int] | Sequence[str] | Tensor
+# Timesteps are float32: 1000 t of a grid point may stand this far (in t) from where the grid has it.
+_SLACK = 1e-6
+
+
+@dataclass
+class SiTPipelineOutput(BaseOutput):
+    """What `SiTPipeline` returns.
+
+    Attributes:
+        images: PIL images, an array `(B, H, W, C)` or a tensor `(B, C, H, W)`.
+        class_labels: int64 `(B,)`, also those that were drawn; None of a model without classes.
+    """
+
+    images: Any
+    class_labels: Tensor | None = None
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) in latent or pixel space.
+
+    Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and `FlowMatchSDEScheduler` of
+    this package and diffusers' `FlowMatchEulerDiscreteScheduler` for networks that predict the velocity, DDIM, DDPM
+    and their kin for a converted DiT, whose learned variance is split off where the scheduler does not read it.
+    Between the steps the sample is float32, or float64 if `latents` are, whatever the dtype of the network.
+
+    Args:
+        transformer: The network.
+        scheduler: Its sampler.
+        vae: Decodes the samples; None of a model that works on pixels in [-1, 1].
+        id2label: Class id -> name, or several names with commas between: `class_labels` may then be names.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "class_labels", "condition"]
+    _guidance_scale = 1.0
+    _guides_now = False
+    _interrupt = False
+
+    def __init__(
+        self,
+        transformer: SiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: Mapping[Any, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        names = ((name.strip(), int(key)) for key, value in (id2label or {}).items() for name in value.split(","))
+        self.labels: dict[str, int] = dict(sorted(names))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the newest call; a callback may change it by `pipe._guidance_scale = ...`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the network is now called with null and conditional rows, in this order."""
+        return self._guides_now
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the rest of the steps is left out: a callback may set `pipe._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def null_label(self) -> int | None:
+        """Id of the null class; None for a model without classes."""
+        return self.transformer.config.num_classes or None
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Class ids of names.
+
+        Raises:
+            ValueError: For a name that `id2label` does not have.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        unknown = [name for name in names if name not in self.labels]
+        if unknown:
+            known = ", ".join(list(self.labels)[:10]) or "none: the pipeline has no id2label"
+            raise ValueError(f"No class has the names {unknown}. Known names, see `pipe.labels`: {known}.")
+        return [self.labels[name] for name in names]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        batch_size: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        condition: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_channels: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> SiTPipelineOutput | tuple[Any]:
+        """Samples.
+
+        Args:
+            class_labels: One id or name for all samples, or one a sample; the id `num_classes` is the null class.
+                None: drawn by the generator, after the noise; none for a model without classes.
+            batch_size: Number of samples; as many as there are labels, latents, conditions or generators if None,
+                else 1.
+            guidance_scale: Classifier-free guidance, `null + guidance_scale (cond - null)`; off up to 1.
+            guidance_interval: `(low, high)` in t = timestep / num_train_timesteps, both included: where guidance acts
+                (arXiv 2404.07724). Outside, the network is called with the conditional rows alone. Both halves of a
+                step of Heun's method are as its start. A negative `high` switches guidance off.
+            num_inference_steps: Steps of the scheduler.
+            generator: One, or one a sample, which makes a sample independent of its batch.
+            latents: Standard normal noise `(B, C, h, w)` to start from, in place of drawing it.
+            condition: Vectors `(B, condition_dim)`, or one for all; None is the null vector.
+            height: Of the images, in pixels; that of training if None.
+            width: As `height`.
+            guidance_channels: Guide the first channels only, the others are conditional (the code of DiT guides 3 of
+                4); None guides all.
+            output_type: `pil`, `np` (B, H, W, C) and `pt` (B, C, H, W) in [0, 1], or `latent`: what the sampler gave.
+            return_dict: False returns the tuple `(images,)`.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; tensors that it
+                returns by name take the place of these.
+            callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`.
+
+        Returns:
+            `.images` and `.class_labels`.
+
+        Raises:
+            TypeError: For labels that are neither whole numbers nor names.
+            ValueError: For labels and conditions that the model does not have, shapes and numbers of samples that do
+                not fit, and guidance that could not act.
+        """
+        self._check(output_type, guidance_scale, guidance_interval, guidance_channels)
+        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"Callbacks get tensors of {self._callback_tensor_inputs}; asked for {unknown}.")
+        labels, vectors = self._given_labels(class_labels), self._given_condition(condition)
+        self._check_guided_condition(guidance_scale, class_labels, labels, vectors)
+        batch_size = _count(batch_size, labels, vectors, latents, generator)
+        noise = self._noise(batch_size, generator, latents, height, width)
+        if labels is None and self.null_label is not None:
+            labels = _draw_labels(self.null_label, batch_size, generator)
+        labels, vectors = (
+            None if rows is None else rows.to(noise.device).expand(batch_size, *rows.shape[1:])
+            for rows in (labels, vectors)
+        )
+        tensors: dict[str, Any] = {"class_labels": labels, "condition": vectors}
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+
+        with self._guiding(guidance_scale):
+            self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+            inside = self._inside(guidance_interval)
+            tensors["latents"] = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+                if self.interrupt:
+                    continue
+                if getattr(self.scheduler, "state_in_first_order", True):
+                    self._guides_now = inside[step] and self.guidance_scale > 1
+                output = self._predict(t, guidance_channels=guidance_channels, **tensors)
+                stepped = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
+                tensors["latents"] = stepped.to(noise.dtype)
+                if callback_on_step_end is not None:
+                    given = {name: tensors[name] for name in names}
+                    tensors |= callback_on_step_end(self, step, t, given) or {}
+
+        images = self._images(tensors["latents"], output_type)
+        self.maybe_free_model_hooks()
+        return SiTPipelineOutput(images=images, class_labels=labels) if return_dict else (images,)
+
+    @contextmanager
+    def _guiding(self, scale: float) -> Iterator[None]:
+        """The state of a call, which a callback may change; nothing guides after it."""
+        self._guidance_scale, self._guides_now, self._interrupt = scale, False, False
+        try:
+            yield
+        finally:
+            self._guides_now = False
+
+    def _check(self, output_type: str, scale: float, interval: Any, channels: int | None) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is 'pil', 'np', 'pt' or 'latent'; got {output_type!r}.")
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale is a finite number; got {scale}.")
+        if not isinstance(interval, (tuple, list)) or len(interval) != 2 or any(math.isnan(end) for end in interval):
+            raise ValueError(f"guidance_interval is (low, high) in t, 0 the data and 1 the noise; got {interval!r}.")
+        if interval[0] > interval[1] >= 0:
+            raise ValueError(f"guidance_interval={tuple(interval)} is the wrong way round: give (low, high).")
+        if channels is not None and not 0 < channels <= self.transformer.config.in_channels:
+            raise ValueError(
+                f"guidance_channels is from 1 to {self.transformer.config.in_channels}, the channels of this model; "
+                f"got {channels}."
+            )
+        if scale > 1 and self.null_label is None and self.transformer.config.condition_dim is None:
+            raise ValueError(
+                f"guidance_scale={scale} needs a model with classes or a vector condition; this "
+                f"{type(self.transformer).__name__} has neither (num_classes=0, condition_dim=None). Leave it at 1."
+            )
+
+    def _check_guided_condition(self, scale: float, given: Any, labels: Tensor | None, vectors: Tensor | None) -> None:
+        """Guidance between two null conditions would change nothing."""
+        if scale <= 1 or vectors is not None:
+            return
+        drawn = self.null_label is not None and given is None
+        if not drawn and (labels is None or bool(labels.eq(self.null_label or 0).all())):
+            raise ValueError(
+                f"guidance_scale={scale} guides towards a condition, and there is none: pass class_labels below "
+                f"{self.null_label}, or condition."
+            )
+
+    def _inside(self, interval: tuple[float, float]) -> list[bool]:
+        """For each network call whether guidance acts at it."""
+        low, high = interval
+        steps = self.scheduler.config.get("num_train_timesteps", 1000)
+        times = [float(t) / steps for t in self.scheduler.timesteps]
+        inside = [low - _SLACK <= t <= high + _SLACK for t in times]
+        if self.guidance_scale > 1 and high >= 0 and not any(inside):
+            raise ValueError(
+                f"guidance_interval={tuple(interval)} holds none of the {len(times)} steps, t = {times[0]:.4g} to "
+                f"{times[-1]:.4g}, so guidance would not act. Widen it, or set guidance_scale=1."
+            )
+        return inside
+
+    def _given_labels(self, class_labels: Labels | None) -> Tensor | None:
+        """Int64 `(B,)` or `(1,)`, as many as were given."""
+        if class_labels is None:
+            return None
+        null = self.null_label
+        if null is None:
+            raise ValueError("This model has no classes (num_classes=0); leave class_labels out.")
+        named = isinstance(class_labels, str) or (
+            isinstance(class_labels, Sequence) and len(class_labels) > 0 and isinstance(class_labels[0], str)
+        )
+        try:
+            labels = torch.as_tensor(self.get_label_ids(class_labels) if named else class_labels)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(f"class_labels are whole numbers or names; got {class_labels!r}.") from error
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1:
+            raise TypeError(f"class_labels are whole numbers, one or one a sample; got {class_labels!r}.")
+        labels = labels.reshape(-1).long()
+        outside = [label for label in labels.tolist() if not 0 <= label <= null]
+        if outside:
+            raise ValueError(
+                f"class_labels are from 0 to {null - 1}, or {null} for the null class; got {outside[:10]}."
+            )
+        return labels
+
+    def _given_condition(self, condition: Tensor | None) -> Tensor | None:
+        dim = self.transformer.config.condition_dim
+        if condition is None:
+            return None
+        if dim is None:
+            raise ValueError("This model takes no vectors (condition_dim=None); leave condition out.")
+        vectors = torch.as_tensor(condition)
+        vectors = vectors[None] if vectors.ndim == 1 else vectors
+        if vectors.ndim != 2 or vectors.shape[1] != dim:
+            raise ValueError(f"condition is (B, {dim}), or one vector for all; got {tuple(vectors.shape)}.")
+        return vectors
+
+    def _noise(
+        self, batch_size: int, generator: Any, latents: Tensor | None, height: int | None, width: int | None
+    ) -> Tensor:
+        """Noise to start from, `(B, C, h, w)`, float32 or wider."""
+        config, device = self.transformer.config, self._execution_device
+        stride = 1 if self.vae is None else vae_stride(self.vae)
+        trained = config.sample_size
+        trained = (trained, trained) if isinstance(trained, int) else tuple(trained)
+        if latents is not None:
+            if latents.ndim != 4 or latents.shape[1] != config.in_channels or not latents.is_floating_point():
+                raise ValueError(
+                    f"latents are floats (B, {config.in_channels}, h, w); got {latents.dtype} {tuple(latents.shape)}."
+                )
+            trained = tuple(latents.shape[2:])
+        size = []
+        for name, pixels, own in zip(("height", "width"), (height, width), trained, strict=True):
+            pixels = own * stride if pixels is None else pixels
+            if pixels < 1 or pixels % (stride * config.patch_size):
+                raise ValueError(
+                    f"{name}={pixels} is no multiple of {stride * config.patch_size}, the pixels of a patch."
+                )
+            if latents is not None and pixels != own * stride:
+                raise ValueError(f"{name}={pixels}, but the latents are for {own * stride}; leave {name} out.")
+            size.append(pixels // stride)
+        if latents is not None:
+            return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        shape = (batch_size, config.in_channels, *size)
+        return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
+
+    def _predict(
+        self,
+        t: Tensor,
+        latents: Tensor,
+        class_labels: Tensor | None,
+        condition: Tensor | None,
+        guidance_channels: int | None,
+    ) -> Tensor:
+        """What the scheduler steps with, classifier-free guidance included, in the dtype of the sample."""
+        guided, batch, channels = self.do_classifier_free_guidance, len(latents), latents.shape[1]
+        x = torch.cat([latents] * 2) if guided else latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            x = self.scheduler.scale_model_input(x, t)
+        inputs: dict[str, Any] = {}
+        if class_labels is not None:
+            null = torch.full_like(class_labels, self.null_label)  # type: ignore[arg-type]
+            inputs["class_labels"] = torch.cat([null, class_labels]) if guided else class_labels
+        if condition is not None:
+            inputs["condition"] = torch.cat([condition] * 2) if guided else condition
+            # The null vector is learned: the network puts it where the mask says.
+            inputs["drop_mask"] = torch.arange(len(x), device=x.device) < len(x) - batch
+        elif self.transformer.training:  # which otherwise drops labels at random
+            inputs["drop_mask"] = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        timestep = torch.as_tensor(t, device=x.device).expand(len(x))
+        output = self.transformer(x.to(self.transformer.dtype), timestep, **inputs, return_dict=False)[0]
+        output = output.to(latents.dtype)
+        if guided:
+            n = channels if guidance_channels is None else guidance_channels
+            null, cond = output.chunk(2)
+            combined = null[:, :n] + self.guidance_scale * (cond[:, :n] - null[:, :n])
+            output = torch.cat([combined, cond[:, n:]], 1)
+        # Only this scheduler reads a learned variance, and only where its config says so.
+        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
+        return output if learned and isinstance(self.scheduler, DDPMScheduler) else output[:, :channels]
+
+    def _images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = latents if self.vae is None else decode_latents(self.vae, latents)
+        images = (images.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _draw_labels(classes: int, batch_size: int, generator: Any) -> Tensor:
+    """A class for each sample, by its own generator where there is one a sample."""
+    if isinstance(generator, (list, tuple)):
+        return torch.cat([_draw_labels(classes, 1, one).cpu() for one in generator])
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(classes, (batch_size,), generator=generator, device=device)
+
+
+def _count(
+    batch_size: int | None, labels: Tensor | None, vectors: Tensor | None, latents: Tensor | None, generator: Any
+) -> int:
+    """Number of samples, on which all that is given one a sample must agree."""
+    counts = {
+        "batch_size": batch_size,
+        "class_labels": None if labels is None or len(labels) == 1 else len(labels),
+        "condition": None if vectors is None or len(vectors) == 1 else len(vectors),
+        "latents": None if latents is None else len(latents),
+        "generator": len(generator) if isinstance(generator, (list, tuple)) else None,
+    }
+    told = {name: count for name, count in counts.items() if count is not None}
+    if len(set(told.values())) > 1 or min(told.values(), default=1) < 1:
+        raise ValueError(f"How many samples? {', '.join(f'{name}: {count}' for name, count in told.items())}.")
+    return next(iter(told.values()), 1)
