@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def load_images(
         FileNotFoundError: If a local path does not exist.
         ValueError: If a column or the split is not there, a column holds something else, or there are no rows.
     """
-    dataset = _open(path, split, revision)
+    dataset = open_split(path, split, revision)
     return from_dataset(dataset, image_column, label_column, path, split)
 
 
@@ -123,7 +123,31 @@ def from_dataset(
     split: str = "train",
 ) -> ImageData:
     """As `load_images`, from a `datasets.Dataset`."""
-    features = dataset.features
+    image_column, label_column = choose_columns(dataset.features, image_column, label_column, name)
+    if not len(dataset):
+        raise ValueError(f"{name} (split {split!r}) has no rows.")
+    names = getattr(dataset.features[label_column], "names", None) if label_column else None
+    dataset = dataset.select_columns([image_column, *([label_column] if label_column else [])])
+    return ImageData(dataset, image_column, label_column, names, name, split)
+
+
+def choose_columns(
+    features: Mapping[str, Any],
+    image_column: str | None = None,
+    label_column: str | None = None,
+    name: str = "dataset",
+) -> tuple[str, str | None]:
+    """Columns of images and of class ids (None: there are no labels); see `load_images` for the choice.
+
+    Args:
+        features: Type of each column, as `datasets` has them.
+        image_column: As in `load_images`.
+        label_column: As in `load_images`.
+        name: Of the data set, for messages.
+
+    Raises:
+        ValueError: If a column is not there or holds something else.
+    """
     images = [k for k, v in features.items() if isinstance(v, datasets.Image)]
     if not images:
         raise ValueError(
@@ -144,31 +168,40 @@ def from_dataset(
     if label_column is None:
         classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
         plain = [k for k in ("label",) if k in features and str(getattr(features[k], "dtype", "")).startswith("int")]
-        label_column = (classes or plain or [None])[0]
+        found = classes or plain
+        label_column = found[0] if found else None
     if label_column is not None and not _is_label(features[label_column]):
         raise ValueError(
             f"Column {label_column!r} of {name} holds {features[label_column]}, not class ids. Use whole numbers or a "
             f"ClassLabel (`dataset.class_encode_column({label_column!r})` makes one)."
         )
-    if not len(dataset):
-        raise ValueError(f"{name} (split {split!r}) has no rows.")
-    names = getattr(features[label_column], "names", None) if label_column else None
-    dataset = dataset.select_columns([image_column, *([label_column] if label_column else [])])
-    return ImageData(dataset, image_column, label_column, names, name, split)
+    return image_column, label_column
 
 
 def _is_label(feature: Any) -> bool:
     return isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
 
 
-def _open(path: str, split: str, revision: str | None) -> datasets.Dataset:
+def open_split(path: str, split: str, revision: str | None = None, streaming: bool = False) -> Any:
+    """A split of a folder, Parquet file or Hub id with all its columns.
+
+    Args:
+        path: As in `load_images`.
+        split: Name of the split.
+        revision: Of a Hub id.
+        streaming: Give a `datasets.IterableDataset`, read as it is used, instead of a `datasets.Dataset`.
+
+    Raises:
+        FileNotFoundError: If the path does not exist or the id cannot be reached.
+        ValueError: If the split is not there, or a revision is given with a local path.
+    """
     local = Path(path)
     if local.exists() and revision is not None:
         raise ValueError(f"revision={revision!r} was given with the local path {path!r}, which has no revisions.")
     if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"No file or folder {path!r}. Pass a folder, a .parquet file or a Hub id 'user/name'.")
     try:
-        found = _load(local, path, split, revision)
+        found = _load(local, path, split, revision, streaming)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, pyarrow.ArrowException) as error:
         raise FileNotFoundError(
             f"Could not open {path!r} as a data set: {error}. Pass a folder with images (one subfolder a class) or "
@@ -181,13 +214,17 @@ def _open(path: str, split: str, revision: str | None) -> datasets.Dataset:
     return found[split]
 
 
-def _load(local: Path, path: str, split: str, revision: str | None) -> Any:
+def _load(local: Path, path: str, split: str, revision: str | None, streaming: bool) -> Any:
     if local.is_file():
         if local.suffix != ".parquet":
             raise ValueError(
                 f"{path} is a {local.suffix or 'plain'} file; pass a .parquet file, a folder or a Hub id."
             )
-        return datasets.load_dataset("parquet", data_files={split: str(local)})
+        return datasets.load_dataset("parquet", data_files={split: str(local)}, streaming=streaming)
     if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+        if streaming:
+            raise ValueError(
+                f"{path} was written by `save_to_disk`, which is memory-mapped already; leave streaming out."
+            )
         return datasets.load_from_disk(path)
-    return datasets.load_dataset(path, revision=revision)
+    return datasets.load_dataset(path, revision=revision, streaming=streaming)

@@ -1,0 +1,137 @@
+"""From an image of any size and mode to pixels of one size, and the augmentation of a batch of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+CROPS = ("adm", "fit")
+Crop = Literal["adm", "fit"]
+
+
+def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre crop of ADM and DDPM (arXiv 2105.05233), on which FID statistics of ImageNet are computed.
+
+    Halved by a box filter while the shorter side is at least twice `size`, then brought to `size` on the shorter
+    side by a bicubic filter, then cropped at the centre (an odd remainder leaves its pixel right and below).
+
+    Args:
+        image: Mode `L` or `RGB`.
+        size: Side of the square, pixels.
+
+    Example:
+        >>> adm_center_crop(Image.new("RGB", (101, 67)), 32).size
+        (32, 32)
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def fit_center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred crop of the aspect ratio of `size` (H, W), scaled by a Lanczos filter."""
+    height, width = size
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def as_mode(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode as `L` (1 channel) or `RGB` (3).
+
+    16-bit grey runs over 0..65535 and is brought to 8 bit; what is transparent shows white.
+
+    Raises:
+        ValueError: For modes whose range is not known (`I`, `F`), or another number of channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"Images have 1 channel (grey) or 3 (RGB); the model takes {channels}.")
+    if image.mode.startswith("I;16"):  # PIL's conversion would clip it at 255
+        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"an image of mode {image.mode!r} has no known range; store it with 8 bits, or with 16 bits as 'I;16'"
+        )
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def to_uint8(image: Image.Image, channels: int, size: tuple[int, int], crop: Crop) -> Tensor:
+    """uint8 `(channels, H, W)` of an image after its centre crop.
+
+    Args:
+        image: Any mode that `as_mode` takes.
+        channels: 1 or 3.
+        size: (H, W).
+        crop: `adm` (square sizes only) or `fit`.
+
+    Raises:
+        ValueError: As `as_mode`; for `adm` with unequal sides.
+    """
+    check_crop(crop, size)
+    image = as_mode(image, channels)
+    image = adm_center_crop(image, size[0]) if crop == "adm" else fit_center_crop(image, size)
+    return torch.from_numpy(np.array(image)).view(size[0], size[1], -1).permute(2, 0, 1).contiguous()
+
+
+def check_crop(crop: str, size: tuple[int, int]) -> None:
+    """Refuse a crop that is unknown, or that cannot give this size.
+
+    Raises:
+        ValueError: If so.
+    """
+    if crop not in CROPS:
+        raise ValueError(f"center_crop={crop!r}; allowed are {', '.join(CROPS)}.")
+    if min(size) < 1:
+        raise ValueError(f"Images of size {size} (H, W) have no pixel.")
+    if crop == "adm" and size[0] != size[1]:
+        raise ValueError(f"center_crop='adm' gives squares, the size is {size} (H, W); use center_crop='fit'.")
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def draw_flips(batch: int, device: torch.device | str) -> Tensor:
+    """Which of `(batch,)` images are mirrored: `torch.rand(batch) < 0.5`, from the device's global generator."""
+    return torch.rand(batch, device=device) < 0.5
+
+
+def augment(images: Tensor, flip: bool, rotation: float, shift: float, scale: float) -> Tensor:
+    """Mirror, turn, move and scale each of (B, C, H, W) in [-1, 1] by its own draw; what enters is black.
+
+    The draws come from the device's global generator in this order: with `flip`, `draw_flips(B)`; with any of the
+    others, `torch.rand(5, B)`. A run from a cache, which mirrors only, so draws the same numbers.
+
+    Args:
+        images: In [-1, 1].
+        flip: Mirror half of them, exactly.
+        rotation: Degrees; uniform up to it, either way.
+        shift: Share of the side; uniform up to it, either way.
+        scale: Share by which the zoom departs from 1; uniform up to it, either way.
+    """
+    if flip:
+        mirrored = draw_flips(len(images), images.device)
+        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    if not (rotation or shift or scale):
+        return images
+    # Rows 0 to 3 are used; five are drawn so that numbers recorded from runs without mirroring stay what they are.
+    angle, across, down, zoom, _ = torch.rand(5, len(images), device=images.device) * 2 - 1
+    angle, zoom = angle * math.radians(rotation), 1 + zoom * scale
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    # affine_grid's coordinates span [-1, 1]: a share of the side is twice that share
+    rows = [cos, -sin, 2 * shift * across, sin, cos, 2 * shift * down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, padding_mode="zeros", align_corners=False) - 1
