@@ -1,0 +1,339 @@
+"""Checkpoints of DiT, SiT and REPA, in their authors' names, to `SiTTransformer2DModel`: pure functions on tensors."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
+
+Architecture = Literal["sit", "dit"]
+
+ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
+# Where training scripts keep weights, in the order of preference.
+NESTED = ("ema", "model", "state_dict")
+# Width -> heads, of the named sizes.
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+_WRAPPERS = ("module.", "_orig_mod.")
+# An average of a constant in float32 drifts by less; an unlike table differs by about 1.
+_POSITION_TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """A checkpoint in the form of this package.
+
+    Attributes:
+        config: Arguments of `SiTTransformer2DModel`.
+        transformer: Its state dict.
+        projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
+            sequence; none for the others.
+        architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999.
+        notes: What was left out or assumed, a sentence each.
+    """
+
+    config: dict[str, Any]
+    transformer: dict[str, Tensor]
+    projectors: list[dict[str, Tensor]] = field(default_factory=list)
+    architecture: Architecture = "sit"
+    notes: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file holds; no code in it is run, and tensors are mapped from the file where that is possible.
+
+    Args:
+        path: A `.safetensors` file, or one written by `torch.save`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IsADirectoryError: For a folder.
+        ValueError: For a file of another kind, and for one that holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; give the checkpoint file in it (.pt or .safetensors).")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        # Training scripts save their arguments along, a plain record.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise ValueError(f"{str(path)!r} is no checkpoint of torch, or it is broken.") from error
+        raise ValueError(
+            f"{str(path)!r} holds pickled Python objects ({found[1].rstrip('.')}), which may run code when they are "
+            "loaded; only tensors, plain values and argparse's records are read. Save its weights alone, where you "
+            "trust the file: torch.save(checkpoint['ema'], 'weights.pt')."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} is no checkpoint of torch, or it is broken ({error}).") from error
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{str(path)!r} holds a {type(held).__name__}, no checkpoint: a dict of tensors is needed.")
+    return dict(held)
+
+
+def select_weights(checkpoint: Mapping[str, Any], which: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a checkpoint, without the prefixes that DDP and `torch.compile` put before names.
+
+    Args:
+        checkpoint: As read; a state dict, or one that holds some under `ema`, `model` or `state_dict`.
+        which: One of those names; None takes the first that is there, the average (`ema`) before the trained weights.
+
+    Returns:
+        The state dict, and its name in the checkpoint; empty for one that is not nested.
+
+    Raises:
+        ValueError: If it is not there, or holds something else than tensors.
+
+    Example:
+        >>> select_weights({"ema": {"module.x": torch.ones(1)}, "steps": 3})
+        ({'x': tensor([1.])}, 'ema')
+    """
+    there = [name for name in NESTED if isinstance(checkpoint.get(name), Mapping)]
+    if which is not None and which not in there:
+        held = ", ".join(map(repr, there)) or f"none of {', '.join(NESTED)}: it is one state dict; leave the name out"
+        raise ValueError(f"The checkpoint has no weights {which!r}; it has {held}.")
+    name = which or next(iter(there), "")
+    weights = checkpoint[name] if name else checkpoint
+    wrong = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if wrong or not weights:
+        raise ValueError(
+            f"The checkpoint has no state dict: it holds {_some(wrong or ['nothing'])}. Weights are looked for under "
+            f"{', '.join(NESTED)}, or at the top."
+        )
+    return {_bare(key): value for key, value in weights.items()}, name
+
+
+def convert_state_dict(
+    weights: Mapping[str, Tensor], architecture: Architecture | None = None, overrides: Mapping[str, Any] | None = None
+) -> ConvertedCheckpoint:
+    """From the authors' names to ours; sizes are read from the shapes.
+
+    The learned variances that SiT's networks compute and throw away are left out of their output layer. Positions are
+    a formula (`grid_positions`): those of the file are compared with it, not taken.
+
+    Args:
+        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740) or REPA (arXiv 2410.06940).
+        architecture: `sit` or `dit`. Their names and shapes are the same; None is for files that tell: those with
+            projectors and those without a learned variance are `sit`.
+        overrides: Arguments of `SiTTransformer2DModel` that shapes do not tell, or tell wrong: `num_attention_heads`
+            for widths of no named size, `class_dropout_prob`.
+
+    Raises:
+        ValueError: For names that are unknown or missing, positions that are no sin-cos grid, and what cannot be told.
+    """
+    if architecture is not None and architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
+    config = _sizes(weights, dict(overrides or {}))
+    _check_names(weights, config)
+    notes: list[str] = []
+    if "pos_embed" in weights:
+        _check_positions(weights["pos_embed"], config)
+    outputs = weights["final_layer.linear.weight"].shape[0] // config["patch_size"] ** 2
+    variance = outputs == 2 * config["in_channels"]
+    projectors = _projectors(weights)
+    if architecture is None:
+        if variance and not projectors:
+            raise ValueError(
+                "DiT and SiT checkpoints with a learned variance have the same names and shapes, but other timesteps "
+                "and outputs: say which it is, --architecture dit or sit."
+            )
+        architecture = "sit"
+        if not projectors:
+            notes.append("Taken for a SiT: it predicts no variance (--architecture dit says otherwise).")
+    config |= {"out_channels": outputs, "time_divisor": 1.0 if architecture == "dit" else 1000.0}
+    renamed = _renamed(weights, config)
+    if architecture == "sit" and variance:
+        config["out_channels"] = config["in_channels"]
+        for name in ("proj_out.weight", "proj_out.bias"):
+            # rows are (p, p, channels)
+            rows = renamed[name].unflatten(0, (-1, outputs))
+            renamed[name] = rows[:, : config["in_channels"]].flatten(0, 1).clone()
+        notes.append("The learned variance, which SiT computes and throws away, was left out.")
+    config |= overrides or {}
+    return ConvertedCheckpoint(config, renamed, projectors, architecture, tuple(notes))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no safetensors file, or it is broken ({error}).") from error
+
+
+def _bare(key: str) -> str:
+    while key.startswith(_WRAPPERS):
+        key = key[len(next(prefix for prefix in _WRAPPERS if key.startswith(prefix))) :]
+    return key
+
+
+def _some(names: Iterable[Any], most: int = 6) -> str:
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+def _sizes(weights: Mapping[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The config, as far as shapes and overrides tell."""
+    blocks = [int(found[1]) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))]
+    needed = ("x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.attn.qkv.weight")
+    if not blocks or any(name not in weights for name in needed):
+        raise ValueError(
+            f"This is no checkpoint of DiT, SiT or REPA: it lacks {_some(n for n in needed if n not in weights)}. It "
+            f"holds {_some(weights, 4)}."
+        )
+    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    qk_norm = "blocks.0.attn.q_norm.weight" in weights
+    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in weights else 4 * width
+    table = weights.get("y_embedder.embedding_table.weight")
+    return {
+        "sample_size": overrides.get("sample_size") or _sample_size(weights.get("pos_embed"), patch),
+        "patch_size": patch,
+        "in_channels": channels,
+        "num_layers": max(blocks) + 1,
+        "hidden_size": width,
+        "num_attention_heads": overrides.get("num_attention_heads") or _heads(weights, width, qk_norm),
+        "mlp_ratio": hidden / width,
+        "num_classes": 0 if table is None else table.shape[0] - 1,
+        "qk_norm": qk_norm,
+    }
+
+
+def _sample_size(positions: Tensor | None, patch: int) -> int:
+    if positions is None:
+        raise ValueError("The checkpoint has no pos_embed to read the size of x_0 from; give it: sample_size.")
+    side = math.isqrt(positions.shape[-2])
+    if side * side != positions.shape[-2]:
+        raise ValueError(f"pos_embed has {positions.shape[-2]} places, no square; give the size of x_0: sample_size.")
+    return side * patch
+
+
+def _heads(weights: Mapping[str, Tensor], width: int, qk_norm: bool) -> int:
+    if qk_norm:
+        return width // weights["blocks.0.attn.q_norm.weight"].shape[0]
+    if width not in HEADS:
+        known = ", ".join(f"{size} ({heads})" for size, heads in HEADS.items())
+        raise ValueError(
+            f"Shapes do not tell the heads of a network of width {width}; give num_attention_heads. Known widths: "
+            f"{known}."
+        )
+    return HEADS[width]
+
+
+def _names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Their name -> ours, without the ending; `attn.qkv` is three of ours."""
+    names = {
+        "x_embedder.proj": "patch_embed",
+        "t_embedder.mlp.0": "time_embed.linear_1",
+        "t_embedder.mlp.2": "time_embed.linear_2",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.modulation",
+    }
+    parts = {
+        "attn.qkv": "attn.to_qkv",
+        "attn.proj": "attn.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+        "adaLN_modulation.1": "modulation",
+    }
+    if config["qk_norm"]:
+        parts |= {"attn.q_norm": "attn.norm_q", "attn.k_norm": "attn.norm_k"}
+    for at in range(config["num_layers"]):
+        names |= {f"blocks.{at}.{old}": f"blocks.{at}.{new}" for old, new in parts.items()}
+    return names
+
+
+def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    needed = {f"{name}.{end}" for name in _names(config) for end in ("weight", "bias")}
+    optional = {"pos_embed"}
+    if config["num_classes"]:
+        optional.add("y_embedder.embedding_table.weight")
+    missing = sorted(needed - set(weights))
+    unknown = [
+        key for key in weights if key not in needed | optional and not re.fullmatch(r"projectors\.\d+\.\d+\.\w+", key)
+    ]
+    if missing or unknown:
+        told = [f"it lacks {_some(missing)}"] if missing else []
+        told += [f"it has {_some(unknown)}, which are unknown"] if unknown else []
+        raise ValueError(
+            f"This is not quite a checkpoint of DiT, SiT or REPA ({config['num_layers']} blocks of width "
+            f"{config['hidden_size']}): {'; '.join(told)}."
+        )
+    time = weights["t_embedder.mlp.0.weight"].shape[1]
+    if time != TIME_CHANNELS:
+        raise ValueError(f"t_embedder takes {time} channels; those of DiT, SiT and REPA take {TIME_CHANNELS}.")
+
+
+def _check_positions(positions: Tensor, config: Mapping[str, Any]) -> None:
+    size, patch = config["sample_size"], config["patch_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    wanted = grid_positions(height // patch, width // patch, config["hidden_size"])
+    given = positions.float().reshape(1, -1, positions.shape[-1])
+    if given.shape != wanted.shape:
+        raise ValueError(
+            f"pos_embed is {tuple(positions.shape)}; sample_size {height} x {width} at patch {patch} makes "
+            f"{tuple(wanted.shape)}."
+        )
+    away = float((given - wanted).abs().max())
+    if not away <= _POSITION_TOLERANCE:
+        raise ValueError(
+            f"pos_embed is not the fixed sin-cos grid of DiT, SiT and REPA (it differs by {away:.3g}); positions that "
+            "were learned, or of another formula, do not fit SiTTransformer2DModel."
+        )
+
+
+def _projectors(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in weights.items():
+        if key.startswith("projectors."):
+            _, at, rest = key.split(".", 2)
+            found.setdefault(int(at), {})[rest] = value
+    needed = {f"{layer}.{end}" for layer in (0, 2, 4) for end in ("weight", "bias")}
+    for number, part in found.items():
+        if set(part) != needed:
+            raise ValueError(
+                f"projectors.{number} has {_some(sorted(part))}; a projector of REPA has {_some(sorted(needed))}."
+            )
+    return [found[number] for number in sorted(found)]
+
+
+def _renamed(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for old, new in _names(config).items():
+        for end in ("weight", "bias"):
+            value = weights[f"{old}.{end}"]
+            if not new.endswith("to_qkv"):
+                renamed[f"{new}.{end}"] = value
+                continue
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{new.removesuffix('qkv')}{letter}.{end}"] = part.clone()
+    if config["num_classes"]:
+        renamed["label_embed.weight"] = weights["y_embedder.embedding_table.weight"]
+    return renamed
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ConvertedCheckpoint",
+    "convert_state_dict",
+    "read_checkpoint",
+    "select_weights",
+]
