@@ -184,7 +184,7 @@ def gradient_of(loss: Loss, x: Tensor, features: Mapping[str, Tensor], output: T
         gradient, *grads = torch.autograd.grad(value, [own, *leaves], allow_unused=True)
     through = [(part, g) for part, g in zip(parts, grads, strict=True) if g is not None and part.requires_grad]
     if through:
-        scale = _half_scale(through)
+        scale = half_scale(through)
         (found,) = torch.autograd.grad(
             [part for part, _ in through], x, [(scale * g).to(part.dtype) for part, g in through], allow_unused=True
         )
@@ -276,7 +276,7 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().to(wide).requires_grad_(True)
 
 
-def _half_scale(through: Sequence[tuple[Tensor, Tensor]]) -> float | Tensor:
+def half_scale(through: Sequence[tuple[Tensor, Tensor]]) -> float | Tensor:
     """Power of two that brings the largest gradient amid the range of float16; 1 for other networks."""
     if all(part.dtype != torch.float16 for part, _ in through):
         return 1.0
@@ -294,6 +294,7 @@ __all__ = [
     "checkpointing",
     "frozen",
     "gradient_of",
+    "half_scale",
     "refuse_inference_mode",
     "refuse_swapped_weights",
 ]

@@ -22,6 +22,7 @@ _BUILTIN = {
     "FluxTransformer2DModel": "flux",
     "SanaTransformer2DModel": "sana",
     "SiTTransformer2DModel": "sit",
+    "JointViTModel": "joint_vit",
 }
 _REGISTRY: dict[str, type[Family]] = {}
 

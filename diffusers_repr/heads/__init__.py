@@ -3,6 +3,7 @@
 from diffusers_repr.heads.base import Head
 from diffusers_repr.heads.depth import DepthHead
 from diffusers_repr.heads.fit import FitResult, fit_head
+from diffusers_repr.heads.joint import JointHead
 from diffusers_repr.heads.knn import KNNHead
 from diffusers_repr.heads.linear import LinearHead
 from diffusers_repr.heads.mlp import MLPHead
@@ -22,6 +23,7 @@ __all__ = [
     "DepthHead",
     "FitResult",
     "Head",
+    "JointHead",
     "KNNHead",
     "LinearHead",
     "MLPHead",

@@ -1,6 +1,7 @@
 """Networks that diffusers lacks; plain torch and diffusers, so each saves, loads and is pushed like theirs."""
 
+from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.sit import SiTTransformer2DModel
 
-__all__ = ["NoisyClassifier", "SiTTransformer2DModel", "describe_process"]
+__all__ = ["JointViTModel", "NoisyClassifier", "SiTTransformer2DModel", "describe_process"]

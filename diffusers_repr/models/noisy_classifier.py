@@ -14,6 +14,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
+from diffusers_repr.models.labels import label_names, named_ids
+
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 POOLINGS = ("attention", "mean")
 _SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
@@ -90,7 +92,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             norm_num_groups=norm_num_groups,
             num_train_timesteps=num_train_timesteps,
         )
-        self.register_to_config(id2label=_named_ids(id2label, num_classes))
+        self.register_to_config(id2label=named_ids(id2label, num_classes))
         channels, kinds = list(block_out_channels), list(down_block_types)
         last_attends = mid_block_attention or pooling == "attention"
         _check_blocks(channels, kinds, attention_head_dim, norm_num_groups, last_attends)
@@ -144,8 +146,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     @property
     def labels(self) -> list[str]:
         """Name of each class, in the order of the ids; the ids as text where none were given."""
-        names = self.config["id2label"]
-        return [names[str(i)] if names else str(i) for i in range(self.config["num_classes"])]
+        return label_names(self.config)
 
     def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """Logits `(B, K)` of the class of x_0, float32 or wider whatever the dtype of the network.
@@ -258,17 +259,6 @@ def _brief(process: dict[str, Any]) -> str:
 
 def _of_base(name: str | None) -> str:
     return f"for {name!r}" if name else "for an unnamed base"
-
-
-def _named_ids(names: Mapping[Any, str] | Sequence[str] | None, num_classes: int) -> dict[str, str] | None:
-    """With the ids as text, as JSON has them."""
-    if names is None:
-        return None
-    named = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
-    named = {str(key): str(name) for key, name in named.items()}
-    if set(named) != {str(i) for i in range(num_classes)}:
-        raise ValueError(f"id2label must name the ids 0 to {num_classes - 1}; got {names!r}.")
-    return {str(i): named[str(i)] for i in range(num_classes)}
 
 
 def _check_whole(**values: Any) -> None:

@@ -1,0 +1,25 @@
+"""`JointViTModel`: HybViT and GenViT (arXiv 2208.07791)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+
+
+@register_family("JointViTModel")
+class JointViTFamily(PatchTransformerFamily):
+    """Takes no condition: its classes are an output. One class token stands before the image's tokens."""
+
+    not_image = (*PatchTransformerFamily.not_image, "classifier", "modulation")
+
+    def grid(
+        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
+    ) -> tuple[tuple[int, int], int] | None:
+        """With or without the class token."""
+        found = super().grid(config, tokens, size)
+        if found is not None:
+            return found
+        found = super().grid(config, tokens - 1, size)
+        return None if found is None else (found[0], 1)

@@ -1,0 +1,108 @@
+"""JDM: a classifier on the encoder of the U-Net that denoises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.capture.split import bottleneck, encode_partial
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.heads.joint import JointHead
+from diffusers_repr.objectives.base import rebuild
+from diffusers_repr.objectives.diffusion import NoisyBatch
+from diffusers_repr.objectives.joint import JointObjective
+
+
+class JDMObjective(JointObjective):
+    """Joint diffusion model (Deja et al. 2023, arXiv 2301.13622): `MSE(eps) + 0.001 CE`, one encoder for both.
+
+    The classifier reads the activations of x_0 at the lowest noise level, in a pass that ends behind the middle block
+    (on `UNet2DModel`s about a third of a forward); with `noised_classifier` those of x_t in the pass that denoises
+    it, at no cost. The latter guides samples far better, the former classifies clean images better.
+
+    Args:
+        denoiser: Of a `UNet2DModel` without classes.
+        head: Its classifier, `JointHead.for_unet(unet, num_classes)`. If it is the `classifier` of the denoiser's
+            pipeline, it is saved in this; else under `heads/classifier`.
+        classification_weight: Of the cross-entropy; 0.001 in the paper's code. The digits like 0.1.
+        **settings: Of `JointObjective`: `noised_classifier`, `label_smoothing`, augmentation, `time_sampling`.
+
+    Raises:
+        TypeError: For a network without the two halves of a U-Net.
+        ValueError: As `JointObjective`.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, head: JointHead, *, classification_weight: float = 0.001, **settings: Any
+    ) -> None:
+        super().__init__(denoiser, classification_weight=classification_weight, **settings)
+        with bottleneck(self.network, lambda hidden, skips: None):
+            pass  # refuses networks that have no encoder and decoder
+        for name, part in list(self.frozen.items()):
+            if part is head:  # a component of the pipeline, and trained
+                del self.frozen[name]
+        self.head = head.requires_grad_(True)
+
+    @property
+    def classes(self) -> int:
+        """Of the head."""
+        return int(self.head.config["num_classes"])
+
+    def denoise_and_classify(self, noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
+        """One pass: the head reads the activations on their way to the decoder."""
+        logits: list[Tensor] = []
+        told = self.denoiser.family.timestep(noisy.level, noisy.x_t)
+
+        def read(hidden: Tensor, skips: tuple[Tensor, ...]) -> None:
+            logits.append(self.head(hidden, skips, told))
+
+        with bottleneck(self.network, read):
+            prediction = self.predict(noisy)
+        return prediction, logits[0]
+
+    def classify_clean(self, x0: Tensor) -> Tensor:
+        """The encoder alone, at the lowest noise level."""
+        inputs = clean_inputs(self.denoiser, x0)
+        # A sharded network prepares its backward pass at the end of the forward.
+        whole = any(cls.__name__.startswith("FSDP") for cls in type(self.network).__mro__)
+        found = encode_partial(self.network, **inputs, stop_early=not whole)
+        return self.head(found.hidden, found.skips, inputs["timestep"])
+
+    def ema_modules(self) -> dict[str, torch.nn.Module]:
+        """The network and the head."""
+        return {"network": self.network, "head": self.head}
+
+    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
+        """The denoiser's pipeline with the trained network, and the head if it has a place for it."""
+        pipe = super().pipeline(state)
+        if self._place is not None:
+            setattr(pipe, self._place, rebuild(self.head, state, "head."))
+        return pipe
+
+    def heads(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The head, where the pipeline has no place for it."""
+        return {} if self._place is not None else {"classifier": rebuild(self.head, state, "head.")}
+
+    @property
+    def _place(self) -> str | None:
+        """Name of the head among the pipeline's components."""
+        components = {} if self.denoiser.pipe is None else self.denoiser.pipe.components
+        return next((name for name, part in components.items() if part is self.head), None)
+
+
+def clean_inputs(denoiser: Denoiser, x0: Tensor) -> dict[str, Any]:
+    """Inputs of the network for data without noise, at the lowest noise level that it knows.
+
+    Args:
+        denoiser: Of any noise process.
+        x0: `(B, C, H, W)`.
+    """
+    level = denoiser.level(denoiser.schedule.timestep_range[0])
+    # 1 within 5e-5, but for EDM, which scales what its network takes.
+    return denoiser.network_inputs(x0 * float(level.alpha), level, {})
+
+
+__all__ = ["JDMObjective", "clean_inputs"]
