@@ -38,20 +38,51 @@ def encode_latents(
     Raises:
         FloatingPointError: If the encoder gives NaN or infinity; names the VAE and its dtype.
     """
-    with _encoding_dtype(vae) as dtype, torch.no_grad():
-        out = vae.encode(pixels.to(dtype))
+    out, dtype = _encode(vae, pixels)
     if hasattr(out, "latent_dist"):
         latents = out.latent_dist.sample(generator=generator) if sample else out.latent_dist.mode()
     elif sample:
         raise ValueError(f"{type(vae).__name__} has no posterior to sample from; use its deterministic code.")
     else:
-        latents = out.latent if hasattr(out, "latent") else out.latents
-    if not bool(torch.isfinite(latents).all()):
-        raise FloatingPointError(
-            f"The VAE ({type(vae).__name__}, {dtype}) gave NaN or infinite latents. Load it in float32 or bfloat16, "
-            "or set force_upcast in its config."
-        )
+        latents = _code(out)
+    _check_finite(vae, dtype, latents)
     return scale_latents(vae, latents)
+
+
+def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels `(B, 3, H, W)` in [-1, 1] to the posterior's `cat[mean, std]`, `(B, 2C, h, w)` float32, unscaled.
+
+    The std of an autoencoder without a posterior is 0. `draw_latents` makes latents of them.
+
+    Args:
+        vae: An autoencoder of diffusers.
+        pixels: On the VAE's execution device.
+
+    Raises:
+        FloatingPointError: As `encode_latents`.
+    """
+    out, dtype = _encode(vae, pixels)
+    mean = out.latent_dist.mean if hasattr(out, "latent_dist") else _code(out)
+    std = out.latent_dist.std if hasattr(out, "latent_dist") else torch.zeros_like(mean)
+    moments = torch.cat([mean.float(), std.float()], dim=1)
+    _check_finite(vae, dtype, moments)
+    return moments
+
+
+def draw_latents(moments: Tensor, vae: Any, generator: torch.Generator | None = None) -> Tensor:
+    """Scaled latents `(B, C, h, w)` float32, drawn from moments `(B, 2C, h, w)` of `encode_moments`.
+
+    `mean + std n` with n standard normal, then scaled and shifted as the VAE's config says: what `encode_latents`
+    with `sample=True` gives, with the same draw.
+
+    Args:
+        moments: Of any dtype; the arithmetic is float32.
+        vae: For its scale and shift.
+        generator: On the device of the moments; None: torch's global one.
+    """
+    mean, std = moments.float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, device=mean.device, generator=generator)
+    return scale_latents(vae, mean + std * noise)
 
 
 def scale_latents(vae: Any, latents: Tensor) -> Tensor:
@@ -70,6 +101,25 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     latents = latents * std / factor + mean if mean is not None and std is not None else latents / factor + shift
     with _encoding_dtype(vae) as dtype, torch.no_grad():
         return vae.decode(latents.to(dtype)).sample
+
+
+def _encode(vae: Any, pixels: Tensor) -> tuple[Any, torch.dtype]:
+    """What `vae.encode` returns, and the dtype it ran in."""
+    with _encoding_dtype(vae) as dtype, torch.no_grad():
+        return vae.encode(pixels.to(dtype)), dtype
+
+
+def _code(out: Any) -> Tensor:
+    """The deterministic code of an autoencoder without a posterior."""
+    return out.latent if hasattr(out, "latent") else out.latents
+
+
+def _check_finite(vae: Any, dtype: torch.dtype, latents: Tensor) -> None:
+    if not bool(torch.isfinite(latents).all()):
+        raise FloatingPointError(
+            f"The VAE ({type(vae).__name__}, {dtype}) gave NaN or infinite latents. Load it in float32 or bfloat16, "
+            "or set force_upcast in its config."
+        )
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:

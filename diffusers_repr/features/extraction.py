@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffusers_repr.features.shards import Column, Layout, row_bytes, shard_prob
 from diffusers_repr.features.store import MANIFEST, FeatureStore
 from diffusers_repr.features.store_card import store_card
 from diffusers_repr.hub import atomic_write, read_json, write_json
+from diffusers_repr.hub.files import only_writer
 
 DTYPES = ("float32", "float16")
 _SHARD_BYTES = 256 * 2**20  # a shard's rows without shard_size: at most these bytes of features,
@@ -113,7 +114,8 @@ def extract_to_store(
 
     state = process_state()
     plan = _plan(extractor, data, Path(out), prompt, class_label, dtype, shard_size, limit)
-    with _only_writer(plan.out, state.is_main_process):
+    lock = only_writer(plan.out, "diffusers-repr extract") if state.is_main_process else nullcontext()
+    with lock:
         error: Exception | None = None
         if state.is_main_process:
             try:
@@ -274,30 +276,6 @@ def _check_ours(plan: _Plan) -> None:
             f"{str(plan.out)!r} is not empty and is no feature store with this recipe (it holds "
             f"{', '.join(sorted(strangers)[:8])}); nothing was changed. Give another --out."
         )
-
-
-@contextmanager
-def _only_writer(out: Path, main: bool) -> Iterator[None]:
-    """Hold the folder against a second run; the system lets go when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    if not main:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".extract.tmp", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"Another `diffusers-repr extract` is writing to {str(out)!r} now. Wait for it, or give another --out."
-            ) from None
-        except OSError:  # a file system without locks
-            _logger.debug("no lock on %s", out)
-        yield
 
 
 def _is_to_do(plan: _Plan, shard: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+_logger = logging.getLogger(__name__)
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
@@ -107,6 +110,38 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike[str], command: str) -> Iterator[None]:
+    """Hold a folder against a second run; the system lets go when the process ends, however it ends.
+
+    On a system or file system without locks it does nothing.
+
+    Args:
+        folder: Made if it is not there; it keeps the empty hidden file `.extract.tmp`.
+        command: What writes, for the message.
+
+    Raises:
+        FileExistsError: If another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".extract.tmp", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"Another `{command}` is writing to {str(folder)!r} now. Wait for it, or give another folder (--out)."
+            ) from None
+        except OSError:
+            _logger.debug("no lock on %s", folder)
+        yield
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -153,6 +153,7 @@ def load_train_data(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    num_workers: int = 0,
     vae: Any = None,
     encoders: Sequence[Any] = (),
     needs_pixels: bool = False,
@@ -167,6 +168,7 @@ def load_train_data(
         seed: Of a stream's order; map-style data are ordered by the loop.
         rank: This process, for a stream.
         world_size: Number of processes, for a stream.
+        num_workers: Threads that decode the images of a stream; other data leave it to the loader.
         vae: The run's VAE; a latent cache must have been made with it.
         encoders: The run's teachers; a feature cache must have been made with them.
         needs_pixels: Load images even where latents are cached, for a teacher that is not.
@@ -186,7 +188,7 @@ def load_train_data(
 
         if config.latents_dir or config.features_dir:
             raise ValueError("A stream has no places in the data set to keep latents or features by.")
-        return StreamData(dataset, config, channels, height_width, seed, rank, world_size, name)
+        return StreamData(dataset, config, channels, height_width, seed, rank, world_size, num_workers, name)
     if config.streaming:
         raise ValueError(f"`streaming` is set, but {name} was given as a map-style data set; leave it out.")
     images = ImageTrainData(dataset, config, channels, height_width, name)

@@ -41,7 +41,6 @@ class DataConfig:
     bad_images: Literal["error", "skip"] = _arg("error", help="images that cannot be read: stop, or leave out")
     latents_dir: str | None = _arg(None, help="latents to train on, written by cache_latents.py")
     features_dir: str | None = _arg(None, help="teacher features, written by cache_latents.py")
-    dataloader_num_workers: int = _arg(0, help="processes (of a stream: threads) that decode images")
 
     def __post_init__(self) -> None:
         if self.center_crop not in CROPS:
@@ -50,7 +49,7 @@ class DataConfig:
             allowed = ("error", "keep" if name == "missing_labels" else "skip")
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("random_rotation", "random_shift", "random_scale", "dataloader_num_workers"):
+        for name in ("random_rotation", "random_shift", "random_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.random_scale >= 1:

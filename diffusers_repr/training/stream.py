@@ -33,8 +33,7 @@ class StreamData(IterableDataset):
     resumed stream reads one block again and goes on with the very next sample, which a rolling buffer cannot.
 
     It runs in the training process: `torch.utils.data.DataLoader` must have `num_workers=0`, for a worker that reads
-    ahead would tell a place that training has not come to. `config.dataloader_num_workers` is the number of threads
-    that decode images.
+    ahead would tell a place that training has not come to. `threads` decode images beside it.
 
     Args:
         dataset: Not shuffled; it is shuffled here.
@@ -44,6 +43,7 @@ class StreamData(IterableDataset):
         seed: Of the order.
         rank: This process; the processes share the rows, whole shards where their number is divisible.
         world_size: Number of processes.
+        threads: That decode images ahead of the training; 0: it waits for each.
         name: For messages.
 
     Attributes:
@@ -63,6 +63,7 @@ class StreamData(IterableDataset):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        threads: int = 0,
         name: str = "the stream",
     ) -> None:
         if not 0 <= rank < world_size:
@@ -83,6 +84,7 @@ class StreamData(IterableDataset):
         self._source = split_dataset_by_node(self._whole, rank, world_size) if world_size > 1 else self._whole
         self.config, self.bad = config, 0
         self._seed, self._rank, self._world_size, self._title = seed, rank, world_size, name
+        self._threads = threads
         # The place of the next sample: epoch, the source's state where its block starts, number and place of the block
         self._epoch, self._block, self._at = 0, 0, 0
         self._start: dict[str, Any] | None = None
@@ -92,8 +94,8 @@ class StreamData(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if get_worker_info() is not None:
             raise RuntimeError(
-                "A stream is read in the training process; pass num_workers=0 to DataLoader. The threads that decode "
-                "images are config.dataloader_num_workers."
+                "A stream is read in the training process; pass num_workers=0 to DataLoader. Threads of its "
+                "own decode images (dataloader_num_workers of a run)."
             )
         in_a_row = 0
         for place, sample in self._decoded():
@@ -202,7 +204,7 @@ class StreamData(IterableDataset):
 
     def _decoded(self) -> Iterator[tuple[tuple[int, Any, int, int], dict[str, Any] | UnreadableImage]]:
         """`(place after it, sample)` in order, decoded by threads that run ahead."""
-        threads = self.config.dataloader_num_workers
+        threads = self._threads
         if threads == 0:
             for place, number, row in self._rows():
                 yield place, self._sample(number, row)

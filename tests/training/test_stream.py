@@ -43,9 +43,9 @@ def source(kind, tmp_path):
     return datasets.load_dataset(str(tmp_path / "parquet"), streaming=True, split="train")
 
 
-def stream(data, seed=0, rank=0, world_size=1, **settings):
+def stream(data, seed=0, rank=0, world_size=1, threads=0, **settings):
     config = DataConfig(**{"caption_column": "text", "shuffle_buffer": 5, **settings})
-    return load_train_data(config, 3, 8, data, seed=seed, rank=rank, world_size=world_size)
+    return load_train_data(config, 3, 8, data, seed=seed, rank=rank, world_size=world_size, num_workers=threads)
 
 
 def told(samples):
@@ -59,7 +59,7 @@ def numbers(samples):
 @pytest.mark.parametrize("kind", ["memory", "generator", "parquet"])
 @pytest.mark.parametrize("threads", [0, 2])
 def test_resumes_at_the_next_sample_wherever_it_stopped(tmp_path, kind, threads):
-    settings = {"dataloader_num_workers": threads}
+    settings = {"threads": threads}
     whole, states, data = [], [], source(kind, tmp_path)
     reading = stream(data, **settings)
     states.append(json.dumps(reading.state_dict()))
