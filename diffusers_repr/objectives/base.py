@@ -100,10 +100,14 @@ class Objective(nn.Module):
             dtype: Of the saved weights.
         """
         pipe = self.pipeline(state)
-        pipe.to(dtype)
+        frozen = {id(part) for part in self.frozen.values()}
+        for part in pipe.components.values():  # what was not trained keeps its dtype
+            if isinstance(part, nn.Module) and id(part) not in frozen:
+                nn.Module.to(part, dtype)
         pipe.save_pretrained(folder)
         for name, head in self.heads(state).items():
-            head.to(dtype).save_pretrained(Path(folder) / "heads" / name)
+            nn.Module.to(head, dtype)
+            head.save_pretrained(Path(folder) / "heads" / name)
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """`count` PIL images from the pipeline.
@@ -171,9 +175,20 @@ def rebuild(module: Any, state: Mapping[str, Tensor], prefix: str) -> Any:
     config = {k: v for k, v in inner.config.items() if not k.startswith("_")}
     with torch.random.fork_rng(devices=[]):
         fresh = cls(**config)
-    own = {k: state.get(prefix + k, v) for k, v in inner.state_dict().items()}
-    fresh.load_state_dict({k: v.detach().to("cpu").clone() for k, v in own.items()})
+    own = {k: state.get(prefix + k, v).detach().to("cpu") for k, v in inner.state_dict().items()}
+    fresh.load_state_dict({k: v.clone() for k, v in merge_lora(own).items()})
     return fresh.eval()
+
+
+def merge_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with peft's adapters of factor 1 added in, under the names they had without adapters."""
+    merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+    for key, down in state.items():
+        if key.endswith(".lora_A.default.weight"):
+            layer = key.removesuffix(".lora_A.default.weight")
+            up = state[f"{layer}.lora_B.default.weight"]
+            merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + (up @ down).to(merged[f"{layer}.weight"].dtype)
+    return merged
 
 
 def model_class(module: nn.Module) -> type[nn.Module]:

@@ -1,0 +1,144 @@
+"""Checkpoints: whole or not there, checked when read; a damaged newest one gives way to the one before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusers_repr.hub import atomic_folder, read_json, write_json
+
+STATE = "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is incomplete, damaged or of another run."""
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first; half-written ones have a hidden name and are not among them."""
+    return sorted(path for path in Path(folder).glob("checkpoint-*") if (path / STATE).is_file())
+
+
+def save_checkpoint(
+    output_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `checkpoint-<step>` by renaming a finished folder, then drop the oldest ones.
+
+    Args:
+        output_dir: Folder of the run.
+        step: Optimizer steps done.
+        tensors: File name without ending -> tensors on the CPU by name; each becomes a safetensors file.
+        state: JSON; the checksums of the files are added to it.
+        keep: How many of the newest checkpoints stay.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        OSError: If the disk is full or cannot be written; older checkpoints are untouched.
+    """
+    final = Path(output_dir) / f"checkpoint-{step:08d}"
+    try:
+        with atomic_folder(final) as folder:
+            for name, group in tensors.items():
+                save_file(dict(group), folder / f"{name}.safetensors")
+            files = {path.name: _fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
+            write_json(folder / STATE, {**state, "step": step, "files": files})
+    except (OSError, SafetensorError) as error:
+        left = list_checkpoints(output_dir)
+        kept = f"The last checkpoint is {left[-1].name}" if left else "There is no earlier checkpoint"
+        raise OSError(
+            f"Could not write {final}: {error}. {kept}; free some space and run the same command again."
+        ) from error
+    for old in list_checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(output_dir: str | Path, resume: str, identity: Mapping[str, Any]) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        output_dir: Folder of the run.
+        resume: `latest`, the name of a checkpoint in it, or `none`.
+        identity: What decides the weights; a checkpoint with another one is refused.
+
+    Returns:
+        None for a run that starts anew.
+
+    Raises:
+        ValueError: For a checkpoint of another run, a name that is not there, or `none` where there are checkpoints.
+        CheckpointError: If there are checkpoints and all are damaged.
+    """
+    existing = list_checkpoints(output_dir)
+    if resume not in ("latest", "none"):
+        chosen = Path(output_dir) / Path(resume).name
+        if chosen not in existing:
+            raise ValueError(f"No checkpoint {resume!r} in {output_dir}; there are {[p.name for p in existing]}.")
+        _check_whole(chosen)
+        _check_identity(chosen, identity)
+        return chosen
+    if not existing:
+        return None
+    if resume == "none":
+        raise ValueError(f"{output_dir} holds checkpoints; to start anew, name another --output_dir.")
+    damage = []
+    for path in reversed(existing):
+        try:
+            _check_whole(path)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        _check_identity(path, identity)
+        if damage:
+            warnings.warn(f"{' '.join(damage)} Going on from {path.name}.", stacklevel=2)
+        return path
+    raise CheckpointError(
+        f"No checkpoint in {output_dir} is whole: {' '.join(damage)} Delete them to start anew, or restore one."
+    )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint."""
+    return read_json(path / STATE)
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """One of its files, on the CPU."""
+    return load_file(path / f"{name}.safetensors")
+
+
+def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    before = read_state(path)["identity"]
+    current = json.loads(json.dumps(identity))
+    changed = {key: before.get(key) for key in current if before.get(key) != current[key]}
+    changed |= {key: value for key, value in before.items() if key not in current}
+    if changed:
+        raise ValueError(f"{path} is of a run with {changed}. Run with these, or name another --output_dir.")
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        files = read_state(path)["files"]
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path.name} is damaged: its {STATE} cannot be read.") from error
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path.name} is damaged: {name} is missing.")
+        if file.stat().st_size != expected["bytes"] or _fingerprint(file) != expected:
+            raise CheckpointError(f"{path.name} is damaged: {name} has not the content that was written.")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,90 @@
+"""`TrainingConfig`: the settings of the loop, the same for every method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg
+
+# What changes neither weights nor data order: a run may go on with other values.
+_FREE = (
+    "output_dir", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "resume_from_checkpoint",
+    "save_dtype", "eval_batch_size", "num_inference_steps", "validation_steps", "report_to",
+    "push_to_hub", "hub_model_id", "hub_private", "dry_run",
+)  # fmt: skip
+_NOT_A_RECIPE = ("output_dir", "resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id", "hub_private")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of `train`: keys of a recipe, flags of the scripts; names are those of diffusers' own scripts.
+
+    Raises:
+        ValueError: For a value out of its range, naming the setting.
+    """
+
+    output_dir: str = HfArg(default="outputs/run", help="pipeline folder to write; the checkpoints lie in it")
+    train_batch_size: int = HfArg(default=64, help="samples of one process and micro-batch")
+    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches in an optimizer step")
+    max_train_steps: int = HfArg(default=1000, help="optimizer steps")
+    learning_rate: float = HfArg(default=1e-4, help="peak learning rate")
+    lr_scheduler: Literal["constant", "cosine"] = HfArg(default="constant", help="shape after the warm-up")
+    lr_warmup_steps: int = HfArg(default=0, help="steps of linear warm-up")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW's beta1")
+    adam_beta2: float = HfArg(default=0.999, help="AdamW's beta2")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon")
+    adam_weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this")
+    ema_max_decay: float = HfArg(default=0.9999, help="decay of the moving average, which is what is saved")
+    ema_warmup: bool = HfArg(default=True, help="(1 + n) / (10 + n) as the decay where that is less")
+    mixed_precision: str | None = HfArg(default=None, help="no, fp16 or bf16; default: what accelerate is set to")
+    allow_tf32: bool = HfArg(default=False, help="TF32 matrix products in float32 parts, on GPUs that have it")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
+    torch_compile: bool = HfArg(default=False, help="compile the networks with torch.compile")
+    lora_rank: int = HfArg(default=0, help="train low-rank adapters of the attention only (peft); 0: all weights")
+    seed: int = HfArg(default=0, help="of weights, data order, noise and samples")
+    checkpointing_steps: int = HfArg(default=500, help="optimizer steps between checkpoints")
+    checkpoints_total_limit: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
+    resume_from_checkpoint: str = HfArg(
+        default="latest", help="latest, the name of one (checkpoint-00000500), or none, which refuses to continue"
+    )
+    logging_steps: int = HfArg(default=50, help="steps averaged into one line of loss.jsonl")
+    report_to: str = HfArg(default="none", help="trackers of accelerate: tensorboard, wandb, all or none")
+    validation_steps: int = HfArg(default=0, help="steps between grids of samples in samples/; 0: only at the end")
+    save_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="of the saved pipeline")
+    eval_batch_size: int = HfArg(default=64, help="images in samples.png, in rows of 8; 0: none")
+    num_inference_steps: int = HfArg(default=50, help="sampling steps for the grids of samples")
+    push_to_hub: bool = HfArg(default=False, help="push the result, without its checkpoints")
+    hub_model_id: str | None = HfArg(default=None, help="user/name to push to")
+    hub_private: bool = HfArg(default=False, help="make the repository private")
+    dry_run: bool = HfArg(default=False, help="print the resolved recipe, parameter counts and memory, and stop")
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
+                     "checkpoints_total_limit", "logging_steps", "learning_rate", "max_grad_norm",
+                     "num_inference_steps"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name in ("lora_rank", "lr_warmup_steps", "validation_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise ValueError(f"`mixed_precision` is no, fp16 or bf16, got {self.mixed_precision!r}.")
+        if self.eval_batch_size < 0 or self.eval_batch_size % 8:
+            raise ValueError(f"`eval_batch_size` must be a multiple of 8, or 0, got {self.eval_batch_size}.")
+        if not 0 <= self.ema_max_decay <= 1:
+            raise ValueError(f"`ema_max_decay` lies in [0, 1], got {self.ema_max_decay}.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("`push_to_hub` needs `hub_model_id`, user/name.")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the weights: a checkpoint of others is refused."""
+        free = {*_FREE, *({"max_train_steps"} if self.lr_scheduler == "constant" else ())}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+
+
+def recipe_of(*settings: Any) -> dict[str, Any]:
+    """The keys of a recipe that gives these settings again, without places and modes of a run."""
+    merged = {k: v for part in settings for k, v in dataclasses.asdict(part).items()}
+    return {key: value for key, value in merged.items() if key not in _NOT_A_RECIPE}

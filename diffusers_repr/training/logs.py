@@ -1,0 +1,81 @@
+"""The log of a run: `loss.jsonl`, which survives kills, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from diffusers_repr.training.config import TrainingConfig
+from diffusers_repr.training.seeds import learning_rate
+
+if TYPE_CHECKING:
+    from diffusers_repr.training.run import Run
+
+
+class Log:
+    """One line each `logging_steps`: step, means of what the objective logs, learning rate, speed, skipped steps.
+
+    Args:
+        config: The run's.
+        step: Where the run starts; lines a killed run wrote beyond it are dropped.
+        accelerator: The run's; only its main process writes.
+        recipe: Settings that trackers show.
+
+    Attributes:
+        lines: What `loss.jsonl` holds.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, step: int, accelerator: Accelerator, recipe: Mapping[str, Any] | None
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.path = Path(config.output_dir) / "loss.jsonl"
+        self.lines = read_log(self.path, step)
+        if accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.tracked = config.report_to != "none"
+        if self.tracked:
+            shown = {k: v for k, v in (recipe or {}).items() if isinstance(v, (int, float, str, bool))}
+            accelerator.init_trackers("logs", config=shown)
+
+    def write(self, run: Run, means: Mapping[str, float], images_per_second: float) -> None:
+        """Add a line for the steps since the last one."""
+        progress = run.progress
+        line = {
+            "step": progress.step,
+            "loss": means.get("loss"),
+            **{name: value for name, value in means.items() if name != "loss"},
+            "learning_rate": learning_rate(self.config, progress.step - 1),
+            "skipped": progress.skipped,
+            "images_per_second": round(images_per_second, 1),
+        }
+        self.lines.append(line)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.tracked:
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            self.accelerator.log(values, step=progress.step)
+
+    def summary(self) -> str:
+        """The last line, for the progress bar."""
+        line = self.lines[-1]
+        loss = next((v for k, v in line.items() if k.endswith("loss") and v is not None), None)
+        shown = "none" if loss is None else f"{loss:.4f}"
+        return f"loss={shown}, images/s={line['images_per_second']:.0f}, skipped={line['skipped']}"
+
+    def close(self) -> None:
+        """End the trackers."""
+        self.accelerator.end_training()
+
+
+def read_log(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Lines up to a step: a killed run may have written more, and half a line."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    parsed = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line for line in parsed if line["step"] <= last_step]

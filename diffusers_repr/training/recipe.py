@@ -1,0 +1,106 @@
+"""Recipes: YAML files and command-line flags into settings dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | None = None) -> tuple[Any, ...]:
+    """Settings from the recipe of `--config`, with the command line over it.
+
+    Args:
+        kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe.
+        argv: Flags, without the program's name.
+        description: For `--help`.
+
+    Returns:
+        One object of each kind.
+
+    Raises:
+        FileNotFoundError: If there is no such recipe; names those that lie beside it.
+        ValueError: For a file that is no mapping, or an unknown key (with the closest known ones).
+        ImportError: If PyYAML is not installed.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML recipe; flags win over it")
+    known, flags = parser.parse_known_args(list(argv))
+    given: list[str] = []
+    if known.config:
+        recipe = read_recipe(known.config)
+        names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
+        check_keys(known.config, recipe, names)
+        for key, value in recipe.items():
+            if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+                given += [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
+            elif value is not None:  # null leaves the default
+                given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    full = HfArgumentParser(list(kinds), description=description, parents=[parser], allow_abbrev=False)
+    return full.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)[: len(kinds)]
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As `parse_recipe`.
+    """
+    yaml = import_yaml()
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"No recipe {str(path)!r}; --config takes a YAML file. In {path.parent}/: {beside}.")
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds a {type(recipe).__name__}; a recipe is a mapping of key: value.")
+    return recipe
+
+
+def to_yaml(settings: dict[str, Any]) -> str:
+    """Settings as a recipe, keys in their order."""
+    return import_yaml().safe_dump(settings, sort_keys=False, width=119)
+
+
+def check_keys(place: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuse an unknown key.
+
+    Raises:
+        ValueError: Naming the key and the closest allowed ones.
+    """
+    allowed = [name for name in allowed if name != "self"]
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=3) or sorted(allowed)
+            raise ValueError(f"Unknown key {key!r} in {place}. Closest allowed: {near}.")
+
+
+def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping setting, given as such or as JSON on the command line.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    value = json.loads(value) if isinstance(value, str) else value or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a mapping (JSON in a flag), got {value!r}.")
+    return value
+
+
+def import_yaml() -> Any:
+    """PyYAML.
+
+    Raises:
+        ImportError: Naming the extra.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError('Recipes need PyYAML: pip install "diffusers-repr[train]"') from error
+    return yaml

@@ -1,0 +1,127 @@
+"""What a run leaves: the pipeline with the averaged weights, heads apart, samples, the recipe and a card."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+
+from diffusers_repr.hub import atomic_write, is_repo_id, model_card, push_folder
+from diffusers_repr.training.config import recipe_of
+from diffusers_repr.training.recipe import to_yaml
+from diffusers_repr.training.run import Run
+
+
+def write_samples(run: Run, path: Path, pipe: Any = None) -> None:
+    """A PNG grid of samples of the averaged weights, in rows of 8; every process must call it.
+
+    Args:
+        run: The run.
+        path: Where to.
+        pipe: The pipeline, where the caller has it.
+    """
+    config = run.config
+    state = run.result() if pipe is None else {}
+    if not config.eval_batch_size or not run.accelerator.is_main_process:
+        return
+    pipe = run.objective.pipeline(state) if pipe is None else pipe
+    pipe.to(run.accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    images = run.objective.preview(pipe, config.eval_batch_size, generator, config.num_inference_steps)
+    images = [ImageOps.scale(image, max(1, 32 // image.width), Image.Resampling.NEAREST) for image in images]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images, rows=len(images) // 8, cols=8).save(path)
+
+
+def save_result(run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, Any]) -> None:
+    """Write the result into the output folder, and push it if asked to; every process must call it."""
+    config, state = run.config, run.result()
+    if not run.accelerator.is_main_process:
+        run.accelerator.wait_for_everyone()
+        return
+    folder = Path(config.output_dir)
+    pipe = None
+    if config.eval_batch_size:
+        pipe = run.objective.pipeline(state)
+        write_samples(run, folder / "samples.png", pipe)
+    run.objective.save_pretrained(folder, state, getattr(torch, config.save_dtype))
+    kept = {k: v for k, v in recipe.items() if k in recipe_of(config) or k not in vars(config)}
+    atomic_write(folder / "recipe.yaml", to_yaml(dict(kept)))
+    atomic_write(folder / "README.md", card(run, data, lines, kept))
+    if config.push_to_hub:
+        push_result(folder, config.hub_model_id or "", config.hub_private)
+    run.accelerator.wait_for_everyone()
+
+
+def push_result(folder: Path, repo_id: str, private: bool) -> None:
+    """Push the folder without checkpoints and logs of trackers."""
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as place:
+        skip = shutil.ignore_patterns("checkpoint-*", "logs", ".*", "samples")
+        copy = shutil.copytree(folder, Path(place) / "result", ignore=skip)
+        push_folder(copy, repo_id, private=private, commit_message="Trained with diffusers-repr")
+
+
+def card(run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, Any]) -> str:
+    """README.md of the result: what it is, data, steps, losses, command and recipe."""
+    config, objective = run.config, run.objective
+    last = lines[-1] if lines else {"step": run.progress.step, "skipped": run.progress.skipped}
+    skip = ("step", "learning_rate", "skipped", "images_per_second")
+    tail = lines[-max(1, len(lines) // 20) :]
+    means = {
+        name: sum(values) / len(values)
+        for name in (key for key in last if key not in skip)
+        if (values := [line[name] for line in tail if line.get(name) is not None])
+    }
+    losses = "\n".join(f"| {name} | {value:.4f} |" for name, value in means.items())
+    numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in objective.metrics().items())
+    size = sum(p.numel() for module in objective.ema_modules().values() for p in module.parameters())
+    script = Path(sys.argv[0]).name
+    command = f"accelerate launch examples/{script} --config recipe.yaml" if script.startswith("train_") else ""
+    names = getattr(data, "class_names", None)
+    size_of_data = f"{len(data):,} images" if hasattr(data, "__len__") else "a stream"
+    method = type(objective).__name__
+    text = f"""A diffusion model of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
+the moving average, saved in {config.save_dtype}; projectors and heads lie apart in `heads/`.
+{"![samples](samples.png)" if config.eval_batch_size else ""}
+
+- Data: {size_of_data} of `{recipe.get("dataset_name")}`, split `{recipe.get("dataset_split", "train")}`, and no other.
+- Classes: {len(names) if names else "none"}.
+- Steps: {last["step"]:,} with seed {config.seed}; {last["skipped"]} skipped, where the loss was not finite.
+
+| mean of the last twentieth of `loss.jsonl` | |
+|---|---|
+{losses or "| loss | none |"}
+{numbers}
+
+## Recipe
+
+{f"`{command}`, with `recipe.yaml`:" if command else "`recipe.yaml`:"}
+
+```yaml
+{to_yaml(dict(recipe))}```
+"""
+    name = str(recipe.get("dataset_name") or "")
+    return model_card(
+        title=Path(config.output_dir).name,
+        text=text,
+        tags=["diffusers", "image-generation"],
+        datasets=[name] if is_repo_id(name) else [],
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+    )
+
+
+def final_loss(lines: list[dict[str, Any]]) -> float:
+    """Mean loss of the last twentieth of a log; NaN without one."""
+    values = [line["loss"] for line in lines[-max(1, len(lines) // 20) :] if line["loss"] is not None]
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,257 @@
+"""`Run`: everything a training step changes, and how it is kept in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffusers_repr.objectives import Objective
+from diffusers_repr.training.checkpoints import read_state, read_tensors, save_checkpoint
+from diffusers_repr.training.config import TrainingConfig
+from diffusers_repr.training.ema import EMA
+from diffusers_repr.training.seeds import learning_rate, reseed
+from diffusers_repr.training.tensors import full, put
+from diffusers_repr.training.update import Update
+
+MAX_SKIPPED_IN_A_ROW = 50
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, as a checkpoint keeps it.
+
+    Attributes:
+        step: Optimizer steps, the skipped ones included.
+        skipped: Steps whose loss or gradient was not finite.
+        skipped_in_a_row: Of these, the last ones without a break.
+        sums: Logged name -> sum since the last line of the log.
+        count: Steps in these sums.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    count: int = 0
+
+
+class Run:
+    """The objective as prepared, its optimizers and moving average, and the position.
+
+    Args:
+        objective: On the CPU.
+        config: The loop's settings.
+        accelerator: The run's.
+        identity: What decides the weights, kept in each checkpoint.
+
+    Attributes:
+        objective: The objective itself.
+        model: What accelerate made of it; what is called.
+        updates: Phase -> `Update`.
+        ema: The moving average.
+        progress: The position; what lies on the device is settled by `settle`.
+    """
+
+    def __init__(
+        self, objective: Objective, config: TrainingConfig, accelerator: Accelerator, identity: Mapping[str, Any]
+    ) -> None:
+        self.objective, self.config, self.accelerator = objective, config, accelerator
+        self.identity, self.progress = dict(identity), Progress()
+        optimizers = [make_optimizer(objective.param_groups(phase), config) for phase in objective.phases]
+        self.model, *prepared = accelerator.prepare(objective.train(), *optimizers)
+        for module in objective.frozen.values():
+            module.to(accelerator.device)
+        norm = config.max_grad_norm
+        self.updates = {
+            phase: Update(accelerator, optimizer, norm)
+            for phase, optimizer in zip(objective.phases, prepared, strict=True)
+        }
+        self.names = {id(p): name for name, p in objective.named_parameters()}
+        self.ema = EMA(objective, config.ema_max_decay, config.ema_warmup)
+        self._logged: list[str] = []  # names of what `_sums` adds up
+        self._sums = torch.zeros(0)
+        self._skipped = torch.zeros(2, dtype=torch.long)  # in all, and in a row
+
+    # One step
+
+    def step(self, micro_batches: list[dict[str, Any]], prepare: Any) -> None:
+        """One optimizer step of every phase over the micro-batches of this process.
+
+        Args:
+            micro_batches: On the device, as the data gave them.
+            prepare: `TrainData.on_device`.
+        """
+        config, accelerator, progress = self.config, self.accelerator, self.progress
+        reseed(config.seed, progress.step, accelerator.process_index)
+        lr = learning_rate(config, progress.step)
+        batches = [prepare(batch) for batch in micro_batches]
+        logged: dict[str, Tensor] = {}
+        finite = torch.ones((), dtype=torch.bool)
+        for place, phase in enumerate(self.objective.phases):
+            losses = []
+            for number, batch in enumerate(batches):
+                last = number == len(batches) - 1
+                with accelerator.no_sync(self.model) if not last else nullcontext():
+                    out = self.model({**batch, "micro": number}, phase=phase)
+                    accelerator.backward(out["loss"] / len(batches))
+                losses.append({name: value.detach().float() for name, value in out.items()})
+            means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
+            averages = self.ema if place == len(self.objective.phases) - 1 else None
+            norm, took_place = self.updates[phase].step(lr, means["loss"], averages)
+            finite = took_place if place == 0 else finite & took_place
+            prefix = "" if len(self.objective.phases) == 1 else f"{phase}_"
+            logged |= {f"{prefix}{name}": value for name, value in means.items()}
+            logged[f"{prefix}grad_norm"] = norm.float()
+        progress.step += 1
+        self._count(logged, finite)
+        self.objective.on_step_end(progress.step, self.ema)
+
+    def _count(self, logged: dict[str, Tensor], finite: Tensor) -> None:
+        """Add up on the device; nothing is read back."""
+        values = torch.stack([*logged.values(), *[torch.ones_like(next(iter(logged.values())))]]).double()
+        finite = finite.to(values.device)
+        if list(logged) != self._logged:
+            self.settle()
+            self._logged, self._sums = list(logged), torch.zeros_like(values)
+        self._sums += torch.where(finite, values, 0.0)
+        self._skipped = self._skipped.to(values.device)
+        self._skipped += ~finite
+        self._skipped[1] *= ~finite
+
+    def settle(self) -> None:
+        """Read what lies on the device into `progress`; every process must call it.
+
+        Raises:
+            FloatingPointError: If too many steps in a row were not finite.
+        """
+        progress = self.progress
+        if self._logged:
+            *sums, count = self.accelerator.reduce(self._sums, "mean").tolist()
+            for name, value in zip(self._logged, sums, strict=True):
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
+            progress.count += round(count)
+            self._sums.zero_()
+        progress.skipped, progress.skipped_in_a_row = self._skipped.tolist()
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            first = " from the first step on" if progress.skipped == progress.step else ""
+            raise FloatingPointError(
+                f"{progress.skipped_in_a_row} losses in a row were not finite{first}; the weights are those before "
+                "them. Try a lower --learning_rate, --mixed_precision bf16 or no, and check that the data have no "
+                "NaN. The last checkpoint is untouched."
+            )
+
+    def take_averages(self) -> dict[str, float]:
+        """Means since the last call, of steps that took place; empty if there was none."""
+        self.settle()
+        progress = self.progress
+        means = {name: value / progress.count for name, value in progress.sums.items()} if progress.count else {}
+        progress.sums, progress.count = {}, 0
+        return means
+
+    # Checkpoints
+
+    def save(self, streams: Any = None) -> Path | None:
+        """Write a checkpoint; every process must call it.
+
+        Returns:
+            Its folder, on the main process.
+        """
+        self.settle()
+        tensors = {"model": self.trained(), "ema": self.ema.state_dict(), "optimizer": dict(self._optimizer_state())}
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "ema_updates": self.ema.updates,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+            "streams": streams,
+            "identity": self.identity,
+        }
+        path = None
+        if self.accelerator.is_main_process:
+            keep = self.config.checkpoints_total_limit
+            path = save_checkpoint(self.config.output_dir, self.progress.step, tensors, state, keep)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take over a checkpoint.
+
+        Returns:
+            Its state.
+        """
+        state = read_state(path)
+        own = self.objective.state_dict()
+        for name, value in read_tensors(path, "model").items():
+            put(own[name], value)
+        self.ema.load_state_dict(read_tensors(path, "ema"))
+        self.ema.updates = state["ema_updates"]
+        self._load_optimizers(read_tensors(path, "optimizer"))
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self._skipped = torch.tensor([self.progress.skipped, self.progress.skipped_in_a_row])
+        self.objective.on_step_end(self.progress.step, self.ema)
+        return state
+
+    def trained(self) -> dict[str, Tensor]:
+        """Trained weights and buffers, full tensors on the CPU by name; every process must call it."""
+        return {name: full(value) for name, value in self.objective.trained_state().items()}
+
+    def result(self) -> dict[str, Tensor]:
+        """What is saved: the moving average, and the weights where there is none; every process must call it."""
+        return {**self.trained(), **self.ema.state_dict()}
+
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        for phase, update in self.updates.items():
+            for parameter, values in update.inner.state.items():
+                for key, value in values.items():
+                    yield f"{phase}/{self.names[id(parameter)]}/{key}", full(torch.as_tensor(value))
+
+    def _load_optimizers(self, saved: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.objective.named_parameters())
+        grouped: dict[str, dict[str, dict[str, Tensor]]] = {phase: {} for phase in self.updates}
+        for path, value in saved.items():
+            phase, name, key = path.split("/")
+            grouped[phase].setdefault(name, {})[key] = value
+        for phase, states in grouped.items():
+            inner = self.updates[phase].inner
+            for name, values in states.items():
+                parameter = parameters[name]
+                inner.state[parameter] = {
+                    key: _like(value, parameter, inner.defaults.get("fused")) for key, value in values.items()
+                }
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.AdamW:
+    """Fused AdamW of the groups that hold a parameter.
+
+    Raises:
+        ValueError: If there is nothing to train.
+    """
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("The objective has no parameter that requires a gradient; there is nothing to train.")
+    return torch.optim.AdamW(
+        groups,
+        config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=True,
+    )
+
+
+def _like(value: Tensor, parameter: Tensor, fused: bool | None) -> Tensor:
+    """Optimizer state where its parameter lies, sharded as it; step counts on the device if AdamW is fused."""
+    if value.shape != parameter.shape or value.ndim == 0:
+        return value.to(parameter.device) if fused else value
+    state = torch.empty_like(parameter, dtype=value.dtype).detach()
+    put(state, value)
+    return state

@@ -1,0 +1,17 @@
+"""The training data of a recipe: `digits`, those that scikit-learn ships, or whatever `load_train_data` opens."""
+
+from accelerate import PartialState
+from digits import SPLIT_SIZES, load_digits_splits
+
+from diffusers_repr.training import DataConfig, load_train_data
+
+
+def load_recipe_data(config: DataConfig, channels: int, size: int | tuple[int, int], seed: int = 0, **parts):
+    """As `load_train_data`; `parts` are the VAE and encoders that a cache must have been made with."""
+    dataset, state = None, PartialState()
+    if config.dataset_name == "digits":
+        if config.dataset_split not in SPLIT_SIZES:
+            raise ValueError(f"The digits have no split {config.dataset_split!r}, only {list(SPLIT_SIZES)}.")
+        dataset = load_digits_splits()[config.dataset_split]
+    place = {"seed": seed, "rank": state.process_index, "world_size": state.num_processes}
+    return load_train_data(config, channels, size, dataset, **place, **parts)
