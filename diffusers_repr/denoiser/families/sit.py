@@ -39,22 +39,16 @@ class SiTFamily(PatchTransformerFamily):
         return {"class_labels": labels}
 
     def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
-        """The half whose labels are all null is the null half, if the halves of the sample are equal.
-
-        A call without labels has no halves, unless the pipeline says that it guides: then by its own property.
-        """
+        """As the pipeline tells (`SiTPipeline`: null first); else the half whose labels are all null is the null's."""
         labels, rows = inputs.get("class_labels"), inputs["hidden_states"].shape[0]
-        if pipe is None or getattr(pipe, "do_classifier_free_guidance", None) is False:
-            return BatchLanes(slice(0, rows))
-        if labels is None:
+        told = getattr(pipe, "do_classifier_free_guidance", None) is not None
+        if pipe is None or told or labels is None:
             return super().lanes(pipe, config, inputs)
         half, null = rows // 2, int(config["num_classes"])
-        nulls = [bool((part == null).all()) for part in (labels[:half], labels[half:])]
-        if rows % 2 or not any(nulls) or not equal_halves(inputs["hidden_states"]):
+        first, second = (bool((part == null).all()) for part in (labels[:half], labels[half:]))
+        if rows % 2 or first == second or not equal_halves(inputs["hidden_states"]):
             return BatchLanes(slice(0, rows))
-        if nulls[0] and not nulls[1]:
-            return null_first(rows)
-        return BatchLanes(slice(0, half), slice(half, rows))
+        return null_first(rows) if first else BatchLanes(slice(0, half), slice(half, rows))
 
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """Label 0, and zeros where the network takes a vector."""
