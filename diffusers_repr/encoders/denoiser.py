@@ -48,9 +48,9 @@ class DenoiserSource(Source):
         self._table = lru_cache(maxsize=None)(self._measure)
 
     @property
-    def told(self) -> Any:
+    def timestep(self) -> float:
         """The training timestep."""
-        return self.extractor.levels[0].timestep
+        return float(self.extractor.levels[0].timestep)
 
     @property
     def dim(self) -> int:  # type: ignore[override]
@@ -85,7 +85,7 @@ class DenoiserSource(Source):
             "model": type(self.module).__name__,
             "config": config_hash(dict(self.denoiser.config)),
             "layer": self.layer,
-            "timestep": float(level.timestep),
+            "timestep": self.timestep,
             "nsr": float(level.nsr),
             "condition": known or (config_hash(_values(self.condition)) if self.condition else None),
             "noise_seed": self.extractor.seed,

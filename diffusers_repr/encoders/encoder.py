@@ -114,7 +114,7 @@ class Encoder:
             ValueError, TypeError: For layers, levels and conditions the denoiser does not have.
         """
         source = DenoiserSource(denoiser, layer, timestep, condition, noise_seed, image_size)
-        return cls(source, name or f"{layer}@{source.told}", denoiser.revision)
+        return cls(source, name or f"{layer}@{source.timestep:g}", denoiser.revision)
 
     @classmethod
     def from_module(
