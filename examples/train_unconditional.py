@@ -16,22 +16,21 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
 from recipe_data import load_recipe_data
-from transformers.hf_argparser import HfArg
 
 from diffusers_repr import Denoiser
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
 from diffusers_repr.training.dry_run import describe_run
-from diffusers_repr.training.recipe import check_keys, mapping
+from diffusers_repr.training.recipe import check_keys, mapping, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The network and its noise process."""
 
-    model: dict | str | None = HfArg(default=None, help="arguments of UNet2DModel, a mapping (JSON in a flag)")
-    scheduler: dict | str | None = HfArg(default=None, help="arguments of DDPMScheduler, a mapping")
-    label_dropout: float = HfArg(default=0.1, help="share of labels that become the null id, the number of classes")
+    model: dict | str | None = setting(None, "arguments of UNet2DModel, a mapping (JSON in a flag)")
+    scheduler: dict | str | None = setting(None, "arguments of DDPMScheduler, a mapping")
+    label_dropout: float = setting(0.1, "share of labels that become the null id, the number of classes")
 
     def __post_init__(self) -> None:
         for name, target in (("model", UNet2DModel), ("scheduler", DDPMScheduler)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from transformers.hf_argparser import HfArg
+from diffusers_repr.training.recipe import setting
 
 # What changes neither weights nor data order: a run may go on with other values.
 _FREE = (
@@ -24,41 +24,41 @@ class TrainingConfig:
         ValueError: For a value out of its range, naming the setting.
     """
 
-    output_dir: str = HfArg(default="outputs/run", help="pipeline folder to write; the checkpoints lie in it")
-    train_batch_size: int = HfArg(default=64, help="samples of one process and micro-batch")
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches in an optimizer step")
-    max_train_steps: int = HfArg(default=1000, help="optimizer steps")
-    learning_rate: float = HfArg(default=1e-4, help="peak learning rate")
-    lr_scheduler: Literal["constant", "cosine"] = HfArg(default="constant", help="shape after the warm-up")
-    lr_warmup_steps: int = HfArg(default=0, help="steps of linear warm-up")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW's beta1")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW's beta2")
-    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon")
-    adam_weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="clip the gradient's norm to this")
-    ema_max_decay: float = HfArg(default=0.9999, help="decay of the moving average, which is what is saved")
-    ema_warmup: bool = HfArg(default=True, help="(1 + n) / (10 + n) as the decay where that is less")
-    mixed_precision: str | None = HfArg(default=None, help="no, fp16 or bf16; default: what accelerate is set to")
-    allow_tf32: bool = HfArg(default=False, help="TF32 matrix products in float32 parts, on GPUs that have it")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
-    torch_compile: bool = HfArg(default=False, help="compile the networks with torch.compile")
-    lora_rank: int = HfArg(default=0, help="train low-rank adapters of the attention only (peft); 0: all weights")
-    seed: int = HfArg(default=0, help="of weights, data order, noise and samples")
-    checkpointing_steps: int = HfArg(default=500, help="optimizer steps between checkpoints")
-    checkpoints_total_limit: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
-    resume_from_checkpoint: str = HfArg(
-        default="latest", help="latest, the name of one (checkpoint-00000500), or none, which refuses to continue"
+    output_dir: str = setting("outputs/run", "pipeline folder to write; the checkpoints lie in it")
+    train_batch_size: int = setting(64, "samples of one process and micro-batch")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step")
+    max_train_steps: int = setting(1000, "optimizer steps")
+    learning_rate: float = setting(1e-4, "peak learning rate")
+    lr_scheduler: Literal["constant", "cosine"] = setting("constant", "shape after the warm-up")
+    lr_warmup_steps: int = setting(0, "steps of linear warm-up")
+    adam_beta1: float = setting(0.9, "AdamW's beta1")
+    adam_beta2: float = setting(0.999, "AdamW's beta2")
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
+    adam_weight_decay: float = setting(0.0, "weight decay of AdamW")
+    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this")
+    ema_max_decay: float = setting(0.9999, "decay of the moving average, which is what is saved")
+    ema_warmup: bool = setting(True, "(1 + n) / (10 + n) as the decay where that is less")
+    mixed_precision: str | None = setting(None, "no, fp16 or bf16; default: what accelerate is set to")
+    allow_tf32: bool = setting(False, "TF32 matrix products in float32 parts, on GPUs that have it")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    torch_compile: bool = setting(False, "compile the networks with torch.compile")
+    lora_rank: int = setting(0, "train low-rank adapters of the attention only (peft); 0: all weights")
+    seed: int = setting(0, "of weights, data order, noise and samples")
+    checkpointing_steps: int = setting(500, "optimizer steps between checkpoints")
+    checkpoints_total_limit: int = setting(2, "how many of the newest checkpoints to keep")
+    resume_from_checkpoint: str = setting(
+        "latest", "latest, the name of one (checkpoint-00000500), or none, which refuses to continue"
     )
-    logging_steps: int = HfArg(default=50, help="steps averaged into one line of loss.jsonl")
-    report_to: str = HfArg(default="none", help="trackers of accelerate: tensorboard, wandb, all or none")
-    validation_steps: int = HfArg(default=0, help="steps between grids of samples in samples/; 0: only at the end")
-    save_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="of the saved pipeline")
-    eval_batch_size: int = HfArg(default=64, help="images in samples.png, in rows of 8; 0: none")
-    num_inference_steps: int = HfArg(default=50, help="sampling steps for the grids of samples")
-    push_to_hub: bool = HfArg(default=False, help="push the result, without its checkpoints")
-    hub_model_id: str | None = HfArg(default=None, help="user/name to push to")
-    hub_private: bool = HfArg(default=False, help="make the repository private")
-    dry_run: bool = HfArg(default=False, help="print the resolved recipe, parameter counts and memory, and stop")
+    logging_steps: int = setting(50, "steps averaged into one line of loss.jsonl")
+    report_to: str = setting("none", "trackers of accelerate: tensorboard, wandb, all or none")
+    validation_steps: int = setting(0, "steps between grids of samples in samples/; 0: only at the end")
+    save_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the saved pipeline")
+    eval_batch_size: int = setting(64, "images in samples.png, in rows of 8; 0: none")
+    num_inference_steps: int = setting(50, "sampling steps for the grids of samples")
+    push_to_hub: bool = setting(False, "push the result, without its checkpoints")
+    hub_model_id: str | None = setting(None, "user/name to push to")
+    hub_private: bool = setting(False, "make the repository private")
+    dry_run: bool = setting(False, "print the resolved recipe, parameter counts and memory, and stop")
 
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",

@@ -211,7 +211,7 @@ def make_batches(
         if hasattr(data, "batch"):  # gives whole batches from memory
             loader = (data.batch(indices) for indices in order)
         else:
-            loader = DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=pinned)  # type: ignore[arg-type]
+            loader = DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=pinned)
     for batch in loader:
         objective.check_batch(batch)
         yield {k: to_device(v, accelerator.device) for k, v in batch.items()}

@@ -8,9 +8,15 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of a settings dataclass, with its help text."""
+    return HfArg(default=default, help=help)
 
 
 def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | None = None) -> tuple[Any, ...]:
@@ -42,7 +48,7 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
                 given += [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
             elif value is not None:  # null leaves the default
                 given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    full = HfArgumentParser(list(kinds), description=description, parents=[parser], allow_abbrev=False)
+    full = HfArgumentParser(cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False)
     return full.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)[: len(kinds)]
 
 
