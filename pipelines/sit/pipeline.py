@@ -19,6 +19,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
+from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
