@@ -7,6 +7,7 @@ from diffusers_repr.heads.joint import JointHead
 from diffusers_repr.heads.knn import KNNHead
 from diffusers_repr.heads.linear import LinearHead
 from diffusers_repr.heads.mlp import MLPHead
+from diffusers_repr.heads.projector import Projector
 from diffusers_repr.heads.protocols import PROTOCOLS, get_protocol
 from diffusers_repr.heads.readout import ReadoutHead
 from diffusers_repr.heads.readout_features import depth_layers, read_features, readout_layers, to_map
@@ -28,6 +29,7 @@ __all__ = [
     "LinearHead",
     "MLPHead",
     "MapHead",
+    "Projector",
     "ReadoutHead",
     "appearance_triplet_loss",
     "correspondence_loss",

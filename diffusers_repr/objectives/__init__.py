@@ -1,7 +1,36 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
+from diffusers_repr.objectives.alignment import AlignmentTerm, alignment_loss
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
+from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
+from diffusers_repr.objectives.dispersive import DispersiveTerm
+from diffusers_repr.objectives.haste import AttentionAlignmentTerm
+from diffusers_repr.objectives.irepa import IREPA
+from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
+from diffusers_repr.objectives.sra import SelfAlignmentTerm
+from diffusers_repr.objectives.teachers import CachedFeatures
+from diffusers_repr.objectives.terms import Term
 from diffusers_repr.objectives.times import TimeSampler
 
-__all__ = ["Batch", "DiffusionObjective", "NoisyBatch", "Objective", "TimeSampler", "weighted_sum"]
+__all__ = [
+    "IREPA",
+    "AlignmentTerm",
+    "AttentionAlignmentTerm",
+    "Batch",
+    "CachedFeatures",
+    "DiffusionObjective",
+    "DispersiveTerm",
+    "NoisyBatch",
+    "Objective",
+    "REPAConfig",
+    "REPAObjective",
+    "SelfAlignmentTerm",
+    "Term",
+    "TimeSampler",
+    "alignment_loss",
+    "build_repa",
+    "repa_layer",
+    "weighted_sum",
+]

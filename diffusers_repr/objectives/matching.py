@@ -1,0 +1,148 @@
+"""Bringing the token grids of a network and of an encoder together."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusers_repr.denoiser import Denoiser
+
+MatchGrid = Literal["resize_image", "pool_student", "interpolate_teacher"]
+MODES: tuple[MatchGrid, ...] = ("resize_image", "pool_student", "interpolate_teacher")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Features on a grid.
+
+    Attributes:
+        values: `(B, h * w, D)`, row by row.
+        grid: `(h, w)`.
+    """
+
+    values: Tensor
+    grid: tuple[int, int]
+
+    def as_map(self) -> Tensor:
+        """`(B, D, h, w)`."""
+        return self.values.transpose(1, 2).unflatten(2, self.grid)
+
+    @classmethod
+    def from_map(cls, value: Tensor) -> Tokens:
+        """From `(B, D, h, w)`."""
+        return cls(value.flatten(2).transpose(1, 2), (value.shape[2], value.shape[3]))
+
+
+def layer_tokens(denoiser: Denoiser, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
+    """What a layer returned, as tokens of the image; text tokens in front of them are left out.
+
+    Args:
+        denoiser: Whose layer.
+        path: Of the layer.
+        value: `(B, C, h, w)` or `(B, N, C)`.
+        size: (H, W) of x_0.
+
+    Raises:
+        ValueError: If it is no image.
+    """
+    if value.ndim == 4:
+        return Tokens.from_map(value)
+    place = denoiser.token_grid(path, value.shape[1], size) if value.ndim == 3 else None
+    if place is None:
+        raise ValueError(
+            f"Layer {path!r} gave {tuple(value.shape)} for x_0 of {size[0]} x {size[1]}, which is no image of maps or "
+            "tokens. `list_layers(denoiser)` shows the layers that are."
+        )
+    grid, text = place
+    return Tokens(value[:, text : text + grid[0] * grid[1]], grid)
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise ValueError for an unknown way of matching grids."""
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"match_grid={mode!r}; expected None or one of {', '.join(MODES)}.")
+
+
+def check_grids(
+    student: tuple[int, int], teacher: tuple[int, int], mode: str | None, layer: str, encoder: str
+) -> None:
+    """Raise ValueError if the grids differ and `mode` does not bring them together."""
+    if student == teacher:
+        return
+    if mode in (None, "resize_image"):
+        raise ValueError(
+            f"Layer {layer!r} has a token grid of {student[0]} x {student[1]}, encoder {encoder!r} one of "
+            f"{teacher[0]} x {teacher[1]}. Choose match_grid: 'resize_image' (resize the encoder's input to the "
+            "layer's grid), 'pool_student' (average the layer's tokens to the encoder's grid) or "
+            "'interpolate_teacher' (resize the encoder's features to the layer's grid)."
+        )
+    if mode == "pool_student" and (student[0] < teacher[0] or student[1] < teacher[1]):
+        raise ValueError(
+            f"match_grid='pool_student' averages the layer's tokens to a coarser grid; layer {layer!r} has "
+            f"{student[0]} x {student[1]}, encoder {encoder!r} {teacher[0]} x {teacher[1]}. Choose "
+            "'interpolate_teacher' or 'resize_image'."
+        )
+
+
+def pool_tokens(tokens: Tokens, grid: tuple[int, int]) -> Tokens:
+    """Averages over the cells of a coarser grid; where it does not divide the finer one, cells overlap by a token.
+
+    Example:
+        >>> import torch
+        >>> pool_tokens(Tokens(torch.tensor([[[1.0], [3.0]]]), (1, 2)), (1, 1)).values
+        tensor([[[2.]]])
+    """
+    return tokens if tokens.grid == grid else Tokens.from_map(F.adaptive_avg_pool2d(tokens.as_map(), grid))
+
+
+def interpolate_tokens(tokens: Tokens, grid: tuple[int, int]) -> Tokens:
+    """Bilinear resize of features to another grid, with antialiasing where it is coarser."""
+    if tokens.grid == grid:
+        return tokens
+    resized = F.interpolate(tokens.as_map().float(), size=grid, mode="bilinear", align_corners=False, antialias=True)
+    return Tokens.from_map(resized)
+
+
+def with_grid(encoder: Any, grid: tuple[int, int], size: tuple[int, int], layer: str) -> Any:
+    """An encoder that resizes its images such that its tokens lie on `grid`; shares the network with the given one.
+
+    Args:
+        encoder: An `Encoder`.
+        grid: (h, w).
+        size: Images' (H, W).
+        layer: For the error.
+
+    Raises:
+        ValueError: If the encoder's input cannot be resized.
+    """
+    now = encoder.grid_for(size)
+    if now == grid:
+        return encoder
+    source = getattr(encoder, "source", None)
+    if source is not None and hasattr(source, "image_size"):
+        (h, w), resized = source.size(size), copy.copy(encoder)
+        resized.source = copy.copy(source)
+        resized.source.image_size = (h * grid[0] // now[0], w * grid[1] // now[1])
+        if resized.grid_for(size) == grid:
+            return resized
+    raise ValueError(
+        f"match_grid='resize_image': the encoder {encoder.name!r} cannot be given images such that its grid is "
+        f"{grid[0]} x {grid[1]}, that of layer {layer!r}; it has {now[0]} x {now[1]} at {size[0]} x {size[1]}. Choose "
+        "'pool_student' or 'interpolate_teacher'."
+    )
+
+
+__all__ = [
+    "MatchGrid",
+    "Tokens",
+    "check_grids",
+    "check_mode",
+    "interpolate_tokens",
+    "layer_tokens",
+    "pool_tokens",
+    "with_grid",
+]

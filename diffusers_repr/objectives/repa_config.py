@@ -1,0 +1,132 @@
+"""`REPAConfig`: settings of REPA and its relatives as keys of a recipe, and the objective that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg
+
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.objectives.dispersive import DispersiveTerm
+from diffusers_repr.objectives.haste import AttentionAlignmentTerm
+from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.sra import SelfAlignmentTerm
+from diffusers_repr.objectives.terms import Term
+from diffusers_repr.objectives.times import TimeSampler
+
+MATCH_GRIDS = ("none", "resize_image", "pool_student", "interpolate_teacher")
+
+
+def _arg(default: Any, help: str) -> Any:
+    return HfArg(default=default, help=help)
+
+
+def _args(help: str) -> Any:
+    return HfArg(default_factory=list, help=help)
+
+
+@dataclass(frozen=True)
+class REPAConfig:
+    """What is aligned with what; read by transformers' `HfArgumentParser`. A weight of 0 leaves a loss out.
+
+    Raises:
+        ValueError: If a value is out of range, or a setting has no use.
+    """
+
+    encoder: list[str] = _args("folders or Hub ids of frozen encoders; none: the plain denoising loss")
+    repa_layer: str | None = _arg(None, help="path of the aligned layer; default: REPA's for the depth")
+    repa_coefficient: float = _arg(0.5, help="weight of the alignment loss (iREPA: 1)")
+    repa_stop_step: int | None = _arg(None, help="optimizer steps after which all alignment ends (HASTE)")
+    match_grid: Literal["none", "resize_image", "pool_student", "interpolate_teacher"] = _arg(
+        "none", help="what to do where the token grids of layer and encoder differ; none: refuse"
+    )
+    projector_dim: int = _arg(2048, help="hidden width of the projectors")
+    projector_kind: Literal["mlp", "conv"] = _arg("mlp", help="conv: a convolution over the grid (iREPA)")
+    projector_kernel: int = _arg(3, help="side of that convolution")
+    spatial_norm: float | None = _arg(None, help="gamma of the standardisation of targets (iREPA: 0.6)")
+    time_sampling: Literal["uniform", "logit_normal", "lognormal"] = _arg("uniform", help="how noise levels are drawn")
+    time_mean: float = _arg(0.0, help="mean of the normal behind them (EDM: -1.2)")
+    time_std: float = _arg(1.0, help="its standard deviation (EDM: 1.2)")
+    label_dropout: float = _arg(0.1, help="share of labels that become null")
+    dispersive_weight: float = _arg(0.0, help="weight of the dispersive loss (its paper: 0.5)")
+    dispersive_layer: str | None = _arg(None, help="its layer; default: at a quarter of the depth")
+    dispersive_temperature: float = _arg(0.5, help="its temperature")
+    haste_weight: float = _arg(0.0, help="weight of the attention alignment (HASTE: 0.5)")
+    haste_layers: list[str] = _args("its self-attentions; default: of the four blocks up to REPA's layer")
+    haste_teacher_layers: list[int] = _args("blocks of the first encoder, as many; default: the last four")
+    sra_weight: float = _arg(0.0, help="weight of the alignment with the moving average (SRA)")
+    sra_layer: str | None = _arg(None, help="its layer; default: REPA's")
+    sra_teacher_layer: str | None = _arg(None, help="layer of the average; default: at 20/28 of the depth")
+    sra_max_shift: float = _arg(0.2, help="largest step in time towards the data")
+    reg_weight: float = _arg(0.0, help="weight of the class token's denoising loss (REG: 0.03)")
+
+    def __post_init__(self) -> None:
+        if not self.encoder and (self.haste_weight or self.reg_weight):
+            raise ValueError("`haste_weight` and `reg_weight` need a teacher; name one by `encoder`.")
+        if self.projector_dim < 1:
+            raise ValueError(f"`projector_dim` must be positive, got {self.projector_dim}.")
+        for name in ("repa_coefficient", "dispersive_weight", "haste_weight", "sra_weight", "reg_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"`label_dropout` is a probability, got {self.label_dropout}.")
+        self.times()
+
+    def times(self) -> TimeSampler:
+        """How noise levels are drawn."""
+        return TimeSampler(self.time_sampling, self.time_mean, self.time_std)
+
+    def terms(self) -> list[Term]:
+        """The losses beside the alignment, those of positive weight."""
+        chosen: list[Term] = []
+        if self.dispersive_weight:
+            chosen.append(DispersiveTerm(self.dispersive_layer, self.dispersive_weight, self.dispersive_temperature))
+        if self.haste_weight:
+            layers, blocks = self.haste_layers or None, self.haste_teacher_layers or (-4, -3, -2, -1)
+            chosen.append(
+                AttentionAlignmentTerm(None, layers, blocks, self.haste_weight, stop_step=self.repa_stop_step)
+            )
+        if self.sra_weight:
+            chosen.append(
+                SelfAlignmentTerm(
+                    self.sra_layer,
+                    self.sra_teacher_layer,
+                    self.sra_weight,
+                    self.sra_max_shift,
+                    projector_dim=self.projector_dim,
+                )
+            )
+        return chosen
+
+
+def build_repa(
+    denoiser: Denoiser, encoders: Sequence[Any] | Mapping[str, Any], config: REPAConfig | None = None
+) -> REPAObjective:
+    """The objective that a recipe asks for.
+
+    Args:
+        denoiser: What is trained.
+        encoders: The loaded ones of `config.encoder`, or stand-ins whose features are cached.
+        config: Settings; REPA's own if None.
+
+    Raises:
+        ValueError: As `REPAObjective`.
+    """
+    config = config or REPAConfig()
+    settings: dict[str, Any] = {
+        "match_grid": None if config.match_grid == "none" else config.match_grid,
+        "projector_dim": config.projector_dim,
+        "projector_kind": config.projector_kind,
+        "projector_kernel": config.projector_kernel,
+        "spatial_norm": config.spatial_norm,
+        "stop_step": config.repa_stop_step,
+        "terms": config.terms(),
+        "time_sampling": config.times(),
+        "label_dropout": config.label_dropout,
+    }
+    return REPAObjective(denoiser, encoders, config.repa_layer, config.repa_coefficient, **settings)
+
+
+__all__ = ["REPAConfig", "build_repa"]
