@@ -8,6 +8,10 @@ from torch import Tensor
 _EXACT_ROWS = 2000  # up to here float64 costs little
 
 
+class UndefinedScoreError(ValueError):
+    """A similarity of features without structure: there is no number to give."""
+
+
 def check_rows(features: Tensor, name: str, least: int = 1) -> None:
     """Raise unless `features` is a finite real matrix `(N, D)` with at least `least` rows.
 
@@ -41,10 +45,10 @@ def check_pair(a: Tensor, b: Tensor, least: int) -> None:
 
 
 def check_varied(features: Tensor, name: str) -> None:
-    """Raise ValueError if all rows are alike but for rounding: a similarity of such features is undefined."""
+    """Raise UndefinedScoreError, a ValueError, if all rows are alike but for rounding."""
     spread = (features - features[0]).abs().max()
     if float(spread) <= 16 * torch.finfo(features.dtype).eps * float(features.abs().max()):
-        raise ValueError(f"All {len(features)} rows of {name} are alike; nothing can be compared with them.")
+        raise UndefinedScoreError(f"All {len(features)} rows of {name} are alike; nothing can be compared with them.")
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusers_repr.metrics.checks import check_pair, check_varied, check_whole, clamp_outliers, working
+from diffusers_repr.metrics.checks import (
+    UndefinedScoreError,
+    check_pair,
+    check_varied,
+    check_whole,
+    clamp_outliers,
+    working,
+)
 
 _BLOCK = 2**24  # entries of a kernel matrix that are held at a time
 _NOTHING = 1e-12  # an HSIC below this share of its own terms is rounding
@@ -70,7 +77,7 @@ def cka(
     shared, of_a, of_b = (hsic(sums) for sums in _all_sums(x, y, block_rows))
     for name, value in (("A", of_a), ("B", of_b)):
         if value <= 0:
-            raise ValueError(f"CKA is undefined: the HSIC of {name} with itself is {value:.3g}. Take more rows.")
+            raise UndefinedScoreError(f"CKA is undefined: the HSIC of {name} with itself is {value:.3g}.")
     return shared / (of_a**0.5 * of_b**0.5)
 
 

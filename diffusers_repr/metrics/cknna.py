@@ -8,7 +8,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffusers_repr.metrics.checks import check_pair, check_rows, check_varied, check_whole, clamp_outliers, working
+from diffusers_repr.metrics.checks import (
+    UndefinedScoreError,
+    check_pair,
+    check_rows,
+    check_varied,
+    check_whole,
+    clamp_outliers,
+    working,
+)
 
 _BLOCK = 2**24  # similarities that are held at a time
 _NOTHING = 1e-12  # an HSIC below this share of its own terms is rounding
@@ -118,7 +126,7 @@ def neighbour_graph(
     if clamp_quantile is not None:
         rows = clamp_outliers(rows, clamp_quantile)
     rows = torch.nn.functional.normalize(rows, dim=1)
-    check_varied(rows, "features of length 1")
+    check_varied(rows, "the features, scaled to length 1,")
     step = max(_BLOCK // count, 1) if block_rows is None else check_whole("block_rows", block_rows, 1)
     columns, values = [], []
     for start in range(0, count, step):
@@ -156,7 +164,7 @@ def compare_graphs(a: NeighbourGraph, b: NeighbourGraph, *, symmetric: bool = Tr
         )
     for name, graph in (("A", a), ("B", b)):
         if graph.self_hsic <= 0:
-            raise ValueError(
+            raise UndefinedScoreError(
                 f"CKNNA is undefined: the neighbours of {name} carry no structure (their HSIC with themselves is "
                 f"{graph.self_hsic:.3g}). Check the features, or take more rows."
             )

@@ -124,7 +124,7 @@ def test_outliers_are_clamped_at_the_quantile_of_sizes():
         (randn(9, 2), randn(9, 2, 3), {"k": 2}, "B must be a matrix"),
         (randn(9, 2), torch.full((9, 2), torch.nan), {"k": 2}, "9 of 9 rows of B are not finite"),
         (randn(9, 2), torch.ones(9, 2), {"k": 2}, "are alike"),
-        (randn(9, 2), torch.arange(1.0, 10.0)[:, None], {"k": 2}, "of length 1 are alike"),
+        (randn(9, 2), torch.arange(1.0, 10.0)[:, None], {"k": 2}, "scaled to length 1, are alike"),
         (randn(9, 2), randn(9, 2), {"k": 2, "clamp_quantile": 0.0}, "quantile"),
         (randn(9, 2), randn(9, 2), {"k": 2, "block_rows": 0}, "block_rows"),
         (randn(9, 2), randn(9, 2), {"k": 2, "dtype": torch.float16}, "dtype"),

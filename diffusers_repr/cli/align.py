@@ -1,0 +1,137 @@
+"""`diffusers-repr align MODEL ENCODER DATASET`: how close is each layer, at each noise level, to an encoder?"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from diffusers_repr.cli import options
+
+if TYPE_CHECKING:
+    from diffusers_repr.encoders import Encoder
+    from diffusers_repr.metrics.alignment_result import Alignment
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", help="pipeline folder or Hub id")
+    parser.add_argument(
+        "encoder", help="folder or Hub id of a vision transformer, or MODEL:layer@timestep for a layer of a denoiser"
+    )
+    parser.add_argument("dataset", help="folder of images or Parquet files, a Parquet file, or a Hub id")
+    parser.add_argument("--out", default="alignment", help="folder for alignment.json and alignment.png")
+    parser.add_argument("--layers", nargs="+", help="full module paths; all layers if not given")
+    parser.add_argument("--timesteps", type=float, nargs="+", help="levels; five over the range if not given")
+    parser.add_argument(
+        "--metric", nargs="+", default=["cknna"], help="cknna, cka, linear, knn; the first decides which is best"
+    )
+    parser.add_argument("--k", type=int, default=10, help="neighbours of CKNNA")
+    parser.add_argument("--samples", type=int, help="as many images, drawn by the seed; all if not given")
+    parser.add_argument("--features", default="tokens", help="of the encoder: tokens (their mean) or global")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--test_split", help="on which linear and knn probes are measured")
+    parser.add_argument("--protocol", default="ridge", help="of the linear probe: ridge, lbfgs, repa, mae, ddae, adam")
+    parser.add_argument("--knn_k", type=int, default=20, help="neighbours of the knn probe")
+    parser.add_argument("--noise", default="per_image", help="per_image, shared, fresh or clean")
+    options.add_images(parser)
+    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and of the choice of samples")
+    parser.add_argument("--memory_gib", type=float, default=4.0, help="limit on the features held at a time")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    options.add_device(parser)
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--encoder_revision", help="branch, tag or commit of the encoder on the Hub")
+    parser.add_argument("--no_plot", action="store_true", help="do not draw the picture (it needs matplotlib)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, save and print."""
+    from diffusers_repr.features.data import load_images
+    from diffusers_repr.features.extraction import process_state
+    from diffusers_repr.features.heatmap import require_matplotlib
+
+    if not args.no_plot:
+        require_matplotlib()  # before the work, not after
+    state = process_state()
+    columns = (args.image_column, args.label_column)
+    with state.main_process_first():  # the others find it in the cache
+        data = load_images(args.dataset, args.split, *columns)
+        test = None if args.test_split is None else load_images(args.dataset, args.test_split, *columns)
+    if {"linear", "knn"} & set(args.metric) and test is None:
+        raise ValueError("--metric linear and knn need a --test_split.")
+
+    import torch
+
+    from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.metrics.alignment import measure_alignment
+
+    device = str(state.device) if args.device is None else options.device(args)
+    dtype = getattr(torch, args.dtype)
+    denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=dtype)
+    denoiser.pipe.to(device)
+    alignment = measure_alignment(
+        denoiser,
+        _encoder(args, denoiser, device),
+        data,
+        None if args.timesteps is None else [int(t) if t.is_integer() else t for t in args.timesteps],
+        args.layers,
+        metrics=args.metric,
+        k=args.k,
+        samples=args.samples,
+        features=args.features,
+        test=test,
+        protocol=args.protocol,
+        knn_k=args.knn_k,
+        noise=args.noise,
+        seed=args.seed,
+        prompt=args.prompt,
+        class_labels=args.class_label,
+        image_size=options.image_size(args),
+        batch_size=args.batch_size,
+        memory_gib=args.memory_gib,
+        progress=not args.quiet,
+    )
+    if state.is_main_process:
+        folder = alignment.save(args.out, plot=not args.no_plot)
+        _print(alignment)
+        print(f"Saved to {folder}")
+    return 0
+
+
+def _encoder(args: argparse.Namespace, denoiser: Any, device: str) -> Encoder:
+    """The encoder, or a layer of a denoiser: `MODEL:layer@timestep`."""
+    import torch
+
+    from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.encoders import Encoder
+
+    layer = re.fullmatch(r"(.+):([^:@]+)@([0-9.]+)", args.encoder)
+    if layer is None:
+        return Encoder.from_pretrained(
+            args.encoder, revision=args.encoder_revision, dtype=getattr(torch, args.dtype), device=device
+        )
+    model, path, timestep = layer.groups()
+    if (model, args.encoder_revision) != (args.model, args.revision):
+        denoiser = Denoiser.from_pretrained(model, revision=args.encoder_revision, dtype=denoiser.dtype)
+        denoiser.pipe.to(device)
+    level = float(timestep)
+    return Encoder.from_denoiser(
+        denoiser, path, int(level) if level.is_integer() else level, noise_seed=args.seed, name=args.encoder
+    )
+
+
+def _print(alignment: Alignment) -> None:
+    """Of every metric, the best layer of each level, and the encoder's own score."""
+    width = max(len(cell.layer) for cell in alignment.cells)
+    for metric in alignment.metrics:
+        print(f"{metric}: best layer of each level")
+        for timestep in dict.fromkeys(cell.timestep for cell in alignment.cells):
+            scored = [
+                cell for cell in alignment.cells if cell.timestep == timestep and cell.scores[metric] is not None
+            ]
+            for cell in sorted(scored, key=lambda c: -(c.scores[metric] or 0.0))[:1]:
+                print(f"{cell.layer:<{width}}  {timestep:>8g}  {cell.scores[metric]:.4f}")
+        if metric in alignment.encoder_scores:
+            print(f"{'(the encoder itself)':<{width}}  {'':>8}  {alignment.encoder_scores[metric]:.4f}")

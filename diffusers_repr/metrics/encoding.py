@@ -1,0 +1,216 @@
+"""Images to one feature vector each, by an `Encoder`, the work shared between processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import datasets
+import torch
+from torch import Tensor
+
+from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.encoders import Encoder, EncoderOutput
+from diffusers_repr.features.data import ImageData, from_dataset
+from diffusers_repr.features.noise_policy import pixel_keys
+from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.metrics.gather import failing_together, gather_rows, own_rows
+
+Which = Literal["global", "tokens"]
+
+
+def check_which(which: str) -> str:
+    """The name of features, if an encoder gives them.
+
+    Raises:
+        ValueError: If not.
+    """
+    if which not in get_args(Which):
+        raise ValueError(f"An encoder gives 'global' features, or 'tokens' (their mean is taken); got {which!r}.")
+    return which
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Images of a data set, a few at a time, by their places.
+
+    Attributes:
+        images: `ImageData` or a sequence of images (a tensor too).
+        name: What it is called in records.
+    """
+
+    images: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, rows: Sequence[int]) -> Any:
+        """The images at these places."""
+        if isinstance(self.images, ImageData):
+            ((images, _),) = self.images.select(rows).batches(len(rows))
+            return images
+        if isinstance(self.images, Tensor):
+            return self.images[torch.as_tensor(rows)]
+        return [self.images[row] for row in rows]
+
+
+def open_images(data: Any, role: str) -> ImageRows:
+    """Images in the forms that measures take.
+
+    Args:
+        data: `ImageData`, a `datasets.Dataset` with a column of images, or a sequence of images as `to_pixels` takes
+            them: a list, an array or a tensor `(N, C, H, W)`.
+        role: What it is for, for errors and names.
+
+    Raises:
+        TypeError: For anything else.
+        ValueError: Without images.
+    """
+    if isinstance(data, datasets.Dataset):
+        data = from_dataset(data, name=data.info.dataset_name or "dataset", split=str(data.split or role))
+    sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, dict))
+    if not (sequence or isinstance(data, ImageData)):
+        raise TypeError(
+            f"{role} must be ImageData, a datasets.Dataset, or a list, array or tensor of images; got "
+            f"{type(data).__name__}."
+        )
+    if not len(data):
+        raise ValueError(f"{role} has no images.")
+    return ImageRows(data, f"{data.name} ({data.split})" if isinstance(data, ImageData) else role)
+
+
+@dataclass(frozen=True)
+class SharedRead:
+    """What was made of a set of images, the same on every process.
+
+    Attributes:
+        made: Name -> `(N, ...)` on the CPU, in the order of the rows.
+        image_size: (H, W) of the images.
+        images_hash: Of the pixels of all images, whatever their order.
+    """
+
+    made: dict[str, Tensor]
+    image_size: tuple[int, int]
+    images_hash: str
+
+
+def read_shared(
+    images: ImageRows,
+    rows: Sequence[int],
+    make: Callable[[Tensor], Mapping[str, Tensor]],
+    names: Sequence[str],
+    *,
+    channels: int,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 64,
+    step: Callable[[], object] | None = None,
+) -> SharedRead:
+    """Run a function over images in batches, each process over a share of them, and put the results together.
+
+    Args:
+        images: The data set.
+        rows: Which of them.
+        make: From pixels `(n, C, H, W)` in [-1, 1] to tensors of n rows, by name.
+        names: The names that `make` gives.
+        channels: Of the pixels.
+        image_size: Resize to (H, W) or a square.
+        batch_size: Images a call.
+        step: Called after every batch.
+
+    Raises:
+        ValueError: For images that differ in size; like any other error, it is raised on every process.
+    """
+    check_whole("batch_size", batch_size, 1)
+    mine = own_rows(len(rows))
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    digests: list[list[int]] = []
+    sizes: list[tuple[int, int]] = []
+    with failing_together():
+        for start in range(0, len(mine), batch_size):
+            places = [rows[at] for at in mine[start : start + batch_size]]
+            pixels = to_pixels(images.read(places), channels, image_size)
+            sizes += [(pixels.shape[2], pixels.shape[3])] * len(pixels)
+            _refuse_mixed(images, set(sizes))
+            made = make(pixels)
+            for name in names:
+                kept[name].append(made[name].cpu())
+            digests += [list(bytes.fromhex(key)) for key in pixel_keys(pixels)]
+            if step is not None:
+                step()
+    index = torch.tensor(mine, dtype=torch.int64)
+
+    def whole(values: Tensor) -> Tensor:
+        return gather_rows(values, index, len(rows))
+
+    made = {name: whole(torch.cat(parts) if parts else torch.zeros(0)) for name, parts in kept.items()}
+    every = {(h, w) for h, w in whole(torch.tensor(sizes, dtype=torch.int64).view(-1, 2)).tolist()}
+    _refuse_mixed(images, every)
+    keys = whole(torch.tensor(digests, dtype=torch.uint8).view(-1, 16)).tolist()
+    total = hashlib.blake2b(b"".join(sorted(map(bytes, keys))), digest_size=16).hexdigest()
+    return SharedRead(made, every.pop(), total)
+
+
+def _refuse_mixed(images: ImageRows, sizes: set[tuple[int, int]]) -> None:
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{images.name}: images of mixed sizes (H, W) {sorted(sizes)}; pass image_size=(H, W) to resize them."
+        )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of a set of images.
+
+    Attributes:
+        features: `(N, D)` float32 on the CPU, in the order of the images.
+        image_size: (H, W) of the images as the encoder got them.
+        images_hash: Of the pixels of all images, whatever their order.
+    """
+
+    features: Tensor
+    image_size: tuple[int, int]
+    images_hash: str
+
+
+def encode_images(
+    encoder: Encoder,
+    data: Any,
+    which: Which = "global",
+    *,
+    batch_size: int = 64,
+    image_size: int | tuple[int, int] | None = None,
+    role: str = "images",
+) -> Encoded:
+    """Features of every image; under `accelerate launch` each process encodes a share, and all get all of them.
+
+    Args:
+        encoder: What makes them.
+        data: See `open_images`.
+        which: `global` features, or the mean of the `tokens`.
+        batch_size: Images a forward.
+        image_size: Resize images before, to (H, W) or a square; needed where they differ in size.
+        role: What the images are called in errors.
+
+    Raises:
+        ValueError: For images that differ in size or are none, on every process.
+    """
+    check_which(which)
+    images = open_images(data, role)
+    read = read_shared(
+        images,
+        range(len(images)),
+        lambda pixels: {"features": pick(encoder.encode_pixels(pixels), which)},
+        ("features",),
+        channels=encoder.channels,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+    return Encoded(read.made["features"], read.image_size, read.images_hash)
+
+
+def pick(output: EncoderOutput, which: str) -> Tensor:
+    """One vector an image `(B, D)` of an encoder's output: `global`, or the mean of the `tokens`."""
+    return output.global_features if which == "global" else output.tokens.mean(1)
