@@ -80,7 +80,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "loaded; only tensors, plain values and argparse's records are read. Save its weights alone, where you "
             "trust the file: torch.save(checkpoint['ema'], 'weights.pt')."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{str(path)!r} is no checkpoint of torch, or it is broken ({error}).") from error
     if not isinstance(held, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(held).__name__}, no checkpoint: a dict of tensors is needed.")
