@@ -111,7 +111,7 @@ class _Encoder:
     """Hooks that gather the skips of a forward, and those that give the decoder others."""
 
     def __init__(self, unet: nn.Module) -> None:
-        refuse_compiled(unet)
+        refuse_compiled(unet, "Take the plain module, and train without torch_compile.")
         self.unet = unet
         parts = ("conv_in", "down_blocks", _MIDDLE, "up_blocks")
         missing = [name for name in parts if getattr(unet, name, None) is None]

@@ -48,6 +48,8 @@ class JointHead(ModelMixin, ConfigMixin):
         (torch.Size([2, 3]), ['a', 'b', 'c'])
     """
 
+    _supports_gradient_checkpointing = True  # so that it goes along with its network; nothing is worth recomputing
+
     @register_to_config
     def __init__(
         self,
@@ -61,6 +63,7 @@ class JointHead(ModelMixin, ConfigMixin):
         id2label: Mapping[Any, str] | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
         width = max(1, in_features // 2) if hidden_features is None else hidden_features
         for name, value in (("in_features", in_features), ("num_classes", num_classes), ("hidden_features", width)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+Labels = int | str | Sequence[int] | Sequence[str] | Tensor
+
 
 def named_ids(names: Mapping[Any, str] | Sequence[str] | None, num_classes: int) -> dict[str, str] | None:
     """Names of classes with the ids as text, as JSON has them.
@@ -35,4 +40,42 @@ def label_names(config: Mapping[str, Any]) -> list[str]:
     return [names[str(i)] if names else str(i) for i in range(config["num_classes"])]
 
 
-__all__ = ["label_names", "named_ids"]
+def class_ids(given: Labels | None, names: Sequence[str]) -> Tensor | None:
+    """Ids of classes given by id or by name, one or several.
+
+    Args:
+        given: Ids or names; None for none.
+        names: Of all classes, in the order of the ids.
+
+    Returns:
+        int64 `(N,)` on the CPU, or None.
+
+    Raises:
+        TypeError: For what is neither id nor name.
+        ValueError: For a class that is not there.
+
+    Example:
+        >>> class_ids(["dog", "cat"], ["cat", "dog"])
+        tensor([1, 0])
+    """
+    if given is None:
+        return None
+    values: Any = given
+    if isinstance(given, str) or (isinstance(given, Sequence) and any(isinstance(part, str) for part in given)):
+        asked = [given] if isinstance(given, str) else list(given)
+        unknown = [name for name in asked if name not in names]
+        if unknown:
+            raise ValueError(f"No class has the names {unknown}; the classes are {list(names)[:10]}.")
+        values = [names.index(str(name)) for name in asked]
+    try:
+        labels = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"class_labels are ids or names, one or one a sample; got {given!r}.") from error
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1 or not labels.numel():
+        raise TypeError(f"class_labels are ids or names, one or one a sample; got {given!r}.")
+    if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+        raise ValueError(f"class_labels must lie in 0..{len(names) - 1}; got {labels.tolist()}.")
+    return labels.reshape(-1).long().cpu()
+
+
+__all__ = ["Labels", "class_ids", "label_names", "named_ids"]

@@ -23,8 +23,8 @@ class HybViTObjective(JointObjective):
         generation_weight: Of the denoising loss.
         loss: `l1`, as the code, or `l2`.
         label_smoothing: As the code; share of the target that is spread over all classes.
-        **settings: Of `JointObjective`: `noised_classifier` (not of the paper: classify x_t, in the one pass that
-            denoises it), `mixup`, augmentation, `time_sampling`.
+        **settings: Of `JointObjective`: `classify="both"` (not of the paper: a cross-entropy of x_t too, in the pass
+            that denoises it, so that the classifier can guide it), `mixup`, augmentation, `time_sampling`.
 
     Raises:
         TypeError: For another network.
@@ -41,6 +41,8 @@ class HybViTObjective(JointObjective):
         label_smoothing: float = 0.1,
         **settings: Any,
     ) -> None:
+        if settings.get("classify") == "noised":
+            raise ValueError("HybViT classifies clean images, without a timestep: classify='clean' or 'both'.")
         if type(denoiser.model).__name__ != "JointViTModel":
             raise TypeError(
                 f"HybViT trains a JointViTModel; got {type(denoiser.model).__name__}. For a UNet2DModel take "

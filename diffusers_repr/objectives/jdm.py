@@ -20,15 +20,15 @@ class JDMObjective(JointObjective):
     """Joint diffusion model (Deja et al. 2023, arXiv 2301.13622): `MSE(eps) + 0.001 CE`, one encoder for both.
 
     The classifier reads the activations of x_0 at the lowest noise level, in a pass that ends behind the middle block
-    (on `UNet2DModel`s about a third of a forward); with `noised_classifier` those of x_t in the pass that denoises
-    it, at no cost. The latter guides samples far better, the former classifies clean images better.
+    (on `UNet2DModel`s about a third of a forward); with `classify="noised"` those of x_t in the pass that denoises it,
+    at no cost. A classifier of x_t guides samples better, one of x_0 classifies images better.
 
     Args:
         denoiser: Of a `UNet2DModel` without classes.
         head: Its classifier, `JointHead.for_unet(unet, num_classes)`. If it is the `classifier` of the denoiser's
             pipeline, it is saved in this; else under `heads/classifier`.
         classification_weight: Of the cross-entropy; 0.001 in the paper's code. The digits like 0.1.
-        **settings: Of `JointObjective`: `noised_classifier`, `label_smoothing`, augmentation, `time_sampling`.
+        **settings: Of `JointObjective`: `classify`, `label_smoothing`, augmentation, `time_sampling`.
 
     Raises:
         TypeError: For a network without the two halves of a U-Net.

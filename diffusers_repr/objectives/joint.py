@@ -15,7 +15,10 @@ from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.times import TimeSampler
 from diffusers_repr.training.transforms import augment
 
+# Labels (B,), each with its share in the target of a row.
+Targets = list[tuple[Tensor, float]]
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+CLASSIFIED = ("clean", "noised", "both")
 UNLABELLED = -1
 
 
@@ -31,7 +34,7 @@ class JointObjective(DiffusionObjective):
         classification_weight: Of the cross-entropy.
         generation_weight: Of the denoising loss.
         loss: `l2` or `l1`, of what the network predicts.
-        noised_classifier: Classify x_t at its time, in the pass that denoises; False: classify x_0, in one more pass.
+        classify: `clean`: x_0, in one more pass; `noised`: x_t at its time, in the pass that denoises; `both`.
         label_smoothing: Share of the target that is spread over all classes.
         mixup: a of Beta(a, a), by which clean images and their targets are mixed in pairs (Zhang et al. 2017, arXiv
             1710.09412); 0: none.
@@ -40,7 +43,7 @@ class JointObjective(DiffusionObjective):
         time_sampling: How noise levels are drawn.
 
     Logs: `<output>_mse` or `<output>_l1` (`eps_mse` for a network that predicts epsilon), `ce`, `accuracy` of the
-    labelled rows as they were trained on, `labelled`, their share.
+    labelled rows as they were trained on, `labelled`, their share; with `both`, `ce_noised`.
 
     Raises:
         ValueError: For weights below 0, settings that exclude one another, a network that takes classes.
@@ -53,7 +56,7 @@ class JointObjective(DiffusionObjective):
         classification_weight: float,
         generation_weight: float = 1.0,
         loss: Literal["l1", "l2"] = "l2",
-        noised_classifier: bool = False,
+        classify: Literal["clean", "noised", "both"] = "clean",
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         flip: bool = False,
@@ -76,13 +79,15 @@ class JointObjective(DiffusionObjective):
             )
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}.")
+        if classify not in CLASSIFIED:
+            raise ValueError(f"classify={classify!r}; it is one of {', '.join(CLASSIFIED)}.")
         self.flip, self.geometry = flip, (rotation, shift, scale)
-        if noised_classifier and (mixup or flip or any(self.geometry)):
+        if classify == "noised" and (mixup or flip or any(self.geometry)):
             raise ValueError(
-                "noised_classifier=True classifies the images that are denoised, so mixup, flip, rotation, shift and "
-                "scale would not act on it. Augment the data instead."
+                "classify='noised' classifies the images that are denoised, so mixup, flip, rotation, shift and scale "
+                "would not act on it. Augment the data instead."
             )
-        self.loss, self.noised_classifier = loss, noised_classifier
+        self.loss, self.classify = loss, classify
         self.label_smoothing, self.mixup = label_smoothing, mixup
         output = denoiser.schedule.output
         self.loss_name = f"{'eps' if output == 'epsilon' else output}_{'l1' if loss == 'l1' else 'mse'}"
@@ -107,24 +112,27 @@ class JointObjective(DiffusionObjective):
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """See the class."""
         noisy, labels = self.noised(batch), batch["class_labels"]
-        if self.noised_classifier:
-            prediction, logits = self.denoise_and_classify(noisy)
-            targets = [(labels, 1.0)]
-        else:
-            prediction = self.predict(noisy)
+        found: dict[str, tuple[Tensor, Targets]] = {}
+        if self.classify != "noised":
             images, targets = self.clean_view(noisy.x0, labels)
-            logits = self.classify_clean(images)
-        terms = {
-            self.loss_name: LOSSES[self.loss](prediction, noisy.target),
-            "ce": masked_cross_entropy(logits, targets, self.label_smoothing),
-        }
-        names = {self.loss_name: self.weights["generation"], "ce": self.weights["classification"]}
+            found["ce"] = self.classify_clean(images), targets
+        if self.classify == "clean":
+            prediction = self.predict(noisy)
+        else:
+            prediction, logits = self.denoise_and_classify(noisy)
+            found["ce_noised" if found else "ce"] = logits, [(labels, 1.0)]
+        terms = {self.loss_name: LOSSES[self.loss](prediction, noisy.target)}
+        terms |= {name: masked_cross_entropy(*pair, self.label_smoothing) for name, pair in found.items()}
+        factors = {name: self.weights["classification"] for name in found}
         labelled = (labels != UNLABELLED).float()
-        hits = (logits.argmax(1) == labels).float().sum()
-        share = {"accuracy": hits / labelled.sum().clamp(min=1), "labelled": labelled.mean()}
-        return {**weighted_sum(terms, names), **share}
+        hits = (found["ce"][0].argmax(1) == labels).float().sum()
+        return {
+            **weighted_sum(terms, {self.loss_name: self.weights["generation"], **factors}),
+            "accuracy": hits / labelled.sum().clamp(min=1),
+            "labelled": labelled.mean(),
+        }
 
-    def clean_view(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[Tensor, float]]]:
+    def clean_view(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
         """The images to be classified, augmented and mixed, and their targets: labels, each with its share.
 
         The draws come from torch's global generators, as those of the data's augmentation.
@@ -177,7 +185,7 @@ class JointObjective(DiffusionObjective):
         return pipe(batch_size=count, generator=generator, num_inference_steps=steps).images
 
 
-def masked_cross_entropy(logits: Tensor, targets: list[tuple[Tensor, float]], label_smoothing: float = 0.0) -> Tensor:
+def masked_cross_entropy(logits: Tensor, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over labelled rows; 0, and not NaN, where there are none.
 
     Args:

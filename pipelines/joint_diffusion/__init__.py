@@ -1,0 +1,1 @@
+"""Joint diffusion models: one network that denoises and classifies."""
