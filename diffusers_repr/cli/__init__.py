@@ -19,6 +19,9 @@ COMMANDS = {
     "select": "find the noise level and layers that suit a task",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
+    "align": "compare the layers of a model with an encoder, level by level",
+    "convert": "turn a REPA, SiT or DiT checkpoint into a diffusers folder",
+    "publish": "push all pipelines, schedulers, models and heads to the Hub",
     "push": "push a probe, a feature store or a pipeline to the Hub",
 }
 
