@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from diffusers_repr.objectives import Objective
 from diffusers_repr.training.checkpoints import find_checkpoint
 from diffusers_repr.training.config import TrainingConfig
+from diffusers_repr.training.evaluation import Evaluate, Evaluations, look
 from diffusers_repr.training.logs import Log
 from diffusers_repr.training.lora import add_lora
 from diffusers_repr.training.order import batch_indices
-from diffusers_repr.training.result import save_result, write_samples
+from diffusers_repr.training.result import save_result
 from diffusers_repr.training.run import Run
 
 
@@ -34,12 +35,14 @@ class TrainResult:
         output_dir: The pipeline folder.
         step: Optimizer steps done.
         log: Lines of `loss.jsonl`.
+        evaluations: Lines of `evaluation.jsonl`.
         skipped: Steps that were not finite.
     """
 
     output_dir: Path
     step: int
     log: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     skipped: int
 
 
@@ -50,6 +53,7 @@ def train(
     *,
     recipe: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
+    evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Train an objective and save its pipeline, projectors and heads.
 
@@ -63,6 +67,8 @@ def train(
         config: Settings of the loop.
         recipe: All settings of the run, for the card and for telling one run from another; those of `config` if None.
         accelerator: Of accelerate; made from `config` if None.
+        evaluate: `(pipeline, step) -> {name: number}`, called on the main process with the averaged weights every
+            `validation_steps` and at the end; its numbers go to `evaluation.jsonl`, the trackers and the card.
 
     Returns:
         A `TrainResult`; the folder `config.output_dir` holds the pipeline, `heads/`, `loss.jsonl`, `samples.png`,
@@ -105,6 +111,7 @@ def train(
         f"steps {run.progress.step} to {config.max_train_steps} in {config.output_dir}"
     )
     log = Log(config, run.progress.step, accelerator, recipe)
+    evaluations = Evaluations(config, run.progress.step, accelerator, evaluate)
     bar = tqdm(
         total=config.max_train_steps,
         initial=run.progress.step,
@@ -128,11 +135,13 @@ def train(
         if step % config.checkpointing_steps == 0 or last:
             run.save(gather_streams(data, accelerator))
         if config.validation_steps and step % config.validation_steps == 0 and not last:
-            write_samples(run, Path(config.output_dir) / "samples" / f"step-{step:08d}.png")
+            look(run, evaluations, f"samples/step-{step:08d}.png")
+            since = time.perf_counter(), step
     bar.close()
-    save_result(run, data, log.lines, recipe or dataclasses.asdict(config))
+    look(run, evaluations, "samples.png")
+    save_result(run, data, log.lines, recipe or dataclasses.asdict(config), evaluations.last)
     log.close()
-    return TrainResult(Path(config.output_dir), run.progress.step, log.lines, run.progress.skipped)
+    return TrainResult(Path(config.output_dir), run.progress.step, log.lines, evaluations.lines, run.progress.skipped)
 
 
 def make_accelerator(config: TrainingConfig, several_phases: bool = False) -> Accelerator:

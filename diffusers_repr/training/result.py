@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
 
 from diffusers_repr.hub import atomic_write, is_repo_id, model_card, push_folder
 from diffusers_repr.training.config import recipe_of
@@ -18,43 +16,19 @@ from diffusers_repr.training.recipe import to_yaml
 from diffusers_repr.training.run import Run
 
 
-def write_samples(run: Run, path: Path, pipe: Any = None) -> None:
-    """A PNG grid of samples of the averaged weights, in rows of 8; every process must call it.
-
-    Args:
-        run: The run.
-        path: Where to.
-        pipe: The pipeline, where the caller has it.
-    """
-    config = run.config
-    state = run.result() if pipe is None else {}
-    if not config.eval_batch_size or not run.accelerator.is_main_process:
-        return
-    pipe = run.objective.pipeline(state) if pipe is None else pipe
-    pipe.to(run.accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cpu").manual_seed(config.seed)
-    images = run.objective.preview(pipe, config.eval_batch_size, generator, config.num_inference_steps)
-    images = [ImageOps.scale(image, max(1, 32 // image.width), Image.Resampling.NEAREST) for image in images]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(images) // 8, cols=8).save(path)
-
-
-def save_result(run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, Any]) -> None:
+def save_result(
+    run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, Any], measured: Mapping[str, float]
+) -> None:
     """Write the result into the output folder, and push it if asked to; every process must call it."""
     config, state = run.config, run.result()
     if not run.accelerator.is_main_process:
         run.accelerator.wait_for_everyone()
         return
     folder = Path(config.output_dir)
-    pipe = None
-    if config.eval_batch_size:
-        pipe = run.objective.pipeline(state)
-        write_samples(run, folder / "samples.png", pipe)
     run.objective.save_pretrained(folder, state, getattr(torch, config.save_dtype))
     kept = {k: v for k, v in recipe.items() if k in recipe_of(config) or k not in vars(config)}
     atomic_write(folder / "recipe.yaml", to_yaml(dict(kept)))
-    atomic_write(folder / "README.md", card(run, data, lines, kept))
+    atomic_write(folder / "README.md", card(run, data, lines, kept, measured))
     if config.push_to_hub:
         push_result(folder, config.hub_model_id or "", config.hub_private)
     run.accelerator.wait_for_everyone()
@@ -71,7 +45,9 @@ def push_result(folder: Path, repo_id: str, private: bool) -> None:
         push_folder(copy, repo_id, private=private, commit_message="Trained with diffusers-repr")
 
 
-def card(run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, Any]) -> str:
+def card(
+    run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, Any], measured: Mapping[str, float]
+) -> str:
     """README.md of the result: what it is, data, steps, losses, command and recipe."""
     config, objective = run.config, run.objective
     last = lines[-1] if lines else {"step": run.progress.step, "skipped": run.progress.skipped}
@@ -83,7 +59,7 @@ def card(run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, 
         if (values := [line[name] for line in tail if line.get(name) is not None])
     }
     losses = "\n".join(f"| {name} | {value:.4f} |" for name, value in means.items())
-    numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in objective.metrics().items())
+    numbers = "\n".join(f"| {name} | {value:.4g} |" for name, value in {**objective.metrics(), **measured}.items())
     size = sum(p.numel() for module in objective.ema_modules().values() for p in module.parameters())
     script = Path(sys.argv[0]).name
     command = f"accelerate launch examples/{script} --config recipe.yaml" if script.startswith("train_") else ""

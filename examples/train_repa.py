@@ -1,0 +1,90 @@
+"""Train a SiT, or tune any denoiser, with representation alignment (REPA and its relatives).
+
+    accelerate launch examples/train_repa.py --config examples/configs/repa_digits.yaml
+    accelerate launch examples/train_repa.py --config my_recipe.yaml --encoder facebook/dinov2-base --output_dir out
+
+The result is a plain diffusers folder (`SiTPipeline.from_pretrained(output_dir)`), with the projectors apart in
+`heads/`. `--pretrained_model` tunes another pipeline of any family instead, all of it or by `--lora_rank`. Without
+`--encoder` the same run is the baseline. The loop, its checkpoints and its settings: docs/training.md.
+"""
+
+import dataclasses
+import inspect
+import sys
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
+from recipe_data import load_recipe_data
+
+from diffusers_repr import Denoiser, Encoder
+from diffusers_repr.denoiser.vae import vae_stride
+from diffusers_repr.models import SiTTransformer2DModel
+from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
+from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
+from diffusers_repr.training.dry_run import describe_run
+from diffusers_repr.training.recipe import check_keys, mapping, setting
+
+SCHEDULERS = {"ode": FlowMatchODEScheduler, "sde": FlowMatchSDEScheduler}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    pretrained_model: str | None = setting(None, "pipeline folder or Hub id to tune; default: a new SiT")
+    model_size: str = setting("S/2", "of a new SiT: S, B, L or XL at patch 2, 4 or 8")
+    model: dict | str | None = setting(None, "arguments of SiTTransformer2DModel over those of the size, a mapping")
+    vae: str | None = setting(None, "folder or Hub id of an AutoencoderKL: train on its latents")
+    image_channels: int = setting(3, "1 (grey) or 3 (RGB), of models without a VAE")
+    path: str = setting("linear", "of a new SiT: linear or cosine")
+    sampler: str = setting("ode", "scheduler that is saved with a new SiT: ode or sde")
+
+    def __post_init__(self) -> None:
+        arguments = mapping("model", self.model)
+        check_keys("`model`", arguments, inspect.signature(SiTTransformer2DModel.__init__).parameters)
+        object.__setattr__(self, "model", arguments)
+        if self.sampler not in SCHEDULERS:
+            raise ValueError(f"`sampler` is one of {', '.join(SCHEDULERS)}, got {self.sampler!r}.")
+
+
+def build_sit(
+    config: ModelConfig, vae: AutoencoderKL | None, image_size: tuple[int, int], classes: int
+) -> SiTPipeline:
+    """A new SiT for images of this size, latent if there is a VAE."""
+    stride, channels = (1, config.image_channels) if vae is None else (vae_stride(vae), vae.config.latent_channels)
+    shape = {"sample_size": [side // stride for side in image_size], "in_channels": channels, "num_classes": classes}
+    model = SiTTransformer2DModel.from_size(config.model_size, **{**shape, **config.model})
+    return SiTPipeline(transformer=model, scheduler=SCHEDULERS[config.sampler](path=config.path), vae=vae)
+
+
+def main(argv: list[str], evaluate=None) -> None:
+    kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
+    config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    torch.manual_seed(config.seed)
+    encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder]
+    if model_config.pretrained_model:
+        denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
+        vae, channels, size = denoiser.vae, denoiser.image_channels, data_config.resolution or denoiser.image_size
+    else:
+        vae = AutoencoderKL.from_pretrained(model_config.vae) if model_config.vae else None
+        channels, size = 3 if vae else model_config.image_channels, data_config.resolution or 256
+    needs_pixels = bool(encoders) and not data_config.features_dir
+    data = load_recipe_data(
+        data_config, channels, size, config.seed, vae=vae, encoders=encoders, needs_pixels=needs_pixels
+    )
+    if not model_config.pretrained_model:
+        image_size = (size, size) if isinstance(size, int) else size
+        denoiser = Denoiser.from_pipe(build_sit(model_config, vae, image_size, data.num_classes))
+    objective = build_repa(denoiser, encoders, repa_config)
+    recipe = recipe_of(config, data_config, model_config, repa_config)
+    if config.dry_run:
+        print(describe_run(objective, data, config, recipe))
+    else:
+        train(objective, data, config, recipe=recipe, evaluate=evaluate)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
