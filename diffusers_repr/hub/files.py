@@ -125,13 +125,13 @@ def only_writer(folder: str | os.PathLike[str], command: str) -> Iterator[None]:
     Raises:
         FileExistsError: If another process holds it.
     """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:
         yield
         return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".extract.tmp", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,279 @@
+"""`TensorCache`: a row of tensors for every image of a data set, in safetensors shards read by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from diffusers_repr.features.recipe import recipe_differences
+from diffusers_repr.hub import atomic_file, read_json
+
+MANIFEST = "manifest.json"
+INDEX = "index"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_STAMP = "diffusers_repr"
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How rows lie in files.
+
+    Attributes:
+        kind: `latents` or `features`.
+        rows: Images in all.
+        shard_size: Rows of every shard but the last.
+        tensors: Shape of one row of each tensor, by name.
+        dtype: `float32` or `float16`.
+        recipe: Name of the recipe, from `recipe_hash`.
+    """
+
+    kind: str
+    rows: int
+    shard_size: int
+    tensors: dict[str, tuple[int, ...]]
+    dtype: str
+    recipe: str
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return math.ceil(self.rows / self.shard_size)
+
+    def path(self, shard: int) -> str:
+        """File of a shard, relative to the cache."""
+        return f"data/{self.kind}-{shard:05d}-of-{self.shards:05d}.safetensors"
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First row of a shard, and the row after its last."""
+        return shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        tensors = {name: list(shape) for name, shape in self.tensors.items()}
+        return {**vars(self), "tensors": tensors, "shards": self.shards}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CacheLayout:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If a part is missing.
+        """
+        try:
+            tensors = {name: tuple(shape) for name, shape in values["tensors"].items()}
+            names = ("kind", "rows", "shard_size", "dtype", "recipe")
+            return cls(tensors=tensors, **{name: values[name] for name in names})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The {MANIFEST} is damaged or of another version ({error!r}). Delete it and run the same command "
+                "again: whole shards of this recipe are kept."
+            ) from error
+
+
+def write_shard(folder: Path, layout: CacheLayout, shard: int, tensors: Mapping[str, Tensor], index: Tensor) -> None:
+    """Write a shard; it takes its name, flushed to disk, when it is whole.
+
+    Args:
+        folder: Of the cache.
+        layout: Of the cache.
+        shard: Its number.
+        tensors: `(rows, *shape)` by name, on the CPU in the layout's dtype.
+        index: `(rows,)` int64: the row of the data set that each stands for; another than its own where that image
+            cannot be read.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; an existing shard is untouched then.
+    """
+    whole = {**tensors, INDEX: index}
+    # One key: the order of several in the file would change from run to run
+    stamp = json.dumps({**_place(layout, shard), "checksum": checksum(whole)}, sort_keys=True)
+    with atomic_file(folder / layout.path(shard)) as file:
+        file.write(save(whole, metadata={_STAMP: stamp}))
+
+
+def shard_problem(folder: Path, layout: CacheLayout, shard: int, verify: bool = False) -> str | None:
+    """Why a shard is not what it must be, in a few words; None if it is whole.
+
+    Args:
+        folder: Of the cache.
+        layout: Of the cache.
+        shard: Its number.
+        verify: Read it all and compare its checksum; else names, shapes and length of the file alone.
+    """
+    path, (start, stop) = folder / layout.path(shard), layout.span(shard)
+    if not path.is_file():
+        return "is missing"
+    try:
+        with safe_open(path, "pt") as file:
+            stamp = json.loads((file.metadata() or {}).get(_STAMP, "{}"))
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            whole = {name: file.get_tensor(name) for name in found} if verify else None
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"cannot be read ({str(error)[:120]})"
+    if {key: stamp.get(key) for key in ("recipe", "shard", "start")} != _place(layout, shard):
+        return "was not written by this recipe"
+    wanted = {name: (stop - start, *shape) for name, shape in layout.tensors.items()} | {INDEX: (stop - start,)}
+    if found != wanted:
+        return f"holds {found} instead of {wanted}"
+    if whole is not None and checksum(whole) != stamp.get("checksum"):
+        return "does not fit its checksum"
+    return None
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _place(layout: CacheLayout, shard: int) -> dict[str, Any]:
+    return {"recipe": layout.recipe, "shard": shard, "start": layout.span(shard)[0]}
+
+
+class TensorCache:
+    """A finished cache, opened for reading; `len(cache)` rows, `cache[i]` a row of each tensor.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: As written.
+        layout: Rows, shards and tensors.
+        command: What made it, for messages.
+
+    It may be sent to other processes: each opens the shards it reads for itself.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], command: str = "examples/cache_latents.py") -> None:
+        self.folder, self.manifest, self.command = folder, manifest, command
+        self.layout = CacheLayout.from_dict(manifest.get("layout", {}))
+        self._open: dict[int, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], kind: str) -> TensorCache:
+        """Open a finished cache.
+
+        Args:
+            folder: Where it lies.
+            kind: `latents` or `features`.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or it is no cache.
+            ValueError: If it is not finished, of another kind, or its manifest is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+            raise FileNotFoundError(
+                f"{str(folder)!r} is no cache of {kind}: it has no {MANIFEST} ({inside or 'it is empty'}). "
+                "`accelerate launch examples/cache_latents.py ...` makes one."
+            )
+        cache = cls(folder, read_json(folder / MANIFEST))
+        layout = cache.layout
+        if layout.kind != kind:
+            raise ValueError(f"{str(folder)!r} holds {layout.kind}, not {kind}.")
+        there = [n for n in range(layout.shards) if (folder / layout.path(n)).is_file()]
+        if len(there) < layout.shards or not cache.manifest["complete"]:
+            images = sum(stop - start for start, stop in map(layout.span, there))
+            raise ValueError(
+                f"The cache {str(folder)!r} is not finished: {images} of {layout.rows} images ({len(there)} of "
+                f"{layout.shards} shards) are there. Run the same `examples/cache_latents.py` command again: it keeps "
+                "whole shards and makes the others."
+            )
+        return cache
+
+    def __len__(self) -> int:
+        return self.layout.rows
+
+    def __repr__(self) -> str:
+        tensors = ", ".join(f"{name} {shape}" for name, shape in self.layout.tensors.items())
+        return f"TensorCache({str(self.folder)!r}, {len(self)} rows of {tensors}, {self.layout.dtype})"
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """Each tensor of a row, and `index`, the row of the data set that it stands for.
+
+        Raises:
+            IndexError: For a row that is not there.
+            ValueError: If the shard cannot be read; names the file and the remedy.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"Row {row} of {len(self)} in {str(self.folder)!r}.")
+        shard, at = divmod(row, self.layout.shard_size)
+        slices = self._open.get(shard)
+        if slices is None:
+            slices = self._open[shard] = self._slices(shard)
+        return {name: part[at] for name, part in slices.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that decides the values."""
+        return self.manifest["recipe"]
+
+    @property
+    def mirrors(self) -> int:
+        """2: an image and its mirror, 1: the image alone."""
+        return self.recipe["mirrors"]
+
+    def verify(self) -> None:
+        """Read every shard and check it against its checksum.
+
+        Raises:
+            ValueError: For the first shard that is not whole; names the file and the remedy.
+        """
+        for shard in range(self.layout.shards):
+            problem = shard_problem(self.folder, self.layout, shard, verify=True)
+            if problem is not None:
+                raise ValueError(self._broken(shard, problem))
+
+    def check(self, wanted: Mapping[str, Any], mirrors: int) -> None:
+        """Refuse a cache that was made otherwise.
+
+        Args:
+            wanted: Parts of the recipe that must be equal, such as `data` and `vae`.
+            mirrors: 2 where images are flipped.
+
+        Raises:
+            ValueError: Telling what differs (cache -> run).
+        """
+        stored = {name: self.recipe.get(name) for name in wanted}
+        differs = recipe_differences(stored, dict(wanted))
+        if differs:
+            raise ValueError(
+                f"The cache {str(self.folder)!r} was made otherwise than this run needs (cache -> run): "
+                f"{'; '.join(differs)}. Run with the settings of the cache, or make another one."
+            )
+        if mirrors > self.mirrors:
+            raise ValueError(
+                f"The cache {str(self.folder)!r} holds no mirrored images, which random_flip needs (a latent cannot "
+                "be flipped). Make it with --both_mirrors, or train without random_flip."
+            )
+
+    def _slices(self, shard: int) -> dict[str, Any]:
+        """The tensors of a shard, of which nothing is read yet; a mapped file holds no file descriptor."""
+        try:
+            file = safe_open(self.folder / self.layout.path(shard), "pt")
+            return {name: file.get_slice(name) for name in (*self.layout.tensors, INDEX)}
+        except (SafetensorError, OSError) as error:
+            problem = shard_problem(self.folder, self.layout, shard) or f"cannot be read ({error})"
+            raise ValueError(self._broken(shard, problem)) from error
+
+    def _broken(self, shard: int, problem: str) -> str:
+        return (
+            f"Shard {str(self.folder / self.layout.path(shard))!r} {problem}. Delete it and run the same "
+            f"`{self.command}` command again: it keeps whole shards and makes the others."
+        )

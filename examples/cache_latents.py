@@ -1,0 +1,114 @@
+"""Encode a data set once: VAE moments of every image and its mirror, and teacher features, for `train_repa.py`.
+
+    accelerate launch examples/cache_latents.py --dataset_name DIR --resolution 256 --latents_dir latents \
+        --pretrained_vae_model_name_or_path stabilityai/sd-vae-ft-mse
+    accelerate launch examples/cache_latents.py --dataset_name DIR --resolution 256 --features_dir features \
+        --cache_features facebook/dinov2-base --random_flip
+
+The settings of the data are those of the training scripts; `--config` may be the recipe of the training, whose other
+keys are passed over. The processes share the work, and the same command run again continues where it was stopped.
+Training reads the caches by the same `--latents_dir` and `--features_dir`, and refuses those of another VAE, encoder,
+crop, size or data set.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import torch
+from image_batches import load_split
+from transformers.hf_argparser import HfArg
+
+from diffusers_repr.encoders import Encoder
+from diffusers_repr.training.cache_writer import CacheSettings
+from diffusers_repr.training.data import ImageTrainData, load_train_data
+from diffusers_repr.training.data_config import DataConfig
+from diffusers_repr.training.feature_cache import cache_features
+from diffusers_repr.training.latents import cache_latents
+from diffusers_repr.training.recipe import parse_recipe, read_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheArgs:
+    """What is encoded by what, beside the settings of the data."""
+
+    pretrained_vae_model_name_or_path: str | None = HfArg(default=None, help="folder or Hub id of a VAE or a pipeline")
+    vae_subfolder: str | None = HfArg(default=None, help="where the VAE lies in it; default: vae, if there is one")
+    vae_revision: str | None = HfArg(default=None, help="branch, tag or commit of a Hub id")
+    vae_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="what the VAE computes in")
+    cache_features: list[str] = HfArg(default_factory=list, help="encoders whose features go to --features_dir")
+    dtype: Literal["float32", "float16"] = HfArg(default="float32", help="of the stored moments")
+    features_dtype: Literal["float32", "float16"] = HfArg(default="float16", help="of the stored features")
+    both_mirrors: bool = HfArg(default=True, help="moments of the mirrored images too; features follow --random_flip")
+    channels: Literal[1, 3] = HfArg(default=3, help="of the images: 1 for features of a model of grey pixels")
+    batch_size: int = HfArg(default=16, help="images of one process and forward")
+    shard_size: int | None = HfArg(default=None, help="images of a shard; default: what makes 256 MiB")
+    dataloader_num_workers: int = HfArg(default=0, help="processes that decode images")
+    verify: bool = HfArg(default=False, help="read shards that are there and compare their checksums")
+
+
+def load_vae(args: CacheArgs) -> torch.nn.Module:
+    """The autoencoder of a folder or Hub id: its own, or that of a pipeline."""
+    name, subfolder = args.pretrained_vae_model_name_or_path, args.vae_subfolder
+    if subfolder is None:
+        places = [Path(name) / "vae"] if Path(name).is_dir() else []
+        subfolder = "vae" if any(place.is_dir() for place in places) else None
+    return diffusers.AutoModel.from_pretrained(
+        name, subfolder=subfolder, revision=args.vae_revision, torch_dtype=getattr(torch, args.vae_dtype)
+    )
+
+
+def load_data(config: DataConfig, channels: int) -> ImageTrainData:
+    """The images as training crops them, without the caches that are to be made."""
+    config = dataclasses.replace(config, latents_dir=None, features_dir=None, caption_column=None, cache_images=False)
+    given = load_split("digits", config.dataset_split) if config.dataset_name == "digits" else None
+    return load_train_data(config, channels, None, given)
+
+
+def parse_args(argv: list[str]) -> tuple[DataConfig, CacheArgs]:
+    """Flags over the recipe of `--config`, of which only the keys of data and cache are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    known, flags = parser.parse_known_args(argv)
+    names = {field.name for kind in (DataConfig, CacheArgs) for field in dataclasses.fields(kind)}
+    given: list[str] = []
+    for key, value in (read_recipe(known.config) if known.config else {}).items():
+        if key in names and value is not None:
+            given += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    data, args = parse_recipe((DataConfig, CacheArgs), [*given, *flags], __doc__)
+    if not (data.latents_dir or data.features_dir):
+        raise ValueError("Nothing to write: name --latents_dir, --features_dir, or both.")
+    if data.latents_dir and not args.pretrained_vae_model_name_or_path:
+        raise ValueError("--latents_dir needs --pretrained_vae_model_name_or_path, the VAE to encode with.")
+    if data.features_dir and not args.cache_features:
+        raise ValueError("--features_dir needs --cache_features, one or more encoders.")
+    if data.streaming:
+        raise ValueError("A stream has no places to keep latents or features by; leave out --streaming.")
+    if args.cache_features and not data.features_dir:
+        raise ValueError("--cache_features needs --features_dir, the folder to write to.")
+    return data, args
+
+
+def main(argv: list[str]) -> None:
+    config, args = parse_args(argv)
+    data = load_data(config, args.channels)
+    settings = CacheSettings(
+        args.both_mirrors,
+        args.dtype,
+        args.batch_size,
+        args.shard_size,
+        args.dataloader_num_workers,
+        verify=args.verify,
+    )
+    if config.latents_dir:
+        print(cache_latents(load_vae(args), data, config.latents_dir, settings, args.vae_revision))
+    for name in args.cache_features:
+        of_features = dataclasses.replace(settings, both_mirrors=config.random_flip, dtype=args.features_dtype)
+        print(cache_features(Encoder.from_pretrained(name), data, config.features_dir, of_features))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

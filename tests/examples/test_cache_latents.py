@@ -1,0 +1,139 @@
+"""cache_latents.py: by flags and by a recipe, on one process and on two, read by the training data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from cache_latents import load_data, load_vae, main, parse_args
+
+from diffusers_repr.encoders import Encoder
+from diffusers_repr.training.data import load_train_data
+from diffusers_repr.training.data_config import DataConfig
+from diffusers_repr.training.feature_cache import list_features
+from diffusers_repr.training.tensor_cache import TensorCache
+from tests.encoders.vits import build
+from tests.training.data_cases import rows
+from tests.training.test_latents import contents, make_vae
+
+ROWS = 11
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# Beside what the script does, each process says that it is one of two.
+COUNTED = """
+import sys
+sys.path.insert(0, {examples!r})
+from cache_latents import main
+from accelerate import PartialState
+main(sys.argv[1:])
+state = PartialState()
+assert state.num_processes == 2, state
+print("process", state.process_index, "of", state.num_processes)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Images, a VAE inside a pipeline's folder, and an encoder."""
+    rows(ROWS, ((24, 31), (17, 16))).to_parquet(tmp_path / "images.parquet")
+    make_vae().save_pretrained(tmp_path / "pipeline/vae")
+    build("dinov2").save_pretrained(tmp_path / "dino")
+    return tmp_path
+
+
+def flags(folder, out, **changes):
+    settings = {
+        "dataset_name": folder / "images.parquet", "resolution": 16, "random_flip": True,
+        "latents_dir": out / "latents", "features_dir": out / "features", "pretrained_vae_model_name_or_path": folder / "pipeline",
+        "cache_features": folder / "dino", "shard_size": 2, "batch_size": 2, **changes,
+    }  # fmt: skip
+    return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
+
+
+def test_two_processes_write_what_one_writes(inputs):
+    main(flags(inputs, inputs / "one"))
+    script = inputs / "counted.py"
+    script.write_text(COUNTED.format(examples=str(EXAMPLES)))
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, str(script), *flags(inputs, inputs / "two")],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"process 0 of 2", "process 1 of 2"} <= set(done.stdout.splitlines())
+    assert "(1 of 2 processes)" in done.stderr
+    one, two = contents(inputs / "one"), contents(inputs / "two")
+    assert len([name for name in one if name.endswith(".safetensors")]) == 12  # six shards of each kind
+    assert one == two
+    cache = TensorCache.open(inputs / "two/latents", "latents")
+    cache.verify()
+    assert [int(cache[i]["index"]) for i in range(ROWS)] == list(range(ROWS))
+
+
+def test_training_reads_what_the_script_wrote(inputs, capsys):
+    main(flags(inputs, inputs / "out"))
+    assert "11 rows of moments (2, 8, 8, 8), float32" in capsys.readouterr().out
+    config = DataConfig(
+        dataset_name=str(inputs / "images.parquet"), resolution=16, random_flip=True,
+        latents_dir=str(inputs / "out/latents"), features_dir=str(inputs / "out/features"),
+    )  # fmt: skip
+    encoder = Encoder.from_pretrained(inputs / "dino")
+    data = load_train_data(config, 3, vae=load_vae(parse_args(flags(inputs, inputs))[1]), encoders=[encoder])
+    sample = data[3]
+    assert "pixel_values" not in sample
+    images = load_data(config, 3)
+    pixels = images[3]["pixel_values"][None].float() / 127.5 - 1
+    torch.testing.assert_close(
+        sample["features"]["dino"][1].float(), encoder.encode_pixels(pixels.flip(-1)).tokens[0], atol=5e-3, rtol=5e-3
+    )
+    grid = list_features(inputs / "out/features")["dino"].manifest["about"]["grid"]
+    assert grid[0] * grid[1] == sample["features"]["dino"].shape[1]
+
+
+def test_a_recipe_of_the_training_and_only_latents(inputs):
+    recipe = {
+        "dataset_name": str(inputs / "images.parquet"), "resolution": 16, "latents_dir": str(inputs / "latents"),
+        "learning_rate": 1e-4, "model": {"sample_size": 8}, "random_flip": None,
+    }  # fmt: skip
+    (inputs / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    vae = ["--pretrained_vae_model_name_or_path", str(inputs / "pipeline"), "--vae_subfolder", "vae"]
+    main(["--config", str(inputs / "recipe.yaml"), *vae, "--dtype", "float16", "--both_mirrors", "false"])
+    manifest = json.loads((inputs / "latents/manifest.json").read_text())
+    assert (manifest["recipe"]["dtype"], manifest["recipe"]["mirrors"]) == ("float16", 1)
+    assert manifest["about"]["vae"] == "pipeline"
+
+
+def test_the_digits_in_grey():
+    config, args = parse_args(
+        ["--dataset_name", "digits", "--resolution", "8", "--features_dir", "f", "--cache_features", "a", "b"]
+    )
+    assert args.cache_features == ["a", "b"]
+    assert load_data(config, 1)[0]["pixel_values"].shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents_dir": None, "features_dir": None, "cache_features": None}, "Nothing to write"),
+        ({"pretrained_vae_model_name_or_path": None}, "needs --pretrained_vae_model_name_or_path"),
+        ({"cache_features": None}, "--features_dir needs --cache_features"),
+        ({"features_dir": None}, "--cache_features needs --features_dir"),
+        ({"resolution": None}, "pass --resolution"),
+    ],
+)
+def test_bad_calls(inputs, changes, message):
+    with pytest.raises(ValueError, match=message):
+        main(flags(inputs, inputs / "out", **changes))
