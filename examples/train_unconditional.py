@@ -20,7 +20,6 @@ from recipe_data import load_recipe_data
 from diffusers_repr import Denoiser
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.recipe import check_keys, mapping, setting
 
 
@@ -73,12 +72,11 @@ def main(argv: list[str]) -> None:
     if not model_config.class_conditional:
         data_config = dataclasses.replace(data_config, label_column="none")
     unet = objective.network.config
-    data = load_recipe_data(data_config, unet.in_channels, unet.sample_size, config.seed)
+    data = load_recipe_data(
+        data_config, unet.in_channels, unet.sample_size, config.seed, num_workers=config.dataloader_num_workers
+    )
     recipe = recipe_of(config, data_config, model_config)
-    if config.dry_run:
-        print(describe_run(objective, data, config, recipe))
-    else:
-        train(objective, data, config, recipe=recipe)
+    train(objective, data, config, recipe=recipe)
 
 
 if __name__ == "__main__":

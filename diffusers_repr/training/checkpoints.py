@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import Tensor
 from diffusers_repr.hub import atomic_folder, read_json, write_json
 
 STATE = "state.json"
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 class CheckpointError(RuntimeError):
@@ -25,13 +27,28 @@ class CheckpointError(RuntimeError):
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first; half-written ones have a hidden name and are not among them."""
-    return sorted(path for path in Path(folder).glob("checkpoint-*") if (path / STATE).is_file())
+    found = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done, by its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def drop_partial(folder: str | Path) -> None:
+    """Remove what killed runs left of checkpoints they had not finished."""
+    for path in Path(folder).glob(".checkpoint-*"):
+        if path.suffix in (".tmp", ".old"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(
     output_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
     """Write `checkpoint-<step>` by renaming a finished folder, then drop the oldest ones.
+
+    Checkpoints of later steps, damaged ones or those of a run that was set back, stay and do not count.
 
     Args:
         output_dir: Folder of the run.
@@ -52,14 +69,15 @@ def save_checkpoint(
             for name, group in tensors.items():
                 save_file(dict(group), folder / f"{name}.safetensors")
             files = {path.name: _fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
-            write_json(folder / STATE, {**state, "step": step, "files": files})
+            content = {**state, "step": step, "files": files}
+            write_json(folder / STATE, {**content, "checksum": _checksum(content)})
     except (OSError, SafetensorError) as error:
         left = list_checkpoints(output_dir)
         kept = f"The last checkpoint is {left[-1].name}" if left else "There is no earlier checkpoint"
         raise OSError(
             f"Could not write {final}: {error}. {kept}; free some space and run the same command again."
         ) from error
-    for old in list_checkpoints(output_dir)[:-keep]:
+    for old in [path for path in list_checkpoints(output_dir) if step_of(path) <= step][:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -128,15 +146,23 @@ def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
 
 def _check_whole(path: Path) -> None:
     try:
-        files = read_state(path)["files"]
-    except (ValueError, KeyError, OSError) as error:
+        state = read_state(path)
+        files, checksum = state["files"], state.pop("checksum")
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged: its {STATE} cannot be read.") from error
+    if _checksum(state) != checksum:
+        raise CheckpointError(f"{path.name} is damaged: {STATE} has not the content that was written.")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path.name} is damaged: {name} is missing.")
         if file.stat().st_size != expected["bytes"] or _fingerprint(file) != expected:
             raise CheckpointError(f"{path.name} is damaged: {name} has not the content that was written.")
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    """Of what JSON makes of a state."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

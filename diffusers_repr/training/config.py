@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from diffusers_repr.hub import is_repo_id
 from diffusers_repr.training.recipe import setting
 
 # What changes neither weights nor data order: a run may go on with other values.
 _FREE = (
     "output_dir", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "resume_from_checkpoint",
-    "save_dtype", "eval_batch_size", "num_inference_steps", "validation_steps", "report_to",
+    "save_dtype", "eval_batch_size", "num_inference_steps", "validation_steps", "report_to", "dataloader_num_workers",
     "push_to_hub", "hub_model_id", "hub_private", "dry_run",
 )  # fmt: skip
 _NOT_A_RECIPE = ("output_dir", "resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id", "hub_private")
@@ -50,6 +51,7 @@ class TrainingConfig:
         "latest", "latest, the name of one (checkpoint-00000500), or none, which refuses to continue"
     )
     logging_steps: int = setting(50, "steps averaged into one line of loss.jsonl")
+    dataloader_num_workers: int = setting(0, "processes that prepare micro-batches; of a stream: threads")
     report_to: str = setting("none", "trackers of accelerate: tensorboard, wandb, all or none")
     validation_steps: int = setting(0, "steps between grids of samples in samples/; 0: only at the end")
     save_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the saved pipeline")
@@ -66,7 +68,7 @@ class TrainingConfig:
                      "num_inference_steps"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("lora_rank", "lr_warmup_steps", "validation_steps"):
+        for name in ("lora_rank", "lr_warmup_steps", "validation_steps", "dataloader_num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
@@ -75,8 +77,8 @@ class TrainingConfig:
             raise ValueError(f"`eval_batch_size` must be a multiple of 8, or 0, got {self.eval_batch_size}.")
         if not 0 <= self.ema_max_decay <= 1:
             raise ValueError(f"`ema_max_decay` lies in [0, 1], got {self.ema_max_decay}.")
-        if self.push_to_hub and not self.hub_model_id:
-            raise ValueError("`push_to_hub` needs `hub_model_id`, user/name.")
+        if self.push_to_hub and not (is_repo_id(self.hub_model_id or "") and "/" in str(self.hub_model_id)):
+            raise ValueError(f"`push_to_hub` needs `hub_model_id`, user/name; got {self.hub_model_id!r}.")
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the weights: a checkpoint of others is refused."""

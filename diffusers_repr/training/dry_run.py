@@ -23,7 +23,7 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
 
     Args:
         objective: On the CPU.
-        data: Map-style; None leaves the activations out.
+        data: Map-style; None, or a stream, leaves the activations out.
         config: The loop's settings.
         recipe: What to print.
     """
@@ -39,7 +39,7 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
     lines.append(
         f"# weights, gradients, optimizer and average: {_size(moving)}; frozen parts: {_size(_bytes(frozen))}"
     )
-    if data is not None and len(data):
+    if hasattr(data, "__len__") and len(data):
         kept = activation_bytes(objective, data) * config.train_batch_size
         lines.append(
             f"# activations of a micro-batch of {config.train_batch_size}: about {_size(kept)} in float32"

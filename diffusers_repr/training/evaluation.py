@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 
+from diffusers_repr.hub import atomic_write
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.logs import read_log
 from diffusers_repr.training.run import Run
@@ -48,8 +49,7 @@ class Evaluations:
             return
         numbers = {name: float(value) for name, value in self.evaluate(pipe, step).items()}
         self.lines = [line for line in self.lines if line["step"] < step] + [{"step": step, **numbers}]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         if self.config.report_to != "none":
             self.accelerator.log(numbers, step=step)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
+from diffusers_repr.hub import atomic_write
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.seeds import learning_rate
 
@@ -35,9 +36,9 @@ class Log:
         self.config, self.accelerator = config, accelerator
         self.path = Path(config.output_dir) / "loss.jsonl"
         self.lines = read_log(self.path, step)
+        accelerator.wait_for_everyone()  # all have read what the first now writes
         if accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.tracked = config.report_to != "none"
         if self.tracked:
             shown = {k: v for k, v in (recipe or {}).items() if isinstance(v, (int, float, str, bool))}

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from huggingface_hub import get_token
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from diffusers_repr.hub import HubError
 from diffusers_repr.objectives import Objective
-from diffusers_repr.training.checkpoints import find_checkpoint
-from diffusers_repr.training.config import TrainingConfig
+from diffusers_repr.training.checkpoints import drop_partial, find_checkpoint
+from diffusers_repr.training.config import TrainingConfig, recipe_of
+from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.evaluation import Evaluate, Evaluations, look
 from diffusers_repr.training.logs import Log
 from diffusers_repr.training.lora import add_lora
@@ -72,7 +75,7 @@ def train(
 
     Returns:
         A `TrainResult`; the folder `config.output_dir` holds the pipeline, `heads/`, `loss.jsonl`, `samples.png`,
-        `recipe.yaml` and a card.
+        `recipe.yaml` and a card. A dry run prints and writes nothing.
 
     Raises:
         ValueError: For data that do not fit the objective, or a checkpoint of another run.
@@ -80,15 +83,22 @@ def train(
         FloatingPointError: If losses stay infinite or NaN.
         OSError: If a checkpoint or the result cannot be written; earlier checkpoints are untouched.
         RuntimeError: If FSDP was asked for and is not to be had.
+        HubError: If the result is to be pushed and there is no token.
     """
+    if config.push_to_hub and get_token() is None:
+        raise HubError("`push_to_hub` needs a token: log in with `hf auth login`, or set HF_TOKEN.")
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
     accelerator = accelerator or make_accelerator(config, len(objective.phases) > 1)
     check_sharding(accelerator)
+    check_accumulation(accelerator)
     objective.check_data(data)
     if config.lora_rank:
         add_lora(objective, config.lora_rank)
+    if config.dry_run:
+        accelerator.print(describe_run(objective, data, config, recipe or recipe_of(config)))
+        return TrainResult(Path(config.output_dir), 0, [], [], 0)
     for module in objective.ema_modules().values():
         if config.gradient_checkpointing:
             enable_checkpointing(module)
@@ -102,6 +112,8 @@ def train(
     if run.progress.step > config.max_train_steps:
         raise ValueError(f"{checkpoint} is past --max_train_steps {config.max_train_steps}. Raise that.")
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        drop_partial(config.output_dir)
 
     batches = make_batches(data, config, accelerator, run.progress.step, state.get("streams"), objective)
     images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
@@ -172,6 +184,19 @@ def check_sharding(accelerator: Accelerator) -> None:
             raise RuntimeError("Only FSDP2 is supported; pass --fsdp_version 2 to accelerate launch.")
 
 
+def check_accumulation(accelerator: Accelerator) -> None:
+    """The loop accumulates by itself; accelerate must not divide the loss once more.
+
+    Raises:
+        ValueError: If accelerate was told to.
+    """
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; leave it at 1 "
+            "there, and set it in TrainingConfig or by the script's --gradient_accumulation_steps."
+        )
+
+
 def enable_checkpointing(module: Any) -> None:
     """Recompute activations in the backward pass.
 
@@ -189,7 +214,7 @@ def identity_of(
     """What decides the weights of a run: a checkpoint of another is refused."""
     mine = config.identity()
     theirs = {k: v for k, v in (recipe or {}).items() if k not in dataclasses.asdict(config)}
-    for name in ("cache_images", "dataloader_num_workers", "latents_dir", "features_dir"):
+    for name in ("cache_images", "latents_dir", "features_dir"):
         theirs.pop(name, None)  # where the same numbers come from
     return {
         **mine,
@@ -207,7 +232,7 @@ def make_batches(
 ) -> Iterator[dict[str, Any]]:
     """Micro-batches of this process from `step` on, on the device."""
     micro, everyone = config.train_batch_size, config.train_batch_size * accelerator.num_processes
-    workers = int(getattr(getattr(data, "config", None), "dataloader_num_workers", 0))
+    workers = config.dataloader_num_workers
     pinned = accelerator.device.type == "cuda"
     loader: Any
     if isinstance(data, IterableDataset):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusers_repr.hub import atomic_write, is_repo_id, model_card, push_folder
+from diffusers_repr.hub import atomic_write, is_repo_id, model_card, push_folder, read_json, write_json
 from diffusers_repr.training.config import recipe_of
-from diffusers_repr.training.recipe import to_yaml
+from diffusers_repr.training.recipe import read_recipe, to_yaml
 from diffusers_repr.training.run import Run
 
 
@@ -28,21 +30,32 @@ def save_result(
     run.objective.save_pretrained(folder, state, getattr(torch, config.save_dtype))
     kept = {k: v for k, v in recipe.items() if k in recipe_of(config) or k not in vars(config)}
     atomic_write(folder / "recipe.yaml", to_yaml(dict(kept)))
-    atomic_write(folder / "README.md", card(run, data, lines, kept, measured))
+    atomic_write(folder / "README.md", card(run, data, lines, without_places(kept), measured))
     if config.push_to_hub:
         push_result(folder, config.hub_model_id or "", config.hub_private)
     run.accelerator.wait_for_everyone()
 
 
 def push_result(folder: Path, repo_id: str, private: bool) -> None:
-    """Push the folder without checkpoints and logs of trackers."""
-    import shutil
-    import tempfile
-
+    """Push the folder without checkpoints, logs of trackers and places on this machine."""
     with tempfile.TemporaryDirectory() as place:
         skip = shutil.ignore_patterns("checkpoint-*", "logs", ".*", "samples")
         copy = shutil.copytree(folder, Path(place) / "result", ignore=skip)
+        atomic_write(copy / "recipe.yaml", to_yaml(without_places(read_recipe(copy / "recipe.yaml"))))
+        for path in copy.rglob("*.json"):
+            config = read_json(path)
+            if isinstance(config, dict) and "_name_or_path" in config:
+                write_json(path, without_places(config))
         push_folder(copy, repo_id, private=private, commit_message="Trained with diffusers-repr")
+
+
+def without_places(value: Any) -> Any:
+    """Settings with the names of folders and files in place of their absolute paths."""
+    if isinstance(value, Mapping):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_places(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def card(

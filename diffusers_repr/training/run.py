@@ -17,7 +17,7 @@ from diffusers_repr.training.checkpoints import read_state, read_tensors, save_c
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.ema import EMA
 from diffusers_repr.training.seeds import learning_rate, reseed
-from diffusers_repr.training.tensors import full, put
+from diffusers_repr.training.tensors import full, is_sharded, put
 from diffusers_repr.training.update import Update
 
 MAX_SKIPPED_IN_A_ROW = 50
@@ -31,15 +31,15 @@ class Progress:
         step: Optimizer steps, the skipped ones included.
         skipped: Steps whose loss or gradient was not finite.
         skipped_in_a_row: Of these, the last ones without a break.
-        sums: Logged name -> sum since the last line of the log.
-        count: Steps in these sums.
+        sums: Logged name -> sum since the last line of the log, over steps and processes.
+        counts: Logged name -> terms in its sum: a term that is not finite, or is not there in a step, is left out.
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    count: int = 0
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -76,7 +76,7 @@ class Run:
         self.names = {id(p): name for name, p in objective.named_parameters()}
         self.ema = EMA(objective, config.ema_max_decay, config.ema_warmup)
         self._logged: list[str] = []  # names of what `_sums` adds up
-        self._sums = torch.zeros(0)
+        self._sums = torch.zeros(2, 0)  # and how many terms each has
         self._skipped = torch.zeros(2, dtype=torch.long)  # in all, and in a row
 
     # One step
@@ -105,6 +105,8 @@ class Run:
             means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
             averages = self.ema if place == len(self.objective.phases) - 1 else None
             norm, took_place = self.updates[phase].step(lr, means["loss"], averages)
+            if len(self.objective.phases) > 1:  # what this phase's loss gave to parameters of another
+                self.objective.zero_grad(set_to_none=True)
             finite = took_place if place == 0 else finite & took_place
             prefix = "" if len(self.objective.phases) == 1 else f"{phase}_"
             logged |= {f"{prefix}{name}": value for name, value in means.items()}
@@ -115,12 +117,13 @@ class Run:
 
     def _count(self, logged: dict[str, Tensor], finite: Tensor) -> None:
         """Add up on the device; nothing is read back."""
-        values = torch.stack([*logged.values(), *[torch.ones_like(next(iter(logged.values())))]]).double()
+        values = torch.stack(list(logged.values())).double()
         finite = finite.to(values.device)
         if list(logged) != self._logged:
             self.settle()
-            self._logged, self._sums = list(logged), torch.zeros_like(values)
-        self._sums += torch.where(finite, values, 0.0)
+            self._logged, self._sums = list(logged), values.new_zeros(2, len(values))
+        counted = finite & values.isfinite()
+        self._sums += torch.stack([torch.where(counted, values, 0.0), counted.double()])
         self._skipped = self._skipped.to(values.device)
         self._skipped += ~finite
         self._skipped[1] *= ~finite
@@ -129,17 +132,17 @@ class Run:
         """Read what lies on the device into `progress`; every process must call it.
 
         Raises:
-            FloatingPointError: If too many steps in a row were not finite.
+            FloatingPointError: If too many steps in a row, or all of a short run, were not finite.
         """
         progress = self.progress
         if self._logged:
-            *sums, count = self.accelerator.reduce(self._sums, "mean").tolist()
-            for name, value in zip(self._logged, sums, strict=True):
+            sums, counts = self.accelerator.reduce(self._sums, "sum").tolist()
+            for name, value, count in zip(self._logged, sums, counts, strict=True):
                 progress.sums[name] = progress.sums.get(name, 0.0) + value
-            progress.count += round(count)
+                progress.counts[name] = progress.counts.get(name, 0) + round(count)
             self._sums.zero_()
         progress.skipped, progress.skipped_in_a_row = self._skipped.tolist()
-        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if progress.skipped_in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.config.max_train_steps):
             first = " from the first step on" if progress.skipped == progress.step else ""
             raise FloatingPointError(
                 f"{progress.skipped_in_a_row} losses in a row were not finite{first}; the weights are those before "
@@ -148,11 +151,11 @@ class Run:
             )
 
     def take_averages(self) -> dict[str, float]:
-        """Means since the last call, of steps that took place; empty if there was none."""
+        """Means since the last call, of what was finite in steps that took place; every process must call it."""
         self.settle()
         progress = self.progress
-        means = {name: value / progress.count for name, value in progress.sums.items()} if progress.count else {}
-        progress.sums, progress.count = {}, 0
+        means = {name: value / progress.counts[name] for name, value in progress.sums.items() if progress.counts[name]}
+        progress.sums, progress.counts = {}, {}
         return means
 
     # Checkpoints
@@ -204,8 +207,14 @@ class Run:
         return {name: full(value) for name, value in self.objective.trained_state().items()}
 
     def result(self) -> dict[str, Tensor]:
-        """What is saved: the moving average, and the weights where there is none; every process must call it."""
-        return {**self.trained(), **self.ema.state_dict()}
+        """What is saved: the moving average, the weights where there is none, and frozen weights that lie in shards.
+
+        Every process must call it.
+        """
+        trained = self.trained()
+        state = self.objective.state_dict()
+        frozen = {name: full(v) for name, v in state.items() if is_sharded(v) and name not in trained}
+        return {**frozen, **trained, **self.ema.state_dict()}
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         for phase, update in self.updates.items():
