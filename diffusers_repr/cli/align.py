@@ -51,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_repr.features.data import load_images
     from diffusers_repr.features.extraction import process_state
     from diffusers_repr.features.heatmap import require_matplotlib
+    from diffusers_repr.metrics.alignment import check_metrics, measure_alignment
 
+    check_metrics(args.metric)
+    if {"linear", "knn"} & set(args.metric) and args.test_split is None:
+        raise ValueError("--metric linear and knn need a --test_split.")
     if not args.no_plot:
         require_matplotlib()  # before the work, not after
     state = process_state()
@@ -59,13 +63,10 @@ def run(args: argparse.Namespace) -> int:
     with state.main_process_first():  # the others find it in the cache
         data = load_images(args.dataset, args.split, *columns)
         test = None if args.test_split is None else load_images(args.dataset, args.test_split, *columns)
-    if {"linear", "knn"} & set(args.metric) and test is None:
-        raise ValueError("--metric linear and knn need a --test_split.")
 
     import torch
 
     from diffusers_repr.denoiser import Denoiser
-    from diffusers_repr.metrics.alignment import measure_alignment
 
     device = str(state.device) if args.device is None else options.device(args)
     dtype = getattr(torch, args.dtype)

@@ -94,7 +94,7 @@ def measure_alignment(
     require_denoiser(denoiser)
     if not isinstance(encoder, Encoder):
         raise TypeError(f"encoder must be an Encoder; got {type(encoder).__name__}. See Encoder.from_pretrained.")
-    metrics = _check_metrics(metrics)
+    metrics = check_metrics(metrics)
     check_which(features)
     check_whole("batch_size", batch_size, 1)
     chosen = get_protocol(protocol, "linear")
@@ -164,7 +164,12 @@ class _Bar:
         self.bar.close()
 
 
-def _check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
+def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
+    """The metrics, if they are some.
+
+    Raises:
+        ValueError: For an unknown name, none, or one twice.
+    """
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for metric in metrics:
         if metric not in METRICS:
@@ -255,4 +260,4 @@ def _described(samples: Samples, read: SetFeatures) -> dict[str, Any]:
     return {"name": samples.images.name, "samples": len(samples.rows), "images_hash": read.images_hash}
 
 
-__all__ = ["METRICS", "default_levels", "measure_alignment"]
+__all__ = ["METRICS", "check_metrics", "default_levels", "measure_alignment"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffusers_repr.features.extraction import process_state
@@ -78,6 +79,8 @@ class Sweep:
         self, reader: Reader, settings: Settings, train: Samples, held: Samples | None, levels: list[NoiseLevel]
     ) -> None:
         self.reader, self.settings, self.train, self.held, self.levels = reader, settings, train, held, levels
+        where = reader.denoiser.device
+        self.device = where if where.type in ("cpu", "cuda") else torch.device("cpu")  # scores need float64
         self.read: SetFeatures | None = None  # the first pass, which has the encoder's features
         self.read_held: SetFeatures | None = None
         self.graph: NeighbourGraph | None = None
@@ -103,7 +106,7 @@ class Sweep:
         """What is needed of the encoder's features for every cell; their own scores under the probes."""
         assert train.encoder is not None
         if "cknna" in self.settings.metrics:
-            self.graph = self._graph(train.encoder)
+            self.graph = self._graph(train.encoder.to(self.device))
         return {
             metric: self._probe(metric, train.encoder, held.encoder)
             for metric in self.settings.metrics
@@ -120,8 +123,8 @@ class Sweep:
         found = []
         with failing_together():
             for path, at, level in cells[state.process_index :: state.num_processes]:
-                features = train.denoiser[path][at]
-                test = None if held is None else held.denoiser[path][at]
+                features = train.denoiser[path][at].to(self.device)
+                test = None if held is None else held.denoiser[path][at].to(self.device)
                 found.append(((path, level), {m: self._one(m, features, test, path) for m in self.settings.metrics}))
         return dict(gather_object(found) if state.num_processes > 1 else found)
 
