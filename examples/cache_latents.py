@@ -1,12 +1,12 @@
 """Encode a data set once: VAE moments of every image and its mirror, and teacher features, for `train_repa.py`.
 
     accelerate launch examples/cache_latents.py --dataset_name DIR --resolution 256 --latents_dir latents \
-        --pretrained_vae_model_name_or_path stabilityai/sd-vae-ft-mse
-    accelerate launch examples/cache_latents.py --dataset_name DIR --resolution 256 --features_dir features \
-        --cache_features facebook/dinov2-base --random_flip
+        --vae stabilityai/sd-vae-ft-mse
+    accelerate launch examples/cache_latents.py --config recipe.yaml --latents_dir latents \
+        --cache_features --features_dir features
 
-The settings of the data are those of the training scripts; `--config` may be the recipe of the training, whose other
-keys are passed over. The processes share the work, and the same command run again continues where it was stopped.
+The settings of the data, `--vae` and `--encoder` are those of `train_repa.py`; `--config` may be its recipe, whose
+other keys are passed over. The processes share the work, and the same command run again continues where it stopped.
 Training reads the caches by the same `--latents_dir` and `--features_dir`, and refuses those of another VAE, encoder,
 crop, size or data set.
 """
@@ -28,31 +28,32 @@ from diffusers_repr.training.data import ImageTrainData, load_train_data
 from diffusers_repr.training.data_config import DataConfig
 from diffusers_repr.training.feature_cache import cache_features
 from diffusers_repr.training.latents import cache_latents
-from diffusers_repr.training.recipe import parse_recipe, read_recipe
+from diffusers_repr.training.recipe import parse_recipe, read_recipe, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheArgs:
     """What is encoded by what, beside the settings of the data."""
 
-    pretrained_vae_model_name_or_path: str | None = HfArg(default=None, help="folder or Hub id of a VAE or a pipeline")
-    vae_subfolder: str | None = HfArg(default=None, help="where the VAE lies in it; default: vae, if there is one")
-    vae_revision: str | None = HfArg(default=None, help="branch, tag or commit of a Hub id")
-    vae_dtype: Literal["float32", "float16", "bfloat16"] = HfArg(default="float32", help="what the VAE computes in")
-    cache_features: list[str] = HfArg(default_factory=list, help="encoders whose features go to --features_dir")
-    dtype: Literal["float32", "float16"] = HfArg(default="float32", help="of the stored moments")
-    features_dtype: Literal["float32", "float16"] = HfArg(default="float16", help="of the stored features")
-    both_mirrors: bool = HfArg(default=True, help="moments of the mirrored images too; features follow --random_flip")
-    channels: Literal[1, 3] = HfArg(default=3, help="of the images: 1 for features of a model of grey pixels")
-    batch_size: int = HfArg(default=16, help="images of one process and forward")
-    shard_size: int | None = HfArg(default=None, help="images of a shard; default: what makes 256 MiB")
-    dataloader_num_workers: int = HfArg(default=0, help="processes that decode images")
-    verify: bool = HfArg(default=False, help="read shards that are there and compare their checksums")
+    vae: str | None = setting(None, "folder or Hub id of a VAE, or of a pipeline with one")
+    vae_subfolder: str | None = setting(None, "where the VAE lies in it; default: vae, if a local folder has one")
+    vae_revision: str | None = setting(None, "branch, tag or commit of a Hub id")
+    vae_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "what the VAE computes in")
+    encoder: list[str] = HfArg(default_factory=list, help="folders or Hub ids of the teachers")
+    cache_features: bool = setting(False, "write the teachers' features to --features_dir")
+    image_channels: Literal[1, 3] = setting(3, "1: features for a model of grey pixels")
+    dtype: Literal["float32", "float16"] = setting("float32", "of the stored moments")
+    features_dtype: Literal["float32", "float16"] = setting("float16", "of the stored features")
+    both_mirrors: bool = setting(True, "moments of the mirrored images too; features follow --random_flip")
+    batch_size: int = setting(16, "images of one process and forward")
+    shard_size: int | None = setting(None, "images of a shard; default: what makes 256 MiB")
+    dataloader_num_workers: int = setting(0, "processes that decode images")
+    verify: bool = setting(False, "read shards that are there and compare their checksums")
 
 
 def load_vae(args: CacheArgs) -> torch.nn.Module:
     """The autoencoder of a folder or Hub id: its own, or that of a pipeline."""
-    name, subfolder = args.pretrained_vae_model_name_or_path, args.vae_subfolder
+    name, subfolder = args.vae, args.vae_subfolder
     if subfolder is None:
         places = [Path(name) / "vae"] if Path(name).is_dir() else []
         subfolder = "vae" if any(place.is_dir() for place in places) else None
@@ -79,22 +80,20 @@ def parse_args(argv: list[str]) -> tuple[DataConfig, CacheArgs]:
         if key in names and value is not None:
             given += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     data, args = parse_recipe((DataConfig, CacheArgs), [*given, *flags], __doc__)
-    if not (data.latents_dir or data.features_dir):
-        raise ValueError("Nothing to write: name --latents_dir, --features_dir, or both.")
-    if data.latents_dir and not args.pretrained_vae_model_name_or_path:
-        raise ValueError("--latents_dir needs --pretrained_vae_model_name_or_path, the VAE to encode with.")
-    if data.features_dir and not args.cache_features:
-        raise ValueError("--features_dir needs --cache_features, one or more encoders.")
     if data.streaming:
         raise ValueError("A stream has no places to keep latents or features by; leave out --streaming.")
-    if args.cache_features and not data.features_dir:
-        raise ValueError("--cache_features needs --features_dir, the folder to write to.")
+    if not (data.latents_dir or args.cache_features):
+        raise ValueError("Nothing to write: name --latents_dir, or --cache_features with --features_dir.")
+    if data.latents_dir and not args.vae:
+        raise ValueError("--latents_dir needs --vae, the VAE to encode with.")
+    if args.cache_features and not (data.features_dir and set(args.encoder) - {"none"}):
+        raise ValueError("--cache_features needs --encoder, one or more teachers, and --features_dir to write to.")
     return data, args
 
 
 def main(argv: list[str]) -> None:
     config, args = parse_args(argv)
-    data = load_data(config, args.channels)
+    data = load_data(config, args.image_channels)
     settings = CacheSettings(
         args.both_mirrors,
         args.dtype,
@@ -105,7 +104,9 @@ def main(argv: list[str]) -> None:
     )
     if config.latents_dir:
         print(cache_latents(load_vae(args), data, config.latents_dir, settings, args.vae_revision))
-    for name in args.cache_features:
+    for name in args.encoder if args.cache_features else []:
+        if name == "none":
+            continue
         of_features = dataclasses.replace(settings, both_mirrors=config.random_flip, dtype=args.features_dtype)
         print(cache_features(Encoder.from_pretrained(name), data, config.features_dir, of_features))
 

@@ -144,6 +144,20 @@ class ImageTrainData(TrainData):
         return None if self._labels is None else self._labels.names
 
 
+class InMemoryTrainData(ImageTrainData):
+    """`ImageTrainData` with `cache_images`: `batch` gives whole batches, without a sample's own tensors between."""
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """What joining `self[i]` for each of `indices` gives."""
+        rows, pixels = self.images.gather(indices)
+        batch: dict[str, Any] = {"pixel_values": pixels, "index": rows}
+        if self._labels is not None:
+            batch["class_labels"] = torch.from_numpy(self._labels.ids[rows.numpy()])
+        if self._captions is not None:
+            batch["caption"] = [self.annotations(int(row))["caption"] for row in rows]
+        return batch
+
+
 def load_train_data(
     config: DataConfig,
     channels: int,
@@ -191,7 +205,8 @@ def load_train_data(
         return StreamData(dataset, config, channels, height_width, seed, rank, world_size, num_workers, name)
     if config.streaming:
         raise ValueError(f"`streaming` is set, but {name} was given as a map-style data set; leave it out.")
-    images = ImageTrainData(dataset, config, channels, height_width, name)
+    kind = InMemoryTrainData if config.cache_images else ImageTrainData
+    images = kind(dataset, config, channels, height_width, name)
     if not (config.latents_dir or config.features_dir):
         return images
     from diffusers_repr.training.cached_data import CachedData

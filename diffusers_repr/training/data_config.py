@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
-from transformers.hf_argparser import HfArg
-
+from diffusers_repr.training.recipe import setting
 from diffusers_repr.training.transforms import CROPS
-
-
-def _arg(default: Any, help: str) -> Any:
-    return HfArg(default=default, help=help)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,25 +17,25 @@ class DataConfig:
         ValueError: If a value is out of range or two settings exclude one another.
     """
 
-    dataset_name: str | None = _arg(None, help="a folder, a .parquet file, or a Hub id for `datasets`")
-    dataset_revision: str | None = _arg(None, help="branch, tag or commit of a Hub id")
-    dataset_split: str = _arg("train", help="split to train on")
-    image_column: str | None = _arg(None, help="column that holds the images; default: the one there is")
-    label_column: str | None = _arg(None, help="column of class ids; default: a ClassLabel; none: no labels")
-    caption_column: str | None = _arg(None, help="column of texts; default: no texts")
-    missing_labels: Literal["error", "keep"] = _arg("error", help="rows without a class; keep: their id is -1")
-    resolution: int | None = _arg(None, help="side of the images, pixels; default: what the model takes")
-    center_crop: Literal["adm", "fit"] = _arg("adm", help="ADM's crop, or the largest crop by Lanczos")
-    random_flip: bool = _arg(False, help="mirror half of the images")
-    random_rotation: float = _arg(0.0, help="turn images by up to so many degrees")
-    random_shift: float = _arg(0.0, help="move them by up to this share of their side")
-    random_scale: float = _arg(0.0, help="shrink or enlarge them by up to this share")
-    cache_images: bool = _arg(False, help="decode every image once and keep it in memory")
-    streaming: bool = _arg(False, help="read the data as it is used, without downloading it first")
-    shuffle_buffer: int = _arg(1000, help="rows of a stream that are shuffled together")
-    bad_images: Literal["error", "skip"] = _arg("error", help="images that cannot be read: stop, or leave out")
-    latents_dir: str | None = _arg(None, help="latents to train on, written by cache_latents.py")
-    features_dir: str | None = _arg(None, help="teacher features, written by cache_latents.py")
+    dataset_name: str | None = setting(None, "a folder, a .parquet file, or a Hub id for `datasets`")
+    dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub id")
+    dataset_split: str = setting("train", "split to train on")
+    image_column: str | None = setting(None, "column that holds the images; default: the one there is")
+    label_column: str | None = setting(None, "column of class ids; default: a ClassLabel; none: no labels")
+    caption_column: str | None = setting(None, "column of texts; default: no texts")
+    missing_labels: Literal["error", "keep"] = setting("error", "rows without a class; keep: their id is -1")
+    resolution: int | None = setting(None, "side of the images, pixels; default: what the model takes")
+    center_crop: Literal["adm", "fit"] = setting("adm", "ADM's crop, or the largest crop by Lanczos")
+    random_flip: bool = setting(False, "mirror half of the images")
+    random_rotation: float = setting(0.0, "turn images by up to so many degrees")
+    random_shift: float = setting(0.0, "move them by up to this share of their side")
+    random_scale: float = setting(0.0, "shrink or enlarge them by up to this share")
+    cache_images: bool = setting(False, "decode every image once and keep it in memory")
+    streaming: bool = setting(False, "read the data as it is used, without downloading it first")
+    shuffle_buffer: int = setting(1000, "rows of a stream that are shuffled together")
+    bad_images: Literal["error", "skip"] = setting("error", "images that cannot be read: stop, or leave out")
+    latents_dir: str | None = setting(None, "latents to train on, written by cache_latents.py")
+    features_dir: str | None = setting(None, "teacher features, written by cache_latents.py")
 
     def __post_init__(self) -> None:
         if self.center_crop not in CROPS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -140,10 +140,11 @@ class ImagePixels(Dataset):
         self._reader = ImageReader(data.features[column], channels, self.size, center_crop)
         self._raw = undecoded(data.select_columns([column]), column)
         self._cached: Tensor | None = None
-        self._sources: list[int] | None = None
+        self._sources: Tensor | None = None
         if cache:
             rows = [self.read(index) for index in range(len(data))]
-            self._sources, self._cached = [row for row, _ in rows], torch.stack([pixels for _, pixels in rows])
+            self._sources = torch.tensor([row for row, _ in rows])
+            self._cached = torch.stack([pixels for _, pixels in rows])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -161,7 +162,7 @@ class ImagePixels(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"Row {index} of {len(self)} images.")
         if self._cached is not None and self._sources is not None:
-            return self._sources[index], self._cached[index]
+            return int(self._sources[index]), self._cached[index]
         for row in range(index, index + min(MAX_BAD_IN_A_ROW, len(self))):
             row %= len(self)
             if row in self.bad:
@@ -177,6 +178,14 @@ class ImagePixels(Dataset):
             f"{min(MAX_BAD_IN_A_ROW, len(self))} images in a row cannot be read, from row {index} on; the first: "
             f"{self.bad[index]}"
         )
+
+    def gather(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As `read` for several rows at once, `(B,)` int64 and `(B, C, H, W)`; from memory where they are cached."""
+        if self._cached is not None and self._sources is not None:
+            places = torch.tensor(list(indices))
+            return self._sources[places], self._cached[places]
+        read = [self.read(index) for index in indices]
+        return torch.tensor([row for row, _ in read]), torch.stack([pixels for _, pixels in read])
 
     def raw(self, row: int) -> dict[str, Any] | None:
         """Path and bytes of a row's image; None without one."""

@@ -55,8 +55,9 @@ def inputs(tmp_path):
 def flags(folder, out, **changes):
     settings = {
         "dataset_name": folder / "images.parquet", "resolution": 16, "random_flip": True,
-        "latents_dir": out / "latents", "features_dir": out / "features", "pretrained_vae_model_name_or_path": folder / "pipeline",
-        "cache_features": folder / "dino", "shard_size": 2, "batch_size": 2, **changes,
+        "latents_dir": out / "latents", "features_dir": out / "features",
+        "vae": folder / "pipeline", "encoder": folder / "dino", "cache_features": True,
+        "shard_size": 2, "batch_size": 2, **changes,
     }  # fmt: skip
     return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
 
@@ -106,11 +107,22 @@ def test_training_reads_what_the_script_wrote(inputs, capsys):
 def test_a_recipe_of_the_training_and_only_latents(inputs):
     recipe = {
         "dataset_name": str(inputs / "images.parquet"), "resolution": 16, "latents_dir": str(inputs / "latents"),
-        "learning_rate": 1e-4, "model": {"sample_size": 8}, "random_flip": None,
+        "vae": str(inputs / "pipeline"), "encoder": ["none"], "learning_rate": 1e-4, "model": {"sample_size": 8},
+        "random_flip": None,
     }  # fmt: skip
     (inputs / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    vae = ["--pretrained_vae_model_name_or_path", str(inputs / "pipeline"), "--vae_subfolder", "vae"]
-    main(["--config", str(inputs / "recipe.yaml"), *vae, "--dtype", "float16", "--both_mirrors", "false"])
+    main(
+        [
+            "--config",
+            str(inputs / "recipe.yaml"),
+            "--vae_subfolder",
+            "vae",
+            "--dtype",
+            "float16",
+            "--both_mirrors",
+            "false",
+        ]
+    )
     manifest = json.loads((inputs / "latents/manifest.json").read_text())
     assert (manifest["recipe"]["dtype"], manifest["recipe"]["mirrors"]) == ("float16", 1)
     assert manifest["about"]["vae"] == "pipeline"
@@ -118,19 +130,32 @@ def test_a_recipe_of_the_training_and_only_latents(inputs):
 
 def test_the_digits_in_grey():
     config, args = parse_args(
-        ["--dataset_name", "digits", "--resolution", "8", "--features_dir", "f", "--cache_features", "a", "b"]
+        [
+            "--dataset_name",
+            "digits",
+            "--resolution",
+            "8",
+            "--features_dir",
+            "f",
+            "--cache_features",
+            "--encoder",
+            "a",
+            "b",
+        ]
     )
-    assert args.cache_features == ["a", "b"]
+    assert args.encoder == ["a", "b"]
     assert load_data(config, 1)[0]["pixel_values"].shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latents_dir": None, "features_dir": None, "cache_features": None}, "Nothing to write"),
-        ({"pretrained_vae_model_name_or_path": None}, "needs --pretrained_vae_model_name_or_path"),
-        ({"cache_features": None}, "--features_dir needs --cache_features"),
-        ({"features_dir": None}, "--cache_features needs --features_dir"),
+        ({"latents_dir": None, "cache_features": None}, "Nothing to write"),
+        ({"vae": None}, "--latents_dir needs --vae"),
+        ({"encoder": None}, "--cache_features needs --encoder"),
+        ({"encoder": "none"}, "--cache_features needs --encoder"),
+        ({"features_dir": None}, "and --features_dir to write to"),
+        ({"streaming": True, "latents_dir": None, "features_dir": None}, "leave out --streaming"),
         ({"resolution": None}, "pass --resolution"),
     ],
 )

@@ -132,6 +132,20 @@ def test_samples(cache_images):
         data[11]
 
 
+@pytest.mark.parametrize("captions", [False, True])
+def test_batches_from_memory_are_joined_samples(captions):
+    source = with_broken(rows(captions=True), [5])
+    settings = {"cache_images": True, "bad_images": "skip", "caption_column": "text" if captions else None}
+    data, places = load(source, **settings), [10, 5, 0, 5]
+    batch, joined = data.batch(places), default_collate([data[i] for i in places])
+    assert batch.keys() == joined.keys()
+    for key, value in joined.items():
+        assert torch.equal(batch[key], value) if key != "caption" else batch[key] == value
+    assert batch["index"].tolist() == [10, 6, 0, 6]
+    assert batch["class_labels"].dtype == torch.int64
+    assert not hasattr(load(rows()), "batch")
+
+
 def test_grey_and_rectangles():
     assert load(channels=1, size=(6, 8), center_crop="fit")[0]["pixel_values"].shape == (1, 6, 8)
     with pytest.raises(ValueError, match="'adm' gives squares.*'fit'"):
