@@ -1,0 +1,343 @@
+import copy
+import math
+import types
+
+import pytest
+import torch
+from diffusers import EDMEulerScheduler
+from torch import nn
+
+from diffusers_repr import Denoiser
+from diffusers_repr.capture import capture, capture_attention
+from diffusers_repr.encoders import Encoder
+from diffusers_repr.noise import NoiseSchedule
+from diffusers_repr.objectives import (
+    IREPA,
+    AttentionAlignmentTerm,
+    DispersiveTerm,
+    REPAConfig,
+    REPAObjective,
+    SelfAlignmentTerm,
+    build_repa,
+)
+from diffusers_repr.objectives.dispersive import dispersive_loss
+from diffusers_repr.objectives.haste import attention_alignment_loss
+from diffusers_repr.objectives.irepa import standardize_spatially
+from diffusers_repr.objectives.sra import less_noisy
+from tests.objectives.cases import COSINE, LINEAR, SMALL, backward, batch, sit, teacher
+from tests.testers.models import build
+
+EDM = NoiseSchedule.from_scheduler(EDMEulerScheduler())
+
+# iREPA
+
+
+def test_standardised_targets():
+    z = torch.randn(2, 9, 4, dtype=torch.float64)
+    for gamma in (0.0, 0.6, 1.0):
+        got = standardize_spatially(z, gamma)
+        for b in range(2):
+            for c in range(4):
+                row = z[b, :, c]
+                mean = sum(row.tolist()) / 9
+                std = math.sqrt(sum((v - mean) ** 2 for v in row.tolist()) / 8)
+                wanted = (row - gamma * mean) / (std + 1e-6)
+                assert torch.allclose(got[b, :, c], wanted)
+    assert standardize_spatially(z, 1.0).mean(1).abs().max() < 1e-12
+    assert bool((standardize_spatially(torch.full((1, 4, 2), 3.0), 1.0) == 0).all())
+    with pytest.raises(ValueError, match="N > 1"):
+        standardize_spatially(torch.ones(1, 1, 2))
+
+
+def test_irepa_as_an_option():
+    objective = REPAObjective(sit(), [teacher()], "blocks.1", **IREPA)
+    term = objective.terms["alignment"]
+    assert (term.weight, term.spatial_norm) == (1.0, 0.6)
+    assert isinstance(term.projectors[0].layers, nn.Conv2d)
+    assert term.projectors[0].layers.kernel_size == (3, 3)
+    out, _ = backward(objective, batch())
+    seen = {}
+    term.register_forward_hook(lambda module, args, output: seen.update(step=args[0]))
+    torch.manual_seed(0)
+    objective(batch())
+    step = seen["step"]
+    projected = term.projectors[0](step.layers["blocks.1"].values, (4, 4))
+    target = standardize_spatially(step.teachers.tokens("teacher").values, 0.6)
+    cosine = nn.functional.cosine_similarity(projected, target, dim=-1)
+    assert out["alignment"].item() == pytest.approx(-cosine.mean().item(), abs=1e-6)
+
+
+# Dispersive loss
+
+
+def looped_dispersion(h, temperature):
+    total = 0.0
+    for one in h.double().flatten(1):
+        for other in h.double().flatten(1):
+            total += math.exp(-float((one - other).square().sum()) / (len(one) * temperature))
+    return math.log(total / len(h) ** 2)
+
+
+def test_the_dispersive_loss_equals_the_double_loop():
+    h = torch.randn(5, 4, 3)
+    for temperature in (0.25, 1.0):
+        assert dispersive_loss(h, temperature).item() == pytest.approx(looped_dispersion(h, temperature), abs=1e-6)
+    assert dispersive_loss(h[torch.randperm(5)]).item() == pytest.approx(dispersive_loss(h).item(), abs=1e-6)
+
+
+def test_bounds_of_the_dispersive_loss():
+    assert dispersive_loss(torch.ones(6, 3)).item() == pytest.approx(0, abs=1e-6)
+    assert dispersive_loss(1e3 * torch.randn(6, 3)).item() == pytest.approx(-math.log(6), abs=1e-5)
+    assert math.isfinite(dispersive_loss((torch.randn(4, 8) * 1e4).half()).item())
+
+
+def test_two_points_are_pushed_apart_along_their_difference():
+    h = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    dispersive_loss(h).backward()
+    difference = h.detach()[1] - h.detach()[0]
+    step = -h.grad
+    assert torch.allclose(step[1], -step[0])
+    assert float(step[1] @ difference) > 0
+    assert abs(float(step[1][0] * difference[1] - step[1][1] * difference[0])) < 1e-12
+
+
+def test_the_dispersive_term_needs_no_teacher():
+    objective = REPAObjective(sit(layers=8), terms=[DispersiveTerm()])
+    assert objective.terms["dispersive"].layer == "blocks.1"
+    out, grads = backward(objective, batch())
+    assert out["loss"].item() == pytest.approx((out["denoising"] + 0.5 * out["dispersive"]).item(), abs=1e-6)
+    assert grads["network.blocks.0.ff.net.2.weight"].abs().max() > 0
+    unet = REPAObjective(Denoiser.from_pipe(build("ddim")), terms=[DispersiveTerm("mid_block")])
+    assert unet(batch(2, 16))["dispersive"].item() < 0
+
+
+# HASTE
+
+
+class TinyTeacher(Encoder):
+    """Gives the attention that it is told."""
+
+    def attention(self, pixels, layers):
+        generator = torch.Generator().manual_seed(int(pixels.abs().sum() * 1000))
+        rows = torch.randn(len(layers), len(pixels), 3, 16, 16, generator=generator)
+        return list(rows.softmax(-1))
+
+
+def attention_teacher(stride=2):
+    encoder = teacher(stride)
+    return TinyTeacher(encoder.source, encoder.name)
+
+
+def test_attention_loss_equals_the_loop_and_is_least_at_the_target():
+    q, k = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    target = torch.randn(2, 2, 5, 5, dtype=torch.float64).softmax(-1)
+    total = 0.0
+    for b in range(2):
+        for head in range(2):
+            for row in range(5):
+                logits = [float(q[b, head, row] @ k[b, head, m]) / 2 for m in range(5)]
+                norm = math.log(sum(math.exp(v) for v in logits))
+                total -= sum(float(target[b, head, row, m]) * (logits[m] - norm) for m in range(5))
+    assert attention_alignment_loss(q, k, target).item() == pytest.approx(total / 20, abs=1e-10)
+    own = (q @ k.transpose(-1, -2) / 2).softmax(-1)
+    entropy = -(own * own.log()).sum(-1).mean().item()
+    assert attention_alignment_loss(q, k, own).item() == pytest.approx(entropy, abs=1e-10)
+    assert attention_alignment_loss(q + 0.1 * torch.randn_like(q), k, own).item() > entropy
+    with pytest.raises(ValueError, match="over 5 tokens, the teacher over 6"):
+        attention_alignment_loss(q, k, torch.ones(2, 2, 6, 6) / 6)
+
+
+def haste(stop=None, **changes):
+    term = AttentionAlignmentTerm(None, None, (0, 1), stop_step=stop)
+    return REPAObjective(
+        sit(layers=6, **changes), [attention_teacher()], None, 0.5, stop_step=stop, terms=[term], **SMALL
+    )
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_attention_that_is_aligned_is_the_networks_own(qk_norm):
+    objective = haste(qk_norm=qk_norm)
+    assert objective.tap.attentions == ("blocks.0.attn", "blocks.1.attn")
+    noisy = objective.noised(batch())
+    _, step = objective.observe(noisy)
+    inputs = objective.denoiser.network_inputs(noisy.x_t, noisy.level, noisy.condition)
+    with capture_attention(objective.network, list(objective.tap.attentions), heads=None) as tape:
+        objective.network(**inputs)
+    for path, (query, key) in step.attention.items():
+        own = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        assert torch.allclose(own, tape[path], atol=1e-6)
+
+
+def test_haste_ends_both_losses():
+    objective = haste(stop=3)
+    plain = REPAObjective(sit(layers=6))
+    out, grads = backward(objective, batch())
+    assert grads["network.blocks.0.attn.to_q.weight"].abs().max() > 0
+    total = out["denoising"] + 0.5 * out["alignment"] + 0.5 * out["attention"]
+    assert out["loss"].item() == pytest.approx(total.item(), abs=1e-6)
+    objective.on_step_end(2, None)
+    assert "attention" in objective(batch())
+    objective.on_step_end(3, None)
+    out, grads = backward(objective, batch())
+    assert sorted(out) == ["denoising", "loss"]
+    wanted, plain_grads = backward(plain, batch())
+    assert torch.equal(out["loss"], wanted["loss"])
+    assert all(torch.equal(grads[name], plain_grads[name]) for name in plain_grads)
+    rest = {name: grad for name, grad in grads.items() if name not in plain_grads}
+    assert rest  # DDP waits for a gradient of every parameter
+    assert all(bool((grad == 0).all()) for grad in rest.values())
+
+
+def test_attention_of_other_families():
+    term = AttentionAlignmentTerm(None, ["transformer_blocks.1.attn1"], (0,))
+    denoiser = Denoiser.from_pipe(build("dit"))
+    objective = REPAObjective(denoiser, [attention_teacher(4)], "transformer_blocks.1", terms=[term], **SMALL)
+    with pytest.raises(ValueError, match="over 64 tokens, the teacher over 16"):
+        objective(batch(2, 32))
+    with pytest.raises(ValueError, match="cannot be aligned: it joins two streams"):
+        REPAObjective(
+            Denoiser.from_pipe(build("sd3")),
+            [attention_teacher()],
+            "transformer_blocks.0",
+            match_grid="interpolate_teacher",
+            terms=[AttentionAlignmentTerm(None, ["transformer_blocks.0.attn"], (0,))],
+        )
+
+
+def test_attention_needs_a_teacher_with_as_many_layers():
+    with pytest.raises(ValueError, match="no encoder None among none"):
+        REPAObjective(sit(), terms=[AttentionAlignmentTerm()])
+    with pytest.raises(ValueError, match=r"1 layers .* and 2 teacher_layers"):
+        REPAObjective(
+            sit(), [attention_teacher()], terms=[AttentionAlignmentTerm(None, ["blocks.0.attn"], (0, 1))], **SMALL
+        )
+    objective = haste()
+    with pytest.raises(ValueError, match="neither pixel_values"):
+        objective.check_batch({"class_labels": torch.tensor([1]), "features": {"teacher": torch.zeros(1, 16, 6)}})
+
+
+# SRA
+
+
+def averaged(objective, change=0.0):
+    """Stands for the moving average of the loop."""
+    shadow = {f"network.{name}": value.detach() + change for name, value in objective.network.named_parameters()}
+    return types.SimpleNamespace(shadow=shadow)
+
+
+def test_self_alignment_is_0_with_itself():
+    term = SelfAlignmentTerm("blocks.1", "blocks.1", max_shift=0.0, projector_dim=0)
+    objective = REPAObjective(sit(), terms=[term])
+    assert objective(batch())["self_alignment"].item() < 1e-10
+    objective.on_step_end(1, averaged(objective))
+    assert objective(batch())["self_alignment"].item() < 1e-10
+    objective.on_step_end(2, averaged(objective, 0.1))
+    assert objective(batch())["self_alignment"].item() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_self_alignment_by_hand(schedule):
+    term = SelfAlignmentTerm("blocks.0", "blocks.2", projector_dim=8)
+    objective = REPAObjective(sit(schedule), terms=[term], label_dropout=0.5)
+    objective.on_step_end(1, averaged(objective, 0.05))
+    torch.manual_seed(3)
+    noisy = objective.noised(batch())
+    state = torch.get_rng_state()
+    _, step = objective.observe(noisy)
+    loss = term(step)
+    torch.set_rng_state(state)
+    time = noisy.level.timestep.double() / 1000
+    earlier = (time - 0.2 * torch.rand(3, dtype=torch.float64)).clamp(0, 1) * 1000
+    level = schedule.resolve(earlier)
+    x_t = level.alpha.view(-1, 1, 1, 1) * noisy.x0 + level.sigma.view(-1, 1, 1, 1) * noisy.noise
+    twin = copy.deepcopy(objective.network).eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter += 0.05
+        with capture(twin, "blocks.2", stop_early=False) as tape:
+            twin(x_t, level.timestep.float(), **noisy.condition)
+    difference = (term.projector(step.layers["blocks.0"].values, (4, 4)) - tape["blocks.2"]).abs()
+    wanted = torch.where(difference < 0.05, difference**2 / 0.1, difference - 0.025).mean()
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_the_teacher_is_the_average_and_no_part_of_the_state():
+    objective = REPAObjective(sit(), terms=[SelfAlignmentTerm(projector_dim=8)])
+    term = objective.terms["self_alignment"]
+    assert (term.layer, term.teacher_layer) == ("blocks.0", "blocks.2")
+    assert not [key for key in objective.state_dict() if "teacher" in key]
+    frozen = objective.frozen["self-alignment-teacher"]
+    objective.train()
+    assert not frozen.training
+    average = averaged(objective, 0.25)
+    objective.on_step_end(5, average)
+    assert all(torch.equal(value, average.shadow[f"network.{name}"]) for name, value in frozen.named_parameters())
+    _, grads = backward(objective, batch())
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    assert grads["terms.self_alignment.projector.layers.0.weight"].abs().max() > 0
+    with pytest.raises(ValueError, match="moving average"):
+        objective.on_step_end(6, None)
+    adapters = {**average.shadow, "network.blocks.0.attn.to_q.lora_A.default.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match="LoRA"):
+        objective.on_step_end(6, types.SimpleNamespace(shadow=adapters))
+
+
+def test_less_noisy_times():
+    level = LINEAR.resolve(torch.tensor([50.0, 500.0, 1000.0]).repeat(200))
+    earlier = less_noisy(level, LINEAR, 0.2, torch.Generator().manual_seed(0)).timestep
+    assert bool((earlier <= level.timestep).all())
+    assert bool((earlier >= (level.timestep - 200).clamp(min=0)).all())
+    assert float((level.timestep - earlier)[1::3].max()) > 190
+    table = Denoiser.from_pipe(build("ddim")).schedule
+    whole = less_noisy(table.resolve(torch.tensor([300.0, 900.0])), table, 0.2).timestep.double()
+    assert torch.equal(whole, whole.round())
+    with pytest.raises(ValueError, match="no time in"):
+        less_noisy(EDM.resolve(0.2), EDM, 0.2)
+    with pytest.raises(ValueError, match="no time in"):
+        REPAObjective(sit(EDM), terms=[SelfAlignmentTerm(projector_dim=8)])
+
+
+# The recipe
+
+
+def test_the_recipe_builds_all_of_it():
+    config = REPAConfig(
+        encoder=["x"], repa_layer="blocks.1", projector_dim=16, dispersive_weight=0.25, haste_weight=0.5,
+        haste_layers=["blocks.0.attn"], haste_teacher_layers=[0], sra_weight=0.1, repa_stop_step=7, spatial_norm=0.6,
+        time_sampling="lognormal", label_dropout=0.3,
+    )  # fmt: skip
+    objective = build_repa(sit(), [attention_teacher()], config)
+    assert list(objective.terms) == ["alignment", "dispersive", "attention", "self_alignment"]
+    assert {name: term.stop_step for name, term in objective.each_term()} == {
+        "alignment": 7, "dispersive": None, "attention": 7, "self_alignment": None,
+    }  # fmt: skip
+    assert objective.label_dropout == 0.3
+    assert objective.time_sampling.kind == "lognormal"
+    out, _ = backward(objective, batch())
+    weights = {"denoising": 1, "alignment": 0.5, "dispersive": 0.25, "attention": 0.5, "self_alignment": 0.1}
+    assert out["loss"].item() == pytest.approx(sum(weights[k] * out[k].item() for k in weights), abs=1e-5)
+    assert list(build_repa(sit(), []).terms) == []
+
+
+def test_the_recipe_is_read_by_the_parser():
+    from transformers import HfArgumentParser
+
+    flags = ["--encoder", "a", "b", "--match_grid", "pool_student", "--spatial_norm", "0.6", "--sra_weight", "0.2"]
+    (config,) = HfArgumentParser(REPAConfig).parse_args_into_dataclasses(flags)
+    assert config.encoder == ["a", "b"]
+    assert (config.match_grid, config.spatial_norm, config.repa_layer) == ("pool_student", 0.6, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"haste_weight": 0.5}, "need a teacher"),
+        ({"repa_coefficient": -1.0}, "`repa_coefficient` must not be negative"),
+        ({"label_dropout": 1.5}, "is a probability"),
+        ({"time_sampling": "normal"}, "expected one of"),
+        ({"projector_dim": 0}, "`projector_dim` must be positive"),
+    ],
+)
+def test_a_bad_recipe(options, message):
+    with pytest.raises(ValueError, match=message):
+        REPAConfig(**options)
