@@ -160,12 +160,13 @@ def _norm(kind: str, width: int) -> nn.Module:
 
 def _normalized(norm: nn.Module, value: Tensor) -> Tensor:
     """In the dtype of `value`, whatever that of the norm."""
-    state = {name: tensor.to(value.dtype) for name, tensor in norm.state_dict(keep_vars=True).items()}
-    if all(state[name] is tensor for name, tensor in norm.state_dict(keep_vars=True).items()):
+    own = {name: tensor for name, tensor in norm.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+    if all(tensor.dtype == value.dtype for tensor in own.values()):
         return norm(value)
     if isinstance(norm, nn.BatchNorm1d) and norm.training:
         raise ValueError("A JointHead with norm='batch' is trained in float32: its running statistics need it.")
-    return torch.func.functional_call(norm, state, (value,))
+    cast = {name: tensor.to(value.dtype) for name, tensor in own.items()}
+    return torch.func.functional_call(norm, cast, (value,))
 
 
 def _linear(layer: nn.Linear, value: Tensor) -> Tensor:

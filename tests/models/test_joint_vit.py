@@ -1,0 +1,242 @@
+"""The joint vision transformer: its clean and its noisy path, patches, sizes; what the package reads of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+
+from diffusers_repr import FeatureExtractor
+from diffusers_repr.denoiser import Denoiser, list_layers
+from diffusers_repr.models import JointViTModel
+from diffusers_repr.models.joint_vit import patchify, unpatchify
+
+TINY = {
+    "sample_size": (8, 4),
+    "patch_size": 2,
+    "in_channels": 2,
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_classes": 3,
+}
+TIME = ("time_embed.", ".modulation.")
+
+
+def tiny(moved=True, seed=0, **changes) -> JointViTModel:
+    torch.manual_seed(seed)
+    model = JointViTModel(**TINY | changes).double().eval()
+    if moved:  # away from the zeros that the time path starts at
+        with torch.no_grad():
+            for block in model.blocks:
+                block.modulation.weight.normal_(std=0.3)
+                block.modulation.bias.normal_(std=0.3)
+    return model
+
+
+def images(*size, seed=1):
+    return torch.randn(3, 2, *(size or (8, 4)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def is_time(name):
+    return name.startswith(TIME[0]) or TIME[1] in name
+
+
+def test_the_clean_path_has_no_part_of_the_time_path():
+    model, x = tiny(), images()
+    out = model(x)
+    F.cross_entropy(out.logits, torch.tensor([0, 1, 2])).backward()
+    parameters = dict(model.named_parameters())
+    assert all(p.grad is None for name, p in parameters.items() if is_time(name) or name.startswith("proj_out"))
+    assert all(
+        float(p.grad.abs().sum()) > 0
+        for name, p in parameters.items()
+        # the mean of keys over a softmax cancels their bias
+        if not is_time(name) and not name.startswith("proj_out") and not name.endswith("to_k.bias")
+    )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            if is_time(name):
+                p.fill_(float("nan"))
+        again = model(x)
+    assert torch.equal(again.logits, out.logits)
+    assert torch.equal(again.sample, out.sample)
+    assert model(x, 5).sample.isnan().all()
+
+
+@pytest.mark.parametrize("modulation", ["token", "channel"])
+def test_a_new_network_is_the_same_with_and_without_a_timestep(modulation):
+    model, x = tiny(moved=False, modulation=modulation), images()
+    with torch.no_grad():
+        plain, timed = model(x), model(x, torch.tensor([0, 400, 999]))
+    assert torch.equal(plain.sample, timed.sample)
+    assert torch.equal(plain.logits, timed.logits)
+    moved = tiny(modulation=modulation)
+    with torch.no_grad():
+        assert (moved(x, 100).sample - moved(x, 900).sample).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("modulate_mlp", [False, True])
+@pytest.mark.parametrize("modulation", ["token", "channel"])
+def test_equals_the_formulas_written_out(modulation, modulate_mlp):
+    """By plain matrix products, one token path at a time."""
+    model, x = tiny(modulation=modulation, modulate_mlp=modulate_mlp), images()
+    times = torch.tensor([3.0, 250.5, 999.0])
+    state = model.state_dict()
+
+    def affine(name, value):
+        return value @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, value):
+        value = value - value.mean(-1, keepdim=True)
+        value = value / (value.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return value * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    width = 9 if modulation == "token" else 16
+    rates = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float32) / (width // 2))
+    waves = times[:, None] * rates
+    waves = torch.cat([waves.cos(), waves.sin(), torch.zeros(3, width % 2)], dim=1).double()
+    temb = affine("time_embed.linear_2", F.silu(affine("time_embed.linear_1", waves)))
+    h = torch.stack([
+        x[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].permute(0, 2, 3, 1).reshape(3, -1)
+        for r in range(4) for c in range(2)
+    ], dim=1)  # fmt: skip
+    h = affine("patch_embed", h)
+    h = torch.cat([state["class_token"].expand(3, 1, 16), h], dim=1) + state["positions"]
+    for i in range(2):
+        scale, shift = affine(f"blocks.{i}.modulation", F.silu(temb)).split(width, dim=1)
+        axes = (slice(None), slice(None), None) if modulation == "token" else (slice(None), None)
+        h = h * (1 + scale[axes]) + shift[axes]
+        normed = norm(f"blocks.{i}.norm1", h)
+        q, k, v = (
+            affine(f"blocks.{i}.attn.to_{name}", normed).unflatten(-1, (2, 8)).transpose(1, 2) for name in "qkv"
+        )
+        mixed = (q @ k.transpose(2, 3) / 8**0.5).softmax(-1) @ v
+        h = h + affine(f"blocks.{i}.attn.to_out.0", mixed.transpose(1, 2).flatten(2))
+        if modulate_mlp:
+            h = h * (1 + scale[axes]) + shift[axes]
+        hidden = F.gelu(affine(f"blocks.{i}.ff.net.0.proj", norm(f"blocks.{i}.norm2", h)))
+        h = h + affine(f"blocks.{i}.ff.net.2", hidden)
+    with torch.no_grad():
+        out = model(x, times)
+    close = {"rtol": 1e-5, "atol": 1e-5}  # the time's waves are float32
+    torch.testing.assert_close(out.logits, affine("classifier.1", norm("classifier.0", h[:, 0])), **close)
+    want = affine("proj_out", h[:, 1:])
+    for place in range(8):
+        r, c = place // 2, place % 2
+        got = out.sample[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].permute(0, 2, 3, 1).reshape(3, -1)
+        torch.testing.assert_close(got, want[:, place], **close)
+
+
+@pytest.mark.parametrize("modulation", ["token", "channel"])
+def test_order_of_patches_matters_through_positions_and_token_modulation_alone(modulation):
+    model = tiny(modulation=modulation)
+    with torch.no_grad():
+        model.positions.zero_()
+    x, order = images(), torch.tensor([3, 1, 0, 2, 7, 5, 6, 4])
+
+    def shuffled(value):
+        return unpatchify(patchify(value, 2)[:, order], (4, 2), 2)
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(shuffled(x)).sample, shuffled(model(x).sample))
+        torch.testing.assert_close(model(shuffled(x)).logits, model(x).logits)
+        off = (model(shuffled(x), 300).sample - shuffled(model(x, 300).sample)).abs().max()
+    assert off > 1e-2 if modulation == "token" else off < 1e-12
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 4), (2, 6)])
+def test_patches_there_and_back(height, width):
+    x = images(height, width)
+    patches = patchify(x, 2)
+    assert patches.shape == (3, height * width // 4, 8)
+    assert torch.equal(unpatchify(patches, (height // 2, width // 2), 2), x)
+    # the last patch of the first row: rows, columns, channels
+    want = [float(x[0, c, r, width - 2 + k]) for r in range(2) for k in range(2) for c in range(2)]
+    assert patches[0, width // 2 - 1].tolist() == want
+
+
+def test_the_papers_size():
+    with torch.device("meta"):
+        model = JointViTModel()
+    assert model.num_parameters() == pytest.approx(11.19e6, rel=0.01)
+    assert sum(p.numel() for p in model.blocks[0].modulation.parameters()) == 33_930  # (4 65 + 1) 2 65
+    with torch.device("meta"):
+        large = JointViTModel(sample_size=96, patch_size=4)
+        free = JointViTModel(sample_size=96, patch_size=4, modulation="channel")
+    assert sum(p.numel() for p in large.blocks[0].modulation.parameters()) == 2_664_586  # 24^2 + 1 tokens
+    assert sum(p.numel() for p in free.blocks[0].modulation.parameters()) == 295_680
+
+
+def test_other_sizes():
+    free, fixed = tiny(modulation="channel"), tiny()
+    x = images(12, 6)
+    with torch.no_grad():
+        out = free(x, 10)
+    assert out.sample.shape == x.shape
+    assert out.logits.shape == (3, 3)
+    with pytest.raises(ValueError, match=r"\(B, 2, 8, 4\); modulation='channel' takes other sizes; got \(3, 2, 12, 6"):
+        fixed(x)
+    for wrong in (x[:, :1], x[0], x[..., :5]):
+        with pytest.raises(ValueError, match=r"takes x_t \(B, 2, H, W\)"):
+            free(wrong)
+    with pytest.raises(ValueError, match="2 timesteps for 3 samples"):
+        free(x, torch.tensor([1, 2]))
+
+
+def test_without_classes():
+    model = tiny(num_classes=0)
+    sample, logits = model(images(), 3, return_dict=False)
+    assert sample.shape == (3, 2, 8, 4)
+    assert logits is None
+
+
+def test_bad_settings():
+    for settings, message in (
+        ({"sample_size": 9}, "multiples of patch_size 2"),
+        ({"hidden_size": 15}, "of num_attention_heads 2"),
+        ({"modulation": "head"}, "one of token, channel"),
+        ({"num_classes": -1}, "at least 0"),
+        ({"id2label": ["a"]}, "must name the ids 0 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            JointViTModel(**TINY | settings)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = tiny(id2label=["a", "b", "c"]).float()
+    model.save_pretrained(tmp_path)
+    again = JointViTModel.from_pretrained(tmp_path)
+    assert again.labels == ["a", "b", "c"]
+    assert dict(again.config)["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    x = images().float()
+    assert torch.equal(again(x, 3).sample, model(x, 3).sample)
+    assert tiny().labels == ["0", "1", "2"]
+
+
+def test_checkpointing_changes_no_gradient():
+    grads = []
+    for on in (False, True):
+        model = tiny()
+        if on:
+            model.enable_gradient_checkpointing()
+        out = model(images(), 20)
+        (out.sample.square().sum() + out.logits.square().sum()).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_what_the_package_reads():
+    model = tiny().float()
+    denoiser = Denoiser(model, DDPMScheduler())
+    layers = {layer.path: layer for layer in list_layers(denoiser)}
+    assert layers["blocks.1"].grid == (4, 2)
+    assert layers["blocks.1"].text_tokens == 1
+    assert layers["proj_out"].text_tokens == 0
+    found = FeatureExtractor(denoiser, ["blocks.0", "proj_out"], 261)(torch.rand(3, 2, 8, 4))
+    assert found.features["blocks.0"].shape == (3, 9, 16)
+    assert found.as_map("blocks.0").shape == (3, 16, 4, 2)
+    assert torch.equal(found.as_map("blocks.0").flatten(2).mT, found.features["blocks.0"][:, 1:])
+    x = torch.randn(2, 2, 8, 4)
+    assert torch.equal(denoiser.predict(x, 7).eps, model(x, torch.tensor([7, 7])).sample)
+    with pytest.raises(ValueError, match="takes no class_labels"):
+        denoiser.condition(class_labels=[1], batch=2)
