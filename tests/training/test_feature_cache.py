@@ -8,7 +8,12 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from diffusers_repr import Denoiser
 from diffusers_repr.encoders import Encoder
+from diffusers_repr.models import SiTTransformer2DModel
+from diffusers_repr.noise import NoiseSchedule
+from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.training.cache_writer import CacheSettings
 from diffusers_repr.training.data import load_train_data
 from diffusers_repr.training.data_config import DataConfig
@@ -161,3 +166,40 @@ def test_an_unfinished_cache_is_told(tmp_path):
 def test_names_of_encoders_as_folders(tmp_path):
     assert encoder_folder(tmp_path, "up_blocks.1@261").name == "up_blocks.1@261"
     assert encoder_folder(tmp_path, "../other").parent == tmp_path
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_losses_of_a_run_are_the_same(tmp_path, stored):
+    """Loss and gradients of REPA on latents and features from the caches, and on images, from one seed."""
+    vae, encoder = make_vae(), teacher("a")
+    cache_latents(vae, load(), tmp_path / "latents", EXACT)
+    cache = cache_features(encoder, load(random_flip=True), tmp_path / "features", EXACT)
+    about = cache.manifest["about"]
+    stand_in = CachedFeatures("a", 6, tuple(about["grid"]), about["fingerprint"])
+    places = {"latents_dir": str(tmp_path / "latents"), "features_dir": str(tmp_path / "features")}
+    seen = []
+    for data, teachers in (
+        (load(random_flip=True), [encoder]),
+        (load(random_flip=True, vae=vae, encoders=[stand_in if stored else encoder], **places),
+         [stand_in if stored else encoder]),
+    ):  # fmt: skip
+        model = SiTTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            hidden_size=16,
+            num_attention_heads=2,
+            num_classes=3,
+        )
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 0, 0.2, generator=generator)
+        denoiser = Denoiser(model, schedule=NoiseSchedule("flow", "velocity"), vae=vae)
+        torch.manual_seed(1)
+        objective = REPAObjective(denoiser, teachers, "blocks.0", projector_dim=8)
+        torch.manual_seed(2)
+        out = objective(data.on_device(default_collate([data[i] for i in (5, 2, 3, 1)])))
+        out["loss"].backward()
+        seen.append((out, {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(*seen, atol=1e-5, rtol=1e-4)
