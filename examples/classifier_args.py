@@ -6,11 +6,11 @@ import json
 from typing import Literal
 
 import yaml
-from training_args import check_keys, parse_settings
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.hub import is_repo_id
 from diffusers_repr.models import NoisyClassifier
+from diffusers_repr.training.recipe import check_keys, parse_recipe
 
 # Arguments of NoisyClassifier that base and data decide.
 GIVEN = ("in_channels", "num_classes", "sample_size", "num_train_timesteps", "noise_schedule", "base_model",
@@ -89,4 +89,4 @@ class ClassifierArgs:
 
 
 def parse_args(argv: list[str], description: str | None = None) -> ClassifierArgs:
-    return parse_settings(ClassifierArgs, argv, description)
+    return parse_recipe([ClassifierArgs], argv, description)[0]

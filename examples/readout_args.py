@@ -6,11 +6,11 @@ import json
 from typing import Literal
 
 import yaml
-from training_args import check_keys, parse_settings
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead
 from diffusers_repr.hub import is_repo_id
+from diffusers_repr.training.recipe import check_keys, parse_recipe
 
 HEADS: dict[str, type[MapHead]] = {
     "spatial": ReadoutHead,
@@ -104,4 +104,4 @@ class ReadoutArgs:
 
 
 def parse_args(argv: list[str], description: str | None = None) -> ReadoutArgs:
-    return parse_settings(ReadoutArgs, argv, description)
+    return parse_recipe([ReadoutArgs], argv, description)[0]

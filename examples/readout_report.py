@@ -7,11 +7,11 @@ from image_batches import load_split
 from readout_args import ReadoutArgs
 from readout_data import ReadoutRows, labels_of, noisy_features
 from torch.utils.data import DataLoader
-from train_unconditional import reseed
 
 from diffusers_repr import Denoiser
 from diffusers_repr.heads import MapHead
 from diffusers_repr.hub import atomic_write, is_repo_id, model_card
+from diffusers_repr.training.seeds import reseed
 
 
 @torch.no_grad()

@@ -25,15 +25,16 @@ from classifier_args import ClassifierArgs, parse_args
 from classifier_base import Base, add_up, averages, class_names, load_images
 from huggingface_hub import get_token
 from image_batches import LabelledImages, augment, batch_indices
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from train_unconditional import find_checkpoint, learning_rate, list_checkpoints, read_log, reseed
 
 from diffusers_repr.denoiser.vae import encode_latents
-from diffusers_repr.hub import HubError, Metric, atomic_folder, is_repo_id, model_card, push_folder, write_json
+from diffusers_repr.hub import HubError, Metric, is_repo_id, model_card, push_folder, write_json
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
+from diffusers_repr.training.checkpoints import find_checkpoint, read_state, read_tensors, save_checkpoint
+from diffusers_repr.training.logs import read_log
+from diffusers_repr.training.seeds import learning_rate, reseed
 
 PUSHED = ("config.json", "diffusion_pytorch_model*", "README.md", "loss.jsonl", "evaluation.json")
 
@@ -64,23 +65,25 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint, whole or not at all; drop the oldest ones."""
         if self.accelerator.is_main_process:
-            with atomic_folder(Path(self.args.output_dir) / f"checkpoint-{self.step_count:08d}") as folder:
-                save_file(self.accelerator.unwrap_model(self.model).state_dict(), folder / "model.safetensors")
-                scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
-                torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
-                state = {"step": self.step_count, "sums": self.sums.tolist(), "identity": self.identity}
-                write_json(folder / "state.json", state)
-            for old in list_checkpoints(self.args.output_dir)[: -self.args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            moments = self.optimizer.state_dict()["state"]
+            optimizer = {f"{i}/{key}": value for i, state in moments.items() for key, value in state.items()}
+            tensors = {"model": self.accelerator.unwrap_model(self.model).state_dict(), "optimizer": optimizer}
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+            state = {"sums": self.sums.tolist(), "scaler": scaler, "identity": self.identity}
+            keep = self.args.checkpoints_total_limit
+            save_checkpoint(self.args.output_dir, self.step_count, tensors, state, keep)
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        self.accelerator.unwrap_model(self.model).load_state_dict(load_file(folder / "model.safetensors"))
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.accelerator.unwrap_model(self.model).load_state_dict(read_tensors(folder, "model"))
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for path, value in read_tensors(folder, "optimizer").items():
+            place, key = path.split("/")
+            moments.setdefault(int(place), {})[key] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        state = read_state(folder)
         if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        state = json.loads((folder / "state.json").read_text())
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step_count, self.sums = state["step"], torch.tensor(state["sums"], dtype=torch.float64)
 
     def step(self, pixels: torch.Tensor, labels: torch.Tensor) -> float:
@@ -134,7 +137,7 @@ def train(args: ClassifierArgs) -> None:
     if held_out and class_names(held_out, args) != class_names(data, args):
         raise ValueError(f"The splits {args.dataset_split!r} and {args.eval_split!r} have other classes.")
     run = Run(args, accelerator, base, data)
-    checkpoint = find_checkpoint(args, run.identity)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, run.identity)
     if checkpoint:
         run.load(checkpoint)
     if run.step_count > args.max_train_steps:

@@ -33,7 +33,6 @@ from readout_data import ReadoutRows, labels_of, noisy_features
 from readout_report import evaluate, save_heads
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from train_unconditional import read_log, reseed
 
 from diffusers_repr import Denoiser
 from diffusers_repr.heads import (
@@ -46,6 +45,8 @@ from diffusers_repr.heads import (
 )
 from diffusers_repr.hub import push_folder
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.training.logs import read_log
+from diffusers_repr.training.seeds import reseed
 
 Batch = dict[str, torch.Tensor]
 

@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -41,15 +41,21 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
     given: list[str] = []
     if known.config:
         recipe = read_recipe(known.config)
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
         check_keys(known.config, recipe, names)
         for key, value in recipe.items():
-            if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+            if isinstance(value, list) and _is_list(hints[key]):
                 given += [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
             elif value is not None:  # null leaves the default
                 given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     full = HfArgumentParser(cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False)
     return full.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)[: len(kinds)]
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a setting takes several values in a flag; a list for any other kind is JSON."""
+    return any(get_origin(part) is list for part in (hint, *get_args(hint)))
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
