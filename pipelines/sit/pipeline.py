@@ -25,6 +25,7 @@ from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_
 from torch import Tensor
 
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
+from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.sit import SiTTransformer2DModel
 
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
@@ -45,7 +46,7 @@ class SiTPipelineOutput(BaseOutput):
     class_labels: Tensor | None = None
 
 
-class SiTPipeline(DiffusionPipeline):
+class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
     """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) in latent or pixel space.
 
     Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and `FlowMatchSDEScheduler` of

@@ -1,0 +1,101 @@
+"""Pipelines of this package by folder and Hub id, where diffusers alone would not load them."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from diffusers_repr.hub.errors import hub_errors
+from diffusers_repr.hub.files import read_json
+from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.push import check_pipeline_file
+
+# Of diffusers' own arguments, those that say where files come from.
+_DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+class OwnComponentsMixin:
+    """Base, before `DiffusionPipeline`, of a pipeline with components of this package.
+
+    diffusers refuses to download a repository whose `model_index.json` names a class outside of diffusers and
+    transformers, even one that is imported already. With this base `from_pretrained("user/name")` loads it as it loads
+    a folder.
+    """
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Download the files of all components.
+
+        Args:
+            pretrained_model_name: Hub id.
+            **kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`; others are for diffusers'
+                own download and not used.
+
+        Returns:
+            The folder in the Hub's cache.
+
+        Raises:
+            ValueError: For what is no Hub id.
+            HubError: If the Hub or the repository cannot be read.
+        """
+        options = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None}
+        revision = kwargs.get("revision")
+        with hub_errors("load", pretrained_model_name, revision=revision):
+            index = snapshot_download(
+                pretrained_model_name, revision=revision, allow_patterns=["model_index.json"], **options
+            )
+            named = [name for name, value in read_json(Path(index) / "model_index.json").items() if _is_given(value)]
+            # A training run leaves more in its folder than the pipeline.
+            patterns = ["model_index.json", *(f"{name}/*" for name in named)]
+            return snapshot_download(pretrained_model_name, revision=revision, allow_patterns=patterns, **options)
+
+
+def own_pipeline_class(folder_or_id: str, revision: str | None = None, token: str | None = None) -> Any | None:
+    """Class of this package that a pipeline folder or Hub id is of, to call `from_pretrained` of.
+
+    Args:
+        folder_or_id: With a `model_index.json`.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+
+    Returns:
+        The class; None where `model_index.json` names none of ours, so that `DiffusionPipeline` loads it.
+
+    Raises:
+        FileNotFoundError, ValueError, HubError: As `load_json_config`.
+    """
+    name = load_json_config(folder_or_id, "model_index.json", revision, token).get("_class_name")
+    for file in pipeline_files():
+        if isinstance(name, str) and f"class {name}(" in file.read_text("utf-8") and check_pipeline_file(file) == name:
+            return getattr(importlib.import_module(f"diffusers_repr.pipelines.{file.parent.name}.pipeline"), name)
+    return None
+
+
+def _is_given(component: Any) -> bool:
+    """Whether an entry of `model_index.json` is a component that is there: `[library, class]`."""
+    return isinstance(component, list) and len(component) == 2 and component[0] is not None
+
+
+def pipeline_files() -> list[Path]:
+    """`pipeline.py` of every pipeline of this package, in a clone and in an installation alike, by name.
+
+    Example:
+        >>> [file.parent.name for file in pipeline_files()][0]
+        'feature_extraction'
+    """
+    package = importlib.import_module("diffusers_repr.pipelines")
+    return sorted(Path(package.__path__[0]).glob("*/pipeline.py"))
+
+
+def scheduler_files() -> list[Path]:
+    """The file of every scheduler of this package, by name.
+
+    Example:
+        >>> [file.stem for file in scheduler_files()]
+        ['scheduling_flow_match_ode', 'scheduling_flow_match_sde']
+    """
+    package = importlib.import_module("diffusers_repr.schedulers_ext")
+    return sorted(Path(package.__path__[0]).glob("scheduling_*.py"))
