@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("early_exit", "hooks", "extraction", "selection", "memory", "readout", "pag", "guide_overhead")
+NAMES = ("early_exit", "hooks", "extraction", "selection", "memory", "readout", "pag", "guide_overhead", "cknna")
 
 
 def main() -> int:
