@@ -7,8 +7,10 @@ from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.dispersive import DispersiveTerm
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
 from diffusers_repr.objectives.irepa import IREPA
+from diffusers_repr.objectives.reg import ClassTokenHead, REGObjective, sample_with_class_token
 from diffusers_repr.objectives.repa import REPAObjective
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
+from diffusers_repr.objectives.repa_e import REPAEObjective
 from diffusers_repr.objectives.sra import SelfAlignmentTerm
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.terms import Term
@@ -20,11 +22,14 @@ __all__ = [
     "AttentionAlignmentTerm",
     "Batch",
     "CachedFeatures",
+    "ClassTokenHead",
     "DiffusionObjective",
     "DispersiveTerm",
     "NoisyBatch",
     "Objective",
+    "REGObjective",
     "REPAConfig",
+    "REPAEObjective",
     "REPAObjective",
     "SelfAlignmentTerm",
     "Term",
@@ -32,5 +37,6 @@ __all__ = [
     "alignment_loss",
     "build_repa",
     "repa_layer",
+    "sample_with_class_token",
     "weighted_sum",
 ]

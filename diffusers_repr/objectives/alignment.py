@@ -110,8 +110,13 @@ class AlignmentTerm(Term):
         losses = []
         for name, projector in zip(self.names, self.projectors, strict=True):
             student, target = self.matched(step.layers[self.layer], step.teachers.tokens(name), name)
-            values = student.values.to(floating_dtype(projector))  # a network in half precision, without autocast
-            losses.append(alignment_loss(projector(values, student.grid), target))
+            dtype = floating_dtype(projector)  # a network in half precision, without autocast
+            projected = projector(student.values.to(dtype), student.grid)
+            if student.class_token is not None:
+                own = projector(student.class_token.to(dtype)[:, None], (1, 1))
+                projected = torch.cat([projected, own], dim=1)
+                target = torch.cat([target, widen(step.teachers.global_features(name))[:, None]], dim=1)
+            losses.append(alignment_loss(projected, target))
         return torch.stack(losses).mean()
 
     def matched(self, student: Tokens, teacher: Tokens, name: str) -> tuple[Tokens, Tensor]:

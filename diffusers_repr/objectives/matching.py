@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -22,10 +22,12 @@ class Tokens:
     Attributes:
         values: `(B, h * w, D)`, row by row.
         grid: `(h, w)`.
+        class_token: `(B, D)`, where the sequence has one besides (REG).
     """
 
     values: Tensor
     grid: tuple[int, int]
+    class_token: Tensor | None = None
 
     def as_map(self) -> Tensor:
         """`(B, D, h, w)`."""
@@ -96,7 +98,10 @@ def pool_tokens(tokens: Tokens, grid: tuple[int, int]) -> Tokens:
         >>> pool_tokens(Tokens(torch.tensor([[[1.0], [3.0]]]), (1, 2)), (1, 1)).values
         tensor([[[2.]]])
     """
-    return tokens if tokens.grid == grid else Tokens.from_map(F.adaptive_avg_pool2d(tokens.as_map(), grid))
+    if tokens.grid == grid:
+        return tokens
+    pooled = Tokens.from_map(F.adaptive_avg_pool2d(tokens.as_map(), grid))
+    return replace(pooled, class_token=tokens.class_token)
 
 
 def interpolate_tokens(tokens: Tokens, grid: tuple[int, int]) -> Tokens:

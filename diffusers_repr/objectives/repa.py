@@ -133,24 +133,33 @@ class REPAObjective(DiffusionObjective):
         """`loss`, and unweighted `denoising` and each term: the loss is exactly their weighted sum."""
         return self.combine(*self.observe(self.noised(batch)))
 
-    def observe(self, noisy: NoisyBatch) -> tuple[dict[str, Tensor], Step]:
+    def observe(self, noisy: NoisyBatch, teachers: Teachers | None = None) -> tuple[dict[str, Tensor], Step]:
         """Run the network on a noisy batch.
 
+        Args:
+            noisy: From `noised`.
+            teachers: Of this batch, where the caller has them already.
+
         Returns:
-            The terms that the network's output gives, unweighted, and what further terms may look at.
+            The losses that the network's output gives, unweighted, and what terms may look at.
         """
         with self.tap.recording() as seen:
             prediction = self.predict(noisy)
         size = (noisy.x0.shape[2], noisy.x0.shape[3])
-        stride = self.denoiser.stride
         step = Step(
             noisy,
             prediction,
             {path: self.layer_tokens(path, seen[path], size) for path in self.tap.layers},
-            {path: seen[path] for path in self.tap.attentions},
-            Teachers(self.encoders, noisy.batch, (size[0] * stride, size[1] * stride), noisy.x0.device),
+            {path: self.queries_and_keys(*seen[path]) for path in self.tap.attentions},
+            teachers or self.teachers_of(noisy),
         )
         return {"denoising": F.mse_loss(prediction, noisy.target)}, step
+
+    def teachers_of(self, noisy: NoisyBatch) -> Teachers:
+        """The encoders' features for a batch."""
+        stride = self.denoiser.stride
+        size = (noisy.x0.shape[2] * stride, noisy.x0.shape[3] * stride)
+        return Teachers(self.encoders, noisy.batch, size, noisy.x0.device)
 
     def combine(self, losses: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """Add the terms to the losses, and weigh them."""
@@ -179,6 +188,10 @@ class REPAObjective(DiffusionObjective):
     def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
         """What a layer returned, as tokens of the image."""
         return layer_tokens(self.denoiser, path, value, size)
+
+    def queries_and_keys(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the image's tokens, `(B, heads, N, d)`."""
+        return query, key
 
     # What the loop asks for
 

@@ -11,6 +11,7 @@ from transformers.hf_argparser import HfArg
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.objectives.dispersive import DispersiveTerm
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
+from diffusers_repr.objectives.reg import REGObjective
 from diffusers_repr.objectives.repa import REPAObjective
 from diffusers_repr.objectives.sra import SelfAlignmentTerm
 from diffusers_repr.objectives.terms import Term
@@ -126,6 +127,9 @@ def build_repa(
         "time_sampling": config.times(),
         "label_dropout": config.label_dropout,
     }
+    if config.reg_weight:
+        settings["class_weight"] = config.reg_weight
+        return REGObjective(denoiser, encoders, config.repa_layer, config.repa_coefficient, **settings)
     return REPAObjective(denoiser, encoders, config.repa_layer, config.repa_coefficient, **settings)
 
 

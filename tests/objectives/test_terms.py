@@ -9,7 +9,6 @@ from torch import nn
 
 from diffusers_repr import Denoiser
 from diffusers_repr.capture import capture, capture_attention
-from diffusers_repr.encoders import Encoder
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import (
     IREPA,
@@ -24,7 +23,7 @@ from diffusers_repr.objectives.dispersive import dispersive_loss
 from diffusers_repr.objectives.haste import attention_alignment_loss
 from diffusers_repr.objectives.irepa import standardize_spatially
 from diffusers_repr.objectives.sra import less_noisy
-from tests.objectives.cases import COSINE, LINEAR, SMALL, backward, batch, sit, teacher
+from tests.objectives.cases import COSINE, LINEAR, SMALL, attention_teacher, backward, batch, sit, teacher
 from tests.testers.models import build
 
 EDM = NoiseSchedule.from_scheduler(EDMEulerScheduler())
@@ -112,20 +111,6 @@ def test_the_dispersive_term_needs_no_teacher():
 
 
 # HASTE
-
-
-class TinyTeacher(Encoder):
-    """Gives the attention that it is told."""
-
-    def attention(self, pixels, layers):
-        generator = torch.Generator().manual_seed(int(pixels.abs().sum() * 1000))
-        rows = torch.randn(len(layers), len(pixels), 3, 16, 16, generator=generator)
-        return list(rows.softmax(-1))
-
-
-def attention_teacher(stride=2):
-    encoder = teacher(stride)
-    return TinyTeacher(encoder.source, encoder.name)
 
 
 def test_attention_loss_equals_the_loop_and_is_least_at_the_target():
