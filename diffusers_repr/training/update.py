@@ -23,12 +23,16 @@ class Update:
         accelerator: The run's.
         optimizer: As prepared.
         max_grad_norm: The gradient's norm over all processes is clipped to this; None leaves it.
+
+    Attributes:
+        waits: Whether the host reads if the step takes place, as it does where reading costs nothing: on a CPU.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: Any, max_grad_norm: float | None) -> None:
         self.accelerator, self.optimizer, self.max_grad_norm = accelerator, optimizer, max_grad_norm
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.sharded = any(is_sharded(p) for p in self.params)
+        self.waits = all(p.device.type == "cpu" for p in self.params)
         self.inner = getattr(optimizer, "optimizer", optimizer)
         self.fused = not self.sharded and accelerator.scaler is None and bool(self.inner.defaults.get("fused"))
 
@@ -47,7 +51,7 @@ class Update:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         norm, finite = self._fused(loss) if self.fused else self._plain(loss)
         if ema is not None:
-            ema.step(bool(finite) if finite.device.type == "cpu" else finite)
+            ema.step(bool(finite) if self.waits else finite)
         self.inner.zero_grad(set_to_none=True)
         return norm, finite
 
@@ -63,11 +67,11 @@ class Update:
     def _fused(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         norm = total_norm([p.grad for p in self.params if p.grad is not None])
         finite = self._finite(norm, loss)
-        if norm.device.type == "cpu" and not finite:
+        if self.waits and not finite:
             return norm, finite
         if self.max_grad_norm is not None:
             self.inner.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0).to(torch.float32)
-        if norm.device.type != "cpu":
+        if not self.waits:
             self.inner.found_inf = (~finite).to(torch.float32)
         try:
             self.inner.step()

@@ -1,0 +1,143 @@
+"""Tiny objectives, data and runs for the tests of the training loop."""
+
+import json
+import os
+import signal
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+from diffusers_repr import Denoiser
+from diffusers_repr.objectives import DiffusionObjective
+from diffusers_repr.training import TrainData, TrainingConfig, train
+
+STEPS = 100  # of the noise process
+
+
+def tiny_pipe(classes=0, **changes):
+    """A grey 8x8 U-Net of 20 thousand weights."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "layers_per_block": 1,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+            "num_class_embeds": classes + 1 if classes else None,
+            **changes,
+        }
+    )
+    return DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=STEPS))
+
+
+def tiny_objective(classes=0, kind=DiffusionObjective, **changes):
+    return kind(Denoiser.from_pipe(tiny_pipe(classes, **changes)))
+
+
+class Numbers(TrainData):
+    """Random images; with `drawn` they bring their noise and time, else `on_device` draws from torch's generator."""
+
+    def __init__(self, count=13, drawn=False, classes=0, name="numbers"):
+        generator = torch.Generator().manual_seed(1)
+        self.columns = {"pixel_values": torch.rand(count, 1, 8, 8, generator=generator) * 2 - 1}
+        if drawn:
+            self.columns["noise"] = torch.randn(count, 1, 8, 8, generator=generator)
+            self.columns["time"] = torch.randint(STEPS, (count,), generator=generator)
+        if classes:
+            self.columns["class_labels"] = torch.arange(count) % classes
+        self.count, self.drawn, self.classes, self.name = count, drawn, classes, name
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"index": torch.tensor(index), **{name: column[index] for name, column in self.columns.items()}}
+
+    def on_device(self, batch):
+        pixels = batch["pixel_values"]
+        return {**batch, "pixel_values": pixels if self.drawn else pixels + 0.1 * torch.randn_like(pixels)}
+
+    def fingerprint(self):
+        return {"rows": self.count, "name": self.name}
+
+    @property
+    def class_names(self):
+        return [str(i) for i in range(self.classes)] or None
+
+
+def settings(folder, **changes):
+    fast = {
+        "output_dir": str(folder),
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "learning_rate": 0.01,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 10,
+        "logging_steps": 3,
+        "ema_max_decay": 0.5,
+        "adam_weight_decay": 0.01,
+        "seed": 7,
+        "eval_batch_size": 0,
+        "num_inference_steps": 2,
+    }
+    return TrainingConfig(**{**fast, **changes})
+
+
+def run_here(folder, objective=None, data=None, *, evaluate=None, recipe=None, **changes):
+    """`train` in this process, as by a fresh command; its checkpoint of the last step."""
+    objective = tiny_objective(dropout=0.1) if objective is None else objective
+    config = settings(folder, **changes)
+    train(objective, Numbers() if data is None else data, config, evaluate=evaluate, recipe=recipe)
+    return folder / f"checkpoint-{config.max_train_steps:08d}"
+
+
+def in_a_fork(run, until=None):
+    """`run()` in a child process, which `until()` may end early by SIGKILL; how it ended."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run()
+            status = 0
+        finally:
+            os._exit(status)
+    if until is not None:
+        until()
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    return -signal.SIGKILL if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def read_lines(folder, speed=False):
+    """Lines of the log, by default without their speed."""
+    lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if speed or k != "images_per_second"} for line in lines]
+
+
+def assert_same_checkpoint(first, second):
+    """Bit for bit: weights, moving average, optimizer, position."""
+    names = sorted(path.name for path in first.glob("*.safetensors"))
+    assert names == ["ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+    for name in names:
+        assert_same(load_file(first / name), load_file(second / name))
+    states = [json.loads((path / "state.json").read_text()) for path in (first, second)]
+    assert states[0]["progress"] == states[1]["progress"]
+
+
+def assert_same(first, second, **tolerance):
+    """Dicts of tensors are equal, or close."""
+    assert first.keys() == second.keys()
+    assert first
+    for name, tensor in first.items():
+        if tolerance:
+            torch.testing.assert_close(tensor, second[name], **tolerance, msg=lambda text, at=name: f"{at}: {text}")
+        else:
+            assert torch.equal(tensor, second[name]), name
