@@ -10,6 +10,7 @@ from typing import Literal
 
 from huggingface_hub import HfApi, RepoCard, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
+from yaml import YAMLError
 
 from diffusers_repr.hub.errors import HubError, hub_errors, is_repo_id
 from diffusers_repr.hub.push import check_pipeline_file, push_folder
@@ -144,7 +145,11 @@ def _check_card(folder: Path) -> None:
     card = folder / "README.md"
     if not card.is_file():
         raise ValueError(f"{str(folder)!r} has no README.md, the card that the Hub shows. Write one first.")
-    if not RepoCard(card.read_text("utf-8")).data.to_dict():
+    try:
+        data = RepoCard(card.read_text("utf-8")).data.to_dict()
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"The metadata of the card {str(card)!r} cannot be read: {error}") from error
+    if not data:
         raise ValueError(f"The card {str(card)!r} has no metadata between two lines '---'. Name license and tags.")
 
 

@@ -249,7 +249,7 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         """For each network call whether guidance acts at it."""
         low, high = interval
         steps = self.scheduler.config.get("num_train_timesteps", 1000)
-        times = [float(t) / steps for t in self.scheduler.timesteps]
+        times = (self.scheduler.timesteps.cpu().double() / steps).tolist()
         inside = [low - _SLACK <= t <= high + _SLACK for t in times]
         if self.guidance_scale > 1 and high >= 0 and not any(inside):
             raise ValueError(

@@ -82,14 +82,20 @@ def test_folders(no_clone, tmp_path):
 
 
 def test_failures_are_told_at_the_end(no_clone, tmp_path, capsys):
-    bad = folder(tmp_path, "bad", card=None)
+    bare = folder(tmp_path, "bare", card=None)
+    broken = folder(tmp_path, "broken", card="---\na: [1\n---\n")
     good = folder(tmp_path, "good")
-    assert command("--only", "models", "--folder", bad, good) == 1
+    empty = folder(tmp_path, "none", card="Hello.")
+    assert command("--only", "models", "--folder", bare, broken, good, empty) == 1
     out, err = capsys.readouterr()
-    assert [line.split()[:3] for line in out.splitlines()[:2]] == [
-        ["models", "failed", "user/bad"],
+    assert [line.split()[:3] for line in out.splitlines()[:-1]] == [
+        ["models", "failed", "user/bare"],
+        ["models", "failed", "user/broken"],
         ["models", "planned", "user/good"],
+        ["models", "failed", "user/none"],
     ]
-    assert out.splitlines()[-1] == "2 repositories: 1 planned, 1 failed; nothing was sent"
-    assert err.startswith("diffusers-repr publish: user/bad failed: ")
-    assert "has no README.md" in err
+    assert out.splitlines()[-1] == "4 repositories: 1 planned, 3 failed; nothing was sent"
+    told = err.splitlines()
+    assert told[0].startswith("diffusers-repr publish: user/bare failed: ")
+    for text, line in zip(("has no README.md", "cannot be read", "has no metadata"), told, strict=True):
+        assert text in line

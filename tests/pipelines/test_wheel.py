@@ -1,5 +1,6 @@
 """The wheel carries every package, the published pipelines among them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,3 +29,22 @@ def test_the_wheel_has_every_module(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == want
+
+    # Out of the wheel all that it carries can be published; trained models are part of a clone.
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "site")
+    code = """
+import argparse, diffusers_repr
+from diffusers_repr.cli import publish
+print(diffusers_repr.__file__)
+parser = argparse.ArgumentParser()
+publish.arguments(parser)
+raise SystemExit(publish.run(parser.parse_args(["--namespace", "user", "--dry_run"])))
+"""
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith(str(tmp_path / "site"))
+    for name in ("sit", "guided_dit", "scheduling_flow_match_sde"):
+        assert f"user/{name}  {tmp_path / 'site'}" in run.stdout
+    assert "examples/models is part of a clone" in run.stdout
