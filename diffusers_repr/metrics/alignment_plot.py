@@ -53,13 +53,15 @@ def draw_alignment(alignment: Alignment) -> bytes:
         _mark(alignment, metric, by_layer, by_level, list(layers), list(levels))
         by_layer.set_ylabel(_TITLES[metric])
         by_layer.legend(title="timestep", fontsize=7, title_fontsize=7)
-        names = list(layers) if len(layers) <= _NAMED_LAYERS else [""] * len(layers)
+        last = metric == alignment.metrics[-1]
+        names = list(layers) if last and len(layers) <= _NAMED_LAYERS else [""] * len(layers)
         by_layer.set_xticks(range(len(layers)), names, rotation=90, fontsize=7)
         by_level.set_xticks(range(len(levels)), [f"{t:g}" for t in levels], fontsize=8)
         for panel in (by_layer, by_level):
             panel.grid(alpha=0.3)
     axes[-1][0].set_xlabel("layer, in execution order")
-    axes[-1][1].set_xlabel("timestep, noisier to the right; darker: earlier layers")
+    dashed = "\ndashed: the encoder's own" if alignment.encoder_scores else ""
+    axes[-1][1].set_xlabel(f"timestep, noisier to the right; darker: earlier layers{dashed}")
     picture.suptitle(_title(alignment), fontsize=10)
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", metadata={"Software": None})
