@@ -28,7 +28,7 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/interrogate diffusers_repr pipelines
+	$(BIN)/interrogate diffusers_repr pipelines schedulers_ext
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -4,8 +4,8 @@
     accelerate launch examples/train_repa.py --config my_recipe.yaml --encoder facebook/dinov2-base --output_dir out
 
 The result is a plain diffusers folder (`SiTPipeline.from_pretrained(output_dir)`), with the projectors apart in
-`heads/`. `--pretrained_model` tunes another pipeline of any family instead, all of it or by `--lora_rank`. Without
-`--encoder` the same run is the baseline. The loop, its checkpoints and its settings: docs/training.md.
+`heads/`. `--pretrained_model` tunes another pipeline of any family instead, all of it or by `--lora_rank`. With
+`--encoder none` the same run is the baseline. The loop, its checkpoints and its settings: docs/training.md.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def main(argv: list[str], evaluate=None) -> None:
     kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
     config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
     torch.manual_seed(config.seed)
-    encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder]
+    encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder if name != "none"]
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
         vae, channels, size = denoiser.vae, denoiser.image_channels, data_config.resolution or denoiser.image_size

@@ -17,7 +17,7 @@ from diffusers_repr.denoiser.family import Family, family_of, floating_dtype
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
 from diffusers_repr.hub.files import read_json
-from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.own_pipelines import own_pipeline_class
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
 
 COMPONENTS = ("unet", "transformer")
@@ -79,7 +79,8 @@ class Denoiser:
         for component in COMPONENTS:
             model = getattr(pipe, component, None)
             if isinstance(model, nn.Module):
-                kwargs.setdefault("name", pipe.config.get("_name_or_path"))
+                place = pipe.config.get("_name_or_path")
+                kwargs.setdefault("name", None if place is None else str(place))
                 return cls(
                     model,
                     pipe.scheduler,
@@ -108,9 +109,10 @@ class Denoiser:
         """
         from diffusers import DiffusionPipeline
 
-        folder = Path(id_or_folder)
+        folder, loader = Path(id_or_folder), DiffusionPipeline
         if folder.is_dir():
             check_pipeline_folder(folder)
+            loader = own_pipeline_class(str(folder)) or loader
         elif not folder.is_file() and (
             folder.is_absolute() or str(id_or_folder).startswith(".") or str(id_or_folder).count("/") > 1
         ):
@@ -118,9 +120,9 @@ class Denoiser:
                 f"No folder {str(id_or_folder)!r}. Pass a pipeline folder or a Hub id 'user/name'."
             )
         elif not {"cache_dir", "local_files_only"} & kwargs.keys():  # why a Hub id does not load, told at once
-            load_json_config(str(id_or_folder), "model_index.json", revision, kwargs.get("token"))
+            loader = own_pipeline_class(str(id_or_folder), revision, kwargs.get("token")) or loader
         try:
-            pipe = DiffusionPipeline.from_pretrained(str(id_or_folder), revision=revision, **kwargs)
+            pipe = loader.from_pretrained(str(id_or_folder), revision=revision, **kwargs)
         except OSError as error:
             raise OSError(
                 f"Could not load {str(id_or_folder)!r}: {' '.join(str(error).split()).rstrip('.')}. A file of a "

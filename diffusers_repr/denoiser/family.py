@@ -94,7 +94,9 @@ class Family:
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """What the network is told of the level: `(B,)`; whole timesteps as int64, as pipelines pass them."""
         value = torch.as_tensor(level.timestep)
-        whole = not value.is_floating_point() or bool((value == value.round()).all())
+        # What lies on another device is not looked at: reading it back would wait for all that runs there.
+        looked = value.device.type == "cpu"
+        whole = not value.is_floating_point() or (looked and bool((value == value.round()).all()))
         return (value.long() if whole else value.float()).to(x_t.device).expand(x_t.shape[0])
 
     def inputs(

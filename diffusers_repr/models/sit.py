@@ -244,9 +244,10 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         return value.shape
 
     def _positions(self, grid: tuple[int, int], tokens: Tensor) -> Tensor:
+        # In the dtype of the weights: under autocast the residual stream is float32, as in the papers' code.
         if grid == self._grid:
-            return self.positions.to(tokens.dtype)
-        return grid_positions(*grid, tokens.shape[-1], tokens.device).to(tokens.dtype)
+            return self.positions
+        return grid_positions(*grid, tokens.shape[-1], tokens.device).to(self.positions.dtype)
 
     def _embed_time(self, timestep: Tensor | float, like: Tensor) -> Tensor:
         times = torch.as_tensor(timestep, device=like.device).reshape(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,24 @@ class NoiseLevel:
     def resolved(self) -> bool:
         """Whether alpha and sigma are known."""
         return self.alpha is not None
+
+    def to(self, device: torch.device | str) -> NoiseLevel:
+        """The same levels with their tensors on a device, copied there in one piece and without waiting.
+
+        Raises:
+            ValueError: If the level is not resolved.
+        """
+        names = ("timestep", "nsr", "half_log_snr", "alpha", "sigma", "alpha_dot", "sigma_dot")
+        held = {name: value for name in names if isinstance(value := getattr(self, name), Tensor) and value.ndim}
+        if not self.resolved:
+            raise ValueError(f"{self!r} is not resolved; only a resolved level has tensors to move.")
+        if not held or torch.device(device).type == "cpu":
+            return self
+        packed = torch.stack([value.float() for value in held.values()])
+        if packed.device.type == "cpu" and torch.device(device).type == "cuda":
+            packed = packed.pin_memory()
+        moved: dict[str, Any] = dict(zip(held, packed.to(device, non_blocking=True).unbind(), strict=True))
+        return replace(self, **moved)
 
     def __lt__(self, other: NoiseLevel) -> bool:
         return self._order() < other._order() if isinstance(other, NoiseLevel) else NotImplemented

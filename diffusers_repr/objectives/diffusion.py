@@ -111,6 +111,7 @@ class DiffusionObjective(Objective):
             level = self.denoiser.level(batch["time"])
         else:
             level = self.time_sampling.draw(self.denoiser.schedule, len(x0), generator)
+        level = level.to(x0.device)
         noise = batch.get("noise")
         if noise is None:
             noise = torch.randn(x0.shape, device=x0.device, generator=generator)
