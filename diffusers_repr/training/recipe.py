@@ -39,17 +39,21 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
     parser.add_argument("--config", help="YAML recipe; flags win over it")
     known, flags = parser.parse_known_args(list(argv))
     given: list[str] = []
+    empty: dict[str, list[Any]] = {}
     if known.config:
         recipe = read_recipe(known.config)
         hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
         check_keys(known.config, recipe, names)
         for key, value in recipe.items():
-            if isinstance(value, list) and _is_list(hints[key]):
+            if value == [] and _is_list(hints[key]):  # a flag cannot say it
+                empty[key] = []
+            elif isinstance(value, list) and _is_list(hints[key]):
                 given += [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
             elif value is not None:  # null leaves the default
                 given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     full = HfArgumentParser(cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False)
+    full.set_defaults(**empty)
     return full.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)[: len(kinds)]
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from tests.training.loop_cases import forget_accelerate
 
 
 @pytest.fixture
@@ -10,5 +11,4 @@ def fresh_accelerate():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerate()

@@ -5,6 +5,7 @@ import os
 import signal
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
@@ -91,8 +92,15 @@ def settings(folder, **changes):
     return TrainingConfig(**{**fast, **changes})
 
 
+def forget_accelerate():
+    """So that the next run of this process is as the first."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 def run_here(folder, objective=None, data=None, *, evaluate=None, recipe=None, **changes):
     """`train` in this process, as by a fresh command; its checkpoint of the last step."""
+    forget_accelerate()
     objective = tiny_objective(dropout=0.1) if objective is None else objective
     config = settings(folder, **changes)
     train(objective, Numbers() if data is None else data, config, evaluate=evaluate, recipe=recipe)

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from safetensors.torch import load_file
+from torch import nn
+
+from diffusers_repr.objectives import DiffusionObjective, Objective
+from diffusers_repr.training.lora import add_lora
+from tests.training.loop_cases import (
+    Numbers,
+    assert_same,
+    assert_same_checkpoint,
+    read_lines,
+    run_here,
+    tiny_objective,
+    tiny_pipe,
+)
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+SETTINGS = {"lora_rank": 2, "learning_rate": 0.05, "lr_warmup_steps": 0}
+
+
+class WithHead(DiffusionObjective):
+    """Something else is trained beside the network."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.head = nn.Linear(1, 1)
+
+    def forward(self, batch, phase="main"):
+        out = super().forward(batch)
+        return {**out, "loss": out["loss"] * (1 + self.head(torch.ones(1)).square().sum())}
+
+
+def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path):
+    objective = tiny_objective(kind=WithHead)
+    before = {name: tensor.clone() for name, tensor in objective.network.state_dict().items()}
+    last = run_here(tmp_path, objective, Numbers(), **SETTINGS)
+    kept = load_file(last / "model.safetensors")
+    assert all(".lora_" in name or name.startswith("head.") for name in kept)
+    assert sum(tensor.numel() for tensor in kept.values()) < 0.1 * sum(t.numel() for t in before.values())
+    frozen = {n: p for n, p in objective.network.named_parameters() if ".lora_" not in n}
+    assert_same({n.replace(".base_layer.", "."): p for n, p in frozen.items()},
+                {n: before[n] for n in (n.replace(".base_layer.", ".") for n in frozen)})  # fmt: skip
+    pipe = DDPMPipeline.from_pretrained(tmp_path)
+    assert type(pipe.unet) is UNet2DModel
+    changed = {n for n, p in pipe.unet.state_dict().items() if not torch.equal(p, before[n])}
+    assert changed
+    assert all(n.rsplit(".", 2)[-2] in ("to_q", "to_k", "to_v", "0") and n.endswith(".weight") for n in changed)
+    objective.load_state_dict(load_file(last / "ema.safetensors"), strict=False)  # the averaged adapters
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 60])
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.unet(x, t).sample, objective.network.eval()(x, t).sample)
+        assert not torch.allclose(pipe.unet(x, t).sample, tiny_pipe().unet.eval()(x, t).sample, atol=1e-3)
+
+
+def test_resume_is_exact(tmp_path):
+    run_here(tmp_path / "whole", **SETTINGS)
+    run_here(tmp_path / "parts", **SETTINGS)
+    for path in (tmp_path / "parts").glob("checkpoint-0000000[46]"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    run_here(tmp_path / "parts", **SETTINGS)
+    assert_same_checkpoint(*(tmp_path / name / "checkpoint-00000006" for name in ("parts", "whole")))
+    assert read_lines(tmp_path / "parts") == read_lines(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"\{'lora_rank': 2\}"):
+        run_here(tmp_path / "parts", **{**SETTINGS, "lora_rank": 4})
+
+
+def test_previews_of_a_tuned_network(tmp_path):
+    run_here(tmp_path, **SETTINGS, eval_batch_size=8, validation_steps=3)
+    assert (tmp_path / "samples" / "step-00000003.png").is_file()
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    assert "lora" not in json.dumps(config)
+
+
+def test_no_attention_to_adapt():
+    class Bare(Objective):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(2, 2))
+
+    with pytest.raises(ValueError, match=r"--lora_rank found no attention projection .* in Sequential \(network\)"):
+        add_lora(Bare(), 2)
