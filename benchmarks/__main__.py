@@ -3,7 +3,18 @@
 import subprocess
 import sys
 
-NAMES = ("early_exit", "hooks", "extraction", "selection", "memory", "readout", "pag", "guide_overhead", "cknna")
+NAMES = (
+    "early_exit",
+    "hooks",
+    "extraction",
+    "selection",
+    "memory",
+    "readout",
+    "pag",
+    "guide_overhead",
+    "repa_loss",
+    "cknna",
+)
 
 
 def main() -> int:

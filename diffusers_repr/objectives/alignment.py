@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector, ProjectorKind
+from diffusers_repr.objectives.cosine import mean_cosine
 from diffusers_repr.objectives.irepa import standardize_spatially
 from diffusers_repr.objectives.matching import (
     MatchGrid,
@@ -49,7 +50,9 @@ def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
     if projected.shape != target.shape:
         raise ValueError(f"Projected {tuple(projected.shape)} and target {tuple(target.shape)} must have one shape.")
     with full_precision(projected.device):
-        return -F.cosine_similarity(widen(target), widen(projected), dim=-1).mean()
+        if target.requires_grad:
+            return -F.cosine_similarity(widen(target), widen(projected), dim=-1).mean()
+        return -mean_cosine(projected, target)
 
 
 class AlignmentTerm(Term):
