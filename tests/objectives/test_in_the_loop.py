@@ -1,0 +1,53 @@
+"""Objectives that hold state beside their parameters, in the training loop: broken off and resumed, bit for bit."""
+
+import pytest
+import torch
+from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+
+from diffusers_repr import Denoiser
+from diffusers_repr.objectives import REPAEObjective, REPAObjective, SelfAlignmentTerm
+from tests.objectives.cases import SMALL, sit, teacher
+from tests.testers.models import autoencoder
+from tests.training.conftest import fresh_accelerate
+from tests.training.loop_cases import Numbers, assert_same_checkpoint, read_lines, run_here
+
+__all__ = ["fresh_accelerate"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+class Coloured(Numbers):
+    def __init__(self):
+        super().__init__(classes=5)
+        self.columns["pixel_values"] = self.columns["pixel_values"].expand(-1, 3, -1, -1)
+
+
+def repa():
+    torch.manual_seed(0)
+    pipe = SiTPipeline(sit().model, FlowMatchODEScheduler())
+    terms = [SelfAlignmentTerm(projector_dim=8, weight=1.0)]
+    return REPAObjective(Denoiser.from_pipe(pipe), [teacher()], "blocks.1", stop_step=3, terms=terms, **SMALL)
+
+
+def repa_e():
+    torch.manual_seed(0)
+    vae = autoencoder((8,), latent_channels=3, scaling_factor=0.7, sample_size=8)
+    pipe = SiTPipeline(sit().model, FlowMatchODEScheduler(), vae)
+    return REPAEObjective(Denoiser.from_pipe(pipe), [teacher()], "blocks.1", **SMALL)
+
+
+@pytest.mark.parametrize("make", [repa, repa_e])
+def test_resumed_is_uninterrupted(make, tmp_path):
+    whole = run_here(tmp_path / "whole", make(), Coloured(), gradient_accumulation_steps=2, lr_scheduler="constant")
+    run_here(
+        tmp_path / "broken", make(), Coloured(), gradient_accumulation_steps=2, lr_scheduler="constant",
+        max_train_steps=2,
+    )  # fmt: skip
+    resumed = run_here(tmp_path / "broken", make(), Coloured(), gradient_accumulation_steps=2, lr_scheduler="constant")
+    assert_same_checkpoint(whole, resumed)
+    line = read_lines(tmp_path / "whole")[-1]
+    assert line["skipped"] == 0
+    heads = sorted(path.name for path in (tmp_path / "whole" / "heads").iterdir())
+    assert heads == (["projector-self-alignment", "projector-teacher"] if make is repa else ["projector-teacher"])
+    pipe = SiTPipeline.from_pretrained(tmp_path / "whole")
+    assert pipe(class_labels=[1, 2], num_inference_steps=2).images[0].size == (8, 8)
