@@ -104,7 +104,7 @@ the moving average, saved in {config.save_dtype}; projectors and heads lie apart
         title=Path(config.output_dir).name,
         text=text,
         tags=["diffusers", "image-generation"],
-        datasets=[name] if is_repo_id(name) else [],
+        datasets=[name] if "/" in name and is_repo_id(name) and not Path(name).exists() else [],
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
     )
