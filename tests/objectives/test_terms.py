@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusers_repr import Denoiser
 from diffusers_repr.capture import capture, capture_attention
+from diffusers_repr.encoders import Encoder
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import (
     IREPA,
@@ -326,3 +327,20 @@ def test_the_recipe_is_read_by_the_parser():
 def test_a_bad_recipe(options, message):
     with pytest.raises(ValueError, match=message):
         REPAConfig(**options)
+
+
+def test_haste_with_a_real_teacher(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=12, num_hidden_layers=3, num_attention_heads=3, image_size=16, patch_size=4, mlp_ratio=2
+    )
+    Dinov2Model(config).save_pretrained(tmp_path)
+    encoder = Encoder.from_pretrained(tmp_path, image_size=16, name="dino")
+    term = AttentionAlignmentTerm(None, ["blocks.0.attn", "blocks.1.attn"], (-2, -1))
+    objective = REPAObjective(sit(), [encoder], "blocks.1", terms=[term], **SMALL)
+    out, grads = backward(objective, batch())
+    targets = encoder.attention(batch()["pixel_values"], [1, 2])
+    entropy = torch.stack([-(p * p.clamp(min=1e-12).log()).sum(-1).mean() for p in targets]).mean()
+    assert out["attention"] > entropy
+    assert grads["network.blocks.0.attn.to_k.weight"].abs().max() > 0
