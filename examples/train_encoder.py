@@ -63,6 +63,22 @@ class EncoderConfig:
         object.__setattr__(self, "model", arguments)
 
 
+class GatherRows(torch.autograd.Function):
+    """The rows of all processes, in their order; the gradients of all come back to the rows of each."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def nt_xent(one: Tensor, two: Tensor, temperature: float) -> Tensor:
     """SimCLR's loss (eq. 1): of all other views, those of all processes included, which is of the same image?
 
@@ -71,7 +87,7 @@ def nt_xent(one: Tensor, two: Tensor, temperature: float) -> Tensor:
     own = F.normalize(torch.cat([one, two]).float(), dim=-1)
     everyone, first = own, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = torch.cat(dist.nn.functional.all_gather(own))
+        everyone = GatherRows.apply(own)
         first = dist.get_rank() * len(own)
     rows = torch.arange(len(own), device=own.device)
     with torch.autocast(own.device.type, enabled=False):
@@ -193,6 +209,7 @@ def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, DataConfig, ViewConfig, EncoderConfig)
     config, data_config, views, encoder_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
     config = dataclasses.replace(config, eval_batch_size=0)  # an encoder has no samples
+    accelerator = make_accelerator(config)  # first: it decides how many processes share the data
     channels, side = encoder_config.model["num_channels"], encoder_config.model["image_size"]
     test = None
     if encoder_config.eval_split:
@@ -209,7 +226,6 @@ def main(argv: list[str]) -> None:
     if config.dry_run:
         print(describe_run(objective, data, config, recipe))
         return
-    accelerator = make_accelerator(config)
     with tempfile.TemporaryDirectory() as untrained:
         if accelerator.is_main_process:
             objective.save_pretrained(
