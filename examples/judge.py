@@ -4,11 +4,14 @@ It is neither the teacher of an aligned model nor made as one, so that a model g
 """
 
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from diffusers_repr.hub import atomic_file
 from diffusers_repr.training.transforms import augment
 
 
@@ -42,6 +45,17 @@ class Judge(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.features(pixels))
+
+
+def the_judge(path: Path, images: Tensor, labels: Tensor, device: torch.device, **settings) -> Judge:
+    """The judge kept at `path`, trained and kept there by the first caller: one judge for all models."""
+    if not path.is_file():
+        trained = train_judge(images, labels, device, **settings)
+        with atomic_file(path) as file:
+            file.write(save(trained.state_dict()))
+    judge = Judge(images.shape[1], int(labels.max()) + 1, settings["width"])
+    judge.load_state_dict(load_file(path))
+    return judge.to(device).eval().requires_grad_(False)
 
 
 def train_judge(images: Tensor, labels: Tensor, device: torch.device, *, flip: bool, steps: int, width: int) -> Judge:

@@ -1,6 +1,7 @@
 """The training data of a recipe: `digits`, those that scikit-learn ships, or whatever `load_train_data` opens."""
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from digits import SPLIT_SIZES, load_digits_splits
 
 from diffusers_repr.training import DataConfig, load_train_data
@@ -8,7 +9,8 @@ from diffusers_repr.training import DataConfig, load_train_data
 
 def load_recipe_data(config: DataConfig, channels: int, size: int | tuple[int, int], seed: int = 0, **parts):
     """As `load_train_data`; `parts` are the VAE and encoders that a cache must have been made with."""
-    dataset, state = None, PartialState()
+    # Without the flag a process of a CPU launch believes that it is alone.
+    dataset, state = None, PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if config.dataset_name == "digits":
         if config.dataset_split not in SPLIT_SIZES:
             raise ValueError(f"The digits have no split {config.dataset_split!r}, only {list(SPLIT_SIZES)}.")

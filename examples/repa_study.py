@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from judge import Judge, judged, train_judge
+from judge import Judge, judged, the_judge
 from recipe_data import load_recipe_data
 from repa_report import write_report
 from train_repa import ModelConfig
@@ -66,20 +66,20 @@ class Evaluation:
         shares = precision_recall(self.real[:5000], features[:5000])
         numbers = {"frechet_distance": frechet_distance(self.real, features), "precision": shares.precision,
                    "recall": shares.recall, "judge_accuracy": float((predicted == labels).float().mean())}  # fmt: skip
-        aligned = self.align(pipe, self.layers, [self.args.timestep], ("linear", "cknna"))
+        aligned = self.align(pipe, self.layers, [self.args.timestep], ("linear", "cknna"), self.args.probe_images)
         for place, layer in zip(("aligned", "middle"), self.layers, strict=True):
             numbers[f"probe_{place}"] = aligned.score(layer, self.args.timestep, "linear")
             numbers[f"cknna_{place}"] = aligned.score(layer, self.args.timestep, "cknna")
         return numbers
 
-    def align(self, pipe, layers: list[str], timesteps: list[float], metrics: tuple[str, ...]):
+    def align(self, pipe, layers: list[str], timesteps: list[float], metrics: tuple[str, ...], samples: int):
         """Scores of layers against the teacher, on the same images for every model."""
         self.teacher.to(pipe.device)
         train = (self.train[0], self.train[1])
         test = (self.test[0][: self.args.probe_test], self.test[1][: self.args.probe_test])
         return measure_alignment(
             Denoiser.from_pipe(pipe), self.teacher, train, timesteps, layers, metrics=metrics,
-            samples=min(self.args.probe_images, len(train[0])), test=test, batch_size=500)  # fmt: skip
+            samples=min(samples, len(train[0])), test=test, batch_size=500)  # fmt: skip
 
 
 def run(args, method: str, seed: int, evaluation: Evaluation) -> list[dict]:
@@ -109,9 +109,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sample_batch", type=int, default=500)
     parser.add_argument("--probe_images", type=int, default=5000, help="training images of the probes")
     parser.add_argument("--probe_test", type=int, default=5000, help="test images of the probes")
+    parser.add_argument("--cknna_images", type=int, default=2000, help="training images of CKNNA at the end")
     parser.add_argument("--middle_layer", default="blocks.5")
     parser.add_argument("--timestep", type=float, default=200.0, help="level of probes; larger is noisier")
     parser.add_argument("--levels", type=float, nargs="+", default=[100, 300, 500, 700, 900], help="of CKNNA")
+    parser.add_argument("--prepare", action="store_true", help="make the judge and stop; runs may then go in parallel")
     parser.add_argument("--judge_steps", type=int, default=2000)
     parser.add_argument("--judge_width", type=int, default=64)
     args, args.flags = parser.parse_known_args(argv)
@@ -122,9 +124,11 @@ def main(argv: list[str]) -> None:
     train, test = (read_split(data_config, split, model_config.image_channels) for split in ("train", "test"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"flip": data_config.random_flip, "steps": args.judge_steps, "width": args.judge_width}
-    judge = train_judge(*train, device, **settings)
+    judge = the_judge(Path(args.work) / "judge.safetensors", *train, device, **settings)
     accuracy = float((judged(judge, test[0])[1] == test[1]).float().mean())
     print(f"judge: accuracy {accuracy:.4f} on the test split", flush=True)
+    if args.prepare:
+        return
     evaluation = Evaluation(args, repa_config, train, test, judge)
     floor = frechet_distance(evaluation.real, judged(judge, test[0])[0])
 
@@ -147,12 +151,12 @@ def main(argv: list[str]) -> None:
 
 
 def sweep(evaluation: Evaluation, folder: Path, levels: list[float], device: torch.device):
-    """CKNNA and probe of every block at every level, of a finished run."""
+    """CKNNA of every block at every level, of a finished run."""
     from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
 
     pipe = SiTPipeline.from_pretrained(folder).to(device)
     blocks = [f"blocks.{place}" for place in range(pipe.transformer.config.num_layers)]
-    return evaluation.align(pipe, blocks, levels, ("cknna", "linear"))
+    return evaluation.align(pipe, blocks, levels, ("cknna",), evaluation.args.cknna_images)
 
 
 def describe(device: torch.device) -> str:
