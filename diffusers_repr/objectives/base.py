@@ -60,6 +60,10 @@ class Objective(nn.Module):
         """Submodules whose moving average is kept and saved, by their path in this module."""
         return {name: child for name, child in self.named_children()}
 
+    def networks(self) -> dict[str, nn.Module]:
+        """Those of `ema_modules` that have parameters: what can be compiled, checkpointed and given adapters."""
+        return {name: module for name, module in self.ema_modules().items() if any(True for _ in module.parameters())}
+
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """Raise ValueError for a batch (still on the CPU) that the method cannot use."""
 
@@ -143,8 +147,13 @@ class Objective(nn.Module):
         return self._frozen
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
-        """Frozen modules move with this one, but keep their dtype's own choice of `fn`."""
+        """Frozen modules move with this one, but keep their dtype's own choice of `fn`.
+
+        They do not follow to the meta device, where FSDP puts what it is about to shard and to load again.
+        """
         super()._apply(fn, recurse)
+        if fn(torch.empty(0)).is_meta:
+            return self
         for module in self.frozen.values():
             if isinstance(module, nn.Module):
                 module._apply(fn)

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.vae import scale_latents
 from diffusers_repr.noise import NoiseLevel, add_noise, training_target
 from diffusers_repr.objectives.base import Batch, Objective, rebuild
@@ -90,9 +91,7 @@ class DiffusionObjective(Objective):
         if self.denoiser.vae is None:
             return batch["pixel_values"].float()
         if "moments" in batch:
-            mean, std = batch["moments"].float().chunk(2, dim=1)
-            drawn = mean + std * torch.randn(mean.shape, device=mean.device, generator=batch.get("generator"))
-            return scale_latents(self.denoiser.vae, drawn)
+            return draw_latents(batch["moments"], self.denoiser.vae, batch.get("generator"))
         return self.denoiser.encode_pixels(
             batch["pixel_values"], sample=True, generator=batch.get("generator")
         ).float()
@@ -141,7 +140,8 @@ class DiffusionObjective(Objective):
 
     def predict(self, noisy: NoisyBatch) -> Tensor:
         """What the network returns for a noisy batch, a learned variance split off, in float32."""
-        inputs = self.denoiser.network_inputs(noisy.x_t, noisy.level, noisy.condition)
+        x_t = noisy.x_t.to(floating_dtype(self.network))  # a network kept in half precision takes halves
+        inputs = self.denoiser.network_inputs(x_t, noisy.level, noisy.condition)
         raw = self.network(**inputs)
         return self.denoiser.family.output(self.denoiser.config, raw, noisy.x_t).float()
 

@@ -12,7 +12,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 
 
 def add_lora(objective: Objective, rank: int) -> None:
-    """Freeze each network of `ema_modules()` and put adapters into its attention (Hu et al. 2021, arXiv 2106.09685).
+    """Freeze each of `objective.networks()` and put adapters into its attention (Hu et al. 2021, arXiv 2106.09685).
 
     Only the adapters, and whatever else the objective trains (projectors, heads), are trained then. The saved
     pipeline has them merged into its weights.
@@ -26,7 +26,7 @@ def add_lora(objective: Objective, rank: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    for path, module in objective.ema_modules().items():
+    for path, module in objective.networks().items():
         names = [name for name, child in module.named_modules() if _targeted(name, child)]
         if not names:
             raise ValueError(
