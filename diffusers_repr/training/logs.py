@@ -72,7 +72,9 @@ class Log:
 
     def close(self) -> None:
         """End the trackers."""
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
 
 
 def read_log(path: Path, last_step: int) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from huggingface_hub import get_token
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
@@ -28,6 +27,7 @@ from diffusers_repr.training.lora import add_lora
 from diffusers_repr.training.order import batch_indices
 from diffusers_repr.training.result import save_result
 from diffusers_repr.training.run import Run
+from diffusers_repr.training.sharding import check_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def train(
         data: A `TrainData` (map-style), or a `StreamData`.
         config: Settings of the loop.
         recipe: All settings of the run, for the card and for telling one run from another; those of `config` if None.
-        accelerator: Of accelerate; made from `config` if None.
+        accelerator: Of accelerate; made from `config` if None, and the process group is ended with the run then.
         evaluate: `(pipeline, step) -> {name: number}`, called on the main process with the averaged weights every
             `validation_steps` and at the end; its numbers go to `evaluation.jsonl`, the trackers and the card.
 
@@ -90,7 +90,7 @@ def train(
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
-    accelerator = accelerator or make_accelerator(config, len(objective.phases) > 1)
+    given, accelerator = accelerator, accelerator or make_accelerator(config, len(objective.phases) > 1)
     check_sharding(accelerator)
     check_accumulation(accelerator)
     objective.check_data(data)
@@ -99,7 +99,7 @@ def train(
     if config.dry_run:
         accelerator.print(describe_run(objective, data, config, recipe or recipe_of(config)))
         return TrainResult(Path(config.output_dir), 0, [], [], 0)
-    for module in objective.ema_modules().values():
+    for module in objective.networks().values():
         if config.gradient_checkpointing:
             enable_checkpointing(module)
         if config.torch_compile:
@@ -153,6 +153,8 @@ def train(
     look(run, evaluations, "samples.png")
     save_result(run, data, log.lines, recipe or dataclasses.asdict(config), evaluations.last)
     log.close()
+    if given is None:
+        accelerator.end_training()
     return TrainResult(Path(config.output_dir), run.progress.step, log.lines, evaluations.lines, run.progress.skipped)
 
 
@@ -166,22 +168,6 @@ def make_accelerator(config: TrainingConfig, several_phases: bool = False) -> Ac
         log_with=trackers,
         project_dir=config.output_dir if trackers else None,
     )
-
-
-def check_sharding(accelerator: Accelerator) -> None:
-    """FSDP that was asked for must be there.
-
-    Raises:
-        RuntimeError: If accelerate wraps by DDP instead, as it does without GPUs, or if it is FSDP1.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes", "y", "on"):
-        if accelerator.distributed_type != DistributedType.FSDP:
-            raise RuntimeError(
-                f"FSDP was asked for, and accelerate gave {accelerator.distributed_type.value} on "
-                f"{accelerator.device.type}: it shards on GPUs only, with several processes. Drop --use_fsdp."
-            )
-        if not accelerator.is_fsdp2:
-            raise RuntimeError("Only FSDP2 is supported; pass --fsdp_version 2 to accelerate launch.")
 
 
 def check_accumulation(accelerator: Accelerator) -> None:

@@ -17,6 +17,7 @@ from diffusers_repr.training.checkpoints import read_state, read_tensors, save_c
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.ema import EMA
 from diffusers_repr.training.seeds import learning_rate, reseed
+from diffusers_repr.training.sharding import prepare_sharding
 from diffusers_repr.training.tensors import full, is_sharded, put
 from diffusers_repr.training.update import Update
 
@@ -65,6 +66,7 @@ class Run:
         self.objective, self.config, self.accelerator = objective, config, accelerator
         self.identity, self.progress = dict(identity), Progress()
         optimizers = [make_optimizer(objective.param_groups(phase), config) for phase in objective.phases]
+        prepare_sharding(objective, accelerator)
         self.model, *prepared = accelerator.prepare(objective.train(), *optimizers)
         for module in objective.frozen.values():
             module.to(accelerator.device)
@@ -99,7 +101,8 @@ class Run:
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 with accelerator.no_sync(self.model) if not last else nullcontext():
-                    out = self.model({**batch, "micro": number}, phase=phase)
+                    with accelerator.autocast():  # FSDP2 has none of its own
+                        out = self.model({**batch, "micro": number}, phase=phase)
                     accelerator.backward(out["loss"] / len(batches))
                 losses.append({name: value.detach().float() for name, value in out.items()})
             means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}

@@ -7,11 +7,14 @@ import signal
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from safetensors.torch import load_file
 
 from diffusers_repr import Denoiser
+from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import DiffusionObjective
-from diffusers_repr.training import TrainData, TrainingConfig, train
+from diffusers_repr.training import TrainData, TrainingConfig, make_accelerator, train
 
 STEPS = 100  # of the noise process
 
@@ -41,15 +44,27 @@ def tiny_objective(classes=0, kind=DiffusionObjective, **changes):
     return kind(Denoiser.from_pipe(tiny_pipe(classes, **changes)))
 
 
+def tiny_sit_objective(kind=DiffusionObjective):
+    """A grey 8x8 SiT of 15 thousand weights, none of them zero."""
+    torch.manual_seed(0)
+    sit = SiTTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=1, num_layers=2, hidden_size=16, num_attention_heads=2, num_classes=0
+    )
+    with torch.no_grad():
+        for parameter in sit.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return kind(Denoiser.from_pipe(SiTPipeline(transformer=sit, scheduler=FlowMatchODEScheduler())))
+
+
 class Numbers(TrainData):
     """Random images; with `drawn` they bring their noise and time, else `on_device` draws from torch's generator."""
 
-    def __init__(self, count=13, drawn=False, classes=0, name="numbers"):
+    def __init__(self, count=13, drawn=False, classes=0, name="numbers", times=STEPS):
         generator = torch.Generator().manual_seed(1)
         self.columns = {"pixel_values": torch.rand(count, 1, 8, 8, generator=generator) * 2 - 1}
         if drawn:
             self.columns["noise"] = torch.randn(count, 1, 8, 8, generator=generator)
-            self.columns["time"] = torch.randint(STEPS, (count,), generator=generator)
+            self.columns["time"] = torch.randint(1, times, (count,), generator=generator)
         if classes:
             self.columns["class_labels"] = torch.arange(count) % classes
         self.count, self.drawn, self.classes, self.name = count, drawn, classes, name
@@ -103,7 +118,9 @@ def run_here(folder, objective=None, data=None, *, evaluate=None, recipe=None, *
     forget_accelerate()
     objective = tiny_objective(dropout=0.1) if objective is None else objective
     config = settings(folder, **changes)
-    train(objective, Numbers() if data is None else data, config, evaluate=evaluate, recipe=recipe)
+    accelerator = make_accelerator(config, len(objective.phases) > 1)  # one of its own: several runs in a process
+    data = Numbers() if data is None else data
+    train(objective, data, config, evaluate=evaluate, recipe=recipe, accelerator=accelerator)
     return folder / f"checkpoint-{config.max_train_steps:08d}"
 
 

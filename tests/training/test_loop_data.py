@@ -11,7 +11,7 @@ from datasets import ClassLabel
 
 from diffusers_repr.training import DataConfig, load_train_data, make_accelerator, train
 from diffusers_repr.training.images import UnreadableImage
-from diffusers_repr.training.loop import check_sharding
+from diffusers_repr.training.sharding import check_sharding
 from tests.training.data_cases import NAMES, rows, with_broken
 from tests.training.loop_cases import (
     Numbers,

@@ -21,8 +21,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    recipe = {"seed": 7, "learning_rate": 0.01, "output_dir": str(folder),
-              "dataset_name": str(folder / "my-images"), "encoder": ["org/name", str(folder / "teacher")], "model": {"vae": "/a/b/vae", "sizes": [8]}}  # fmt: skip
+    recipe = {
+        "seed": 7,
+        "learning_rate": 0.01,
+        "output_dir": str(folder),
+        "dataset_name": str(folder / "my-images"),
+        "encoder": ["org/name", str(folder / "teacher")],
+        "model": {"vae": "/a/b/vae", "sizes": [8]},
+    }
     run_here(folder, save_dtype="float16", eval_batch_size=16, validation_steps=2, recipe=recipe,
              report_to="tensorboard", evaluate=lambda pipe, step: {"score": step / 2})  # fmt: skip
     return folder
