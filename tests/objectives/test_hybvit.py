@@ -84,6 +84,14 @@ def test_rows_without_a_label():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
 
 
+@pytest.mark.parametrize("classify", ["clean", "both"])
+@pytest.mark.usefixtures("process_group")
+def test_ddp_finds_no_unused_parameter(classify):
+    distributed = torch.nn.parallel.DistributedDataParallel(make(classify=classify))
+    for labels in ((0, 1, 2, 3), (-1, -1, -1, -1), (0, -1, 2, -1)):
+        distributed(batch(labels))["loss"].backward()
+
+
 def test_what_is_refused():
     with pytest.raises(TypeError, match="trains a JointViTModel; got UNet2DModel"):
         HybViTObjective(Denoiser(unet2d(1), DDPMScheduler()))

@@ -261,6 +261,17 @@ def test_dropout_of_the_network_is_that_of_training():
     assert torch.equal(objective(batch())["ce"], objective(batch())["ce"])
 
 
+@pytest.mark.parametrize("classify", CLASSIFY)
+@pytest.mark.usefixtures("process_group")
+def test_ddp_finds_no_unused_parameter(classify):
+    """It raises in the next step otherwise."""
+    objective = make(classify)
+    objective.head.norm1 = torch.nn.BatchNorm1d(objective.head.config.in_features)  # buffers are sent around too
+    distributed = torch.nn.parallel.DistributedDataParallel(objective)
+    for labels in ((0, 1, 2, 3), (-1, -1, -1, -1), (0, -1, 2, -1)):
+        distributed(batch(labels))["loss"].backward()
+
+
 def digits_unet() -> UNet2DModel:
     return UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 64),
