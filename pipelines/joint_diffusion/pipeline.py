@@ -256,7 +256,11 @@ class JointDiffusionPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(len(every) - taken)
         noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        start = self.scheduler.add_noise(x0, noise, timesteps[:1].expand(len(x0)))
+        first = timesteps[:1].expand(len(x0))
+        if hasattr(self.scheduler, "add_noise"):
+            start = self.scheduler.add_noise(x0, noise, first)
+        else:  # flow matching
+            start = self.scheduler.scale_noise(x0, first, noise)
         return self._run(start, timesteps, labels, scale, generator, **settings)
 
     def _run(

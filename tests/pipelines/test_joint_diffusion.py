@@ -156,7 +156,9 @@ def test_classify(kind):
     assert pipe.unet.training
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler]
+)
 def test_counterfactual(scheduler):
     pipe, images = make(scheduler=scheduler()), torch.rand(2, 1, 16, 16, generator=seeded(1))
     calls = []
@@ -175,10 +177,13 @@ def test_counterfactual(scheduler):
     if hasattr(other, "set_begin_index"):
         other.set_begin_index(5)
     noise = torch.randn(2, 1, 16, 16, generator=seeded())
-    x = other.add_noise(2 * images - 1, noise, times[:1].expand(2))
+    flow = scheduler is FlowMatchEulerDiscreteScheduler
+    sigma = times[0] / 1000
+    x = 2 * images - 1
+    x = (1 - sigma) * x + sigma * noise if flow else other.add_noise(x, noise, times[:1].expand(2))
     with torch.no_grad():
         for t in times:
-            x = other.step(pipe.unet(other.scale_model_input(x, t), t).sample, t, x).prev_sample
+            x = other.step(pipe.unet(x if flow else other.scale_model_input(x, t), t).sample, t, x).prev_sample
     torch.testing.assert_close(plain, (x / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-5)
     for strength in (0.0, 0.05, 1.2):
         with pytest.raises(ValueError, match="above 0 and up to 1"):
