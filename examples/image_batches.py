@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusers_repr.training.images import ImagePixels
-from diffusers_repr.training.labels import drop_labels
 from diffusers_repr.training.order import batch_indices, permutation
 from diffusers_repr.training.transforms import augment
 
@@ -15,7 +14,6 @@ __all__ = [
     "LabelledImages",
     "augment",
     "batch_indices",
-    "drop_labels",
     "load_split",
     "permutation",
 ]

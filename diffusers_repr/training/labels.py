@@ -1,4 +1,4 @@
-"""The class ids of a column, and their random loss while training."""
+"""The class ids of a column."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-import torch
-from torch import Tensor
 
 MissingLabels = Literal["error", "keep"]
 
@@ -24,12 +22,6 @@ class Labels:
 
     ids: np.ndarray
     names: list[str]
-
-
-def drop_labels(labels: Tensor, null: int, probability: float) -> Tensor:
-    """Each of (B,) labels becomes `null` with this probability, by its own draw (arXiv 2207.12598, algorithm 1)."""
-    dropped = torch.rand(len(labels), device=labels.device) < probability
-    return torch.where(dropped, null, labels)
 
 
 def class_names(feature: Any, largest: int = -1) -> list[str]:

@@ -1,8 +1,10 @@
 """FSDP2 of two processes equals the plain run; on a CPU accelerate's own code is made to shard over gloo."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,21 +92,22 @@ def test_fsdp_of_accelerate_on_a_gpu(tmp_path):
     code = """
 import sys
 from tests.training.two_processes import case
-from tests.training.loop_cases import settings, STEPS
-from diffusers_repr.training import make_accelerator, train
+from tests.training.loop_cases import settings
+from diffusers_repr.training import train
 objective, data, changes = case("partly", 4, mixed_precision=sys.argv[2])
 train(objective, data, settings(sys.argv[1], **changes))
 print(sorted({type(p).__name__ for p in objective.parameters()}))
 """
     (tmp_path / "child.py").write_text(code)
     said = {}
-    for name, how in (("plain", []), ("fsdp", ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy",
-                                               "TRANSFORMER_BASED_WRAP"])):  # fmt: skip
+    sharded = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    for name, how in (("plain", []), ("fsdp", sharded)):
         for precision in ("no", "bf16"):
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "1",
-                       "--num_machines", "1", "--main_process_port", "0", "--dynamo_backend", "no", *how,
-                       str(tmp_path / "child.py"), str(tmp_path / f"{name}-{precision}"), precision]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *how]
+            command += ["--num_machines", "1", "--main_process_port", "0", "--dynamo_backend", "no"]
+            command += [str(tmp_path / "child.py"), str(tmp_path / f"{name}-{precision}"), precision]
+            env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
             said[name] = json.loads(done.stdout.strip().splitlines()[-1].replace("'", '"'))
     assert said == {"plain": ["Parameter"], "fsdp": ["DTensor"]}
