@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
-from diffusers_repr.denoiser.vae import scale_latents
+from diffusers_repr.denoiser.vae import draw_latents
 from diffusers_repr.noise import NoiseLevel, add_noise, training_target
 from diffusers_repr.objectives.base import Batch, Objective, rebuild
 from diffusers_repr.objectives.times import TimeSampler
@@ -211,6 +212,12 @@ class DiffusionObjective(Objective):
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """Samples; of class-conditional models the classes in turn, rows of 8 a class."""
+        if self.num_classes and "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
+            # diffusers has no pipeline that tells a `UNet2DModel` a class.
+            from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
+
+            pipe = GuidedUnconditionalPipeline(pipe.unet, pipe.scheduler)
+            pipe.set_progress_bar_config(disable=True)
         given: dict[str, Any] = {"generator": generator, "num_inference_steps": steps}
         if self.num_classes:
             given["class_labels"] = [place // 8 % self.num_classes for place in range(count)]

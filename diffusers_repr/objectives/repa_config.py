@@ -64,7 +64,7 @@ class REPAConfig:
     reg_weight: float = _arg(0.0, help="weight of the class token's denoising loss (REG: 0.03)")
 
     def __post_init__(self) -> None:
-        if not self.encoder and (self.haste_weight or self.reg_weight):
+        if not set(self.encoder) - {"none"} and (self.haste_weight or self.reg_weight):
             raise ValueError("`haste_weight` and `reg_weight` need a teacher; name one by `encoder`.")
         if self.projector_dim < 1:
             raise ValueError(f"`projector_dim` must be positive, got {self.projector_dim}.")

@@ -138,10 +138,22 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
     before = read_state(path)["identity"]
     current = json.loads(json.dumps(identity))
-    changed = {key: before.get(key) for key in current if before.get(key) != current[key]}
-    changed |= {key: value for key, value in before.items() if key not in current}
-    if changed:
-        raise ValueError(f"{path} is of a run with {changed}. Run with these, or name another --output_dir.")
+    then, now = _differing(before, current)
+    if then != now:
+        raise ValueError(f"{path} is of a run with {then}. Run with these (now: {now}), or name another --output_dir.")
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of two mappings is not equal, down to the innermost keys; None for what one of them lacks."""
+    then: dict[str, Any] = {}
+    now: dict[str, Any] = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        a, b = old.get(key), new.get(key)
+        if a == b and (key in old) == (key in new):
+            continue
+        both = isinstance(a, Mapping) and isinstance(b, Mapping)
+        then[key], now[key] = _differing(a, b) if both else (a, b)  # type: ignore[arg-type]
+    return then, now
 
 
 def _check_whole(path: Path) -> None:

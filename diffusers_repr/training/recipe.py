@@ -32,7 +32,7 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
 
     Raises:
         FileNotFoundError: If there is no such recipe; names those that lie beside it.
-        ValueError: For a file that is no mapping, or an unknown key (with the closest known ones).
+        ValueError: For a file that is no mapping, or an unknown key or flag (with the closest known ones).
         ImportError: If PyYAML is not installed.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -53,8 +53,22 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
             elif value is not None:  # null leaves the default
                 given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     full = HfArgumentParser(cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False)
+    _check_flags(flags, list(full._option_string_actions))
     full.set_defaults(**empty)
     return full.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)[: len(kinds)]
+
+
+def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse an unknown flag.
+
+    Raises:
+        ValueError: Naming the flag and the closest ones.
+    """
+    for flag in (token.partition("=")[0] for token in flags if token.startswith("--")):
+        if flag not in known:
+            near = difflib.get_close_matches(flag, known, n=3)
+            told = f"Closest: {', '.join(near)}." if near else "--help lists all."
+            raise ValueError(f"Unknown flag {flag}. {told}")
 
 
 def _is_list(hint: Any) -> bool:
@@ -103,7 +117,12 @@ def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
     Raises:
         ValueError: If it is none.
     """
-    value = json.loads(value) if isinstance(value, str) else value or {}
+    try:
+        value = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`{name}` is no JSON ({error}), got {value!r}; a mapping in a flag is like --{name} '{{\"key\": 1}}'."
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a mapping (JSON in a flag), got {value!r}.")
     return value

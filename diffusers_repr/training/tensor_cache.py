@@ -258,9 +258,11 @@ class TensorCache:
                 f"{'; '.join(differs)}. Run with the settings of the cache, or make another one."
             )
         if mirrors > self.mirrors:
+            flag = "--both_mirrors true" if self.layout.kind == "latents" else "--random_flip true"
             raise ValueError(
-                f"The cache {str(self.folder)!r} holds no mirrored images, which random_flip needs (a latent cannot "
-                "be flipped). Make it with --both_mirrors, or train without random_flip."
+                f"The cache {str(self.folder)!r} holds no mirrored images, which random_flip needs "
+                f"({self.layout.kind} cannot be flipped). Make one with {flag} in another folder, or train without "
+                "random_flip."
             )
 
     def _slices(self, shard: int) -> dict[str, Any]:

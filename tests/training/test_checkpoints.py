@@ -170,6 +170,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, told):
     for resume in ("latest", "checkpoint-00000001"):
         with pytest.raises(ValueError, match=rf"checkpoint-00000001 is of a run with {told}. Run with these"):
             find(tmp_path, resume, {**IDENTITY, **change})
+    with pytest.raises(ValueError, match=r"with \{'data': \{'rows': 3\}\}.* \(now: \{'data': \{'rows': 4\}\}\)"):
+        find(tmp_path, identity={**IDENTITY, "data": {**IDENTITY["data"], "rows": 4}})
     with pytest.raises(ValueError, match=r"of a run with \{'seed': 0\}"):
         find(tmp_path, identity={k: v for k, v in IDENTITY.items() if k != "seed"})
 

@@ -314,7 +314,7 @@ def test_a_run_refuses_a_cache_made_otherwise(tmp_path):
         ({"vae": vae, "center_crop": "fit"}, "data.center_crop"),
         ({"vae": vae, "data": rows(10)}, "data.rows: 11 -> 10"),
         ({"vae": vae, "data": rows(11, ((9, 9),))}, "data.images"),
-        ({"vae": vae, "random_flip": True}, "no mirrored images"),
+        ({"vae": vae, "random_flip": True}, "no mirrored images.*--both_mirrors true"),
         ({}, "no VAE to check"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -69,12 +69,16 @@ def test_unknown_keys_and_flags(tmp_path):
         ValueError, match=r"Unknown key 'learning_rat' in .*recipe.yaml. Closest allowed: .'learning_r"
     ):
         parse_recipe([TrainingConfig], write(tmp_path, learning_rat=1))
-    with pytest.raises(ValueError, match="--learning_rat"):  # no abbreviation either
+    with pytest.raises(ValueError, match="Unknown flag --learning_rat. Closest: --learning_rate"):  # no abbreviation
         parse_recipe([TrainingConfig], ["--learning_rat", "1"])
     with pytest.raises(ValueError, match=r"Unknown key 'zzz' in `model`. Closest allowed: \['a', 'b'\]"):
         check_keys("`model`", {"zzz": 1}, ["self", "b", "a"])
     with pytest.raises(ValueError, match="`model` must be a mapping"):
         mapping("model", "[1]")
+    with pytest.raises(ValueError, match=r"`model` is no JSON .*--model '\{"):
+        mapping("model", "{a: 1}")
+    with pytest.raises(ValueError, match="Unknown flag --zzz. --help lists all"):
+        parse_recipe([TrainingConfig], ["--zzz=1"])
 
 
 def test_files_that_are_no_recipe(tmp_path):
