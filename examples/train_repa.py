@@ -24,7 +24,6 @@ from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
 from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.recipe import check_keys, mapping, setting
 
 SCHEDULERS = {"ode": FlowMatchODEScheduler, "sde": FlowMatchSDEScheduler}
@@ -46,6 +45,13 @@ class ModelConfig:
         arguments = mapping("model", self.model)
         check_keys("`model`", arguments, inspect.signature(SiTTransformer2DModel.__init__).parameters)
         object.__setattr__(self, "model", arguments)
+        unused = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name != "pretrained_model" and (getattr(self, field.name) or None) != (field.default or None)
+        ]
+        if self.pretrained_model and unused:
+            raise ValueError(f"`{'`, `'.join(unused)}` would not act: `pretrained_model` brings its own; drop them.")
         if self.sampler not in SCHEDULERS:
             raise ValueError(f"`sampler` is one of {', '.join(SCHEDULERS)}, got {self.sampler!r}.")
 
@@ -63,6 +69,8 @@ def build_sit(
 def main(argv: list[str], evaluate=None) -> None:
     kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
     config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    if config.lora_rank and not model_config.pretrained_model:
+        raise ValueError("`lora_rank` adapts a trained network, and a new SiT is none; name a `pretrained_model`.")
     torch.manual_seed(config.seed)
     encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder if name != "none"]
     if model_config.pretrained_model:
@@ -71,19 +79,15 @@ def main(argv: list[str], evaluate=None) -> None:
     else:
         vae = AutoencoderKL.from_pretrained(model_config.vae) if model_config.vae else None
         channels, size = 3 if vae else model_config.image_channels, data_config.resolution or 256
-    needs_pixels = bool(encoders) and not data_config.features_dir
-    data = load_recipe_data(
-        data_config, channels, size, config.seed, vae=vae, encoders=encoders, needs_pixels=needs_pixels
-    )
+    parts = {"vae": vae, "encoders": encoders, "num_workers": config.dataloader_num_workers}
+    needs_pixels = bool(encoders) and (not data_config.features_dir or repa_config.haste_weight > 0)
+    data = load_recipe_data(data_config, channels, size, config.seed, needs_pixels=needs_pixels, **parts)
     if not model_config.pretrained_model:
         image_size = (size, size) if isinstance(size, int) else size
         denoiser = Denoiser.from_pipe(build_sit(model_config, vae, image_size, data.num_classes))
     objective = build_repa(denoiser, encoders, repa_config)
     recipe = recipe_of(config, data_config, model_config, repa_config)
-    if config.dry_run:
-        print(describe_run(objective, data, config, recipe))
-    else:
-        train(objective, data, config, recipe=recipe, evaluate=evaluate)
+    train(objective, data, config, recipe=recipe, evaluate=evaluate)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import sys
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
 from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser
@@ -48,20 +47,10 @@ class ModelConfig:
         return self.model.get("num_class_embeds") is not None
 
 
-class UnconditionalObjective(DiffusionObjective):
-    """Samples of class-conditional U-Nets come from our pipeline: diffusers has none that passes them a class."""
-
-    def preview(self, pipe, count, generator, steps):
-        if self.num_classes:
-            pipe = GuidedUnconditionalPipeline(pipe.unet, pipe.scheduler)
-            pipe.set_progress_bar_config(disable=True)
-        return super().preview(pipe, count, generator, steps)
-
-
-def build(config: ModelConfig) -> UnconditionalObjective:
+def build(config: ModelConfig) -> DiffusionObjective:
     model, scheduler = UNet2DModel(**config.model), DDPMScheduler(**config.scheduler)
     pipe = (DDIMPipeline if config.class_conditional else DDPMPipeline)(model, scheduler)
-    return UnconditionalObjective(Denoiser.from_pipe(pipe), label_dropout=config.label_dropout)
+    return DiffusionObjective(Denoiser.from_pipe(pipe), label_dropout=config.label_dropout)
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,104 @@
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDIMPipeline
+from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from PIL import Image
+from train_repa import ModelConfig, main
+from transformers import ViTConfig, ViTModel
+
+from diffusers_repr import Projector
+from tests.training.loop_cases import read_lines
+
+TINY = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+SMALL = ["--train_batch_size", "4", "--max_train_steps", "2", "--logging_steps", "1", "--eval_batch_size", "8",
+         "--num_inference_steps", "2", "--dataset_name", "digits", "--cache_images", "true"]  # fmt: skip
+NEW = ["--resolution", "8", "--image_channels", "1", "--model", json.dumps(TINY), "--projector_dim", "8"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=16, num_hidden_layers=2,
+                       num_attention_heads=2, intermediate_size=32)  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "vit")
+    grey = {"image_processor_type": "ViTImageProcessor", "size": 8, "image_mean": [0.5], "image_std": [0.5]}
+    (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(grey))
+    return str(folder / "vit")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def run(folder, *flags):
+    main([*SMALL, "--output_dir", str(folder), *flags])
+
+
+def test_a_new_sit(tmp_path, teacher):
+    run(tmp_path, *NEW, "--encoder", teacher)
+    pipe = SiTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=[3], num_inference_steps=2).images[0].size == (8, 8)
+    assert Projector.from_pretrained(tmp_path / "heads" / "projector-vit").config["out_dim"] == 16
+    assert {"denoising", "alignment"} <= read_lines(tmp_path)[-1].keys()
+    assert Image.open(tmp_path / "samples.png").size == (8 * 32, 32)
+
+
+def test_the_baseline(tmp_path):
+    run(tmp_path, *NEW, "--encoder", "none")
+    assert not (tmp_path / "heads").exists()
+    assert "alignment" not in read_lines(tmp_path)[-1]
+
+
+def test_tuning_a_unet_with_classes_by_adapters(tmp_path, teacher):
+    model = ["--pretrained_model", "examples/models/digits-class-ddim", "--lora_rank", "2", "--encoder", teacher]
+    run(tmp_path, *model, "--repa_layer", "mid_block")
+    assert (tmp_path / "samples.png").is_file()
+    assert isinstance(DDIMPipeline.from_pretrained(tmp_path), DDIMPipeline)
+
+
+def test_a_dry_run_counts_what_would_be_trained(tmp_path, teacher, capsys):
+    model = [
+        "--pretrained_model",
+        "examples/models/digits-class-ddim",
+        "--repa_layer",
+        "mid_block",
+        "--projector_dim",
+        "8",
+    ]
+    counts = {}
+    for rank in ("0", "2"):
+        run(tmp_path, *model, "--encoder", teacher, "--lora_rank", rank, "--dry_run", "true")
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("# trained: "))
+        counts[rank] = int(line.split()[2].replace(",", ""))
+    assert counts["2"] < counts["0"] / 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_size", "S/4", "--encoder", "TEACHER"], "Choose match_grid"),
+        (["--encoder", "none", "--lora_rank", "2"], "`lora_rank` adapts a trained network"),
+        (["--encoder", "none", "--reg_weight", "0.03"], "need a teacher"),
+        (["--model", '{"num_layer": 2}'], "Closest allowed: .'num_layers'"),
+        (["--model", '{"num_classes": 5, "num_layers": 1}'], "The data have 10 classes"),
+        (["--encoder", "TEACHER", "--repa_layer", "blocks.9"], "No layer 'blocks.9'"),
+    ],
+)
+def test_what_does_not_fit(tmp_path, teacher, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *NEW, *[teacher if flag == "TEACHER" else flag for flag in flags])
+
+
+def test_settings_that_a_pretrained_model_leaves_unused():
+    assert ModelConfig(pretrained_model="folder", model={}, path="linear").pretrained_model == "folder"
+    with pytest.raises(ValueError, match="`model_size`, `model` would not act: `pretrained_model`"):
+        ModelConfig(pretrained_model="folder", model_size="B/2", model=TINY)
