@@ -76,6 +76,10 @@ class DiffusionObjective(Objective):
         self.denoiser, self.network = denoiser, denoiser.model
         self.time_sampling, self.label_dropout = time_sampling or TimeSampler(), label_dropout
         self.num_classes, self.null_label = classes_of(denoiser, null_label)
+        if self.num_classes and label_dropout > 0 and self.null_label is None:
+            raise ValueError(
+                f"label_dropout={label_dropout} has no null class to drop to; set it to 0, or name one by null_label."
+            )
         self.masks_labels = "drop_mask" in forward_names(self.network)
         self.prompts: dict[Any, dict[str, Any]] = {}
         if denoiser.vae is not None:
