@@ -14,6 +14,7 @@ NAMES = (
     "guide_overhead",
     "repa_loss",
     "cknna",
+    "resume",
 )
 
 
