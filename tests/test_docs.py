@@ -4,12 +4,22 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def _fresh_accelerate():
+    """A page that trains leaves later tests no accelerate state."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     text = page.read_text()
