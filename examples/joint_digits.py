@@ -125,7 +125,7 @@ def tables(rows: list[dict]) -> tuple[str, str]:
 def pictures(folder: Path, pipes: dict[str, JointDiffusionPipeline], steps: int) -> None:
     """Samples without and with guidance, and one image of each digit turned into every other."""
     images, labels = real_digits("test")
-    for name, scale, title in (("JDM", 100.0, "jdm"), ("HybViT", 3.0, "hybvit")):
+    for name, scale, title in (("JDM", 30.0, "jdm"), ("HybViT", 3.0, "hybvit")):
         if name not in pipes:
             continue
         grid(samples(pipes[name], 20, steps, 0.0)).save(folder / f"{title}_none.png")

@@ -164,7 +164,7 @@ class JointDiffusionPipeline(DiffusionPipeline):
             batch_size: Number of samples; as many as there are labels or latents if None, else 1.
             class_labels: One id or name for all samples, or one a sample.
             guidance_scale: How strongly to the classes, away from them below 0; needed where labels are given. 0 is
-                bit-equal to no guidance. Of a U-Net: `h + scale d CE / d h` for all activations h, where 30 to 300
+                bit-equal to no guidance. Of a U-Net: `h + scale d CE / d h` for all activations h, where 10 to 100
                 is usual for a classifier of noisy images; of a `JointViTModel`: `eps - scale sigma d log p / d x_t`.
             num_inference_steps: 1000 for a `DDPMScheduler` and 50 for others if None.
             generator: One, or one a sample.
@@ -173,7 +173,7 @@ class JointDiffusionPipeline(DiffusionPipeline):
             latents: Standard normal noise `(B, C, H, W)` to start from, in place of drawing it.
             guidance_normalization: Of a U-Net: `none` (the default, the paper's), `sigma` (scale times the noise
                 level's sigma) or `relative` (scale is the share of a sample's activations that they move by; try
-                0.1).
+                0.6).
             output_type: `pil`, `np` (B, H, W, C) and `pt` (B, C, H, W) in [0, 1], or `latent`: what the sampler gave.
             return_dict: False returns a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; tensors that it
