@@ -36,7 +36,6 @@ from diffusers_repr.training import (
     recipe_of,
     train,
 )
-from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.recipe import check_keys, mapping, setting, to_yaml
 from diffusers_repr.training.transforms import to_unit
 
@@ -224,7 +223,7 @@ def main(argv: list[str]) -> None:
     objective = SimCLRObjective(encoder_config, *data.statistics())
     recipe = recipe_of(config, data_config, views, encoder_config)
     if config.dry_run:
-        print(describe_run(objective, data, config, recipe))
+        train(objective, data, config, recipe=recipe, accelerator=accelerator)
         return
     with tempfile.TemporaryDirectory() as untrained:
         if accelerator.is_main_process:

@@ -25,7 +25,6 @@ from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives.hybvit import HybViTObjective
 from diffusers_repr.objectives.jdm import JDMObjective
 from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.recipe import check_keys, mapping, setting
 
 METHODS = {"jdm": (UNet2DModel, JDMObjective), "hybvit": (JointViTModel, HybViTObjective)}
@@ -90,15 +89,16 @@ def build_objective(config: JointConfig, pipe: JointDiffusionPipeline) -> JDMObj
 def main(argv: list[str], evaluate=None) -> None:
     kinds = (TrainingConfig, DataConfig, JointConfig)
     config, data_config, joint = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    if config.lora_rank:
+        raise ValueError("`lora_rank` adapts a trained network, and this one is new; drop it.")
     torch.manual_seed(config.seed)
     size = data_config.resolution or 32
-    data = load_recipe_data(data_config, joint.image_channels, size, config.seed)
+    data = load_recipe_data(
+        data_config, joint.image_channels, size, config.seed, num_workers=config.dataloader_num_workers
+    )
     objective = build_objective(joint, build_pipeline(joint, size, data.class_names))
     recipe = recipe_of(config, data_config, joint)
-    if config.dry_run:
-        print(describe_run(objective, data, config, recipe))
-    else:
-        train(objective, data, config, recipe=recipe, evaluate=evaluate)
+    train(objective, data, config, recipe=recipe, evaluate=evaluate)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,12 @@ class TransformerSource(Source):
         self.module, self.family = model, family
         self.mean, self.std = statistics.mean, statistics.std
         self.channels, self.dim = int(model.config.num_channels), int(model.config.hidden_size)
+        if {len(self.mean), len(self.std)} - {1, self.channels}:
+            raise ValueError(
+                f"The encoder takes {self.channels} channels, and its image statistics have {len(self.mean)} means "
+                f"and {len(self.std)} standard deviations; write image_mean and image_std of {self.channels} into a "
+                "preprocessor_config.json beside its weights."
+            )
         self.patch = family.patch(model.config)
         self.side = statistics.side or family.side(model.config)
         self.image_size = pair(image_size, self.patch)

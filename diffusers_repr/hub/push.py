@@ -13,7 +13,10 @@ from diffusers_repr.hub.errors import HubError, hub_errors, is_commit_sha, is_re
 
 _REPO_TYPES = ("model", "dataset")
 _OTHER_PIPELINES = ("diffusers", "transformers")  # their pipelines do not count as custom ones
-_NEVER_PUSHED = ("**/__pycache__/**", "__pycache__/**", "*.pyc", ".*.tmp", "*/.*.tmp", ".DS_Store", "*/.DS_Store")
+_NEVER_PUSHED = (
+    "**/__pycache__/**", "__pycache__/**", "*.pyc", ".*.tmp", "*/.*.tmp", ".DS_Store", "*/.DS_Store",
+    "checkpoint-*/**", ".checkpoint-*/**",  # of a training run
+)  # fmt: skip
 
 
 def push_folder(

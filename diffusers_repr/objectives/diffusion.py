@@ -80,6 +80,7 @@ class DiffusionObjective(Objective):
             raise ValueError(
                 f"label_dropout={label_dropout} has no null class to drop to; set it to 0, or name one by null_label."
             )
+        self.label_input = label_input(denoiser) if self.num_classes else ""
         self.masks_labels = "drop_mask" in forward_names(self.network)
         self.prompts: dict[Any, dict[str, Any]] = {}
         if denoiser.vae is not None:
@@ -139,7 +140,7 @@ class DiffusionObjective(Objective):
             gone = torch.rand(count, device=labels.device, generator=batch.get("generator")) < chance
             labels = torch.where(gone, self.null_label, labels)  # type: ignore[arg-type]
         masks = {"drop_mask": torch.zeros(count, dtype=torch.bool, device=labels.device)} if self.masks_labels else {}
-        return {"class_labels": labels, **masks}
+        return {self.label_input: labels, **masks}
 
     # Loss
 
@@ -184,7 +185,11 @@ class DiffusionObjective(Objective):
 
         Raises:
             ValueError: Naming both numbers.
+            TypeError: If there is no pipeline that the result could be saved as.
         """
+        mine = type(self).pipeline is DiffusionObjective.pipeline
+        if self.denoiser.pipe is None and mine and type(self).save_pretrained is Objective.save_pretrained:
+            self.pipeline({})
         classes = getattr(data, "num_classes", None)
         if self.num_classes and classes is not None and classes != self.num_classes:
             raise ValueError(
@@ -230,6 +235,13 @@ class DiffusionObjective(Objective):
         else:
             given["batch_size"] = count
         return pipe(**given).images
+
+
+def label_input(denoiser: Denoiser) -> str:
+    """Name of the network's input of class ids."""
+    made = denoiser.family.from_class_labels(denoiser.config, torch.zeros(1, dtype=torch.long))
+    names = [name for name, value in made.items() if isinstance(value, Tensor) and value.dtype == torch.long]
+    return names[0] if len(names) == 1 else "class_labels"
 
 
 def classes_of(denoiser: Denoiser, null_label: int | None) -> tuple[int, int | None]:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -102,3 +103,10 @@ def test_settings_that_a_pretrained_model_leaves_unused():
     assert ModelConfig(pretrained_model="folder", model={}, path="linear").pretrained_model == "folder"
     with pytest.raises(ValueError, match="`model_size`, `model` would not act: `pretrained_model`"):
         ModelConfig(pretrained_model="folder", model_size="B/2", model=TINY)
+
+
+def test_a_grey_encoder_without_its_statistics(tmp_path, teacher):
+    shutil.copytree(teacher, tmp_path / "bare")
+    (tmp_path / "bare" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="takes 1 channels, and its image statistics have 3 means"):
+        run(tmp_path / "out", *NEW, "--encoder", str(tmp_path / "bare"))

@@ -35,6 +35,7 @@ hub.atomic_write(folder / "README.md", hub.model_card(title="Probe", text="Text.
 (folder / "__pycache__").mkdir()
 (folder / "__pycache__" / "x.pyc").write_bytes(b"x")
 (folder / ".config.json.abc.tmp").write_text("x")
+hub.atomic_write(folder / "checkpoint-00000004" / "state.json", "x")
 
 report = {}
 report["first"] = hub.push_folder(folder, "user/probe")

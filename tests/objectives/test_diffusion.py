@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import nn
 
-from diffusers_repr import Denoiser
+from diffusers_repr import Denoiser, Family
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import DiffusionObjective, Objective
 from diffusers_repr.objectives.base import merge_lora, rebuild
@@ -296,3 +296,28 @@ def test_what_a_method_must_define():
         objective.pipeline({})
     with pytest.raises(TypeError, match="build it by Denoiser.from_pipe"):
         DiffusionObjective(sit()).pipeline({})
+
+
+def test_class_inputs_of_another_name():
+    """A family of one's own may call its class input as it likes."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Embedding(4, 1)
+            self.config = {"in_channels": 3, "sample_size": 8, "num_classes": 3}
+
+        def forward(self, sample, timestep, kind):
+            return sample * self.scale(kind)[:, :, None, None]
+
+    class NamedFamily(Family):
+        conditioning = "class"
+
+        def from_class_labels(self, config, labels):
+            return {"kind": torch.full((1,), 3) if labels is None else labels}
+
+    denoiser = Denoiser(Named(), DDPMScheduler(), family=NamedFamily())
+    objective = DiffusionObjective(denoiser, label_dropout=0.0)
+    loss = objective({"pixel_values": torch.rand(2, 3, 8, 8), "class_labels": torch.tensor([0, 2])})["loss"]
+    loss.backward()
+    assert (denoiser.model.scale.weight.grad[:, 0] != 0).tolist() == [True, False, True, False]
