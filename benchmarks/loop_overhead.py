@@ -12,7 +12,7 @@ from benchmarks.common import report
 from diffusers_repr import Denoiser, SiTTransformer2DModel
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import TrainingConfig
-from diffusers_repr.training.loop import make_batches
+from diffusers_repr.training.batches import make_batches
 from diffusers_repr.training.run import Run
 
 

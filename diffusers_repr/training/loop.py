@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from huggingface_hub import get_token
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from diffusers_repr.hub import HubError
 from diffusers_repr.objectives import Objective
+from diffusers_repr.training.batches import gather_streams, make_batches
 from diffusers_repr.training.checkpoints import drop_partial, find_checkpoint
+from diffusers_repr.training.checks import check_accumulation, check_config, check_place, warn_of_skipped
 from diffusers_repr.training.config import TrainingConfig, recipe_of
 from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.evaluation import Evaluate, Evaluations, look
 from diffusers_repr.training.logs import Log
 from diffusers_repr.training.lora import add_lora
-from diffusers_repr.training.order import batch_indices
-from diffusers_repr.training.result import save_result
+from diffusers_repr.training.result import save_result, write_card
 from diffusers_repr.training.run import Run
 from diffusers_repr.training.sharding import check_sharding
+
+# Where things lie; what they are stands in fingerprints.
+_PLACES = ("cache_images", "latents_dir", "features_dir", "encoder", "dataset_name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,14 @@ def train(
         ValueError: For data that do not fit the objective, or a checkpoint of another run.
         CheckpointError: If no checkpoint is whole.
         FloatingPointError: If losses stay infinite or NaN.
+        ImportError: For a tracker that is not installed.
+        NotADirectoryError: If the output folder is a file.
         OSError: If a checkpoint or the result cannot be written; earlier checkpoints are untouched.
         RuntimeError: If FSDP was asked for and is not to be had.
         HubError: If the result is to be pushed and there is no token.
+        ImportError: For a tracker that is not installed.
     """
-    if config.push_to_hub and get_token() is None:
-        raise HubError("`push_to_hub` needs a token: log in with `hf auth login`, or set HF_TOKEN.")
+    check_config(config)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
@@ -111,30 +114,46 @@ def train(
     state = run.load(checkpoint) if checkpoint else {}
     if run.progress.step > config.max_train_steps:
         raise ValueError(f"{checkpoint} is past --max_train_steps {config.max_train_steps}. Raise that.")
+    check_place(accelerator, run.progress.step, config.output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         drop_partial(config.output_dir)
+    log = Log(config, run.progress.step, accelerator, recipe)
+    evaluations = Evaluations(config, run.progress.step, accelerator, evaluate)
+    go_on(run, data, state.get("streams"), log, evaluations)
 
-    batches = make_batches(data, config, accelerator, run.progress.step, state.get("streams"), objective)
+    settings = recipe or dataclasses.asdict(config)
+    save_result(run, settings)
+    look(run, evaluations, "samples.png")
+    write_card(run, data, log.lines, settings, evaluations.last)
+    warn_of_skipped(run.progress)
+    log.close()
+    if given is None:
+        accelerator.end_training()
+    return TrainResult(Path(config.output_dir), run.progress.step, log.lines, evaluations.lines, run.progress.skipped)
+
+
+def go_on(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluations) -> None:
+    """Step to the end, with lines of the log, checkpoints and looks on the way."""
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    batches = make_batches(data, config, accelerator, progress.step, streams, run.objective)
     images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     of = f" of {len(data)}" if hasattr(data, "__len__") else ""
     accelerator.print(
         f"{accelerator.num_processes} processes, {images_per_step}{of} images a step, "
-        f"steps {run.progress.step} to {config.max_train_steps} in {config.output_dir}"
+        f"steps {progress.step} to {config.max_train_steps} in {config.output_dir}"
     )
-    log = Log(config, run.progress.step, accelerator, recipe)
-    evaluations = Evaluations(config, run.progress.step, accelerator, evaluate)
     bar = tqdm(
         total=config.max_train_steps,
-        initial=run.progress.step,
+        initial=progress.step,
         disable=not accelerator.is_local_main_process,
         mininterval=1,
     )
-    since = time.perf_counter(), run.progress.step
+    since = time.perf_counter(), progress.step
     cheap = accelerator.device.type == "cpu" and accelerator.num_processes == 1
-    while run.progress.step < config.max_train_steps:
+    while progress.step < config.max_train_steps:
         run.step([next(batches) for _ in range(config.gradient_accumulation_steps)], data.on_device)
-        step, last = run.progress.step, run.progress.step == config.max_train_steps
+        step, last = progress.step, progress.step == config.max_train_steps
         if cheap:
             run.settle()
         if step % config.logging_steps == 0 or last:
@@ -150,37 +169,28 @@ def train(
             look(run, evaluations, f"samples/step-{step:08d}.png")
             since = time.perf_counter(), step
     bar.close()
-    look(run, evaluations, "samples.png")
-    save_result(run, data, log.lines, recipe or dataclasses.asdict(config), evaluations.last)
-    log.close()
-    if given is None:
-        accelerator.end_training()
-    return TrainResult(Path(config.output_dir), run.progress.step, log.lines, evaluations.lines, run.progress.skipped)
 
 
 def make_accelerator(config: TrainingConfig, several_phases: bool = False) -> Accelerator:
-    """An accelerator for `train`; `accelerate launch` and its config decide processes and devices."""
+    """An accelerator for `train`; `accelerate launch` and its config decide processes and devices.
+
+    Raises:
+        ImportError: For a tracker that is not installed, which accelerate would leave out without a word.
+    """
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=several_phases)
     trackers = None if config.report_to == "none" else config.report_to
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if trackers in LOGGER_TYPE_TO_CLASS and trackers not in installed or trackers == "all" and not installed:
+        raise ImportError(
+            f"--report_to {trackers}: it is not installed (installed: {', '.join(installed) or 'no tracker'}). "
+            'tensorboard is part of pip install "diffusers-repr[train]".'
+        )
     return Accelerator(
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[kwargs],
         log_with=trackers,
         project_dir=config.output_dir if trackers else None,
     )
-
-
-def check_accumulation(accelerator: Accelerator) -> None:
-    """The loop accumulates by itself; accelerate must not divide the loss once more.
-
-    Raises:
-        ValueError: If accelerate was told to.
-    """
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"accelerate has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; leave it at 1 "
-            "there, and set it in TrainingConfig or by the script's --gradient_accumulation_steps."
-        )
 
 
 def enable_checkpointing(module: Any) -> None:
@@ -200,59 +210,16 @@ def identity_of(
     """What decides the weights of a run: a checkpoint of another is refused."""
     mine = config.identity()
     theirs = {k: v for k, v in (recipe or {}).items() if k not in dataclasses.asdict(config)}
-    for name in ("cache_images", "latents_dir", "features_dir"):
-        theirs.pop(name, None)  # where the same numbers come from
+    for name in _PLACES:
+        theirs.pop(name, None)
+    # A cache gives the same numbers as what it was made from, or is refused when it is opened.
+    rows = {k: v for k, v in data.fingerprint().items() if k not in ("latents", "features")}
     return {
         **mine,
         **theirs,
         "objective": type(objective).__name__,
         **objective.identity(),
-        "data": data.fingerprint(),
+        "data": rows,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-
-
-def make_batches(
-    data: Any, config: TrainingConfig, accelerator: Accelerator, step: int, streams: Any, objective: Objective
-) -> Iterator[dict[str, Any]]:
-    """Micro-batches of this process from `step` on, on the device."""
-    micro, everyone = config.train_batch_size, config.train_batch_size * accelerator.num_processes
-    workers = config.dataloader_num_workers
-    pinned = accelerator.device.type == "cuda"
-    loader: Any
-    if isinstance(data, IterableDataset):
-        if streams:
-            data.load_state_dict(streams[accelerator.process_index])  # type: ignore[attr-defined]
-        loader = DataLoader(data, batch_size=micro, num_workers=0)
-    else:
-        first = step * everyone * config.gradient_accumulation_steps + accelerator.process_index * micro
-        order = batch_indices(len(data), config.seed, first, micro, stride=everyone)
-        if hasattr(data, "batch"):  # gives whole batches from memory
-            loader = (data.batch(indices) for indices in order)
-        else:
-            loader = DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=pinned)
-    for batch in loader:
-        objective.check_batch(batch)
-        yield {k: to_device(v, accelerator.device) for k, v in batch.items()}
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors, and mappings of them, on the device; the rest as it is."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value
-
-
-def gather_streams(data: Any, accelerator: Accelerator) -> list[Any] | None:
-    """The place of each process in its stream; None for map-style data, whose place is the step."""
-    if not isinstance(data, IterableDataset):
-        return None
-    mine = data.state_dict()  # type: ignore[attr-defined]
-    if accelerator.num_processes == 1:
-        return [mine]
-    places: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(places, mine)
-    return json.loads(json.dumps(places))

@@ -18,22 +18,33 @@ from diffusers_repr.training.recipe import read_recipe, to_yaml
 from diffusers_repr.training.run import Run
 
 
-def save_result(
+def save_result(run: Run, recipe: Mapping[str, Any]) -> None:
+    """Write pipeline, heads and recipe into the output folder; every process must call it."""
+    config, state = run.config, run.result()
+    if run.accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        run.objective.save_pretrained(folder, state, getattr(torch, config.save_dtype))
+        atomic_write(folder / "recipe.yaml", to_yaml(kept_settings(run, recipe)))
+    run.accelerator.wait_for_everyone()
+
+
+def write_card(
     run: Run, data: Any, lines: list[dict[str, Any]], recipe: Mapping[str, Any], measured: Mapping[str, float]
 ) -> None:
-    """Write the result into the output folder, and push it if asked to; every process must call it."""
-    config, state = run.config, run.result()
-    if not run.accelerator.is_main_process:
-        run.accelerator.wait_for_everyone()
-        return
-    folder = Path(config.output_dir)
-    run.objective.save_pretrained(folder, state, getattr(torch, config.save_dtype))
-    kept = {k: v for k, v in recipe.items() if k in recipe_of(config) or k not in vars(config)}
-    atomic_write(folder / "recipe.yaml", to_yaml(dict(kept)))
-    atomic_write(folder / "README.md", card(run, data, lines, without_places(kept), measured))
-    if config.push_to_hub:
-        push_result(folder, config.hub_model_id or "", config.hub_private)
+    """Write the card, and push the folder if asked to; every process must call it."""
+    config = run.config
+    if run.accelerator.is_main_process:
+        folder, kept = Path(config.output_dir), without_places(kept_settings(run, recipe))
+        atomic_write(folder / "README.md", card(run, data, lines, kept, measured))
+        if config.push_to_hub:
+            push_result(folder, config.hub_model_id or "", config.hub_private)
     run.accelerator.wait_for_everyone()
+
+
+def kept_settings(run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that make the run again."""
+    config = run.config
+    return {k: v for k, v in recipe.items() if k in recipe_of(config) or k not in vars(config)}
 
 
 def push_result(folder: Path, repo_id: str, private: bool) -> None:

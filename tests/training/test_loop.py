@@ -9,13 +9,18 @@ import warnings
 
 import pytest
 import torch
+from accelerate.tracking import get_available_trackers
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 import diffusers_repr.training.checkpoints as checkpoints
+from diffusers_repr import Denoiser
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import CheckpointError
+from diffusers_repr.training.checks import check_place
 from diffusers_repr.training.run import Run
 from tests.training.loop_cases import (
+    STEPS,
     Numbers,
     assert_same,
     assert_same_checkpoint,
@@ -23,6 +28,8 @@ from tests.training.loop_cases import (
     read_lines,
     run_here,
     tiny_objective,
+    tiny_pipe,
+    tiny_sit_objective,
 )
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -151,7 +158,7 @@ def test_a_damaged_checkpoint(whole, tmp_path):
     [
         ({"seed": 8}, r"of a run with \{'seed': 7\}"),
         ({"data": Numbers(14)}, r"'data': \{'rows': 13"),
-        ({"recipe": {"dataset_name": "other"}}, r"\{'dataset_name': None\}"),
+        ({"recipe": {"repa_layer": "other"}}, r"\{'repa_layer': None\}"),
         ({"mixed_precision": "bf16"}, r"'mixed_precision': "),
         ({"resume_from_checkpoint": "none"}, "another --output_dir"),
         ({"resume_from_checkpoint": "checkpoint-1"}, "No checkpoint 'checkpoint-1'"),
@@ -257,12 +264,12 @@ def test_gradient_checkpointing_that_is_not_there(tmp_path):
 
 @pytest.mark.slow
 def test_compiling_changes_nothing(tmp_path):
+    smooth = {"adam_epsilon": 1e-3, "learning_rate": 1e-3, "max_train_steps": 3, "checkpointing_steps": 3}
     for name, on in (("with", True), ("without", False)):
-        run_here(tmp_path / name, tiny_objective(), torch_compile=on, max_train_steps=3)
-    files = (tmp_path / name / "checkpoint-00000003" / "model.safetensors" for name in ("with", "without"))
-    assert_same(*map(load_file, files), rtol=1e-4, atol=1e-4)
-    files = (tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors" for name in ("with", "without"))
-    assert_same(*map(load_file, files), rtol=1e-4, atol=1e-4)
+        run_here(tmp_path / name, tiny_sit_objective(), torch_compile=on, **smooth)
+    for file in ("checkpoint-00000003/model.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+        files = (tmp_path / name / file for name in ("with", "without"))
+        assert_same(*map(load_file, files), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16(tmp_path):
@@ -287,3 +294,37 @@ def test_no_warning_of_ours(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="diffusers_repr")
         run_here(tmp_path, max_train_steps=1)
+
+
+def test_what_a_run_refuses_before_its_first_step(tmp_path):
+    if "wandb" not in [str(tracker) for tracker in get_available_trackers()]:
+        with pytest.raises(ImportError, match=r"--report_to wandb: it is not installed .*train"):
+            run_here(tmp_path / "run", report_to="wandb")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file; name a folder"):
+        run_here(tmp_path / "file")
+    bare = DiffusionObjective(Denoiser(tiny_pipe().unet, DDPMScheduler(num_train_timesteps=STEPS)))
+    with pytest.raises(TypeError, match=r"Denoiser.from_pipe\(pipe\)"):
+        run_here(tmp_path / "run", objective=bare)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ends_in_bad_steps_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="The last [1-5] steps were skipped"):
+        run_here(tmp_path, learning_rate=1e30, lr_warmup_steps=0, lr_scheduler="constant")
+
+
+def test_processes_that_found_different_checkpoints():
+    class Two:
+        num_processes, device = 2, torch.device("cpu")
+
+        def __init__(self, other):
+            self.other = other
+
+        def gather(self, mine):
+            return torch.cat([mine, torch.tensor([self.other])])
+
+    check_place(Two(3), 3, "out")
+    with pytest.raises(RuntimeError, match=r"from the steps \[3, 0\]. All machines must see the same"):
+        check_place(Two(0), 3, "out")

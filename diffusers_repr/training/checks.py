@@ -1,0 +1,67 @@
+"""What is checked before a run costs anything, and when it ends."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import get_token
+
+from diffusers_repr.hub import HubError
+from diffusers_repr.training.config import TrainingConfig
+from diffusers_repr.training.run import Progress
+
+
+def check_config(config: TrainingConfig) -> None:
+    """Places and services that the run will need.
+
+    Raises:
+        HubError: If the result is to be pushed and there is no token.
+        NotADirectoryError: If the output folder is a file.
+    """
+    if config.push_to_hub and get_token() is None:
+        raise HubError("`push_to_hub` needs a token: log in with `hf auth login`, or set HF_TOKEN.")
+    if Path(config.output_dir).is_file():
+        raise NotADirectoryError(f"--output_dir {config.output_dir} is a file; name a folder.")
+
+
+def check_accumulation(accelerator: Accelerator) -> None:
+    """The loop accumulates by itself; accelerate must not divide the loss once more.
+
+    Raises:
+        ValueError: If accelerate was told to.
+    """
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; leave it at 1 "
+            "there, and set it in TrainingConfig or by the script's --gradient_accumulation_steps."
+        )
+
+
+def check_place(accelerator: Accelerator, step: int, output_dir: str) -> None:
+    """All processes must go on from the same step; waits for them.
+
+    Raises:
+        RuntimeError: If they do not, as on several machines that do not share the folder.
+    """
+    if accelerator.num_processes == 1:
+        return
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise RuntimeError(
+            f"The processes found different checkpoints in {output_dir}: they would go on from the steps {steps}. All "
+            "machines must see the same --output_dir."
+        )
+
+
+def warn_of_skipped(progress: Progress) -> None:
+    """Say so where a run ends amid steps that were not finite, or had more of them than others."""
+    if progress.skipped_in_a_row or 2 * progress.skipped > progress.step:
+        warnings.warn(
+            f"{progress.skipped} of {progress.step} steps were skipped because the loss or its gradient was not "
+            f"finite, the last {progress.skipped_in_a_row} among them; what is saved is what the others made. Try a "
+            "lower --learning_rate.",
+            stacklevel=2,
+        )
