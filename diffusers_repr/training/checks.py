@@ -59,9 +59,10 @@ def check_place(accelerator: Accelerator, step: int, output_dir: str) -> None:
 def warn_of_skipped(progress: Progress) -> None:
     """Say so where a run ends amid steps that were not finite, or had more of them than others."""
     if progress.skipped_in_a_row or 2 * progress.skipped > progress.step:
+        last = progress.skipped_in_a_row
         warnings.warn(
-            f"{progress.skipped} of {progress.step} steps were skipped because the loss or its gradient was not "
-            f"finite, the last {progress.skipped_in_a_row} among them; what is saved is what the others made. Try a "
-            "lower --learning_rate.",
-            stacklevel=2,
+            (f"The last {last} steps were skipped" if last else "Most steps were skipped")
+            + f", {progress.skipped} of {progress.step} in all: their loss or its gradient was not finite. What is "
+            "saved is what the others made. Try a lower --learning_rate.",
+            stacklevel=3,
         )
