@@ -15,6 +15,10 @@ NAMES = (
     "repa_loss",
     "cknna",
     "resume",
+    "optimizer_update",
+    "repa_step",
+    "loop_overhead",
+    "cached_training",
 )
 
 
