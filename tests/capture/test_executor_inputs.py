@@ -33,7 +33,7 @@ def unconditional(**changes):
 
 
 def random_call(denoiser, rows=2, size=(16, 24), **condition):
-    x = torch.randn(rows, 3, *size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(rows, 3, *size, generator=torch.Generator().manual_seed(0)).to(denoiser.dtype)
     return call_of(denoiser, denoiser.network_inputs(x, denoiser.level(300), condition), rows)
 
 
@@ -86,6 +86,7 @@ def test_a_second_stream_of_skips(build_, rows):
     denoiser = unconditional(
         down_block_types=down, up_block_types=up, block_out_channels=(32, 32, 32), norm_num_groups=32
     )
+    denoiser.model.double()  # its norms amplify what batches of unequal size round differently
     layers = ["down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"]
     layers += ["up_blocks.0.attentions.1"] if build_ != "all" else []
     for layer in layers:

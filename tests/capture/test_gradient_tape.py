@@ -140,7 +140,8 @@ def test_stops_after_the_last_layer_and_keeps_no_graph_behind_it(unet):
     _, output = run(unet, of_layers, ["mid_block.attentions.0"])
     assert graphs == {"up_blocks.0": False, "up_blocks.2": False, "conv_out": False}
     assert not output.requires_grad
-    assert torch.equal(output, unet(X, 500).sample)
+    # Not bit by bit: with a graph and without one some processors take other kernels.
+    torch.testing.assert_close(output, unet(X, 500).sample, rtol=1e-12, atol=1e-12)
 
 
 def state(model):

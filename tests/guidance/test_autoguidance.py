@@ -151,10 +151,11 @@ def test_takes_a_denoiser_or_a_pipeline_and_checks_its_process():
         guide(sd, AutoGuidance(sd))
     other = build("sd")
     handle = guide(sd, AutoGuidance(other))
-    guided = run(sd, "sd")
+    # Without CFG both networks take equally many rows, so that equal weights give equal bits.
+    guided = run(sd, "sd", guidance_scale=1.0)
     with pytest.warns(UserWarning, match="AutoGuidance changed nothing in a whole run"):  # equal weights
         handle.remove()
-    assert torch.equal(guided, run(sd, "sd"))
+    assert torch.equal(guided, run(sd, "sd", guidance_scale=1.0))
 
 
 def test_weaker_networks_that_do_not_fit_raise():

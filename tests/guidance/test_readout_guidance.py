@@ -262,7 +262,7 @@ def test_a_reference_among_the_samples_is_not_moved():
     expected = gradient(denoiser, head.config["layers"], loss, x, AT)
     keep = torch.tensor([0, 2])
     torch.testing.assert_close(found[keep], expected[keep], rtol=1e-6, atol=1e-12)
-    assert not found[1].any()
+    assert found[1].abs().max() <= 1e-14 * found[keep].abs().max()  # some processors' convolutions round a zero
     assert (stats.lanes, stats.passes, stats.backward_passes) == (1, 1, 1)
     moved = seen_inputs(denoiser, config.replace(scale=0.1), x)
     assert torch.equal(moved[1], x[1])

@@ -125,7 +125,7 @@ def test_other_processes(scheduler):
 
 def loop(unet, scheduler, labels, scale, steps=4, shape=(3, 16, 16)):
     """Classifier-free guidance written out, with a call of the network for each half."""
-    x = torch.randn(len(labels), *shape, generator=seeded())
+    x = torch.randn(len(labels), *shape, generator=seeded(), dtype=torch.float64)
     labels, null = torch.tensor(labels), torch.full((len(labels),), 9)
     scheduler.set_timesteps(steps)
     with torch.no_grad():
@@ -139,6 +139,7 @@ def loop(unet, scheduler, labels, scale, steps=4, shape=(3, 16, 16)):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_classes(scale):
     ours = make("class_unet")
+    ours.unet.double()
     want = loop(ours.unet, DDIMScheduler(), [2, 5, 9], scale)
     settings = {"guidance_scale": scale, "output_type": "pt"}
     got = sample(ours, class_labels=[2, 5, 9], **settings)
@@ -201,7 +202,7 @@ def test_learned_variance():
     stock, ours = DDPMPipeline(plain, learned), GuidedUnconditionalPipeline(plain, learned)
     assert np.array_equal(sample(ours, batch_size=2), sample(stock, batch_size=2))
     settings = {"class_labels": [2, 5], "output_type": "pt"}
-    ours = GuidedUnconditionalPipeline(unet, DDIMScheduler())
+    ours = GuidedUnconditionalPipeline(unet.double(), DDIMScheduler())
     for scale in (1.0, 3.0):
 
         def first(x, t, class_labels):
@@ -211,7 +212,7 @@ def test_learned_variance():
         assert (sample(ours, **settings, guidance_scale=scale) - want).abs().max() < 1e-5
     ours.scheduler = learned
     generator = seeded()
-    x = torch.randn(2, 3, 16, 16, generator=generator)
+    x = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     learned.set_timesteps(4)
     for t in learned.timesteps:
         with torch.no_grad():
