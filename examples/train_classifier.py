@@ -173,6 +173,7 @@ def train(args: ClassifierArgs) -> None:
     bar.close()
     if accelerator.is_main_process:
         save_model(args, accelerator.unwrap_model(run.model).eval(), base, len(data), held_out)
+    accelerator.wait_for_everyone()  # no process takes the group down while another still works
     accelerator.end_training()
 
 

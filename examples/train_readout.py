@@ -185,6 +185,7 @@ def train(args: ReadoutArgs) -> None:
     if main_process:
         errors = evaluate(denoiser, args, heads, layers, size) if args.eval_split else {}
         publish(folder, args, heads, lines, errors)
+    accelerator.wait_for_everyone()  # no process takes the group down while another still works
     accelerator.end_training()
 
 

@@ -101,7 +101,7 @@ def test_the_penalty_is_chosen_on_the_validation_set():
     assert result.validation_accuracy == max(r.validation_accuracy for r in by_hand.values())
     assert result.protocol["chosen"]["l2"] in PROTOCOLS["lbfgs"].l2
     same = by_hand[result.protocol["chosen"]["l2"]].head
-    # One was started from a stronger penalty's solution, the other from zero; 60 rows leave 200 weights a flat optimum.
+    # One started from a stronger penalty's solution, the other from zero; 60 rows leave 200 weights a flat optimum.
     torch.testing.assert_close(result.head(held).softmax(1), same(held).softmax(1), atol=2e-2, rtol=0)
 
 
