@@ -77,7 +77,11 @@ def write_report(out: Path, rows: Sequence[dict], facts: dict, recipe: str) -> N
     seeds = len({r["seed"] for r in rows})
     text = f"""# REPA against the same SiT without it
 
-Made by `{facts["command"]}` on {facts["device"]}. Equal steps, seeds, data order, noise and settings; the baseline has
+```bash
+{facts["command"]}
+```
+
+Made by this command on {facts["device"]}. Equal steps, seeds, data order, noise and settings; the baseline has
 `--encoder none`. Numbers are means over {seeds} seeds (lowest to highest), of the averaged weights.
 
 - `frechet_distance`, `precision`, `recall`: {facts["samples"]:,} samples (Euler, 50 steps, no guidance, equally many
