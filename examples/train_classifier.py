@@ -34,6 +34,7 @@ from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
 from diffusers_repr.training.checkpoints import find_checkpoint, read_state, read_tensors, save_checkpoint
 from diffusers_repr.training.logs import read_log
+from diffusers_repr.training.run import end_processes
 from diffusers_repr.training.seeds import learning_rate, reseed
 
 PUSHED = ("config.json", "diffusion_pytorch_model*", "README.md", "loss.jsonl", "evaluation.json")
@@ -174,7 +175,8 @@ def train(args: ClassifierArgs) -> None:
     if accelerator.is_main_process:
         save_model(args, accelerator.unwrap_model(run.model).eval(), base, len(data), held_out)
     accelerator.wait_for_everyone()  # no process takes the group down while another still works
-    accelerator.end_training()
+    del run
+    end_processes(accelerator)
 
 
 def save_model(

@@ -37,6 +37,7 @@ from diffusers_repr.training import (
     train,
 )
 from diffusers_repr.training.recipe import check_keys, mapping, setting, to_yaml
+from diffusers_repr.training.run import end_processes
 from diffusers_repr.training.transforms import to_unit
 
 
@@ -240,7 +241,7 @@ def main(argv: list[str]) -> None:
             atomic_write(folder / "README.md", card(config, recipe, metrics, loss, size))
             for of, named in metrics.items():
                 print(of, {name: {k: round(v, 4) for k, v in scores.items()} for name, scores in named.items()})
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":

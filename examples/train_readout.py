@@ -46,6 +46,7 @@ from diffusers_repr.heads import (
 from diffusers_repr.hub import push_folder
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.training.logs import read_log
+from diffusers_repr.training.run import end_processes
 from diffusers_repr.training.seeds import reseed
 
 Batch = dict[str, torch.Tensor]
@@ -186,7 +187,8 @@ def train(args: ReadoutArgs) -> None:
         errors = evaluate(denoiser, args, heads, layers, size) if args.eval_split else {}
         publish(folder, args, heads, lines, errors)
     accelerator.wait_for_everyone()  # no process takes the group down while another still works
-    accelerator.end_training()
+    del model
+    end_processes(accelerator)
 
 
 def start_log(path: Path, step: int, accelerator: Accelerator) -> list[dict]:

@@ -24,7 +24,7 @@ from diffusers_repr.training.evaluation import Evaluate, Evaluations, look
 from diffusers_repr.training.logs import Log
 from diffusers_repr.training.lora import add_lora
 from diffusers_repr.training.result import save_result, write_card
-from diffusers_repr.training.run import Run
+from diffusers_repr.training.run import Run, end_processes
 from diffusers_repr.training.sharding import check_sharding
 
 # Where things lie; what they are stands in fingerprints.
@@ -126,11 +126,13 @@ def train(
     save_result(run, settings)
     look(run, evaluations, "samples.png")
     write_card(run, data, log.lines, settings, evaluations.last)
-    warn_of_skipped(run.progress)
+    progress = run.progress
+    warn_of_skipped(progress)
     log.close()
+    del run
     if given is None:
-        accelerator.end_training()
-    return TrainResult(Path(config.output_dir), run.progress.step, log.lines, evaluations.lines, run.progress.skipped)
+        end_processes(accelerator)
+    return TrainResult(Path(config.output_dir), progress.step, log.lines, evaluations.lines, progress.skipped)
 
 
 def go_on(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluations) -> None:

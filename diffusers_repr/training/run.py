@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,20 @@ from diffusers_repr.training.tensors import full, is_sharded, put
 from diffusers_repr.training.update import Update
 
 MAX_SKIPPED_IN_A_ROW = 50
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """End the process group after the models that it wrapped; the caller keeps none of them.
+
+    A wrapped model that outlives its group destroys it with Python locked: torch then waits for gloo's threads, and
+    one of these may wait for Python.
+
+    Args:
+        accelerator: The run's; what it prepared is of no use afterwards.
+    """
+    accelerator.free_memory()
+    gc.collect()  # accelerate collects before it lets go of its own references
+    accelerator.end_training()
 
 
 @dataclasses.dataclass

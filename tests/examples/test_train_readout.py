@@ -56,14 +56,34 @@ def run(recipe: str, output: Path, *flags: str) -> None:
     main(["--config", recipe, "--output_dir", str(output), *flags])
 
 
+ENDS = """
+import gc, sys
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+from train_readout import main
+end = Accelerator.end_training
+def checked(accelerator):
+    assert not [x for x in gc.get_objects() if isinstance(x, DistributedDataParallel)]
+    end(accelerator)
+    print("ended")
+Accelerator.end_training = checked
+main(sys.argv[1:])
+"""
+
+
 def launch(recipe: str, output: Path, processes: int, *flags: str) -> None:
+    """The script; a model that outlives its process group may hang as it goes, so none may be left at the end."""
+    wrapped = output.parent / "ends.py"
+    wrapped.write_text(ENDS)
     options = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
-    script = [str(EXAMPLES / "train_readout.py"), "--config", recipe, "--output_dir", str(output), *flags]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    script = [str(wrapped), "--config", recipe, "--output_dir", str(output), *flags]
+    places = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ended") == processes
 
 
 @pytest.fixture(autouse=True)
