@@ -37,6 +37,8 @@ RUNS: dict[str, tuple[str, dict, tuple[float, ...]]] = {
     "ViT, classification alone": ("hybvit_digits", {"generation_weight": 0, "classify": "clean"}, ()),
 }
 
+TURNED = {"JDM": 30.0, "HybViT": 10.0}  # scales at which images are turned into other classes
+
 
 def folder_of(root: Path, name: str) -> Path:
     return root / "".join(c if c.isalnum() else "_" for c in name)
@@ -104,41 +106,67 @@ def measure(pipe: JointDiffusionPipeline, judge: DigitsJudge, name: str, args: a
     return rows
 
 
-def tables(rows: list[dict]) -> tuple[str, str]:
-    """The runs, and what guidance does."""
+def tables(rows: list[dict]) -> tuple[str, str, str]:
+    """The runs, what guidance does, and images turned into another class."""
     runs = ["| run | test accuracy | eps error on test digits | Fréchet distance |", "|---|---|---|---|"]
     guided = [
         "| guided by | scale | samples of the asked class | Fréchet distance | spread |",
         "|---|---|---|---|---|",
     ]
+    edits = [
+        "| digits turned by | of the asked class | by its own classifier | still as before |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
-        if "scale" in row:
-            guided.append(f"| {row['run']} | {row['scale']:g} | {row['asked']:.3f} | {row['frechet_distance']:.2f} | "
-                          f"{row['std']:.3f} |")  # fmt: skip
-            continue
-        cells = [f"{row[key]:{form}}" if key in row else ""
-                 for key, form in (("accuracy", ".3f"), ("eps_mse", ".4f"), ("frechet_distance", ".2f"))]  # fmt: skip
-        runs.append(f"| {row['run']} | {' | '.join(cells)} |")
-    return "\n".join(runs), "\n".join(guided)
+        if "counterfactual_scale" in row:
+            keys = ("asked", "asked_by_its_own_classifier", "as_before")
+            edits.append(
+                line(f"{row['run']}, scale {row['counterfactual_scale']:g}", *(f"{row[k]:.3f}" for k in keys))
+            )
+        elif "scale" in row:
+            found = (f"{row['asked']:.3f}", f"{row['frechet_distance']:.2f}", f"{row['std']:.3f}")
+            guided.append(line(row["run"], f"{row['scale']:g}", *found))
+        else:
+            forms = {"accuracy": ".3f", "eps_mse": ".4f", "frechet_distance": ".2f"}
+            runs.append(line(row["run"], *(f"{row[key]:{form}}" if key in row else "" for key, form in forms.items())))
+    return "\n".join(runs), "\n".join(guided), "\n".join(edits)
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def turned(pipe: JointDiffusionPipeline, images: Tensor, classes: Tensor, scale: float, steps: int) -> Tensor:
+    """Counterfactuals (N, 1, 8, 8) of images, by stochastic DDIM from 70 % of the steps on."""
+    return pipe.counterfactual(
+        images, classes, 0.7, scale, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, eta=1.0,
+        use_clipped_model_output=True, output_type="pt",
+    ).images.float()  # fmt: skip
+
+
+def measure_turned(pipe: JointDiffusionPipeline, judge: DigitsJudge, name: str, steps: int) -> dict:
+    """Test digits, each asked to be another digit; the first 100, which settings were chosen on, are left out."""
+    images, labels = (part[100:] for part in real_digits("test"))
+    asked = (labels + 1 + torch.arange(len(labels)) % (CLASSES - 1)) % CLASSES
+    found = turned(pipe, images, asked, TURNED[name], steps)
+    own = (pipe.classify(found).class_labels == asked).double().mean().item()
+    return {"run": name, "counterfactual_scale": TURNED[name], "asked": judge.accuracy(found, asked),
+            "asked_by_its_own_classifier": own, "as_before": judge.accuracy(found, labels)}  # fmt: skip
 
 
 def pictures(folder: Path, pipes: dict[str, JointDiffusionPipeline], steps: int) -> None:
     """Samples without and with guidance, and one image of each digit turned into every other."""
     images, labels = real_digits("test")
-    for name, scale, title in (("JDM", 30.0, "jdm"), ("HybViT", 3.0, "hybvit")):
-        if name not in pipes:
-            continue
-        grid(samples(pipes[name], 20, steps, 0.0)).save(folder / f"{title}_none.png")
-        grid(samples(pipes[name], 20, steps, scale)).save(folder / f"{title}_guided.png")
-        first = torch.stack([images[labels == digit][0] for digit in range(CLASSES)])
-        rows = [first]
-        for digit in range(CLASSES):
-            settings = {"num_inference_steps": steps, "use_clipped_model_output": True, "output_type": "pt"}
-            generator = torch.Generator().manual_seed(0)
-            rows.append(
-                pipes[name].counterfactual(first, digit, 0.6, scale, generator=generator, **settings).images.float()
-            )
-        grid(torch.cat(rows)).save(folder / f"{title}_counterfactual.png")
+    for name, scale in TURNED.items():
+        if name in pipes:
+            title = name.lower()
+            grid(samples(pipes[name], 20, steps, 0.0)).save(folder / f"{title}_none.png")
+            grid(samples(pipes[name], 20, steps, scale)).save(folder / f"{title}_guided.png")
+            first = torch.stack([images[labels == digit][0] for digit in range(CLASSES)])
+            rows = [
+                turned(pipes[name], first, torch.full((CLASSES,), digit), scale, steps) for digit in range(CLASSES)
+            ]
+            grid(torch.cat([first, *rows])).save(folder / f"{title}_counterfactual.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,7 +189,10 @@ def main(argv: list[str] | None = None) -> None:
         pipes[name] = trained(args.output_dir, name, args.max_train_steps)
         file = folder_of(args.output_dir, name) / "rows.json"
         if not file.is_file():
-            file.write_text(json.dumps(measure(pipes[name], judge, name, args)))
+            found = measure(pipes[name], judge, name, args)
+            if name in TURNED:
+                found.append(measure_turned(pipes[name], judge, name, args.num_inference_steps))
+            file.write_text(json.dumps(found))
         rows += json.loads(file.read_text())
         print(f"{name}: {time.perf_counter() - since:.0f} s", flush=True)
     found = "\n\n".join(tables(rows))

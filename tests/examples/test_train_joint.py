@@ -107,10 +107,13 @@ def test_the_studys_measures(tmp_path):
     args = Namespace(max_train_steps=1, num_samples=70, num_guided=70, num_inference_steps=1)
     rows = joint_digits.measure(pipe, judge, "HybViT", args)
     assert [row.get("scale") for row in rows] == [None, *joint_digits.RUNS["HybViT"][2]]
+    turned = joint_digits.measure_turned(pipe, judge, "HybViT", 2)
+    assert 0 <= turned["asked"] + turned["as_before"] <= 1
     assert set(rows[0]) == {"run", "steps", "parameters", "accuracy", "eps_mse", "frechet_distance"}
     assert "accuracy" not in joint_digits.measure(pipe, judge, "ViT, denoising alone", args)[0]
     assert "eps_mse" not in joint_digits.measure(pipe, judge, "ViT, classification alone", args)[0]
-    runs, guided = joint_digits.tables(rows)
+    runs, guided, edits = joint_digits.tables([*rows, turned])
+    assert len(edits.splitlines()) == 3
     assert len(runs.splitlines()) == 3
     assert len(guided.splitlines()) == 2 + len(rows) - 1
     joint_digits.pictures(tmp_path, {"HybViT": pipe}, 2)
