@@ -12,8 +12,6 @@ from diffusers_repr.training.data import augmented
 from diffusers_repr.training.recipe import setting
 from diffusers_repr.training.transforms import to_unit
 
-GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue in luma
-
 
 @dataclasses.dataclass(frozen=True)
 class ViewConfig:
@@ -28,10 +26,11 @@ class ViewConfig:
     grey_probability: float = setting(0.0, "share of images that lose their colours (RGB only)")
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"`crop_scale` is a share of the area, above 0 and up to 1; got {self.crop_scale}.")
-        if self.crop_ratio < 1:
-            raise ValueError(f"`crop_ratio` is 1 or more; got {self.crop_ratio}.")
+        if not 0 < self.crop_scale <= 1 <= self.crop_ratio:
+            raise ValueError(
+                f"`crop_scale` is a share of the area, above 0 and up to 1, and `crop_ratio` is 1 or more; got "
+                f"{self.crop_scale} and {self.crop_ratio}."
+            )
         for name in ("jitter_probability", "grey_probability", "brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` lies in [0, 1]; got {getattr(self, name)}.")
@@ -56,11 +55,9 @@ def random_crop(images: Tensor, scale: float, ratio: float = 4 / 3) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """(B, 1, H, W)."""
-    if images.shape[1] == 1:
-        return images
-    weights = torch.tensor(GREY, device=images.device).view(3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
+    """(B, 1, H, W): the weighted sum of red, green and blue; grey images as they are."""
+    weights = torch.tensor([1.0] if images.shape[1] == 1 else [0.299, 0.587, 0.114], device=images.device)
+    return (images * weights.view(-1, 1, 1)).sum(1, keepdim=True)
 
 
 def jitter(images: Tensor, config: ViewConfig) -> Tensor:
@@ -112,6 +109,10 @@ class ViewData(TrainData):
         images = to_unit(self.pixels[batch["index"]].repeat(2, 1, 1, 1))
         views = view(augmented(images, self.data.config), self.config)
         return {**batch, "views": views.unflatten(0, (2, -1))}
+
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """All images, uint8, and their class ids."""
+        return self.pixels, torch.tensor([int(self.data.annotations(row)["class_labels"]) for row in range(len(self))])
 
     def fingerprint(self) -> dict:
         return self.data.fingerprint()

@@ -59,6 +59,9 @@ class JointConfig:
             object.__setattr__(self, name, arguments)
         if self.head and self.method != "jdm":
             raise ValueError("`head` is of jdm; a JointViTModel brings its own.")
+        named = sorted({"num_classes", "id2label"} & {*self.model, *self.head})
+        if named:
+            raise ValueError(f"The data decide on {' and '.join(named)} of the network; drop it from the recipe.")
 
     def settings(self) -> dict:
         """Arguments of the objective; those left out are the method's own."""

@@ -11,6 +11,7 @@ The result is a plain diffusers folder (`SiTPipeline.from_pretrained(output_dir)
 import dataclasses
 import inspect
 import sys
+import warnings
 
 import torch
 from diffusers import AutoencoderKL
@@ -75,7 +76,12 @@ def main(argv: list[str], evaluate=None) -> None:
     encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder if name != "none"]
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
-        vae, channels, size = denoiser.vae, denoiser.image_channels, data_config.resolution or denoiser.image_size
+        vae, channels, own = denoiser.vae, denoiser.image_channels, denoiser.image_size
+        size = data_config.resolution or own
+        if data_config.resolution and own != (size, size):
+            warnings.warn(
+                f"Images of {size} px train a model of {own[1]} x {own[0]} px, which it will sample.", stacklevel=2
+            )
     else:
         vae = AutoencoderKL.from_pretrained(model_config.vae) if model_config.vae else None
         channels, size = 3 if vae else model_config.image_channels, data_config.resolution or 256

@@ -126,6 +126,10 @@ def _artefact(folder: Path) -> Publication | None:
 
         return Publication("heads", name, folder, push_saved)
     if (folder / "model_index.json").is_file():
+        if (folder / "recipe.yaml").is_file():  # of a training run: not all that lies there is its result
+            from diffusers_repr.training.result import push_result
+
+            return Publication("models", name, folder, push_result)
         return Publication("models", name, folder)
     if not (folder / "config.json").is_file():
         return None

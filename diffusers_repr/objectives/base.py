@@ -25,10 +25,17 @@ class Objective(nn.Module):
     Attributes:
         phases: What `forward` is called with in turn in each step; one optimizer each. One phase for most methods.
         needs_pixels: Whether a batch must bring `pixel_values` (a data set of cached latents may leave them out).
+        card: What the card calls the result (`kind`), and its `library_name`, `pipeline_tag` and `tags` on the Hub.
     """
 
     phases: tuple[str, ...] = ("main",)
     needs_pixels: bool = True
+    card: Mapping[str, Any] = {
+        "kind": "diffusion model",
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusers", "image-generation"],
+    }
     _frozen: dict[str, Any]
 
     def __init__(self) -> None:

@@ -55,7 +55,7 @@ class DiffusionObjective(Objective):
         denoiser: From `Denoiser.from_pipe(pipe)`, so that the result can be saved as this pipeline, or from parts.
         time_sampling: How noise levels are drawn.
         label_dropout: Probability that a sample's class (or caption) becomes null, one draw a sample
-            (Ho and Salimans 2022, arXiv 2207.12598, alg. 1).
+            (Ho and Salimans 2022, arXiv 2207.12598, alg. 1). With 1 data without captions will do.
         null_label: Id of the null class where the family does not tell (`UNet2DModel`: the last id by default).
 
     Raises:
@@ -159,11 +159,16 @@ class DiffusionObjective(Objective):
     # Checks
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Labels must be there, and in range.
+        """Labels must be there, and in range; captions too, unless `label_dropout` is 1.
 
         Raises:
             ValueError: Naming the label and the allowed range.
         """
+        if self.denoiser.family.conditioning == "text" and "caption" not in batch and self.label_dropout < 1:
+            raise ValueError(
+                f"{type(self.network).__name__} is conditioned on text and the data have no captions; name a column "
+                "of texts by caption_column, or set label_dropout to 1 to train on the empty prompt alone."
+            )
         if self.num_classes == 0:
             return
         labels = batch.get("class_labels")

@@ -69,7 +69,8 @@ def look(run: Run, evaluations: Evaluations, picture: str) -> None:
     if run.accelerator.is_main_process:
         pipe = run.objective.pipeline(state)
         pipe.to(run.accelerator.device)
-        pipe.set_progress_bar_config(disable=True)
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
         with torch.random.fork_rng():
             if config.eval_batch_size:
                 write_samples(run, pipe, Path(config.output_dir) / picture)

@@ -37,7 +37,7 @@ def write_card(
         folder, kept = Path(config.output_dir), without_places(kept_settings(run, recipe))
         atomic_write(folder / "README.md", card(run, data, lines, kept, measured))
         if config.push_to_hub:
-            push_result(folder, config.hub_model_id or "", config.hub_private)
+            push_result(folder, config.hub_model_id or "", private=config.hub_private)
     run.accelerator.wait_for_everyone()
 
 
@@ -47,8 +47,19 @@ def kept_settings(run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in recipe.items() if k in recipe_of(config) or k not in vars(config)}
 
 
-def push_result(folder: Path, repo_id: str, private: bool) -> None:
-    """Push the folder without checkpoints, logs of trackers and places on this machine."""
+def push_result(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "Trained with diffusers-repr",
+) -> str:
+    """Push the folder of a run without its checkpoints, logs of trackers, previews and places on this machine.
+
+    Returns:
+        Address of the commit, as `push_folder`, which also tells the arguments and errors.
+    """
     with tempfile.TemporaryDirectory() as place:
         skip = shutil.ignore_patterns("checkpoint-*", "logs", ".*", "samples")
         copy = shutil.copytree(folder, Path(place) / "result", ignore=skip)
@@ -57,7 +68,7 @@ def push_result(folder: Path, repo_id: str, private: bool) -> None:
             config = read_json(path)
             if isinstance(config, dict) and "_name_or_path" in config:
                 write_json(path, without_places(config))
-        push_folder(copy, repo_id, private=private, commit_message="Trained with diffusers-repr")
+        return push_folder(copy, repo_id, private=private, token=token, commit_message=commit_message)
 
 
 def without_places(value: Any) -> Any:
@@ -90,7 +101,8 @@ def card(
     names = getattr(data, "class_names", None)
     size_of_data = f"{len(data):,} images" if hasattr(data, "__len__") else "a stream"
     method = type(objective).__name__
-    text = f"""A diffusion model of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
+    about = dict(objective.card)
+    text = f"""A {about.pop("kind")} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
 the moving average, saved in {config.save_dtype}; projectors and heads lie apart in `heads/`.
 {"![samples](samples.png)" if config.eval_batch_size else ""}
 
@@ -114,10 +126,8 @@ the moving average, saved in {config.save_dtype}; projectors and heads lie apart
     return model_card(
         title=Path(config.output_dir).name,
         text=text,
-        tags=["diffusers", "image-generation"],
         datasets=[name] if "/" in name and is_repo_id(name) and not Path(name).exists() else [],
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        **about,
     )
 
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from encoder_views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from huggingface_hub import ModelCard
 from recipe_data import load_recipe_data
-from train_encoder import EncoderConfig, SimCLRObjective, main, measure, nt_xent
+from train_encoder import Accuracy, EncoderConfig, SimCLRObjective, main, nt_xent
 from transformers import ViTModel
 
 from diffusers_repr.encoders import Encoder
@@ -104,18 +104,18 @@ def load_images(split: str) -> list:
 
 def test_metrics_and_card(finished):
     output, _ = finished
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["split"] == "validation"
-    assert math.isfinite(metrics["loss"])
-    for of in ("trained", "untrained"):
-        assert set(metrics[of]) == {"class_token", "patch_mean"}
-    for scores in [metrics["pixels"]["pixels"], *metrics["trained"].values(), *metrics["untrained"].values()]:
-        assert 0.1 < scores["knn"] <= 1
-        assert 0.1 < scores["linear"] <= 1
-    assert metrics["trained"] != metrics["untrained"]
+    (line,) = (output / "evaluation.jsonl").read_text().splitlines()
+    metrics = json.loads(line)
+    assert metrics.pop("step") == 2
+    parts = ["trained_class_token", "trained_patch_mean", "untrained_class_token", "untrained_patch_mean", "pixels"]
+    assert set(metrics) == {f"{part}_{probe}" for part in parts for probe in ("knn", "linear")}
+    assert all(0.1 < score <= 1 for score in metrics.values())
+    assert metrics["trained_class_token_linear"] != metrics["untrained_class_token_linear"]
     card = ModelCard((output / "README.md").read_text())
     assert card.data.library_name == "transformers"
-    assert card.data.eval_results[0].metric_value == metrics["trained"]["class_token"]["knn"]
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert f"| trained_class_token_knn | {metrics['trained_class_token_knn']:.4g} |" in card.text
+    assert "A `ViTModel` of" in card.text
     assert yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])["temperature"] == 0.2
 
 
@@ -127,7 +127,7 @@ def test_the_same_command_again_goes_on(tmp_path, fresh_accelerate):
     main(["--config", config, "--output_dir", str(tmp_path / "parts"), "--max_train_steps", "3"])
     one, two = (Encoder.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
     assert one.fingerprint()["weights"] == two.fingerprint()["weights"]
-    assert json.loads((tmp_path / "whole" / "metrics.json").read_text()).keys() == {"loss", "split"}
+    assert not (tmp_path / "whole" / "evaluation.jsonl").exists()
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         ({"model": MODEL | {"patchsize": 3}}, "Unknown key 'patchsize'.*patch_size"),
         ({"temperature": 0.0}, "must be positive"),
         ({"crop_scale": 0.0}, "share of the area"),
-        ({"crop_ratio": 0.5}, "1 or more"),
+        ({"crop_ratio": 0.5}, "is 1 or more"),
         ({"jitter_probability": 1.5}, r"in \[0, 1\]"),
         ({"grey_probability": 0.2}, "these images are grey"),
         ({"label_column": "none"}, "measures by labels"),
@@ -315,7 +315,10 @@ def test_view_data_gives_two_views_of_the_same_images():
     assert data.fingerprint() == data.data.fingerprint()
 
 
-def test_measure_of_pixels_that_are_the_label():
+def test_accuracy_on_pixels_that_are_the_label():
     labels = torch.arange(40) % 2
     images = (labels * 200).byte().view(-1, 1, 1, 1).expand(-1, 1, 8, 8) + torch.randint(0, 9, (40, 1, 8, 8)).byte()
-    assert measure(None, (images, labels), (images, labels)) == {"pixels": {"knn": 1.0, "linear": 1.0}}
+    objective = SimCLRObjective(EncoderConfig(MODEL, projection_dim=8), [0.3], [0.4])
+    accuracy = Accuracy(objective, (images, labels), (images, labels))(objective.encoder.eval(), 1)
+    assert (accuracy["pixels_knn"], accuracy["pixels_linear"]) == (1.0, 1.0)
+    assert accuracy["trained_patch_mean_knn"] == accuracy["untrained_patch_mean_knn"]  # nothing was trained

@@ -83,6 +83,7 @@ def test_what_is_refused(tmp_path):
     for changes, message in (
         ({"model": {"wide": 3}}, "Unknown key 'wide' in `model`"),
         ({"head": {"depth": 3}}, "Unknown key 'depth' in `head`"),
+        ({"head": {"num_classes": 3}}, "The data decide on num_classes"),
         ({"label_column": "none"}, "have no classes"),
         ({"classify": "noised", "view_flip": True}, "would not act on it"),
     ):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -63,6 +64,15 @@ def test_tuning_a_unet_with_classes_by_adapters(tmp_path, teacher):
     run(tmp_path, *model, "--repa_layer", "mid_block")
     assert (tmp_path / "samples.png").is_file()
     assert isinstance(DDIMPipeline.from_pretrained(tmp_path), DDIMPipeline)
+
+
+def test_another_resolution_than_the_models_own(tmp_path):
+    flags = ["--pretrained_model", "examples/models/digits-class-ddim", "--encoder", "none", "--dry_run", "true"]
+    with pytest.warns(UserWarning, match="16 px train a model of 8 x 8 px"):
+        run(tmp_path, *flags, "--resolution", "16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path, *flags, "--resolution", "8")
 
 
 def test_a_dry_run_counts_what_would_be_trained(tmp_path, teacher, capsys):

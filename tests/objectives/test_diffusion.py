@@ -93,6 +93,14 @@ def test_captions_reach_the_network():
     assert torch.equal(dropped["encoder_hidden_states"], plain[2])
 
 
+def test_text_models_want_captions():
+    denoiser = Denoiser.from_pipe(build("sd"))
+    with pytest.raises(ValueError, match=r"caption_column, or set label_dropout to 1"):
+        DiffusionObjective(denoiser).check_batch({"pixel_values": images(denoiser)})
+    DiffusionObjective(denoiser).check_batch({"pixel_values": images(denoiser), "caption": ["a", "b", ""]})
+    DiffusionObjective(denoiser, label_dropout=1.0).check_batch({"pixel_values": images(denoiser)})
+
+
 # Latents
 
 

@@ -147,6 +147,10 @@ from tests.training.loop_cases import run_here
 folder = Path({folder!r})
 run_here(folder, push_to_hub=True, hub_model_id="user/tiny", max_train_steps=2, eval_batch_size=8,
          recipe={{"dataset_name": str(folder / "images"), "seed": 7}}, validation_steps=1, report_to="tensorboard")
+from diffusers_repr.cli.publish import find_publications
+from diffusers_repr.hub.publish import publish
+outcome, = publish([one for one in find_publications(["models"], [str(folder)]) if one.source == folder], "user")
+assert outcome.state == "pushed", outcome
 """
 
 
@@ -156,6 +160,9 @@ def test_the_result_is_pushed_without_checkpoints(tmp_path):
         assert done.returncode == 0, done.stderr
         repo = server.store.repos["model", "user/tiny"]
         files = repo.commits[repo.resolve("main")]
+        repo = server.store.repos["model", "user/run"]
+        published = repo.commits[repo.resolve("main")]
+    assert {name: file.data for name, file in files.items()} == {name: file.data for name, file in published.items()}
     assert {"README.md", "loss.jsonl", "model_index.json", "recipe.yaml", "samples.png"} <= set(files)
     assert not [name for name in files if name.startswith(("checkpoint", "logs/", "samples/"))]
     for name, content in files.items():
