@@ -8,10 +8,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline
 from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
 from PIL import Image
+from digits import load_digits_splits
 from train_repa import ModelConfig, main
 from transformers import ViTConfig, ViTModel
 
-from diffusers_repr import Projector
+from diffusers_repr import Denoiser, Encoder, Projector, SiTTransformer2DModel
+from diffusers_repr.metrics import measure_alignment
 from tests.training.loop_cases import read_lines
 
 TINY = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
@@ -120,3 +122,27 @@ def test_a_grey_encoder_without_its_statistics(tmp_path, teacher):
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="takes 1 channels, and its image statistics have 3 means"):
         run(tmp_path / "out", *NEW, "--encoder", str(tmp_path / "bare"))
+
+
+def test_training_on_the_digits_lowers_the_losses_and_beats_the_untrained_probe(tmp_path, teacher):
+    """From random weights, aligned with a random teacher; the probe is of the aligned layer, at a low noise level."""
+    model = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 4}
+    run(tmp_path, *NEW, "--model", json.dumps(model), "--encoder", teacher, "--repa_layer", "blocks.1",
+        "--train_batch_size", "64", "--max_train_steps", "80", "--logging_steps", "20", "--learning_rate", "0.002",
+        "--lr_warmup_steps", "10", "--ema_max_decay", "0.9", "--eval_batch_size", "0")  # fmt: skip
+    lines = read_lines(tmp_path)
+    first, last = lines[0], lines[-1]
+    assert last["denoising"] < 0.7 * first["denoising"]
+    assert last["alignment"] < first["alignment"] - 0.3
+    denoiser = Denoiser.from_pretrained(tmp_path)
+    torch.manual_seed(1)
+    fresh = Denoiser(SiTTransformer2DModel.from_config(denoiser.config).eval(), denoiser.scheduler)
+    digits, encoder = load_digits_splits(), Encoder.from_pretrained(teacher)
+    trained, untrained = (
+        measure_alignment(
+            one, encoder, digits["train"], [100], ["blocks.1"], metrics=("linear",), test=digits["test"]
+        ).score("blocks.1", 100, "linear")
+        for one in (denoiser, fresh)
+    )
+    assert trained > 0.6
+    assert trained > untrained + 0.3
