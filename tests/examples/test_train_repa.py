@@ -7,8 +7,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline
 from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
-from PIL import Image
 from digits import load_digits_splits
+from PIL import Image
 from train_repa import ModelConfig, main
 from transformers import ViTConfig, ViTModel
 
