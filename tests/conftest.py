@@ -1,7 +1,13 @@
 """Settings of every test process, and the markers that need something a machine may not have."""
 
+import json
 import os
 
+# Child processes find `tests`, and start faster.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [os.path.dirname(os.path.dirname(__file__)), f"{os.path.dirname(__file__)}/testers/children",
+                  os.environ.get("PYTHONPATH")])
+)  # fmt: skip
 # One thread a process, children included: two workers with two threads each wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +17,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from filelock import FileLock
+
+from tests.testers.together import launch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -21,3 +30,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; none here"))
         if item.get_closest_marker("hub") and os.environ["HF_HUB_OFFLINE"] == "1":
             item.add_marker(pytest.mark.skip(reason="needs the network; run with HF_HUB_OFFLINE=0"))
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory):
+    """`(folder, told)` of two processes that did what tests/testers/together.py says; once for all workers."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "together"
+    with FileLock(f"{place}.lock"):
+        if not (place / "told.json").is_file():
+            place.mkdir()
+            launch(place)
+    return place, json.loads((place / "told.json").read_text())

@@ -1,9 +1,6 @@
 """cache_latents.py: by flags and by a recipe, on one process and on two, read by the training data."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,17 +20,6 @@ from tests.training.test_latents import contents, make_vae
 
 ROWS = 11
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# Beside what the script does, each process says that it is one of two.
-COUNTED = """
-import sys
-sys.path.insert(0, {examples!r})
-from cache_latents import main
-from accelerate import PartialState
-main(sys.argv[1:])
-state = PartialState()
-assert state.num_processes == 2, state
-print("process", state.process_index, "of", state.num_processes)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +31,15 @@ def _fresh_accelerate():
 
 @pytest.fixture
 def inputs(tmp_path):
-    """Images, a VAE inside a pipeline's folder, and an encoder."""
-    rows(ROWS, ((24, 31), (17, 16))).to_parquet(tmp_path / "images.parquet")
-    make_vae().save_pretrained(tmp_path / "pipeline/vae")
-    build("dinov2").save_pretrained(tmp_path / "dino")
+    make_inputs(tmp_path)
     return tmp_path
+
+
+def make_inputs(folder):
+    """Images, a VAE inside a pipeline's folder, and an encoder."""
+    rows(ROWS, ((24, 31), (17, 16))).to_parquet(folder / "images.parquet")
+    make_vae().save_pretrained(folder / "pipeline/vae")
+    build("dinov2").save_pretrained(folder / "dino")
 
 
 def flags(folder, out, **changes):
@@ -62,24 +52,14 @@ def flags(folder, out, **changes):
     return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
 
 
-def test_two_processes_write_what_one_writes(inputs):
-    main(flags(inputs, inputs / "one"))
-    script = inputs / "counted.py"
-    script.write_text(COUNTED.format(examples=str(EXAMPLES)))
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *options, str(script), *flags(inputs, inputs / "two")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert {"process 0 of 2", "process 1 of 2"} <= set(done.stdout.splitlines())
-    assert "(1 of 2 processes)" in done.stderr
-    one, two = contents(inputs / "one"), contents(inputs / "two")
+def test_two_processes_write_what_one_writes(together, tmp_path):
+    folder, told = together
+    main(flags(folder / "inputs", tmp_path))
+    assert sum("(1 of 2 processes)" in printed for printed in told["cache"]) == 1
+    one, two = contents(tmp_path), contents(folder / "cache")
     assert len([name for name in one if name.endswith(".safetensors")]) == 12  # six shards of each kind
     assert one == two
-    cache = TensorCache.open(inputs / "two/latents", "latents")
+    cache = TensorCache.open(folder / "cache/latents", "latents")
     cache.verify()
     assert [int(cache[i]["index"]) for i in range(ROWS)] == list(range(ROWS))
 

@@ -1,16 +1,10 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from diffusers_repr.metrics import gather_rows, own_rows
 from tests.metrics.two_processes import features, measure
-
-ROOT = Path(__file__).parents[2]
 
 
 def same(a, b, at=""):
@@ -28,17 +22,12 @@ def same(a, b, at=""):
         assert a == b, at
 
 
-def test_two_processes_measure_what_one_does(tmp_path):
+def test_two_processes_measure_what_one_does(together):
     """23 samples, a prime number: accelerate's loader deals 24, and torchmetrics would add both processes' sums."""
-    out = tmp_path / "two.json"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--main_process_port", "0", "-m", "tests.metrics.two_processes", str(out)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two, one = json.loads(out.read_text()), json.loads(json.dumps(measure(features())))
-    assert two["processes"] == 2
-    same(one, two["results"])
+    first, second = together[1]["metrics"]
+    one = json.loads(json.dumps(measure(features())))
+    same(one, first)
+    same(one, second)
     assert one["frechet"] > 0
 
 

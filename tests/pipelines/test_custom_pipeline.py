@@ -19,7 +19,6 @@ def test_a_folder_of_every_family_loads_runs_saves_and_loads_again(tmp_path):
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
     run = subprocess.run(
         [sys.executable, "-m", "tests.pipelines.load_custom"],

@@ -47,7 +47,6 @@ def test_loads_with_custom_pipeline(folder, tmp_path):
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-m", "tests.pipelines.load_guided", folder, *GUIDED[folder]]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280)

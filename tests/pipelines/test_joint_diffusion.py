@@ -249,7 +249,6 @@ def test_loads_with_custom_pipeline(tmp_path):
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
     folders = [str(tmp_path / kind) for kind in pipes]
     command = [sys.executable, "-c", LOADS, str(ROOT / "pipelines" / "joint_diffusion"), *folders]

@@ -14,18 +14,18 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def told(two):
-    return two[1]["ddp"]
+def told(together):
+    return together[1]["training"][0]["ddp"]
 
 
 @pytest.fixture(scope="module")
-def folder(two):
-    return two[0] / "ddp"
+def folder(together):
+    return together[0] / "training" / "ddp"
 
 
-def test_there_are_two_processes(two, told):
-    assert (told["processes"], told["backend"]) == (2, "gloo")
-    state = json.loads((two[0] / "ddp" / "plain" / "checkpoint-00000003" / "state.json").read_text())
+def test_there_are_two_processes(together, folder):
+    assert (together[1]["processes"], together[1]["backend"]) == (2, "gloo")
+    state = json.loads((folder / "plain" / "checkpoint-00000003" / "state.json").read_text())
     assert state["identity"]["num_processes"] == 2
 
 

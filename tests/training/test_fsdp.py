@@ -20,13 +20,13 @@ CLOSE = {"rtol": 3e-6, "atol": 3e-6}
 
 
 @pytest.fixture(scope="module")
-def told(two):
-    return two[1]["fsdp"]
+def told(together):
+    return together[1]["training"][0]["fsdp"]
 
 
 @pytest.fixture(scope="module")
-def folder(two):
-    return two[0] / "fsdp"
+def folder(together):
+    return together[0] / "training" / "fsdp"
 
 
 @pytest.mark.parametrize("name", CASES)

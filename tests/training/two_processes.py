@@ -1,12 +1,7 @@
-"""What two gloo processes do for test_distributed.py and test_fsdp.py; started by `launch_two`."""
+"""What two gloo processes do for test_distributed.py and test_fsdp.py; `tests/testers/together.py` runs it."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -17,6 +12,7 @@ from torch import nn
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import DataConfig, load_train_data, train
 from diffusers_repr.training.update import Update
+from tests.testers.together import everywhere
 from tests.training.data_cases import rows
 from tests.training.loop_cases import Numbers, forget_accelerate, run_here, settings, tiny_sit_objective
 
@@ -69,16 +65,8 @@ def first_gradients():
         Update.step = original
 
 
-def everywhere(value):
-    """What each process has."""
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def ddp(folder):
-    told = {"processes": torch.distributed.get_world_size(), "backend": torch.distributed.get_backend()}
-    rank = torch.distributed.get_rank()
+    told, rank = {}, torch.distributed.get_rank()
     for name in CASES:
         objective, data, changes = case(name, 2)
         with first_gradients() as gradients:
@@ -172,27 +160,3 @@ def fsdp(folder):
     objective, data, changes = case("bf16", 2, mixed_precision="bf16")
     train(objective, data, settings(folder / "bf16", **changes), accelerator=sharding("bf16"))
     return told
-
-
-def main(folder):
-    Accelerator()
-    told = {"ddp": ddp(folder / "ddp"), "fsdp": fsdp(folder / "fsdp")}
-    if torch.distributed.get_rank() == 0:
-        (folder / "told.json").write_text(json.dumps(told))
-    torch.distributed.destroy_process_group()
-
-
-def launch_two(folder):
-    """Run `main` in two processes, and give what they told."""
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(Path(__file__)), str(folder)]
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((Path(folder) / "told.json").read_text())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
