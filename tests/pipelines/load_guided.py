@@ -1,10 +1,9 @@
-"""Run by `test_guided.py` in a process of its own: loads one folder of ours with `custom_pipeline=`.
+"""Run by `test_guided.py`: loads each folder of ours with `custom_pipeline=`, in a process of its own.
 
-`python -m tests.pipelines.load_guided FOLDER MODEL CLASS`: compares with `guide` on the stock pipeline, saves, loads
-again with and without the folder.
+Compares with `guide` on the stock pipeline, saves, loads again with and without the folder.
 """
 
-import sys
+import multiprocessing
 import tempfile
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_repr import PAG, guide
-from tests.pipelines.guided_cases import arguments, run
+from tests.pipelines.guided_cases import GUIDED, arguments, run
 from tests.testers.models import saved
 
 
-def main(folder: str, name: str, class_name: str) -> None:
+def load(folder: str, name: str, class_name: str) -> None:
     torch.set_num_threads(1)
     diffusers.utils.logging.disable_progress_bar()
     consent = {
@@ -51,8 +50,11 @@ def main(folder: str, name: str, class_name: str) -> None:
         assert np.array_equal(run(again, **settings, guidance=PAG(2.0)), guided)
     pipe.enable_model_cpu_offload(device="cpu")
     assert np.array_equal(run(pipe, **settings, guidance=PAG(2.0)), guided)
-    print("all good")
+    print(f"{folder} is good", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for folder, given in GUIDED.items():  # forked, so that the imports are paid once
+        process = multiprocessing.get_context("fork").Process(target=load, args=(folder, *given))
+        process.start()
+        process.join()

@@ -40,18 +40,18 @@ def network(pipe):
     return getattr(pipe, "unet", None) or pipe.transformer
 
 
-@pytest.mark.parametrize("folder", GUIDED)
-def test_loads_with_custom_pipeline(folder, tmp_path):
+def test_load_with_custom_pipeline(tmp_path):
     env = {
         **os.environ,
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.pipelines.load_guided", folder, *GUIDED[folder]]
+    command = [sys.executable, "-m", "tests.pipelines.load_guided"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "all good"
+    assert [line for line in done.stdout.splitlines() if "good" in line] == [
+        f"{folder} is good" for folder in GUIDED
+    ], done.stderr[-3000:]
 
 
 CLIENT = """
