@@ -104,7 +104,8 @@ class ClassifierObjective(Objective):
             return batch["pixel_values"].float()
         if "moments" in batch:
             return scale_latents(self.base.vae, batch["moments"].float().chunk(2, dim=1)[0])
-        return encode_latents(self.base.vae, batch["pixel_values"]).float()
+        with torch.autocast(batch["pixel_values"].device.type, enabled=False):  # a VAE may overflow in fp16
+            return encode_latents(self.base.vae, batch["pixel_values"]).float()
 
     def identity(self) -> dict[str, Any]:
         return {"base": self.base.config()}
