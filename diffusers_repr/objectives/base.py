@@ -25,7 +25,9 @@ class Objective(nn.Module):
     Attributes:
         phases: What `forward` is called with in turn in each step; one optimizer each. One phase for most methods.
         needs_pixels: Whether a batch must bring `pixel_values` (a data set of cached latents may leave them out).
-        card: What the card calls the result (`kind`), and its `library_name`, `pipeline_tag` and `tags` on the Hub.
+        card: What the card calls the result (`kind`), and its `library_name`, `pipeline_tag`, `tags` and `base_model`
+            on the Hub; `text`, Markdown below the first paragraph, in which `{folder}` becomes the result's Hub id or
+            folder; `metrics`, name of a measured number -> arguments of its `hub.Metric`.
     """
 
     phases: tuple[str, ...] = ("main",)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffusers_repr.hub import atomic_write, is_repo_id, model_card, push_folder, read_json, write_json
+from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder, read_json, write_json
 from diffusers_repr.training.config import recipe_of
 from diffusers_repr.training.recipe import read_recipe, to_yaml
 from diffusers_repr.training.run import Run
@@ -102,8 +102,14 @@ def card(
     size_of_data = f"{len(data):,} images" if hasattr(data, "__len__") else "a stream"
     method = type(objective).__name__
     about = dict(objective.card)
+    folder, named = Path(config.output_dir), about.pop("metrics", {})
+    own = about.pop("text", "").replace("{folder}", config.hub_model_id or folder.name)
+    weights = "the moving average" if config.ema_max_decay else "those of the last step"
+    apart = "; projectors and heads lie apart in `heads/`" if (folder / "heads").is_dir() else ""
     text = f"""A {about.pop("kind")} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
-the moving average, saved in {config.save_dtype}; projectors and heads lie apart in `heads/`.
+{weights}, saved in {config.save_dtype}{apart}.
+
+{own}
 {"![samples](samples.png)" if config.eval_batch_size else ""}
 
 - Data: {size_of_data} of `{recipe.get("dataset_name")}`, split `{recipe.get("dataset_split", "train")}`, and no other.
@@ -124,8 +130,9 @@ the moving average, saved in {config.save_dtype}; projectors and heads lie apart
 """
     name = str(recipe.get("dataset_name") or "")
     return model_card(
-        title=Path(config.output_dir).name,
+        title=folder.name,
         text=text,
+        metrics=[Metric(value=measured[key], **parts) for key, parts in named.items() if key in measured],
         datasets=[name] if "/" in name and is_repo_id(name) and not Path(name).exists() else [],
         **about,
     )

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifier_args import parse_args
-from classifier_base import Base, load_images
+from classifier_base import Base
 from image_batches import augment
+from recipe_data import load_recipe_data
 from torch.utils.data import DataLoader
-from train_classifier import evaluate
+from train_classifier import Accuracy, ClassifierConfig, ClassifierObjective
 
 from diffusers_repr import Denoiser
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
+from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS_RECIPE = EXAMPLES / "configs" / "classifier_digits.yaml"
@@ -21,29 +22,37 @@ DIGITS_MODEL = EXAMPLES / "models" / "digits-ddpm"
 DIGITS_CLASSIFIER = EXAMPLES / "models" / "digits-classifier"
 
 
+def digits(split: str):
+    return load_recipe_data(DataConfig(dataset_name="digits", dataset_split=split, cache_images=True), 1, 8)
+
+
 def test_the_model_of_the_digits():
     model, base = NoisyClassifier.from_pretrained(DIGITS_CLASSIFIER), Denoiser.from_pretrained(DIGITS_MODEL)
     model.check_base(base.schedule, 1)
-    args = parse_args(["--config", str(DIGITS_RECIPE), "--pretrained_model_name_or_path", str(DIGITS_MODEL)])
-    base = Base.load(args)
-    scores = evaluate(model, base, load_images(args, "test", base), args)
+    flags = ["--config", str(DIGITS_RECIPE), "--pretrained_model_name_or_path", str(DIGITS_MODEL)]
+    config, _, settings = parse_recipe((TrainingConfig, DataConfig, ClassifierConfig), flags)
+    objective = ClassifierObjective(settings, Base.load(str(DIGITS_MODEL)), model.labels)
+    measure = Accuracy(objective, digits("test"), config.train_batch_size, config.seed)
+    scores = measure(model, config.max_train_steps)
     told = json.loads((DIGITS_CLASSIFIER / "evaluation.json").read_text())
-    assert scores["accuracy_by_bin"] == pytest.approx(told["accuracy_by_bin"], abs=0.01)
+    scores = [scores[f"eval_accuracy_{part}"] for part in range(5)]
+    assert scores == pytest.approx(told["accuracy_by_bin"], abs=0.01)
     assert told["accuracy_by_bin"][0] > 0.97
 
 
 @pytest.mark.parametrize("timestep", [700, 850])
 def test_its_gradient_is_near_that_of_the_exact_classifier(timestep):
     """The posterior of a mixture with a centre at each training image, augmented: p(c | x_t) in closed form."""
-    args = parse_args(["--config", str(DIGITS_RECIPE), "--pretrained_model_name_or_path", str(DIGITS_MODEL)])
-    base, model = Base.load(args), NoisyClassifier.from_pretrained(DIGITS_CLASSIFIER)
-    (train, train_labels), (held_out, _) = (
-        next(iter(DataLoader(load_images(args, split, base), batch_size=1000))) for split in ("train", "validation")
+    schedule, model = (
+        Denoiser.from_pretrained(DIGITS_MODEL).schedule,
+        NoisyClassifier.from_pretrained(DIGITS_CLASSIFIER),
     )
+    train, held_out = (next(iter(DataLoader(digits(split), batch_size=1000))) for split in ("train", "validation"))
+    train, train_labels, held_out = train["pixel_values"], train["class_labels"], held_out["pixel_values"]
     torch.manual_seed(0)
     copies = [augment(train / 127.5 - 1, False, 10.0, 0.0875, 0.1) for _ in range(4)]
     centres, centre_labels = torch.cat(copies).flatten(1), train_labels.repeat(4)
-    level = base.schedule.resolve(timestep)
+    level = schedule.resolve(timestep)
     x_t = add_noise(held_out / 127.5 - 1, level, torch.randn(len(held_out), 1, 8, 8)).requires_grad_()
     wanted = torch.randint(10, (len(x_t), 1))
 

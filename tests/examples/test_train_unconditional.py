@@ -139,6 +139,7 @@ def test_prediction_types_and_images_of_a_folder(tmp_path, kind):
         scheduler={"prediction_type": kind},
         random_flip=True,
         max_train_steps=1,
+        eval_batch_size=0,
     )
     assert DDPMPipeline.from_pretrained(output).scheduler.config.prediction_type == kind
     state = json.loads((output / "checkpoint-00000001" / "state.json").read_text())
