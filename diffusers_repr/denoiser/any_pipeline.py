@@ -248,7 +248,8 @@ def rebuild_pipeline(name: str, components: Mapping[str, Any], settings: Mapping
     accepted = inspect.signature(cls.__init__).parameters
     given = {k: v for k, v in components.items() if k in accepted}
     given |= {k: v for k, v in settings.items() if k in accepted and v is not None}
-    given |= {k: None for k in cls._optional_components if k in accepted and k not in given}
+    optional: list[str] = getattr(cls, "_optional_components", [])
+    given |= {k: None for k in optional if k in accepted and k not in given}
     missing = [k for k, p in accepted.items() if k not in given and p.default is p.empty and k != "self"]
     if missing:
         raise TypeError(f"{name} needs {', '.join(missing)}; there are {', '.join(sorted(components))}.")

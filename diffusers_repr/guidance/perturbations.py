@@ -206,7 +206,7 @@ def perturbed(
     calls = project(module, arguments, text_tokens)
     attended = perturbation.attend(calls, grid)
     if prompted and isinstance(module, Attention):
-        prompt = perturbation.attend(sd3_image_prompt(module, arguments), grid) * module.processor.scale  # type: ignore[attr-defined]
+        prompt = perturbation.attend(sd3_image_prompt(module, arguments), grid) * module.processor.scale
         attended = attended + functional.pad(prompt, (0, 0, 0, attended.shape[2] - prompt.shape[2]))
     out = finish(module, arguments, merge_heads(attended), calls.image)
     return (*out, flux_image_prompt(module, arguments)) if prompted and isinstance(module, FluxAttention) else out

@@ -228,7 +228,7 @@ class JointViTBlock(nn.Module):
             dim_head=dim // num_attention_heads,
             bias=True,
             dropout=dropout,
-            processor=SiTAttnProcessor(),  # type: ignore[arg-type]
+            processor=SiTAttnProcessor(),
         )
         self.norm2 = nn.LayerNorm(dim)
         self.ff = FeedForward(

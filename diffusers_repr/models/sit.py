@@ -167,7 +167,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     def set_default_attn_processor(self) -> None:
         """Undo `set_attn_processor`: attention through diffusers' dispatcher."""
-        self.set_attn_processor(SiTAttnProcessor())  # type: ignore[arg-type]
+        self.set_attn_processor(SiTAttnProcessor())
 
     def fuse_qkv_projections(self) -> None:
         """Compute queries, keys and values of a block in one product; for inference."""

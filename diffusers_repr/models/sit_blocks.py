@@ -72,7 +72,7 @@ class SiTAttnProcessor:
             parts = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
         query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in parts)
         if attn.norm_q is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)  # type: ignore[misc]
+            query, key = attn.norm_q(query), attn.norm_k(key)
         out = dispatch_attention_fn(
             query,
             key,
@@ -107,7 +107,7 @@ class SiTBlock(nn.Module):
             dim_head=dim // num_attention_heads,
             bias=True,
             qk_norm="layer_norm" if qk_norm else None,
-            processor=SiTAttnProcessor(),  # type: ignore[arg-type]
+            processor=SiTAttnProcessor(),
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))

@@ -68,7 +68,7 @@ class JointDiffusionPipeline(DiffusionPipeline):
         ValueError: For a U-Net without a head, and a `JointViTModel` with one.
     """
 
-    model_cpu_offload_seq = "unet"  # type: ignore[assignment]
+    model_cpu_offload_seq = "unet"
     _optional_components = ["classifier"]
     # It runs amid the network's forward, which must not be sent away for it.
     _exclude_from_cpu_offload = ["classifier"]

@@ -61,7 +61,7 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         id2label: Class id -> name, or several names with commas between: `class_labels` may then be names.
     """
 
-    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
+    model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "class_labels", "condition"]
     _guidance_scale = 1.0
