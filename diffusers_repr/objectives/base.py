@@ -25,7 +25,8 @@ class Objective(nn.Module):
     Attributes:
         phases: What `forward` is called with in turn in each step; one optimizer each. One phase for most methods.
         needs_pixels: Whether a batch must bring `pixel_values` (a data set of cached latents may leave them out).
-        card: What the card calls the result (`kind`), and its `library_name`, `pipeline_tag` and `tags` on the Hub.
+        card: What the card calls the result (`kind`), what it tells of it (`text`, may be left out), and further
+            arguments of `model_card`: `library_name`, `pipeline_tag`, `tags`.
     """
 
     phases: tuple[str, ...] = ("main",)

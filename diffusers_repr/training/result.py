@@ -102,9 +102,12 @@ def card(
     size_of_data = f"{len(data):,} images" if hasattr(data, "__len__") else "a stream"
     method = type(objective).__name__
     about = dict(objective.card)
+    apart = "; projectors and heads lie apart in `heads/`" if (Path(config.output_dir) / "heads").is_dir() else ""
     text = f"""A {about.pop("kind")} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
-the moving average, saved in {config.save_dtype}; projectors and heads lie apart in `heads/`.
+the moving average, saved in {config.save_dtype}{apart}.
 {"![samples](samples.png)" if config.eval_batch_size else ""}
+
+{about.pop("text", "")}
 
 - Data: {size_of_data} of `{recipe.get("dataset_name")}`, split `{recipe.get("dataset_split", "train")}`, and no other.
 - Classes: {len(names) if names else "none"}.
