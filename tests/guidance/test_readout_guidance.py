@@ -368,7 +368,7 @@ def test_samples_come_nearer_to_the_target(name, guidance_scale):
     denoiser = Denoiser.from_pipe(pipe)
     denoiser.prompts = {}
     head = readout(denoiser, layers=[LAST[name]], width=16, bottleneck=8)
-    train(denoiser, head, bright, 24, shape=(3 if name == "ddim" else 4, 16, 16))
+    train(denoiser, head, bright, 16, batch=4, shape=(3 if name == "ddim" else 4, 16, 16))
     target = torch.full((16, 16), -0.6)
     target[:, 8:] = 0.6
 
