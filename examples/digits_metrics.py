@@ -7,6 +7,7 @@ the 997 training digits, the reference of the distance too; the 800 others give 
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Literal
@@ -26,14 +27,16 @@ DRAWS = 5
 CHUNK = 1024
 
 
+@functools.cache
 def real_digits(*splits: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 8, 8) in [0, 1] and labels (N,) of one or more splits."""
+    """Images (N, 1, 8, 8) in [0, 1] and labels (N,) of one or more splits; read once, so do not write into them."""
     digits = load_digits_splits()
     images = np.stack([np.array(image) for split in splits for image in digits[split]["image"]])
     labels = [label for split in splits for label in digits[split]["label"]]
     return torch.from_numpy(images)[:, None].float() / 255, torch.tensor(labels)
 
 
+@functools.cache
 def augmented_digits(*splits: str) -> Tensor:
     """Each image of the splits by `DRAWS` draws of the augmentation, the same ones every time."""
     with torch.random.fork_rng(devices=[]):

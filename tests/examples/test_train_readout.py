@@ -1,3 +1,5 @@
+"""`train_readout.py`: its data, its losses, what it measures and saves; the loop has tests of its own."""
+
 import json
 import os
 import subprocess
@@ -8,39 +10,49 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import train_readout
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import ModelCard
+from image_batches import load_split
 from PIL import Image, ImageOps
-from readout_args import parse_args
-from readout_data import ReadoutRows, fit_points, labels_of
-from readout_report import evaluate
+from readout_args import ReadoutConfig
+from readout_data import ReadoutRows, RowsConfig, fit_points
+from readout_objective import ReadoutObjective
 from safetensors.torch import load_file
-from torch.nn import functional
-from train_readout import Objective, draw_levels, load_base, main
+from torch.utils.data import default_collate
+from train_readout import load_base, main
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import DepthHead, ReadoutHead, sobel_edges
-from tests.testers.hub_server import hub_env, hub_server, run_python
+from diffusers_repr.training import TrainingConfig, parse_recipe
+from diffusers_repr.training.seeds import reseed
 from tests.testers.models import saved
+from tests.training.loop_cases import forget_accelerate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS = EXAMPLES / "models" / "digits-ddpm"
 WIDTHS = {"width": 8, "bottleneck": 4, "output_widths": [8, 4], "time_width": 16}
+DEPTH = {"hidden": [8], "time_width": 8}
+KINDS = (TrainingConfig, RowsConfig, ReadoutConfig)
 RECIPE = {
     "pretrained_model_name_or_path": str(DIGITS),
-    "kind": "spatial",
     "head": WIDTHS,
     "dataset_name": "digits",
-    "random_flip": True,
     "train_batch_size": 4,
-    "max_train_steps": 4,
+    "max_train_steps": 2,
     "learning_rate": 0.01,
-    "checkpointing_steps": 1,
-    "logging_steps": 3,
+    "ema_max_decay": 0.5,
+    "logging_steps": 1,
     "seed": 3,
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_recipe(folder: Path, **changes) -> str:
@@ -49,148 +61,125 @@ def write_recipe(folder: Path, **changes) -> str:
     return str(path)
 
 
-def run(recipe: str, output: Path, *flags: str) -> None:
-    for state in (AcceleratorState, GradientState, PartialState):  # a test session keeps those of earlier runs
-        state._reset_state()
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    main(["--config", recipe, "--output_dir", str(output), *flags])
+def run(folder: Path, **changes) -> Path:
+    """Train in this process; the folder of the result."""
+    try:
+        main(["--config", write_recipe(folder, **changes), "--output_dir", str(folder / "out")])
+    finally:
+        forget_accelerate()
+    return folder / "out"
 
 
-ENDS = """
-import gc, sys
-from accelerate import Accelerator
-from torch.nn.parallel import DistributedDataParallel
-from train_readout import main
-end = Accelerator.end_training
-def checked(accelerator):
-    assert not [x for x in gc.get_objects() if isinstance(x, DistributedDataParallel)]
-    end(accelerator)
-    print("ended")
-Accelerator.end_training = checked
-main(sys.argv[1:])
-"""
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
 
 
-def launch(recipe: str, output: Path, processes: int, *flags: str) -> None:
-    """The script; a model that outlives its process group may hang as it goes, so none may be left at the end."""
-    wrapped = output.parent / "ends.py"
-    wrapped.write_text(ENDS)
-    options = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-    options += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
-    script = [str(wrapped), "--config", recipe, "--output_dir", str(output), *flags]
-    places = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended") == processes
+def objective_of(base: str | Path, size: tuple[int, int], **settings) -> ReadoutObjective:
+    settings = {"head": DEPTH if settings.get("kind") == "depth" else WIDTHS} | settings
+    config = ReadoutConfig(str(base), **settings)
+    torch.manual_seed(0)
+    return ReadoutObjective(config, load_base(config), size)
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+def rows_of(data, size: tuple[int, int], channels: int = 3, config: dict | None = None, **settings) -> ReadoutRows:
+    return ReadoutRows(data, RowsConfig(**config or {}), ReadoutConfig("base", **settings), channels, size)
 
 
-def test_resumed_equals_run_through(tmp_path, monkeypatch):
-    recipe = write_recipe(tmp_path)
-    run(recipe, tmp_path / "whole")
-    save, count = train_readout.save_checkpoint, 0
-
-    def interrupted(*args) -> None:
-        nonlocal count
-        save(*args)
-        count += 1
-        if count == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_readout, "save_checkpoint", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "parts")
-    assert not (tmp_path / "parts" / WEIGHTS).exists()
-    monkeypatch.undo()
-    run(recipe, tmp_path / "parts")
-    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    logs = [
-        [json.loads(s) for s in (tmp_path / n / "loss.jsonl").read_text().splitlines()] for n in ("whole", "parts")
-    ]
-    assert [(s["step"], s["loss"]) for s in logs[0]] == [(s["step"], s["loss"]) for s in logs[1]]
-    assert [s["step"] for s in logs[0]] == [3, 4]
-    with pytest.raises(ValueError, match="'learning_rate': 0.01"):
-        run(recipe, tmp_path / "parts", "--learning_rate", "0.1")
-    with pytest.raises(ValueError, match="past --max_train_steps 2"):
-        run(recipe, tmp_path / "parts", "--max_train_steps", "2")
+# The digits, whole
 
 
-def test_two_processes_equal_one_of_twice_the_batch(tmp_path):
-    """One step of two processes is the mean of the gradients each of them has alone."""
-    recipe = write_recipe(tmp_path, max_train_steps=1, logging_steps=1)
-    launch(recipe, tmp_path / "two", 2)
-    loss = json.loads((tmp_path / "two" / "loss.jsonl").read_text())["loss"]
-
-    args = parse_args(["--config", recipe, "--output_dir", str(tmp_path)])
-    denoiser = load_base(args, torch.device("cpu"))
-    rows = ReadoutRows(train_readout.load_split("digits", "train"), args, 1, (8, 8))
-    torch.manual_seed(3)
-    objective = Objective(args, denoiser, (8, 8))
-    optimizer = torch.optim.AdamW(objective.heads.parameters(), 0.01, weight_decay=0.0)
-    losses = []
-    for rank in range(2):
-        at = next(train_readout.batch_indices(len(rows), 3, 4 * rank, 4, stride=8))
-        batch = {"image": torch.stack([rows[i]["image"] for i in at])}
-        train_readout.reseed(3, 0, rank)
-        mirror = torch.rand(4)[:, None, None, None] < 0.5
-        batch["image"] = torch.where(mirror, batch["image"].flip(3), batch["image"])
-        level = draw_levels(denoiser, objective.heads["head"], 4)
-        features, timestep = train_readout.noisy_features(denoiser, args, batch, level, objective.layers)
-        losses.append(objective(features, timestep, batch))
-    torch.stack(losses).mean().backward()
-    optimizer.step()
-    assert loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
-    trained = load_file(tmp_path / "two" / WEIGHTS)
-    for name, value in objective.heads["head"].state_dict().items():
-        torch.testing.assert_close(trained[name], value, atol=2e-5, rtol=1e-4)
+@pytest.fixture(scope="module")
+def edges(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("edges")
+    changes = {"max_train_steps": 60, "train_batch_size": 16, "eval_split": "validation", "ema_max_decay": 0.9}
+    return run(folder, random_flip=True, cache_images=True, logging_steps=20, **changes)
 
 
-def test_it_learns_and_what_is_saved_is_right(tmp_path):
-    recipe = write_recipe(
-        tmp_path, max_train_steps=80, train_batch_size=16, checkpointing_steps=1000, eval_split="validation"
-    )
-    run(recipe, tmp_path / "edges")
-    head = ReadoutHead.from_pretrained(tmp_path / "edges")
-    denoiser = Denoiser.from_pretrained(DIGITS)
-    head.check_base(denoiser)
+def test_it_learns(edges):
+    log = log_of(edges)
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    measured = json.loads((edges / "evaluation.jsonl").read_text())
+    assert set(measured) == {"step", "constant", *(f"mse_t{t}" for t in (100, 300, 500, 699, 899))}
+    assert measured["mse_t100"] < 0.5 * measured["constant"]
+    assert measured["mse_t100"] < measured["mse_t899"]
+
+
+def test_what_is_saved_is_the_average_with_its_base(edges):
+    head = ReadoutHead.from_pretrained(edges)
+    head.check_base(Denoiser.from_pretrained(DIGITS))
     assert (head.config.target, head.config.base_model) == ("edges", str(DIGITS))
     assert list(head.config.level_range) == [0, 999]
-    card = (tmp_path / "edges" / "README.md").read_text()
-    table = [line.split("|")[1:3] for line in card.splitlines() if line.startswith("| ") and "timestep" not in line]
-    errors = {float(timestep): float(error) for timestep, error in table}
-    constant = float(card.split("constant has ")[1].split(".\n")[0])
-    assert len(errors) == 5
-    assert errors[100.0] < 0.5 * constant
-    assert errors[100.0] < errors[899.0]
+    (checkpoint,) = edges.glob("checkpoint-*")
+    average, weights = (load_file(checkpoint / f"{name}.safetensors") for name in ("ema", "model"))
+    trained = load_file(edges / WEIGHTS)
+    assert {f"readouts.head.{name}" for name in trained} == set(average)
+    assert all(torch.equal(value, average[f"readouts.head.{name}"]) for name, value in trained.items())
+    assert not torch.equal(trained["output.bias"], weights["readouts.head.output.bias"])
 
 
-def test_the_measured_error_is_that_of_the_labels(tmp_path):
-    recipe = write_recipe(tmp_path, eval_split="validation", train_batch_size=64, random_flip=False)
-    args = parse_args(["--config", recipe, "--output_dir", str(tmp_path)])
-    denoiser = load_base(args, torch.device("cpu"))
-    objective = Objective(args, denoiser, (8, 8))
-    with torch.no_grad():
-        objective.heads["head"].output.weight.zero_()
-        objective.heads["head"].output.bias.fill_(0.3)
-    errors = evaluate(denoiser, args, objective.heads, objective.layers, (8, 8))
-    rows = ReadoutRows(train_readout.load_split("digits", "validation"), args, 1, (8, 8))
-    label = sobel_edges(torch.stack([rows[i]["image"] for i in range(len(rows))]).float() / 127.5 - 1)
-    expected = float((label - np.tanh(0.3)).square().mean())
-    assert [row["head"] for row in errors["by_timestep"].values()] == pytest.approx([expected] * 5, rel=1e-5)
-    assert errors["constant"] == pytest.approx(float(label.var(correction=0)), rel=1e-5)
+def test_the_card(edges):
+    card = ModelCard((edges / "README.md").read_text())
+    measured = json.loads((edges / "evaluation.jsonl").read_text())
+    assert "A `ReadoutHead` of" in card.text
+    assert "reads edges from the features of `digits-ddpm` at timesteps 0 to 999" in card.text
+    assert "`up_blocks.0.resnets.0.conv2`" in card.text
+    assert "heads/" not in card.text
+    assert f"| mse_t300 | {measured['mse_t300']:.4g} |" in card.text
+    assert card.data.tags == ["diffusers-repr", "readout-guidance", "spatial"]
+    assert yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])["head"] == WIDTHS
 
 
-# Data sets of the other kinds.
+def test_the_measured_errors_are_those_of_the_saved_head(edges):
+    """Recomputed with hooks on the network."""
+    measured = json.loads((edges / "evaluation.jsonl").read_text())
+    denoiser, head, kept = Denoiser.from_pretrained(DIGITS), ReadoutHead.from_pretrained(edges).eval(), {}
+    for path in head.config["layers"]:
+        denoiser.model.get_submodule(path).register_forward_hook(lambda *a, path=path: kept.update({path: a[2]}))
+    pixels = np.stack([np.array(image) for image in load_split("digits", "validation")["image"]])
+    images = torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
+    share, total = denoiser.scheduler.alphas_cumprod[300], 0.0
+    for at, part in enumerate(images.split(64)):
+        reseed(3, at, 0)
+        with torch.no_grad():
+            denoiser.model(share.sqrt() * part + (1 - share).sqrt() * torch.randn_like(part), 300)
+            total += float((head(kept, 300) - sobel_edges(part)).square().sum())
+    assert measured["mse_t300"] == pytest.approx(total / images.numel(), rel=1e-4)
+    assert measured["constant"] == pytest.approx(float(sobel_edges(images).var(correction=0)), rel=1e-4)
+
+
+def test_by_accelerate_launch(tmp_path):
+    script = [str(EXAMPLES / "train_readout.py"), "--config", write_recipe(tmp_path, max_train_steps=1)]
+    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command += ["--output_dir", str(tmp_path / "out"), "--layers", "mid_block", "up_blocks.0.resnets.0.conv2"]
+    done = subprocess.run([*command, "--level_range", "0", "500"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head = ReadoutHead.from_pretrained(tmp_path / "out")
+    assert list(head.config.layers) == ["mid_block", "up_blocks.0.resnets.0.conv2"]
+    assert list(head.config.level_range) == [0, 500]
+    assert log_of(tmp_path / "out")[-1]["step"] == 1
+
+
+def test_the_dry_run_of_the_recipe(capsys):
+    try:
+        main(["--config", str(EXAMPLES / "configs" / "readout_digits_edges.yaml"), "--dry_run"])
+    finally:
+        forget_accelerate()
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["dataset_name"] == "digits"
+    assert "# trained: 91,941 parameters" in printed
+
+
+@pytest.mark.parametrize("name", ["readout_digits_edges", "readout_cars_edges", "depth_cars_standin"])
+def test_recipes_fit_their_base(name, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    _, rows, readout = parse_recipe(KINDS, ["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
+    assert rows.cache_images
+    assert len(ReadoutObjective(readout, load_base(readout), (32, 32)).readouts) == 1 + ("depth" in name)
+
+
+# The other kinds, whole
 
 
 def images(count: int, seed: int, size: tuple[int, int] = (16, 16)) -> list[Image.Image]:
@@ -198,71 +187,202 @@ def images(count: int, seed: int, size: tuple[int, int] = (16, 16)) -> list[Imag
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def save_rows(folder: Path, **columns) -> str:
-    (folder / "data").mkdir()
-    features = {
-        name: datasets.Image()
-        if isinstance(values[0], Image.Image)
-        else datasets.List(datasets.List(datasets.Value("float32")))
-        for name, values in columns.items()
+POINTS = [[[2.0, 3.0], [9.0, 9.0]], [[1.0, 1.0]], [[30.0, 4.0], [5.0, 5.0], [6.0, 7.0]]]
+COLUMNS = {
+    "image": images(3, 0),
+    "label_image": images(3, 1),
+    "positive": images(3, 1),
+    "negative": images(3, 2),
+    "second_image": images(3, 3),
+    "points": POINTS,
+    "second_points": POINTS,
+}
+
+
+def table(**columns) -> datasets.Dataset:
+    points = datasets.List(datasets.List(datasets.Value("float32")))
+    kinds = {k: datasets.Image() if isinstance(v[0], Image.Image) else points for k, v in columns.items()}
+    return datasets.Dataset.from_dict(columns, datasets.Features(kinds))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> str:
+    """A folder with a column of each kind."""
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        table(**COLUMNS).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("ddim", {"kind": "depth", "target": "depth", "head": DEPTH, "eval_split": "test", "random_flip": True}),
+        ("flux", {"kind": "appearance", "resolution": 32}),
+        ("ddim", {"kind": "correspondence", "max_points": 2}),
+    ],
+    ids=["depth", "appearance", "correspondence"],
+)
+def test_from_a_recipe_to_heads(tmp_path, stored, base, changes):
+    given = {"pretrained_model_name_or_path": str(saved(base)), "dataset_name": stored, "train_batch_size": 2}
+    output, depth = run(tmp_path, **given, **changes), changes["kind"] == "depth"
+    denoiser = Denoiser.from_pretrained(saved(base))
+    heads = [(DepthHead if depth else ReadoutHead).from_pretrained(output)]
+    if depth:
+        heads.append(DepthHead.from_pretrained(output / "weak"))
+        strong, weak = heads
+        assert len(strong.config.layers) > len(weak.config.layers) == 1
+        assert list(weak.config.level_range) == pytest.approx([0, 0.8 * 999])
+        for line in log_of(output):
+            assert line["loss"] == pytest.approx(line["strong_l1"] + line["weak_l1"], rel=1e-5)
+        measured = json.loads((output / "evaluation.jsonl").read_text())
+        assert set(measured) - {"step", "constant"} == {
+            f"{name}_l1_t{t}" for name in ("strong", "weak") for t in (80, 240, 400, 559, 719)
+        }
+    else:
+        assert heads[0].config.kind == changes["kind"]
+    for head in heads:
+        head.check_base(denoiser)
+
+
+# Losses
+
+
+def read_by_hooks(objective: ReadoutObjective, batch: dict) -> list[np.ndarray]:
+    """What each head reads from the noisy images, kind after kind, float64."""
+    denoiser, kept, handles = objective.denoiser, {}, []
+    for path in objective.layers:
+        hook = denoiser.model.get_submodule(path).register_forward_hook
+        handles.append(hook(lambda *a, path=path: kept.update({path: a[2]})))
+    x, t = batch["images"].flatten(0, 1), batch["time"].repeat(len(batch["images"]))
+    share = denoiser.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        denoiser.model(share.sqrt() * x + (1 - share).sqrt() * batch["noise"], t)
+        found = [head(kept, t).double().numpy() for head in objective.readouts.values()]
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def expected_loss(kind: str, reads: list[np.ndarray], batch: dict) -> float:
+    if kind in ("spatial", "depth"):
+        label = batch["label"].double().numpy()
+        gaps = [read - label for read in reads]
+        return sum(np.mean(gap**2 if kind == "spatial" else np.abs(gap)) for gap in gaps)
+    (read,) = reads
+    parts = read.reshape(-1, 2, *read.shape[1:])
+    if kind == "appearance":
+        terms = [
+            max(0.0, cosine(one[:, i, j], far[:, i, j]) - cosine(one[:, i, j], near[:, i, j]) + 0.5)
+            for one, near, far in zip(*parts, strict=True)
+            for i, j in np.ndindex(16, 16)
+        ]
+        return float(np.mean(terms))
+    terms = []
+    for row in range(2):
+        valid = [p for p in range(3) if batch["valid"][row, p]]
+        at = batch["points"][:, row].long().tolist()  # whole pixels at the maps' own size
+        one, two = ([parts[k][row][:, y, x] for y, x in (at[k][p] for p in valid)] for k in (0, 1))
+        logits = np.array([[cosine(a, b) / 0.07 for b in two] for a in one])
+        for table_ in (logits, logits.T):
+            terms += [np.log(np.exp(line).sum()) - line[p] for p, line in enumerate(table_)]
+    return float(np.mean(terms))
+
+
+@pytest.mark.parametrize("kind", ["spatial", "depth", "appearance", "correspondence"])
+def test_the_loss_equals_a_plain_loop(kind):
+    objective = objective_of(saved("ddim"), (16, 16), kind=kind)
+    count = {"appearance": 3, "correspondence": 2}.get(kind, 1)
+    torch.manual_seed(1)
+    batch = {
+        "images": torch.rand(count, 2, 3, 16, 16) * 2 - 1,
+        "label": torch.rand(2, 1, 16, 16) * 2 - 1,
+        "points": torch.randint(16, (2, 2, 3, 2)).float(),
+        "valid": torch.tensor([[True, True, False], [True, True, True]]),
+        "time": torch.tensor([10, 700]),
+        "noise": torch.randn(2 * count, 3, 16, 16),
     }
-    datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(folder / "data" / "train.parquet")
-    return str(folder / "data")
+    reads = read_by_hooks(objective, batch)
+    assert reads[0].shape[2:] == (16, 16)
+    assert float(objective(batch)["loss"].detach()) == pytest.approx(expected_loss(kind, reads, batch), rel=1e-4)
 
 
-def test_depth_trains_a_strong_and_a_weak_head(tmp_path):
-    data = save_rows(tmp_path, image=images(6, 0), label_image=images(6, 1))
-    changes = {"kind": "depth", "target": "depth", "head": {"hidden": [8], "time_width": 8}, "dataset_name": data}
-    recipe = write_recipe(tmp_path, pretrained_model_name_or_path=str(saved("ddim")), **changes)
-    run(recipe, tmp_path / "depth")
-    strong, weak = (DepthHead.from_pretrained(tmp_path / "depth" / name) for name in ("", "weak"))
-    assert len(strong.config.layers) > len(weak.config.layers) == 1
-    assert list(strong.config.level_range) == pytest.approx([0, 0.8 * 999])
-    denoiser = Denoiser.from_pretrained(saved("ddim"))
-    strong.check_base(denoiser)
-    weak.check_base(denoiser)
+def test_the_base_stays_as_it_is():
+    objective = objective_of(DIGITS, (8, 8))
+    network, objective = objective.denoiser.model, objective.train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    objective({"images": torch.rand(1, 2, 1, 8, 8), "label": torch.rand(2, 1, 8, 8)})["loss"].backward()
+    assert all(p.grad is None for p in network.parameters())
+    assert all(p.grad is not None for p in objective.parameters())
+    assert not network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(name.startswith("readouts.head.") for name in objective.trained_state())
 
 
-def test_labels_are_read_in_their_range(tmp_path):
+def test_levels_are_whole_and_within_the_range():
+    drawn = objective_of(DIGITS, (8, 8), level_range=[2.5, 5]).draw_timesteps(500)
+    assert drawn.unique().tolist() == [3, 4, 5]
+    drawn = objective_of(saved("flux"), (32, 32), level_range=[100, 200]).draw_timesteps(500)
+    assert 100 <= drawn.min() < 105
+    assert 195 < drawn.max() <= 200
+
+
+# Data
+
+
+def test_labels_are_read_in_their_range():
     grey = [Image.fromarray(np.full((16, 16), value, dtype=np.uint8)) for value in (0, 255, 51)]
-    data = save_rows(tmp_path, image=images(3, 0), label_image=grey)
-    changes = {"target": "pose", "label_range": [-0.5, 0.5], "dataset_name": data}
-    args = parse_args(["--config", write_recipe(tmp_path, **changes), "--output_dir", str(tmp_path)])
-    rows = ReadoutRows(train_readout.load_split(data, "train"), args, 3, (16, 16))
-    batch = {name: torch.stack([rows[i][name] for i in range(3)]) for name in ("image", "label")}
-    label = labels_of(batch, args, (8, 8))
-    assert label.shape == (3, 1, 8, 8)
+    data = table(image=images(3, 0), label_image=grey)
+    rows = rows_of(data, (16, 16), target="pose", label_range=[-0.5, 0.5])
+    label = rows.on_device(default_collate([rows[i] for i in range(3)]))["label"]
+    assert label.shape == (3, 1, 16, 16)
     torch.testing.assert_close(label[:, 0, 0, 0], torch.tensor([-0.5, 0.5, -0.3]))
 
 
-@pytest.mark.parametrize("base", ["sd", "flux"])
-def test_appearance(tmp_path, base):
-    data = save_rows(tmp_path, image=images(3, 0), positive=images(3, 1), negative=images(3, 2))
-    changes = {
-        "kind": "appearance",
-        "dataset_name": data,
-        "train_batch_size": 2,
-        "max_train_steps": 2,
-        "resolution": 32,
-    }
-    recipe = write_recipe(tmp_path, pretrained_model_name_or_path=str(saved(base)), **changes)
-    run(recipe, tmp_path / "appearance")
-    head = ReadoutHead.from_pretrained(tmp_path / "appearance")
-    assert head.config.kind == "appearance"
-    head.check_base(Denoiser.from_pretrained(saved(base)))
+@pytest.mark.parametrize("target", ["edges", "depth"])
+def test_images_are_mirrored_with_their_labels(target):
+    rows = rows_of(table(**COLUMNS), (16, 16), config={"random_flip": True}, target=target)
+    plain = rows_of(table(**COLUMNS), (16, 16), target=target)
+    batch = default_collate([rows[i] for i in (0, 1, 2, 0)])
+    torch.manual_seed(4)
+    mirror = torch.rand(4) < 0.5
+    assert 0 < mirror.sum() < 4
+    torch.manual_seed(4)
+    found, given = rows.on_device(batch), plain.on_device(batch)
+    assert found["images"].shape == (1, 4, 3, 16, 16)
+    for row in range(4):
+        turned = [value.flip(-1) if mirror[row] else value for value in (given["images"][0, row], given["label"][row])]
+        torch.testing.assert_close(found["images"][0, row], turned[0], rtol=0, atol=0)
+        torch.testing.assert_close(found["label"][row], turned[1], rtol=0, atol=1e-5)
+    if target == "edges":
+        torch.testing.assert_close(given["label"], sobel_edges(given["images"][0]))
 
 
-def test_correspondence(tmp_path):
-    points = [[[2.0, 3.0], [9.0, 9.0]], [[1.0, 1.0]], [[30.0, 4.0], [5.0, 5.0], [6.0, 7.0]]]
-    data = save_rows(tmp_path, image=images(3, 0), second_image=images(3, 1), points=points, second_points=points)
-    changes = {"kind": "correspondence", "dataset_name": data, "max_points": 2, "random_flip": False}
-    recipe = write_recipe(tmp_path, pretrained_model_name_or_path=str(saved("ddim")), **changes)
-    args = parse_args(["--config", recipe, "--output_dir", str(tmp_path)])
-    rows = ReadoutRows(train_readout.load_split(data, "train"), args, 3, (16, 16))
-    assert [rows[i]["valid"].tolist() for i in range(3)] == [[True, True], [True, False], [False, True]]
-    assert torch.equal(rows[0]["image_points"], torch.tensor(points[0]))
-    run(recipe, tmp_path / "matching")
-    assert ReadoutHead.from_pretrained(tmp_path / "matching").config.kind == "correspondence"
+def test_columns_of_triplets_and_pairs():
+    triplets = rows_of(table(**COLUMNS), (16, 16), kind="appearance")
+    pixels = triplets[1]["images"]
+    for place, column in enumerate(("image", "positive", "negative")):
+        assert torch.equal(pixels[place], torch.from_numpy(np.array(COLUMNS[column][1])).permute(2, 0, 1))
+    pairs = rows_of(table(**COLUMNS), (16, 16), config={"max_points": 2}, kind="correspondence")
+    assert [pairs[i]["valid"].tolist() for i in range(3)] == [[True, True], [True, False], [False, True]]
+    batch = pairs.on_device(default_collate([pairs[i] for i in range(3)]))
+    assert (batch["images"].shape, batch["points"].shape) == ((2, 3, 3, 16, 16), (2, 3, 2, 2))
+    assert torch.equal(batch["points"][1, 0], torch.tensor(POINTS[0]))
+
+
+def test_other_data_have_another_fingerprint():
+    def mark(**changes):
+        return rows_of(table(**COLUMNS | changes), (16, 16), kind="correspondence").fingerprint()
+
+    assert mark() == mark() == json.loads(json.dumps(mark()))
+    others = {"image": images(3, 8)}, {"second_image": images(3, 8)}, {"points": [*POINTS[:2], [[0.0, 0.0]]]}
+    assert all(mark(**other) != mark() for other in others)
+    edges, shown = (rows_of(table(**COLUMNS), (16, 16), target=name).fingerprint() for name in ("edges", "pose"))
+    assert edges != shown
 
 
 @pytest.mark.parametrize("size", [(20, 30), (30, 20), (8, 8)])
@@ -281,86 +401,38 @@ def test_points_move_with_the_image(size):
     assert inside.tolist() == [True, False, False]
 
 
-def test_levels_are_whole_and_within_the_range():
-    denoiser = Denoiser.from_pretrained(DIGITS)
-    head = ReadoutHead(["a"], [1], **WIDTHS, level_range=(2.5, 5))
-    drawn = draw_levels(denoiser, head, 500).timestep
-    assert drawn.unique().tolist() == [3.0, 4.0, 5.0]
-    flow = Denoiser.from_pretrained(saved("flux"))
-    drawn = draw_levels(flow, ReadoutHead(["a"], [1], **WIDTHS, level_range=(100, 200)), 500).timestep
-    assert 100 <= drawn.min() < 105
-    assert 195 < drawn.max() <= 200
-
-
-def test_base_stays_as_it_is(tmp_path):
-    args = parse_args(["--config", write_recipe(tmp_path), "--output_dir", str(tmp_path)])
-    denoiser = load_base(args, torch.device("cpu"))
-    before = {name: value.clone() for name, value in denoiser.model.state_dict().items()}
-    objective = Objective(args, denoiser, (8, 8))
-    batch = {"image": torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)}
-    level = denoiser.level(torch.tensor([10, 700]))
-    features, timestep = train_readout.noisy_features(denoiser, args, batch, level, objective.layers)
-    objective(features, timestep, batch).backward()
-    assert timestep.tolist() == [10, 700]
-    assert all(p.grad is None for p in denoiser.model.parameters())
-    assert all(p.grad is not None for p in objective.parameters())
-    assert all(torch.equal(before[name], value) for name, value in denoiser.model.state_dict().items())
-    features = {name: x.float() for name, x in features.items()}
-    with torch.no_grad():
-        read = objective.heads["head"](features, timestep)
-    label = sobel_edges(batch["image"].float() / 127.5 - 1)
-    expected = functional.mse_loss(read, functional.interpolate(label, read.shape[2:], mode="area"))
-    assert float(objective(features, timestep, batch)) == pytest.approx(float(expected), rel=1e-6)
+# Bad input
 
 
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
+        ({"pretrained_model_name_or_path": None}, "No base; pass --pretrained_model_name_or_path"),
         ({"kind": "depth"}, "Unknown key 'bottleneck'"),
         ({"head": {"wdith": 8}}, "Closest allowed: .'width'"),
+        ({"head": "wide"}, "`head` is no JSON"),
         ({"level_range": [9, 2]}, "low < high"),
+        ({"label_range": [0.0]}, "low < high"),
         ({"weak_layers": ["mid_block"]}, "is for kind: depth"),
-        ({"kind": "correspondence"}, "off their points"),
-        ({"push_to_hub": True}, "needs `hub_model_id`"),
+        ({"kind": "appearance", "eval_split": "test"}, "kind: appearance has none"),
         ({"steps": 3}, "Unknown key 'steps'"),
-        ({"layers": "mid_block"}, "`layers` is JSON, such as --layers .*got 'mid_block'"),
+        ({"max_points": 0}, "`max_points` must be positive"),
     ],
 )
-def test_bad_recipes(tmp_path, changes, what):
+def test_bad_settings(tmp_path, changes, what):
     with pytest.raises(ValueError, match=what):
-        parse_args(["--config", write_recipe(tmp_path, **changes), "--output_dir", str(tmp_path)])
+        parse_recipe(KINDS, ["--config", write_recipe(tmp_path, **changes)])
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("configs/readout_*.yaml")), ids=lambda path: path.stem)
-def test_recipes_parse(path, capsys):
-    main(["--config", str(path), "--dry_run"])
-    assert yaml.safe_load(capsys.readouterr().out)["kind"] == "spatial"
-
-
-PUSH = """
-import json, os, sys
-sys.path.insert(0, os.environ["EXAMPLES"])
-from huggingface_hub import HfApi, ModelCard
-from diffusers_repr.hub import push_folder
-from diffusers_repr.heads import ReadoutHead
-from train_readout import main
-push_folder(os.environ["BASE"], "user/base")
-main(["--config", os.environ["RECIPE"], "--output_dir", os.environ["OUT"], "--max_train_steps", "1",
-      "--pretrained_model_name_or_path", "user/base", "--push_to_hub", "true", "--hub_model_id", "user/edges"])
-files = sorted(HfApi().list_repo_files("user/edges"))
-head = ReadoutHead.from_pretrained("user/edges")
-card = ModelCard.load("user/edges")
-print(json.dumps([files, head.config.base_model, card.data.base_model, card.content]))
-"""
-
-
-def test_push_to_hub(tmp_path):
-    with hub_server() as server:
-        places = {"EXAMPLES": EXAMPLES, "BASE": DIGITS, "RECIPE": write_recipe(tmp_path), "OUT": tmp_path / "out"}
-        environment = hub_env(server, tmp_path, **places, OMP_NUM_THREADS=1, ACCELERATE_USE_CPU="true")
-        done = run_python(PUSH, environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    files, recorded, base, content = json.loads(done.stdout.splitlines()[-1])
-    assert files == [".gitattributes", "README.md", "config.json", WEIGHTS]
-    assert (recorded, base) == ("user/base", "user/base")
-    assert 'ReadoutHead.from_pretrained("user/edges")' in content
+@pytest.mark.parametrize(
+    ("config", "settings", "what"),
+    [
+        ({"random_flip": True}, {"kind": "correspondence"}, "off their points"),
+        ({"second_points_column": "seconds"}, {"kind": "correspondence"}, "No column 'seconds' of points"),
+        ({"positive_column": "points"}, {"kind": "appearance"}, "No column 'points' of type Image"),
+        ({"label_column": "pose"}, {"target": "pose"}, "No column 'pose' of type Image"),
+    ],
+)
+def test_data_that_do_not_fit(config, settings, what):
+    with pytest.raises(ValueError, match=what):
+        rows_of(table(**COLUMNS), (16, 16), config=config, **settings)

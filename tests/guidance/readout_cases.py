@@ -4,7 +4,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_repr import Denoiser, NoiseLevel
-from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, to_map
+from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, readout_layers, to_map
+from diffusers_repr.heads.readout_base import base_fingerprint, describe_base
+from diffusers_repr.heads.readout_features import tap_channels
 from tests.testers.models import CONDITIONS, SIZES, unet2d
 
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4), "time_width": 16}
@@ -22,10 +24,19 @@ def bare(channels=2, dtype=torch.float64, **changes):
     return Denoiser(unet, DDIMScheduler(clip_sample=False))
 
 
+_CHANNELS = {}  # of a base's layers; finding them takes longer than a sampled image
+
+
 def _seeded(make, denoiser, layers, dtype, **options):
+    """As `make.for_base`, with seeded weights."""
+    layers = layers or readout_layers(denoiser.model)
+    place = (base_fingerprint(denoiser), *layers)
+    if place not in _CHANNELS:
+        _CHANNELS[place] = tap_channels(denoiser, layers)
+    given = {"level_range": denoiser.schedule.timestep_range, **describe_base(denoiser), **options}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        head = make.for_base(denoiser, layers, **options)
+        head = make(layers=layers, channels=_CHANNELS[place], **given)
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))  # also what starts at 0 and 1
