@@ -66,7 +66,7 @@ def push_result(
         atomic_write(copy / "recipe.yaml", to_yaml(without_places(read_recipe(copy / "recipe.yaml"))))
         for path in copy.rglob("*.json"):
             config = read_json(path)
-            if isinstance(config, dict) and "_name_or_path" in config:
+            if isinstance(config, dict) and {"_name_or_path", "_class_name"} & config.keys():
                 write_json(path, without_places(config))
         return push_folder(copy, repo_id, private=private, token=token, commit_message=commit_message)
 
