@@ -234,7 +234,7 @@ def test_dit_xl():
 def test_large_models_take_seconds_and_no_memory(cls, config):
     start_time = time.process_time()
     layers = table(cls, config, 128, 8)
-    assert time.process_time() - start_time < 5
+    assert time.process_time() - start_time < 30  # seconds, also on a slow machine
     last = list(layers.values())[-1]
     assert last.flops_share == 1
     if cls is FluxTransformer2DModel:

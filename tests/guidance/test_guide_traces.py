@@ -80,7 +80,7 @@ class Raises:
             raise self.error
 
 
-ERRORS = [RuntimeError("in the network"), KeyboardInterrupt(), SystemExit(1)]
+ERRORS = [RuntimeError("in the network"), KeyboardInterrupt()]
 
 
 @pytest.mark.parametrize("form", ["block", "handle"])
