@@ -122,7 +122,7 @@ def _save_projectors(converted: ConvertedCheckpoint, folder: Path) -> None:
         (hidden, width), out = state["0.weight"].shape, state["4.weight"].shape[0]
         projector = Projector(width, out, hidden_dim=hidden).to(state["0.weight"].dtype)
         projector.load_state_dict({f"layers.{name}": value for name, value in state.items()})
-        projector.save_pretrained(folder / "projectors" / str(at))
+        projector.save_pretrained(folder / "heads" / f"projector-{at}")
 
 
 def _report(converted: ConvertedCheckpoint, name: str, out: Path) -> None:

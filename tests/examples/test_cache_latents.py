@@ -16,7 +16,7 @@ from diffusers_repr.training.feature_cache import list_features
 from diffusers_repr.training.tensor_cache import TensorCache
 from tests.encoders.vits import build
 from tests.training.data_cases import rows
-from tests.training.test_latents import contents, make_vae
+from tests.training.latent_cases import contents, make_vae
 
 ROWS = 11
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -247,7 +247,7 @@ def test_convert_repa(tmp_path, capsys):
     alone = SiTTransformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
     torch.testing.assert_close(outputs(alone, x, t, y), outputs(pipe.transformer, x, t, y), rtol=0, atol=0)
     for at in range(2):
-        projector = Projector.from_pretrained(tmp_path / "out" / "projectors" / str(at))
+        projector = Projector.from_pretrained(tmp_path / "out" / "heads" / f"projector-{at}")
         tokens = torch.randn(2, 16, 16)
         torch.testing.assert_close(projector(tokens, (4, 4)), official.projectors[at](tokens))
 

@@ -20,7 +20,7 @@ from diffusers_repr.training.data_config import DataConfig
 from diffusers_repr.training.feature_cache import cache_features, encoder_folder, list_features
 from diffusers_repr.training.latents import cache_latents
 from tests.training.data_cases import rows
-from tests.training.test_latents import make_vae
+from tests.training.latent_cases import make_vae
 
 ROWS, SIZE = 7, 16
 EXACT = CacheSettings(dtype="float32", shard_size=3, batch_size=2, progress=False)

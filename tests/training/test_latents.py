@@ -1,17 +1,12 @@
 """The latent cache: what it holds, how it resumes, what it refuses, and that training from it is training without."""
 
-import errno
 import json
-import os
 import pickle
-import signal
-import subprocess
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, default_collate
 
@@ -19,51 +14,15 @@ from diffusers_repr.denoiser.vae import draw_latents, encode_latents, encode_mom
 from diffusers_repr.training import cache_writer
 from diffusers_repr.training.cache_writer import CacheSettings
 from diffusers_repr.training.cached_data import CachedData
-from diffusers_repr.training.data import load_train_data
-from diffusers_repr.training.data_config import DataConfig
-from diffusers_repr.training.latents import cache_latents, open_latents
+from diffusers_repr.training.latents import open_latents
 from diffusers_repr.training.tensor_cache import TensorCache
 from tests.training.data_cases import rows, with_broken
-
-ROWS = 11  # prime: shards of 4 leave a short one
-SIZE = 16
+from tests.training.latent_cases import ROWS, SIZE, contents, load, make, make_vae
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def make_vae(seed=0, **config):
-    torch.manual_seed(seed)
-    settings = {
-        "block_out_channels": (4, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-        "sample_size": SIZE,
-        "scaling_factor": 0.5,
-        "shift_factor": 0.1,
-    }
-    return AutoencoderKL(**settings | config).eval()
-
-
-def load(data=None, size=SIZE, vae=None, needs_pixels=False, encoders=(), **settings):
-    data = rows(ROWS, ((24, 31), (17, 16), (40, 40))) if data is None else data
-    return load_train_data(
-        DataConfig(**settings), 3, size, data, vae=vae, needs_pixels=needs_pixels, encoders=encoders
-    )
-
-
-def make(out, data=None, vae=None, **settings):
-    settings = CacheSettings(**{"shard_size": 4, "batch_size": 3, "progress": False, **settings})
-    return cache_latents(vae or make_vae(), load() if data is None else data, out, settings)
-
-
-def contents(folder):
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 # What it holds
@@ -137,136 +96,6 @@ def test_unreadable_images_are_stood_for_by_the_next(tmp_path):
     for needs_pixels in (False, True):
         data = load(broken, vae=make_vae(), needs_pixels=needs_pixels, **settings)
         assert (int(data[4]["index"]), int(data[4]["class_labels"])) == (5, 2)
-
-
-# Resuming
-
-
-def test_the_same_call_again_does_nothing(tmp_path, monkeypatch):
-    make(tmp_path / "out")
-    before = contents(tmp_path / "out")
-    stamps = {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()}
-    monkeypatch.setattr(cache_writer, "_write_one", lambda *a: pytest.fail("a whole shard was written again"))
-    make(tmp_path / "out", verify=True)
-    assert contents(tmp_path / "out") == before
-    assert {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()} == stamps
-
-
-def test_resumes_byte_for_byte_after_a_stop_anywhere(tmp_path, monkeypatch):
-    make(tmp_path / "whole")
-    whole = contents(tmp_path / "whole")
-    write = cache_writer.write_shard
-    for stop in range(3):
-        out, calls = tmp_path / f"stopped{stop}", []
-
-        def interrupted(*args, calls=calls, stop=stop):
-            calls.append(1)
-            if len(calls) > stop:
-                raise KeyboardInterrupt
-            write(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(cache_writer, "write_shard", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                make(out)
-        assert len(list((out / "data").glob("*.safetensors"))) == stop
-        shards = min(4 * stop, ROWS)
-        with pytest.raises(ValueError, match=f"not finished: {shards} of 11 images .{stop} of 3 shards.*keeps whole"):
-            TensorCache.open(out, "latents")
-        make(out, batch_size=1)
-        got = contents(out)
-        assert got.keys() == whole.keys()
-        for name in whole:
-            if name.endswith("safetensors"):
-                for key, tensor in load_file(out / name).items():
-                    torch.testing.assert_close(tensor, load_file(tmp_path / "whole" / name)[key], atol=1e-5, rtol=1e-5)
-
-
-def test_a_killed_process_is_continued(tmp_path):
-    """SIGKILL while the second shard is about to take its name; what the kill left is cleared."""
-    child = os.fork()
-    if child == 0:
-        replace = os.replace
-
-        def kill(source, target):
-            if "00001-of" in str(target):
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-
-        os.replace = kill
-        make(tmp_path / "out")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    names = sorted(p.name for p in (tmp_path / "out/data").iterdir())
-    assert names[0].endswith(".tmp")
-    assert names[1:] == ["latents-00000-of-00003.safetensors"]
-    make(tmp_path / "out").verify()
-    make(tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert not list((tmp_path / "out/data").glob(".*.tmp"))
-
-
-def test_a_damaged_shard_is_written_anew(tmp_path, caplog):
-    make(tmp_path / "out")
-    whole = contents(tmp_path / "out")
-    first, second = (tmp_path / f"out/data/latents-0000{n}-of-00003.safetensors" for n in (0, 1))
-    first.write_bytes(first.read_bytes()[:-100])
-    flipped = bytearray(second.read_bytes())
-    flipped[-5] ^= 1
-    second.write_bytes(flipped)
-    cache = TensorCache.open(tmp_path / "out", "latents")
-    with pytest.raises(ValueError, match="00000-of-00003.*cannot be read.*Delete it and run the same"):
-        cache[0]
-    with pytest.raises(ValueError, match="00000-of-00003"):
-        cache.verify()
-    make(tmp_path / "out")
-    assert "00000-of-00003.safetensors cannot be read" in caplog.text
-    with pytest.raises(ValueError, match="00001-of-00003.*does not fit its checksum"):
-        TensorCache.open(tmp_path / "out", "latents").verify()
-    make(tmp_path / "out", verify=True)
-    assert contents(tmp_path / "out") == whole
-
-
-def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
-    write, calls = cache_writer.write_shard, []
-
-    def full(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "write_shard", full)
-        with pytest.raises(OSError, match="disk is full.*1 of 3 shards.*are whole") as info:
-            make(tmp_path / "out")
-    assert info.value.errno == errno.ENOSPC
-    make(tmp_path / "out").verify()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip("may not mount a small disk here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk):
-    with pytest.raises(OSError, match="disk is full.*shards in.*are whole"):
-        make(small_disk / "out")
-    kept = list((small_disk / "out/data").iterdir())
-    assert 1 <= len(kept) < 3
-    assert all(load_file(path)["moments"].shape[0] == 4 for path in kept)
-    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
-    make(small_disk / "out").verify()
 
 
 # What it refuses
