@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def attention_of(model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, Any], prefix: int) -> list[Tensor]:
+@contextmanager
+def recording_attention(model: nn.Module, blocks: Sequence[str], prefix: int) -> Iterator[list[Tensor]]:
     """Attention among the patch tokens of some blocks: what HASTE (arXiv 2505.16792) takes from its teacher.
 
     Fused attention keeps no probabilities, so they are recomputed: `softmax(q k^T / sqrt(d))` in float32 over the
@@ -20,16 +21,16 @@ def attention_of(model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, A
     Args:
         model: The network.
         blocks: Paths of its blocks; in each, one attention with `q_proj` and `k_proj`.
-        inputs: Keyword inputs of its forward.
         prefix: Tokens in front of the patches.
 
-    Returns:
-        For each block `(B, heads, N, N)` float32, its rows adding up to 1.
+    Yields:
+        A list that holds at the end, for each block that was run, `(B, heads, N, N)` float32, rows adding up to 1.
 
     Raises:
         TypeError: If a block has no such attention.
     """
     parts: dict[str, dict[str, Any]] = {path: {} for path in blocks}
+    found: list[Tensor] = []
     with ExitStack() as hooks:
         for path, kept in parts.items():
             attention = _attention_in(model.get_submodule(path), path)
@@ -37,8 +38,8 @@ def attention_of(model: nn.Module, blocks: Sequence[str], inputs: Mapping[str, A
             hooks.callback(attention.register_forward_pre_hook(_keep_rotary(kept), with_kwargs=True).remove)
             for name in ("q_proj", "k_proj"):
                 hooks.callback(getattr(attention, name).register_forward_hook(_keep(kept, name)).remove)
-        model(**inputs)
-    return [_probabilities(parts[path], prefix) for path in blocks]
+        yield found
+    found += [_probabilities(parts[path], prefix) for path in blocks if "k_proj" in parts[path]]
 
 
 def _attention_in(block: nn.Module, path: str) -> nn.Module:

@@ -207,25 +207,31 @@ class Encoder:
         pooled, tokens = (torch.cat([part[name] for part in parts]) for name in ("global", "tokens"))
         return EncoderOutput(pooled, tokens, parts[0].grid)
 
-    def attention(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Attention probabilities among the patch tokens, of some blocks of a network from `from_pretrained`.
+    def encode_with_attention(self, pixels: Tensor, layers: Sequence[int]) -> tuple[EncoderOutput, list[Tensor]]:
+        """Features, and attention probabilities among the patch tokens of some blocks, in one forward.
 
         They are recomputed from queries and keys in float32, over the patch tokens alone: each row adds up to 1.
 
         Args:
             pixels: `(B, C, H, W)` in [-1, 1].
-            layers: Block numbers, from 0 or from the end.
+            layers: Block numbers, from 0 or from the end, of a network from `from_pretrained`.
 
         Returns:
-            For each, `(B, heads, N, N)`.
+            The features, and for each block `(B, heads, N, N)`.
 
         Raises:
             TypeError: If the network's attention is not known.
-            ValueError: For blocks it does not have.
+            ValueError: For blocks it does not have, or that lie behind the one which is read.
         """
         (pixels,) = self._batches(pixels, None)
-        with self._guard(pixels):
-            return self.source.attention(self._prepare(pixels), list(layers))
+        with self._guard(pixels), self.source.recording_attention(layers) as attention:
+            output = self._encode(pixels)
+        if len(attention) != len(layers):
+            raise ValueError(
+                f"Of the blocks {list(layers)} only {len(attention)} are run: features are read before. Choose blocks "
+                "up to the encoder's `layer`."
+            )
+        return output, attention
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the features, as JSON values: equal for encoders whose features are the same.

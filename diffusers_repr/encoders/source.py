@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,8 +41,8 @@ class Source:
         """Global features `(B, D)`, tokens `(B, N, D)` and grid (h, w) of preprocessed pixels."""
         raise NotImplementedError
 
-    def attention(self, pixels: Tensor, layers: list[int]) -> list[Tensor]:
-        """Attention `(B, heads, N, N)` of blocks, over patch tokens, of preprocessed pixels.
+    def recording_attention(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
+        """A context whose list holds at its end the attention `(B, heads, N, N)` of blocks, over patch tokens.
 
         Raises:
             TypeError: If the network's attention is not known.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
-from diffusers_repr.encoders.attention import attention_of
+from diffusers_repr.encoders.attention import recording_attention
 from diffusers_repr.encoders.family import EncoderFamily, encoder_family
 from diffusers_repr.encoders.fingerprint import config_hash
 from diffusers_repr.encoders.preprocessing import Statistics, statistics_from_processor
@@ -120,11 +120,10 @@ class TransformerSource(Source):
             pooled = sequence[:, 0] if cls else tokens.float().mean(1)
         return pooled, tokens, self.grid((pixels.shape[2], pixels.shape[3]))
 
-    def attention(self, pixels: Tensor, layers: list[int]) -> list[Tensor]:
-        """Recomputed from queries and keys; see `attention_of`."""
-        inputs = self.family.inputs(self.module, pixels.to(floating_dtype(self.module)))
+    def recording_attention(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
+        """Recomputed from queries and keys; see `recording_attention` of the module."""
         paths = [self.paths[self._block(layer)] for layer in layers]
-        return attention_of(self.module, paths, inputs, self.family.prefix(self.module.config))
+        return recording_attention(self.module, paths, self.family.prefix(self.module.config))
 
     def describe(self) -> dict[str, Any]:
         """Class, config, layer, pooling and size."""

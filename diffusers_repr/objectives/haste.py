@@ -82,7 +82,7 @@ class AttentionAlignmentTerm(Term):
         if teacher is None:
             known = list(objective.encoders) or "none"
             raise ValueError(f"Attention alignment needs a teacher; no encoder {self.encoder!r} among {known}.")
-        if not hasattr(teacher, "attention"):
+        if not hasattr(teacher, "encode_with_attention"):
             raise ValueError(f"The teacher {self.encoder!r} gives no attention; a network must be loaded.")
         model = objective.network
         paths = self.chosen
@@ -100,7 +100,7 @@ class AttentionAlignmentTerm(Term):
     def forward(self, step: Step) -> Tensor:
         """Mean over the pairs."""
         assert self.encoder is not None
-        targets = step.teachers.attention(self.encoder, self.teacher_layers)
+        targets = step.teachers.attention(self.encoder)
         losses = [
             attention_alignment_loss(*step.attention[path], target)
             for path, target in zip(self.attentions, targets, strict=True)

@@ -17,6 +17,7 @@ from diffusers_repr.objectives.alignment import AlignmentTerm
 from diffusers_repr.objectives.base import Batch, rebuild, weighted_sum
 from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
+from diffusers_repr.objectives.haste import AttentionAlignmentTerm
 from diffusers_repr.objectives.matching import MatchGrid, Tokens, layer_tokens
 from diffusers_repr.objectives.teachers import Teachers, missing, name_encoders
 from diffusers_repr.objectives.terms import Step, Term
@@ -159,7 +160,12 @@ class REPAObjective(DiffusionObjective):
         """The encoders' features for a batch."""
         stride = self.denoiser.stride
         size = (noisy.x0.shape[2] * stride, noisy.x0.shape[3] * stride)
-        return Teachers(self.encoders, noisy.batch, size, noisy.x0.device)
+        wanted = {
+            str(term.encoder): term.teacher_layers
+            for _, term in self.each_term()
+            if isinstance(term, AttentionAlignmentTerm) and term.active
+        }
+        return Teachers(self.encoders, noisy.batch, size, noisy.x0.device, wanted)
 
     def combine(self, losses: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """Add the terms to the losses, and weigh them."""

@@ -67,11 +67,20 @@ class Teachers:
         batch: `features` and `features_global` in it are taken first, by the encoder's name.
         size: (H, W) of its images in pixels.
         device: Where features are wanted.
+        attentions: Name of an encoder -> its blocks whose attention is wanted too, in the same forward.
     """
 
-    def __init__(self, encoders: Mapping[str, Any], batch: Batch, size: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        encoders: Mapping[str, Any],
+        batch: Batch,
+        size: tuple[int, int],
+        device: torch.device,
+        attentions: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self.encoders, self.batch, self.size, self.device = encoders, batch, size, device
-        self._outputs: dict[str, Any] = {}
+        self.attentions = attentions or {}
+        self._outputs: dict[str, tuple[Any, list[Tensor]]] = {}
 
     def tokens(self, name: str) -> Tokens:
         """Features on the encoder's grid, without a graph.
@@ -97,11 +106,9 @@ class Teachers:
         cached = self.batch.get("features_global", {}).get(name)
         return self._output(name).global_features if cached is None else cached.to(self.device)
 
-    def attention(self, name: str, layers: Sequence[int]) -> list[Tensor]:
-        """Attention probabilities `(B, heads, N, N)` of blocks of the encoder."""
-        encoder = self._live(name)
-        with torch.no_grad():
-            return [part.to(self.device) for part in encoder.attention(self.batch["pixel_values"], layers)]
+    def attention(self, name: str) -> list[Tensor]:
+        """Attention probabilities `(B, heads, N, N)` of the blocks in `attentions`."""
+        return [part.to(self.device) for part in self._run(name)[1]]
 
     def _live(self, name: str) -> Any:
         encoder = self.encoders[name]
@@ -113,10 +120,16 @@ class Teachers:
         return encoder
 
     def _output(self, name: str) -> Any:
+        return self._run(name)[0]
+
+    def _run(self, name: str) -> tuple[Any, list[Tensor]]:
         if name not in self._outputs:
-            encoder = self._live(name)
+            encoder, pixels = self._live(name), self.batch["pixel_values"]
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._outputs[name] = encoder.encode_pixels(self.batch["pixel_values"])
+                if name in self.attentions:
+                    self._outputs[name] = encoder.encode_with_attention(pixels, self.attentions[name])
+                else:
+                    self._outputs[name] = encoder.encode_pixels(pixels), []
         return self._outputs[name]
 
 

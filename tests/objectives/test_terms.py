@@ -339,8 +339,12 @@ def test_haste_with_a_real_teacher(tmp_path):
     encoder = Encoder.from_pretrained(tmp_path, image_size=16, name="dino")
     term = AttentionAlignmentTerm(None, ["blocks.0.attn", "blocks.1.attn"], (-2, -1))
     objective = REPAObjective(sit(), [encoder], "blocks.1", terms=[term], **SMALL)
+    calls = []
+    handle = encoder.module.register_forward_hook(lambda *_: calls.append(1))
     out, grads = backward(objective, batch())
-    targets = encoder.attention(batch()["pixel_values"], [1, 2])
+    assert len(calls) == 1  # for features and attention together
+    handle.remove()
+    _, targets = encoder.encode_with_attention(batch()["pixel_values"], [1, 2])
     entropy = torch.stack([-(p * p.clamp(min=1e-12).log()).sum(-1).mean() for p in targets]).mean()
     assert out["attention"] > entropy
     assert grads["network.blocks.0.attn.to_k.weight"].abs().max() > 0
