@@ -289,6 +289,7 @@ def digits():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_digits():
     """500 steps: a classifier above 0.96, and noise prediction within 15 % of a plain DDPM of as many steps.
 
