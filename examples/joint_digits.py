@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[str, dict, tuple[float, ...]]] = {
     "U-Net, denoising alone": ("jdm_digits", {"classification_weight": 0, "classify": "noised"}, ()),
     "U-Net, classification alone": ("jdm_digits", {"generation_weight": 0, "classify": "clean"}, ()),
     "HybViT": ("hybvit_digits", {}, (0, -1, 1, 3, 10)),
+    "HybViT, generation weight 10": ("hybvit_digits", {"generation_weight": 10}, (0, 1, 3, 10)),
     "ViT, denoising alone": ("hybvit_digits", {"classification_weight": 0, "classify": "clean"}, ()),
     "ViT, classification alone": ("hybvit_digits", {"generation_weight": 0, "classify": "clean"}, ()),
 }
