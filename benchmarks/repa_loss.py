@@ -37,7 +37,7 @@ def main() -> None:
 
         return once
 
-    times = interleaved({"loop": run(looped), "vectorised": run(vectorised)}, repeats=7)
+    times = interleaved({"loop": run(looped), "vectorised": run(vectorised)}, repeats=31)
     loop, fast = (median(times[name]) for name in ("loop", "vectorised"))
     with torch.no_grad():
         difference = looped([states], [target]) - vectorised([states], [target])
