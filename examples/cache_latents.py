@@ -19,7 +19,7 @@ from typing import Literal
 
 import diffusers
 import torch
-from image_batches import load_split
+from recipe_data import load_split
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.encoders import Encoder

@@ -28,7 +28,7 @@ MODEL = Path(os.path.relpath(Path(__file__).parent / "models" / "digits-ddpm"))
 RECIPE = Path(__file__).parent / "configs" / "ddpm_digits.yaml"
 TIMESTEPS = (10, 30, 60, 100, 200, 400)
 NOISE = ("per_image", "clean")
-POOLING = "adaptive:2"  # of each layer a mean a quarter
+POOLING = "adaptive:2"  # the means of the four quarters of a map
 PER_CLASS, DRAWS, RANDOM_INITS = 10, 5, 3
 
 

@@ -33,6 +33,17 @@ def load_digits_splits() -> DatasetDict:
     return DatasetDict({name: _select(pixels, labels, members) for name, members in split_indices(labels).items()})
 
 
+def digits_split(split: str) -> Dataset:
+    """One of the splits.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    if split not in SPLIT_SIZES:
+        raise ValueError(f"The digits have no split {split!r}, only {list(SPLIT_SIZES)}; see --dataset_split.")
+    return load_digits_splits()[split]
+
+
 def split_indices(labels: list[int]) -> dict[str, list[int]]:
     """Indices of each split, decided by hashes alone, so by no library's random stream.
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from digits import load_digits_splits
-from image_batches import augment
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from diffusers_repr.training.transforms import augment
 
 CLASSES = 10
 AUGMENTATION = {"flip": False, "rotation": 10.0, "shift": 0.0875, "scale": 0.1}  # that of ddim_digits_class.yaml

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler
 from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
-from image_batches import ImagePixels, load_split
 from PIL import Image
+from recipe_data import load_split
 from torch import Tensor
 
 from diffusers_repr import Denoiser, DepthGuidance, ReadoutGuidance, guide
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead, read_features, sobel_edges
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.training.images import ImagePixels
 
 MODELS = Path(__file__).parent / "models"
 SIGN = {f"latent_sign {scale}": {"scale": scale} for scale in (0.01, 0.02, 0.04)}

@@ -20,10 +20,10 @@ import dataclasses
 import sys
 
 import torch
-from image_batches import load_split
 from readout_args import ReadoutConfig
 from readout_data import ReadoutRows, RowsConfig
 from readout_objective import ReadoutObjective
+from recipe_data import load_split
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from classifier_base import Base
-from image_batches import augment
 from recipe_data import load_recipe_data
 from torch.utils.data import DataLoader
 from train_classifier import Accuracy, ClassifierConfig, ClassifierObjective
@@ -15,6 +14,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
 from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe
+from diffusers_repr.training.transforms import augment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS_RECIPE = EXAMPLES / "configs" / "classifier_digits.yaml"

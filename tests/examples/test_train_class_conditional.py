@@ -7,12 +7,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from image_batches import ImagePixels, load_split
 from PIL import Image
+from recipe_data import load_split
 from safetensors.torch import load_file
 from train_unconditional import main
 
 from diffusers_repr.objectives import DiffusionObjective
+from diffusers_repr.training.images import ImagePixels
 from tests.examples.test_train_unconditional import EXAMPLES, assert_recipe_of, fresh_accelerate
 from tests.examples.test_train_unconditional import RECIPE as UNCONDITIONAL
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from image_batches import load_split
 from PIL import Image, ImageOps
 from readout_args import ReadoutConfig
 from readout_data import ReadoutRows, RowsConfig, fit_points
 from readout_objective import ReadoutObjective
+from recipe_data import load_split
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from train_readout import load_base, main

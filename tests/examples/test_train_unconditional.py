@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline
-from image_batches import ImagePixels, load_split
 from PIL import Image
-from recipe_data import load_recipe_data
+from recipe_data import load_recipe_data, load_split
 from safetensors.torch import load_file
 from train_unconditional import ModelConfig, main
 
 from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe
+from diffusers_repr.training.images import ImagePixels
 from diffusers_repr.training.recipe import read_recipe
 from tests.training.loop_cases import forget_accelerate
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import datasets
@@ -20,6 +19,7 @@ from diffusers_repr.features.data import from_dataset
 from diffusers_repr.features.extraction import extract_to_store
 from diffusers_repr.features.recipe import fingerprint, recipe_differences
 from diffusers_repr.features.store import FeatureStore
+from tests.testers.disk import mounted
 from tests.testers.models import build
 
 ROWS = 11  # prime: shards of 4 leave a short one
@@ -382,18 +382,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip("may not mount a small disk here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "96k") as disk:
+        yield disk
 
 
 def test_a_disk_that_is_really_full(small_disk):

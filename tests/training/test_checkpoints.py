@@ -1,6 +1,5 @@
 import json
 import shutil
-import subprocess
 import warnings
 
 import pytest
@@ -15,6 +14,7 @@ from diffusers_repr.training.checkpoints import (
     read_tensors,
     save_checkpoint,
 )
+from tests.testers.disk import mounted
 
 IDENTITY = {"seed": 0, "data": {"rows": 3}, "betas": (0.9, 0.99)}
 
@@ -195,18 +195,8 @@ def test_a_state_that_is_no_json_is_an_error_and_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip("may not mount a small disk here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "256k") as disk:
+        yield disk
 
 
 def test_a_disk_that_is_really_full(small_disk):

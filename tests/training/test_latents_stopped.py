@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from diffusers_repr.training import cache_writer
 from diffusers_repr.training.tensor_cache import TensorCache
+from tests.testers.disk import mounted
 from tests.training.latent_cases import ROWS, contents, make
 
 
@@ -124,17 +125,8 @@ def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip("may not mount a small disk here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", "48k") as disk:
+        yield disk
 
 
 def test_a_disk_that_is_really_full(small_disk):
