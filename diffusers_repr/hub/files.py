@@ -147,9 +147,12 @@ def only_writer(folder: str | os.PathLike[str], command: str) -> Iterator[None]:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file (UTF-8).
 
+    What is in it is not checked: see `hub/schema.py`.
+
     Raises:
         FileNotFoundError: If there is no such file; the message names the JSON files beside it.
-        ValueError: If the file is not JSON; the message names file, line and column.
+        ValueError: If the file is not JSON, or larger than 256 MiB, or nested too deeply; the message names file, line
+            and column.
 
     Example:
         >>> read_json(write_json(getfixture("tmp_path") / "a.json", {"seed": 0}))
@@ -160,14 +163,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         beside = sorted(file.name for file in path.parent.glob("*.json")) if path.parent.is_dir() else []
         hint = f"JSON files in that folder: {', '.join(beside)}" if beside else "that folder has no JSON file"
         raise FileNotFoundError(f"No file {str(path)!r}; {hint}.")
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise ValueError(f"The file {str(path)!r} has {size} bytes; a JSON file here has at most {_LARGEST_JSON}.")
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"The file {str(path)!r} is nested too deeply. {_CORRUPT}") from None
     except json.JSONDecodeError as error:
         state = "is empty" if not error.doc.strip() else f"is not valid JSON: {error.msg}"
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"The file {str(path)!r} {state} ({where}). {_CORRUPT}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"The file {str(path)!r} is not UTF-8 text (byte {error.start}). {_CORRUPT}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"The file {str(path)!r} cannot be read: {error}. {_CORRUPT}") from error
 
 
 def write_json(path: str | os.PathLike[str], data: Any, *, indent: int | None = 2) -> Path:
@@ -196,6 +206,7 @@ def write_json(path: str | os.PathLike[str], data: Any, *, indent: int | None = 
     return atomic_write(path, text + "\n")
 
 
+_LARGEST_JSON = 256 << 20
 _CORRUPT = "It may have been cut short or edited: restore it from its source, or delete it and make it again."
 
 
