@@ -15,9 +15,8 @@ from diffusers_repr.denoiser import conditioning
 from diffusers_repr.denoiser.condition import Condition, eval_mode
 from diffusers_repr.denoiser.family import Family, family_of, floating_dtype
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.loading import load_pipeline
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
-from diffusers_repr.hub.files import read_json
-from diffusers_repr.hub.own_pipelines import own_pipeline_class
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
 
 COMPONENTS = ("unet", "transformer")
@@ -100,34 +99,16 @@ class Denoiser:
         Args:
             id_or_folder: Local folder with a `model_index.json`, or Hub id.
             revision: Branch, tag or commit on the Hub.
-            **kwargs: For `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `token`, ...).
+            **kwargs: For `DiffusionPipeline.from_pretrained` (`dtype`, `variant`, `token`, ...). With
+                `trust_remote_code=True` code of the repository may run.
 
         Raises:
             FileNotFoundError: If the folder is no pipeline folder.
-            ValueError: If the name is neither a folder nor a Hub id, or its `model_index.json` is damaged.
+            ValueError: If the name is neither a folder nor a Hub id, a file of it is damaged, or names code that is
+                neither of diffusers nor of this package.
             OSError: If the Hub cannot be reached or has no such repository, or a component cannot be read.
         """
-        from diffusers import DiffusionPipeline
-
-        folder, loader = Path(id_or_folder), DiffusionPipeline
-        if folder.is_dir():
-            check_pipeline_folder(folder)
-            loader = own_pipeline_class(str(folder)) or loader
-        elif not folder.is_file() and (
-            folder.is_absolute() or str(id_or_folder).startswith(".") or str(id_or_folder).count("/") > 1
-        ):
-            raise FileNotFoundError(
-                f"No folder {str(id_or_folder)!r}. Pass a pipeline folder or a Hub id 'user/name'."
-            )
-        elif not {"cache_dir", "local_files_only"} & kwargs.keys():  # why a Hub id does not load, told at once
-            loader = own_pipeline_class(str(id_or_folder), revision, kwargs.get("token")) or loader
-        try:
-            pipe = loader.from_pretrained(str(id_or_folder), revision=revision, **kwargs)
-        except OSError as error:
-            raise OSError(
-                f"Could not load {str(id_or_folder)!r}: {' '.join(str(error).split()).rstrip('.')}. A file of a "
-                "component is missing or damaged, or did not arrive: save or download the pipeline anew."
-            ) from error
+        pipe = load_pipeline(id_or_folder, revision, kwargs)
         return cls.from_pipe(pipe, name=str(id_or_folder), revision=revision)
 
     # What it is
@@ -323,23 +304,6 @@ class Denoiser:
             yield
 
 
-def check_pipeline_folder(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` of a pipeline folder.
-
-    Raises:
-        FileNotFoundError: If there is none; tells what the folder seems to be.
-        ValueError: If it is not JSON.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(
-            f"{str(folder)!r} is no pipeline folder: it has no model_index.json (it holds {inside}). "
-            "Save one with `pipe.save_pretrained(folder)`."
-        )
-    return read_json(index)
-
-
 def require_denoiser(value: Any) -> None:
     """Raise TypeError unless `value` is a `Denoiser`."""
     if not isinstance(value, Denoiser):
@@ -349,4 +313,4 @@ def require_denoiser(value: Any) -> None:
         )
 
 
-__all__ = ["COMPONENTS", "Denoiser", "check_pipeline_folder", "require_denoiser"]
+__all__ = ["COMPONENTS", "Denoiser", "require_denoiser"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, check_pipeline_folder, require_denoiser
+from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, require_denoiser
 from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.loading import INDEX, check_pipeline_folder, component_class, pipeline_modules
 from diffusers_repr.denoiser.streams import image_stream
+from diffusers_repr.hub.components import check_config, check_index, is_component
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
@@ -102,47 +103,55 @@ def list_layers_from_config(
     Raises:
         FileNotFoundError: If the folder is no pipeline folder.
         TypeError: If no family adapter fits the network.
+        ValueError: If a file is damaged, names a class that is neither of diffusers nor of this package, or describes
+            a network too large to be built.
         OSError: If the Hub cannot be reached or has no such file.
     """
     if Path(id_or_folder).is_dir():
         check_pipeline_folder(Path(id_or_folder))
-    index = load_json_config(id_or_folder, "model_index.json", revision)
-    component = next((name for name in COMPONENTS if _present(index.get(name))), None)
+
+    def config_of(name: str, file: str = "config.json") -> tuple[dict[str, Any], str]:
+        at = f"{name}/{file} of {str(id_or_folder)!r}"
+        return check_config(load_json_config(id_or_folder, f"{name}/{file}", revision), at), at
+
+    index, at = load_json_config(id_or_folder, INDEX, revision), f"{INDEX} of {str(id_or_folder)!r}"
+    named = {name: index[name] for name in (*COMPONENTS, "scheduler", "vae", "vqvae") if is_component(index.get(name))}
+    components = check_index({"_": None, **named}, at, pipeline_modules())
+    component = next((name for name in COMPONENTS if name in components), None)
     if component is None:
         raise TypeError(f"{str(id_or_folder)!r} has no component named {' or '.join(COMPONENTS)}.")
-    model = _empty_component(id_or_folder, component, index[component], revision)
+    model = _empty(component_class(component, *components[component]), *config_of(component))
     scheduler = None
-    if _present(index.get("scheduler")):
-        config = load_json_config(id_or_folder, "scheduler/scheduler_config.json", revision)
-        scheduler = _class_of("scheduler", index["scheduler"]).from_config(config)
-    vae = next((name for name in ("vae", "vqvae") if _present(index.get(name))), None)
+    if "scheduler" in components:
+        cls = component_class("scheduler", *components["scheduler"])
+        scheduler = _scheduler(cls, *config_of("scheduler", "scheduler_config.json"))
     # An empty network and the autoencoder's config are all that sizes need.
     denoiser = Denoiser(
         model, scheduler, schedule=None if scheduler is not None else NoiseSchedule("flow", "velocity")
     )
+    vae = next((name for name in ("vae", "vqvae") if name in components), None)
     if vae is not None:
-        denoiser.vae = SimpleNamespace(config=load_json_config(id_or_folder, f"{vae}/config.json", revision))
-    return list_layers(denoiser, image_size, detail)
-
-
-def _present(entry: Any) -> bool:
-    return isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
-
-
-def _empty_component(id_or_folder: str | Path, name: str, entry: Sequence[str], revision: str | None) -> nn.Module:
-    return build_on_meta(_class_of(name, entry), load_json_config(id_or_folder, f"{name}/config.json", revision))
-
-
-def _class_of(component: str, entry: Sequence[str]) -> Any:
-    """The class that a line of `model_index.json` names; code from a repository is not run."""
-    library, class_name = entry
+        denoiser.vae = SimpleNamespace(config=config_of(vae)[0])
     try:
-        return getattr(importlib.import_module(library), class_name)
-    except (ImportError, AttributeError) as error:
-        raise TypeError(
-            f"{component!r} is a {class_name} of {library!r}, which is not installed here. Load the pipeline with "
-            "diffusers and use list_layers(Denoiser.from_pipe(pipe))."
+        return list_layers(denoiser, image_size, detail)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"The configs of {str(id_or_folder)!r} do not fit together ({type(error).__name__}: {error})."
         ) from error
+
+
+def _empty(cls: type[nn.Module], config: Mapping[str, Any], at: str) -> nn.Module:
+    try:
+        return build_on_meta(cls, config)
+    except Exception as error:  # whatever a constructor of diffusers makes of a config of others
+        raise ValueError(f"{at}: no {cls.__name__} can be built of it ({type(error).__name__}: {error}).") from error
+
+
+def _scheduler(cls: Any, config: Mapping[str, Any], at: str) -> Any:
+    try:
+        return cls.from_config(config)
+    except Exception as error:
+        raise ValueError(f"{at}: no {cls.__name__} can be built of it ({type(error).__name__}: {error}).") from error
 
 
 def layer_table(

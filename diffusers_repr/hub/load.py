@@ -71,6 +71,8 @@ def load_json_config(
     token: str | None = None,
     *,
     repo_type: str = "model",
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> dict[str, Any]:
     """Read one JSON file of a local folder or a Hub repository; nothing else is downloaded.
 
@@ -80,6 +82,8 @@ def load_json_config(
         revision: Branch, tag or commit id on the Hub; None is the main branch.
         token: Hub token; None takes the one of `hf auth login` or HF_TOKEN.
         repo_type: `"model"` or `"dataset"`.
+        cache_dir: The Hub's cache, if not the usual one.
+        local_files_only: Look in the cache alone.
 
     Raises:
         FileNotFoundError: If the local folder, or the file in it, does not exist.
@@ -95,7 +99,8 @@ def load_json_config(
     folder = _local_folder(id_or_folder, revision)
     if folder is None:
         repo_id = str(id_or_folder)
-        folder = _download(repo_id, repo_type, revision, token, [glob.escape(filename)])
+        where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = _download(repo_id, repo_type, revision, token, [glob.escape(filename)], **where)
         if not (folder / filename).is_file():
             seen = " in the cache, and HF_HUB_OFFLINE is set" if constants.is_offline_mode() else ""
             raise HubError(
@@ -113,7 +118,12 @@ def load_json_config(
 
 
 def _download(
-    repo_id: str, repo_type: str, revision: str | None, token: str | None, patterns: Sequence[str] | None
+    repo_id: str,
+    repo_type: str,
+    revision: str | None,
+    token: str | None,
+    patterns: Sequence[str] | None,
+    **where: Any,
 ) -> Path:
     """The snapshot folder in the cache. Without a network this fails at once; `hf_hub_download` would retry first."""
     note = "no local folder has this name"
@@ -124,6 +134,7 @@ def _download(
             revision=revision,
             token=token,
             allow_patterns=None if patterns is None else list(patterns),
+            **where,
         )
     return Path(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,16 @@ class OwnComponentsMixin:
             return snapshot_download(pretrained_model_name, revision=revision, allow_patterns=patterns, **options)
 
 
-def own_pipeline_class(folder_or_id: str, revision: str | None = None, token: str | None = None) -> Any | None:
+def own_pipeline_class(
+    folder_or_id: str, revision: str | None = None, token: str | None = None, **where: Any
+) -> Any | None:
     """Class of this package that a pipeline folder or Hub id is of, to call `from_pretrained` of.
 
     Args:
         folder_or_id: With a `model_index.json`.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
+        **where: `cache_dir`, `local_files_only`, as for `load_json_config`.
 
     Returns:
         The class; None where `model_index.json` names none of ours, so that `DiffusionPipeline` loads it.
@@ -67,11 +71,27 @@ def own_pipeline_class(folder_or_id: str, revision: str | None = None, token: st
     Raises:
         FileNotFoundError, ValueError, HubError: As `load_json_config`.
     """
-    name = load_json_config(folder_or_id, "model_index.json", revision, token).get("_class_name")
-    for file in pipeline_files():
-        if isinstance(name, str) and f"class {name}(" in file.read_text("utf-8") and check_pipeline_file(file) == name:
-            return getattr(importlib.import_module(f"diffusers_repr.pipelines.{file.parent.name}.pipeline"), name)
-    return None
+    name = load_json_config(folder_or_id, "model_index.json", revision, token, **where).get("_class_name")
+    file = _own_pipelines().get(name) if isinstance(name, str) else None
+    if file is None:
+        return None
+    return getattr(importlib.import_module(f"diffusers_repr.pipelines.{file.parent.name}.pipeline"), str(name))
+
+
+def is_own_pipeline(name: Any) -> bool:
+    """Whether a pipeline class of this package has this name.
+
+    Example:
+        >>> is_own_pipeline("SiTPipeline"), is_own_pipeline("DDPMPipeline"), is_own_pipeline(["code", "Mine"])
+        (True, False, False)
+    """
+    return isinstance(name, str) and name in _own_pipelines()
+
+
+@cache
+def _own_pipelines() -> dict[str, Path]:
+    """Name of each pipeline class of this package -> its file; the files are read, not imported."""
+    return {check_pipeline_file(file): file for file in pipeline_files()}
 
 
 def _is_given(component: Any) -> bool:

@@ -286,7 +286,7 @@ def test_the_commands_errors(bare, capsys, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "prior": ["diffusers", "Y"]}))
     assert "has no component named unet or transformer" in says(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["nowhere", "Net"]}))
-    assert "'unet' is a Net of 'nowhere', which is not installed here" in says(tmp_path)
+    assert "unet is 'Net' of the library 'nowhere'; a file may name classes of diffusers" in says(tmp_path)
     shutil.copytree(bare / "sd", tmp_path / "sd")
     (tmp_path / "sd" / "unet" / "config.json").unlink()
     assert "config.json" in says(tmp_path / "sd")
