@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from diffusers_repr.hub.schema import printable
     from diffusers_repr.tasks import Probe
 
     probe = Probe.from_pretrained(
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 ranked = [{"label": name, "probability": value} for name, value in top]
                 print(json.dumps({"image": str(file), "label": top[0][0], "top": ranked}))
             else:
-                print(f"{file!s:<{width}}  " + "  ".join(f"{name} {value:.3f}" for name, value in top))
+                print(f"{file!s:<{width}}  " + "  ".join(f"{printable(name)} {value:.3f}" for name, value in top))
     return 0
 
 

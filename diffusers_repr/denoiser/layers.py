@@ -134,7 +134,7 @@ def list_layers_from_config(
         denoiser.vae = SimpleNamespace(config=config_of(vae)[0])
     try:
         return list_layers(denoiser, image_size, detail)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"The configs of {str(id_or_folder)!r} do not fit together ({type(error).__name__}: {error})."
         ) from error

@@ -60,10 +60,10 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
             f"Could not load {name!r}: {' '.join(str(error).split()).rstrip('.')}. A file of a component is missing "
             "or damaged, or did not arrive: save or download the pipeline anew."
         ) from error
-    except (AttributeError, IndexError, KeyError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Could not load {name!r} ({type(error).__name__}: {error}). Its files are damaged, or of another version "
-            "of diffusers."
+            f"Could not load {name!r} ({type(error).__name__}: {error}). Its files do not fit together, or are of "
+            "another version of diffusers."
         ) from error
     pipe.register_to_config(_name_or_path=name)
     return pipe

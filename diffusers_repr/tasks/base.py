@@ -16,6 +16,7 @@ from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.hub import HubError, is_repo_id
+from diffusers_repr.hub.schema import printable
 from diffusers_repr.tasks.recipe import BaseRecord, ProbeRecipe
 
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
@@ -198,7 +199,11 @@ def _config(denoiser: Denoiser) -> dict[str, Any]:
 
 def _differing(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     keys = [k for k in sorted({*recorded, *found}) if recorded.get(k) != found.get(k)]
-    return [f"{k} is {found.get(k)!r}, was {recorded.get(k)!r}" for k in keys]
+    return [f"{printable(k)} is {_brief(found.get(k))}, was {_brief(recorded.get(k))}" for k in keys]
+
+
+def _brief(value: Any) -> str:
+    return printable(repr(value))[:200]
 
 
 def _marks(model: nn.Module) -> dict[str, list[float]]:

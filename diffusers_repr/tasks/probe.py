@@ -226,7 +226,11 @@ class Probe:
     def logits(
         self, images: Any, *, prompt: str | Sequence[str] | None = None, class_labels: int | None = None
     ) -> Tensor:
-        """Logits `(B, K)` float32; arguments as in a call."""
+        """Logits `(B, K)` float32; arguments as in a call.
+
+        Raises:
+            FloatingPointError: If they are not numbers.
+        """
         pixels = to_pixels(images, self.denoiser.image_channels, self.recipe.image_size)
         if not isinstance(prompt, (str, type(None))) and len(prompt) != len(pixels):
             raise ValueError(f"{len(prompt)} prompts for {len(pixels)} images; pass 1 or {len(pixels)}.")
@@ -241,6 +245,12 @@ class Probe:
             check_features(self.recipe, sizes, self.denoiser.name)
             with torch.no_grad():
                 parts.append(self.head(join(output, self.recipe.layers)))
+            if parts[-1].isnan().any():
+                raise FloatingPointError(
+                    f"The features or logits of images {start} to {start + len(pixels[rows]) - 1} are not finite: the "
+                    f"weights of the base {self.denoiser.name or self.recipe.base.model_class!r} are broken, or its "
+                    f"dtype ({self.denoiser.dtype}) is too narrow; try float32."
+                )
         return torch.cat(parts)
 
     def __call__(

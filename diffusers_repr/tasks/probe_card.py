@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers_repr.hub import Metric, is_repo_id, model_card
+from diffusers_repr.hub.schema import printable
 from diffusers_repr.tasks.recipe import ProbeRecipe
 
 _NAMES = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
@@ -20,6 +22,7 @@ def probe_card(recipe: ProbeRecipe, head: str, title: str) -> str:
         head: Class of the head.
         title: Heading; where it is a Hub id, the example loads it.
     """
+    recipe, title = _printable(recipe), printable(title)  # much of it may come from others
     base = recipe.base
     metrics = [
         Metric(s.name, s.value, _public(s.dataset), split=s.split, name=_NAMES.get(s.name)) for s in recipe.scores
@@ -37,6 +40,17 @@ def probe_card(recipe: ProbeRecipe, head: str, title: str) -> str:
         datasets=[train] if is_repo_id(train) and "/" in train and not Path(train).exists() else [],
         pipeline_tag="image-classification",
     )
+
+
+def _printable(value: Any) -> Any:
+    """The same with every text fit for one line."""
+    if isinstance(value, str):
+        return printable(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _printable(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(part) for key, part in value.items()}
+    return type(value)(map(_printable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _public(name: str) -> str:
@@ -91,8 +105,8 @@ def _recipe(recipe: ProbeRecipe) -> str:
 def _protocol(protocol: Mapping[str, Any]) -> str:
     changed = list(protocol.get("changed", []))
     told = f" with other values of {', '.join(changed)}" if changed else ""
-    fields = {k: v for k, v in protocol.items() if k not in ("name", "version", "source", "changed", "chosen")}
-    lines = [f"| {name} | {value} |" for name, value in fields.items()]
+    settings = {k: v for k, v in protocol.items() if k not in ("name", "version", "source", "changed", "chosen")}
+    lines = [f"| {name} | {value} |" for name, value in settings.items()]
     chosen = [f"| chosen {name} | {value:.6g} |" for name, value in protocol.get("chosen", {}).items()]
     head = f"Protocol `{protocol['name']}`, version {protocol['version']}{told}. {protocol.get('source', '')}"
     return "\n".join(["## Fitting", "", head, "", "| | |", "|---|---|", *lines, *chosen])

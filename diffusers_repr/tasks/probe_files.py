@@ -41,6 +41,7 @@ def save(head: Head, recipe: ProbeRecipe, folder: str | os.PathLike[str], title:
 
 
 def _write(head: Head, recipe: ProbeRecipe, folder: Path, title: str) -> None:
+    ProbeRecipe.from_dict(recipe.to_dict(), "This probe's recipe")  # what is written can be read
     head.save_pretrained(folder)
     write_json(folder / RECIPE, recipe.to_dict())
     atomic_write(folder / "README.md", probe_card(recipe, type(head).__name__, title))

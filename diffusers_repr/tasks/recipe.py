@@ -9,7 +9,9 @@ from typing import Any
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
+from diffusers_repr.hub.schema import shown
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.tasks.recipe_schema import recipe_schema
 
 FORMAT = "diffusers_repr.probe/1"
 
@@ -163,25 +165,19 @@ class ProbeRecipe:
         if not isinstance(data, dict) or not str(data.get("format", "")).startswith("diffusers_repr.probe/"):
             raise ValueError(f"{source} is no probe's recipe: its format must be {FORMAT!r}.")
         if data["format"] != FORMAT:
-            raise ValueError(f"{source} has the format {data['format']!r}; this version reads {FORMAT!r}. Upgrade.")
+            raise ValueError(f"{source} has the format {shown(data['format'])}; this version reads {FORMAT!r}. Upgrade.")
         try:
-            fields = {k: v for k, v in data.items() if k != "format"}
-            fields["base"] = BaseRecord(**fields["base"])
-            fields["levels"] = tuple(_level(level) for level in fields["levels"])
-            fields["scores"] = tuple(Score(**score) for score in fields["scores"])
-            fields["layers"], fields["label_names"] = tuple(fields["layers"]), tuple(fields["label_names"])
-            height, width = fields["image_size"]
-            fields["image_size"] = (int(height), int(width))
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{source} is damaged or was edited ({type(error).__name__}: {error}). Take it from its source again."
-            ) from error
+            fields = _SCHEMA({k: v for k, v in data.items() if k != "format"}, "probe.json")
+        except ValueError as error:
+            raise ValueError(f"{source} is damaged or was edited ({error}). Take it from its source again.") from error
+        fields["base"] = BaseRecord(**fields["base"])
+        fields["levels"] = tuple(Level(**level) for level in fields["levels"])
+        fields["scores"] = tuple(Score(**score) for score in fields["scores"])
+        return cls(**{name: tuple(v) if name in _TUPLES else v for name, v in fields.items()})
 
 
-def _level(data: Mapping[str, Any]) -> Level:
-    requested = {k: float(v) for k, v in data["requested"].items()}
-    return Level(requested, float(data["timestep"]), float(data["nsr"]))
+_SCHEMA = recipe_schema(Score)
+_TUPLES = ("layers", "label_names", "image_size")
 
 
 def _finite(value: Any) -> Any:
