@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffusers_repr.denoiser.loading import INDEX, check_pipeline_folder, compon
 from diffusers_repr.denoiser.streams import image_stream
 from diffusers_repr.hub.components import check_config, check_index, is_component
 from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.models.weights import build_on_meta
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 Detail = Literal["blocks", "all"]
@@ -267,15 +267,6 @@ def on_meta(model: nn.Module) -> nn.Module:
     if all(p.is_meta for p in inner.parameters()) and not hasattr(inner, "_hf_hook"):
         return inner
     return build_on_meta(type(inner), inner.config) if hasattr(inner, "from_config") else copy_to_meta(inner)
-
-
-def build_on_meta(cls: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
-    """A network from its config, without weights."""
-    # Not `from_config`: it drops values that were first given by position.
-    accepted = inspect.signature(cls.__init__).parameters
-    with torch.device("meta"):
-        model = cls(**{k: v for k, v in config.items() if k in accepted and not k.startswith("_")})
-    return model.to("meta")
 
 
 def copy_to_meta(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -71,7 +71,7 @@ def _probabilities(kept: Mapping[str, Any], prefix: int) -> Tensor:
     # (B, N, heads * d) => (B, heads, N, d)
     query, key = (kept[name].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj"))
     if kept["rotary"] is not None:  # DINOv3 turns queries and keys after their projection
-        rotate = importlib.import_module(type(attention).__module__).apply_rotary_pos_emb
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         query, key = rotate(query, key, *kept["rotary"])
     query, key = query[:, :, prefix:].float(), key[:, :, prefix:].float()
     return (query @ key.transpose(-1, -2) * attention.head_dim**-0.5).softmax(-1)

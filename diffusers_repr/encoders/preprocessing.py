@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffusers_repr.hub.components import MAX_SIDE
+from diffusers_repr.hub.schema import anything, boolean, either, integer, listing, number, optional, record
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -28,6 +31,45 @@ class Statistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     side: int | None = None
+
+
+_PLANES = either(number(-1e6, 1e6), listing(number(-1e6, 1e6), 1, 64))
+_EDGE = integer(1, MAX_SIDE)
+_SIZE = either(
+    _EDGE,
+    record({}, {name: optional(_EDGE) for name in ("height", "width", "shortest_edge", "longest_edge")}, others=True),
+)
+_PROCESSOR = record(
+    {},
+    {
+        "image_mean": optional(_PLANES),
+        "image_std": optional(_PLANES),
+        "do_normalize": optional(boolean()),
+        "do_rescale": optional(boolean()),
+        "do_center_crop": optional(boolean()),
+        "rescale_factor": number(1e-12, 1e12),
+        "size": optional(_SIZE),
+        "crop_size": optional(_SIZE),
+    },
+    others=True,
+)
+
+
+def check_processor(config: Any, at: str) -> dict[str, Any]:
+    """What is read of an image processor's file (`preprocessor_config.json`), checked; null as if it were not there.
+
+    Raises:
+        ValueError: With the field.
+
+    Example:
+        >>> check_processor({"image_mean": [0.5], "size": {"height": 10**9}}, "preprocessor_config.json")
+        Traceback (most recent call last):
+        ...
+        ValueError: preprocessor_config.json: size.height is 1000000000; allowed is a whole number from 1 to 8192.
+    """
+    inner = record({}, {"image_processor": anything()}, others=True)(config, at).get("image_processor")
+    found = _PROCESSOR(config if inner is None else inner, at)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def statistics_from_processor(config: Mapping[str, Any], default: Statistics) -> Statistics:

@@ -15,8 +15,9 @@ from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.encoders.attention import recording_attention
 from diffusers_repr.encoders.family import EncoderFamily, encoder_family
 from diffusers_repr.encoders.fingerprint import config_hash
-from diffusers_repr.encoders.preprocessing import Statistics, statistics_from_processor
+from diffusers_repr.encoders.preprocessing import Statistics, check_processor, statistics_from_processor
 from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
+from diffusers_repr.hub.components import check_config, check_weight_files, refuse_adapter
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config, resolve_folder
 
@@ -150,19 +151,26 @@ def load_transformer(
 
     Raises:
         TypeError: If its `model_type` has no adapter.
-        ValueError: If the files lack weights of the network.
+        ValueError: If the files lack weights of the network, or describe what cannot be built.
     """
     config = load_json_config(id_or_folder, "config.json", revision, token)
+    check_config(config, f"config.json of {str(id_or_folder)!r}")
     family = encoder_family(config.get("model_type"))
     folder = resolve_folder(id_or_folder, revision, token, _FILES)
     processor: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if not processor and (folder / name).is_file():
-            processor = read_json(folder / name)
-            processor = processor.get("image_processor", processor)
+            processor = check_processor(read_json(folder / name), str(folder / name))
+    check_weight_files(folder)
+    refuse_adapter(folder)
     with _quiet():
         model, info = _class_of(family).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **family.loading(config)
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **family.loading(config),
         )
     missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if missing:

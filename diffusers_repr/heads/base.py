@@ -8,8 +8,10 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
+from diffusers_repr.models.weights import CheckedWeights
 
-class Head(ModelMixin, ConfigMixin):
+
+class Head(CheckedWeights, ModelMixin, ConfigMixin):
     """Base of heads: pooled features `(B, in_features)` to logits `(B, num_classes)` in float32.
 
     `mean` and `std` are buffers: features enter as `(x - mean) / std`, so a saved head holds its own preprocessing.
@@ -49,6 +51,11 @@ class Head(ModelMixin, ConfigMixin):
                 + (" Pool maps and tokens first." if features.ndim > 2 else "")
             )
         return (features.to(self.mean.device).float() - self.mean.float()) / self.std.float()
+
+    def check_values(self) -> None:
+        """Refuse a `std` that is not above 0."""
+        if not self.std.is_meta and not bool((self.std > 0).all()):
+            raise ValueError(f"The std of this {type(self).__name__} has values that are not above 0.")
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of standardised features."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from diffusers_repr.capture.split import UNetFeatures, encode_partial
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.models.labels import label_names, named_ids
+from diffusers_repr.models.weights import CheckedWeights
 
 NORMS = ("layer", "batch", "none")
 
 
-class JointHead(ModelMixin, ConfigMixin):
+class JointHead(CheckedWeights, ModelMixin, ConfigMixin):
     """Class logits from all levels of the encoder that denoises (Deja et al. 2023, arXiv 2301.13622, section 4).
 
     The middle block's output and every skip are averaged over space and joined: norm, dropout, a linear layer, leaky
@@ -98,6 +99,12 @@ class JointHead(ModelMixin, ConfigMixin):
         with eval_mode(unet), torch.no_grad():
             found = encode_partial(unet, tiny, torch.zeros(1, dtype=torch.long, device=like.device))
         return cls(sum(part.shape[1] for part in (found.hidden, *found.skips)), num_classes, **settings)
+
+    def check_values(self) -> None:
+        """Refuse running variances below 0."""
+        for norm in (self.norm1, self.norm2):
+            if isinstance(norm, nn.BatchNorm1d) and bool((norm.running_var < 0).any()):
+                raise ValueError(f"The running variance of this {type(self).__name__} has values below 0.")
 
     @property
     def labels(self) -> list[str]:

@@ -8,11 +8,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from diffusers_repr.models.weights import CheckedWeights
+
 ProjectorKind = Literal["mlp", "conv"]
 KINDS: tuple[ProjectorKind, ...] = ("mlp", "conv")
 
 
-class Projector(ModelMixin, ConfigMixin):
+class Projector(CheckedWeights, ModelMixin, ConfigMixin):
     """Tokens `(B, N, in_dim)` to tokens `(B, N, out_dim)`.
 
     Args:

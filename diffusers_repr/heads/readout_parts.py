@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import readout_base
 from diffusers_repr.heads.readout_features import readout_layers, tap_channels
+from diffusers_repr.models.weights import CheckedWeights
 
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class TimeEmbedding(nn.Module):
         return x
 
 
-class MapHead(ModelMixin, ConfigMixin):
+class MapHead(CheckedWeights, ModelMixin, ConfigMixin):
     """Base of heads that take maps of named layers to maps `(B, out, H, W)`.
 
     A subclass registers `layers`, `channels`, `label_range`, `level_range` and what `describe_base` gives, calls

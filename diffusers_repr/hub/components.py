@@ -44,6 +44,7 @@ _MAX_POSITIONS = 1 << 29  # values of a table of position embeddings
 _SIDES = re.compile(r"sample_(size|height|width|frames)|image_size|pos_embed_max_size|resolution")
 _DEPTHS = re.compile(r"(\w*_)?(layers|depth|depths|blocks|num_hidden_layers)(_per_\w+)?")
 _TIMES = re.compile(r"num_train_timesteps|trained_betas|num_diffusion_steps")
+_POSITIVE = ("patch_size", "hidden_size", "num_attention_heads", "num_channels", "in_channels")
 _FREE = re.compile(r"\w*token_id|max_position_embeddings|model_max_length|seed|id2label|label2id")
 
 # Quantised weights that diffusers reads as data; others unpickle objects or fetch code.
@@ -140,7 +141,7 @@ def check_weight_files(folder: Path) -> None:
     Raises:
         ValueError: With the index and the name.
     """
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob("*.index*.json")):
         files = _WEIGHT_INDEX(read_json(index), str(index))["weight_map"]
         for file in sorted(set(files.values())):
             schema.inside(folder, file, f"{index}: weight_map")
@@ -187,7 +188,8 @@ def _check_value(key: str, value: Any, at: str) -> None:
             raise ValueError(f"{at} is a list of {len(value)}; allowed are at most 64 blocks.")
     for part in _flat(value):
         if isinstance(part, int) and not isinstance(part, bool) and _FREE.fullmatch(key) is None:
-            schema.integer(0 if high != MAX_WIDTH else -MAX_WIDTH, high)(part, at)
+            low = 1 if key in _POSITIVE else 0 if high != MAX_WIDTH else -MAX_WIDTH
+            schema.integer(low, high)(part, at)
         elif isinstance(part, float) and high != MAX_WIDTH:
             schema.number(0, high)(part, at)
 

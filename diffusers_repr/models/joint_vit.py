@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.sit_blocks import SiTAttnProcessor
+from diffusers_repr.models.weights import CheckedWeights
 
 MODULATIONS = ("token", "channel")
 
@@ -35,7 +36,7 @@ class JointViTOutput(BaseOutput):
     logits: Tensor | None = None
 
 
-class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
+class JointViTModel(CheckedWeights, ModelMixin, AttentionMixin, ConfigMixin):
     """Pre-norm vision transformer with a class token, told the noise level or not.
 
     The network of HybViT (Yang et al. 2022, arXiv 2208.07791), and without classes that of GenViT.

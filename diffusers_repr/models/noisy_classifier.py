@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
 from diffusers_repr.models.labels import label_names, named_ids
+from diffusers_repr.models.weights import CheckedWeights
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 POOLINGS = ("attention", "mean")
@@ -22,7 +23,7 @@ _SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
 _POINTS = 9  # timesteps at which two tables of a process are compared
 
 
-class NoisyClassifier(ModelMixin, ConfigMixin):
+class NoisyClassifier(CheckedWeights, ModelMixin, ConfigMixin):
     """The downsampling half of a U-Net with a classifier on top (Dhariwal and Nichol 2021, section 4.1).
 
     It takes what the denoiser takes, `x_t = alpha x_0 + sigma eps` in pixels or latents of any height and width, and

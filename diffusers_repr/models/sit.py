@@ -16,6 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, SiTAttnProcessor, SiTBlock, SiTFinalNorm, grid_positions
+from diffusers_repr.models.weights import CheckedWeights
 
 # Letter -> depth, width, heads.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -27,7 +28,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 PATCHES = (2, 4, 8)
 
 
-class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SiTTransformer2DModel(CheckedWeights, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Transformer on patches, conditioned by adaptive layer norm on time and a class or a vector.
 
     The architecture of DiT (Peebles and Xie 2022, arXiv 2212.09748) as SiT (Ma et al. 2024, arXiv 2401.08740) and REPA

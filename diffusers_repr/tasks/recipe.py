@@ -165,7 +165,9 @@ class ProbeRecipe:
         if not isinstance(data, dict) or not str(data.get("format", "")).startswith("diffusers_repr.probe/"):
             raise ValueError(f"{source} is no probe's recipe: its format must be {FORMAT!r}.")
         if data["format"] != FORMAT:
-            raise ValueError(f"{source} has the format {shown(data['format'])}; this version reads {FORMAT!r}. Upgrade.")
+            raise ValueError(
+                f"{source} has the format {shown(data['format'])}; this version reads {FORMAT!r}. Upgrade."
+            )
         try:
             fields = _SCHEMA({k: v for k, v in data.items() if k != "format"}, "probe.json")
         except ValueError as error:

@@ -18,7 +18,8 @@ from diffusers_repr.capture import capture
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser, GenericFamily, layer_table, list_layers
 from diffusers_repr.denoiser.family import family_by_name
-from diffusers_repr.denoiser.layers import build_on_meta, list_layers_from_config
+from diffusers_repr.denoiser.layers import list_layers_from_config
+from diffusers_repr.models.weights import build_on_meta
 from tests.denoiser.test_denoiser import Blob, start
 from tests.testers.models import PIPELINES, SIZES, build, saved
 
