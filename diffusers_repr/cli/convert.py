@@ -48,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
     overrides = read_config(args.config)
     weights, name = select_weights(read_checkpoint(args.checkpoint), args.weights)
-    converted = convert_state_dict(weights, args.architecture, overrides)
+    try:
+        converted = convert_state_dict(weights, args.architecture, overrides)
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint!r}: {error}") from error
     pipe = _pipeline(converted, args)
     with atomic_folder(out, overwrite=args.overwrite) as folder:
         pipe.save_pretrained(folder)

@@ -14,7 +14,21 @@ from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.hub.schema import anything, listing, mapping, number, optional, printable, record, text
 from diffusers_repr.noise import NoiseSchedule
+
+# Arguments of every head on maps that are read as they stand.
+RECORD = record(
+    {
+        "layers": listing(text(500), 0, 1000),
+        "channels": listing(anything(1), 0, 1000),
+        **dict.fromkeys(("label_range", "timestep_range", "level_range"), listing(number(), 2, 2)),
+        **dict.fromkeys(("base_model", "base_class", "noise_kind", "target"), optional(text(1000))),
+        **dict.fromkeys(("base_fingerprint", "noise_fingerprint"), optional(text(200))),
+        "base_config": optional(mapping(anything(12, 300_000), 0, 1000)),
+    },
+    others=True,
+)
 
 
 def base_config(denoiser: Denoiser) -> dict[str, Any]:
@@ -144,7 +158,7 @@ def _called(name: str | None) -> str:
 
 
 def _value(config: Mapping[str, Any], key: str) -> str:
-    return repr(config[key]) if key in config else "its default"
+    return printable(repr(config[key]))[:200] if key in config else "its default"
 
 
 def timestep_vector(timestep: torch.Tensor | float, batch: int, device: torch.device) -> torch.Tensor:

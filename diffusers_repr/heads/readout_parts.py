@@ -91,8 +91,10 @@ class MapHead(CheckedWeights, ModelMixin, ConfigMixin):
         """Check the registered layers, channels and ranges, and the widths given.
 
         Raises:
-            ValueError: For layers and channels that do not pair up, widths below 1, or a range the wrong way round.
+            ValueError: For layers and channels that do not pair up, widths below 1, a range the wrong way round, or a
+                record of the base that is none.
         """
+        readout_base.RECORD(dict(self.config), type(self).__name__)
         layers, channels = list(self.config["layers"]), list(self.config["channels"])
         if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
             raise ValueError(

@@ -15,7 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffusers_repr.hub.components import MAX_DEPTH, check_config
+from diffusers_repr.hub.schema import shown
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
+from diffusers_repr.models.weights import check_tensors
 
 Architecture = Literal["sit", "dit"]
 
@@ -135,11 +138,15 @@ def convert_state_dict(
             for widths of no named size, `class_dropout_prob`.
 
     Raises:
-        ValueError: For names that are unknown or missing, positions that are no sin-cos grid, and what cannot be told.
+        ValueError: For names that are unknown or missing, numbers that are not finite, positions that are no sin-cos
+            grid, and what cannot be told.
     """
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
+    check_tensors(weights, "The checkpoint", floating=True)
+    _check_ranks(weights)
     config = _sizes(weights, dict(overrides or {}))
+    check_config(config, "The checkpoint's network")
     _check_names(weights, config)
     notes: list[str] = []
     if "pos_embed" in weights:
@@ -190,10 +197,32 @@ def _some(names: Iterable[Any], most: int = 6) -> str:
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
 
+# Tensors from which sizes are read -> their dimensions.
+_RANKS = {
+    "x_embedder.proj.weight": 4,
+    "final_layer.linear.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.attn.q_norm.weight": 1,
+    "blocks.0.mlp.fc1.weight": 2,
+    "t_embedder.mlp.0.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+}
+
+
+def _check_ranks(weights: Mapping[str, Tensor]) -> None:
+    """Refuse empty tensors, and those from which sizes are read where they have other dimensions."""
+    for key, value in weights.items():
+        wanted = 2 if key.startswith("projectors.") and key.endswith(".weight") else _RANKS.get(key, value.ndim)
+        if not value.numel() or value.ndim != wanted or (key == "pos_embed" and value.ndim < 2):
+            raise ValueError(f"The checkpoint's tensor {key!r} is {tuple(value.shape)}, which no such network has.")
+
+
 def _sizes(weights: Mapping[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
     """The config, as far as shapes and overrides tell."""
-    blocks = [int(found[1]) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))]
+    blocks = [int(found[1]) for key in weights if (found := re.match(r"blocks\.(\d{1,18})\.", key))]
     needed = ("x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.attn.qkv.weight")
+    if blocks and max(blocks) >= MAX_DEPTH:
+        raise ValueError(f"The checkpoint has a block {shown(max(blocks))}; allowed are {MAX_DEPTH} blocks.")
     if not blocks or any(name not in weights for name in needed):
         raise ValueError(
             f"This is no checkpoint of DiT, SiT or REPA: it lacks {_some(n for n in needed if n not in weights)}. It "
@@ -267,7 +296,9 @@ def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> No
         optional.add("y_embedder.embedding_table.weight")
     missing = sorted(needed - set(weights))
     unknown = [
-        key for key in weights if key not in needed | optional and not re.fullmatch(r"projectors\.\d+\.\d+\.\w+", key)
+        key
+        for key in weights
+        if key not in needed | optional and not re.fullmatch(r"projectors\.\d{1,3}\.\d\.\w+", key)
     ]
     if missing or unknown:
         told = [f"it lacks {_some(missing)}"] if missing else []

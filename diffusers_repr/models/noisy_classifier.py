@@ -14,6 +14,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
+from diffusers_repr.hub.schema import listing, number, optional, record, text
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.weights import CheckedWeights
 
@@ -21,6 +22,24 @@ DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 POOLINGS = ("attention", "mean")
 _SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
 _POINTS = 9  # timesteps at which two tables of a process are compared
+
+
+_PROCESS = record(
+    {
+        "process": optional(
+            record(
+                {"kind": text(50)},
+                {
+                    "half_log_snr": listing(optional(number()), 1, 1000),
+                    **dict.fromkeys(_SIGMAS, number(0)),
+                },
+                others=True,
+            )
+        ),
+        "base": optional(text(1000)),
+        "scale": optional(number(0)),
+    }
+)
 
 
 class NoisyClassifier(CheckedWeights, ModelMixin, ConfigMixin):
@@ -93,6 +112,7 @@ class NoisyClassifier(CheckedWeights, ModelMixin, ConfigMixin):
             norm_num_groups=norm_num_groups,
             num_train_timesteps=num_train_timesteps,
         )
+        _PROCESS({"process": noise_schedule, "base": base_model, "scale": latent_scale}, type(self).__name__)
         self.register_to_config(id2label=named_ids(id2label, num_classes))
         channels, kinds = list(block_out_channels), list(down_block_types)
         last_attends = mid_block_attention or pooling == "attention"

@@ -15,6 +15,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import Head
 from diffusers_repr.heads.fit import HEADS
 from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_json, resolve_folder, write_json
+from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import open_base
 from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.recipe import ProbeRecipe
@@ -97,9 +98,9 @@ def read_head(folder: Path) -> Head:
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
     classes = {cls.__name__: cls for cls in HEADS.values()}
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(
-            f"The head in {str(folder)!r} is of class {name!r}; this version knows {', '.join(classes)}. Upgrade "
+            f"The head in {str(folder)!r} is of class {shown(name)}; this version knows {', '.join(classes)}. Upgrade "
             "diffusers-repr, or check the folder."
         )
     if not any(folder.glob("*.safetensors")):

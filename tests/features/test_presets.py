@@ -11,8 +11,8 @@ from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import family_by_name
 from diffusers_repr.denoiser.layers import layer_table
-from diffusers_repr.models.weights import build_on_meta
 from diffusers_repr.features.presets import FAMILIES, edm_sigma, list_presets, presets
+from diffusers_repr.models.weights import build_on_meta
 from tests.testers.models import build
 
 ADM = {
