@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import diffusers
 import torch
 from recipe_data import load_split
 from transformers.hf_argparser import HfArg
 
+from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.training.cache_writer import CacheSettings
 from diffusers_repr.training.data import ImageTrainData, load_train_data
@@ -57,9 +57,7 @@ def load_vae(args: CacheArgs) -> torch.nn.Module:
     if subfolder is None:
         places = [Path(name) / "vae"] if Path(name).is_dir() else []
         subfolder = "vae" if any(place.is_dir() for place in places) else None
-    return diffusers.AutoModel.from_pretrained(
-        name, subfolder=subfolder, revision=args.vae_revision, torch_dtype=getattr(torch, args.vae_dtype)
-    )
+    return load_autoencoder(name, subfolder, args.vae_revision, getattr(torch, args.vae_dtype))
 
 
 def load_data(config: DataConfig, channels: int) -> ImageTrainData:

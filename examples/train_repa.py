@@ -21,6 +21,7 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDE
 from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser, Encoder
+from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
@@ -83,7 +84,7 @@ def main(argv: list[str], evaluate=None) -> None:
                 f"Images of {size} px train a model of {own[1]} x {own[0]} px, which it will sample.", stacklevel=2
             )
     else:
-        vae = AutoencoderKL.from_pretrained(model_config.vae) if model_config.vae else None
+        vae = load_autoencoder(model_config.vae) if model_config.vae else None
         channels, size = 3 if vae else model_config.image_channels, data_config.resolution or 256
     parts = {"vae": vae, "encoders": encoders, "num_workers": config.dataloader_num_workers}
     needs_pixels = bool(encoders) and (not data_config.features_dir or repa_config.haste_weight > 0)

@@ -97,8 +97,9 @@ def read_config(given: str | None) -> dict[str, Any]:
 
 def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
     from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers import DDIMScheduler
 
+    from diffusers_repr.denoiser.loading import load_autoencoder
     from diffusers_repr.models import SiTTransformer2DModel
     from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -114,7 +115,7 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
     else:
         cls = FlowMatchSDEScheduler if args.sampler == "sde" else FlowMatchODEScheduler
         scheduler = cls(path=args.path)
-    vae = None if args.vae is None else AutoencoderKL.from_pretrained(args.vae)
+    vae = None if args.vae is None else load_autoencoder(args.vae)
     return SiTPipeline(model, scheduler, vae)
 
 

@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
                 ranked = [{"label": name, "probability": value} for name, value in top]
                 print(json.dumps({"image": str(file), "label": top[0][0], "top": ranked}))
             else:
-                print(f"{file!s:<{width}}  " + "  ".join(f"{printable(name)} {value:.3f}" for name, value in top))
+                print(
+                    f"{printable(str(file)):<{width}}  "
+                    + "  ".join(f"{printable(name)} {value:.3f}" for name, value in top)
+                )
     return 0
 
 

@@ -76,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
     if "test" in data:
         probe.evaluate(data["test"], progress_bar=bar)
     probe.save_pretrained(args.out)
+    from diffusers_repr.hub.schema import printable
+
     print(probe)
     for score in probe.recipe.scores:
-        print(f"{score.split:<12} {score.name:<18} {score.value:.4f}  ({score.rows} images)")
+        print(f"{printable(score.split):<12} {score.name:<18} {score.value:.4f}  ({score.rows} images)")
     print(f"Saved to {args.out}")
     return 0
 

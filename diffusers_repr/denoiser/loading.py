@@ -10,13 +10,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from diffusers_repr.hub.components import CONSENT, OWN_COMPONENTS, check_folder, check_index
+from diffusers_repr.hub import schema
+from diffusers_repr.hub.components import (
+    CONSENT,
+    OWN_COMPONENTS,
+    check_config,
+    check_folder,
+    check_index,
+    check_weight_files,
+)
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.own_pipelines import is_own_pipeline, own_pipeline_class
-from diffusers_repr.hub.schema import shown
 
 INDEX = "model_index.json"
 # Of the loader's own arguments, those that say where `model_index.json` comes from.
@@ -36,6 +44,8 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
         ValueError: If a file is damaged, names code that is not of the table, or describes what cannot be built.
         OSError: If the Hub cannot be reached or has no such repository, or a component cannot be read.
     """
+    import diffusers
+
     name, folder = str(id_or_folder), Path(id_or_folder)
     if folder.is_dir():
         check_pipeline_folder(folder)
@@ -43,9 +53,8 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
         raise FileNotFoundError(f"No folder {name!r}. Pass a pipeline folder or a Hub id 'user/name'.")
     where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
     local = folder.is_dir()
-    loader = own_pipeline_class(name, None if local else revision, **where)  # why an id does not load is told at once
-    if loader is None:
-        from diffusers import DiffusionPipeline as loader  # noqa: N813
+    # Why an id does not load is told at once.
+    loader: Any = own_pipeline_class(name, None if local else revision, **where) or diffusers.DiffusionPipeline
     place = name
     if not kwargs.get("trust_remote_code"):
         if not local:
@@ -69,6 +78,34 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
     return pipe
 
 
+def load_autoencoder(
+    id_or_folder: str | Path,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """An autoencoder of diffusers, of the class that its config names.
+
+    Args:
+        id_or_folder: Local folder or Hub id.
+        subfolder: Where it lies in it; None: at the top.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of its weights.
+
+    Raises:
+        ValueError: If its config names no network of diffusers or describes what cannot be built, or its weights are
+            looked for outside of the folder.
+        OSError: If there is no such folder or repository, or a file cannot be read.
+    """
+    inside = f"{subfolder}/" if subfolder else ""
+    at = f"{inside}config.json of {str(id_or_folder)!r}"
+    config = check_config(load_json_config(id_or_folder, f"{inside}config.json", revision), at)
+    cls = component_class("vae", "diffusers", schema.text(200)(config.get("_class_name"), f"{at}: _class_name"))
+    if Path(id_or_folder).is_dir():
+        check_weight_files(Path(id_or_folder) / inside)
+    return cls.from_pretrained(str(id_or_folder), subfolder=subfolder, revision=revision, torch_dtype=dtype)
+
+
 def check_pipeline_folder(folder: Path) -> dict[str, Any]:
     """The `model_index.json` of a pipeline folder.
 
@@ -87,7 +124,7 @@ def check_pipeline_folder(folder: Path) -> dict[str, Any]:
 
 
 def component_class(name: str, library: str, class_name: str) -> Any:
-    """The network or scheduler class that a line of `model_index.json` names.
+    """The class, of a network or scheduler, that a line of `model_index.json` names.
 
     Args:
         name: Of the component, for messages.
@@ -102,11 +139,13 @@ def component_class(name: str, library: str, class_name: str) -> Any:
     if OWN_COMPONENTS.get(class_name) == library:
         return getattr(importlib.import_module(library), class_name)
     if library == "diffusers":
-        found, kinds = getattr(diffusers, class_name, None), (nn.Module, diffusers.SchedulerMixin)
+        found = getattr(diffusers, class_name, None)
+        kinds = (diffusers.SchedulerMixin if name.endswith("scheduler") else nn.Module,)
     else:
+        from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
+
         home = getattr(diffusers.pipelines, library, None) if library in pipeline_modules() else None
-        found, kinds = getattr(home, class_name, None), (nn.Module,)
-    kinds = (diffusers.SchedulerMixin,) if name == "scheduler" else kinds
+        found, kinds = getattr(home, class_name, None), (nn.Module, PreTrainedTokenizerBase, ImageProcessingMixin)
     if not (inspect.isclass(found) and issubclass(found, kinds) and found.__module__.split(".")[0] == "diffusers"):
         raise ValueError(
             f"{name!r} is a {class_name} of {library!r}, which is no network or scheduler of diffusers "
@@ -148,10 +187,17 @@ def _check(index: Any, at: str, given: Mapping[str, Any]) -> dict[str, tuple[str
     good = inspect.isclass(known) and issubclass(known, diffusers.DiffusionPipeline)
     if not good and not is_own_pipeline(pipeline) and "custom_pipeline" not in given:
         raise ValueError(
-            f"{at}: _class_name is {shown(pipeline)}, which is no pipeline of diffusers {diffusers.__version__} or "
+            f"{at}: _class_name is {schema.shown(pipeline)}, which is no pipeline of diffusers {diffusers.__version__} or "
             "of diffusers-repr. Upgrade, or load it by its own code and use Denoiser.from_pipe(pipe)."
         )
     return components
 
 
-__all__ = ["INDEX", "check_pipeline_folder", "component_class", "load_pipeline", "pipeline_modules"]
+__all__ = [
+    "INDEX",
+    "check_pipeline_folder",
+    "component_class",
+    "load_autoencoder",
+    "load_pipeline",
+    "pipeline_modules",
+]

@@ -103,7 +103,7 @@ class JointHead(CheckedWeights, ModelMixin, ConfigMixin):
     def check_values(self) -> None:
         """Refuse running variances below 0."""
         for norm in (self.norm1, self.norm2):
-            if isinstance(norm, nn.BatchNorm1d) and bool((norm.running_var < 0).any()):
+            if isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None and float(norm.running_var.min()) < 0:
                 raise ValueError(f"The running variance of this {type(self).__name__} has values below 0.")
 
     @property

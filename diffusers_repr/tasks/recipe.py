@@ -175,11 +175,11 @@ class ProbeRecipe:
         fields["base"] = BaseRecord(**fields["base"])
         fields["levels"] = tuple(Level(**level) for level in fields["levels"])
         fields["scores"] = tuple(Score(**score) for score in fields["scores"])
-        return cls(**{name: tuple(v) if name in _TUPLES else v for name, v in fields.items()})
+        fields |= {name: tuple(fields[name]) for name in ("layers", "label_names", "image_size")}
+        return cls(**fields)
 
 
 _SCHEMA = recipe_schema(Score)
-_TUPLES = ("layers", "label_names", "image_size")
 
 
 def _finite(value: Any) -> Any:

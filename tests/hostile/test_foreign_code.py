@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import AutoencoderTiny, DDPMPipeline
 
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser, list_layers_from_config
+from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.hub.components import OWN_COMPONENTS, check_config, check_index
 from diffusers_repr.hub.own_pipelines import is_own_pipeline
@@ -43,7 +44,7 @@ CASES = {
                                   "of the library 'os'", True),
     "a submodule": ([changed(INDEX, "unet", to=["diffusers.utils.import_utils", "os"])], "of the library", True),
     "a path": ([changed(INDEX, "unet", to=["../evil", "Net"])], r"of the library '\.\./evil'", True),
-    "no class": ([changed(INDEX, "unet", to=["diffusers", "logging"])], "is no network or scheduler of diffusers", True),
+    "no class": ([changed(INDEX, "unet", to=["diffusers", "logging"])], "is no network or scheduler", True),
     "a private name": ([changed(INDEX, "unet", to=["diffusers", "__loader__"])], "of the library 'diffusers'", True),
     "a pipeline in a pipeline": ([changed(INDEX, "unet", to=["diffusers", "DDPMPipeline"])],
                                  "is no network or scheduler", True),
@@ -149,6 +150,20 @@ def test_published_sizes_pass():
         {"num_train_timesteps": 1000, "trained_betas": None, "set_alpha_to_one": False, "sigma_max": 80.0},
     ):  # fmt: skip
         assert check_config(config, "config.json") == config
+
+
+def test_an_autoencoder_of_others(tmp_path):
+    tiny = AutoencoderTiny(1, 1, (8,), (8,), latent_channels=1, num_encoder_blocks=(1,), num_decoder_blocks=(1,))
+    tiny.save_pretrained(tmp_path / "vae")
+    assert type(load_autoencoder(tmp_path, "vae", dtype=torch.bfloat16)).__name__ == "AutoencoderTiny"
+    for edit, message in (
+        (changed("config.json", "_class_name", to="StableDiffusionPipeline"), "no network or scheduler"),
+        (changed("config.json", "_class_name", to=["evil", "Net"]), "_class_name is a list of 2"),
+        (changed("config.json", "num_decoder_blocks", to=[10**9]), "num_decoder_blocks is 1000000000"),
+        (written("diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"a": "/x.safetensors"}}), "/x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_autoencoder(copied(tmp_path / "vae", tmp_path / message.replace("/", "_"), edit))
 
 
 # Encoders

@@ -38,7 +38,7 @@ RECIPES = {
     "base.features": (("base", "features", None), "base.features is null"),
     "base.features of nothing": (("base", "features", {}), "base.features is an object of 0"),
     "base.features of others": (("base", "features", {"conv_in": 8}), "base.features names other layers"),
-    "base.features of a size": (("base", "features", {"mid_block": 10**18}), "features.mid_block is 10000000000000000"),
+    "base.features of a size": (("base", "features", {"mid_block": 10**18}), "features.mid_block is 100000000"),
     "base.config": (("base", "config", "x"), "base.config is 'x'"),
     "base.marks": (("base", "marks", None), "base.marks is null"),
     "a mark": (("base", "marks", {"conv_in.weight": []}), "marks.conv_in.weight is a list of 0"),

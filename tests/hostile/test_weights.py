@@ -160,9 +160,9 @@ class Command:
 )
 def test_configs_that_fit_no_class(name, field, value, saved, tmp_path):
     folder = copied(saved(name), tmp_path / "bad", changed("config.json", field, to=value))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="config.json: ") as caught:
         type(MODELS[name]()).from_pretrained(folder)
-    assert str(folder / "config.json") in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 def test_running_variances_below_zero(saved, tmp_path):
@@ -192,7 +192,7 @@ CHECKPOINTS = {
     "whole numbers": (lambda w: {**w, "final_layer.linear.bias": w["final_layer.linear.bias"].int()},
                       "'final_layer.linear.bias' holds torch.int32"),
     "a block far away": (lambda w: {**w, "blocks.999999999.x": torch.ones(1)}, "block 999999999; allowed are 512"),
-    "another rank": (lambda w: {**w, "x_embedder.proj.weight": torch.ones(4, 4)}, r"'x_embedder.proj.weight' is \(4, 4"),
+    "another rank": (lambda w: {**w, "x_embedder.proj.weight": torch.ones(4, 4)}, "'x_embedder.proj.weight' is"),
     "nothing in it": (lambda w: {**w, "blocks.0.mlp.fc1.weight": torch.ones(8, 0)}, "'blocks.0.mlp.fc1.weight' is"),
     "flat positions": (lambda w: {**w, "pos_embed": torch.ones(4)}, r"'pos_embed' is \(4,\)"),
     "a flat projector": (lambda w: {**w, **{f"projectors.0.{i}.{e}": torch.ones(2) for i in (0, 2, 4)
