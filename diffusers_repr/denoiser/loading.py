@@ -188,7 +188,7 @@ def _check(index: Any, at: str, given: Mapping[str, Any]) -> dict[str, tuple[str
     good = inspect.isclass(known) and issubclass(known, diffusers.DiffusionPipeline)
     if not good and not is_own_pipeline(pipeline) and "custom_pipeline" not in given:
         raise ValueError(
-            f"{at}: _class_name is {schema.shown(pipeline)}, which is no pipeline of diffusers {diffusers.__version__} "
+            f"{at}: _class_name is {schema.shown(pipeline)}, no pipeline of diffusers {diffusers.__version__} "
             "or of diffusers-repr. Upgrade, or load it by its own code and use Denoiser.from_pipe(pipe)."
         )
     return components
