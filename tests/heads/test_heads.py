@@ -114,7 +114,8 @@ def test_knn_equals_a_loop(metric, temperature):
 
 
 def test_knn_equals_scikit_learn():
-    neighbors = pytest.importorskip("sklearn.neighbors")
+    from sklearn import neighbors
+
     bank, labels, x = features(200, seed=3), torch.arange(200) % 4, features(50)
     head = KNNHead(6, 4, bank_size=200, k=15, temperature=None, metric="euclidean")
     head.set_bank(bank, labels)
