@@ -72,7 +72,7 @@ def fit_logistic_path(
     model = LogisticRegression(solver="lbfgs", tol=tolerance, max_iter=max_iter, warm_start=True)
     found = []
     for l2 in penalties:
-        # Of two classes scikit-learn fits the difference w of both rows: l2 (|w/2|^2 + |w/2|^2) / 2 = l2 / 2 |w|^2 / 2.
+        # Of two classes scikit-learn fits the rows' difference w: l2 / 2 (|w / 2|^2 + |w / 2|^2) = l2 / 4 |w|^2.
         model.C = 1 / (len(x) * (l2 / 2 if binary else l2))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
