@@ -1,0 +1,90 @@
+"""What the networks and heads of this library share as diffusers models: saving, `AutoModel`, casting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin
+
+_PACKAGE = __name__.partition(".")[0]
+_FILE = '''"""`{name}` for `diffusers.AutoModel`; the class itself comes with `pip install diffusers-repr`."""
+
+from {package} import {name}
+
+__all__ = ["{name}"]
+'''
+
+
+class ReprModelMixin(ModelMixin, ConfigMixin):
+    """Base of this library's models; a class lists it first, before the `ModelMixin` by which pipelines find it.
+
+    Beside config and weights a model of this library saves a file of one import, `auto_file`, which its config names
+    in `auto_map`: `diffusers.AutoModel.from_pretrained(folder_or_id, trust_remote_code=True)` then gives the class,
+    with consent alone. The class's own `from_pretrained` neither needs nor reads the file.
+    """
+
+    @classmethod
+    def auto_file(cls) -> tuple[str, str] | None:
+        """Name and content of the file by which `diffusers.AutoModel` finds the class.
+
+        Returns:
+            None for a class of another package, which can be registered by `register_for_auto_class`.
+
+        Example:
+            >>> from diffusers_repr import LinearHead
+            >>> LinearHead.auto_file()[0]
+            'diffusers_repr_linear.py'
+        """
+        package, _, module = cls.__module__.rpartition(".")
+        if package.partition(".")[0] != _PACKAGE:
+            return None
+        public = ".".join(package.split(".")[:2])
+        return f"{_PACKAGE}_{module}.py", _FILE.format(name=cls.__name__, package=public)
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As diffusers', with the file that `auto_map` names.
+
+        Args:
+            save_directory: The folder; made if it is not there.
+            push_to_hub: Whether to upload it too.
+            **kwargs: Of the upload.
+        """
+        if (file := self.auto_file()) is not None and not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            Path(save_directory, file[0]).write_text(file[1], "utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as JSON, with `auto_map`, without the place the model was loaded from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        if (file := self.auto_file()) is not None:
+            config["auto_map"] = {"AutoModel": f"{file[0].removesuffix('.py')}.{type(self).__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
+        """As diffusers'; `auto_map` tells where the class is found and is no setting."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', without its warning of modules kept in float32 where there are none."""
+        logger = logging.getLogger(ModelMixin.__module__)
+        quiet = _NothingKept()
+        logger.addFilter(quiet)
+        try:
+            return super().to(*args, **kwargs)
+        finally:
+            logger.removeFilter(quiet)
+
+
+class _NothingKept(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+
+__all__ = ["ReprModelMixin"]
