@@ -68,8 +68,13 @@ class ReprModelMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
-        """As diffusers'; `auto_map` tells where the class is found and is no setting."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+        """As diffusers', of all settings that the config holds.
+
+        `auto_map` tells where the class is found and is no setting. diffusers takes arguments that were given by place
+        for defaults, and leaves them out of `from_config(model.config)`; here every value of a config counts.
+        """
+        settings = {k: v for k, v in config_dict.items() if k not in ("auto_map", "_use_default_values")}
+        return super().extract_init_dict(settings, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers', without its warning of modules kept in float32 where there are none."""

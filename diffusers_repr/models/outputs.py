@@ -46,7 +46,7 @@ def packed(value: Tensor, output: type[BaseOutput], return_dict: bool | None) ->
     """
     if return_dict is None:
         return value
-    return output(value) if return_dict else (value,)  # type: ignore[call-arg]
+    return output(value) if return_dict else (value,)
 
 
 __all__ = ["ClassifierOutput", "SampleOutput", "packed"]
