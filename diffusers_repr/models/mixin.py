@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ class ReprModelMixin(ModelMixin, ConfigMixin):
             >>> LinearHead.auto_file()[0]
             'diffusers_repr_linear.py'
         """
-        package, _, module = cls.__module__.rpartition(".")
-        if package.partition(".")[0] != _PACKAGE:
+        parts = cls.__module__.split(".")
+        if parts[0] != _PACKAGE:
             return None
-        public = ".".join(package.split(".")[:2])
-        return f"{_PACKAGE}_{module}.py", _FILE.format(name=cls.__name__, package=public)
+        room = ".".join(parts[:2])  # its names stay where they are, files in it may move
+        public = getattr(sys.modules[room], cls.__name__, None) is cls
+        content = _FILE.format(name=cls.__name__, package=room if public else cls.__module__)
+        return f"{_PACKAGE}_{parts[-1]}.py", content
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As diffusers', with the file that `auto_map` names.
