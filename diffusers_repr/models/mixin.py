@@ -48,6 +48,28 @@ class ReprModelMixin(ModelMixin, ConfigMixin):
         content = _FILE.format(name=cls.__name__, package=room if public else cls.__module__)
         return f"{_PACKAGE}_{parts[-1]}.py", content
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> Any:
+        """As diffusers', except that a model with saved buffers is not put on disk, where they would not be loaded.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a Hub id.
+            **kwargs: As in diffusers.
+
+        Raises:
+            ValueError: If `device_map` puts a model with saved buffers on disk.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            buffers = sorted({name for name, _ in model.named_buffers()} & set(model.state_dict()))
+            if buffers:
+                raise ValueError(
+                    f"device_map puts {cls.__name__} on disk, where its buffers ({', '.join(buffers)}) are not "
+                    "loaded. It is small: give another device_map, or none."
+                )
+        return loaded
+
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As diffusers', with the file that `auto_map` names.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -30,7 +31,7 @@ EIGHT = torch.float8_e4m3fn
 LEAVES = (nn.Linear, nn.Conv2d, nn.Embedding)  # what layerwise casting stores in eight bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelCase:
     """A class of models, tiny.
 
@@ -54,13 +55,7 @@ class ModelCase:
 
     def model(self) -> ModelMixin:
         """A model in evaluation mode with drawn weights, the same each time."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = self.make().eval()
-            with torch.no_grad():  # away from the zeros and ones that layers start at
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        return model
+        return copy.deepcopy(_master(self))
 
     def given(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         with torch.random.fork_rng(devices=[]):
@@ -70,6 +65,17 @@ class ModelCase:
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         with torch.no_grad():
             return list(model(**self.given(dtype), return_dict=False))
+
+
+@functools.cache
+def _master(case: ModelCase) -> ModelMixin:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = case.make().eval()
+        with torch.no_grad():  # away from the zeros and ones that layers start at
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -155,9 +161,8 @@ def saving(case: ModelCase, folder: Path) -> None:
 def loading_in_half(case: ModelCase, folder: Path) -> None:
     """`torch_dtype` gives what casting gives, whatever way the weights come in."""
     case.model().save_pretrained(folder / "single")
-    ways = [{}, {"low_cpu_mem_usage": False}, {"device_map": "cpu"}, {"device_map": "auto"}]
-    for at, way in enumerate(ways):
-        dtype = HALVES[at % 2]
+    ways = [{}, {"low_cpu_mem_usage": False}, {"device_map": "auto"}]
+    for dtype, way in zip([*HALVES, HALVES[0]], ways, strict=True):
         with silent():
             model = type(case.model()).from_pretrained(folder / "single", torch_dtype=dtype, **way)
             cast_model = case.model().to(dtype)
@@ -195,18 +200,25 @@ def casting(case: ModelCase, folder: Path) -> None:
             torch.testing.assert_close(ours.float(), theirs, rtol=case.close, atol=case.close)
 
 
+def stored_as(case: ModelCase, storage: torch.dtype, compute: torch.dtype, offloaded: bool = False) -> None:
+    """What weights stored in one dtype give is what weights rounded to it give, bit for bit."""
+    model, rounded, cpu = case.model().to(compute), case.model().to(compute), torch.device("cpu")
+    if offloaded:
+        model.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+    model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
+    stored = {name for name, value in model.state_dict().items() if value.dtype == storage}
+    assert bool(stored) == any(isinstance(module, LEAVES) for module in model.modules())
+    for name, value in rounded.state_dict().items():
+        if name in stored:
+            value.copy_(value.to(storage).to(compute))
+    assert equal(case.run(model, compute), case.run(rounded, compute))
+    assert {name for name, value in model.state_dict().items() if value.dtype == storage} == stored
+
+
 def layerwise_casting(case: ModelCase, folder: Path) -> None:
-    """Weights stored in eight bits give what weights rounded to eight bits give, bit for bit."""
     for compute in (torch.float32, *HALVES):
-        model, rounded = case.model().to(compute), case.model().to(compute)
-        model.enable_layerwise_casting(storage_dtype=EIGHT, compute_dtype=compute)
-        stored = {name for name, value in model.state_dict().items() if value.dtype == EIGHT}
-        assert bool(stored) == any(isinstance(module, LEAVES) for module in model.modules())
-        for name, value in rounded.state_dict().items():
-            if name in stored:
-                value.copy_(value.to(EIGHT).to(compute))
-        assert equal(case.run(model, compute), case.run(rounded, compute)), compute
-        assert {name for name, value in model.state_dict().items() if value.dtype == EIGHT} == stored
+        stored_as(case, EIGHT, compute)
+    stored_as(case, torch.float16, torch.float32, offloaded=True)
 
 
 def offload(case: ModelCase, folder: Path) -> None:
@@ -221,6 +233,13 @@ def offload(case: ModelCase, folder: Path) -> None:
     cpu_offload(model, cpu)
     assert equal(case.run(model), wanted)
     assert all(value.device.type == "meta" for value in model.parameters())
+    case.model().save_pretrained(folder / "model")
+    on_disk = {"device_map": {"": "disk"}, "offload_folder": str(folder / "weights")}
+    if any(name in model.state_dict() for name, _ in model.named_buffers()):
+        with pytest.raises(ValueError, match="on disk, where its buffers"):
+            type(model).from_pretrained(folder / "model", **on_disk)
+    else:
+        assert equal(case.run(type(model).from_pretrained(folder / "model", **on_disk)), wanted)
 
 
 def training(case: ModelCase, folder: Path) -> None:
