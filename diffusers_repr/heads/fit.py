@@ -151,7 +151,7 @@ def accuracy_of(head: Head, features: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest logit is at the label."""
     hits = 0
     for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-        hits += int((head.forward(x).argmax(1).cpu() == y.cpu()).sum())
+        hits += int((head(x).argmax(1).cpu() == y.cpu()).sum())
     return hits / len(labels)
 
 

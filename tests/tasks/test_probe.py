@@ -182,6 +182,7 @@ def test_saved_probes_give_equal_probabilities(head, tmp_path):
     assert sorted(p.name for p in (tmp_path / "probe").iterdir()) == [
         "README.md",
         "config.json",
+        f"diffusers_repr_{head}.py",
         "diffusion_pytorch_model.safetensors",
         "probe.json",
     ]
