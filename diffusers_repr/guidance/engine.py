@@ -18,11 +18,13 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
+from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.base import Term, widened
 from diffusers_repr.guidance.between import Between
 from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, not_stepped, null_inputs, with_first
 from diffusers_repr.guidance.cfg import CFGTerm
 from diffusers_repr.guidance.gradients import EpsGradient, latent_change
+from diffusers_repr.guidance.owner import Owner
 from diffusers_repr.guidance.stats import GuidanceStats, RunRecord, StepStats
 from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import NoiseSchedule
@@ -74,6 +76,7 @@ class Engine:
         self._reader = CallReader(denoiser, pipe)
         self._running: _Running | None = None
         self._busy = False
+        self.owner = Owner(self.model, pipe)
         self.record = RunRecord()
         self._between = Between()
 
@@ -81,13 +84,9 @@ class Engine:
         """Set the hooks; the stack removes them."""
         self._executor.install(stack)
         self._tape.install(stack)
-        stack.callback(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        hook = self.model.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
-        stack.callback(hook.remove)
+        Hooks(stack, self.owner.enters).before(self.model, self._before)
+        Hooks(stack, self.owner.is_in).after(self.model, self._after, prepend=True, always_call=True)
         stack.callback(self._recover)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return self  # a copy of the network has hooks that do nothing
 
     @property
     def schedule(self) -> NoiseSchedule:
