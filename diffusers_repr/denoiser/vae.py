@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # For casting the weights of an autoencoder, which all threads share.
 _CASTING = threading.RLock()
 

@@ -19,6 +19,10 @@ from diffusers_repr.denoiser.family import BatchLanes, equal_halves
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, sampler_level
 
 _PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
+_SINCE = (
+    "It was not when it was guided: remove the guidance (handle.remove()) before a part of its network is compiled, "
+    "and guide the plain module."
+)
 _ROUNDED = 2.0**-7  # a timestep divided and multiplied in bfloat16
 
 
@@ -62,7 +66,9 @@ class CallReader:
             RuntimeError: If the network or a part of it is compiled.
         """
         if not self._checked:
-            check_plain(self.denoiser.model)
+            if self.pipe is not None:
+                check_seen(self.pipe, self.denoiser.model, called=True)
+            check_plain(self.denoiser.model, _SINCE)
             self._checked = self.scheduler is not None  # else nothing tells that a run begins
         family, config = self.denoiser.family, self.denoiser.config
         given = inputs[family.sample_name]
@@ -190,14 +196,18 @@ def component_of(pipe: Any, model: nn.Module) -> str | None:
     return None
 
 
-def check_plain(model: nn.Module) -> None:
+def check_plain(model: nn.Module, remedy: str = _PLAIN) -> None:
     """Raise unless hooks on a network act, and see the activations of the call that is being made.
+
+    Args:
+        model: The network.
+        remedy: What to do about a compiled one.
 
     Raises:
         RuntimeError: If it, or a part of it, is compiled.
         ValueError: If it uses activations of earlier calls.
     """
-    refuse_compiled(model, _PLAIN)
+    refuse_compiled(model, remedy)
     refuse_caches(model, "which lanes would mix")
 
 
