@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,41 +15,13 @@ from diffusers_repr.denoiser.condition import eval_mode
 from tests.capture.models import hook_count, inputs_of
 from tests.capture.test_traces import offload
 from tests.testers.models import build
+from tests.testers.threads import at_once, equal, in_thread
 
 THREADS, ROUNDS = 4, 6
 
 
-@pytest.fixture(autouse=True)
-def switching():
-    """Threads take turns as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-def together(*works):
-    """Results of functions that start at one moment, a thread each; the first error is raised."""
-    start = threading.Barrier(len(works))
-
-    def run(work):
-        start.wait()
-        return work()
-
-    with ThreadPoolExecutor(len(works)) as pool:
-        return [future.result() for future in [pool.submit(run, work) for work in works]]
-
-
 def repeated(work):
     return lambda: [work() for _ in range(ROUNDS)]
-
-
-def equal(found, expected):
-    if isinstance(expected, torch.Tensor):
-        return torch.equal(found, expected)
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(equal(found[key], expected[key]) for key in expected)
-    return len(found) == len(expected) and all(map(equal, found, expected))
 
 
 def unet():
@@ -99,7 +70,7 @@ def test_readers_of_every_kind_beside_a_plain_forward():
         plain,
     ]
     expected = [work() for work in works]
-    for found, wanted in zip(together(*map(repeated, works)), expected, strict=True):
+    for found, wanted in zip(at_once(*map(repeated, works)), expected, strict=True):
         assert all(equal(one, wanted) for one in found)
     assert hook_count(model) == 0
 
@@ -118,19 +89,18 @@ def test_hooks_set_and_removed_while_forwards_run_and_break_off():
                     model(x)
                 yield tape["2"], model(x)
 
-    for found, wanted in zip(together(*(lambda x=x: list(work(x)) for x in inputs)), expected, strict=True):
+    for found, wanted in zip(at_once(*(lambda x=x: list(work(x)) for x in inputs)), expected, strict=True):
         assert all(equal(pair, wanted) for pair in found)
     assert hook_count(model) == 0
 
 
 def test_calls_of_another_thread_are_not_read():
     model, x = nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2)
-    with ThreadPoolExecutor(1) as pool:
-        with pytest.raises(ValueError, match="the model was not called inside"), capture(model, ["0"]):
-            pool.submit(model, x).result()
-        with capture(model, ["0"], stop_early=False) as tape:
-            model(x)
-            pool.submit(model, 2 * x).result()
+    with pytest.raises(ValueError, match="the model was not called inside"), capture(model, ["0"]):
+        in_thread(lambda: model(x))
+    with capture(model, ["0"], stop_early=False) as tape:
+        model(x)
+        in_thread(lambda: model(2 * x))
     assert torch.equal(tape["0"], model(x))
 
 
@@ -170,11 +140,11 @@ def test_a_block_in_a_block_brings_back_what_it_found():
 def test_a_tap_belongs_to_the_thread_that_records():
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     tap, x = Tap(model, ["0"]), torch.ones(1, 2)
-    with ThreadPoolExecutor(1) as pool, tap.recording() as seen:
-        pool.submit(model, x).result()  # neither kept nor a second call
+    with tap.recording() as seen:
+        in_thread(lambda: model(x))  # neither kept nor a second call
         kept = model(x)
         with pytest.raises(RuntimeError, match="Another thread is recording this Sequential"):
-            pool.submit(tap.recording().__enter__).result()
+            in_thread(tap.recording().__enter__)
     assert torch.equal(torch.tanh(seen["0"]), kept)
 
 
@@ -191,9 +161,9 @@ def test_a_second_reader_of_an_offloaded_network_raises_at_once(kind):
         return tape["mid_block"]
 
     expected = read()
-    with ThreadPoolExecutor(1) as pool, torch.no_grad(), capture(model, layers) as tape:
+    with torch.no_grad(), capture(model, layers) as tape:
         with pytest.raises(RuntimeError, match=r"reading this UNet2DModel, whose weights are offloaded"):
-            pool.submit(read).result()
+            in_thread(read)
         model(**inputs)
     assert torch.equal(tape["mid_block"], expected)
     assert torch.equal(read(), expected)
