@@ -21,7 +21,15 @@ _HALF_EXPONENT = -4  # of the largest gradient that enters a float16 network: am
 
 
 class GradientStop(BaseException):  # see `denoiser.hooks`
-    """The gradient is known and nothing else of the forward is wanted."""
+    """The gradient is known and nothing else of the forward is wanted.
+
+    Attributes:
+        path: The layer at whose end the forward was left.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 class GradientTape:
@@ -148,7 +156,7 @@ class GradientTape:
                 self._differentiate(None)
                 torch.set_grad_enabled(False)
                 if self._stop:
-                    raise GradientStop
+                    raise GradientStop(path)
 
         return hook
 

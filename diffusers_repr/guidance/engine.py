@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
+from diffusers_repr.denoiser.flops import flops_shares
 from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.base import Term, widened
 from diffusers_repr.guidance.between import Between
@@ -64,7 +66,7 @@ class Engine:
     ) -> None:
         self.denoiser, self.terms, self.cfg, self.pipe, self.null = denoiser, list(terms), cfg, pipe, null
         self.model: nn.Module = denoiser.model
-        self.stats = GuidanceStats()
+        self.stats = GuidanceStats(shares=partial(flops_shares, denoiser))
         lanes = [term.lane for term in terms if term.lane is not None]
         taps = {key: tap for term in terms for key, tap in term.taps.items()}
         requests = [term.gradient for term in terms if term.gradient is not None]
@@ -169,7 +171,7 @@ class Engine:
 
     def _plan(self, inputs: dict[str, Any]) -> dict[str, Any]:
         call, follows = self._reader.read(inputs, self._between.first)
-        step = StepStats(call.level)
+        step = StepStats(call.level, call.size)
         self.stats.steps.append(step)
         self.stats.calls += 1
         self.record.levels.append(call.level)
@@ -235,8 +237,8 @@ class Engine:
         step.passes, step.lanes, step.backward_passes = step.passes + 1, step.lanes + 1, step.backward_passes + 1
         try:
             self._tape.finish(self._forward(self.model, inputs))
-        except GradientStop:
-            pass
+        except GradientStop as stop:
+            step.stopped.append(stop.path)
         finally:
             if is_offloaded(self.model):  # also where the forward did not reach its end
                 send_back(self.model)
@@ -296,7 +298,7 @@ class Engine:
             self._tape.end()
             raw = raw.detach()
         own, lanes = self._executor.split(raw)
-        stats.joined = call.joined
+        stats.joined, stats.joining = call.joined, len(lanes)
         self._executor.end()
         raws: dict[str, Tensor] = {}
         start = running.which.start

@@ -70,7 +70,7 @@ def features_of(model: nn.Module, layers: Sequence[str], forward: Callable[[], A
         def read(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             found[path] = image_stream(module, output, path)
             if len(found) == len(layers):
-                raise GradientStop
+                raise GradientStop(path)
 
         return read
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from diffusers_repr.noise import NoiseLevel
 if TYPE_CHECKING:
     from diffusers_repr.guidance.base import Term
 
+Shares = Callable[[Sequence[str], tuple[int, int]], dict[str, tuple[float, float]]]
+
 
 @dataclass
 class StepStats:
@@ -22,19 +24,26 @@ class StepStats:
 
     Attributes:
         level: The noise level.
-        lanes: Evaluations of the batch of samples: the conditional rows are one, null rows another, and so on.
-        passes: Calls of the network, whatever the batch.
+        size: (H, W) of what the network takes.
+        lanes: Predictions for the batch of samples: the conditional rows are one, null rows another, and so on. Each
+            counts as one, however little of the network was run for it; `GuidanceStats.evaluations` tells that.
+        passes: Calls of the network, whatever the batch; those left early too.
         backward_passes: Backward passes through it (or through a classifier).
         joined: Top-level module at which perturbed lanes joined (what lies before was computed once for both); empty
             where they ran from the input on, None without such lanes.
+        joining: How many lanes did.
+        stopped: For each pass that was left early, the layer at whose end it was.
         acted: Labels of the guidances that acted.
     """
 
     level: NoiseLevel
+    size: tuple[int, int] = (0, 0)
     lanes: int = 0
     passes: int = 0
     backward_passes: int = 0
     joined: str | None = None
+    joining: int = 0
+    stopped: list[str] = field(default_factory=list)
     acted: list[str] = field(default_factory=list)
 
 
@@ -45,10 +54,13 @@ class GuidanceStats:
     Attributes:
         steps: One entry a network call of the newest run.
         calls: Network calls of the pipeline since `guide`, those of earlier runs included.
+        shares: `(paths, size) -> {path: (share of the FLOPs before it, share up to its end)}` of the network.
     """
 
     steps: list[StepStats] = field(default_factory=list)
     calls: int = 0
+    shares: Shares | None = field(default=None, repr=False)
+    _known: dict[tuple[int, int], dict[str, tuple[float, float]]] = field(default_factory=dict, repr=False)
 
     @property
     def lanes(self) -> int:
@@ -59,6 +71,29 @@ class GuidanceStats:
     def passes(self) -> int:
         """Network passes of the newest run."""
         return sum(step.passes for step in self.steps)
+
+    @property
+    def evaluations(self) -> float:
+        """Evaluations of the whole network for the batch of samples that the newest run really took, in FLOPs.
+
+        A lane that joined the others at a module counts from there on, a pass that was left early up to the layer
+        where it was; a weaker network's pass counts as one. The shares are counted on the meta device when this is
+        first asked for, which takes a second or two for a large network. Backward passes are not in it.
+        """
+        total = float(self.lanes)
+        for size in dict.fromkeys(step.size for step in self.steps):
+            steps = [step for step in self.steps if step.size == size]
+            paths = {path for step in steps for path in (step.joined, *step.stopped) if path}
+            if not paths:
+                continue
+            assert self.shares is not None
+            shares = self._known.setdefault(size, {})
+            if not paths <= shares.keys():
+                shares.update(self.shares(sorted(paths), size))
+            for step in steps:
+                total -= step.joining * shares[step.joined][0] if step.joined else 0
+                total -= sum(1 - shares[path][1] for path in step.stopped)
+        return total
 
     @property
     def backward_passes(self) -> int:
