@@ -157,7 +157,11 @@ def layer_table(
     detail: Detail = "blocks",
 ) -> list[Layer]:
     """As `list_layers`, for a network that is on the meta device; `size` is x_0's (H, W), `stride` the VAE's."""
-    inputs = example_inputs(family, config, size, schedule, 2)
+    batch = 2
+    x_t = torch.empty(batch, family.channels(config), *size, device="meta")
+    level = _example_level(schedule)
+    inputs = family.inputs(config, x_t, level, family.example(config, batch, "meta"))
+    inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
     wanted = dict(_blocks(model)) if detail == "blocks" else {n: m for n, m in model.named_modules() if n}
     done: dict[str, tuple[Tensor, int]] = {}
     repeated: set[str] = set()
@@ -186,15 +190,6 @@ def layer_table(
                 )
             )
     return layers
-
-
-def example_inputs(
-    family: Family, config: Mapping[str, Any], size: tuple[int, int], schedule: NoiseSchedule | None, batch: int
-) -> dict[str, Any]:
-    """Keyword inputs of a forward on the meta device; `size` is (H, W) of what the network takes."""
-    x_t = torch.empty(batch, family.channels(config), *size, device="meta")
-    inputs = family.inputs(config, x_t, _example_level(schedule), family.example(config, batch, "meta"))
-    return {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _recorder(
@@ -281,4 +276,5 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        module.__dict__.pop("forward", None)  # of hooks of another kind, bound to the original
     return twin

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
-from diffusers_repr.denoiser.flops import flops_shares
 from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.base import Term, widened
 from diffusers_repr.guidance.between import Between
@@ -27,7 +25,7 @@ from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, not
 from diffusers_repr.guidance.cfg import CFGTerm
 from diffusers_repr.guidance.gradients import EpsGradient, latent_change
 from diffusers_repr.guidance.owner import Owner
-from diffusers_repr.guidance.stats import GuidanceStats, RunRecord, StepStats
+from diffusers_repr.guidance.stats import Example, GuidanceStats, RunRecord, StepStats
 from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import NoiseSchedule
 
@@ -66,7 +64,7 @@ class Engine:
     ) -> None:
         self.denoiser, self.terms, self.cfg, self.pipe, self.null = denoiser, list(terms), cfg, pipe, null
         self.model: nn.Module = denoiser.model
-        self.stats = GuidanceStats(shares=partial(flops_shares, denoiser))
+        self.stats = GuidanceStats()
         lanes = [term.lane for term in terms if term.lane is not None]
         taps = {key: tap for term in terms for key, tap in term.taps.items()}
         requests = [term.gradient for term in terms if term.gradient is not None]
@@ -171,7 +169,9 @@ class Engine:
 
     def _plan(self, inputs: dict[str, Any]) -> dict[str, Any]:
         call, follows = self._reader.read(inputs, self._between.first)
-        step = StepStats(call.level, call.size)
+        step = StepStats(call.level)
+        if not self.stats.steps:
+            self.stats.example = Example(self.model, take_rows(inputs, call.rows, call.batch.cond, self._unbatched))
         self.stats.steps.append(step)
         self.stats.calls += 1
         self.record.levels.append(call.level)

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusers_repr.capture.flops import Shares, flops_shares, without_data
 from diffusers_repr.noise import NoiseLevel
 
 if TYPE_CHECKING:
     from diffusers_repr.guidance.base import Term
 
-Shares = Callable[[Sequence[str], tuple[int, int]], dict[str, tuple[float, float]]]
+
+class Example:
+    """A network and the shapes of a call of it, to count FLOPs with; the network is not kept alive.
+
+    Args:
+        model: The network.
+        inputs: Keyword inputs of its forward.
+    """
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        self._model, self._inputs = weakref.ref(model), without_data(inputs)
+        self._known: Shares = {}
+
+    def shares(self, paths: Sequence[str]) -> Shares:
+        """As `flops_shares`.
+
+        Raises:
+            RuntimeError: If the network is gone.
+        """
+        if not set(paths) <= self._known.keys():
+            model = self._model()
+            if model is None:
+                raise RuntimeError("The network is gone; read `evaluations` while it is there.")
+            self._known.update(flops_shares(model, paths, self._inputs))
+        return self._known
 
 
 @dataclass
@@ -24,7 +50,6 @@ class StepStats:
 
     Attributes:
         level: The noise level.
-        size: (H, W) of what the network takes.
         lanes: Predictions for the batch of samples: the conditional rows are one, null rows another, and so on. Each
             counts as one, however little of the network was run for it; `GuidanceStats.evaluations` tells that.
         passes: Calls of the network, whatever the batch; those left early too.
@@ -37,7 +62,6 @@ class StepStats:
     """
 
     level: NoiseLevel
-    size: tuple[int, int] = (0, 0)
     lanes: int = 0
     passes: int = 0
     backward_passes: int = 0
@@ -54,13 +78,12 @@ class GuidanceStats:
     Attributes:
         steps: One entry a network call of the newest run.
         calls: Network calls of the pipeline since `guide`, those of earlier runs included.
-        shares: `(paths, size) -> {path: (share of the FLOPs before it, share up to its end)}` of the network.
+        example: The first of these calls.
     """
 
     steps: list[StepStats] = field(default_factory=list)
     calls: int = 0
-    shares: Shares | None = field(default=None, repr=False)
-    _known: dict[tuple[int, int], dict[str, tuple[float, float]]] = field(default_factory=dict, repr=False)
+    example: Example | None = field(default=None, repr=False)
 
     @property
     def lanes(self) -> int:
@@ -81,18 +104,14 @@ class GuidanceStats:
         first asked for, which takes a second or two for a large network. Backward passes are not in it.
         """
         total = float(self.lanes)
-        for size in dict.fromkeys(step.size for step in self.steps):
-            steps = [step for step in self.steps if step.size == size]
-            paths = {path for step in steps for path in (step.joined, *step.stopped) if path}
-            if not paths:
-                continue
-            assert self.shares is not None
-            shares = self._known.setdefault(size, {})
-            if not paths <= shares.keys():
-                shares.update(self.shares(sorted(paths), size))
-            for step in steps:
-                total -= step.joining * shares[step.joined][0] if step.joined else 0
-                total -= sum(1 - shares[path][1] for path in step.stopped)
+        paths = {path for step in self.steps for path in (step.joined, *step.stopped) if path}
+        if not paths:
+            return total
+        assert self.example is not None
+        shares = self.example.shares(sorted(paths))
+        for step in self.steps:
+            total -= step.joining * shares[step.joined][0] if step.joined else 0
+            total -= sum(1 - shares[path][1] for path in step.stopped)
         return total
 
     @property

@@ -282,7 +282,8 @@ def enable_a_cache(network):
 
 
 def apply_a_cache(network):
-    apply_pyramid_attention_broadcast(network, PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2))
+    config = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 9)
+    apply_pyramid_attention_broadcast(network, config)
     kind = "pyramid_attention_broadcast"
     return lambda: HookRegistry.check_if_exists_or_initialize(network).remove_hook(kind, recurse=True)
 
