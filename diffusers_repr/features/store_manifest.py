@@ -40,7 +40,9 @@ _COLUMN = record(
     },
     {"grid": optional(listing(integer(1, _SIDE), 2, 2)), "text_tokens": integer(0, _SIDE)},
 )
-_SPLIT = text(200, pattern=r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", what="the name of a split, without '/'")
+_SPLIT = text(
+    200, pattern=r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", what="the name of a split, without '/'"
+)
 _DATA = record(
     {
         "name": text(),
