@@ -14,10 +14,11 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
+from diffusers_repr.features.image_files import UnreadableImage, undecoded
 from diffusers_repr.hub.schema import anything, integer, mapping, optional, record
 from diffusers_repr.training.data import augmented, find_columns, geometry, hashed
 from diffusers_repr.training.data_config import DataConfig
-from diffusers_repr.training.images import ImageReader, UnreadableImage, raw_bytes, undecoded
+from diffusers_repr.training.images import ImageReader, raw_bytes
 from diffusers_repr.training.labels import class_names
 from diffusers_repr.training.transforms import to_unit
 
