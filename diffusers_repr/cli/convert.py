@@ -62,25 +62,26 @@ def read_config(given: str | None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If it is neither JSON text nor a file.
-        ValueError: For text that is no JSON or YAML object, and for unknown arguments.
+        ValueError: For text that is no JSON or YAML object, and for unknown arguments or values of another kind.
     """
     import inspect
 
-    import yaml
-
+    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional
+    from diffusers_repr.hub.schema import text as schema_text
+    from diffusers_repr.hub.yaml_text import parse_yaml, read_text
     from diffusers_repr.models import SiTTransformer2DModel
 
     if given is None:
         return {}
-    text = given.lstrip()
-    if not text.startswith("{"):
+    text, at = given, "--config"
+    if not given.lstrip().startswith("{"):
         path = Path(given)
         if not path.is_file():
             raise FileNotFoundError(f"--config {given!r} is no file, and no JSON object either ({{...}}).")
-        text = path.read_text(encoding="utf-8")
+        text, at = read_text(path), str(path)
     try:
-        config = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        config = json.loads(text) if text.lstrip().startswith("{") else parse_yaml(text, at)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--config {given!r} is no JSON or YAML ({error}).") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
@@ -89,6 +90,10 @@ def read_config(given: str | None) -> dict[str, Any]:
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(f"--config has {', '.join(unknown)}; SiTTransformer2DModel takes {', '.join(sorted(known))}.")
+    argument = either(
+        boolean(), integer(-1, 1_000_000), number(), schema_text(200), listing(integer(1, 1_000_000), 1, 8)
+    )
+    mapping(optional(argument))(config, at)
     return config
 
 

@@ -97,7 +97,7 @@ class Reader:
             image_size=self.image_size,
         )
         for rows, images in data.batches(self.batch_size):
-            pixels = to_pixels(images, self.denoiser.image_channels, self.image_size)
+            pixels = to_pixels(images, self.denoiser.image_channels, self.image_size, range(rows.start, rows.stop))
             yield rows, self._stream(extractor, pixels)
 
     def _stream(self, extractor: FeatureExtractor, pixels: Tensor) -> Stream:

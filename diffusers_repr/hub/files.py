@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +40,37 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     with atomic_file(path) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
     return Path(path)
+
+
+def atomic_files(folder: str | os.PathLike[str], files: Mapping[str, bytes | str]) -> None:
+    """Write several files of a folder: all are flushed to disk under hidden names before the first takes its own.
+
+    Args:
+        folder: Made if missing.
+        files: Content by file name; a string is written as UTF-8.
+
+    Raises:
+        IsADirectoryError: If a folder has one of the names.
+        OSError: If the disk is full or the folder cannot be written; all files are untouched then.
+    """
+    folder = Path(folder)
+    for name in files:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"Cannot write the file {str(folder / name)!r}: a folder has this name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = {name: _hidden_sibling(folder / name, "tmp") for name in files}
+    try:
+        for name, data in files.items():
+            with open(waiting[name], "xb") as file:
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(waiting[name], folder / name)
+    finally:
+        for temporary in waiting.values():
+            temporary.unlink(missing_ok=True)
+    _sync_folder(folder)
 
 
 @contextmanager
@@ -192,6 +223,11 @@ def write_json(path: str | os.PathLike[str], data: Any, *, indent: int | None = 
         TypeError: If `data` holds something JSON cannot (an array, a path, a dtype).
         ValueError: If `data` holds NaN or an infinity, which other JSON readers refuse.
     """
+    return atomic_write(path, json_text(data, path, indent))
+
+
+def json_text(data: Any, path: str | os.PathLike[str], indent: int | None = 2) -> str:
+    """What `write_json` writes, with its arguments and errors."""
     try:
         text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
@@ -203,7 +239,7 @@ def write_json(path: str | os.PathLike[str], data: Any, *, indent: int | None = 
         raise ValueError(
             f"Cannot write {str(path)!r}: {error}. JSON has no NaN and no infinity; write None for no value."
         ) from error
-    return atomic_write(path, text + "\n")
+    return text + "\n"
 
 
 _LARGEST_JSON = 256 << 20
