@@ -23,6 +23,8 @@ class JDMObjective(JointObjective):
     (on `UNet2DModel`s about a third of a forward); with `classify="noised"` those of x_t in the pass that denoises it,
     at no cost. A classifier of x_t guides samples better, one of x_0 classifies images better.
 
+    The paper's commands train a U-Net with dropout 0.3 (`UNet2DModel(dropout=0.3)`), which acts on both losses.
+
     Args:
         denoiser: Of a `UNet2DModel` without classes.
         head: Its classifier, `JointHead.for_unet(unet, num_classes)`. If it is the `classifier` of the denoiser's
