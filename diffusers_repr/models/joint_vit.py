@@ -164,15 +164,16 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
 
     def reset_parameters(self) -> None:
         """Draw the weights of a new network of the form `hybvit`; positions and class token stay as they are."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for projection in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if name.endswith((".to_q", ".to_k", ".to_v")):
                 # The paper's code has the three as one matrix (3 D, D), whose Xavier's normal is narrower.
-                nn.init.normal_(projection.weight, std=math.sqrt(2 / sum(projection.weight.shape) / 2))
+                nn.init.normal_(module.weight, std=math.sqrt(2 / (4 * module.in_features)))
+            else:
+                nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def labels(self) -> list[str]:
