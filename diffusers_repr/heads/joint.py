@@ -41,6 +41,8 @@ class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
         time_feature: Whether the timestep is a feature.
         time_divisor: What it is divided by, the number of training timesteps.
         id2label: Name of each class id, or the names in the order of the ids.
+        dropout_first: Dropout in front of each norm, as the paper's code has it, instead of behind it: the norm then
+            measures in training what dropout left over, and in use what it did not touch.
 
     Raises:
         ValueError: For sizes, norms or names that do not fit.
@@ -65,6 +67,7 @@ class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
         time_feature: bool = True,
         time_divisor: float = 1000.0,
         id2label: Mapping[Any, str] | Sequence[str] | None = None,
+        dropout_first: bool = False,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
@@ -147,7 +150,7 @@ class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
         """
         with torch.autocast(hidden.device.type, enabled=False):
             value = self.features(hidden, skips)
-            value = F.dropout(self.norm1(value), self.config["dropout"], self.training)
+            value = self._regularized(self.norm1, value)
             if self.config["time_feature"]:
                 times = torch.as_tensor(timestep, device=value.device).reshape(-1)
                 if len(times) not in (1, len(value)):
@@ -155,8 +158,14 @@ class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
                 times = times.to(value.dtype) / self.config["time_divisor"]
                 value = torch.cat([value, times.expand(len(value))[:, None]], dim=1)
             value = F.leaky_relu(self.linear1(value))
-            value = F.dropout(self.norm2(value), self.config["dropout"], self.training)
+            value = self._regularized(self.norm2, value)
             return packed(self.linear2(value), ClassifierOutput, return_dict)
+
+    def _regularized(self, norm: nn.Module, value: Tensor) -> Tensor:
+        """Norm and dropout, in the order asked for."""
+        if self.config["dropout_first"]:
+            return norm(F.dropout(value, self.config["dropout"], self.training))
+        return F.dropout(norm(value), self.config["dropout"], self.training)
 
     def classify(self, features: UNetFeatures) -> Tensor:
         """Logits `(B, K)` of what `encode_partial` gave."""
