@@ -11,7 +11,8 @@ from typing import Any
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.heatmap import draw_heatmap
-from diffusers_repr.hub import atomic_write, read_json, write_json
+from diffusers_repr.hub import read_json
+from diffusers_repr.hub.files import atomic_files, json_text
 from diffusers_repr.noise import NoiseLevel
 
 FORMAT = "diffusers_repr.selection/1"
@@ -149,23 +150,31 @@ class Selection:
     def save(self, folder: str | Path, heatmap: bool = True) -> Path:
         """Write `selection.json`, `selection.parquet` (the cells) and `heatmap.png` into a folder.
 
+        If it fails, the folder is as it was, and the selection can be saved to another place.
+
         Args:
-            folder: Made if missing; files of these names are replaced, each at once.
+            folder: Made if missing; files of these names are replaced, all at once.
             heatmap: Whether to draw the picture.
 
         Raises:
             ImportError: If matplotlib is missing; the other two files are written before.
+            OSError: If the disk is full or the folder cannot be written.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         folder = Path(folder)
-        write_json(folder / "selection.json", self.to_dict())
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self.table()), buffer)
-        atomic_write(folder / "selection.parquet", buffer.getvalue())
-        if heatmap:
-            atomic_write(folder / "heatmap.png", self.heatmap())
+        files: dict[str, bytes | str] = {
+            "selection.json": json_text(folder / "selection.json", self.to_dict()),
+            "selection.parquet": buffer.getvalue(),
+        }
+        try:
+            if heatmap:
+                files["heatmap.png"] = self.heatmap()
+        finally:
+            atomic_files(folder, files)
         return folder
 
     @classmethod

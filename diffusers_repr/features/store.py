@@ -171,7 +171,9 @@ class FeatureStore:
             private: Whether a repository made here is private.
             token: As in `diffusers_repr.hub.push_folder`.
         """
-        return push_folder(self.folder, repo_id, repo_type="dataset", private=private, token=token)
+        return push_folder(
+            self.folder, repo_id, kind="store of features", repo_type="dataset", private=private, token=token
+        )
 
     def _read(self, names: list[str], batch_rows: int) -> Iterator[dict[str, Any]]:
         for shard in range(self.layout.shards):

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.hub import atomic_write, read_json, write_json
+from diffusers_repr.hub import read_json
+from diffusers_repr.hub.files import atomic_files, json_text
 from diffusers_repr.metrics.record import MetricRecord
 
 FORMAT = "diffusers_repr.alignment/1"
@@ -149,16 +150,20 @@ class Alignment:
         """Write `alignment.json` and `alignment.png` into a folder.
 
         Args:
-            folder: Made if missing; files of these names are replaced, each at once.
+            folder: Made if missing; files of these names are replaced, both at once; if it fails, none is.
             plot: Whether to draw the picture.
 
         Raises:
             ImportError: If matplotlib is missing; the numbers are written before.
+            OSError: If the disk is full or the folder cannot be written.
         """
         folder = Path(folder)
-        write_json(folder / "alignment.json", self.to_dict())
-        if plot:
-            atomic_write(folder / "alignment.png", self.plot())
+        files: dict[str, bytes | str] = {"alignment.json": json_text(folder / "alignment.json", self.to_dict())}
+        try:
+            if plot:
+                files["alignment.png"] = self.plot()
+        finally:
+            atomic_files(folder, files)
         return folder
 
     @classmethod
