@@ -25,7 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="more trained pipelines, models, heads or probes: a folder each, or a folder that holds such folders",
     )
-    parser.add_argument("--dry_run", action="store_true", help="check all, list the files that would go where, send nothing")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check all, list the files that would go where, send nothing"
+    )
     parser.add_argument("--private", action="store_true", help="make repositories private that are new")
 
 

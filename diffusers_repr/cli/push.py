@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", help="a probe, a store of features, a pipeline, a custom pipeline, a model or a head")
+    parser.add_argument(
+        "folder", help="a probe, a store of features, a pipeline, a custom pipeline, a model or a head"
+    )
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--repo_type", choices=("auto", "model", "dataset"), default="auto")
     parser.add_argument("--dry_run", action="store_true", help="check all, list the files and sizes, send nothing")

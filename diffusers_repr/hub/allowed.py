@@ -48,8 +48,16 @@ KINDS: Mapping[str, Kind] = {
     "cache of latents": Kind("dataset", (*_CARD, "manifest.json", "data/*.safetensors")),
     "training result": Kind(
         "model",
-        (*_CARD, *_MODEL, *_PROCESSOR, *_MEASURED, "recipe.yaml", "model_index.json",
-         *(f"heads/*/{name}" for name in _MODEL), *(f"weak/{name}" for name in _MODEL)),
+        (
+            *_CARD,
+            *_MODEL,
+            *_PROCESSOR,
+            *_MEASURED,
+            "recipe.yaml",
+            "model_index.json",
+            *(f"heads/*/{name}" for name in _MODEL),
+            *(f"weak/{name}" for name in _MODEL),
+        ),
         pipeline=True,
     ),  # fmt: skip
     "pipeline": Kind(

@@ -249,5 +249,3 @@ def _shown_size(size: int) -> str:
             break
         size = size / 1024  # type: ignore[assignment]
     return f"{size} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
