@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import diffusers_repr
 from diffusers_repr.cli import options
@@ -126,7 +125,7 @@ def _tell(command: str, error: BaseException, debug: bool) -> int:
         )
     elif isinstance(error, OSError) and error.errno in _NO_ROOM:
         code = 1
-    elif isinstance(error, _FORESEEN):
+    elif isinstance(error, _FORESEEN) and not isinstance(error, RecursionError):
         code, text = 2, text or name
     else:
         code, text = 1, f"not foreseen: {name}: {text}. Please report it; --debug shows where it arose."

@@ -22,7 +22,7 @@ _CONFIGS = (
     "image_processor_config.json", "generation_config.json", "tokenizer_config.json", "probe.json", "manifest.json",
     "evaluation.json",
 )  # fmt: skip
-_TEXTS = (".md", ".txt", ".json", ".jsonl", ".yaml", ".py", ".jinja")
+_TEXTS = ("", ".md", ".txt", ".json", ".jsonl", ".yaml", ".py", ".jinja")
 _MAGIC = {".png": b"\x89PNG", ".parquet": b"PAR1", ".jpg": b"\xff\xd8", ".jpeg": b"\xff\xd8", ".gif": b"GIF8"}
 _TOLD = 12  # names in one line
 _SCANNED = 2**20  # bytes of a text that are searched for places

@@ -15,7 +15,6 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import Head
 from diffusers_repr.heads.fit import HEADS
 from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_json, resolve_folder, write_json
-from diffusers_repr.hub.places import public_config
 from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.recipe import ProbeRecipe
@@ -44,8 +43,6 @@ def save(head: Head, recipe: ProbeRecipe, folder: str | os.PathLike[str], title:
 
 def _write(head: Head, recipe: ProbeRecipe, folder: Path, title: str) -> None:
     head.save_pretrained(folder)
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", public_config(config, {}))
     write_json(folder / RECIPE, recipe.to_dict())
     atomic_write(folder / "README.md", probe_card(recipe, type(head).__name__, title))
 
