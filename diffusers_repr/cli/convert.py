@@ -7,8 +7,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_repr.cli import options
+
 if TYPE_CHECKING:
     from diffusers_repr.models.convert import ConvertedCheckpoint
+
+
+OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -219,6 +219,8 @@ class Selection:
     def save(self, folder: str | Path, heatmap: bool = True) -> Path:
         """Write `selection.json`, `selection.parquet` (the cells) and `heatmap.png` into a folder.
 
+        If it fails, the folder is as it was, and the selection can be saved to another place.
+
         Args:
             folder: Made if missing; files of these names are replaced together, when all are whole.
             heatmap: Whether to draw the picture.

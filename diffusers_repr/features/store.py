@@ -177,7 +177,9 @@ class FeatureStore:
             private: Whether a repository made here is private.
             token: As in `diffusers_repr.hub.push_folder`.
         """
-        return push_folder(self.folder, repo_id, repo_type="dataset", private=private, token=token)
+        return push_folder(
+            self.folder, repo_id, kind="store of features", repo_type="dataset", private=private, token=token
+        )
 
     def _read(
         self, name: str, batch_rows: int, convert: Callable[[pa.Array], np.ndarray]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
 
 _logger = logging.getLogger(__name__)
 
@@ -42,37 +45,6 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
     return Path(path)
 
 
-def atomic_files(folder: str | os.PathLike[str], files: Mapping[str, bytes | str]) -> None:
-    """Write several files of a folder: all are flushed to disk under hidden names before the first takes its own.
-
-    Args:
-        folder: Made if missing.
-        files: Content by file name; a string is written as UTF-8.
-
-    Raises:
-        IsADirectoryError: If a folder has one of the names.
-        OSError: If the disk is full or the folder cannot be written; all files are untouched then.
-    """
-    folder = Path(folder)
-    for name in files:
-        if (folder / name).is_dir():
-            raise IsADirectoryError(f"Cannot write the file {str(folder / name)!r}: a folder has this name.")
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting = {name: _hidden_sibling(folder / name, "tmp") for name in files}
-    try:
-        for name, data in files.items():
-            with open(waiting[name], "xb") as file:
-                file.write(data.encode("utf-8") if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in files:
-            os.replace(waiting[name], folder / name)
-    finally:
-        for temporary in waiting.values():
-            temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
-
-
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """As `atomic_write`, for a file that is written piece by piece: it takes its name when the block ends well.
@@ -102,6 +74,50 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def atomic_files(folder: str | os.PathLike[str], files: Mapping[str, bytes | str]) -> Path:
+    """Write several files of one folder so that a full disk leaves all of them as they were.
+
+    Args:
+        folder: Made if missing; other files in it stay.
+        files: Name -> content; a string is written as UTF-8.
+
+    Returns:
+        `folder` as a `Path`.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+
+    Example:
+        >>> folder = atomic_files(getfixture("tmp_path") / "new", {"a.txt": "1", "b.txt": "2"})
+        >>> sorted(file.name for file in folder.iterdir())
+        ['a.txt', 'b.txt']
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    written: dict[Path, Path] = {}
+    try:
+        for name, data in files.items():
+            path = folder / name
+            if path.is_dir():
+                raise IsADirectoryError(f"Cannot write the file {str(path)!r}: a folder has this name.")
+            written[path] = _hidden_sibling(path, "tmp")
+            with open(written[path], "xb") as file:
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in written.items():  # takes no room
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    _sync_folder(folder)
+    return folder
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Fill a folder that takes its name only when the block ends well.
@@ -122,6 +138,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
         FileExistsError: If the folder is not empty and `overwrite` is False.
         NotADirectoryError: If `path` is a file.
         ValueError: If `path` is, or holds, the working directory or the home folder: all of it would be replaced.
+        OSError: If the disk is full or the folder cannot be written, whatever the writer inside the block raised.
 
     Example:
         >>> target = getfixture("tmp_path") / "probe"
@@ -131,13 +148,18 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
         ['config.json']
     """
     path = Path(os.path.abspath(path))
-    _check_replaceable(path, overwrite)
+    check_replaceable(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden_sibling(path, "tmp")
     temporary.mkdir()
     try:
         yield temporary
         _exchange(temporary, path)
+    except SafetensorError as error:  # its writer tells a full disk in words alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
@@ -251,7 +273,16 @@ def _hidden_sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex[:12]}.{kind}")
 
 
-def _check_replaceable(path: Path, overwrite: bool) -> None:
+def check_replaceable(path: Path, overwrite: bool = True) -> None:
+    """Refuse what `atomic_folder` would not replace.
+
+    Args:
+        path: An absolute path.
+        overwrite: False: an existing folder that is not empty is an error.
+
+    Raises:
+        FileExistsError, NotADirectoryError, ValueError: As `atomic_folder`.
+    """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"Cannot make the folder {str(path)!r}: a file has this name. Choose another name.")
     for name, kept in (("the working directory", Path.cwd()), ("the home folder", Path.home())):

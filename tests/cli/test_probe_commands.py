@@ -143,7 +143,7 @@ def test_push_tells_folders_apart(tmp_path, place):
         "manifest.json": ("store of features", "dataset"),
         "pipeline.py": ("custom pipeline", "model"),
     }.items():
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("{}")
         assert what_is(str(tmp_path)) == kind
         (tmp_path / name).unlink()
 
