@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from diffusers_repr.cli import options
+
+OUT = options.Out("probe", ("probe.json",), replaced=True)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_repr.features.data import load_images
     from diffusers_repr.features.selection_result import Selection
     from diffusers_repr.heads import get_protocol
+    from diffusers_repr.hub.schema import printable
     from diffusers_repr.tasks import Probe
 
     get_protocol(args.protocol, args.head)
@@ -75,12 +79,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if "test" in data:
         probe.evaluate(data["test"], progress_bar=bar)
-    probe.save_pretrained(args.out)
-    from diffusers_repr.hub.schema import printable
-
     print(probe)
     for score in probe.recipe.scores:
         print(f"{printable(score.split):<12} {score.name:<18} {score.value:.4f}  ({score.rows} images)")
+    options.save_or_keep(lambda folder: probe.save_pretrained(folder, title=Path(args.out).name), args.out, "probe")
     print(f"Saved to {args.out}")
     return 0
 

@@ -20,11 +20,11 @@ from diffusers_repr.hub.schema import shown
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
 from diffusers_repr.models.weights import check_tensors
 
-Architecture = Literal["sit", "dit"]
+Architecture = Literal["sit", "dit", "hybvit"]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
 # Where training scripts keep weights, in the order of preference.
-NESTED = ("ema", "model", "state_dict")
+NESTED = ("ema", "model", "state_dict", "model_state_dict")
 # Width -> heads, of the named sizes.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -37,12 +37,14 @@ class ConvertedCheckpoint:
     """A checkpoint in the form of this package.
 
     Attributes:
-        config: Arguments of `SiTTransformer2DModel`.
+        config: Arguments of `SiTTransformer2DModel`, or of `JointViTModel`.
         transformer: Its state dict.
         projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
             sequence; none for the others.
-        architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999.
+        architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999, `hybvit`
+            noise and classes.
         notes: What was left out or assumed, a sentence each.
+        scheduler: Arguments of its `DDPMScheduler`, of a `hybvit`.
     """
 
     config: dict[str, Any]
@@ -50,6 +52,7 @@ class ConvertedCheckpoint:
     projectors: list[dict[str, Tensor]] = field(default_factory=list)
     architecture: Architecture = "sit"
     notes: tuple[str, ...] = ()
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def select_weights(checkpoint: Mapping[str, Any], which: str | None = None) -> t
     """The state dict in a checkpoint, without the prefixes that DDP and `torch.compile` put before names.
 
     Args:
-        checkpoint: As read; a state dict, or one that holds some under `ema`, `model` or `state_dict`.
+        checkpoint: As read; a state dict, or one that holds some under `ema`, `model`, `state_dict` or
+            `model_state_dict`.
         which: One of those names; None takes the first that is there, the average (`ema`) before the trained weights.
 
     Returns:
@@ -143,8 +147,8 @@ def convert_state_dict(
     """
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
-    check_tensors(weights, "The checkpoint", floating=True)
-    _check_ranks(weights)
+    projectors = {key: 2 for key in weights if key.startswith("projectors.") and key.endswith(".weight")}
+    check_weights(weights, _RANKS | projectors)
     config = _sizes(weights, dict(overrides or {}))
     check_config(config, "The checkpoint's network")
     _check_names(weights, config)
@@ -206,23 +210,43 @@ _RANKS = {
     "blocks.0.mlp.fc1.weight": 2,
     "t_embedder.mlp.0.weight": 2,
     "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
 }
 
 
-def _check_ranks(weights: Mapping[str, Tensor]) -> None:
-    """Refuse empty tensors, and those from which sizes are read where they have other dimensions."""
+def check_weights(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    """Refuse tensors that no network of a checkpoint has.
+
+    Args:
+        weights: A state dict.
+        ranks: Name -> dimensions, of tensors from which sizes are read.
+
+    Raises:
+        ValueError: For numbers that are not finite or whole, empty tensors, and other dimensions; names the tensor.
+    """
+    check_tensors(weights, "The checkpoint", floating=True)
     for key, value in weights.items():
-        wanted = 2 if key.startswith("projectors.") and key.endswith(".weight") else _RANKS.get(key, value.ndim)
-        if not value.numel() or value.ndim != wanted or (key == "pos_embed" and value.ndim < 2):
+        if not value.numel() or value.ndim != ranks.get(key, value.ndim):
             raise ValueError(f"The checkpoint's tensor {key!r} is {tuple(value.shape)}, which no such network has.")
+
+
+def block_numbers(weights: Iterable[str], stack: str) -> list[int]:
+    """Numbers of the blocks `<stack>.<number>.` among names.
+
+    Raises:
+        ValueError: For a number beyond what can be built.
+    """
+    found = [match[1] for key in weights if (match := re.match(rf"{re.escape(stack)}\.(\d+)\.", key))]
+    far = [number for number in found if len(number) > 6 or int(number) >= MAX_DEPTH]
+    if far:
+        raise ValueError(f"The checkpoint has a block {shown(far[0])}; allowed are {MAX_DEPTH} blocks.")
+    return [int(number) for number in found]
 
 
 def _sizes(weights: Mapping[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
     """The config, as far as shapes and overrides tell."""
-    blocks = [int(found[1]) for key in weights if (found := re.match(r"blocks\.(\d{1,18})\.", key))]
+    blocks = block_numbers(weights, "blocks")
     needed = ("x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.attn.qkv.weight")
-    if blocks and max(blocks) >= MAX_DEPTH:
-        raise ValueError(f"The checkpoint has a block {shown(max(blocks))}; allowed are {MAX_DEPTH} blocks.")
     if not blocks or any(name not in weights for name in needed):
         raise ValueError(
             f"This is no checkpoint of DiT, SiT or REPA: it lacks {_some(n for n in needed if n not in weights)}. It "
@@ -364,6 +388,8 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "ConvertedCheckpoint",
+    "block_numbers",
+    "check_weights",
     "convert_state_dict",
     "read_checkpoint",
     "select_weights",

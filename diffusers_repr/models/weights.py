@@ -203,8 +203,11 @@ def build_on_meta(cls: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
     """A network from its config, without weights."""
     # Not `from_config`: it drops values that were first given by position.
     accepted = inspect.signature(cls.__init__).parameters
+    settings = {k: v for k, v in config.items() if k in accepted and not k.startswith("_")}
+    if "_class_name" in config and hasattr(cls, "extract_init_dict"):  # a class may read older configs in its own way
+        settings, *_ = cls.extract_init_dict({**settings, "_class_name": config["_class_name"]})
     with torch.device("meta"):
-        model = cls(**{k: v for k, v in config.items() if k in accepted and not k.startswith("_")})
+        model = cls(**settings)
     return model.to("meta")
 
 
