@@ -103,9 +103,9 @@ def read_config(given: str | None) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
-    argument = either(
-        boolean(), integer(-1, 1_000_000), number(), schema_text(200), listing(integer(1, 1_000_000), 1, 8)
-    )
+    names = listing(schema_text(1000), 1), mapping(schema_text(1000), 1)
+    sizes = listing(integer(1, 1_000_000), 1, 8)
+    argument = either(boolean(), integer(-1, 1_000_000), number(), schema_text(200), *names, sizes)
     return mapping(optional(argument))(config, at)
 
 

@@ -147,8 +147,8 @@ def convert_state_dict(
     """
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
-    projectors = {key: 2 for key in weights if key.startswith("projectors.") and key.endswith(".weight")}
-    check_weights(weights, _RANKS | projectors)
+    matrices = [key for key in weights if key.startswith("projectors.") and key.endswith(".weight")]
+    check_weights(weights, _RANKS | dict.fromkeys(matrices, 2))
     config = _sizes(weights, dict(overrides or {}))
     check_config(config, "The checkpoint's network")
     _check_names(weights, config)

@@ -45,7 +45,8 @@ def convert_joint_vit(
             square, `id2label`.
 
     Raises:
-        ValueError: For names that are unknown or missing, numbers that are not finite, another schedule, and what cannot be told.
+        ValueError: For names that are unknown or missing, numbers that are not finite, another schedule, and what
+            cannot be told.
     """
     overrides = dict(overrides or {})
     wrapped = any(key.startswith(_NETWORK) for key in weights)

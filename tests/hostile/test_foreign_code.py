@@ -59,7 +59,7 @@ CASES = {
                               "by code that lies beside it", False),
     "code called as the pipeline": ([changed(INDEX, "_class_name", to="Net"), written("Net.py", CODE)],
                                     "_class_name is 'Net'", False),
-    "no pipeline": ([changed(INDEX, "_class_name", to="UNet2DModel")], "which is no pipeline of diffusers", False),
+    "no pipeline": ([changed(INDEX, "_class_name", to="UNet2DModel")], "no pipeline of diffusers", False),
     "a pipeline of further repositories": ([changed(INDEX, "_class_name", to="KandinskyCombinedPipeline")],
                                            "further repositories that its card names", False),
     "no name": ([changed(INDEX, "_class_name", drop=True)], "_class_name is null", False),

@@ -191,7 +191,7 @@ CHECKPOINTS = {
             "'blocks.0.attn.proj.weight' has .* values that are not finite"),
     "whole numbers": (lambda w: {**w, "final_layer.linear.bias": w["final_layer.linear.bias"].int()},
                       "'final_layer.linear.bias' holds torch.int32"),
-    "a block far away": (lambda w: {**w, "blocks.999999999.x": torch.ones(1)}, "block 999999999; allowed are 512"),
+    "a block far away": (lambda w: {**w, "blocks.999999999.x": torch.ones(1)}, "block '999999999'; allowed are 512"),
     "another rank": (lambda w: {**w, "x_embedder.proj.weight": torch.ones(4, 4)}, "'x_embedder.proj.weight' is"),
     "nothing in it": (lambda w: {**w, "blocks.0.mlp.fc1.weight": torch.ones(8, 0)}, "'blocks.0.mlp.fc1.weight' is"),
     "flat positions": (lambda w: {**w, "pos_embed": torch.ones(4)}, r"'pos_embed' is \(4,\)"),

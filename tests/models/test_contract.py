@@ -49,6 +49,7 @@ CASES = {
         joint_vit,
         lambda: {"hidden_states": torch.randn(2, 2, 8, 4), "timestep": TIMES},
         {"sample": (2, 2, 8, 4), "logits": (2, 3)},
+        close=0.3,  # its outputs reach 10
         targets=("to_q", "to_v") if issubclass(JointViTModel, PeftAdapterMixin) else (),
     ),
 }
@@ -57,6 +58,4 @@ CASES = {
 @pytest.mark.parametrize("concern", CONCERNS)
 @pytest.mark.parametrize("name", CASES)
 def test_keeps_the_contract(name, concern, tmp_path):
-    if name == "JointViTModel" and not issubclass(JointViTModel, ReprModelMixin):
-        pytest.skip("takes ReprModelMixin as its first base")
     check(CASES[name], concern, tmp_path)
