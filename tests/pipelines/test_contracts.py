@@ -1,5 +1,6 @@
 """diffusers' contracts of a pipeline, for each of ours that samples."""
 
+import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
@@ -64,6 +65,7 @@ class ByPrompt(PipelineContract):
     repeated = {"prompt": ["a cat", "a cat", "owls", "owls"], **size}
 
 
+@pytest.mark.slow  # as that of SDXL, in three times its time
 class TestGuidedStableDiffusion(ByPrompt):
     cutoff = SDCFGCutoffCallback
 

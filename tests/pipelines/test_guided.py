@@ -36,8 +36,12 @@ def network(pipe):
 
 
 @pytest.mark.parametrize("folder", GUIDED)
-def test_one_class_a_file_installed_and_in_the_repository(folder):
+def test_one_class_a_file(folder):
     assert check_pipeline_file(ROOT / "pipelines" / folder / "pipeline.py") == GUIDED[folder][1]
+
+
+@pytest.mark.parametrize("folder", ["guided_dit", "guided_unconditional"])
+def test_installed_and_in_the_repository(folder):
     ours, _, settings = make(folder, installed=True)
     assert type(ours).__module__ == f"diffusers_repr.pipelines.{folder}.pipeline"
     first = run(ours, **settings, guidance=[PAG(2.0)])

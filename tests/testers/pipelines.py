@@ -198,7 +198,7 @@ class PipelineContract:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_by_from_pretrained(self, pipe, want, folder, dtype):
-        half = self.load(pipe, folder, torch_dtype=dtype)
+        half = self.load(pipe, folder, dtype=dtype)
         assert half.dtype == network(half).dtype == dtype
         images = self.sample(half)
         assert images.dtype == np.float32
