@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: official checkpoints of REPA, SiT and DiT to a pipeline folder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: REPA, SiT, DiT and HybViT checkpoints to a pipeline folder."""
 
 from __future__ import annotations
 
@@ -7,27 +7,35 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_repr.cli import options
+
 if TYPE_CHECKING:
     from diffusers_repr.models.convert import ConvertedCheckpoint
+
+
+OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("checkpoint", help="a .pt file (read without running code in it) or .safetensors")
-    parser.add_argument("--out", required=True, help="folder to write; `SiTPipeline.from_pretrained` loads it")
+    parser.add_argument(
+        "--out", required=True, help="folder to write; `SiTPipeline` (of HybViT `JointDiffusionPipeline`) loads it"
+    )
     parser.add_argument(
         "--weights",
-        choices=("ema", "model", "state_dict"),
+        choices=("ema", "model", "state_dict", "model_state_dict"),
         help="which of those in the file; ema if there, else model",
     )
     parser.add_argument(
         "--architecture",
-        choices=("sit", "dit"),
-        help="what the network predicts: a velocity (REPA too), or noise; needed where the file does not tell",
+        choices=("sit", "dit", "hybvit"),
+        help="what the network predicts: a velocity (REPA too), noise, or noise and classes; needed where the file "
+        "does not tell",
     )
     parser.add_argument(
         "--config",
-        help="arguments of SiTTransformer2DModel that shapes do not tell, JSON or a file with JSON or YAML: "
+        help="arguments of the network that shapes do not tell, JSON or a file with JSON or YAML: "
         "'{\"num_attention_heads\": 6}'",
     )
     parser.add_argument("--path", choices=("linear", "cosine"), default="linear", help="of a sit")
@@ -41,15 +49,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was written."""
     from diffusers_repr.hub.files import atomic_folder
+    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
     from diffusers_repr.models.convert import convert_state_dict, read_checkpoint, select_weights
+    from diffusers_repr.models.convert_joint import convert_joint_vit, is_joint_vit
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
     overrides = read_config(args.config)
     weights, name = select_weights(read_checkpoint(args.checkpoint), args.weights)
-    converted = convert_state_dict(weights, args.architecture, overrides)
-    pipe = _pipeline(converted, args)
+    if args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights)):
+        if args.vae is not None:
+            raise ValueError("A HybViT is a network of pixels; drop --vae.")
+        converted = convert_joint_vit(weights, checked(overrides, JointViTModel))
+        pipe = _joint_pipeline(converted)
+    else:
+        converted = convert_state_dict(weights, args.architecture, checked(overrides, SiTTransformer2DModel))
+        pipe = _pipeline(converted, args)
     with atomic_folder(out, overwrite=args.overwrite) as folder:
         pipe.save_pretrained(folder)
         _save_projectors(converted, folder)
@@ -58,42 +74,53 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_config(given: str | None) -> dict[str, Any]:
-    """Arguments of `SiTTransformer2DModel`, from JSON text or a file with JSON or YAML.
+    """Arguments of the network, from JSON text or a file with JSON or YAML.
 
     Raises:
         FileNotFoundError: If it is neither JSON text nor a file.
-        ValueError: For text that is no JSON or YAML object, and for unknown arguments.
+        ValueError: For text that is no JSON or YAML object, or values of another kind.
     """
-    import inspect
-
-    import yaml
-
-    from diffusers_repr.models import SiTTransformer2DModel
+    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional
+    from diffusers_repr.hub.schema import text as schema_text
+    from diffusers_repr.hub.yaml_text import parse_yaml, read_text
 
     if given is None:
         return {}
-    text = given.lstrip()
-    if not text.startswith("{"):
+    text, at = given, "--config"
+    if not given.lstrip().startswith("{"):
         path = Path(given)
         if not path.is_file():
             raise FileNotFoundError(f"--config {given!r} is no file, and no JSON object either ({{...}}).")
-        text = path.read_text(encoding="utf-8")
+        text, at = read_text(path), str(path)
     try:
-        config = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        config = json.loads(text) if text.lstrip().startswith("{") else parse_yaml(text, at)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--config {given!r} is no JSON or YAML ({error}).") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
-    known = set(inspect.signature(SiTTransformer2DModel.__init__).parameters) - {"self"}
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
+    argument = either(
+        boolean(), integer(-1, 1_000_000), number(), schema_text(200), listing(integer(1, 1_000_000), 1, 8)
+    )
+    return mapping(optional(argument))(config, at)
+
+
+def checked(config: dict[str, Any], model: type) -> dict[str, Any]:
+    """The arguments, if a model takes all of them.
+
+    Raises:
+        ValueError: For unknown ones.
+    """
+    import inspect
+
+    known = set(inspect.signature(model.__init__).parameters) - {"self"}  # type: ignore[misc]
     unknown = sorted(set(config) - known)
     if unknown:
-        raise ValueError(f"--config has {', '.join(unknown)}; SiTTransformer2DModel takes {', '.join(sorted(known))}.")
+        raise ValueError(f"--config has {', '.join(unknown)}; {model.__name__} takes {', '.join(sorted(known))}.")
     return config
 
 
 def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
-    from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, DDIMScheduler
 
     from diffusers_repr.models import SiTTransformer2DModel
@@ -101,10 +128,7 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
     from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-    with init_empty_weights(include_buffers=False):  # nothing is drawn, and nothing held twice
-        model = SiTTransformer2DModel(**converted.config)
-    model.load_state_dict(converted.transformer, assign=True)
-    model.eval()
+    model = _network(SiTTransformer2DModel, converted)
     scheduler: Any
     if converted.architecture == "dit":
         scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
@@ -113,6 +137,24 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
         scheduler = cls(path=args.path)
     vae = None if args.vae is None else AutoencoderKL.from_pretrained(args.vae)
     return SiTPipeline(model, scheduler, vae)
+
+
+def _joint_pipeline(converted: ConvertedCheckpoint) -> Any:
+    from diffusers import DDPMScheduler
+
+    from diffusers_repr.models import JointViTModel
+    from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+
+    return JointDiffusionPipeline(_network(JointViTModel, converted), DDPMScheduler(**converted.scheduler))
+
+
+def _network(model: Any, converted: ConvertedCheckpoint) -> Any:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):  # nothing is drawn, and nothing held twice
+        network = model(**converted.config)
+    network.load_state_dict(converted.transformer, assign=True)
+    return network.eval()
 
 
 def _save_projectors(converted: ConvertedCheckpoint, folder: Path) -> None:

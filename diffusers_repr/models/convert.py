@@ -17,11 +17,11 @@ from torch import Tensor
 
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
 
-Architecture = Literal["sit", "dit"]
+Architecture = Literal["sit", "dit", "hybvit"]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
 # Where training scripts keep weights, in the order of preference.
-NESTED = ("ema", "model", "state_dict")
+NESTED = ("ema", "model", "state_dict", "model_state_dict")
 # Width -> heads, of the named sizes.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -34,12 +34,14 @@ class ConvertedCheckpoint:
     """A checkpoint in the form of this package.
 
     Attributes:
-        config: Arguments of `SiTTransformer2DModel`.
+        config: Arguments of `SiTTransformer2DModel`, or of `JointViTModel`.
         transformer: Its state dict.
         projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
             sequence; none for the others.
-        architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999.
+        architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999, `hybvit`
+            noise and classes.
         notes: What was left out or assumed, a sentence each.
+        scheduler: Arguments of its `DDPMScheduler`, of a `hybvit`.
     """
 
     config: dict[str, Any]
@@ -47,6 +49,7 @@ class ConvertedCheckpoint:
     projectors: list[dict[str, Tensor]] = field(default_factory=list)
     architecture: Architecture = "sit"
     notes: tuple[str, ...] = ()
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -91,7 +94,8 @@ def select_weights(checkpoint: Mapping[str, Any], which: str | None = None) -> t
     """The state dict in a checkpoint, without the prefixes that DDP and `torch.compile` put before names.
 
     Args:
-        checkpoint: As read; a state dict, or one that holds some under `ema`, `model` or `state_dict`.
+        checkpoint: As read; a state dict, or one that holds some under `ema`, `model`, `state_dict` or
+            `model_state_dict`.
         which: One of those names; None takes the first that is there, the average (`ema`) before the trained weights.
 
     Returns:

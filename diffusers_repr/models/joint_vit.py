@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -20,6 +22,7 @@ from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.sit_blocks import SiTAttnProcessor
 
 MODULATIONS = ("token", "channel")
+FORMS = ("hybvit", "early")
 
 
 @dataclass
@@ -35,13 +38,15 @@ class JointViTOutput(BaseOutput):
     logits: Tensor | None = None
 
 
-class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
+class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Pre-norm vision transformer with a class token, told the noise level or not.
 
-    The network of HybViT (Yang et al. 2022, arXiv 2208.07791), and without classes that of GenViT.
-    With a timestep the tokens are scaled and shifted before the attention of each block, on the residual stream:
-    `x (1 + s) + b`. Without one, for clean images, that path is left out and the network is an ordinary ViT. It starts
-    at zero here, so a new network is the same with and without a timestep.
+    The network of HybViT (Yang et al. 2022, arXiv 2208.07791) as its code has it, and without classes that of GenViT.
+    With a timestep the tokens are scaled and shifted before the attention and before the MLP of each block, on the
+    residual stream: `x (1 + s) + b`. Without one, for clean images, that path is left out and the network is an
+    ordinary ViT.
+
+    A folder that was saved before `form` was an argument holds an `early` network, and loads as one.
 
     Args:
         sample_size: Height and width of x_0, one number if they are equal.
@@ -55,9 +60,13 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
         modulation: `token`, the paper's: one s and one b for each token, shared by all channels, whose layers grow
             with the square of the number of tokens and fix the size of the input; `channel`: one for each channel,
             as in adaptive layer norm, for inputs of any size.
-        modulate_mlp: The same once more before each MLP.
+        modulate_mlp: The same s and b once more before each MLP, as in all commands of the paper's code.
         dropout: In the blocks.
         id2label: Name of each class id, or the names in the order of the ids.
+        form: `hybvit`, the network of the paper's code: sines and cosines of the time as wide as a token, GELU between
+            the time's two layers, no biases of queries, keys and values, Xavier's normal weights. `early`, what this
+            class was at first, for networks trained then: as many sines and cosines as tokens (with few tokens
+            distant times look alike), SiLU, biases, modulation that starts at zero.
 
     Raises:
         ValueError: For sizes that do not fit together.
@@ -86,9 +95,10 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
         mlp_ratio: float = 2.0,
         num_classes: int = 10,
         modulation: str = "token",
-        modulate_mlp: bool = False,
+        modulate_mlp: bool = True,
         dropout: float = 0.0,
         id2label: Mapping[Any, str] | Sequence[str] | None = None,
+        form: str = "hybvit",
     ) -> None:
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -96,6 +106,11 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(
                 f"sample_size {height} x {width} must be multiples of patch_size {patch_size}, and hidden_size "
                 f"{hidden_size} of num_attention_heads {num_attention_heads}."
+            )
+        if form not in FORMS or (form == "hybvit" and hidden_size < 4):
+            raise ValueError(
+                f"form is one of {', '.join(FORMS)}, and hybvit has a hidden_size of at least 4; got {form!r} and "
+                f"{hidden_size}."
             )
         if modulation not in MODULATIONS or num_classes < 0:
             raise ValueError(
@@ -106,16 +121,25 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self._grid = (height // patch_size, width // patch_size)
         tokens = self._grid[0] * self._grid[1] + 1
-        modulated = self._waves = tokens if modulation == "token" else hidden_size
+        modulated = tokens if modulation == "token" else hidden_size
+        self._waves = modulated if form == "early" else hidden_size
         inner = 4 * tokens if modulation == "token" else hidden_size
         patch = patch_size * patch_size * in_channels
         self.patch_embed = nn.Linear(patch, hidden_size)
         self.class_token = nn.Parameter(torch.randn(1, 1, hidden_size))
         self.positions = nn.Parameter(torch.randn(1, tokens, hidden_size))
-        self.time_embed = TimestepEmbedding(self._waves, inner)
+        self.time_embed = TimestepEmbedding(self._waves, inner, act_fn="silu" if form == "early" else "gelu")
         self.blocks = nn.ModuleList(
             JointViTBlock(
-                hidden_size, num_attention_heads, mlp_ratio, inner, modulated, modulation, modulate_mlp, dropout
+                hidden_size,
+                num_attention_heads,
+                mlp_ratio,
+                inner,
+                modulated,
+                modulation,
+                modulate_mlp,
+                dropout,
+                attention_bias=form == "early",
             )
             for _ in range(num_layers)
         )
@@ -123,6 +147,33 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
             nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, num_classes)) if num_classes else None
         )
         self.proj_out = nn.Linear(hidden_size, patch)
+        if form == "hybvit":
+            self.reset_parameters()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As `ConfigMixin`; a saved config without `form` is that of an `early` network.
+
+        Args:
+            config_dict: A config; a saved one names its class.
+            **kwargs: What overrides it.
+        """
+        if "_class_name" in config_dict and "form" not in config_dict:
+            config_dict = {"modulate_mlp": False, **config_dict, "form": "early"}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of a new network of the form `hybvit`; positions and class token stay as they are."""
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if name.endswith((".to_q", ".to_k", ".to_v")):
+                # The paper's code has the three as one matrix (3 D, D), whose Xavier's normal is narrower.
+                nn.init.normal_(module.weight, std=math.sqrt(2 / (4 * module.in_features)))
+            else:
+                nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def labels(self) -> list[str]:
@@ -187,12 +238,17 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin):
             )
         # Half precision cannot tell neighbouring timesteps apart.
         times = times.to(torch.promote_types(times.dtype, torch.float32)).expand(like.shape[0])
-        waves = get_timestep_embedding(times, self._waves, flip_sin_to_cos=True, downscale_freq_shift=0)
+        early = self.config["form"] == "early"
+        waves = get_timestep_embedding(
+            times, self._waves, flip_sin_to_cos=early, downscale_freq_shift=0 if early else 1
+        )
         return self.time_embed(waves.to(like.dtype))
 
 
 class JointViTBlock(nn.Module):
-    """`x += Attn(LN(m(x)))` and `x += MLP(LN(x))`, where m scales and shifts the stream itself by the time.
+    """`x = m(x); x += Attn(LN(x)); x = m(x); x += MLP(LN(x))`, where m scales and shifts the stream by the time.
+
+    m starts as the identity.
 
     Args:
         dim: D.
@@ -203,6 +259,7 @@ class JointViTBlock(nn.Module):
         modulation: Which of them.
         modulate_mlp: m acts before the MLP too.
         dropout: Of the residual branches.
+        attention_bias: Whether queries, keys and values have biases.
     """
 
     def __init__(
@@ -213,8 +270,9 @@ class JointViTBlock(nn.Module):
         time_channels: int,
         modulated: int,
         modulation: str = "token",
-        modulate_mlp: bool = False,
+        modulate_mlp: bool = True,
         dropout: float = 0.0,
+        attention_bias: bool = False,
     ) -> None:
         super().__init__()
         self.by_token, self.modulate_mlp = modulation == "token", modulate_mlp
@@ -226,7 +284,7 @@ class JointViTBlock(nn.Module):
             dim,
             heads=num_attention_heads,
             dim_head=dim // num_attention_heads,
-            bias=True,
+            bias=attention_bias,
             dropout=dropout,
             processor=SiTAttnProcessor(),
         )

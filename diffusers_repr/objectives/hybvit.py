@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.objectives.diffusion import NoisyBatch
 from diffusers_repr.objectives.joint import JointObjective
 
@@ -66,12 +67,13 @@ class HybViTObjective(JointObjective):
 
     def denoise_and_classify(self, noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
         """One pass with the timestep."""
-        out = self.network(**self.denoiser.network_inputs(noisy.x_t, noisy.level, noisy.condition))
+        x_t = noisy.x_t.to(floating_dtype(self.network))
+        out = self.network(**self.denoiser.network_inputs(x_t, noisy.level, noisy.condition))
         return out.sample.float(), out.logits.float()
 
     def classify_clean(self, x0: Tensor) -> Tensor:
         """A pass without a timestep."""
-        return self.network(x0).logits.float()
+        return self.network(x0.to(floating_dtype(self.network))).logits.float()
 
 
 __all__ = ["HybViTObjective"]

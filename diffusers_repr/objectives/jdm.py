@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusers_repr.capture.split import bottleneck, encode_partial
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.joint import JointHead
 from diffusers_repr.objectives.base import rebuild
 from diffusers_repr.objectives.diffusion import NoisyBatch
@@ -22,6 +23,8 @@ class JDMObjective(JointObjective):
     The classifier reads the activations of x_0 at the lowest noise level, in a pass that ends behind the middle block
     (on `UNet2DModel`s about a third of a forward); with `classify="noised"` those of x_t in the pass that denoises it,
     at no cost. A classifier of x_t guides samples better, one of x_0 classifies images better.
+
+    The paper's commands train a U-Net with dropout 0.3 (`UNet2DModel(dropout=0.3)`), which acts on both losses.
 
     Args:
         denoiser: Of a `UNet2DModel` without classes.
@@ -65,7 +68,7 @@ class JDMObjective(JointObjective):
 
     def classify_clean(self, x0: Tensor) -> Tensor:
         """The encoder alone, at the lowest noise level."""
-        inputs = clean_inputs(self.denoiser, x0)
+        inputs = clean_inputs(self.denoiser, x0.to(floating_dtype(self.network)))
         # A sharded network prepares its backward pass at the end of the forward.
         whole = any(cls.__name__.startswith("FSDP") for cls in type(self.network).__mro__)
         found = encode_partial(self.network, **inputs, stop_early=not whole)

@@ -197,6 +197,25 @@ def test_equals_its_formula(norm, time):
         torch.testing.assert_close(got[row], p["linear2.weight"] @ x + p["linear2.bias"])
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_dropout_before_or_behind_the_norm(first):
+    """The paper's code drops first; written out with the same draws, in training."""
+    torch.manual_seed(0)
+    head = JointHead(6, 3, norm="batch", time_feature=False, dropout=0.5, dropout_first=first)
+    hidden = torch.randn(8, 6, 1, 1)
+    state = torch.get_rng_state()
+    got = head(hidden, [], 0)
+    torch.set_rng_state(state)
+    x = hidden[..., 0, 0]
+    for linear in (head.linear1, head.linear2):
+        drop = nn.functional.dropout(torch.ones_like(x), 0.5)
+        x = x * drop if first else x
+        x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+        x = linear(x if first else x * drop)
+        x = nn.functional.leaky_relu(x) if linear is head.linear1 else x
+    torch.testing.assert_close(got, x)
+
+
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_a_timestep_that_was_constant_in_training_blows_nothing_up(norm):
     torch.manual_seed(0)

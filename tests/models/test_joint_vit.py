@@ -1,4 +1,7 @@
-"""The joint vision transformer: its clean and its noisy path, patches, sizes; what the package reads of it."""
+"""The joint vision transformer: its clean and its noisy path, patches, sizes, its earlier form, adapters."""
+
+import json
+import math
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ TIME = ("time_embed.", ".modulation.")
 def tiny(moved=True, seed=0, **changes) -> JointViTModel:
     torch.manual_seed(seed)
     model = JointViTModel(**TINY | changes).double().eval()
-    if moved:  # away from the zeros that the time path starts at
+    if moved:  # so that the time acts strongly, and has biases
         with torch.no_grad():
             for block in model.blocks:
                 block.modulation.weight.normal_(std=0.3)
@@ -50,8 +53,7 @@ def test_the_clean_path_has_no_part_of_the_time_path():
     assert all(
         float(p.grad.abs().sum()) > 0
         for name, p in parameters.items()
-        # the mean of keys over a softmax cancels their bias
-        if not is_time(name) and not name.startswith("proj_out") and not name.endswith("to_k.bias")
+        if not is_time(name) and not name.startswith("proj_out")
     )
     with torch.no_grad():
         for name, p in parameters.items():
@@ -63,39 +65,48 @@ def test_the_clean_path_has_no_part_of_the_time_path():
     assert model(x, 5).sample.isnan().all()
 
 
-@pytest.mark.parametrize("modulation", ["token", "channel"])
-def test_a_new_network_is_the_same_with_and_without_a_timestep(modulation):
-    model, x = tiny(moved=False, modulation=modulation), images()
+@pytest.mark.parametrize(("form", "modulation"), [("hybvit", "token"), ("hybvit", "channel"), ("early", "token")])
+def test_modulation_of_zero_is_the_network_without_a_timestep(form, modulation):
+    model, x = tiny(moved=False, modulation=modulation, form=form), images()
     with torch.no_grad():
+        assert (model(x, 100).sample - model(x, 900).sample).abs().max() > 1e-3 or form == "early"
+        for block in model.blocks:
+            if form == "hybvit":
+                block.modulation.weight.zero_()
         plain, timed = model(x), model(x, torch.tensor([0, 400, 999]))
     assert torch.equal(plain.sample, timed.sample)
     assert torch.equal(plain.logits, timed.logits)
-    moved = tiny(modulation=modulation)
-    with torch.no_grad():
-        assert (moved(x, 100).sample - moved(x, 900).sample).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("modulate_mlp", [False, True])
-@pytest.mark.parametrize("modulation", ["token", "channel"])
-def test_equals_the_formulas_written_out(modulation, modulate_mlp):
+@pytest.mark.parametrize(
+    ("form", "modulation", "modulate_mlp"),
+    [("hybvit", "token", True), ("hybvit", "channel", False), ("early", "token", False), ("early", "channel", True)],
+)
+def test_equals_the_formulas_written_out(form, modulation, modulate_mlp):
     """By plain matrix products, one token path at a time."""
-    model, x = tiny(modulation=modulation, modulate_mlp=modulate_mlp), images()
+    model, x = tiny(form=form, modulation=modulation, modulate_mlp=modulate_mlp), images()
     times = torch.tensor([3.0, 250.5, 999.0])
     state = model.state_dict()
 
     def affine(name, value):
-        return value @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+        return value @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
 
     def norm(name, value):
         value = value - value.mean(-1, keepdim=True)
         value = value / (value.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return value * state[f"{name}.weight"] + state[f"{name}.bias"]
 
+    assert ("blocks.0.attn.to_q.bias" in state) == (form == "early")
     width = 9 if modulation == "token" else 16
-    rates = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float32) / (width // 2))
-    waves = times[:, None] * rates
-    waves = torch.cat([waves.cos(), waves.sin(), torch.zeros(3, width % 2)], dim=1).double()
-    temb = affine("time_embed.linear_2", F.silu(affine("time_embed.linear_1", waves)))
+    if form == "early":
+        rates = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float32) / (width // 2))
+        waves, between = times[:, None] * rates, F.silu
+        waves = torch.cat([waves.cos(), waves.sin(), torch.zeros(3, width % 2)], dim=1).double()
+    else:
+        rates = (-math.log(10000) * torch.arange(8, dtype=torch.float32) / 7).exp()
+        waves, between = times[:, None] * rates, F.gelu
+        waves = torch.cat([waves.sin(), waves.cos()], dim=1).double()
+    temb = affine("time_embed.linear_2", between(affine("time_embed.linear_1", waves)))
     h = torch.stack([
         x[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].permute(0, 2, 3, 1).reshape(3, -1)
         for r in range(4) for c in range(2)
@@ -158,13 +169,50 @@ def test_patches_there_and_back(height, width):
 def test_the_papers_size():
     with torch.device("meta"):
         model = JointViTModel()
-    assert model.num_parameters() == pytest.approx(11.19e6, rel=0.01)
-    assert sum(p.numel() for p in model.blocks[0].modulation.parameters()) == 33_930  # (4 65 + 1) 2 65
-    with torch.device("meta"):
         large = JointViTModel(sample_size=96, patch_size=4)
         free = JointViTModel(sample_size=96, patch_size=4, modulation="channel")
+        early = JointViTModel(form="early")
+    assert model.num_parameters() == 11_185_068
+    assert sum(p.numel() for p in model.blocks[0].modulation.parameters()) == 33_930  # (4 65 + 1) 2 65
     assert sum(p.numel() for p in large.blocks[0].modulation.parameters()) == 2_664_586  # 24^2 + 1 tokens
     assert sum(p.numel() for p in free.blocks[0].modulation.parameters()) == 295_680
+    # 65 waves and not 384; the biases of 9 blocks
+    assert early.num_parameters() == model.num_parameters() - (384 - 65) * 260 + 9 * 3 * 384
+
+
+def test_few_patches_still_tell_the_time():
+    """With as many waves as tokens, 4 patches and 2 frequencies, these two times nearly coincided."""
+    near = {}
+    for form in ("hybvit", "early"):
+        model = tiny(sample_size=4, form=form, hidden_size=32)
+        seen = []
+        model.time_embed.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        model(images(4, 4), torch.tensor([28.0, 650.0, 651.0]))
+        first, second, third = seen[0]
+        near[form] = float((first - second).norm() / second.norm())
+        assert (second - third).norm() > 0.1
+    assert near["hybvit"] > 0.5
+    assert near["early"] < 0.15
+
+
+def test_a_new_networks_weights_are_those_of_xavier():
+    """The three projections of attention have the spread of the one matrix that they are in the paper's code."""
+    torch.manual_seed(0)
+    model = JointViTModel(8, 4, 1, num_layers=1, hidden_size=256, num_attention_heads=4)
+    block = model.blocks[0]
+    spreads = {
+        "attn.to_q": 1024,  # 256 in, 768 out
+        "attn.to_v": 1024,
+        "attn.to_out.0": 512,
+        "ff.net.0.proj": 768,
+        "modulation": 30,  # 20 in, 10 out
+    }
+    for name, fans in spreads.items():
+        weight = block.get_submodule(name).weight
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / fans), rel=0.15 if name == "modulation" else 0.02)
+    assert model.proj_out.weight.std().item() == pytest.approx(math.sqrt(2 / (256 + 16)), rel=0.05)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    assert model.positions.std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_other_sizes():
@@ -197,6 +245,8 @@ def test_bad_settings():
         ({"modulation": "head"}, "one of token, channel"),
         ({"num_classes": -1}, "at least 0"),
         ({"id2label": ["a"]}, "must name the ids 0 to 2"),
+        ({"form": "paper"}, "one of hybvit, early"),
+        ({"hidden_size": 2}, "hidden_size of at least 4"),
     ):
         with pytest.raises(ValueError, match=message):
             JointViTModel(**TINY | settings)
@@ -211,6 +261,73 @@ def test_saved_and_loaded(tmp_path):
     x = images().float()
     assert torch.equal(again(x, 3).sample, model(x, 3).sample)
     assert tiny().labels == ["0", "1", "2"]
+
+
+EARLY_LOGITS = [[-0.025187, -0.132690, 0.062591], [-0.025499, -0.132830, 0.062659]]
+EARLY_ROW = [[0.494888, -0.221941, 0.489044, -0.432826], [0.499868, -0.257111, 0.290931, -0.229224]]
+
+
+def test_a_folder_of_the_earlier_form_loads_as_it_was(tmp_path):
+    """Its config has no `form`. The numbers are those that the class gave before it had one."""
+    made = JointViTModel(**TINY, form="early", modulate_mlp=False)
+    with torch.no_grad():
+        for at, p in enumerate(made.parameters()):
+            places = torch.arange(p.numel(), dtype=torch.float64) * (0.37 + at)
+            p.copy_((0.3 * places.sin()).float().view_as(p))
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("form") == "early"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = JointViTModel.from_pretrained(tmp_path)
+    assert (model.config.form, model.config.modulate_mlp) == ("early", False)
+    x = (torch.arange(128).float() * 0.7).cos().view(2, 2, 8, 4)
+    out = model(x, torch.tensor([28.0, 650.0]))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(out.logits, torch.tensor(EARLY_LOGITS), **close)
+    torch.testing.assert_close(out.sample[:, 1, 3], torch.tensor(EARLY_ROW), **close)
+    model.save_pretrained(tmp_path / "again")  # says what it is from now on
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["form"] == "early"
+    assert JointViTModel.from_config(JointViTModel.load_config(tmp_path)).config.form == "early"
+    assert JointViTModel.from_config(model.config).config.form == "early"
+    del config["modulate_mlp"]
+    assert JointViTModel.from_config(config).config.modulate_mlp is False
+    # arguments, not a saved config: a new network
+    assert JointViTModel.from_config(dict(TINY)).config.form == "hybvit"
+    assert JointViTModel.from_config(tiny().config).config.form == "hybvit"
+
+
+def test_adapters(tmp_path):
+    from peft import LoraConfig
+
+    model, x, times = tiny().float(), images().float(), torch.tensor([3, 250, 999])
+    model.save_pretrained(tmp_path)
+    plain = model(x, times)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    tuned = model(x, times)
+    assert (tuned.sample - plain.sample).abs().max() > 1e-2
+    model.save_lora_adapter(tmp_path / "lora")
+    again = JointViTModel.from_pretrained(tmp_path)
+    again.load_lora_adapter(tmp_path / "lora", prefix=None, use_safetensors=True)
+    assert torch.equal(again(x, times).logits, tuned.logits)
+    again.disable_lora()
+    assert torch.equal(again(x, times).logits, plain.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_eight_bits(dtype, tmp_path):
+    model, x, times = tiny(moved=False).float(), images().float(), torch.tensor([3, 250, 999])
+    model.save_pretrained(tmp_path)
+    want = model(x, times)
+    half = JointViTModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    out = half(x.to(dtype), times)
+    assert {p.dtype for p in half.parameters()} == {out.sample.dtype, out.logits.dtype} == {dtype}
+    far = {torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
+    assert (out.sample.float() - want.sample).abs().mean() < far * want.sample.std()
+    half.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    assert half.blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    out = half(x.to(dtype), times)
+    assert out.sample.dtype == dtype
+    assert (out.sample.float() - want.sample).abs().mean() < 0.2 * want.sample.std()
 
 
 def test_checkpointing_changes_no_gradient():

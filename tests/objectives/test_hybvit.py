@@ -94,6 +94,15 @@ def test_ddp_finds_no_unused_parameter(classify):
         distributed(batch(labels))["loss"].backward()
 
 
+def test_a_network_kept_in_half_precision():
+    full, half = make(classify="both"), make(classify="both")
+    half.network.to(torch.bfloat16)
+    for name, value in half(batch()).items():
+        assert value.dtype == torch.float32
+        if name not in ("accuracy", "labelled"):
+            torch.testing.assert_close(value, full(batch())[name], rtol=0.05, atol=0.02)
+
+
 def test_what_is_refused():
     with pytest.raises(TypeError, match="trains a JointViTModel; got UNet2DModel"):
         HybViTObjective(Denoiser(unet2d(1), DDPMScheduler()))

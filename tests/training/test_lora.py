@@ -2,12 +2,16 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
 
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives import DiffusionObjective, Objective
+from diffusers_repr.objectives.hybvit import HybViTObjective
 from diffusers_repr.training.lora import add_lora
+from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.training.loop_cases import (
     Numbers,
     assert_same,
@@ -75,6 +79,21 @@ def test_previews_of_a_tuned_network(tmp_path):
     assert (tmp_path / "samples" / "step-00000003.png").is_file()
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
     assert "lora" not in json.dumps(config)
+
+
+def test_a_joint_vit(tmp_path):
+    """Attention alone moves, merged into what is saved; the classifier stays as frozen as the rest."""
+    torch.manual_seed(0)
+    pipe = JointDiffusionPipeline(JointViTModel(8, 4, 1, 2, 8, 2, num_classes=4), DDPMScheduler())
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    objective = HybViTObjective(Denoiser.from_pipe(pipe))
+    run_here(tmp_path, objective, Numbers(classes=4), **SETTINGS, max_train_steps=2)
+    again = JointDiffusionPipeline.from_pretrained(tmp_path).unet
+    changed = {name for name, tensor in again.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {
+        f"blocks.{at}.attn.{part}.weight" for at in (0, 1) for part in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    assert again.config.form == "hybvit"
 
 
 def test_no_attention_to_adapt():
