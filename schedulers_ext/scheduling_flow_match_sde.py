@@ -200,7 +200,8 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
                     f"{num_inference_steps}."
                 )
             ends = np.array([self.config["first_t"], self.config["last_t"]])
-            given = np.linspace(*_shifted(ends, 1 / factor, path), num_inference_steps)
+            first, last = _shifted(ends, 1 / factor, path).tolist()
+            given = np.linspace(first, last, num_inference_steps)
             given = _shifted(given, factor, path)
             given[0], given[-1] = ends
         elif timesteps is None:

@@ -92,12 +92,13 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r} ({type(value).__name__}).")
-    if not math.isfinite(value):
+    number = float(value)
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite; got {value}.")
-    if value < low or value > high or (above and value == low):
+    if number < low or number > high or (above and number == low):
         start = f"above {low:g}" if above else f"from {low:g}"
         raise ValueError(f"{name} lies {start}{' and up' if above else ''} to {high:g}; got {value}.")
-    return float(value)
+    return number
 
 
 def count_samples(**told: Any) -> int:

@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from diffusers_repr.hub import check_pipeline_file
 from tests.testers.models import PIPELINES
 
 ROOT = Path(__file__).parents[2]
+FEW = ["class_unet", "sd", "dit"]  # a network alone, one with text, one with classes by name
 
 
-def test_a_folder_of_every_family_loads_runs_saves_and_loads_again(tmp_path):
-    """One process for all, see `load_custom.py`: equal to the plain extractor, settings and components kept."""
+@pytest.mark.parametrize("names", [FEW, pytest.param([n for n in PIPELINES if n not in FEW], marks=pytest.mark.slow)])
+def test_a_folder_of_every_family_loads_runs_saves_and_loads_again(tmp_path, names):
+    """One process for several, see `load_custom.py`: equal to the plain extractor, settings and components kept."""
     env = {
         **os.environ,
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
@@ -21,7 +25,7 @@ def test_a_folder_of_every_family_loads_runs_saves_and_loads_again(tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     run = subprocess.run(
-        [sys.executable, "-m", "tests.pipelines.load_custom"],
+        [sys.executable, "-m", "tests.pipelines.load_custom", *names],
         env=env,
         cwd=tmp_path,
         capture_output=True,
@@ -32,7 +36,7 @@ def test_a_folder_of_every_family_loads_runs_saves_and_loads_again(tmp_path):
     rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"name"')]
     errors = {row["name"]: row["error"] for row in rows}
     assert "trust_remote_code=True" in errors.pop("no consent")
-    assert errors == dict.fromkeys(PIPELINES)
+    assert errors == dict.fromkeys(names)
 
 
 def test_the_file_can_be_published():

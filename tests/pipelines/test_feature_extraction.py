@@ -119,7 +119,10 @@ def test_the_class_of_the_original_is_read_from_its_folder():
         FeatureExtractionPipeline(**{**empty, "scheduler": DDPMScheduler()})
 
 
-@pytest.mark.parametrize("name", ["ddim", "sd", "sdxl", "dit", "flux_guidance", "sana"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddim", "sd", "dit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "flux_guidance", "sana"))],
+)
 def test_model_offload(name):
     def run(pipe):
         layer = "mid_block" if hasattr(build(name), "unet") else "transformer_blocks.1"

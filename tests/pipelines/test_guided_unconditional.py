@@ -80,6 +80,7 @@ def test_the_number_of_steps_is_the_stock_pipelines():
         assert len(calls) == steps
 
 
+@pytest.mark.slow
 def test_every_sampler_solves_the_same_equation():
     """The probability flow has one solution: DDIM in many small steps, and others in few, meet."""
     ours = make("ddpm", DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
@@ -353,48 +354,3 @@ def test_saving(tmp_path):
     assert sample(half).dtype == np.float32
     moved = GuidedUnconditionalPipeline.from_pipe(build("class_unet"))
     assert np.array_equal(sample(moved), sample(make("class_unet")))
-
-
-def test_progress_bar(capfd):
-    ours = make("ddpm")
-    sample(ours)
-    assert "it/s" not in capfd.readouterr().err
-    ours.set_progress_bar_config(disable=False, desc="sampling")
-    sample(ours)
-    err = capfd.readouterr().err
-    assert "sampling: 100%" in err
-    assert "4/4" in err
-
-
-def test_errors():
-    ours, plain = make("class_unet"), make("ddpm")
-    cases = [
-        (ours, {"class_labels": 10}, ValueError, r"must lie in 0..9; got \[10\]"),
-        (ours, {"class_labels": [1, -1]}, ValueError, r"must lie in 0..9"),
-        (ours, {"class_labels": 1.5}, TypeError, "whole numbers, one or one a sample; got 1.5"),
-        (ours, {"class_labels": [True]}, TypeError, "whole numbers"),
-        (ours, {"class_labels": ["cat"]}, TypeError, "whole numbers, one or one a sample; got .'cat'"),
-        (ours, {"class_labels": [[1, 2]]}, TypeError, "whole numbers"),
-        (ours, {"class_labels": []}, (TypeError, ValueError), "whole numbers|How many samples"),
-        (ours, {"class_labels": [1, 2, 3], "batch_size": 2}, ValueError, "batch_size: 2, class_labels: 3"),
-        (ours, {"generator": [seeded()] * 3, "batch_size": 2}, ValueError, "batch_size: 2, generator: 3"),
-        (ours, {"batch_size": 0}, ValueError, "How many samples. batch_size: 0"),
-        (ours, {"guidance_scale": 2.0}, ValueError, "guides towards classes: pass class_labels"),
-        (ours, {"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite"),
-        (ours, {"guidance_scale": "2"}, TypeError, "guidance_scale must be a number"),
-        (ours, {"latents": torch.zeros(2, 1, 16, 16)}, ValueError, r"latents are \(B, 3, H, W\); got \(2, 1, 16, 16"),
-        (ours, {"latents": torch.zeros(3, 16, 16)}, ValueError, r"latents are \(B, 3, H, W\)"),
-        (ours, {"output_type": "jpg"}, ValueError, "output_type is 'pil', 'np', 'pt' or 'latent'; got 'jpg'"),
-        (ours, {"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, r"asked for \['noise'\]"),
-        (plain, {"class_labels": 1}, ValueError, "unconditional .*drop class_labels"),
-        (plain, {"guidance_scale": 2.0}, ValueError, r"needs a null class, .*num_class_embeds=None"),
-        (plain, {"eta": 0.5}, ValueError, "DDPMScheduler does not take eta, got 0.5"),
-        (plain, {"use_clipped_model_output": True}, ValueError, "does not take use_clipped_model_output"),
-    ]
-    calls = []
-    for pipe in (ours, plain):
-        pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    for pipe, settings, error, match in cases:
-        with pytest.raises(error, match=match):
-            sample(pipe, **settings)
-    assert not calls

@@ -1,44 +1,14 @@
-"""What both schedulers share: diffusers' interface, configs, grids of one's own, the forward process."""
-
-import json
+"""What both schedulers share: diffusers' interface, grids of one's own, the forward process."""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 from tests.schedulers.gaussian import path
 
-SETTINGS = {
-    FlowMatchODEScheduler: {"num_train_timesteps": 500, "path": "cosine", "solver": "heun"},
-    FlowMatchSDEScheduler: {
-        "num_train_timesteps": 500,
-        "path": "cosine",
-        "diffusion": "sigma",
-        "diffusion_scale": 0.5,
-        "last_t": 0.02,
-        "first_t": 0.98,
-    },
-}
-both = pytest.mark.parametrize("cls", SETTINGS)
-
-
-@both
-def test_config_round_trip(cls, tmp_path):
-    scheduler = cls(**SETTINGS[cls])
-    scheduler.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == cls.__name__
-    for again in (cls.from_pretrained(tmp_path), cls.from_config(scheduler.config)):
-        assert {key: again.config[key] for key in SETTINGS[cls]} == SETTINGS[cls]
-        assert len(again) == 500
-        again.set_timesteps(4)
-        scheduler.set_timesteps(4)
-        assert torch.equal(again.timesteps, scheduler.timesteps)
-    other = next(key for key in SETTINGS if key is not cls)
-    assert other.from_config(scheduler.config).config["path"] == "cosine"
-    assert cls.from_config(FlowMatchEulerDiscreteScheduler(num_train_timesteps=500).config).config["path"] == "linear"
+both = pytest.mark.parametrize("cls", [FlowMatchODEScheduler, FlowMatchSDEScheduler])
 
 
 @both
@@ -52,12 +22,7 @@ def test_interface(cls):
     scheduler.set_timesteps(4, device="cpu")
     assert scheduler.timesteps.dtype == torch.float32
     assert scheduler.timesteps[0] == 1000
-    assert len(scheduler.sigmas) == len(scheduler.timesteps) + 1
     assert [scheduler.index_for_timestep(t) for t in scheduler.timesteps] == [0, 1, 2, 3]
-    got = scheduler.step(x, scheduler.timesteps[0], x)
-    assert got.prev_sample.shape == x.shape
-    assert scheduler.step_index == 1
-    assert isinstance(scheduler.step(x, scheduler.timesteps[1], x, None, False), tuple)
 
 
 @both

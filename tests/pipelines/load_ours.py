@@ -1,0 +1,98 @@
+"""Run by `test_loading.py`: loads each folder of ours with `custom_pipeline=`, in a process of its own.
+
+Guided ones are compared with `guide` on the stock pipeline, saved, loaded again with and without the folder; SiT and
+joint diffusion with what the test, whose folder is the argument, has sampled.
+"""
+
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
+
+from diffusers_repr import PAG, guide
+from tests.pipelines.guided_cases import GUIDED, arguments, run
+from tests.testers.models import saved
+
+
+def consent(folder: str) -> dict:
+    torch.set_num_threads(1)
+    diffusers.utils.logging.disable_progress_bar()
+    return {"custom_pipeline": str(Path(__file__).parents[2] / "pipelines" / folder), "trust_remote_code": True}
+
+
+def load_guided(folder: str, name: str, class_name: str) -> None:
+    pipe = DiffusionPipeline.from_pretrained(saved(name), **consent(folder))
+    stock = DiffusionPipeline.from_pretrained(saved(name))
+    assert type(pipe).__name__ == class_name
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    kept = [{k for k, c in p.components.items() if c is not None} for p in (pipe, stock)]
+    assert kept[0] == kept[1]
+    assert {k: v for k, v in pipe.config.items() if k[0] != "_"} == {
+        k: v for k, v in stock.config.items() if k[0] != "_"
+    }
+    settings = arguments(name)
+    guided = run(pipe, **settings, guidance=PAG(2.0))
+    assert pipe.guidance_stats.lanes > len(pipe.guidance_stats.steps)
+    if name != "class_unet":
+        plain = run(stock, **settings)
+        assert np.array_equal(run(pipe, **settings), plain)
+        with guide(stock, PAG(2.0)):
+            assert np.array_equal(run(stock, **settings), guided)
+        assert np.abs(guided - plain).max() > 1e-4
+    with tempfile.TemporaryDirectory() as root:
+        pipe.save_pretrained(root)
+        assert type(DiffusionPipeline.from_pretrained(root)) is type(stock)
+        again = DiffusionPipeline.from_pretrained(root, **consent(folder))
+        assert type(again).__name__ == class_name
+        assert np.array_equal(run(again, **settings, guidance=PAG(2.0)), guided)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(run(pipe, **settings, guidance=PAG(2.0)), guided)
+    print(f"{folder} is good", flush=True)
+
+
+def load_sit(place: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(place / "sit", **consent("sit"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    call = {"num_inference_steps": 4, "output_type": "np"}
+    images = pipe("goldfish", generator=torch.Generator().manual_seed(0), **call).images
+    assert np.array_equal(images, np.load(place / "sit.npy"))
+    pipe.save_pretrained(place / "sit-again")
+    assert type(DiffusionPipeline.from_pretrained(place / "sit-again", **consent("sit"))).__name__ == "SiTPipeline"
+    assert DiffusionPipeline.from_pretrained(place / "sit-pixels", **consent("sit")).vae is None
+    print("sit is good", flush=True)
+
+
+def load_joint(place: Path) -> None:
+    for kind in ("unet", "vit"):
+        pipe = DiffusionPipeline.from_pretrained(place / kind, **consent("joint_diffusion"))
+        assert type(pipe).__module__.startswith("diffusers_modules.local")
+        pipe.set_progress_bar_config(disable=True)
+        call = {"class_labels": "owl", "guidance_scale": 5.0, "num_inference_steps": 4, "output_type": "np"}
+        want = np.load(place / f"{kind}.npy")
+
+        def far(pipe=pipe, call=call, want=want) -> float:
+            return np.abs(pipe(**call, generator=torch.Generator().manual_seed(0)).images - want).max()
+
+        assert far() < 5e-5
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert far() < 5e-5
+        pipe.classify(torch.from_numpy(want).permute(0, 3, 1, 2))
+        pipe.remove_all_hooks()
+        cpu_offload(pipe.unet, torch.device("cpu"))  # the sequential one, whose "cpu:0" accelerate cannot handle
+        assert far() < 5e-5
+    print("joint is good", flush=True)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
+    for case in (*cases, (load_sit, (place,)), (load_joint, (place,))):  # forked, so that the imports are paid once
+        process = multiprocessing.get_context("fork").Process(target=case[0], args=case[1])
+        process.start()
+        process.join()

@@ -1,0 +1,89 @@
+"""diffusers' contracts of a pipeline, for each of ours that samples."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
+from diffusers_repr.pipelines.guided_dit.pipeline import GuidedDiTPipeline
+from diffusers_repr.pipelines.guided_stable_diffusion.pipeline import GuidedStableDiffusionPipeline
+from diffusers_repr.pipelines.guided_stable_diffusion_xl.pipeline import GuidedStableDiffusionXLPipeline
+from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
+from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+
+from diffusers_repr.heads import JointHead
+from diffusers_repr.models import JointViTModel
+from tests.pipelines import sit_cases
+from tests.testers.models import build, unet2d
+from tests.testers.pipelines import PipelineContract
+
+CLASSES = {
+    "pair": {"class_labels": [1, 2], "guidance_scale": 4.0},
+    "one": {"class_labels": [2], "guidance_scale": 4.0},
+    "repeated": {"class_labels": [1, 1, 2, 2], "guidance_scale": 4.0},
+}
+
+
+class ByClass(PipelineContract):
+    pair, one, repeated = CLASSES["pair"], CLASSES["one"], CLASSES["repeated"]
+
+
+class TestSiT(ByClass):
+    def make(self):
+        return sit_cases.pipeline(FlowMatchODEScheduler(shift=2.0), vae=sit_cases.autoencoder())
+
+
+class TestGuidedUnconditional(ByClass):
+    def make(self):
+        return GuidedUnconditionalPipeline(build("class_unet").unet, DDIMScheduler())
+
+
+class TestJointUNet(ByClass):
+    off = {"guidance_scale": 0.0}
+
+    def make(self):
+        torch.manual_seed(0)
+        unet = unet2d(1).eval()
+        head = JointHead.for_unet(unet, 3).eval()
+        return JointDiffusionPipeline(unet, DDIMScheduler(), head)
+
+
+class TestJointViT(ByClass):
+    off = {"guidance_scale": 0.0}
+
+    def make(self):
+        torch.manual_seed(0)
+        vit = JointViTModel((8, 8), 4, 1, 2, 16, 2, num_classes=3).eval()
+        return JointDiffusionPipeline(vit, DDIMScheduler())
+
+
+class ByPrompt(PipelineContract):
+    many = "num_images_per_prompt"
+    size = {"height": 32, "width": 32, "guidance_scale": 4.0}
+    pair = {"prompt": ["a cat", "owls"], **size}
+    one = cut = {"prompt": ["owls"], **size}  # diffusers' cutoff callbacks are for one prompt
+    repeated = {"prompt": ["a cat", "a cat", "owls", "owls"], **size}
+
+
+@pytest.mark.slow  # as that of SDXL, in three times its time
+class TestGuidedStableDiffusion(ByPrompt):
+    cutoff = SDCFGCutoffCallback
+
+    def make(self):
+        parts = build("sd").components | {"scheduler": DDIMScheduler()}
+        return GuidedStableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+class TestGuidedStableDiffusionXL(ByPrompt):
+    cutoff = SDXLCFGCutoffCallback
+
+    def make(self):
+        return GuidedStableDiffusionXLPipeline(**build("sdxl").components | {"scheduler": DDIMScheduler()})
+
+
+class TestGuidedDiT(ByClass):
+    cutoff, many = None, None
+    output_types = ("pil", "np", "pt")
+
+    def make(self):
+        return GuidedDiTPipeline(**build("dit").components)

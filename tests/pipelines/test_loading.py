@@ -1,0 +1,34 @@
+"""`custom_pipeline=` through diffusers' own loader, for each folder of ours that samples."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
+
+from tests.pipelines import sit_cases
+from tests.pipelines.guided_cases import GUIDED
+from tests.pipelines.test_joint_diffusion import make
+
+
+def test_every_folder_loads_with_consent(tmp_path):
+    """One process for all, which forks: most of the time of a process goes into imports."""
+    pipe = sit_cases.pipeline(
+        FlowMatchSDEScheduler(path="cosine"), vae=sit_cases.autoencoder(), id2label={1: "goldfish"}
+    )
+    call = {"num_inference_steps": 4, "output_type": "np"}
+    pipe.save_pretrained(tmp_path / "sit")
+    sit_cases.pipeline().save_pretrained(tmp_path / "sit-pixels")
+    np.save(tmp_path / "sit.npy", pipe("goldfish", generator=torch.Generator().manual_seed(0), **call).images)
+    for kind in ("unet", "vit"):
+        pipe = make(kind)
+        pipe.save_pretrained(tmp_path / kind)
+        guided = {"class_labels": "owl", "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(0)}
+        np.save(tmp_path / f"{kind}.npy", pipe(**guided, **call).images)
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.pipelines.load_ours", str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    good = [line for line in done.stdout.splitlines() if "good" in line]
+    assert good == [f"{name} is good" for name in (*GUIDED, "sit", "joint")], done.stderr[-3000:]
