@@ -6,6 +6,9 @@ layerwise casting and offloading have brought them; outside of it they may be st
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,7 +25,26 @@ def wide_dtype(module: nn.Module) -> torch.dtype:
 
 
 def _like(value: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if value is None else value.to(x.dtype)
+    return None if value is None else _cast(value, x)
+
+
+def _cast(value: Tensor, x: Tensor) -> Tensor:
+    # A view: the backward pass needs what was used here, while layerwise casting then changes the parameter's data.
+    return value.to(x.dtype).view(value.shape)
+
+
+def keeping_weights(stored: torch.dtype, used: torch.dtype) -> AbstractContextManager[Any]:
+    """Layers called inside keep for the backward pass the weights that they used.
+
+    Layerwise casting changes a parameter's data after each call; torch's convolutions would find the stored ones.
+
+    Args:
+        stored: Dtype of the weights outside of their layers' calls.
+        used: Dtype they are computed with; where it is the same, nothing is done.
+    """
+    if stored == used:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda kept: kept)
 
 
 class CastLinear(nn.Linear):
@@ -30,7 +52,7 @@ class CastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return functional.linear(x, self.weight.to(x.dtype), _like(self.bias, x))
+        return functional.linear(x, _cast(self.weight, x), _like(self.bias, x))
 
 
 class CastConv2d(nn.Conv2d):
@@ -38,7 +60,7 @@ class CastConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in, H, W)` to `(B, out, H', W')`."""
-        return self._conv_forward(x, self.weight.to(x.dtype), _like(self.bias, x))
+        return self._conv_forward(x, _cast(self.weight, x), _like(self.bias, x))
 
 
 class Projection(nn.Conv2d):
@@ -55,9 +77,9 @@ class Projection(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in, H, W)` to `(B, out, H, W)`."""
-        y = torch.matmul(self.weight.flatten(1).to(x.dtype), x.flatten(2))
+        y = torch.matmul(_cast(self.weight, x).flatten(1), x.flatten(2))
         if self.bias is not None:
-            y = y + self.bias.to(x.dtype)[:, None]
+            y = y + _cast(self.bias, x)[:, None]
         return y.unflatten(2, x.shape[2:])
 
 
@@ -106,5 +128,6 @@ __all__ = [
     "CastLayerNorm",
     "CastLinear",
     "Projection",
+    "keeping_weights",
     "wide_dtype",
 ]

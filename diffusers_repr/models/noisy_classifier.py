@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.hub.schema import listing, number, optional, record, text
 from diffusers_repr.models.labels import label_names, named_ids
-from diffusers_repr.models.layers import CastLinear
+from diffusers_repr.models.layers import CastLinear, keeping_weights
 from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.outputs import ClassifierOutput, packed
 
@@ -194,18 +194,24 @@ class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
                 f"NoisyClassifier got {len(times)} timesteps for {len(sample)} samples; pass one or each."
             )
         dtype = self.dtype  # the one computed in: layerwise casting stores weights in another
-        emb = self.time_embedding(self.time_proj(times.expand(len(sample))).to(dtype))
-        hidden = self.conv_in(sample.to(dtype))
+        with keeping_weights(self.conv_in.weight.dtype, dtype):
+            pooled = self._pooled(sample.to(dtype), times.expand(len(sample)))
+        with torch.autocast(sample.device.type, enabled=False):
+            logits = self.classifier(pooled.to(torch.promote_types(dtype, torch.float32)))
+        return packed(logits, ClassifierOutput, return_dict)
+
+    def _pooled(self, sample: Tensor, times: Tensor) -> Tensor:
+        """`(B, width)` of x_t and timesteps `(B,)`, in the dtype of x_t."""
+        emb = self.time_embedding(self.time_proj(times).to(sample.dtype))
+        hidden = self.conv_in(sample)
         for block in self.down_blocks:
             hidden, _ = block(hidden, emb)
         hidden = nn.functional.silu(self.conv_norm_out(self.mid_block(hidden, emb)))
         pooled = hidden.mean((2, 3))
-        if self.pool is not None:
-            tokens = torch.cat([pooled[:, None], hidden.flatten(2).transpose(1, 2)], dim=1)
-            pooled = self.pool(pooled[:, None], encoder_hidden_states=tokens)[:, 0]
-        with torch.autocast(sample.device.type, enabled=False):
-            logits = self.classifier(pooled.to(torch.promote_types(dtype, torch.float32)))
-        return packed(logits, ClassifierOutput, return_dict)
+        if self.pool is None:
+            return pooled
+        tokens = torch.cat([pooled[:, None], hidden.flatten(2).transpose(1, 2)], dim=1)
+        return self.pool(pooled[:, None], encoder_hidden_states=tokens)[:, 0]
 
     def check_base(self, schedule: Any, channels: int, latent_scale: float | None = None) -> None:
         """Check that a denoiser's x_t and timesteps mean what they meant in training.

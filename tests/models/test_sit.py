@@ -188,24 +188,27 @@ def test_half_precision_by_every_door(dtype, tmp_path):
 
     wanted = sampled(pipe)
     for way in ({}, {"device_map": "cpu"}, {"device_map": "balanced"}):
-        loaded = SiTPipeline.from_pretrained(tmp_path, torch_dtype=dtype, **way)
+        loaded = SiTPipeline.from_pretrained(tmp_path, dtype=dtype, **way)
         loaded.set_progress_bar_config(disable=True)
         assert loaded.transformer.dtype == dtype
         assert torch.equal(sampled(loaded), wanted)
-    denoiser = Denoiser.from_pretrained(tmp_path, torch_dtype=dtype)
+    denoiser = Denoiser.from_pretrained(tmp_path, dtype=dtype)
     assert torch.equal(denoiser.predict(x.to(dtype), 500).eps, Denoiser.from_pipe(pipe).predict(x.to(dtype), 500).eps)
     features = [FeatureExtractor(one, "blocks.0", 300)(x) for one in (denoiser, Denoiser.from_pipe(pipe))]
     assert torch.equal(features[0]["blocks.0"], features[1]["blocks.0"])
     assert features[0]["blocks.0"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_gives_the_same():
     model, (x, t, y) = tiny(), inputs()
     compiled = torch.compile(tiny(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled, x, t, y), run(model, x, t, y))
-    blocks = tiny()
+
+
+def test_compiled_blocks_give_the_same():
+    model, blocks, wide = tiny(), tiny(), inputs(8, 12)
     blocks.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-    wide = inputs(8, 12)
     torch.testing.assert_close(run(blocks, *wide), run(model, *wide))
 
 

@@ -93,6 +93,22 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     )
 
 
+def slopes(case: ModelCase, model: nn.Module) -> list[Tensor]:
+    """Gradients with respect to all inputs of floating point but the timestep."""
+    inputs: list[Tensor] = []
+
+    def watch(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            inputs.append(value.clone().requires_grad_())
+            return inputs[-1]
+        if isinstance(value, Mapping):
+            return {key: part if key == "timestep" else watch(part) for key, part in value.items()}
+        return [watch(part) for part in value] if isinstance(value, list) else value
+
+    parts = model(**watch(case.given()), return_dict=False)
+    return list(torch.autograd.grad(sum(part.square().sum() for part in parts), inputs))
+
+
 @contextlib.contextmanager
 def silent():
     """Nothing is logged by diffusers from warnings on; its progress bars are no log."""
@@ -159,12 +175,12 @@ def saving(case: ModelCase, folder: Path) -> None:
 
 
 def loading_in_half(case: ModelCase, folder: Path) -> None:
-    """`torch_dtype` gives what casting gives, whatever way the weights come in."""
+    """`dtype`, or `torch_dtype`, gives what casting gives, whatever way the weights come in."""
     case.model().save_pretrained(folder / "single")
     ways = [{}, {"low_cpu_mem_usage": False}, {"device_map": "auto"}]
     for dtype, way in zip([*HALVES, HALVES[0]], ways, strict=True):
         with silent():
-            model = type(case.model()).from_pretrained(folder / "single", torch_dtype=dtype, **way)
+            model = type(case.model()).from_pretrained(folder / "single", dtype=dtype, **way)
             cast_model = case.model().to(dtype)
         assert model.dtype == dtype
         assert all(value.dtype == dtype for value in model.state_dict().values() if value.is_floating_point())
@@ -212,11 +228,13 @@ def stored_as(case: ModelCase, storage: torch.dtype, compute: torch.dtype, offlo
         if name in stored:
             value.copy_(value.to(storage).to(compute))
     assert equal(case.run(model, compute), case.run(rounded, compute))
+    if compute == torch.float32:
+        assert equal(slopes(case, model), slopes(case, rounded))
     assert {name for name, value in model.state_dict().items() if value.dtype == storage} == stored
 
 
 def layerwise_casting(case: ModelCase, folder: Path) -> None:
-    for compute in (torch.float32, *HALVES):
+    for compute in (torch.float32, torch.bfloat16):
         stored_as(case, EIGHT, compute)
     stored_as(case, torch.float16, torch.float32, offloaded=True)
 
