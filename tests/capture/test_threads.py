@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffusers_repr.capture import Tap, bottleneck, capture, capture_attention, encode_partial
+from diffusers_repr.capture.forwards import replace_forward
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
 from tests.capture.models import hook_count, inputs_of
@@ -102,6 +103,30 @@ def test_calls_of_another_thread_are_not_read():
         model(x)
         in_thread(lambda: model(2 * x))
     assert torch.equal(tape["0"], model(x))
+
+
+def test_another_forward_is_that_of_its_threads_calls():
+    model, x = nn.Linear(2, 2), torch.ones(1, 2)
+    own = model.forward
+    model.forward = lambda value: own(value) + 1  # someone's before
+    before = model.__dict__["forward"]
+    plain = model(x)
+
+    def work(factor):
+        def call():
+            undo = replace_forward(model, lambda inner, args, kwargs: factor * inner(*args, **kwargs))
+            found = model(x)
+            undo()
+            return [found, model(x)]
+
+        return lambda: [call() for _ in range(100)]
+
+    def stays():
+        return [model(x) for _ in range(200)]
+
+    found = at_once(work(2), work(3), stays)
+    assert equal(found, [[[2 * plain, plain]] * 100, [[3 * plain, plain]] * 100, [plain] * 200])
+    assert model.__dict__["forward"] is before
 
 
 def test_the_mode_comes_back_with_the_last_block():
