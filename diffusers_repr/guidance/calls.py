@@ -108,6 +108,15 @@ class CallReader:
             )
         return family.lanes(None if family.conditioning == "text" else self.pipe, config, inputs)
 
+    def refuse_rescale(self) -> None:
+        """Raise ValueError if the running pipeline rescales what its own guidance makes."""
+        if self.rescale > 0:
+            raise ValueError(
+                f"guidance_rescale={self.rescale} renormalises the pipeline's own guidance, and with it what is added "
+                "here. Call the pipeline with guidance_rescale=0; for rescaled classifier-free guidance give "
+                f"CFG(scale, rescale={self.rescale}), which replaces the pipeline's."
+            )
+
     def _level(self, inputs: Mapping[str, Any]) -> tuple[NoiseLevel, float]:
         family = self.denoiser.family
         told = torch.as_tensor(inputs[family.timestep_name])
