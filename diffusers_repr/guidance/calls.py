@@ -45,11 +45,11 @@ class CallReader:
         self.schedule: NoiseSchedule = denoiser.schedule
         self.rescale = 0.0
         self._batches: dict[int, BatchLanes] = {}
-        self._checked = False
+        self._nsr: float | None = None  # of the call before in this run
 
     def new_run(self) -> None:
         """A sampling run begins: which rows are conditional is found anew, and the network is looked at again."""
-        self._batches, self.rescale, self._checked = {}, 0.0, False
+        self._batches, self.rescale, self._nsr = {}, 0.0, None
 
     def read(self, inputs: dict[str, Any], first: FirstCall | None = None) -> tuple[NetworkCall, bool]:
         """The call with these keyword inputs.
@@ -65,15 +65,11 @@ class CallReader:
             ValueError: If its lanes or its noise level cannot be told; if the network caches activations.
             RuntimeError: If the network or a part of it is compiled.
         """
-        if not self._checked:
-            if self.pipe is not None:
-                check_seen(self.pipe, self.denoiser.model, called=True)
-            check_plain(self.denoiser.model, _SINCE)
-            self._checked = self.scheduler is not None  # else nothing tells that a run begins
         family, config = self.denoiser.family, self.denoiser.config
         given = inputs[family.sample_name]
         rows = given.shape[0]
         level, scale = self._level(inputs)
+        self._check_network(level)
         call = NetworkCall(inputs, rows, BatchLanes(slice(0, rows)), family.sample(config, inputs), level, scale)
         if first is not None and first.is_followed_by(call, given):
             return call, True
@@ -81,6 +77,15 @@ class CallReader:
             self._batches[rows] = self._lanes(inputs)
         call.batch = self._batches[rows]
         return call, False
+
+    def _check_network(self, level: NoiseLevel) -> None:
+        """Look at the network where a run begins: of a loop without scheduler, where the noise does not fall."""
+        nsr = float(level.nsr)
+        if self._nsr is None or (self.scheduler is None and nsr >= self._nsr):
+            if self.pipe is not None:
+                check_seen(self.pipe, self.denoiser.model, called=True)
+            check_plain(self.denoiser.model, _SINCE)
+        self._nsr = nsr
 
     def _lanes(self, inputs: dict[str, Any]) -> BatchLanes:
         family, config = self.denoiser.family, self.denoiser.config
@@ -107,6 +112,15 @@ class CallReader:
                 "and call the network with the conditional rows only."
             )
         return family.lanes(None if family.conditioning == "text" else self.pipe, config, inputs)
+
+    def refuse_rescale(self) -> None:
+        """Raise ValueError if the running pipeline rescales what its own guidance makes."""
+        if self.rescale > 0:
+            raise ValueError(
+                f"guidance_rescale={self.rescale} renormalises the pipeline's own guidance, and with it what is added "
+                "here. Call the pipeline with guidance_rescale=0; for rescaled classifier-free guidance give "
+                f"CFG(scale, rescale={self.rescale}), which replaces the pipeline's."
+            )
 
     def _level(self, inputs: Mapping[str, Any]) -> tuple[NoiseLevel, float]:
         family = self.denoiser.family

@@ -84,9 +84,16 @@ class Engine:
         """Set the hooks; the stack removes them."""
         self._executor.install(stack)
         self._tape.install(stack)
-        Hooks(stack, self.owner.enters).before(self.model, self._before)
+        Hooks(stack, self._acts).before(self.model, self._before)
         Hooks(stack, self.owner.is_in).after(self.model, self._after, prepend=True, always_call=True)
         stack.callback(self._recover)
+
+    def _acts(self) -> bool:
+        if self.owner.enters():
+            return True
+        if self.owner.is_in():  # another's call in the thread where a guided one may have been interrupted
+            self._recover()
+        return False
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -183,7 +190,8 @@ class Engine:
         if self.scheduler is not None:
             self._between.first = FirstCall(call, inputs[self.denoiser.family.sample_name])
         active = [(term, w) for term in self.terms if (w := term.weight(call.level))]
-        self._check(call, bool(active))
+        if call.batch.null is not None and (active or self.cfg is not None):
+            self._reader.refuse_rescale()
         for term, weight in active:
             if term.gradient is not None and term.gradient.update != "eps":
                 self._move(call, term, weight, step)
@@ -207,15 +215,6 @@ class Engine:
         step.passes += 1
         step.lanes += (which.stop - which.start) // call.samples + len(lanes)
         return given
-
-    def _check(self, call: NetworkCall, active: bool) -> None:
-        rescale = self._reader.rescale
-        if rescale > 0 and call.batch.null is not None and (active or self.cfg is not None):
-            raise ValueError(
-                f"guidance_rescale={rescale} renormalises the pipeline's own guidance, and with it what is added "
-                "here. Call the pipeline with guidance_rescale=0; for rescaled classifier-free guidance give "
-                f"CFG(scale, rescale={rescale}), which replaces the pipeline's."
-            )
 
     def _follow(self, call: NetworkCall, step: StepStats) -> dict[str, Any]:
         """A further call at one step: the null condition, at the latents that the first call was moved to."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch import nn
 
 from diffusers_repr.denoiser import Condition, Denoiser
+from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.calls import calling_pipeline, check_plain, refuse_own_guidance
@@ -20,6 +21,7 @@ from diffusers_repr.guidance.stats import GuidanceStats
 from diffusers_repr.guidance.watch import SchedulerWatcher, watch_scheduler
 from diffusers_repr.noise import NoiseSchedule
 
+_NO_TARGET = "guide takes a diffusers pipeline or a Denoiser; got {}. For a bare network: Denoiser(model, scheduler)."
 # Network -> its handle. Not a strong reference: the handle holds the network.
 _GUIDED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[GuidanceHandle]] = weakref.WeakKeyDictionary()
 
@@ -241,7 +243,13 @@ def unguide(target: Any) -> None:
 def _network(target: Any) -> nn.Module:
     if isinstance(target, nn.Module):
         return getattr(target, "_orig_mod", target)
-    return (target if isinstance(target, Denoiser) else _denoiser(target)).model
+    if isinstance(target, Denoiser):
+        return target.model
+    for name in COMPONENTS if hasattr(target, "components") else ():
+        component = getattr(target, name, None)
+        if isinstance(component, nn.Module):
+            return getattr(component, "_orig_mod", component)
+    raise TypeError(_NO_TARGET.format(type(target).__name__))
 
 
 def _guided_already(model: nn.Module) -> str:
@@ -270,10 +278,7 @@ def _configs(guidance: Any) -> list[Guidance]:
 
 def _denoiser(target: Any) -> Denoiser:
     if not hasattr(target, "components") or not hasattr(target, "config"):
-        raise TypeError(
-            f"guide takes a diffusers pipeline or a Denoiser; got {type(target).__name__}. For a bare network: "
-            "Denoiser(model, scheduler)."
-        )
+        raise TypeError(_NO_TARGET.format(type(target).__name__))
     return Denoiser.from_pipe(target)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffusers_repr.capture import Tap, bottleneck, capture, capture_attention, encode_partial
+from diffusers_repr.capture.forwards import replace_forward
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
 from tests.capture.models import hook_count, inputs_of
@@ -17,7 +18,7 @@ from tests.capture.test_traces import offload
 from tests.testers.models import build
 from tests.testers.threads import at_once, equal, in_thread
 
-THREADS, ROUNDS = 4, 6
+ROUNDS = 6
 
 
 def repeated(work):
@@ -75,23 +76,27 @@ def test_readers_of_every_kind_beside_a_plain_forward():
     assert hook_count(model) == 0
 
 
-def test_hooks_set_and_removed_while_forwards_run_and_break_off():
-    """What torch leaves unprotected: the numbers of hooks, their order, and going through them after an exception."""
-    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(4)])
-    inputs = [torch.full((1, 2), float(i)) for i in range(THREADS)]
+def test_hooks_set_and_removed_while_forwards_break_off():
+    """After an `Exception` torch goes through a module's hooks one by one, and fails if one is set meanwhile."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), nn.Linear(2, 2))
+    for _ in range(1000):
+        model[0].register_forward_hook(lambda module, args, output: None)
+    inputs = [torch.full((1, 2), float(i)) for i in range(4)]
+    layers = ["0.0", "0", "0.1", "0"]  # some are left inside of what others set their hooks on
     with torch.no_grad():
-        expected = [(model[:3](x), model(x)) for x in inputs]
+        expected = [model[0][0](inputs[0]), *(model[0](x) for x in inputs[1:])]
 
-    def work(x):
+    def work(x, layer):
         with torch.no_grad():
-            for _ in range(150):
-                with capture(model, ["2", "0"]) as tape:
+            for _ in range(700):
+                with capture(model, [layer]) as tape:
                     model(x)
-                yield tape["2"], model(x)
+                yield tape[layer]
 
-    for found, wanted in zip(at_once(*(lambda x=x: list(work(x)) for x in inputs)), expected, strict=True):
-        assert all(equal(pair, wanted) for pair in found)
-    assert hook_count(model) == 0
+    works = [lambda x=x, layer=layer: list(work(x, layer)) for x, layer in zip(inputs, layers, strict=True)]
+    for found, wanted in zip(at_once(*works), expected, strict=True):
+        assert all(equal(one, wanted) for one in found)
+    assert hook_count(model) == 1000
 
 
 def test_calls_of_another_thread_are_not_read():
@@ -102,6 +107,30 @@ def test_calls_of_another_thread_are_not_read():
         model(x)
         in_thread(lambda: model(2 * x))
     assert torch.equal(tape["0"], model(x))
+
+
+def test_another_forward_is_that_of_its_threads_calls():
+    model, x = nn.Linear(2, 2), torch.ones(1, 2)
+    own = model.forward
+    model.forward = lambda value: own(value) + 1  # someone's before
+    before = model.__dict__["forward"]
+    plain = model(x)
+
+    def work(factor):
+        def call():
+            undo = replace_forward(model, lambda inner, args, kwargs: factor * inner(*args, **kwargs))
+            found = model(x)
+            undo()
+            return [found, model(x)]
+
+        return lambda: [call() for _ in range(100)]
+
+    def stays():
+        return [model(x) for _ in range(200)]
+
+    found = at_once(work(2), work(3), stays)
+    assert equal(found, [[[2 * plain, plain]] * 100, [[3 * plain, plain]] * 100, [plain] * 200])
+    assert model.__dict__["forward"] is before
 
 
 def test_the_mode_comes_back_with_the_last_block():

@@ -14,6 +14,7 @@ from torch import nn
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser
 from tests.capture.models import hook_count, inputs_of, setting
+from tests.testers.cases import some
 from tests.testers.models import CONDITIONS, SIZES, build
 
 LAYERS = {
@@ -204,8 +205,11 @@ def sample(pipe, name):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, kind) for name in ("sd", "flux") for kind in ("model", "sequential", "block_level", "leaf_level")),
-     ("ddpm", "model"), ("ddpm", "sequential"), ("ddpm", "leaf_level")],
+    some(
+        [*((name, kind) for name in ("sd", "flux") for kind in ("model", "sequential", "block_level", "leaf_level")),
+         ("ddpm", "model"), ("ddpm", "sequential"), ("ddpm", "leaf_level")],
+        ("sd", "sequential"), ("sd", "leaf_level"), ("flux", "model"), ("flux", "block_level"), ("ddpm", "sequential"),
+    ),
 )  # fmt: skip
 def test_offloaded_models(name, kind):
     pipe = build(name)

@@ -12,6 +12,7 @@ from diffusers_repr.denoiser.family import BatchLanes
 from diffusers_repr.guidance.depth import consistency, prior_energy
 from diffusers_repr.heads import depth_layers, read_features
 from tests.guidance.readout_cases import bare, depth, gradient, hooks_of, images, normal, read, slope
+from tests.testers.cases import some
 from tests.testers.models import build, unet2d
 
 AT = 300
@@ -207,7 +208,10 @@ def test_gradient_equals_plain_autograd():
 # Whole pipelines
 
 
-@pytest.mark.parametrize(("name", "guidance_scale"), [("ddim", None), ("sd", 4.0), ("dit", 4.0), ("sd3", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "guidance_scale"),
+    some([("ddim", None), ("sd", 4.0), ("dit", 4.0), ("sd3", 1.0)], ("ddim", None), ("sd", 4.0)),
+)
 def test_whole_pipelines(name, guidance_scale):
     pipe = build(name)
     denoiser = Denoiser.from_pipe(pipe)

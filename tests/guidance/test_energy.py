@@ -12,6 +12,7 @@ from torch import nn
 from diffusers_repr import PAG, Denoiser, EnergyGuidance, GenericFamily, guide
 from diffusers_repr.guidance.sag import SAG
 from tests.guidance.energy_loops import STEPS, energy, sample, setup
+from tests.testers.cases import pairs, some
 from tests.testers.models import build, unet2d
 
 UP = "up_blocks.1.resnets.1.conv2"  # of Stable Diffusion: half of the latents' size
@@ -60,8 +61,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("update", list(RATES))
-@pytest.mark.parametrize(("name", "sampler", "scale"), CASES)
+@pytest.mark.parametrize(
+    ("name", "sampler", "scale", "update"),
+    some(
+        [(*case, update) for case in CASES for update in RATES],
+        ("sd", "dpm", 4.0, "eps"),
+        ("sd3", None, 4.0, "eps"),
+        ("dit", None, 4.0, "eps"),
+        ("flux", None, 1.0, "eps"),
+        ("sd", "euler", 4.0, "latent_sign"),
+        ("flux", None, 1.0, "latent_sign"),
+        ("sd", "ddim", 1.0, "latent_adam"),
+        ("dit", None, 1.0, "latent_adam"),
+    ),
+)
 def test_equals_a_loop_written_by_hand(name, sampler, scale, update):
     pipe = build(name)
     if sampler == "euler":
@@ -327,8 +340,16 @@ def test_offloaded_weights_are_back_after_the_early_stop():
     assert {parameter.device.type for parameter in denoiser.model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("update", list(RATES))
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("update", "error"),
+    pairs(
+        RATES,
+        [ZeroDivisionError, KeyboardInterrupt],
+        ("eps", KeyboardInterrupt),
+        ("latent_sign", ZeroDivisionError),
+        ("latent_adam", KeyboardInterrupt),
+    ),
+)
 def test_an_error_in_the_energy_leaves_nothing(update, error):
     pipe = build("sd")
     pipe.unet.conv_in.weight.requires_grad_(False)

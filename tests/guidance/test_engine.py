@@ -18,6 +18,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.pag import PAGTerm
 from diffusers_repr.noise import NoiseLevel
 from tests.capture.models import hook_count
+from tests.testers.cases import pairs, some
 from tests.testers.guidance import Counter, Recast, noise, sample, toy_denoiser
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build
 
@@ -52,7 +53,7 @@ def own_scales(pipe):
 # Off
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, "ddim", "sd", "dit", "sd3", "flux"))
 def test_weight_zero_is_the_stock_pipeline(name):
     pipe = build(name)
     network = network_of(pipe)
@@ -71,7 +72,7 @@ def test_weight_zero_is_the_stock_pipeline(name):
         assert handle.stats.calls == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, "ddim", "sd", "dit", "flux"))
 def test_outside_of_the_interval_it_is_the_stock_pipeline_too(name):
     """At steps where nothing acts, the same rows are run and nothing is rounded."""
     pipe = build(name)
@@ -121,7 +122,15 @@ def first_output(name, pipe, guidance, scale):
     return kept[0]
 
 
-@pytest.mark.parametrize(("method", "name"), CASES)
+FAST = [
+    *[("PAG", name) for name in ("ddim", "sd", "pixart", "sd3", "flux")],
+    ("PAG drop", "sd3"),
+    *[("CFG", name) for name in ("sd", "dit", "sana")],
+    *[("SAG", name) for name in ("ddim", "sd", "dit")],
+]
+
+
+@pytest.mark.parametrize(("method", "name"), some(CASES, *FAST))
 def test_terms_are_linear_in_the_weight(method, name):
     config = AFFINE[method][0]
     pipe = build(name).to(torch.float64) if name in ("ddpm", "ddim", "sd", "dit", "sd3") else build(name)
@@ -165,8 +174,18 @@ def twins(kind, prediction):
     return Recast(unet, scheduler), scheduler
 
 
-@pytest.mark.parametrize("method", TERMS)
-@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    pairs(
+        FORMS,
+        TERMS,
+        ("ddim", "PAG"),
+        ("ddim", "SAG"),
+        ("euler", "SAG"),
+        ("dpm", "CFG"),
+        ("dpm flow", "PAG adaptive"),
+    ),
+)
 def test_forms_of_prediction_give_the_same_samples(kind, method):
     results = []
     x, labels = noise(2, 3, 16, 16, dtype=torch.float64), torch.tensor([1, 2])
@@ -219,8 +238,16 @@ COSTS = {  # guidance, the pipeline's own scale, lanes and passes a step, backwa
 }
 
 
-@pytest.mark.parametrize("name", ["sd", "dit", "pixart"])
-@pytest.mark.parametrize("method", COSTS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    pairs(
+        COSTS,
+        ["sd", "dit", "pixart"],
+        *[(method, "sd") for method in COSTS],
+        ("CFG and PAG", "dit"),
+        ("SAG and CFG", "pixart"),
+    ),
+)
 def test_costs(method, name):
     guidance, scale, lanes, passes, backward = COSTS[method]
     pipe = build(name)
@@ -288,8 +315,16 @@ def test_one_noise_level_for_the_whole_batch(scheduler):
 # Half precision
 
 
-@pytest.mark.parametrize("name", ["ddim", "sd", "dit", "sd3", "flux"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    pairs(
+        ["ddim", "sd", "dit", "sd3", "flux"],
+        [torch.bfloat16, torch.float16],
+        ("ddim", torch.float16),
+        ("sd", torch.bfloat16),
+        ("flux", torch.float16),
+    ),
+)
 def test_half_precision_is_kept_and_the_sum_is_wider(name, dtype, monkeypatch):
     pipe = build(name).to(dtype)
     sums, correction = set(), PAGTerm.correction

@@ -84,16 +84,16 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("interval", MIXED, ids=str)
-@pytest.mark.parametrize("name", ["sd", "sd3"])
-def test_reversed_intervals_of_other_kinds_are_seen_with_the_model(name, interval):
+@pytest.mark.parametrize("name", ["ddim", "sd3"])
+def test_reversed_intervals_of_other_kinds_are_seen_with_the_model(name):
     pipe = build(name)
-    with pytest.raises(ValueError, match="is the wrong way round: give"):
-        guide(pipe, PAG(1.0, interval=interval))
-    assert untouched(pipe)
-    with guide(pipe, PAG(1.0, interval=interval[::-1])) as handle:
-        run(name, pipe, 1.0, steps=4)
-    assert 0 < sum(bool(step.acted) for step in handle.stats.steps) <= 4
+    for interval in MIXED:
+        with pytest.raises(ValueError, match="is the wrong way round: give"):
+            guide(pipe, PAG(1.0, interval=interval))
+        assert untouched(pipe)
+        with guide(pipe, PAG(1.0, interval=interval[::-1])) as handle:
+            run(name, pipe, 1.0 if name == "sd3" else None, steps=4)
+        assert 0 < sum(bool(step.acted) for step in handle.stats.steps) <= 4
 
 
 def test_intervals_of_every_kind_mean_the_same():
@@ -317,10 +317,11 @@ def test_compiled_parts_and_caches_are_refused_whenever_they_come(change, error,
     denoiser = Denoiser.from_pipe(pipe)
     x, condition = noise(1, 4, 16, 16), denoiser.condition(batch=1, size=(32, 32))
     with torch.no_grad(), guide(denoiser, PAG(1.0)):
-        denoiser.predict(x, 500, condition)
+        for timestep in (500, 400):
+            denoiser.predict(x, timestep, condition)
         undo = change(pipe.transformer)
-        with pytest.raises(error, match=message):
-            denoiser.predict(x, 400, condition)
+        with pytest.raises(error, match=message):  # the noise does not fall: another run
+            denoiser.predict(x, 500, condition)
         undo()
     with guide(pipe, PAG(1.0)):
         assert torch.equal(run("flux", pipe, 1.0, steps=1), guided)

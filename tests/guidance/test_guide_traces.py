@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 import pickle
 import warnings
 import weakref
@@ -19,6 +20,7 @@ from diffusers_repr.denoiser import Denoiser
 from tests.capture.models import hook_count
 from tests.capture.test_traces import offload
 from tests.guidance.test_engine import NAMES, network_of, own_scales, run
+from tests.testers.cases import pairs, some
 from tests.testers.guidance import Counter, Recast, noise, sample, toy_denoiser
 from tests.testers.models import build
 
@@ -53,7 +55,7 @@ def warmed(name):
     return pipe
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, "ddim", "sd", "dit", "sd3", "flux"))
 def test_nothing_is_left_after_success(name):
     pipe = warmed(name)
     before, processors = snapshot(pipe), _processors(pipe)
@@ -87,11 +89,22 @@ class Raises:
 ERRORS = [RuntimeError("in the network"), KeyboardInterrupt()]
 
 
-@pytest.mark.parametrize("form", ["block", "handle"])
-@pytest.mark.parametrize("guidance", [[PAG(2.0)], [energy()], [PAG(2.0), SAG(0.75), energy()]], ids=str)
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+GUIDANCES = {"PAG": [PAG(2.0)], "energy": [energy()], "all": [PAG(2.0), SAG(0.75), energy()]}
+
+
+@pytest.mark.parametrize(
+    ("error", "guidance", "form"),
+    some(
+        itertools.product(ERRORS, GUIDANCES, ["block", "handle"]),
+        (ERRORS[0], "all", "block"),
+        (ERRORS[0], "PAG", "handle"),
+        (ERRORS[1], "energy", "block"),
+        (ERRORS[1], "all", "handle"),
+    ),
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_nothing_is_left_after_an_error_in_the_network(error, guidance, form):
-    pipe = warmed("sd")
+    pipe, guidance = warmed("sd"), GUIDANCES[guidance]
     before = snapshot(pipe)
     expected = run("sd", pipe, 3.0)
     with guide(pipe, guidance):
@@ -362,8 +375,17 @@ def offload_and_run(name, pipe, kind, guidance, scale):
     return first, plain, second
 
 
-@pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
-@pytest.mark.parametrize("name", ["sd", "flux", "pixart"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    pairs(
+        ["sd", "flux", "pixart"],
+        ["model", "sequential", "block_level", "leaf_level"],
+        ("sd", "model"),
+        ("sd", "leaf_level"),
+        ("flux", "sequential"),
+        ("pixart", "block_level"),
+    ),
+)
 def test_offloaded_networks(name, kind):
     pipe = build(name)
     scale = own_scales(pipe)[-1]

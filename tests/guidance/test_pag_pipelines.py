@@ -27,6 +27,7 @@ from diffusers import (
 
 from diffusers_repr import PAG, guide
 from tests.guidance.attention_cases import randomised
+from tests.testers.cases import pairs, some
 from tests.testers.models import CONDITIONS, SIZES, build
 
 THEIRS = {
@@ -48,6 +49,7 @@ SEVERAL = {
     "pixart": (["blocks.0.", "blocks.1."], ["transformer_blocks.[01].attn1"]),
     "sana": (["blocks.0", "blocks.1"], "transformer_blocks.*.attn1"),
 }
+SCALES = [1.0, 4.0]
 CALLS = {
     "pixart": {"use_resolution_binning": False},
     "sana": {"use_resolution_binning": False, "complex_human_instruction": None},
@@ -99,8 +101,10 @@ def check(name, ours, theirs, guidance, guidance_scale, call=None, **pag):
     return handle
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize(
+    ("name", "guidance_scale"),
+    pairs(THEIRS, SCALES, ("sd", 1.0), ("sdxl", 4.0), ("sd3", 4.0), ("pixart", 1.0), ("sana", 4.0)),
+)
 def test_text_to_image(name, guidance_scale):
     theirs = of_parts(THEIRS[name], lively(build(name)), pag_applied_layers=DEFAULT[name])
     layers = "transformer_blocks.1.attn1" if name == "sana" else None  # whose middle is 0 of 2 by no publication
@@ -109,15 +113,14 @@ def test_text_to_image(name, guidance_scale):
     assert [(step.lanes, step.passes) for step in handle.stats.steps] == [(lanes, 1)] * handle.stats.calls
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize(("name", "guidance_scale"), pairs(THEIRS, SCALES, ("sd", 4.0), ("sd3", 1.0), ("pixart", 4.0)))
 def test_several_layers(name, guidance_scale):
     regular, layers = SEVERAL[name]
     theirs = of_parts(THEIRS[name], lively(build(name)), pag_applied_layers=regular)
     check(name, lively(build(name)), theirs, PAG(2.0, layers=layers), guidance_scale, pag_scale=2.0)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sana"])
+@pytest.mark.parametrize("name", some(["sd", "sdxl", "sd3", "sana"], "sd", "sana"))
 def test_adaptive_scale(name):
     """3 at the first timestep, less and less after: `max(0, 3 - a (1000 - t))`. Theirs fails for PixArt's batches."""
     layers = "transformer_blocks.1.attn1" if name == "sana" else None
@@ -130,7 +133,7 @@ def test_adaptive_scale(name):
     assert acted[-1] is (name == "sana")
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", some(["sd", "sdxl"], "sd"))
 def test_several_images_a_prompt(name):
     theirs = of_parts(THEIRS[name], lively(build(name)))
     call = {"prompt": ["a cat", "a dog"], "num_images_per_prompt": 2}
@@ -152,8 +155,7 @@ def picture(name, channels=3):
     return torch.rand(1, channels, *SIZES[name], generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("name", IMAGE)
+@pytest.mark.parametrize(("name", "guidance_scale"), pairs(IMAGE, SCALES, ("sd", 4.0), ("sd3", 1.0)))
 def test_image_to_image(name, guidance_scale):
     ours, theirs = (of_parts(cls, lively(build(name))) for cls in IMAGE[name])
     call = {"image": picture(name), "strength": 0.7, "num_inference_steps": 4}
@@ -163,8 +165,7 @@ def test_image_to_image(name, guidance_scale):
     assert 1 < handle.stats.calls < 4
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(("name", "guidance_scale"), pairs(MASKED, SCALES, ("sd", 4.0)))
 def test_inpainting(name, guidance_scale):
     ours, theirs = (of_parts(cls, lively(build(name))) for cls in MASKED[name])
     call = {"image": picture(name), "mask_image": (picture(name, 1) > 0.5).float(), "strength": 1.0}
@@ -172,8 +173,9 @@ def test_inpainting(name, guidance_scale):
     check(name, ours, theirs, PAG(3.0), guidance_scale, call, pag_scale=3.0)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("layers", ["mid", "down_blocks.1"])
+@pytest.mark.parametrize(
+    ("layers", "guidance_scale"), pairs(["mid", "down_blocks.1"], SCALES, ("mid", 1.0), ("down_blocks.1", 4.0))
+)
 def test_controlnet(layers, guidance_scale):
     """Its residuals are added between blocks: to the middle block's output, and to what the down blocks keep."""
     pipes = []
