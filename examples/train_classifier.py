@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffusers_repr.denoiser.vae import encode_latents, scale_latents
+from diffusers_repr.hub.places import public_name
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
 from diffusers_repr.objectives.base import Batch, Objective, rebuild
@@ -195,7 +196,8 @@ are those over all noise levels, and of parts of them:
 | part | timesteps |
 |---|---|
 {parts}"""
-    accuracy = {"type": "accuracy", "name": "accuracy over all noise levels", "dataset": dataset, "split": split}
+    accuracy = {"type": "accuracy", "name": "accuracy over all noise levels", "dataset": public_name(dataset),
+                "split": split}  # fmt: skip
     return {
         "kind": "`NoisyClassifier`", "tags": ["diffusers", "classifier-guidance", "image-classification"],
         "base_model": base.hub_id, "text": text, "metrics": {"eval_accuracy": accuracy},
