@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import interleaved, median, report
 from diffusers_repr.heads import ReadoutHead
-from diffusers_repr.heads.readout_parts import project, resize, resized_projections
+from diffusers_repr.heads.readout_parts import resize, resized_projections
 
 SIZE = (64, 64)
 MAPS = (
@@ -29,11 +29,11 @@ REPEATS = 5
 
 def held(layers: Iterator[torch.nn.Conv2d], maps: list[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
     resized = [resize(x, size) for x in maps]
-    return (project(layer, x) for layer, x in zip(layers, resized, strict=True))
+    return (layer(x) for layer, x in zip(layers, resized, strict=True))
 
 
 def streamed(layers: Iterator[torch.nn.Conv2d], maps: list[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-    return (project(layer, resize(x, size)) for layer, x in zip(layers, maps, strict=True))
+    return (layer(resize(x, size)) for layer, x in zip(layers, maps, strict=True))
 
 
 WAYS: dict[str, Callable[..., Iterator[Tensor]]] = {
@@ -79,7 +79,7 @@ def resident_mib(field: str) -> float:
 def measure(run: str, way: str) -> None:
     """In a process of its own: the peak of one run over what was resident before."""
     head, maps = make()
-    project(head.project[0], resize(maps[0][..., :1, :1], (2, 2)))  # libraries set up what they keep
+    head.project[0](resize(maps[0][..., :1, :1], (2, 2)))  # libraries set up what they keep
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident_mib("VmRSS")
     {"aggregate": aggregate, "whole": whole}[run](head, maps, way)

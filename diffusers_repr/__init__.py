@@ -70,6 +70,7 @@ _PUBLIC = {
     "fit_head": "diffusers_repr.heads",
     "frechet_distance": "diffusers_repr.metrics",
     "guide": "diffusers_repr.guidance",
+    "is_guided": "diffusers_repr.guidance",
     "knn_probe": "diffusers_repr.metrics",
     "linear_probe": "diffusers_repr.metrics",
     "list_encoder_families": "diffusers_repr.encoders",
@@ -88,6 +89,7 @@ _PUBLIC = {
     "select_features": "diffusers_repr.features.selection",
     "tokens_to_map": "diffusers_repr.features",
     "train": "diffusers_repr.training",
+    "unguide": "diffusers_repr.guidance",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -23,10 +23,8 @@ def load_digits_splits() -> DatasetDict:
 
     The splits `train` (997), `validation` (300) and `test` (500) are disjoint, stratified and the same everywhere.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError('The digits come with scikit-learn: pip install "diffusers-repr[demo]"') from error
+    from sklearn.datasets import load_digits
+
     source = load_digits()
     pixels = np.rint(source.images * 255 / 16).astype(np.uint8)  # 0..16 => 0..255
     labels = source.target.tolist()

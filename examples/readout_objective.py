@@ -19,9 +19,9 @@ from diffusers_repr.heads import (
     sample_points,
 )
 from diffusers_repr.hub import is_repo_id
+from diffusers_repr.hub.places import without_places
 from diffusers_repr.objectives import Objective
 from diffusers_repr.objectives.base import rebuild, weighted_sum
-from diffusers_repr.training.result import without_places
 
 TERMS = {"spatial": "mse", "depth": "l1", "appearance": "triplet", "correspondence": "cross_entropy"}
 

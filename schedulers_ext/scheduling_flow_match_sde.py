@@ -7,7 +7,8 @@ from 0 (data) to 1 (noise): SiT (arXiv 2401.08740), REPA (arXiv 2410.06940). Nee
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,19 @@ from diffusers.utils.torch_utils import randn_tensor
 
 PATHS = ("linear", "cosine")
 DIFFUSIONS = ("time", "sigma", "g2", "zero")
+SHIFT_TYPES = ("exponential", "linear")
+# Settings that tell of another noise process.
+_OTHER_PROCESS = ("beta_schedule", "sigma_data", "snr", "trained_betas")
+# Settings of other flow-matching schedulers that are not known here, and the values at which they do nothing.
+_FOREIGN: dict[str, object] = {
+    "flow_shift": 1.0,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
 
 
 class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
@@ -39,9 +53,19 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         diffusion_scale: Constant factor of w, 0 or larger.
         last_t: Where the step without noise begins, in (0, first_t).
         first_t: Where sampling begins, at most 1.
+        shift: Factor of the noise-to-signal ratio of each grid point, as in `FlowMatchEulerDiscreteScheduler`: on the
+            linear path `t -> shift t / (1 + (shift - 1) t)`. Above 1 more steps are where it is noisy. It moves the
+            grid alone, never what a timestep means.
+        use_dynamic_shifting: Take the shift from the `mu` of `set_timesteps` instead, which pipelines compute from the
+            size of the image.
+        base_shift: Kept for pipelines that compute `mu`: its value at `base_image_seq_len` tokens.
+        max_shift: Likewise, at `max_image_seq_len` tokens.
+        base_image_seq_len: See `base_shift`.
+        max_image_seq_len: See `max_shift`.
+        time_shift_type: The shift is `exp(mu)` if `exponential`, `mu` itself if `linear`.
 
     Raises:
-        ValueError: For a path or diffusion that does not exist, and numbers outside of their ranges.
+        ValueError: For a path, diffusion or kind of shift that does not exist, and numbers outside of their ranges.
 
     Example:
         >>> scheduler = FlowMatchSDEScheduler()
@@ -50,7 +74,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         [1000.0, 520.0, 40.0]
     """
 
-    _compatibles: list[str] = []
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
     order = 1
     init_noise_sigma = 1.0
 
@@ -63,6 +87,13 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         diffusion_scale: float = 1.0,
         last_t: float = 0.04,
         first_t: float = 1.0,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: str = "exponential",
     ) -> None:
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is 1 or more; got {num_train_timesteps}.")
@@ -74,10 +105,56 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"diffusion_scale is a finite number, 0 or larger; got {diffusion_scale}.")
         if not 0 < last_t < first_t <= 1:
             raise ValueError(f"0 < last_t < first_t <= 1 is needed; got last_t={last_t}, first_t={first_t}.")
+        if not (shift > 0 and math.isfinite(shift)):
+            raise ValueError(f"shift is a finite number above 0; got {shift}.")
+        if time_shift_type not in SHIFT_TYPES:
+            raise ValueError(f"time_shift_type is one of {', '.join(SHIFT_TYPES)}; got {time_shift_type!r}.")
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._set_grid(np.arange(num_train_timesteps, 0, -1) / num_train_timesteps, "cpu")
+        # Made from this config, a scheduler of another process refuses to step.
+        self.register_to_config(prediction_type="flow_prediction")
+        self._shift = shift
+        table = np.arange(num_train_timesteps, 0, -1) / num_train_timesteps
+        self._set_grid(table if use_dynamic_shifting else _shifted(table, shift, path), "cpu")
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler with the settings of another flow-matching one, of diffusers or of this kind.
+
+        Args:
+            config: `scheduler.config`.
+            return_unused_kwargs: Also return what was not used.
+            **kwargs: Settings to take instead.
+
+        Raises:
+            ValueError: For a config of another noise process, and a setting that would be lost.
+        """
+        if isinstance(config, Mapping):
+            config = {**config, **{name: kwargs.pop(name) for name in _FOREIGN if name in kwargs}}
+            _check_config(cls.__name__, config, kwargs)
+            config.pop("prediction_type", None)  # checked, and the same for all
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[Any]:
+        # diffusers looks for names of its own only, in the order of a set.
+        return [cls, *sorted(super()._get_compatibles(), key=lambda other: other.__name__)]
+
+    @property
+    def shift(self) -> float:
+        """The shift of the next `set_timesteps`, where it is not dynamic."""
+        return self._shift
+
+    def set_shift(self, shift: float) -> None:
+        """Take another shift from the next `set_timesteps` on.
+
+        Raises:
+            ValueError: Unless it is a finite number above 0.
+        """
+        if not (shift > 0 and math.isfinite(shift)):
+            raise ValueError(f"shift is a finite number above 0; got {shift}.")
+        self._shift = shift
 
     @property
     def step_index(self) -> int | None:
@@ -99,28 +176,35 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | torch.Tensor | np.ndarray | None = None,
         sigmas: Sequence[float] | torch.Tensor | np.ndarray | None = None,
+        mu: float | None = None,
     ) -> None:
         """Set the grid; give one of the three. 0, where sampling ends, is no part of it.
 
         Args:
             num_inference_steps: N, 2 or more: as many network calls.
             device: Of `timesteps`.
-            timesteps: Own grid, falling, in (0, num_train_timesteps].
-            sigmas: Own grid as values of sigma, falling, in (0, 1].
+            timesteps: Own grid, falling, in (0, num_train_timesteps]. It is not shifted.
+            sigmas: Own grid as values of sigma before the shift, falling, in (0, 1].
+            mu: Of the shift with `use_dynamic_shifting`; not looked at without, as in diffusers.
 
         Raises:
-            ValueError: For num_inference_steps below 2, and a grid that does not fall or leaves its range.
+            ValueError: For num_inference_steps below 2, a grid that does not fall or leaves its range, and a dynamic
+                shift without mu.
         """
-        given = _own_grid(
-            num_inference_steps, timesteps, sigmas, self.config["num_train_timesteps"], self.config["path"]
-        )
+        factor, path = _factor(self.config, self._shift, mu), self.config["path"]
+        given = _own_grid(num_inference_steps, timesteps, sigmas, self.config["num_train_timesteps"], path)
         if given is None:
             if num_inference_steps is None or num_inference_steps < 2:
                 raise ValueError(
                     f"num_inference_steps is 2 or more, one step from first_t and one from last_t; got "
                     f"{num_inference_steps}."
                 )
-            given = np.linspace(self.config["first_t"], self.config["last_t"], num_inference_steps)
+            ends = np.array([self.config["first_t"], self.config["last_t"]])
+            given = np.linspace(*_shifted(ends, 1 / factor, path), num_inference_steps)
+            given = _shifted(given, factor, path)
+            given[0], given[-1] = ends
+        elif timesteps is None:
+            given = _shifted(given, factor, path)
         if self.config["diffusion"] == "g2" and self.config["diffusion_scale"] > 0 and given[0] >= 1:
             raise ValueError(
                 "diffusion='g2' is infinite at t = 1. Set first_t below 1 (such as 1 - 1 / num_inference_steps), or "
@@ -300,3 +384,55 @@ def _noised(
     half = math.pi / 2
     alpha, sigma = (1 - t, t) if path == "linear" else (torch.cos(half * t), torch.sin(half * t))
     return (alpha * x0.to(dtype) + sigma * noise.to(dtype)).to(x0.dtype)
+
+
+def _check_config(name: str, config: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Refuse the config of another noise process, and settings that would be dropped without a word."""
+    origin = str(config.get("_class_name", name))
+    flow = origin == name or origin.startswith(("FlowMatch", "LTXEulerAncestralRF"))
+    flow = (flow and not any(key in config for key in _OTHER_PROCESS)) or bool(config.get("use_flow_sigmas"))
+    if not flow or config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        raise ValueError(
+            f"{name} samples networks that predict the velocity of a flow; this config (prediction_type="
+            f"{config.get('prediction_type')!r}) is of another noise process. Take a scheduler of that process, or "
+            f"make {name}() if the network does predict a velocity."
+        )
+    lost = {key: config[key] for key, none in _FOREIGN.items() if config.get(key, none) not in (none, None)}
+    if "shift" in changes:
+        lost.pop("flow_shift", None)
+    if lost:
+        told = ", ".join(f"{key}={value!r}" for key, value in lost.items())
+        other = ", ".join(f"{key}={_FOREIGN[key]!r}" for key in lost)
+        other += f", or shift={lost['flow_shift']!r}" if "flow_shift" in lost else ""
+        raise ValueError(
+            f"{name} has no {told} and its grid would be another one. Pass {other} to from_config, to go without."
+        )
+
+
+def _shifted(times: np.ndarray, factor: float, path: str) -> np.ndarray:
+    """Grid points t whose noise-to-signal ratio is `factor` times that at `times`."""
+    if factor == 1:
+        return times
+    if path == "linear":
+        times = factor * times / (1 + (factor - 1) * times)
+    else:
+        angle = 0.5 * math.pi * times
+        times = np.arctan2(factor * np.sin(angle), np.cos(angle)) * 2 / math.pi
+    times = np.minimum(times, 1.0)
+    if np.any(np.diff(times) >= 0):
+        raise ValueError(f"A shift of {factor:g} leaves no distance between two steps; take a smaller one.")
+    return times
+
+
+def _factor(config: Mapping[str, Any], shift: float, mu: float | None) -> float:
+    """What the noise-to-signal ratios are multiplied by."""
+    if not config["use_dynamic_shifting"]:
+        return shift
+    exponential = config["time_shift_type"] == "exponential"
+    if mu is None or not math.isfinite(mu) or (mu <= 0 and not exponential) or mu > 700:
+        kind = "a finite number" if exponential else "a finite number above 0"
+        raise ValueError(
+            f"With use_dynamic_shifting set_timesteps needs mu, {kind}; got {mu}. Pipelines compute it from "
+            "base_shift, max_shift and the number of image tokens."
+        )
+    return math.exp(mu) if exponential else mu

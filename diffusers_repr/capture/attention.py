@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffusers_repr.capture.capture import Tape, Transform, recording, refuse_compiled
 from diffusers_repr.capture.names import check_layers
+from diffusers_repr.denoiser.hooks import Hooks
 
 Heads = Literal["mean"] | None
 Order = Literal["self", "cross", "image_text", "text_image", "unknown"]
@@ -141,18 +142,16 @@ def capture_attention(
         tape._record(path, kept, None)
 
     with watching(tape, model, modules, keep) as hooks:
-        hooks.callback(model.register_forward_pre_hook(lambda module, args: held.clear()).remove)
+        hooks.before(model, lambda module, args, kwargs: held.clear())
         yield tape
 
 
 @contextmanager
-def watching(
-    tape: AttentionTape, model: nn.Module, modules: Mapping[str, nn.Module], keep: Keep
-) -> Iterator[ExitStack]:
+def watching(tape: AttentionTape, model: nn.Module, modules: Mapping[str, nn.Module], keep: Keep) -> Iterator[Hooks]:
     """Call `keep(path, tokens, arguments)` whenever a named layer calls `scaled_dot_product_attention`.
 
     Yields:
-        A stack for what is to be undone at the end.
+        What sets hooks until the end of the block.
     """
 
     def before(path: str) -> Callable[..., None]:
@@ -164,7 +163,7 @@ def watching(
         return hook
 
     def after(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             tape._running.pop()
             if path not in tape.features:
                 raise ValueError(
@@ -177,8 +176,8 @@ def watching(
 
     with recording(tape, model) as hooks:
         for path, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(after(path)).remove)
+            hooks.before(module, before(path))
+            hooks.after(module, after(path))
         with _Watch(tape, keep):
             yield hooks
 

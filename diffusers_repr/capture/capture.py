@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.capture.names import check_layers
-from diffusers_repr.capture.offload import is_offloaded, send_back
+from diffusers_repr.capture.offload import is_offloaded, only_reader, send_back
+from diffusers_repr.denoiser.hooks import AfterHook, BeforeHook, Hooks
 from diffusers_repr.denoiser.streams import image_stream
 
 Where = Literal["output", "input", "residual"]
@@ -22,7 +23,7 @@ Transform = Callable[[Tensor, str], Any]
 _OPEN = threading.local()  # `.tapes`: the capture blocks that this thread is in, outermost first
 
 
-class _Stop(Exception):
+class _Stop(BaseException):  # see `denoiser.hooks`: no code between may catch it
     """All layers are read; unwinds the forward to the end of the block that `tape` belongs to."""
 
     def __init__(self, tape: Tape) -> None:
@@ -46,6 +47,7 @@ class Tape:
         self.calls = 0
         self._versions: list[tuple[str, Tensor, int]] = []
         self._model: nn.Module | None = None  # while its block is open
+        self._undo: list[Callable[[], None]] = []  # of forwards that are left before their end
 
     def __getitem__(self, layer: str) -> Any:
         if layer not in self.features:
@@ -69,7 +71,7 @@ class Tape:
                 f"Layer {path!r} ran twice in one forward; which call is meant is not clear. Read another."
             )
         kept = value if transform is None else transform(value, path)
-        if torch.compiler.is_compiling():  # neither versions nor an early exit are part of a graph
+        if torch.compiler.is_dynamo_compiling():  # neither versions nor an early exit are part of a graph
             self.features[path] = kept
             return
         if isinstance(kept, Tensor):
@@ -120,7 +122,8 @@ def capture(
 
     The features are bit-equal to those of a full forward; gradients, autocast and other hooks work as ever. With
     `stop_early` the forward stops after the last layer and leaves the `with` block: one model call, as its last line.
-    Blocks may be nested: the forward goes on until all of them have their layers.
+    Blocks may be nested: the forward goes on until all of them have their layers. Only what the thread calls that has
+    opened the block is read; other threads may run the model, or read it, meanwhile.
 
     To compile, enter first, call `torch.compile` inside and use the compiled model there only: the hooks become part
     of its graph, which always runs to its end.
@@ -138,7 +141,8 @@ def capture(
 
     Raises:
         ValueError: Unknown layers (with the closest names), layers that never ran or ran twice, a model not called.
-        RuntimeError: A compiled model, on which hooks would not fire; a layer whose tensor was changed in place.
+        RuntimeError: A compiled model, on which hooks would not fire; a layer whose tensor was changed in place; a
+            model with offloaded weights that another thread is reading.
 
     Example:
         >>> from torch import nn
@@ -162,53 +166,73 @@ def capture(
     with recording(tape, model) as hooks:
         for path, module in modules.items():
             if where == "input":
-                handle = module.register_forward_pre_hook(_input_hook(path, read), with_kwargs=True)
+                hooks.before(module, _input_hook(path, read))
             else:
-                handle = module.register_forward_hook(_output_hook(path, read))
-            hooks.callback(handle.remove)
+                hooks.after(module, _output_hook(path, read))
         yield tape
 
 
 @contextmanager
-def recording(tape: Tape, model: nn.Module) -> Iterator[ExitStack]:
+def recording(tape: Tape, model: nn.Module) -> Iterator[Hooks]:
     """Keep a tape open: calls of `model` start it anew, its early exit ends the block, which checks it at its end.
 
+    Only the calls of this thread count.
+
     Yields:
-        A stack for what is to be undone at the end, such as the removal of hooks.
+        What sets hooks until the end of the block.
+
+    Raises:
+        RuntimeError: For a network with offloaded weights that another thread is reading.
     """
     tapes = _OPEN.__dict__.setdefault("tapes", [])
-    tapes.append(tape)
-    tape._model = model
-    try:
-        with ExitStack() as hooks:
-            handle = model.register_forward_pre_hook(lambda module, args: tape._begin(), prepend=True)
-            hooks.callback(handle.remove)
-            if is_offloaded(model):
-                hooks.callback(model.register_forward_hook(_unfinished, always_call=True).remove)
-            try:
+    with ExitStack() as stack:
+        offloaded = is_offloaded(model)
+        if offloaded:
+            stack.enter_context(only_reader(model))
+        tapes.append(tape)
+        tape._model = model
+        stack.callback(_close, tape)
+        try:
+            with ExitStack() as inner:
+                hooks = Hooks(inner)
+                hooks.before(model, lambda module, args, kwargs: tape._begin(), prepend=True)
+                if offloaded:
+                    hooks.after(model, _unfinished, always_call=True)
                 yield hooks
-            except _Stop as stop:
-                if stop.tape is not tape:
-                    raise
+        except _Stop as stop:
+            for model_left in [other._model for other in tapes]:
+                if model_left is not None and is_offloaded(model_left):
+                    send_back(model_left)
+            if stop.tape is not tape:
+                raise
         tape._check()
-    finally:
-        tapes.remove(tape)
-        tape._model = None
 
 
-def _unfinished(module: nn.Module, args: Any, output: Any) -> None:
-    if output is None:  # left by an exception: an early exit, or an error
+def _close(tape: Tape) -> None:
+    _OPEN.tapes.remove(tape)
+    tape._model = None
+    while tape._undo:
+        tape._undo.pop()()
+
+
+def after_breaking_off(undo: Callable[[], None]) -> None:
+    """Call `undo` at the end of the innermost block: a forward that is broken off calls no hook that would."""
+    _OPEN.tapes[-1]._undo.append(undo)
+
+
+def _unfinished(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if output is None:  # left by an error
         send_back(module)
 
 
-def _output_hook(path: str, read: Callable[[str, Tensor], None]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+def _output_hook(path: str, read: Callable[[str, Tensor], None]) -> AfterHook:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         read(path, image_stream(module, output, path))
 
     return hook
 
 
-def _input_hook(path: str, read: Callable[[str, Tensor], None]) -> Callable[..., None]:
+def _input_hook(path: str, read: Callable[[str, Tensor], None]) -> BeforeHook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         if not isinstance(value, Tensor):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffusers_repr.capture.lanes import Lane, LaneFunction, NetworkCall, TapFunction
 from diffusers_repr.capture.rows import UNBATCHED, map_rows, take_rows
 from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.hooks import Hooks, Turn
 
 Hook = Callable[..., Any]
 
@@ -48,22 +49,23 @@ class Executor:
         self._rows = 0  # of the pass, before lanes join
         self._source = slice(0)  # the conditional rows among them
         self._stash: dict[str, list[Any]] = {}
+        self._turn = Turn()  # the thread of the pass
 
     # Installing
 
     def install(self, stack: ExitStack) -> None:
-        """Set the hooks; they do nothing but during a pass. The stack removes them."""
-        modules = dict(self.model.named_modules())
+        """Set the hooks; they do nothing but during a pass, in its thread. The stack removes them."""
+        modules, hooks = dict(self.model.named_modules()), Hooks(stack, self._turn)
         if self.lanes:
             for path, unit in top_level(self.model):
-                stack.callback(unit.register_forward_pre_hook(self._unit_hook(path), with_kwargs=True).remove)
+                hooks.before(unit, self._unit_hook(path))
                 if path in self.family.early_rows:
-                    stack.callback(unit.register_forward_hook(self._early_hook(path)).remove)
+                    hooks.after(unit, self._early_hook(path))
         changed = {path for lane in self.lanes for path in lane.modules}
         for path in sorted(changed | {path for path, _ in self.taps.values()}):
-            stack.callback(modules[path].register_forward_pre_hook(self._enter_hook(path), with_kwargs=True).remove)
+            hooks.before(modules[path], self._enter_hook(path))
             if path in changed:
-                stack.callback(modules[path].register_forward_hook(self._leave_hook(path)).remove)
+                hooks.after(modules[path], self._leave_hook(path))
 
     # One pass
 
@@ -81,6 +83,7 @@ class Executor:
         Returns:
             Keyword inputs to run the network with.
         """
+        self._turn.take()
         self._call, self._active, self._tapped = call, tuple(lanes), frozenset(taps)
         start, stop, _ = which.indices(call.rows)
         self._rows = stop - start
@@ -101,6 +104,7 @@ class Executor:
 
     def end(self) -> None:
         """Close the pass, finished or not."""
+        self._turn.end()
         self._call, self._active, self._tapped, self._stash = None, (), frozenset(), {}
 
     def split(self, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,7 +150,7 @@ class Executor:
     def _early_hook(self, path: str) -> Hook:
         index = self.family.early_rows[path]
 
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if self._call is None or not self._active or self._call.joined is not None:
                 return None
             return tuple(self._join(item) if at == index else item for at, item in enumerate(output))
@@ -183,7 +187,7 @@ class Executor:
         return hook
 
     def _leave_hook(self, path: str) -> Hook:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             call, made = self._call, self._stash.pop(path, None)
             if call is None or made is None:
                 return None

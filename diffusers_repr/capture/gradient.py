@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffusers_repr.denoiser.condition import eval_mode
+from diffusers_repr.denoiser.hooks import AfterHook, Hooks, Turn
 from diffusers_repr.denoiser.streams import image_stream
 
 # (layer path -> what it returned, the network's output where the loss asks for it, x) => loss; all of them leaves.
@@ -19,8 +20,16 @@ Loss = Callable[[Mapping[str, Tensor], Tensor | None, Tensor], Tensor]
 _HALF_EXPONENT = -4  # of the largest gradient that enters a float16 network: amid its range, 2^-24 to 2^16
 
 
-class GradientStop(Exception):
-    """The gradient is known and nothing else of the forward is wanted."""
+class GradientStop(BaseException):  # see `denoiser.hooks`
+    """The gradient is known and nothing else of the forward is wanted.
+
+    Attributes:
+        path: The layer at whose end the forward was left.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 class GradientTape:
@@ -48,12 +57,14 @@ class GradientTape:
         self._mode: bool | None = None  # gradient mode to come back to; None between passes
         self._interrupted = False  # the newest pass was left with gradients on
         self._undo = ExitStack()
+        self._turn = Turn()  # the thread of the pass
 
     def install(self, stack: ExitStack) -> None:
-        """Set the hooks; they do nothing but between `begin` and `end`. The stack removes them."""
+        """Set the hooks; they do nothing but between `begin` and `end`, in that thread. The stack removes them."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
+        hooks = Hooks(stack, self._turn)
         for path in self.layers:
-            stack.callback(modules[path].register_forward_hook(self._hook(path)).remove)
+            hooks.after(modules[path], self._hook(path))
         stack.callback(self._close, torch.is_grad_enabled())
 
     def begin(
@@ -85,6 +96,7 @@ class GradientTape:
         """
         refuse_inference_mode()
         self.abandon()
+        self._turn.take()
         self.gradient, self._x, self._loss = None, x, loss
         self._wanted, self._at_output, self._stop = tuple(layers), at_output, stop
         self._found = {}
@@ -116,6 +128,7 @@ class GradientTape:
             torch.set_grad_enabled(self._mode)
             self._mode = None
         self._loss, self._found, self._x = None, {}, None
+        self._turn.end()
         self._undo.close()
 
     def abandon(self) -> None:
@@ -133,8 +146,8 @@ class GradientTape:
         if self._interrupted:
             torch.set_grad_enabled(mode)
 
-    def _hook(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def _hook(self, path: str) -> AfterHook:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # With checkpoints the backward pass calls modules once more; the loss is taken by then.
             if self._loss is None or path not in self._wanted or path in self._found:
                 return
@@ -143,7 +156,7 @@ class GradientTape:
                 self._differentiate(None)
                 torch.set_grad_enabled(False)
                 if self._stop:
-                    raise GradientStop
+                    raise GradientStop(path)
 
         return hook
 

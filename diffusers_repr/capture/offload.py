@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from diffusers_repr.denoiser.hooks import Turn, hooks_stay
+
+_READERS: WeakKeyDictionary[nn.Module, list[Turn]] = WeakKeyDictionary()  # a turn for each open block
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -28,6 +34,29 @@ def send_back(model: nn.Module) -> None:
         group = None if registry is None else registry.get_hook(_GROUP_OFFLOADING)
         if group is not None:
             group.group.offload_()
+
+
+@contextmanager
+def only_reader(model: nn.Module) -> Iterator[None]:
+    """Inside, no other thread may read the model: a forward that ends would take the weights from another's.
+
+    Raises:
+        RuntimeError: If another thread is reading it.
+    """
+    turn = Turn(taken=True)
+    with hooks_stay():
+        readers = _READERS.setdefault(model, [])
+        if not all(other() for other in readers):
+            raise RuntimeError(
+                f"Another thread is reading this {type(model).__name__}, whose weights are offloaded: they are moved "
+                "when a forward ends, also under a forward of another thread. Read it from one thread at a time, or "
+                "load it without offloading."
+            )
+        readers.append(turn)
+    try:
+        yield
+    finally:
+        readers.remove(turn)
 
 
 def _align_hooks(hook: Any) -> Iterator[Any]:

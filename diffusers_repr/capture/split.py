@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusers_repr.capture.capture import Tape, recording, refuse_compiled
+from diffusers_repr.denoiser.hooks import Hooks
 
 # (hidden, skips) => what the decoder gets in their place; None leaves them.
 Move = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Sequence[Tensor]] | None]
@@ -56,11 +57,10 @@ def encode_partial(
     inputs = {"sample": sample, "timestep": timestep, "class_labels": class_labels}
     tape = Tape([_MIDDLE], stop_early)
     encoder = _Encoder(unet)
-    with recording(tape, unet) as stack:
-        encoder.install(stack)
+    with recording(tape, unet) as hooks:
+        encoder.install(hooks)
         middle = unet.get_submodule(_MIDDLE)
-        handle = middle.register_forward_hook(lambda module, args, output: tape._record(_MIDDLE, output, None))
-        stack.callback(handle.remove)
+        hooks.after(middle, lambda module, args, kwargs, output: tape._record(_MIDDLE, output, None))
         unet(**inputs)
     return UNetFeatures(tape[_MIDDLE], tuple(encoder.skips), inputs)
 
@@ -88,6 +88,8 @@ def decode_partial(unet: nn.Module, features: UNetFeatures) -> Tensor:
 def bottleneck(unet: nn.Module, move: Move) -> Iterator[None]:
     """Inside, `move` is called in every forward between encoder and decoder, and what it returns is decoded.
 
+    Forwards of this thread; those of others are as ever.
+
     Args:
         unet: A `UNet2DModel` of any blocks.
         move: From the middle block's output and the skips, `conv_in`'s first, to others of the same shapes; None
@@ -99,11 +101,11 @@ def bottleneck(unet: nn.Module, move: Move) -> Iterator[None]:
         RuntimeError: For a compiled network.
     """
     with ExitStack() as stack:
-        encoder = _Encoder(unet)
-        encoder.install(stack)
-        stack.callback(unet.get_submodule(_MIDDLE).register_forward_hook(encoder.moved_by(move)).remove)
+        encoder, hooks = _Encoder(unet), Hooks(stack)
+        encoder.install(hooks)
+        hooks.after(unet.get_submodule(_MIDDLE), encoder.moved_by(move))
         for block in unet.get_submodule("up_blocks").children():
-            stack.callback(block.register_forward_pre_hook(encoder.decode, with_kwargs=True).remove)
+            hooks.before(block, encoder.decode)
         yield
 
 
@@ -123,22 +125,22 @@ class _Encoder:
         self.skips: list[Tensor] = []
         self._others: dict[int, Tensor] = {}  # id of a skip -> what is decoded in its place
 
-    def install(self, stack: ExitStack) -> None:
-        """Gather the skips; the stack removes the hooks."""
-        stack.callback(self.unet.get_submodule("conv_in").register_forward_hook(self._begin).remove)
+    def install(self, hooks: Hooks) -> None:
+        """Gather the skips."""
+        hooks.after(self.unet.get_submodule("conv_in"), self._begin)
         for block in self.unet.get_submodule("down_blocks").children():
-            stack.callback(block.register_forward_hook(self._add).remove)
+            hooks.after(block, self._add)
 
-    def _begin(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         self.skips, self._others = [output], {}
 
-    def _add(self, module: nn.Module, args: Any, output: tuple[Any, ...]) -> None:
+    def _add(self, module: nn.Module, args: Any, kwargs: Any, output: tuple[Any, ...]) -> None:
         self.skips.extend(output[1])
 
     def moved_by(self, move: Move) -> Callable[..., Tensor | None]:
         """The middle block's hook."""
 
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             moved = move(output, tuple(self.skips))
             if moved is None:
                 return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusers_repr.capture.attention import check_attention_layers
 from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.capture.names import check_layers
+from diffusers_repr.denoiser.hooks import AfterHook, BeforeHook, Turn, hook_after, hook_before, remove_hook
 from diffusers_repr.denoiser.streams import image_stream
 
 
@@ -21,6 +22,7 @@ class Tap:
     and wrong for training: a compiled network sees no hooks that come after it was compiled, and the forward has to
     run to its end. A tap sets its hooks once, before `network.compile()`, and they become part of the graph. What
     gradient checkpointing computes a second time in the backward pass is not recorded, for the block is closed then.
+    Nor is what other threads call; of a compiled network that cannot be told, so it belongs to one thread.
 
     Args:
         model: The network, not compiled yet.
@@ -53,7 +55,7 @@ class Tap:
         for path, module in attending.items():
             _check_self_attention(path, module)
         self.layers, self.attentions = tuple(modules), tuple(attending)
-        self._model, self._open = model, False
+        self._model, self._open, self._turn = model, False, Turn()
         self._found: dict[str, Any] = {}
         self._hooked: dict[str, nn.Module] = {}
         self._handles: list[Any] = []
@@ -68,12 +70,12 @@ class Tap:
         self.close()
         self._hooked = now
         for path in self.layers:
-            self._handles.append(now[path].register_forward_hook(self._hook(path)))
+            self._handles.append(hook_after(now[path], self._hook(path), self._turn))
         for path in parts:
-            self._handles.append(now[path].register_forward_hook(self._projection_hook(f"{path}:")))
+            self._handles.append(hook_after(now[path], self._projection_hook(f"{path}:"), self._turn))
         for path in self.attentions:
-            self._handles.append(now[path].register_forward_pre_hook(_refuse_rotary(path), with_kwargs=True))
-            self._handles.append(now[path].register_forward_hook(self._attention_hook(path)))
+            self._handles.append(hook_before(now[path], _refuse_rotary(path), self._turn))
+            self._handles.append(hook_after(now[path], self._attention_hook(path), self._turn))
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Any]]:
@@ -85,11 +87,16 @@ class Tap:
 
         Raises:
             ValueError: If a layer did not run.
+            RuntimeError: If another thread is recording: a training step and its gradients belong to one.
         """
-        self._set_hooks()
-        self._found, self._open = {}, True
+        self._turn.take(
+            f"Another thread is recording this {type(self._model).__name__}: its weights and gradients are trained by "
+            "one thread. Give each thread a network of its own, or use `capture` to read features."
+        )
         seen: dict[str, Any] = {}
         try:
+            self._set_hooks()
+            self._found, self._open = {}, True
             with _records_in_checkpoints(self._model):
                 yield seen
             wanted = (*self.layers, *self.attentions)
@@ -102,11 +109,12 @@ class Tap:
             seen.update({path: self._found[path] for path in wanted})
         finally:
             self._found, self._open = {}, False
+            self._turn.end()
 
     def close(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
-            handle.remove()
+            remove_hook(handle)
         self._handles.clear()
         self._hooked.clear()
 
@@ -115,22 +123,22 @@ class Tap:
             raise ValueError(f"Layer {path!r} ran twice in one forward; which call is meant is not clear.")
         self._found[path] = value
 
-    def _hook(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def _hook(self, path: str) -> AfterHook:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self._open:
                 self._keep(path, image_stream(module, output, path))
 
         return hook
 
-    def _projection_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def _projection_hook(self, name: str) -> AfterHook:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if self._open:
                 self._keep(name, output)
 
         return hook
 
-    def _attention_hook(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def _attention_hook(self, path: str) -> AfterHook:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # Here and not later: sharded parameters of the norms are whole only while the block runs.
             names = [f"{path}.{part}:" for part in ("to_q", "to_k")]
             if self._open and all(name in self._found for name in names):
@@ -168,7 +176,7 @@ def _check_self_attention(path: str, module: Any) -> None:
             )
 
 
-def _refuse_rotary(path: str) -> Callable[..., None]:
+def _refuse_rotary(path: str) -> BeforeHook:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("image_rotary_emb") is not None:
             raise ValueError(

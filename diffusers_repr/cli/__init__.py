@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import functools
 import importlib
 import os
+import select
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 
 import diffusers_repr
+from diffusers_repr.cli import options
 
 # Command -> one line of help. Each lives in cli/<command>.py with `arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
@@ -22,43 +29,128 @@ COMMANDS = {
     "align": "compare the layers of a model with an encoder, level by level",
     "convert": "turn a REPA, SiT or DiT checkpoint into a diffusers folder",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",
-    "push": "push a probe, a feature store or a pipeline to the Hub",
+    "push": "push a probe, a feature store, a pipeline or a model to the Hub",
 }
 
 
+EXIT_CODES = """exit codes:
+  0    done (also when the reader of the output, as `head`, has seen enough)
+  1    not finished: no memory, a full disk, a part of a publish that failed, or an error that was not foreseen
+  2    wrong use or input: arguments, files, models, data or a Hub that do not exist or do not fit
+  130  interrupted (Ctrl-C)"""
+_FORESEEN = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; a user's mistake prints one line and returns 2."""
+    """Entry point: whatever goes wrong is one line on stderr and an exit code of `EXIT_CODES`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser("diffusers-repr", description="Representations of diffusion models.")
+    parser = argparse.ArgumentParser(
+        "diffusers-repr",
+        description="Representations of diffusion models.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"diffusers-repr {diffusers_repr.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = argv[0] if argv and argv[0] in COMMANDS else None
     for name, text in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=text, description=text)
+        sub = subparsers.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name == chosen:
-            importlib.import_module(f"diffusers_repr.cli.{name}").arguments(sub)
-            sub.add_argument("--traceback", action="store_true", help="of an error, show where it arose")
+            code = _guarded(name, "--debug" in argv, functools.partial(_declare, name, sub))
+            if code:
+                return code
     args = parser.parse_args(argv)
     with _plain_warnings(args.command):
-        return _run(args)
+        return _guarded(args.command, args.debug, lambda: _run(args))
+
+
+def _declare(command: str, parser: argparse.ArgumentParser) -> None:
+    _module(command).arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="of an error, show where it arose")
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"diffusers_repr.cli.{command}")
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
-        code = importlib.import_module(f"diffusers_repr.cli.{args.command}").run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes, and fails, at its end
-        return 0
-    except KeyboardInterrupt:
-        print(f"diffusers-repr {args.command}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-        if args.traceback:
-            raise
-        print(f"diffusers-repr {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """Check the device and the folder to write to, then work."""
+    module = _module(args.command)
+    if hasattr(args, "out"):
+        options.check_out(args.out, module.OUT, overwrite=getattr(args, "overwrite", True))
+    if getattr(args, "device", None) is not None:
+        options.check_device(args.device)
+    code = module.run(args)
+    sys.stdout.flush()
     return code
+
+
+def _guarded(command: str, debug: bool, work: Callable[[], int | None]) -> int:
+    """The exit code of some work, whatever it raises."""
+    try:
+        return work() or 0
+    except SystemExit:
+        raise
+    except BrokenPipeError as error:  # the reader has seen enough, as in `... | head`
+        if _reader_is_gone():
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # else Python flushes, and fails, at its end
+            return 0
+        return _tell(command, error, debug)
+    except BaseException as error:  # also what libraries in other languages raise for a panic
+        return _tell(command, error, debug)
+
+
+def _tell(command: str, error: BaseException, debug: bool) -> int:
+    """Print one line of an error, and all of it if asked to; its exit code."""
+    if debug:
+        traceback.print_exception(error)
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    name = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    elif _out_of_memory(error):
+        text = f": {text}" if text else ""
+        code, text = (
+            1,
+            f"out of memory{text}. Try a smaller --batch_size or --dtype bfloat16, where the command has it.",
+        )
+    elif isinstance(error, OSError) and error.errno in _NO_ROOM:
+        code = 1
+    elif isinstance(error, _FORESEEN) and not isinstance(error, RecursionError):
+        code, text = 2, text or name
+    else:
+        code, text = 1, f"not foreseen: {name}: {text}. Please report it; --debug shows where it arose."
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed
+        print(f"diffusers-repr {command}: {text}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Of Python, of an accelerator, or of torch on the CPU; torch is not imported for it."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    told = str(error).lower()
+    return bool(names & {"MemoryError", "OutOfMemoryError", "ArrowMemoryError"}) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in told or "out of memory" in told)
+    )
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is our output that nobody reads; a connection elsewhere breaks with the same error."""
+    try:
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        return bool(watch.poll(0))
+    except (AttributeError, OSError, ValueError):  # a system without poll; an output that is no file
+        return True
 
 
 @contextmanager

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from diffusers_repr.metrics.alignment_result import Alignment
 
 
+OUT = options.Out("alignment", ("alignment.json",))
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", help="pipeline folder or Hub id")
@@ -95,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     if state.is_main_process:
-        folder = alignment.save(args.out, plot=not args.no_plot)
         _print(alignment)
-        print(f"Saved to {folder}")
+        options.save_or_keep(lambda folder: alignment.save(folder, plot=not args.no_plot), args.out, "alignment")
+        print(f"Saved to {args.out}")
     return 0
 
 

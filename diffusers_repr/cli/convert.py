@@ -7,8 +7,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_repr.cli import options
+
 if TYPE_CHECKING:
     from diffusers_repr.models.convert import ConvertedCheckpoint
+
+
+OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,25 +78,31 @@ def read_config(given: str | None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If it is neither JSON text nor a file.
-        ValueError: For text that is no JSON or YAML object.
+        ValueError: For text that is no JSON or YAML object, or values of another kind.
     """
-    import yaml
+    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional
+    from diffusers_repr.hub.schema import text as schema_text
+    from diffusers_repr.hub.yaml_text import parse_yaml, read_text
 
     if given is None:
         return {}
-    text = given.lstrip()
-    if not text.startswith("{"):
+    text, at = given, "--config"
+    if not given.lstrip().startswith("{"):
         path = Path(given)
         if not path.is_file():
             raise FileNotFoundError(f"--config {given!r} is no file, and no JSON object either ({{...}}).")
-        text = path.read_text(encoding="utf-8")
+        text, at = read_text(path), str(path)
     try:
-        config = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        config = json.loads(text) if text.lstrip().startswith("{") else parse_yaml(text, at)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--config {given!r} is no JSON or YAML ({error}).") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
-    return {key: value for key, value in config.items() if not str(key).startswith("_")}
+    config = {key: value for key, value in config.items() if not str(key).startswith("_")}
+    argument = either(
+        boolean(), integer(-1, 1_000_000), number(), schema_text(200), listing(integer(1, 1_000_000), 1, 8)
+    )
+    return mapping(optional(argument))(config, at)
 
 
 def checked(config: dict[str, Any], model: type) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import argparse
 
 from diffusers_repr.cli import options
 
+OUT = options.Out("store of features", ("manifest.json", "data"))
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""

@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from diffusers_repr.cli import options
 
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from diffusers_repr.features.image_files import read_image
     from diffusers_repr.tasks import Probe
 
     probe = Probe.from_pretrained(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(str(file)) for file in files)
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]
-        output = probe([_open(file) for file in part], prompt=args.prompt)
+        output = probe([read_image(file, "The image") for file in part], prompt=args.prompt)
         for file, top in zip(part, output.top(args.top), strict=True):
             if args.json:
                 ranked = [{"label": name, "probability": value} for name, value in top]
@@ -80,15 +80,3 @@ def find_images(paths: Sequence[str]) -> list[Path]:
         else:
             raise FileNotFoundError(f"No file or folder {name!r}.")
     return found
-
-
-def _open(file: Path) -> Any:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).copy()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{str(file)!r} cannot be read as an image ({error}). Leave it out, or convert it."
-        ) from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from diffusers_repr.cli import options
+
+OUT = options.Out("probe", ("probe.json",), replaced=True)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if "test" in data:
         probe.evaluate(data["test"], progress_bar=bar)
-    probe.save_pretrained(args.out)
     print(probe)
     for score in probe.recipe.scores:
         print(f"{score.split:<12} {score.name:<18} {score.value:.4f}  ({score.rows} images)")
+    options.save_or_keep(lambda folder: probe.save_pretrained(folder, title=Path(args.out).name), args.out, "probe")
     print(f"Saved to {args.out}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="more trained pipelines, models, heads or probes: a folder each, or a folder that holds such folders",
     )
-    parser.add_argument("--dry_run", action="store_true", help="check all and print what would go where; send nothing")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check all, list the files that would go where, send nothing"
+    )
     parser.add_argument("--private", action="store_true", help="make repositories private that are new")
 
 
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             args.namespace,
             private=args.private,
             dry_run=args.dry_run,
-            report=lambda one: print(_line(one), flush=True),
+            report=lambda one: print("\n".join(_lines(one, args.dry_run)), flush=True),
         )
     counts = Counter(outcome.state for outcome in outcomes)
     told = ", ".join(
@@ -120,7 +123,7 @@ def _trained(root: Path) -> list[Publication]:
 def _artefact(folder: Path) -> Publication | None:
     from diffusers_repr.hub import read_json
 
-    name = folder.resolve().name
+    name = Path(os.path.abspath(folder)).name
     if (folder / "probe.json").is_file():
         from diffusers_repr.tasks.probe_files import push_saved
 
@@ -146,6 +149,12 @@ def _is_head(class_name: str) -> bool:
     return any(f"\nclass {class_name}(" in file.read_text("utf-8") for file in files)
 
 
-def _line(outcome: Outcome) -> str:
+def _lines(outcome: Outcome, files: bool) -> list[str]:
+    """What became of it; of a dry run the files too; and what stays here."""
     detail = "" if outcome.state == "failed" else f"  {outcome.detail}"
-    return f"{outcome.publication.kind:10}  {outcome.state:9}  {outcome.repo_id}{detail}"
+    lines = [f"{outcome.publication.kind:10}  {outcome.state:9}  {outcome.repo_id}{detail}"]
+    if outcome.upload is not None:
+        more = outcome.upload.listing() if files else []
+        more += [line for line in [outcome.upload.left_out_line()] if line is not None]
+        lines += [f"    {line}" for line in more]
+    return lines

@@ -1,23 +1,23 @@
-"""`diffusers-repr push FOLDER user/name`: push a probe, a feature store or a pipeline to the Hub."""
+"""`diffusers-repr push FOLDER user/name`: push a probe, a feature store, a pipeline or a model to the Hub."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-KINDS = {  # the file that tells what a folder is, first found first; and the type of its repository
-    "probe.json": ("probe", "model"),
-    "manifest.json": ("store of features", "dataset"),
-    "pipeline.py": ("custom pipeline", "model"),
-    "model_index.json": ("pipeline", "model"),
-}
+if TYPE_CHECKING:
+    from diffusers_repr.hub.upload import Upload
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", help="a probe, a store of features, a custom pipeline or a pipeline")
+    parser.add_argument(
+        "folder", help="a probe, a store of features, a pipeline, a custom pipeline, a model or a head"
+    )
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--repo_type", choices=("auto", "model", "dataset"), default="auto")
+    parser.add_argument("--dry_run", action="store_true", help="check all, list the files and sizes, send nothing")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--message", help="first line of the commit")
@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Push and print the commit's address."""
-    from diffusers_repr.hub import publish_pipeline, push_folder
+    from diffusers_repr.hub import push_folder
 
     kind, repo_type = what_is(args.folder)
     if args.repo_type not in ("auto", repo_type):
@@ -38,21 +38,37 @@ def run(args: argparse.Namespace) -> int:
         "private": args.private,
         "revision": args.revision,
         "commit_message": args.message or f"Upload {kind} with diffusers-repr",
+        "dry_run": args.dry_run,
+        "report": lambda upload: _report(upload, args.dry_run),
     }
     if kind == "probe":
         from diffusers_repr.tasks.probe_files import push_saved
 
         address = push_saved(args.folder, args.repo_id, args.base, args.base_revision, **options)
-    elif kind == "custom pipeline":
-        address = publish_pipeline(args.folder, args.repo_id, **options)
     else:
-        if kind == "store of features":
-            from diffusers_repr.features.store import FeatureStore
-
-            FeatureStore.open(args.folder).verify()
-        address = push_folder(args.folder, args.repo_id, repo_type=repo_type, **options)
-    print(f"Pushed the {kind} to {address}")
+        _check(args.folder, kind)
+        address = push_folder(args.folder, args.repo_id, kind=kind, repo_type=repo_type, **options)
+    print(f"Pushed the {kind} to {address}" if not args.dry_run else "Nothing was sent.")
     return 0
+
+
+def _check(folder: str, kind: str) -> None:
+    """That what is pushed can be loaded again."""
+    if kind == "store of features":
+        from diffusers_repr.features.store import FeatureStore
+
+        FeatureStore.open(folder).verify()
+    code = Path(folder) / "pipeline.py"
+    if kind in ("custom pipeline", "pipeline") and code.is_file():
+        from diffusers_repr.hub import check_pipeline_file
+
+        check_pipeline_file(code)
+
+
+def _report(upload: Upload, files: bool) -> None:
+    for line in [*(upload.listing() if files else []), upload.left_out_line()]:
+        if line is not None:
+            print(line)
 
 
 def what_is(folder: str) -> tuple[str, str]:
@@ -61,15 +77,14 @@ def what_is(folder: str) -> tuple[str, str]:
     Raises:
         FileNotFoundError: If there is no such folder.
         NotADirectoryError: If it is a file.
-        ValueError: If it is none of `KINDS`.
+        ValueError: If it is none of `diffusers_repr.hub.allowed.KINDS`.
     """
+    from diffusers_repr.hub.allowed import KINDS, kind_of
+
     path = Path(folder)
     if path.is_file():
         raise NotADirectoryError(f"{folder!r} is a file; give the folder that holds what is to be pushed.")
     if not path.is_dir():
         raise FileNotFoundError(f"There is no folder {folder!r}.")
-    for name, kind in KINDS.items():
-        if (path / name).is_file():
-            return kind
-    told = ", ".join(f"{name} ({kind})" for name, (kind, _) in KINDS.items())
-    raise ValueError(f"Cannot tell what {folder!r} is: it has none of {told}.")
+    kind = kind_of(path)
+    return kind, KINDS[kind].repo_type

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from diffusers_repr.features.selection_result import Selection
 
 
+OUT = options.Out("selection", ("selection.json",))
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", help="pipeline folder or Hub id")
@@ -84,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
         memory_gib=args.memory_gib,
         progress=not args.quiet,
     )
-    folder = selection.save(args.out, heatmap=not args.no_heatmap)
     _print(selection)
-    print(f"Saved to {folder}")
+    options.save_or_keep(lambda folder: selection.save(folder, heatmap=not args.no_heatmap), args.out, "selection")
+    print(f"Saved to {args.out}")
     return 0
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffusers_repr.denoiser.hooks import Hooks
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ class Condition:
         return value
 
 
-class _FirstCall(Exception):
+# For tokenizers, which threads must not share, and the global random state.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+class _FirstCall(BaseException):  # nothing on its way is to catch it, nor torch to tell hooks of it
     """Carries the arguments of the first denoiser call out of a pipeline."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,7 +91,7 @@ def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> dict[str
     shadow.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
     shadow.__dict__["_progress_bar_config"] = {"disable": True}
     try:
-        with _untouched(pipe), _stopped_at(model), torch.no_grad():
+        with _ONE_AT_A_TIME, _untouched(pipe), _stopped_at(model), torch.no_grad():
             shadow(**arguments)
     except _FirstCall as made:
         return _named_inputs(model, *made.arguments)
@@ -100,11 +107,11 @@ def _stopped_at(model: nn.Module) -> Iterator[None]:
 
     # A module compiled in place ignores new hooks; without this entry torch takes the plain call.
     compiled = model.__dict__.pop("_compiled_call_impl", None)
-    handle = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        yield
+        with ExitStack() as stack:
+            Hooks(stack).before(model, stop, prepend=True)
+            yield
     finally:
-        handle.remove()
         if compiled is not None:
             model._compiled_call_impl = compiled
 
@@ -140,17 +147,48 @@ def forward_names(model: nn.Module) -> list[str]:
     return list(inspect.signature(getattr(model, "_orig_mod", model).__class__.forward).parameters)[1:]
 
 
+# Module -> the blocks of `eval_mode` that it is in, oldest first, each with the mode to come back to.
+_MODES: dict[nn.Module, list[_Mode]] = {}
+_MODES_LOCK = threading.Lock()
+
+
+@dataclass(eq=False)
+class _Mode:
+    training: bool
+
+
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode comes back after, its children's too."""
-    modes = [(child, child.training) for module in modules for child in module.modules()]
-    for module in modules:
-        module.eval()
+    """Eval mode inside the block; every module's own mode comes back after, its children's too.
+
+    Where blocks of several threads overlap, it comes back with the last of them.
+    """
+    children = list(dict.fromkeys(child for module in modules for child in module.modules()))
+    with _MODES_LOCK:
+        kept = [_Mode(child.training) for child in children]
+        for child, mode in zip(children, kept, strict=True):
+            _MODES.setdefault(child, []).append(mode)
+        for module in modules:
+            module.eval()
     try:
         yield
     finally:
-        for child, training in modes:
-            child.training = training
+        with _MODES_LOCK:
+            for child, mode in zip(children, kept, strict=True):
+                _leave(child, mode)
+
+
+def _leave(child: nn.Module, mode: _Mode) -> None:
+    """The mode comes back; where a block entered later is still open, it is that block's to bring back."""
+    blocks = _MODES[child]
+    at = blocks.index(mode)
+    if at == len(blocks) - 1:
+        child.training = mode.training
+    else:
+        blocks[at + 1].training = mode.training
+    del blocks[at]
+    if not blocks:
+        del _MODES[child]
 
 
 def merge_rows(parts: Sequence[Mapping[str, Any]], unbatched: tuple[str, ...]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Cache = MutableMapping[Any, dict[str, Any]]
 _PROMPTS_KEPT = 256  # encoded prompts that are kept between calls
+_CACHES = threading.Lock()  # for changing them
 
 
 def from_prompts(
@@ -41,9 +43,10 @@ def from_prompts(
     if negative is not None:
         (text,) = _prompts("negative_prompt", negative)
         null = rows_of(denoiser, _encoded(denoiser, text, size, cache, null=True), count, "negative prompts")
-    for kept in (cache, denoiser.prompts):
-        while kept is not None and len(kept) > _PROMPTS_KEPT:  # a data set of captions does not fill the memory
-            kept.pop(next(iter(kept)))
+    with _CACHES:
+        for kept in (cache, denoiser.prompts):
+            while kept is not None and len(kept) > _PROMPTS_KEPT:  # a data set of captions does not fill the memory
+                kept.pop(next(iter(kept)))
     unbatched = denoiser.family.unbatched
     return Condition(merge_rows(parts, unbatched), len(parts), index, unbatched, null)
 
@@ -63,11 +66,10 @@ def _encoded(denoiser: Denoiser, text: str, size: tuple[int, int] | None, cache:
     # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
     key = (text, size, null and bool(extra), denoiser.device, denoiser.dtype)
     kept = denoiser.prompts if denoiser.prompts is not None else cache
-    if key not in cache:
-        if key not in kept:
-            kept[key] = pipeline_inputs(denoiser, {"prompt": text, **extra}, size)
-        cache[key] = kept[key]
-    return cache[key]
+    found = cache.get(key) or kept.get(key) or pipeline_inputs(denoiser, {"prompt": text, **extra}, size)
+    with _CACHES:
+        kept[key] = cache[key] = found
+    return found
 
 
 def from_labels(denoiser: Denoiser, class_labels: int | Sequence[int] | Tensor | None, batch: int | None) -> Condition:

@@ -11,28 +11,38 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_CLEAR = ("RGBA", "LA", "PA", "La", "RGBa")  # modes with transparency
+_KNOWN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", *_CLEAR)
 
 
-def to_pixels(images: Any, channels: int = 3, image_size: int | tuple[int, int] | None = None) -> Tensor:
+def to_pixels(
+    images: Any,
+    channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Tensor:
     """Bring images to `(B, channels, H, W)` float32 in [-1, 1].
 
     Args:
         images: One image or a sequence of them: PIL; numpy `(H, W)`, `(H, W, C)` or `(B, H, W, C)`; tensor `(C, H, W)`
             or `(B, C, H, W)`. uint8 runs over 0..255, floats over [0, 1].
-        channels: 1 converts PIL images to grey, 3 to RGB. 16-bit grey ones run over 0..65535.
+        channels: 1 converts PIL images to grey, 3 to RGB, as `as_mode` does; 4 keeps transparency. 16-bit grey ones
+            run over 0..65535.
         image_size: Resize to `(H, W)` (an int: square; the aspect ratio is not kept) by a bicubic filter. None
             keeps the size.
+        numbers: Of each image, for messages; counted from 0 if None.
 
     Raises:
-        ValueError: Empty list, mixed sizes, values out of range or not finite, wrong number of channels.
+        ValueError: Empty list, mixed sizes, values out of range or not finite, wrong number of channels, a PIL image
+            that cannot be read or whose mode has no known range.
         TypeError: Anything that is no image.
     """
     items = _items(images)
     if not items:
         raise ValueError("No images: the list is empty. Pass at least one PIL image, array or tensor.")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    pixels = [_one(item, channels, size, at) for at, item in enumerate(items)]
+    numbers = range(len(items)) if numbers is None or len(numbers) != len(items) else numbers
+    pixels = [_one(item, channels, size, at) for at, item in zip(numbers, items, strict=True)]
     shapes = sorted({tuple(p.shape[1:]) for p in pixels})
     if len(shapes) > 1:
         raise ValueError(
@@ -62,10 +72,9 @@ def _items(images: Any) -> list[Any]:
 
 
 def _one(image: Any, channels: int, size: tuple[int, int] | None, at: int) -> Tensor:
-    if isinstance(image, Image.Image) and image.mode.startswith("I;16"):  # PIL's conversion would clip it at 255
-        image = np.asarray(image).astype(np.float32) / 65535
     if isinstance(image, Image.Image):
         image = _pil(image, channels, at)
+    if isinstance(image, Image.Image):
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.BICUBIC)
         array = torch.from_numpy(np.array(image))
@@ -94,15 +103,50 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None, at: int) -> Te
     return 2 * pixels - 1
 
 
-def _pil(image: Image.Image, channels: int, at: int) -> Image.Image:
-    if image.mode in ("I", "F"):
+def check_mode(image: Image.Image) -> None:
+    """Refuse a PIL image whose values have no known range or meaning.
+
+    Raises:
+        ValueError: For modes such as `I`, `F` and `LAB`.
+    """
+    if image.mode not in _KNOWN and not image.mode.startswith("I;16"):
         raise ValueError(
-            f"Image {at} is a PIL image of mode {image.mode!r}, whose range is not known; pass it as a float array in "
-            "[0, 1], or in mode 'L', 'RGB' or 'I;16'."
+            f"an image of mode {image.mode!r} has no known range; store it with 8 bits as 'L' or 'RGB', or with 16 "
+            "bits as 'I;16', or pass it as a float array in [0, 1]"
         )
-    if channels not in _MODES:
+
+
+def as_mode(image: Image.Image, channels: int) -> Image.Image:
+    """A PIL image of any mode as `L` (1 channel) or `RGB` (3).
+
+    16-bit grey runs over 0..65535 and is brought to 8 bit; what is transparent shows white; CMYK and the other colour
+    spaces are converted by PIL's formulas, without colour profiles.
+
+    Raises:
+        ValueError: For modes whose range is not known (`I`, `F`), or another number of channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"Images have 1 channel (grey) or 3 (RGB); the model takes {channels}.")
+    check_mode(image)
+    if image.mode.startswith("I;16"):  # PIL's conversion would clip it at 255
+        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
+    if image.mode in _CLEAR or "transparency" in image.info:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _pil(image: Image.Image, channels: int, at: int) -> Image.Image | np.ndarray:
+    """8-bit `L`, `RGB` or `RGBA`; of 16-bit grey all the digits, as an array in [0, 1]."""
+    if channels not in (1, 3, 4):
         raise ValueError(f"PIL images cannot give {channels} channels; pass tensors (C, H, W).")
-    return image.convert(_MODES[channels])
+    try:
+        check_mode(image)
+        if image.mode.startswith("I;16"):
+            return np.asarray(image).astype(np.float32) / 65535
+        return image.convert("RGBA") if channels == 4 else as_mode(image, channels)
+    except (ValueError, OSError, SyntaxError) as error:  # a file that was opened is read only now
+        raise ValueError(f"Image {at} cannot be used: {error}.") from error
 
 
 def _unit_range(pixels: Tensor, at: int) -> Tensor:

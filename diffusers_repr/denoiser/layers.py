@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, check_pipeline_folder, require_denoiser
 from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
 from diffusers_repr.denoiser.streams import image_stream
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
@@ -163,17 +165,12 @@ def layer_table(
     wanted = dict(_blocks(model)) if detail == "blocks" else {n: m for n, m in model.named_modules() if n}
     done: dict[str, tuple[Tensor, int]] = {}
     repeated: set[str] = set()
-    handles = []
-    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as flops:
-        try:
-            for path, module in wanted.items():
-                if family.is_image(path):
-                    hook = _recorder(path, done, repeated, flops)
-                    handles.append(module.register_forward_hook(hook))
-            model(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with ExitStack() as stack, eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as flops:
+        hooks = Hooks(stack)
+        for path, module in wanted.items():
+            if family.is_image(path):
+                hooks.after(module, _recorder(path, done, repeated, flops))
+        model(**inputs)
         total = max(flops.get_total_flops(), 1)
     layers = []
     for path, (out, spent) in done.items():
@@ -198,7 +195,7 @@ def layer_table(
 def _recorder(
     path: str, done: dict[str, tuple[Tensor, int]], repeated: set[str], flops: FlopCounterMode
 ) -> Callable[..., None]:
-    def record(module: nn.Module, args: Any, output: Any) -> None:
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         try:
             out = image_stream(module, output, path)
         except TypeError:  # not an image for sure, or a class nobody registered: not readable
@@ -274,8 +271,10 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta", requires_grad=False) for _, t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}
-    twin = copy.deepcopy(model, memo)
+    with hooks_stay():
+        twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        module.__dict__.pop("forward", None)  # of hooks of another kind, bound to the original
     return twin

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# For casting the weights of an autoencoder, which all threads share.
+_CASTING = threading.RLock()
 
 
 def vae_stride(vae: Any) -> int:
@@ -134,12 +138,16 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
 @contextmanager
 def _encoding_dtype(vae: Any) -> Iterator[torch.dtype]:
     """float32 weights while a VAE that overflows in half precision works; its own dtype again after."""
-    dtype = vae.dtype
-    if not (vae.config.get("force_upcast") and dtype == torch.float16):
-        yield dtype
+    if not vae.config.get("force_upcast"):
+        yield vae.dtype
         return
-    vae.to(dtype=torch.float32)
-    try:
-        yield torch.float32
-    finally:
-        vae.to(dtype=dtype)
+    with _CASTING:  # what another thread has cast has come back by now
+        dtype = vae.dtype
+        if dtype != torch.float16:
+            yield dtype
+            return
+        vae.to(dtype=torch.float32)
+        try:
+            yield torch.float32
+        finally:
+            vae.to(dtype=dtype)

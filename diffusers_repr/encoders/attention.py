@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser.hooks import Hooks
+
 
 @contextmanager
 def recording_attention(model: nn.Module, blocks: Sequence[str], prefix: int) -> Iterator[list[Tensor]]:
@@ -31,13 +33,14 @@ def recording_attention(model: nn.Module, blocks: Sequence[str], prefix: int) ->
     """
     parts: dict[str, dict[str, Any]] = {path: {} for path in blocks}
     found: list[Tensor] = []
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
+        hooks = Hooks(stack)
         for path, kept in parts.items():
             attention = _attention_in(model.get_submodule(path), path)
             kept["module"] = attention
-            hooks.callback(attention.register_forward_pre_hook(_keep_rotary(kept), with_kwargs=True).remove)
+            hooks.before(attention, _keep_rotary(kept))
             for name in ("q_proj", "k_proj"):
-                hooks.callback(getattr(attention, name).register_forward_hook(_keep(kept, name)).remove)
+                hooks.after(getattr(attention, name), _keep(kept, name))
         yield found
     found += [_probabilities(parts[path], prefix) for path in blocks if "k_proj" in parts[path]]
 
@@ -53,7 +56,7 @@ def _attention_in(block: nn.Module, path: str) -> nn.Module:
 
 
 def _keep(kept: dict[str, Any], name: str) -> Any:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         kept[name] = output
 
     return hook

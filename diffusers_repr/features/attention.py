@@ -105,7 +105,7 @@ def attention_maps(
         raise MemoryError(too_much(need, max_bytes, extractor.layers[-1]))
     totals: dict[str, Tensor] = {}
     target = extractor.output_device or denoiser.device
-    with denoiser.evaluating():
+    with extractor.reading():
         for batch in extractor.batches(pixels, prompt, class_labels, embeddings, ids):
 
             def add(found: Tensor, path: str, places: list[int] = batch.cells) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
+
+from diffusers_repr.features.image_files import UnreadableImage, read_image, undecoded
 
 
 @dataclass(frozen=True)
@@ -59,26 +62,43 @@ class ImageData:
         """`(images, labels)` of rows `start..stop`, `size` at a time."""
         stop = len(self) if stop is None else min(stop, len(self))
         for at in range(start, stop, size):
-            end = min(at + size, stop)
-            try:
-                rows = self.dataset[at:end]
-            except (OSError, SyntaxError, ValueError):
-                self._name_the_broken_row(at, end)
-                raise
-            images = list(rows[self.image_column])
-            if None in images:
-                raise ValueError(f"Row {at + images.index(None)} of {self.name} (split {self.split!r}) has no image.")
-            yield images, None if self.label_column is None else self._whole(rows[self.label_column], at)
+            rows = range(at, min(at + size, stop))
+            labels = None
+            if self.label_column is not None:
+                labels = self._whole(self._classes[at : rows.stop][self.label_column], at)
+            yield self.read(rows), labels
 
-    def _name_the_broken_row(self, start: int, stop: int) -> None:
-        """Raise ValueError for the first of these rows that cannot be read, if one alone is the cause."""
-        for row in range(start, stop):
-            try:
-                self.dataset[row]
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(
-                    f"Row {row} of {self.name} (split {self.split!r}) cannot be read: {error}. Repair or drop it."
-                ) from error
+    def read(self, rows: Sequence[int]) -> list[Any]:
+        """The images of these rows.
+
+        Raises:
+            UnreadableImage: A ValueError that names the row, and the file where that is known.
+        """
+        if self._transformed:  # what the user's function makes is the image
+            return [self._checked(self.dataset[row][self.image_column], row) for row in rows]
+        mode = self.dataset.features[self.image_column].mode
+        found = zip(self._raw[list(rows)][self.image_column], rows, strict=True)
+        return [read_image(self._checked(value, row), self._row(row), mode) for value, row in found]
+
+    @cached_property
+    def _raw(self) -> datasets.Dataset:
+        return undecoded(self.dataset.select_columns([self.image_column]), self.image_column)
+
+    @cached_property
+    def _classes(self) -> datasets.Dataset:
+        return self.dataset.with_format(None).select_columns([self.label_column])
+
+    @property
+    def _transformed(self) -> bool:
+        return self.dataset.format["type"] == "custom"
+
+    def _checked(self, value: Any, row: int) -> Any:
+        if value is None:
+            raise UnreadableImage(f"{self._row(row)} has no image.")
+        return value
+
+    def _row(self, row: int) -> str:
+        return f"Row {row} of {self.name} (split {self.split!r})"
 
     def _whole(self, values: Iterable[Any], start: int = 0) -> list[int]:
         labels = list(values)

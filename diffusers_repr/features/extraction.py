@@ -24,9 +24,10 @@ from diffusers_repr.features.noise_policy import Policy, pixel_keys
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.recipe import recipe_differences, recipe_hash, recipe_of
 from diffusers_repr.features.shards import Column, Layout, row_bytes, shard_problem, shard_stamp, write_shard
-from diffusers_repr.features.store import MANIFEST, FeatureStore
+from diffusers_repr.features.store import FeatureStore
 from diffusers_repr.features.store_card import store_card
-from diffusers_repr.hub import atomic_write, read_json, write_json
+from diffusers_repr.features.store_manifest import MANIFEST, read_manifest
+from diffusers_repr.hub import atomic_write, write_json
 from diffusers_repr.hub.files import only_writer
 
 DTYPES = ("float32", "float16")
@@ -228,7 +229,7 @@ def _columns(extractor: FeatureExtractor, found: FeatureOutput) -> tuple[Column,
 
 
 def _earlier_shard_size(out: Path) -> int | None:
-    return read_json(out / MANIFEST).get("shard_size") if (out / MANIFEST).is_file() else None
+    return read_manifest(out)["shard_size"] if (out / MANIFEST).is_file() else None
 
 
 # The folder
@@ -236,7 +237,7 @@ def _earlier_shard_size(out: Path) -> int | None:
 
 def _prepare(plan: _Plan) -> None:
     """Refuse what is another's, clear what a kill left, say what will be here."""
-    manifest = read_json(plan.out / MANIFEST) if (plan.out / MANIFEST).is_file() else None
+    manifest = read_manifest(plan.out) if (plan.out / MANIFEST).is_file() else None
     blank = manifest is None or _has_no_shard(plan.out, manifest)
     if manifest is None and plan.out.is_dir():
         _check_ours(plan)
@@ -250,12 +251,11 @@ def _prepare(plan: _Plan) -> None:
 
 def _has_no_shard(out: Path, manifest: dict[str, Any]) -> bool:
     """Whether a run ended before its first shard: its recipe binds nobody."""
-    unfinished = manifest.get("complete") is False and "recipe_hash" in manifest
-    return unfinished and not any((out / "data").glob("*.parquet"))
+    return not manifest["complete"] and not any((out / "data").glob("*.parquet"))
 
 
 def _check_same(plan: _Plan, manifest: dict[str, Any]) -> None:
-    old = {**manifest.get("recipe", {}), "shard_size": manifest.get("shard_size")}
+    old = {**manifest["recipe"], "shard_size": manifest["shard_size"]}
     differences = recipe_differences(old, {**plan.recipe, "shard_size": plan.layout.shard_size})
     if differences:
         raise FileExistsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.capture import capture, check_layers
+from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.denoiser.hooks import Turn
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
@@ -42,6 +45,8 @@ class Batch:
 
 class FeatureExtractor:
     """Reads named layers of a denoiser at chosen noise levels.
+
+    Threads may share one, and its network with samplers: each call gives what it gives alone.
 
     Args:
         denoiser: Any `Denoiser`.
@@ -106,6 +111,7 @@ class FeatureExtractor:
             denoiser.check_size(self.image_size)
         self.sample_posterior, self.progress_bar = sample_posterior, progress_bar
         self._prompts: dict[Any, dict[str, Any]] = {}
+        self._stream = Turn()  # the thread that draws from the stream of fresh noise
 
     @torch.no_grad()
     def __call__(
@@ -129,6 +135,8 @@ class FeatureExtractor:
         Raises:
             ValueError: For images, prompts, labels or ids that do not fit the model or each other.
             FloatingPointError: If a layer gives NaN or infinity; names the layer.
+            RuntimeError: If the network was compiled, and while another thread reads it where that cannot be right:
+                with offloaded weights, with `fresh` noise.
         """
         pixels = to_pixels(images, self.denoiser.image_channels, self.image_size)
         return self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
@@ -147,7 +155,7 @@ class FeatureExtractor:
         early = is_linear(self.pooling)  # pool at once where that equals pooling the ensemble's mean
         sums = _Sums(len(self.levels) * len(pixels), self.output_device or self.denoiser.device)
         places: dict[str, Place] = {}
-        with self.denoiser.evaluating():
+        with self.reading():
             for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
                 size = (batch.x_t.shape[2], batch.x_t.shape[3])
 
@@ -172,6 +180,28 @@ class FeatureExtractor:
                 )
             features[layer] = mean.unflatten(0, (len(self.levels), len(pixels))) if self.many else mean
         return FeatureOutput(features, self.levels if self.many else self.levels[0], places, self.pooling)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What holds while the network is read: eval mode, activations of its own calls, noise for one thread.
+
+        Raises:
+            ValueError: If the network uses activations of earlier calls.
+            RuntimeError: With `fresh` noise, if another thread is drawing it.
+        """
+        refuse_caches(self.denoiser.model, "so features would hold features of other calls")
+        fresh = self.noise.policy == "fresh"
+        if fresh:
+            self._stream.take(
+                "Another thread is using this extractor: noise='fresh' is one stream, and who draws next would be "
+                "chance. Give each thread an extractor of its own, extractor.replace(), or take 'per_image'."
+            )
+        try:
+            with self.denoiser.evaluating():
+                yield
+        finally:
+            if fresh:
+                self._stream.end()
 
     def batches(
         self,

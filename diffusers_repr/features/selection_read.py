@@ -97,7 +97,7 @@ class Reader:
             image_size=self.image_size,
         )
         for rows, images in data.batches(self.batch_size):
-            pixels = to_pixels(images, self.denoiser.image_channels, self.image_size)
+            pixels = to_pixels(images, self.denoiser.image_channels, self.image_size, range(rows.start, rows.stop))
             yield rows, self._stream(extractor, pixels)
 
     def _stream(self, extractor: FeatureExtractor, pixels: Tensor) -> Stream:
@@ -109,7 +109,7 @@ class Reader:
                 place = self.denoiser.token_grid(path, feature.shape[1], size) if feature.ndim == 3 else None
                 return pool(feature, self.pooling, place)
 
-            with capture(self.denoiser.model, extractor.layers, transform=pooled) as tape:
+            with extractor.reading(), capture(self.denoiser.model, extractor.layers, transform=pooled) as tape:
                 self.denoiser.predict(batch.x_t, batch.level, batch.condition)
             self.progress.step()
             for level, part, at in _levels(batch.cells, count):

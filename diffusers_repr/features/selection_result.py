@@ -6,15 +6,85 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.heatmap import draw_heatmap
-from diffusers_repr.hub import atomic_write, read_json, write_json
+from diffusers_repr.features.noise_policy import Policy
+from diffusers_repr.hub import read_json
+from diffusers_repr.hub.files import atomic_files, json_text
+from diffusers_repr.hub.schema import (
+    anything,
+    either,
+    integer,
+    listing,
+    mapping,
+    number,
+    one_of,
+    optional,
+    record,
+    text,
+)
 from diffusers_repr.noise import NoiseLevel
 
 FORMAT = "diffusers_repr.selection/1"
+_NAME, _DIM = text(1000), integer(1, 1 << 31)
+MAX_SIDE = 1 << 16
+
+
+def _step(value: Any, at: str) -> list[Any]:
+    """`[what was added, score with it]`."""
+    added, score = listing(anything(1), 2, 2)(value, at)
+    return [_NAME(added, f"{at}[0]"), number()(score, f"{at}[1]")]
+
+
+_CELL = record(
+    {
+        "layer": _NAME,
+        "order": integer(0, 100_000),
+        "timestep": number(),
+        "noise": one_of(*get_args(Policy)),
+        "nsr": number(0),
+        "score": number(),
+        "penalty": number(0),
+        "flops_share": number(0, 1.001),
+        "dim": _DIM,
+    },
+    {"mean": optional(number()), "std": optional(number(0)), "seed_scores": optional(listing(number(), 1, 10_000))},
+)
+_SET = record(
+    {
+        "layers": listing(_NAME, 1, 10_000, distinct=True),
+        "timesteps": listing(number(), 1, 10_000, distinct=True),
+        "noise": one_of(*get_args(Policy)),
+        "score": number(),
+        "penalty": number(0),
+        "dim": _DIM,
+        "steps": listing(_step, 1, 10_000),
+        "candidates": listing(_NAME, 1, 10_000),
+    }
+)
+_RECIPE = record(
+    {
+        "pooling": text(100),
+        "batch_size": integer(1, 1_000_000),
+        "image_size": optional(either(integer(1, MAX_SIDE), listing(integer(1, MAX_SIDE), 2, 2))),
+    },
+    others=True,
+)
+_SCHEMA = record(
+    {
+        "format": one_of(FORMAT),
+        "metric": text(100),
+        "seeds": listing(integer(-(2**63), 2**64), 1, 10_000, distinct=True),
+        "best": _CELL,
+        "sets": mapping(_SET, 0, 100),
+        "finalists": listing(_CELL, 1, 100_000),
+        "recipe": _RECIPE,
+        "cells": listing(_CELL, 1),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -149,23 +219,34 @@ class Selection:
     def save(self, folder: str | Path, heatmap: bool = True) -> Path:
         """Write `selection.json`, `selection.parquet` (the cells) and `heatmap.png` into a folder.
 
+        If it fails, the folder is as it was, and the selection can be saved to another place.
+
         Args:
-            folder: Made if missing; files of these names are replaced, each at once.
+            folder: Made if missing; files of these names are replaced together, when all are whole.
             heatmap: Whether to draw the picture.
 
         Raises:
             ImportError: If matplotlib is missing; the other two files are written before.
+            OSError: If the disk is full; what was in the folder stays as it was, and saving again may succeed.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folder = Path(folder)
-        write_json(folder / "selection.json", self.to_dict())
-        buffer = io.BytesIO()
+        folder, buffer = Path(folder), io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self.table()), buffer)
-        atomic_write(folder / "selection.parquet", buffer.getvalue())
+        files: dict[str, bytes | str] = {
+            "selection.json": json_text(self.to_dict(), folder / "selection.json"),
+            "selection.parquet": buffer.getvalue(),
+        }
+        missing: ImportError | None = None
         if heatmap:
-            atomic_write(folder / "heatmap.png", self.heatmap())
+            try:
+                files["heatmap.png"] = self.heatmap()
+            except ImportError as error:
+                missing = error
+        atomic_files(folder, files)
+        if missing is not None:
+            raise missing
         return folder
 
     @classmethod
@@ -174,7 +255,7 @@ class Selection:
 
         Raises:
             FileNotFoundError: If there is no `selection.json`.
-            ValueError: If it is no selection of this format.
+            ValueError: If it is no selection of this format, or says what cannot be; names file and field.
         """
         path = Path(folder) / "selection.json"
         if not path.is_file():
@@ -182,9 +263,12 @@ class Selection:
         data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is no selection of format {FORMAT!r}; select again.")
+        _SCHEMA(anything()(data, str(path)), str(path))
         sets = {name: FeatureSet(**_tuples(found)) for name, found in data["sets"].items()}
         cells, finalists = (tuple(Cell(**_tuples(c)) for c in data[key]) for key in ("cells", "finalists"))
         best = Cell(**_tuples(data["best"]))
+        if best not in cells:
+            raise ValueError(f"{str(path)!r}: best is none of the cells; select again.")
         return cls(cells, best, finalists, sets, data["metric"], tuple(data["seeds"]), data["recipe"])
 
 

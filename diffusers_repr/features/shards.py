@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusers_repr.hub import atomic_file
+from diffusers_repr.hub.schema import inside, integer, record, text
 
 _STAMP = b"diffusers_repr"
 _MAX_OFFSET = 2**31 - 1
@@ -161,46 +162,75 @@ def _to_arrow(values: np.ndarray, kind: Any) -> pa.Array:
 # Reading
 
 
+_STAMPED = record({"recipe": text(200), "shard": integer(0), "start": integer(0)})
+
+
 def shard_stamp(path: Path) -> dict[str, Any] | None:
     """What a Parquet file says of its recipe and place; None for a file that says nothing, or is broken."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-        return json.loads(metadata[_STAMP])
-    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return _STAMPED(json.loads(metadata[_STAMP]), "stamp")
+    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError):
         return None
 
 
-def shard_problem(folder: Path, layout: Layout, shard: int) -> str | None:
-    """Why a shard is not what it must be, in a few words; None if it is whole. Reads it all, a row group at a time."""
-    path, (start, stop) = folder / layout.path(shard), layout.span(shard)
-    if not path.is_file():
+def header_problem(folder: Path, layout: Layout, shard: int) -> str | None:
+    """As `shard_problem`, from the end of the file alone: recipe, columns and number of rows."""
+    name, (start, stop) = layout.path(shard), layout.span(shard)
+    if not (folder / name).is_file():
         return "is missing"
+    try:
+        path = inside(folder, name, "a shard")
+    except ValueError as error:
+        return f"is refused ({error})"
     stamp = shard_stamp(path)
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if stamp is None or stamp.get("recipe") != layout.recipe:
+        with pq.ParquetFile(path) as file:
+            if stamp is None or stamp["recipe"] != layout.recipe:
                 return "was not written by this recipe"
             if not file.schema_arrow.equals(layout.schema(shard)):
                 return "has other columns"
             if file.metadata.num_rows != stop - start:
                 return f"has {file.metadata.num_rows} rows instead of {stop - start}"
-            rows = [file.read_row_group(group)["row"].to_numpy() for group in range(file.num_row_groups)]
     except (pa.ArrowException, OSError, ValueError) as error:
-        return f"cannot be read ({str(error).splitlines()[0][:120]})"
+        return _unreadable(error)
+    return None
+
+
+def shard_problem(folder: Path, layout: Layout, shard: int) -> str | None:
+    """Why a shard is not what it must be, in a few words; None if it is whole. Reads it all, a row group at a time."""
+    problem = header_problem(folder, layout, shard)
+    if problem is not None:
+        return problem
+    start, stop = layout.span(shard)
+    rows = []
+    try:
+        with pq.ParquetFile(folder / layout.path(shard), page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                rows.append(table["row"].to_numpy())
+                if any(table[name].null_count for name in table.column_names if name != "label"):
+                    return "has gaps"
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return _unreadable(error)
     if not np.array_equal(np.concatenate(rows), np.arange(start, stop)):
         return f"does not hold rows {start} to {stop - 1}"
     return None
 
 
-def read_shard(path: Path, names: Sequence[str], batch_rows: int) -> Iterator[dict[str, Any]]:
-    """Columns of a shard by name, as Arrow arrays, `batch_rows` rows at a time.
+def _unreadable(error: Exception) -> str:
+    return f"cannot be read ({(str(error).splitlines() or ['damaged'])[0][:120]})"
+
+
+def read_shard(folder: Path, layout: Layout, shard: int, name: str, batch_rows: int) -> Iterator[pa.Array]:
+    """A column of a shard as Arrow arrays, `batch_rows` rows at a time.
 
     Raises:
         pyarrow.ArrowException, OSError: For a file that is broken.
     """
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        for batch in file.iter_batches(batch_size=batch_rows, columns=list(names)):
-            yield {name: batch.column(name) for name in names}
+    with pq.ParquetFile(folder / layout.path(shard), page_checksum_verification=True) as file:
+        for batch in file.iter_batches(batch_size=batch_rows, columns=[name]):
+            yield batch.column(name)
 
 
 def to_numpy(array: pa.Array, shape: Sequence[int]) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from diffusers_repr.features.shards import Column, Layout, read_shard, shard_problem, to_numpy
-from diffusers_repr.hub import push_folder, read_json, resolve_folder
+from diffusers_repr.features.shards import Column, header_problem, read_shard, shard_problem, to_numpy
+from diffusers_repr.features.store_manifest import MANIFEST, check_manifest, layout_of, read_manifest
+from diffusers_repr.hub import push_folder, resolve_folder
 
-MANIFEST = "manifest.json"
 REMEDY = "Run the same `diffusers-repr extract` command again: it keeps whole shards and writes the others anew."
 
 
@@ -30,7 +31,8 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest, self.layout = folder, manifest, layout_of(manifest)
+        self.folder, self.manifest = folder, check_manifest(manifest)
+        self.layout = layout_of(manifest)
 
     @classmethod
     def open(cls, folder_or_id: str | os.PathLike[str], revision: str | None = None) -> FeatureStore:
@@ -51,10 +53,10 @@ class FeatureStore:
                 f"{str(folder_or_id)!r} is no feature store: it has no {MANIFEST} (it holds {inside}). "
                 "`diffusers-repr extract MODEL DATASET ... --out DIR` makes one."
             )
-        store = cls(folder, read_json(folder / MANIFEST))
-        missing = [n for n in range(store.layout.shards) if not (folder / store.layout.path(n)).is_file()]
-        if missing or not store.manifest["complete"]:
-            done = store.layout.shards - len(missing)
+        store = cls(folder, read_manifest(folder))
+        there = {f"data/{file.name}" for file in (folder / "data").glob("*.parquet")}
+        done = sum(store.layout.path(n) in there for n in range(store.layout.shards)) if there else 0
+        if done < store.layout.shards or not store.manifest["complete"]:
             raise ValueError(
                 f"The feature store {str(folder_or_id)!r} is not finished: {done} of {store.layout.shards} shards are "
                 f"there. {REMEDY}"
@@ -104,7 +106,7 @@ class FeatureStore:
         for shard in range(self.layout.shards):
             problem = shard_problem(self.folder, self.layout, shard)
             if problem is not None:
-                raise ValueError(f"Shard {str(self.folder / self.layout.path(shard))!r} {problem}. {REMEDY}")
+                raise self._broken(shard, problem)
 
     def load(self) -> datasets.Dataset:
         """The store as a `datasets.Dataset`: `row`, `image_hash`, `label` and the feature columns.
@@ -112,6 +114,7 @@ class FeatureStore:
         Raises:
             ValueError: If a shard is corrupted.
         """
+        self._check_headers()
         files = [str(self.folder / self.layout.path(n)) for n in range(self.layout.shards)]
         try:
             loaded = datasets.load_dataset("parquet", data_files={self.layout.split: files}, split=self.layout.split)
@@ -130,17 +133,19 @@ class FeatureStore:
 
         Raises:
             KeyError: For a layer or timestep that is not stored.
-            ValueError: If a shard is corrupted; names the file and the remedy.
+            ValueError: If a shard is corrupted, or holds NaN or infinity, which no extraction writes; names the file
+                and the remedy.
 
         Returns:
             An iterator of arrays in the stored dtype.
         """
         column = self.column(layer, timestep)
-        return (to_numpy(batch[column.name], column.shape) for batch in self._read([column.name], batch_rows))
+        return (batch for _, batch in self._read(column.name, batch_rows, partial(_features, column)))
 
     def array(self, layer: str, timestep: float | None = None) -> np.ndarray:
         """All features of a layer, `(rows, *shape)`; see `arrays` for data that does not fit into memory."""
         column = self.column(layer, timestep)
+        self._check_headers()
         whole = np.empty((len(self), *column.shape), self.layout.dtype)
         at = 0
         for part in self.arrays(layer, timestep):
@@ -156,7 +161,8 @@ class FeatureStore:
         """
         if self.layout.label is None:
             raise ValueError(f"This store has no labels: the data set {self.recipe['data']['name']!r} had none.")
-        return np.concatenate([batch["label"].to_numpy() for batch in self._read(["label"], 65536)])
+        found = np.concatenate([batch for _, batch in self._read("label", 65536, partial(_labels, self.label_names))])
+        return found.astype(np.int64, copy=False)
 
     @property
     def label_names(self) -> list[str] | None:
@@ -171,41 +177,48 @@ class FeatureStore:
             private: Whether a repository made here is private.
             token: As in `diffusers_repr.hub.push_folder`.
         """
-        return push_folder(self.folder, repo_id, repo_type="dataset", private=private, token=token)
-
-    def _read(self, names: list[str], batch_rows: int) -> Iterator[dict[str, Any]]:
-        for shard in range(self.layout.shards):
-            try:
-                yield from read_shard(self.folder / self.layout.path(shard), names, batch_rows)
-            except (pa.ArrowException, OSError) as error:
-                problem = shard_problem(self.folder, self.layout, shard) or f"cannot be read ({error})"
-                raise ValueError(
-                    f"Shard {str(self.folder / self.layout.path(shard))!r} {problem}. {REMEDY}"
-                ) from error
-
-
-def layout_of(manifest: dict[str, Any]) -> Layout:
-    """The layout that a manifest tells.
-
-    Raises:
-        ValueError: If the manifest lacks a part.
-    """
-    try:
-        label = manifest["label"]
-        kind = None
-        if label is not None:
-            kind = datasets.ClassLabel(names=label["names"]) if label["names"] else datasets.Value("int64")
-        return Layout(
-            split=manifest["recipe"]["data"]["split"],
-            rows=manifest["rows"],
-            shard_size=manifest["shard_size"],
-            columns=tuple(Column.from_dict(c) for c in manifest["columns"]),
-            dtype=manifest["recipe"]["features"]["dtype"],
-            recipe=manifest["recipe_hash"],
-            label=kind,
+        return push_folder(
+            self.folder, repo_id, kind="store of features", repo_type="dataset", private=private, token=token
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"The {MANIFEST} is damaged or of another version ({error!r} is missing). Delete it and run the same "
-            "`diffusers-repr extract` command again: shards of this recipe are kept."
-        ) from error
+
+    def _read(
+        self, name: str, batch_rows: int, convert: Callable[[pa.Array], np.ndarray]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """`(shard, values)` of a column, checked."""
+        for shard in range(self.layout.shards):
+            self._check_header(shard)
+            try:
+                for batch in read_shard(self.folder, self.layout, shard, name, batch_rows):
+                    yield shard, convert(batch)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                problem = shard_problem(self.folder, self.layout, shard) or f"cannot be read ({error})"
+                raise self._broken(shard, problem) from error
+
+    def _check_headers(self) -> None:
+        """Refuse shards of other columns or rows before memory is taken for them."""
+        for shard in range(self.layout.shards):
+            self._check_header(shard)
+
+    def _check_header(self, shard: int) -> None:
+        problem = header_problem(self.folder, self.layout, shard)
+        if problem is not None:
+            raise self._broken(shard, problem)
+
+    def _broken(self, shard: int, problem: str) -> ValueError:
+        return ValueError(f"Shard {str(self.folder / self.layout.path(shard))!r} {problem}. {REMEDY}")
+
+
+def _features(column: Column, values: pa.Array) -> np.ndarray:
+    found = to_numpy(values, column.shape)
+    if not np.isfinite(found).all():
+        raise ValueError(f"column {column.name!r} holds NaN or infinity, which no extraction writes")
+    return found
+
+
+def _labels(names: Sequence[str] | None, values: pa.Array) -> np.ndarray:
+    if values.null_count:
+        raise ValueError("column 'label' has gaps")
+    found = values.to_numpy(zero_copy_only=False)
+    if names is not None and len(found) and not -1 <= found.min() <= found.max() < len(names):
+        raise ValueError(f"column 'label' holds ids outside the {len(names)} classes")
+    return found

@@ -7,7 +7,7 @@ from diffusers_repr.guidance.classifier import ClassifierGuidance
 from diffusers_repr.guidance.depth import DepthGuidance
 from diffusers_repr.guidance.describe import GuidanceDescription, MethodDescription, describe
 from diffusers_repr.guidance.energy import EnergyGuidance
-from diffusers_repr.guidance.guide import GuidanceHandle, guide
+from diffusers_repr.guidance.guide import GuidanceHandle, guide, is_guided, unguide
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask
 from diffusers_repr.guidance.readout import ReadoutGuidance
@@ -35,4 +35,6 @@ __all__ = [
     "StepStats",
     "describe",
     "guide",
+    "is_guided",
+    "unguide",
 ]

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_repr.capture.capture import after_breaking_off, is_breaking_off
 from diffusers_repr.capture.gradient import frozen, half_scale, refuse_inference_mode, refuse_swapped_weights
 from diffusers_repr.capture.split import bottleneck
 from diffusers_repr.denoiser.condition import eval_mode
+from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.base import check_finite
 
 NORMALIZATIONS = ("none", "relative")
@@ -48,6 +50,8 @@ def steer(
     too: the first skips carry the noisy image, and moving them up the cross-entropy adds to the noise that is found
     in it, which is then taken away. The derivative of the classifier's own inputs alone has the wrong sign.
 
+    Calls of this thread are steered, those of others are as ever.
+
     One pass and one backward pass through the encoder for each call, which gets no gradient; parameters are frozen
     and the classifier is in eval mode meanwhile. With scale 0 the call is bit-equal to one without.
 
@@ -76,9 +80,10 @@ def steer(
     with ExitStack() as stack:
         run = _Call(unet, classifier, class_labels, steering, normalization)
         stack.callback(run.end)
-        stack.callback(unet.register_forward_pre_hook(run.begin, with_kwargs=True).remove)
+        hooks = Hooks(stack)
+        hooks.before(unet, run.begin)
         stack.enter_context(bottleneck(unet, run.move))
-        stack.callback(unet.register_forward_hook(lambda module, args, output: run.end(), always_call=True).remove)
+        hooks.after(unet, lambda module, args, kwargs, output: run.end(), always_call=True)
         yield steering
         if steering.scale and not steering.calls:
             raise RuntimeError(f"Nothing was steered: this {type(unet).__name__} was not called inside the block.")
@@ -120,6 +125,8 @@ class _Call:
             undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(True)
             self._undo, self._on = undo.pop_all(), True
+        if is_breaking_off(module):
+            after_breaking_off(self.end)
         return (), {**given, "sample": sample.detach().clone().requires_grad_(True)}
 
     def move(self, hidden: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]] | None:

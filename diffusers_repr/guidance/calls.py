@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.capture.caches import refuse_caches
+from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.capture.rows import map_rows
 from diffusers_repr.denoiser import Denoiser
@@ -16,6 +18,11 @@ from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import BatchLanes, equal_halves
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, sampler_level
 
+_PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
+_SINCE = (
+    "It was not when it was guided: remove the guidance (handle.remove()) before a part of its network is compiled, "
+    "and guide the plain module."
+)
 _ROUNDED = 2.0**-7  # a timestep divided and multiplied in bfloat16
 
 
@@ -38,10 +45,11 @@ class CallReader:
         self.schedule: NoiseSchedule = denoiser.schedule
         self.rescale = 0.0
         self._batches: dict[int, BatchLanes] = {}
+        self._checked = False
 
     def new_run(self) -> None:
-        """A sampling run begins: which rows are conditional is found anew."""
-        self._batches, self.rescale = {}, 0.0
+        """A sampling run begins: which rows are conditional is found anew, and the network is looked at again."""
+        self._batches, self.rescale, self._checked = {}, 0.0, False
 
     def read(self, inputs: dict[str, Any], first: FirstCall | None = None) -> tuple[NetworkCall, bool]:
         """The call with these keyword inputs.
@@ -54,8 +62,14 @@ class CallReader:
             The call, and whether it is a further one for the same samples at the same step.
 
         Raises:
-            ValueError: If its lanes or its noise level cannot be told.
+            ValueError: If its lanes or its noise level cannot be told; if the network caches activations.
+            RuntimeError: If the network or a part of it is compiled.
         """
+        if not self._checked:
+            if self.pipe is not None:
+                check_seen(self.pipe, self.denoiser.model, called=True)
+            check_plain(self.denoiser.model, _SINCE)
+            self._checked = self.scheduler is not None  # else nothing tells that a run begins
         family, config = self.denoiser.family, self.denoiser.config
         given = inputs[family.sample_name]
         rows = given.shape[0]
@@ -180,6 +194,21 @@ def component_of(pipe: Any, model: nn.Module) -> str | None:
         if component is not None and getattr(component, "_orig_mod", component) is model:
             return name
     return None
+
+
+def check_plain(model: nn.Module, remedy: str = _PLAIN) -> None:
+    """Raise unless hooks on a network act, and see the activations of the call that is being made.
+
+    Args:
+        model: The network.
+        remedy: What to do about a compiled one.
+
+    Raises:
+        RuntimeError: If it, or a part of it, is compiled.
+        ValueError: If it uses activations of earlier calls.
+    """
+    refuse_compiled(model, remedy)
+    refuse_caches(model, "which lanes would mix")
 
 
 def refuse_own_guidance(pipe: Any) -> None:

@@ -18,12 +18,14 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
+from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.base import Term, widened
 from diffusers_repr.guidance.between import Between
 from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, not_stepped, null_inputs, with_first
 from diffusers_repr.guidance.cfg import CFGTerm
 from diffusers_repr.guidance.gradients import EpsGradient, latent_change
-from diffusers_repr.guidance.stats import GuidanceStats, RunRecord, StepStats
+from diffusers_repr.guidance.owner import Owner
+from diffusers_repr.guidance.stats import Example, GuidanceStats, RunRecord, StepStats
 from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import NoiseSchedule
 
@@ -74,6 +76,7 @@ class Engine:
         self._reader = CallReader(denoiser, pipe)
         self._running: _Running | None = None
         self._busy = False
+        self.owner = Owner(self.model, pipe)
         self.record = RunRecord()
         self._between = Between()
 
@@ -81,13 +84,9 @@ class Engine:
         """Set the hooks; the stack removes them."""
         self._executor.install(stack)
         self._tape.install(stack)
-        stack.callback(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        hook = self.model.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
-        stack.callback(hook.remove)
+        Hooks(stack, self.owner.enters).before(self.model, self._before)
+        Hooks(stack, self.owner.is_in).after(self.model, self._after, prepend=True, always_call=True)
         stack.callback(self._recover)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return self  # a copy of the network has hooks that do nothing
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -171,6 +170,8 @@ class Engine:
     def _plan(self, inputs: dict[str, Any]) -> dict[str, Any]:
         call, follows = self._reader.read(inputs, self._between.first)
         step = StepStats(call.level)
+        if not self.stats.steps:
+            self.stats.example = Example(self.model, take_rows(inputs, call.rows, call.batch.cond, self._unbatched))
         self.stats.steps.append(step)
         self.stats.calls += 1
         self.record.levels.append(call.level)
@@ -236,8 +237,8 @@ class Engine:
         step.passes, step.lanes, step.backward_passes = step.passes + 1, step.lanes + 1, step.backward_passes + 1
         try:
             self._tape.finish(self._forward(self.model, inputs))
-        except GradientStop:
-            pass
+        except GradientStop as stop:
+            step.stopped.append(stop.path)
         finally:
             if is_offloaded(self.model):  # also where the forward did not reach its end
                 send_back(self.model)
@@ -297,7 +298,7 @@ class Engine:
             self._tape.end()
             raw = raw.detach()
         own, lanes = self._executor.split(raw)
-        stats.joined = call.joined
+        stats.joined, stats.joining = call.joined, len(lanes)
         self._executor.end()
         raws: dict[str, Tensor] = {}
         start = running.which.start

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.gradient import NO_GRAPH, GradientTape, frozen, gradient_of, refuse_inference_mode
+from diffusers_repr.capture.gradient import (
+    NO_GRAPH,
+    GradientStop,
+    GradientTape,
+    frozen,
+    gradient_of,
+    refuse_inference_mode,
+)
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.denoiser import Denoiser
@@ -49,6 +56,9 @@ class EpsGradient:
             step.passes, step.lanes = step.passes + 1, step.lanes + 1
             try:
                 return forward(model, inputs)
+            except GradientStop as stop:
+                step.stopped.append(stop.path)
+                raise
             finally:
                 if is_offloaded(model):  # also where it is left before its end
                     send_back(model)

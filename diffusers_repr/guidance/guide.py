@@ -10,18 +10,18 @@ from typing import Any, Self
 
 from torch import nn
 
-from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.denoiser import Condition, Denoiser
+from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
 from diffusers_repr.guidance.base import Guidance
-from diffusers_repr.guidance.calls import calling_pipeline, refuse_own_guidance
+from diffusers_repr.guidance.calls import calling_pipeline, check_plain, refuse_own_guidance
 from diffusers_repr.guidance.cfg import CFG, CFGTerm
 from diffusers_repr.guidance.engine import Engine
 from diffusers_repr.guidance.stats import GuidanceStats
 from diffusers_repr.guidance.watch import SchedulerWatcher, watch_scheduler
 from diffusers_repr.noise import NoiseSchedule
 
-_PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
-_GUIDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Network -> its handle. Not a strong reference: the handle holds the network.
+_GUIDED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[GuidanceHandle]] = weakref.WeakKeyDictionary()
 
 
 def guide(
@@ -68,17 +68,8 @@ def guide(
             f"{type(null).__name__}."
         )
     if denoiser.model in _GUIDED:
-        raise ValueError(
-            f"This {type(denoiser.model).__name__} is guided already. Give all guidances to one call, "
-            "guide(pipe, [PAG(3.0), SAG(0.75)]), or remove the other first (handle.remove(); if its handle is lost, "
-            "load the pipeline anew)."
-        )
-    refuse_compiled(denoiser.model, _PLAIN)
-    if getattr(denoiser.model, "is_cache_enabled", False):
-        raise ValueError(
-            f"{type(denoiser.model).__name__} caches activations between steps, which lanes would mix; call its "
-            "disable_cache() first."
-        )
+        raise ValueError(_guided_already(denoiser.model))
+    check_plain(denoiser.model)
     refuse_own_guidance(pipe)
     terms = [config.bind(denoiser) for config in configs]
     cfgs = [term for term in terms if isinstance(term, CFGTerm)]
@@ -115,19 +106,18 @@ class GuidanceHandle(SchedulerWatcher):
             raise
 
     def _install(self, scheduler: Any) -> None:
+        model = self._engine.model
+        with hooks_stay():  # of two threads that guide one network, one is the first
+            if model in _GUIDED:
+                raise ValueError(_guided_already(model))
+            _GUIDED[model] = weakref.ref(self)
+        self._stack.callback(_GUIDED.pop, model, None)
         self._stack.callback(self._watch.close)
         if scheduler is not None:
             self._follow(scheduler)
-        _GUIDED.add(self._engine.model)
-        self._stack.callback(_GUIDED.discard, self._engine.model)
         self._engine.install(self._stack)
-        if self._pipe is not None:
-            # Found anew at each call: a pipeline's scheduler may be replaced at any time.
-            handle = self._engine.model.register_forward_pre_hook(self._find_scheduler, prepend=True)
-            self._stack.callback(handle.remove)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GuidanceHandle:
-        return self  # held by hooks, which copies of the network have too
+        # Found anew at each call: a pipeline's scheduler may be replaced at any time. It also keeps this handle.
+        Hooks(self._stack, self._engine.owner.enters).before(model, self._find_scheduler, prepend=True)
 
     @property
     def stats(self) -> GuidanceStats:
@@ -137,10 +127,13 @@ class GuidanceHandle(SchedulerWatcher):
     def __enter__(self) -> Self:
         if not self._on:
             raise RuntimeError("This guidance was removed; make another: guide(...).")
+        self._engine.owner.settle()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         was_on = self._on
+        if kind is None:
+            self._check_idle()
         self._end()
         if kind is not None:
             return
@@ -153,10 +146,22 @@ class GuidanceHandle(SchedulerWatcher):
             )
 
     def remove(self) -> None:
-        """End the guidance; everything is as before. Judges the last run as `guide` says, if it came to its end."""
+        """End the guidance; everything is as before. Judges the last run as `guide` says, if it came to its end.
+
+        Raises:
+            RuntimeError: If a guided run is under way in another thread; it goes on, guided.
+        """
         if self._on:
+            self._check_idle()
             self._end()
             self._judge(finished=False)
+
+    def _check_idle(self) -> None:
+        if self._engine.owner.is_busy_elsewhere():
+            raise RuntimeError(
+                "A guided run is under way in another thread, and its guidance cannot end meanwhile. Wait for it "
+                "(thread.join(), or the future's result()) before handle.remove() or the end of the block."
+            )
 
     def _end(self) -> None:
         self._on = False
@@ -176,8 +181,8 @@ class GuidanceHandle(SchedulerWatcher):
 
     # The scheduler
 
-    def _find_scheduler(self, module: nn.Module, args: Any) -> None:
-        if module is not self._engine.model:
+    def _find_scheduler(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is not self._engine.model or self._pipe is None:
             return
         caller = calling_pipeline(self._engine.model)  # may be another one that has the same network
         scheduler = (self._pipe if caller is None else caller).scheduler
@@ -194,17 +199,57 @@ class GuidanceHandle(SchedulerWatcher):
 
     def before_run(self) -> None:
         """A sampling run begins; the last one is judged."""
+        if not self._engine.owner.enters():
+            return
         self._judge(finished=False)
         self._engine.new_run()
 
     def before_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the scheduler's step gets instead."""
+        if not self._engine.owner.enters():
+            return arguments
         return self._engine.step_arguments(arguments)
 
 
-def is_guided(model: nn.Module) -> bool:
-    """Whether `guide` acts on a network."""
-    return model in _GUIDED
+def is_guided(target: Any) -> bool:
+    """Whether `guide` acts on a pipeline, a `Denoiser` or a network.
+
+    Guidances of scale 0 alone are off: they set nothing, and this is False.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    return _network(target) in _GUIDED
+
+
+def unguide(target: Any) -> None:
+    """End the guidance of a pipeline, a `Denoiser` or a network: `handle.remove()` for who has no handle.
+
+    Raises:
+        TypeError: For anything else.
+        ValueError: If it is not guided.
+        RuntimeError: As `handle.remove()`.
+    """
+    network = _network(target)
+    found = _GUIDED.get(network)
+    handle = None if found is None else found()
+    if handle is None:
+        raise ValueError(f"This {type(network).__name__} is not guided; is_guided(...) tells.")
+    handle.remove()
+
+
+def _network(target: Any) -> nn.Module:
+    if isinstance(target, nn.Module):
+        return getattr(target, "_orig_mod", target)
+    return (target if isinstance(target, Denoiser) else _denoiser(target)).model
+
+
+def _guided_already(model: nn.Module) -> str:
+    return (
+        f"This {type(model).__name__} is guided already. Give all guidances to one call, guide(pipe, [PAG(3.0), "
+        "SAG(0.75)]), or remove the other first: handle.remove(), or unguide(pipe). Two threads that guide at once "
+        "need a network each."
+    )
 
 
 def _configs(guidance: Any) -> list[Guidance]:

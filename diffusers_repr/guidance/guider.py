@@ -7,7 +7,6 @@ Gradients and passes whose input follows from a prediction (`SAG`) do not; `guid
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,13 +15,14 @@ import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
 from torch import Tensor, nn
 
+from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import refuse_compiled
+from diffusers_repr.capture.forwards import Run, replace_forward
 from diffusers_repr.guidance.base import Guidance, widened
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.guide import is_guided
 
-# (the network's own forward, its arguments, its keyword arguments) -> output of the worse lane
-Worse = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Worse = Run  # gives the output of the worse lane
 
 _COND, _NULL, _WORSE = "pred_cond", "pred_uncond", "pred_worse"
 _SLACK = 1e-3  # timesteps; of float32 sigmas
@@ -137,7 +137,7 @@ class Guider(BaseGuidance):
             )
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Before a call of the network: in the worse lane its next call, and no other, is the worse one.
+        """Before a call of the network: in the worse lane this thread's next call, and no other, is the worse one.
 
         Raises:
             TypeError: For a network of an unknown family.
@@ -155,28 +155,17 @@ class Guider(BaseGuidance):
                     f"This {type(denoiser).__name__} is guided by guide(...) already; give it all guidances, and the "
                     "pipeline a guider for classifier-free guidance alone, or remove the other first."
                 )
-            if getattr(denoiser, "is_cache_enabled", False):
-                raise ValueError(
-                    f"{type(denoiser).__name__} caches activations between calls, which lanes would mix; call its "
-                    "disable_cache() first."
-                )
+            refuse_caches(denoiser, "which lanes would mix")
             self._bound = denoiser, self._worse(denoiser)
         if self._lane() != _WORSE:
             return
-        own, inner, run = denoiser.__dict__.get("forward"), denoiser.forward, self._bound[1]
+        worse = self._bound[1]
 
-        @functools.wraps(inner)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def run(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._restore()
-            return run(inner, args, kwargs)
+            return worse(inner, args, kwargs)
 
-        def undo() -> None:
-            if own is None:
-                del denoiser.forward
-            else:
-                denoiser.forward = own
-
-        denoiser.forward, self._undo = forward, undo
+        self._undo = replace_forward(denoiser, run)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """After a call of the network: it is as before (as the call itself left it, also by an exception)."""

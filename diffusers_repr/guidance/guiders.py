@@ -15,6 +15,7 @@ from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode, forward_names
 from diffusers_repr.denoiser.family import BatchLanes
+from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.auto import AutoGuidance, AutoGuidanceTerm
 from diffusers_repr.guidance.base import Interval
 from diffusers_repr.guidance.cfg import CFG
@@ -130,9 +131,9 @@ class PAGGuider(Guider):
                 return hook
 
             with ExitStack() as stack:
+                hooks = Hooks(stack)
                 for path in lane.modules:
-                    module = denoiser.get_submodule(path)
-                    stack.callback(module.register_forward_hook(changed(path), with_kwargs=True).remove)
+                    hooks.after(denoiser.get_submodule(path), changed(path))
                 output = inner(*args, **kwargs)
             if left:
                 raise RuntimeError(f"{sorted(left)} did not run in the forward; nothing was perturbed there.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.gradient import GradientStop
 from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.denoiser.hooks import AfterHook, Hooks
 from diffusers_repr.denoiser.streams import image_stream
 from diffusers_repr.guidance.base import Interval, Level
 from diffusers_repr.heads import MapHead
@@ -65,17 +66,18 @@ def features_of(model: nn.Module, layers: Sequence[str], forward: Callable[[], A
     """What layers return in a forward that is left after the last of them."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), {}
 
-    def hook(path: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(path: str) -> AfterHook:
+        def read(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             found[path] = image_stream(module, output, path)
             if len(found) == len(layers):
-                raise GradientStop
+                raise GradientStop(path)
 
         return read
 
     with ExitStack() as stack:
+        hooks = Hooks(stack)
         for path in layers:
-            stack.callback(modules[path].register_forward_hook(hook(path)).remove)
+            hooks.after(modules[path], hook(path))
         with suppress(GradientStop):
             forward()
     missed = [path for path in layers if path not in found]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
 
+from diffusers_repr.denoiser import sampling
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.guide import guide
 from diffusers_repr.guidance.stats import GuidanceStats
@@ -26,11 +27,15 @@ class GuidedPipelineMixin(ConfigMixin):
     A subclass sets `__call__ = with_guidance(Stock.__call__)`, or writes its own call around `with self.guided(...)`.
     A folder it saves names the stock class, so it loads with or without this one.
 
+    What a stock call takes without a word, or fails of deep inside, is refused before: see `check_call`.
+
     Attributes:
         guidance_stats: Lanes, passes and backward passes of the newest guided call; None after one without guidance.
     """
 
     guidance_stats: GuidanceStats | None = None
+    # What the stock call can return.
+    _output_types: Sequence[str] = sampling.OUTPUT_TYPES
 
     @contextmanager
     def guided(self, guidance: Guidance | Sequence[Guidance] | None) -> Iterator[None]:
@@ -78,6 +83,9 @@ def with_guidance(call: Callable[..., Any]) -> Callable[..., Any]:
         guidance: Guidance | Sequence[Guidance] | None = None,
         **kwargs: Any,
     ) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs)
+        given.apply_defaults()
+        check_call(self, given.arguments)
         with self.guided(guidance):
             return call(self, *args, **kwargs)
 
@@ -90,6 +98,45 @@ def with_guidance(call: Callable[..., Any]) -> Callable[..., Any]:
     guided_call.__dict__["__signature__"] = signature.replace(parameters=parameters)
     guided_call.__doc__ = inspect.cleandoc(call.__doc__ or "").replace("Args:\n", "Args:\n" + _ENTRY, 1)
     return guided_call
+
+
+def check_call(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a stock pipeline's call that can give no image, or only noise.
+
+    Args:
+        pipe: With a `unet` or a `transformer`.
+        given: Arguments by name, those of no meaning here included.
+
+    Raises:
+        TypeError: For numbers and labels that are none.
+        ValueError: For numbers outside of their ranges, classes that the network does not have, latents that do not
+            fit or are not finite, another `output_type` than the pipeline returns, and a scheduler made from the
+            config of another noise process.
+    """
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    for name in ("num_inference_steps", "num_images_per_prompt", "height", "width"):
+        if given.get(name) is not None:
+            sampling.check_whole(name, given[name])
+    if given.get("guidance_scale") is not None:
+        sampling.check_number("guidance_scale", given["guidance_scale"])
+    for name in ("eta", "guidance_rescale", "denoising_end"):
+        if given.get(name) is not None:
+            sampling.check_number(name, given[name], 0, 1)
+    if given.get("latents") is not None:
+        sampling.check_latents(given["latents"], network.config.in_channels)
+    if given.get("class_labels") is not None:
+        _check_labels(given["class_labels"], network.config.num_embeds_ada_norm)
+    sampling.check_generator(given.get("generator"))
+    sampling.check_output_type(given["output_type"], pipe._output_types)
+    sampling.check_process(pipe.scheduler)
+
+
+def _check_labels(labels: Any, classes: int) -> None:
+    """Ids of classes from 0, the null class after them included."""
+    if isinstance(labels, str) or not hasattr(labels, "__len__") or not len(labels):
+        raise TypeError(f"class_labels is a list of class ids, one a sample; got {labels!r}.")
+    for label in labels:
+        sampling.check_whole("A class label", label, 0, classes)
 
 
 def _configs(guidance: Any) -> list[Guidance]:
@@ -106,4 +153,4 @@ def _configs(guidance: Any) -> list[Guidance]:
     return list(guidance)
 
 
-__all__ = ["GuidedPipelineMixin", "with_guidance"]
+__all__ = ["GuidedPipelineMixin", "check_call", "with_guidance"]

@@ -71,7 +71,7 @@ class _Watch:
             if not self.is_of(scheduler):
                 return inner(*args, **kwargs)
             given = inspect.signature(inner).bind(*args, **kwargs)
-            for watcher in self.watchers:
+            for watcher in tuple(self.watchers):  # another thread may end one
                 given.arguments.update(watcher.before_step(dict(given.arguments)))
             return inner(*given.args, **given.kwargs)
 
@@ -80,7 +80,7 @@ class _Watch:
     def _set_timesteps(self) -> Callable[..., Any]:
         @functools.wraps(self.plain.set_timesteps)
         def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            for watcher in self.watchers if self.is_of(scheduler) else ():
+            for watcher in tuple(self.watchers) if self.is_of(scheduler) else ():
                 watcher.before_run()
             return self._inner(scheduler, "set_timesteps")(*args, **kwargs)
 

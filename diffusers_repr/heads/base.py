@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
+from diffusers_repr.models.layers import CastLinear
+from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.models.outputs import ClassifierOutput, packed
 
-class Head(ModelMixin, ConfigMixin):
+
+class Head(ReprModelMixin, ModelMixin, ConfigMixin):
     """Base of heads: pooled features `(B, in_features)` to logits `(B, num_classes)` in float32.
 
     `mean` and `std` are buffers: features enter as `(x - mean) / std`, so a saved head holds its own preprocessing.
     A subclass registers its arguments with `register_to_config`, calls `make_statistics` and writes `classify`.
     """
+
+    _no_split_modules: list[str] = []
 
     mean: Tensor
     std: Tensor
@@ -54,25 +58,16 @@ class Head(ModelMixin, ConfigMixin):
         """Logits `(B, num_classes)` of standardised features."""
         raise NotImplementedError
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, return_dict: bool | None = None) -> Tensor | ClassifierOutput | tuple[Tensor]:
         """Logits `(B, num_classes)`, float32 whatever the dtype of head and features.
 
         Args:
             features: `(B, in_features)`.
+            return_dict: None for the logits themselves, True for an output with `logits`, False for a tuple.
         """
-        return self.classify(self.standardize(features)).float()
-
-    def to_json_string(self) -> str:
-        """The config as JSON, without the place the head was loaded from."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def linear(layer: nn.Linear, features: Tensor) -> Tensor:
-    """Apply a layer in float32 whatever its dtype."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return nn.functional.linear(features, layer.weight.float(), bias)
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.classify(self.standardize(features)).float()
+        return packed(logits, ClassifierOutput, return_dict)
 
 
 def init_linear(layer: nn.Linear, generator: torch.Generator | None = None) -> None:
@@ -85,8 +80,8 @@ def init_linear(layer: nn.Linear, generator: torch.Generator | None = None) -> N
 
 
 def empty_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """A linear layer of zeros; draws no random number."""
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias)
+    """A linear layer of zeros, in the dtype of its input; draws no random number."""
+    layer = nn.utils.skip_init(CastLinear, in_features, out_features, bias=bias)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()

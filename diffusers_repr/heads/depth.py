@@ -9,7 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.heads.readout_parts import MapHead, TimeEmbedding, affine, convolve, resized_projections
+from diffusers_repr.heads.readout_parts import MapHead, TimeEmbedding, resized_projections
+from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
 
 
 class DepthHead(MapHead):
@@ -70,20 +71,19 @@ class DepthHead(MapHead):
         widths = {f"hidden[{i}]": v for i, v in enumerate(hidden)}
         self.check_arguments({**widths, "out_channels": out_channels, "time_width": time_width})
         self.time_embedding = TimeEmbedding(time_width, timestep_range)
-        self.project = nn.ModuleList(nn.Conv2d(c, hidden[0], 1, bias=False) for c in channels)
-        self.time = nn.Linear(time_width, hidden[0])  # also the first layer's bias
+        self.project = nn.ModuleList(Projection(c, hidden[0], bias=False) for c in channels)
+        self.time = CastLinear(time_width, hidden[0])  # also the first layer's bias
         sizes = [*hidden, out_channels]
-        self.mlp = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.mlp = nn.ModuleList(CastConv2d(a, b, 1) for a, b in zip(sizes, sizes[1:], strict=False))
 
     def readout(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
         """Checked maps of one dtype, timesteps `(B,)` and the common size to `(B, out, H, W)`, not bounded."""
         dtype = next(iter(maps.values())).dtype
-        x = affine(self.time, self.time_embedding(timestep, dtype))[:, :, None, None]
-        for part in resized_projections(iter(self.project), list(maps.values()), size):  # type: ignore[arg-type]
+        x = self.time(self.time_embedding(timestep, dtype))[:, :, None, None]
+        for part in resized_projections(self.project, list(maps.values()), size):
             x = x + part
         for layer in self.mlp:
-            assert isinstance(layer, nn.Conv2d)
-            x = convolve(layer, functional.silu(x))
+            x = layer(functional.silu(x))
         return x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from diffusers_repr.heads.base import Head
 from diffusers_repr.heads.knn import KNNHead
 from diffusers_repr.heads.linear import LinearHead
-from diffusers_repr.heads.logistic import fit_logistic_path
+from diffusers_repr.heads.logistic import LogisticFit, fit_logistic_path
 from diffusers_repr.heads.minibatch import train_head
 from diffusers_repr.heads.mlp import MLPHead
 from diffusers_repr.heads.protocols import (
@@ -39,7 +40,8 @@ class FitResult:
 
     Attributes:
         head: In eval mode, float32, on the features' device.
-        protocol: Every field of the protocol, and what was chosen (`l2`, `calibration`).
+        protocol: Every field of the protocol, and under `chosen` what came of it: `l2`, `calibration`; of `lbfgs`
+            the `gradient_norm` where it stopped, whether it `converged`, its `iterations`.
         validation_accuracy: On the validation set if one was given, else None.
     """
 
@@ -77,7 +79,7 @@ def fit_head(
     Closed-form and L-BFGS protocols tune their penalty on `validation`; without it, on every fifth row of each class,
     and then fit all rows again. Minibatch protocols follow their source and do not look at it.
 
-    Memory: beside the features, L-BFGS holds them once in float64, ridge holds `D (D + K)` numbers.
+    Memory: beside the features, L-BFGS holds them once in float64 on the CPU, ridge holds `D (D + K)` numbers.
 
     Args:
         features: `(N, D)`.
@@ -149,7 +151,7 @@ def accuracy_of(head: Head, features: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest logit is at the label."""
     hits = 0
     for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-        hits += int((head.forward(x).argmax(1).cpu() == y.cpu()).sum())
+        hits += int((head(x).argmax(1).cpu() == y.cpu()).sum())
     return hits / len(labels)
 
 
@@ -238,6 +240,8 @@ def _fit_ridge(protocol: RidgeProtocol, task: Task) -> tuple[Head, dict[str, Any
 
 
 def _fit_lbfgs(protocol: LBFGSProtocol, task: Task) -> tuple[Head, dict[str, Any]]:
+    reached: dict[int, LogisticFit] = {}
+
     def make(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearFit]:
         size = x.shape[1]
         mean, std = torch.zeros(size).double(), torch.ones(size).double()
@@ -246,10 +250,22 @@ def _fit_lbfgs(protocol: LBFGSProtocol, task: Task) -> tuple[Head, dict[str, Any
         mean, std = mean.to(x.device), std.to(x.device)
         z = (x.double() - mean) / std
         found = fit_logistic_path(z, y, task.num_classes, penalties, protocol.max_iter, protocol.tolerance)
-        return [LinearFit(weight, bias, mean, std) for weight, bias in found]
+        fits = [LinearFit(one.weight, one.bias, mean, std) for one in found]
+        reached.update((id(fit), one) for fit, one in zip(fits, found, strict=True))
+        return fits
 
     fit, l2, factor = _tune(protocol, task, make, lambda logits, labels: 1.0)
-    return _linear_head(fit, factor, task), {"l2": l2}
+    end = reached[id(fit)]
+    if not end.converged:
+        warnings.warn(
+            f"The logistic regression stopped after {end.iterations} iterations, short of its optimum (gradient norm "
+            f"{end.gradient_norm:.2g} at l2 = {l2:g}): raise max_iter, "
+            f"{'' if protocol.standardize else 'standardise the features, '}or leave weak penalties out "
+            "(`PROTOCOLS['lbfgs'].replace(...)`).",
+            stacklevel=4,
+        )
+    notes = {"gradient_norm": end.gradient_norm, "converged": end.converged, "iterations": end.iterations}
+    return _linear_head(fit, factor, task), {"l2": l2, **notes}
 
 
 def _fit_minibatch(protocol: MinibatchProtocol, task: Task) -> tuple[Head, dict[str, Any]]:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from diffusers_repr.capture.split import UNetFeatures, encode_partial
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.models.labels import label_names, named_ids
+from diffusers_repr.models.layers import CastBatchNorm1d, CastLayerNorm, CastLinear
+from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.models.outputs import ClassifierOutput, packed
 
 NORMS = ("layer", "batch", "none")
 
 
-class JointHead(ModelMixin, ConfigMixin):
+class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
     """Class logits from all levels of the encoder that denoises (Deja et al. 2023, arXiv 2301.13622, section 4).
 
     The middle block's output and every skip are averaged over space and joined: norm, dropout, a linear layer, leaky
@@ -51,6 +54,7 @@ class JointHead(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True  # so that it goes along with its network; nothing is worth recomputing
+    _no_split_modules: list[str] = []
 
     @register_to_config
     def __init__(
@@ -79,8 +83,8 @@ class JointHead(ModelMixin, ConfigMixin):
             )
         self.register_to_config(id2label=named_ids(id2label, num_classes))
         self.norm1, self.norm2 = _norm(norm, in_features), _norm(norm, width)
-        self.linear1 = nn.Linear(in_features + time_feature, width)
-        self.linear2 = nn.Linear(width, num_classes)
+        self.linear1 = CastLinear(in_features + time_feature, width)
+        self.linear2 = CastLinear(width, num_classes)
 
     @classmethod
     def for_unet(cls, unet: nn.Module, num_classes: int, **settings: Any) -> JointHead:
@@ -126,13 +130,20 @@ class JointHead(ModelMixin, ConfigMixin):
             )
         return pooled
 
-    def forward(self, hidden: Tensor, skips: Sequence[Tensor], timestep: Tensor | float) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        skips: Sequence[Tensor],
+        timestep: Tensor | float,
+        return_dict: bool | None = None,
+    ) -> Tensor | ClassifierOutput | tuple[Tensor]:
         """Logits `(B, K)`, float32 or wider.
 
         Args:
             hidden: Output of the middle block, `(B, C, h, w)`.
             skips: `(B, C_i, h_i, w_i)` each, `conv_in`'s first.
             timestep: What the network was told, a number for all or `(B,)`.
+            return_dict: None for the logits themselves, True for an output with `logits`, False for a tuple.
 
         Raises:
             ValueError: For another number of channels or timesteps.
@@ -146,40 +157,25 @@ class JointHead(ModelMixin, ConfigMixin):
                     raise ValueError(f"{len(times)} timesteps for {len(value)} samples; pass one, or one each.")
                 times = times.to(value.dtype) / self.config["time_divisor"]
                 value = torch.cat([value, times.expand(len(value))[:, None]], dim=1)
-            value = F.leaky_relu(_linear(self.linear1, value))
+            value = F.leaky_relu(self.linear1(value))
             value = self._regularized(self.norm2, value)
-            return _linear(self.linear2, value)
+            return packed(self.linear2(value), ClassifierOutput, return_dict)
 
     def _regularized(self, norm: nn.Module, value: Tensor) -> Tensor:
         """Norm and dropout, in the order asked for."""
         if self.config["dropout_first"]:
-            return _normalized(norm, F.dropout(value, self.config["dropout"], self.training))
-        return F.dropout(_normalized(norm, value), self.config["dropout"], self.training)
+            return norm(F.dropout(value, self.config["dropout"], self.training))
+        return F.dropout(norm(value), self.config["dropout"], self.training)
 
     def classify(self, features: UNetFeatures) -> Tensor:
         """Logits `(B, K)` of what `encode_partial` gave."""
-        return self.forward(features.hidden, features.skips, features.inputs["timestep"])
+        return self(features.hidden, features.skips, features.inputs["timestep"])
 
 
 def _norm(kind: str, width: int) -> nn.Module:
     if kind == "none":
         return nn.Identity()
-    return nn.LayerNorm(width) if kind == "layer" else nn.BatchNorm1d(width)
-
-
-def _normalized(norm: nn.Module, value: Tensor) -> Tensor:
-    """In the dtype of `value`, whatever that of the norm."""
-    own = {name: tensor for name, tensor in norm.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
-    if all(tensor.dtype == value.dtype for tensor in own.values()):
-        return norm(value)
-    if isinstance(norm, nn.BatchNorm1d) and norm.training:
-        raise ValueError("A JointHead with norm='batch' is trained in float32: its running statistics need it.")
-    cast = {name: tensor.to(value.dtype) for name, tensor in own.items()}
-    return torch.func.functional_call(norm, cast, (value,))
-
-
-def _linear(layer: nn.Linear, value: Tensor) -> Tensor:
-    return F.linear(value, layer.weight.to(value.dtype), layer.bias.to(value.dtype))
+    return CastLayerNorm(width) if kind == "layer" else CastBatchNorm1d(width)
 
 
 __all__ = ["JointHead"]

@@ -6,7 +6,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffusers_repr.heads.base import Head, empty_linear, init_linear, linear
+from diffusers_repr.heads.base import Head, empty_linear, init_linear
 
 
 class LinearHead(Head):
@@ -39,4 +39,4 @@ class LinearHead(Head):
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of standardised features."""
-        return linear(self.linear, features)
+        return self.linear(features)

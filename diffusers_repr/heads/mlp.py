@@ -8,7 +8,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffusers_repr.heads.base import Head, empty_linear, init_linear, linear
+from diffusers_repr.heads.base import Head, empty_linear, init_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
@@ -70,7 +70,5 @@ class MLPHead(Head):
         """Logits `(B, num_classes)` of standardised features."""
         *hidden, last = self.layers
         for layer in hidden:
-            assert isinstance(layer, nn.Linear)
-            features = self.activation(linear(layer, features))
-        assert isinstance(last, nn.Linear)
-        return linear(last, features)
+            features = self.activation(layer(features))
+        return last(features)

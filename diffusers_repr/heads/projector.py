@@ -8,11 +8,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.models.outputs import SampleOutput, packed
+
 ProjectorKind = Literal["mlp", "conv"]
 KINDS: tuple[ProjectorKind, ...] = ("mlp", "conv")
 
 
-class Projector(ModelMixin, ConfigMixin):
+class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
     """Tokens `(B, N, in_dim)` to tokens `(B, N, out_dim)`.
 
     Args:
@@ -31,6 +34,8 @@ class Projector(ModelMixin, ConfigMixin):
         >>> Projector(8, 5, hidden_dim=16)(torch.ones(2, 6, 8), (2, 3)).shape
         torch.Size([2, 6, 5])
     """
+
+    _no_split_modules: list[str] = []
 
     @register_to_config
     def __init__(
@@ -60,12 +65,15 @@ class Projector(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], return_dict: bool | None = None
+    ) -> Tensor | SampleOutput | tuple[Tensor]:
         """Project tokens.
 
         Args:
             tokens: `(B, N, in_dim)`, row by row.
             grid: `(h, w)` with `h * w == N`.
+            return_dict: None for the tokens themselves, True for an output with `sample`, False for a tuple.
 
         Returns:
             `(B, N, out_dim)`.
@@ -80,8 +88,10 @@ class Projector(ModelMixin, ConfigMixin):
                 f"{tuple(tokens.shape)}."
             )
         if self.config["kind"] == "mlp":
-            return self.layers(tokens)
-        return self.layers(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+            projected = self.layers(tokens)
+        else:
+            projected = self.layers(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return packed(projected, SampleOutput, return_dict)
 
 
 __all__ = ["Projector", "ProjectorKind"]

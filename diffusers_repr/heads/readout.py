@@ -10,15 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.heads.readout_parts import (
-    MapHead,
-    TimeEmbedding,
-    affine,
-    convolve,
-    group_norm,
-    normalize,
-    resized_projections,
-)
+from diffusers_repr.heads.readout_parts import MapHead, TimeEmbedding, group_norm, resized_projections
+from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
 
 Kind = Literal["spatial", "appearance", "correspondence"]
 KINDS: tuple[Kind, ...] = ("spatial", "appearance", "correspondence")
@@ -38,19 +31,19 @@ class Bottleneck(nn.Module):
         self.widths = (bottleneck, width)
         self.norm_in, self.norm_mid = group_norm(bottleneck), group_norm(bottleneck)
         self.norm_out, self.norm_shortcut = group_norm(width), group_norm(width)
-        self.time = nn.Linear(time_width, bottleneck) if time_width else None
-        self.conv_mid = nn.Conv2d(bottleneck, bottleneck, 3, padding=1, bias=False)
-        self.conv_out = nn.Conv2d(bottleneck, width, 1, bias=False)
+        self.time = CastLinear(time_width, bottleneck) if time_width else None
+        self.conv_mid = CastConv2d(bottleneck, bottleneck, 3, padding=1, bias=False)
+        self.conv_out = CastConv2d(bottleneck, width, 1, bias=False)
 
     def forward(self, projected: Tensor, time: Tensor | None) -> Tensor:
         """`(B, bottleneck + width, H, W)`, the inputs of branch and shortcut, to `(B, width, H, W)`."""
         x, shortcut = projected.split(self.widths, dim=1)
-        x = functional.relu(normalize(self.norm_in, x))
+        x = functional.relu(self.norm_in(x))
         if self.time is not None and time is not None:
-            x = x + functional.relu(affine(self.time, time))[:, :, None, None]
-        x = functional.relu(normalize(self.norm_mid, convolve(self.conv_mid, x)))
-        x = normalize(self.norm_out, convolve(self.conv_out, x))
-        return functional.relu(x + normalize(self.norm_shortcut, shortcut))
+            x = x + functional.relu(self.time(time))[:, :, None, None]
+        x = functional.relu(self.norm_mid(self.conv_mid(x)))
+        x = self.norm_out(self.conv_out(x))
+        return functional.relu(x + self.norm_shortcut(shortcut))
 
 
 class ReadoutHead(MapHead):
@@ -123,22 +116,22 @@ class ReadoutHead(MapHead):
         timed = kind != "correspondence"
         self.time_embedding = TimeEmbedding(time_width, timestep_range) if timed else None
         both = bottleneck + width
-        self.project = nn.ModuleList(nn.Conv2d(c, both, 1, bias=False) for c in channels)
+        self.project = nn.ModuleList(Projection(c, both, bias=False) for c in channels)
         self.blocks = nn.ModuleList(Bottleneck(bottleneck, width, time_width if timed else 0) for _ in channels)
         self.weights = nn.Parameter(torch.zeros(len(layers)))
         sizes_out = [width, *output_widths]
         self.hidden = nn.ModuleList()
         if kind == "spatial":
             pairs = zip(sizes_out, sizes_out[1:], strict=False)
-            self.hidden.extend(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
-            self.output = nn.Conv2d(sizes_out[-1], out_channels, 1)
+            self.hidden.extend(CastConv2d(a, b, 3, padding=1) for a, b in pairs)
+            self.output = CastConv2d(sizes_out[-1], out_channels, 1)
 
     def aggregate(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
         """F, `(B, width, H, W)`."""
         first = next(iter(maps.values()))
         time = None if self.time_embedding is None else self.time_embedding(timestep, first.dtype)
         shares = self.weights.to(first.dtype).softmax(0)
-        projected = resized_projections(iter(self.project), list(maps.values()), size)  # type: ignore[arg-type]
+        projected = resized_projections(self.project, list(maps.values()), size)
         total: Tensor | None = None
         for share, block, x in zip(shares, self.blocks, projected, strict=True):
             part = share * block(x, time)
@@ -153,9 +146,8 @@ class ReadoutHead(MapHead):
         if self.config["kind"] != "spatial":
             return x
         for layer in self.hidden:
-            assert isinstance(layer, nn.Conv2d)
-            x = functional.silu(convolve(layer, x))
-        return convolve(self.output, x).tanh()
+            x = functional.silu(layer(x))
+        return self.output(x).tanh()
 
 
 __all__ = ["KINDS", "Bottleneck", "ReadoutHead"]

@@ -1,10 +1,9 @@
-"""What heads on maps share: checked maps, 1x1 convolutions before the resize, a time embedding, loading and saving."""
+"""What heads on maps share: checked maps, 1x1 convolutions before the resize, a time embedding."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,31 +13,9 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import readout_base
 from diffusers_repr.heads.readout_features import readout_layers, tap_channels
-
-
-def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution in the dtype of `x`, whatever its own."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.padding)
-
-
-def project(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution as a matrix product, which needs no other layout of the map, in the dtype of `x`."""
-    y = torch.matmul(layer.weight.flatten(1).to(x.dtype), x.flatten(2))
-    if layer.bias is not None:
-        y = y + layer.bias.to(x.dtype)[:, None]
-    return y.unflatten(2, x.shape[2:])
-
-
-def normalize(layer: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Apply a group norm in the dtype of `x`, whatever its own."""
-    return nn.functional.group_norm(x, layer.num_groups, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
-
-
-def affine(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer in the dtype of `x`, whatever its own."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.linear(x, layer.weight.to(x.dtype), bias)
+from diffusers_repr.models.layers import CastGroupNorm, CastLinear, wide_dtype
+from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.models.outputs import SampleOutput, packed
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -48,7 +25,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm of 32 groups, or of as many as divide both 32 and the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    return CastGroupNorm(math.gcd(32, channels), channels)
 
 
 class TimeEmbedding(nn.Module):
@@ -65,7 +42,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.low, self.high = float(timestep_range[0]), float(timestep_range[1])
         self.frequencies = max(width // 8, 1)
-        self.layers = nn.ModuleList([nn.Linear(2 * self.frequencies, width), nn.Linear(width, width)])
+        self.layers = nn.ModuleList([CastLinear(2 * self.frequencies, width), CastLinear(width, width)])
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """Timesteps `(B,)` to embeddings `(B, width)` in `dtype`."""
@@ -74,17 +51,18 @@ class TimeEmbedding(nn.Module):
         angle = place[:, None] * torch.exp(-math.log(10_000) * power)
         x = torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype)
         for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            x = nn.functional.silu(affine(layer, x))
+            x = nn.functional.silu(layer(x))
         return x
 
 
-class MapHead(ModelMixin, ConfigMixin):
+class MapHead(ReprModelMixin, ModelMixin, ConfigMixin):
     """Base of heads that take maps of named layers to maps `(B, out, H, W)`.
 
     A subclass registers `layers`, `channels`, `label_range`, `level_range` and what `describe_base` gives, calls
     `check_arguments`, and writes `readout`.
     """
+
+    _no_split_modules: list[str] = []
 
     def check_arguments(self, widths: Mapping[str, int]) -> None:
         """Check the registered layers, channels and ranges, and the widths given.
@@ -152,14 +130,19 @@ class MapHead(ModelMixin, ConfigMixin):
         raise NotImplementedError
 
     def forward(
-        self, features: Mapping[str, Tensor], timestep: Tensor | float, size: tuple[int, int] | None = None
-    ) -> Tensor:
+        self,
+        features: Mapping[str, Tensor],
+        timestep: Tensor | float,
+        size: tuple[int, int] | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor | SampleOutput | tuple[Tensor]:
         """Read a map out of features.
 
         Args:
             features: Layer path -> map `(B, C_l, h_l, w_l)`, any floating dtype; others than the head's are ignored.
             timestep: Training timestep that the network was told, one or `(B,)`.
             size: (H, W) of the result; the largest height and width among the maps if None.
+            return_dict: None for the map itself, True for an output with `sample`, False for a tuple.
 
         Returns:
             `(B, out, H, W)`, float32 (float64 for a head in float64), differentiable with respect to the features.
@@ -167,14 +150,16 @@ class MapHead(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If a layer is missing or a map has another shape than the head was made for.
         """
-        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        dtype = wide_dtype(self)
         taken = self._take(features)
         first = next(iter(taken.values()))
         if size is None:
             size = (max(x.shape[2] for x in taken.values()), max(x.shape[3] for x in taken.values()))
         times = readout_base.timestep_vector(timestep, first.shape[0], first.device)
         with torch.autocast(first.device.type, enabled=False):
-            return self.readout({path: x.to(dtype) for path, x in taken.items()}, times, (int(size[0]), int(size[1])))
+            wide = {path: x.to(dtype) for path, x in taken.items()}
+            value = self.readout(wide, times, (int(size[0]), int(size[1])))
+        return packed(value, SampleOutput, return_dict)
 
     def _take(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name, taken = type(self).__name__, {}
@@ -193,15 +178,9 @@ class MapHead(ModelMixin, ConfigMixin):
             raise ValueError(f"The features have {sorted(rows)} rows; {name} takes one batch.")
         return taken
 
-    def to_json_string(self) -> str:
-        """The config as JSON, without the place the head was loaded from."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
 
 def resized_projections(
-    layers: Iterator[nn.Conv2d], maps: Sequence[Tensor], size: tuple[int, int]
+    layers: Iterable[nn.Module], maps: Sequence[Tensor], size: tuple[int, int]
 ) -> Iterator[Tensor]:
     """Each map through its 1x1 convolution at its own resolution, then to `size`; one at a time is held.
 
@@ -209,17 +188,7 @@ def resized_projections(
     first, with the resize on fewer channels and the convolution on fewer pixels.
     """
     for layer, x in zip(layers, maps, strict=True):
-        yield resize(project(layer, x), size)
+        yield resize(layer(x), size)
 
 
-__all__ = [
-    "MapHead",
-    "TimeEmbedding",
-    "affine",
-    "convolve",
-    "group_norm",
-    "normalize",
-    "project",
-    "resize",
-    "resized_projections",
-]
+__all__ = ["MapHead", "TimeEmbedding", "group_norm", "resize", "resized_projections"]

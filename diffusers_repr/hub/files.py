@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
 
 _logger = logging.getLogger(__name__)
 
@@ -71,6 +74,50 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def atomic_files(folder: str | os.PathLike[str], files: Mapping[str, bytes | str]) -> Path:
+    """Write several files of one folder so that a full disk leaves all of them as they were.
+
+    Args:
+        folder: Made if missing; other files in it stay.
+        files: Name -> content; a string is written as UTF-8.
+
+    Returns:
+        `folder` as a `Path`.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+
+    Example:
+        >>> folder = atomic_files(getfixture("tmp_path") / "new", {"a.txt": "1", "b.txt": "2"})
+        >>> sorted(file.name for file in folder.iterdir())
+        ['a.txt', 'b.txt']
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    written: dict[Path, Path] = {}
+    try:
+        for name, data in files.items():
+            path = folder / name
+            if path.is_dir():
+                raise IsADirectoryError(f"Cannot write the file {str(path)!r}: a folder has this name.")
+            written[path] = _hidden_sibling(path, "tmp")
+            with open(written[path], "xb") as file:
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in written.items():  # takes no room
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    _sync_folder(folder)
+    return folder
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Fill a folder that takes its name only when the block ends well.
@@ -91,6 +138,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
         FileExistsError: If the folder is not empty and `overwrite` is False.
         NotADirectoryError: If `path` is a file.
         ValueError: If `path` is, or holds, the working directory or the home folder: all of it would be replaced.
+        OSError: If the disk is full or the folder cannot be written, whatever the writer inside the block raised.
 
     Example:
         >>> target = getfixture("tmp_path") / "probe"
@@ -100,13 +148,18 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
         ['config.json']
     """
     path = Path(os.path.abspath(path))
-    _check_replaceable(path, overwrite)
+    check_replaceable(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden_sibling(path, "tmp")
     temporary.mkdir()
     try:
         yield temporary
         _exchange(temporary, path)
+    except SafetensorError as error:  # its writer tells a full disk in words alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
@@ -147,9 +200,12 @@ def only_writer(folder: str | os.PathLike[str], command: str) -> Iterator[None]:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file (UTF-8).
 
+    What is in it is not checked: see `hub/schema.py`.
+
     Raises:
         FileNotFoundError: If there is no such file; the message names the JSON files beside it.
-        ValueError: If the file is not JSON; the message names file, line and column.
+        ValueError: If the file is not JSON, or larger than 256 MiB, or nested too deeply; the message names file, line
+            and column.
 
     Example:
         >>> read_json(write_json(getfixture("tmp_path") / "a.json", {"seed": 0}))
@@ -160,14 +216,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         beside = sorted(file.name for file in path.parent.glob("*.json")) if path.parent.is_dir() else []
         hint = f"JSON files in that folder: {', '.join(beside)}" if beside else "that folder has no JSON file"
         raise FileNotFoundError(f"No file {str(path)!r}; {hint}.")
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise ValueError(f"The file {str(path)!r} has {size} bytes; a JSON file here has at most {_LARGEST_JSON}.")
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"The file {str(path)!r} is nested too deeply. {_CORRUPT}") from None
     except json.JSONDecodeError as error:
         state = "is empty" if not error.doc.strip() else f"is not valid JSON: {error.msg}"
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"The file {str(path)!r} {state} ({where}). {_CORRUPT}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"The file {str(path)!r} is not UTF-8 text (byte {error.start}). {_CORRUPT}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"The file {str(path)!r} cannot be read: {error}. {_CORRUPT}") from error
 
 
 def write_json(path: str | os.PathLike[str], data: Any, *, indent: int | None = 2) -> Path:
@@ -182,6 +245,11 @@ def write_json(path: str | os.PathLike[str], data: Any, *, indent: int | None = 
         TypeError: If `data` holds something JSON cannot (an array, a path, a dtype).
         ValueError: If `data` holds NaN or an infinity, which other JSON readers refuse.
     """
+    return atomic_write(path, json_text(data, path, indent))
+
+
+def json_text(data: Any, path: str | os.PathLike[str], indent: int | None = 2) -> str:
+    """What `write_json` writes, with its arguments and errors."""
     try:
         text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
@@ -193,9 +261,10 @@ def write_json(path: str | os.PathLike[str], data: Any, *, indent: int | None = 
         raise ValueError(
             f"Cannot write {str(path)!r}: {error}. JSON has no NaN and no infinity; write None for no value."
         ) from error
-    return atomic_write(path, text + "\n")
+    return text + "\n"
 
 
+_LARGEST_JSON = 256 << 20
 _CORRUPT = "It may have been cut short or edited: restore it from its source, or delete it and make it again."
 
 
@@ -204,7 +273,16 @@ def _hidden_sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex[:12]}.{kind}")
 
 
-def _check_replaceable(path: Path, overwrite: bool) -> None:
+def check_replaceable(path: Path, overwrite: bool = True) -> None:
+    """Refuse what `atomic_folder` would not replace.
+
+    Args:
+        path: An absolute path.
+        overwrite: False: an existing folder that is not empty is an error.
+
+    Raises:
+        FileExistsError, NotADirectoryError, ValueError: As `atomic_folder`.
+    """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"Cannot make the folder {str(path)!r}: a file has this name. Choose another name.")
     for name, kept in (("the working directory", Path.cwd()), ("the home folder", Path.home())):

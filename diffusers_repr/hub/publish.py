@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from yaml import YAMLError
 from diffusers_repr.hub.errors import HubError, hub_errors, is_repo_id
 from diffusers_repr.hub.push import check_pipeline_file, push_folder
 from diffusers_repr.hub.scheduler_file import stage_scheduler
+from diffusers_repr.hub.upload import Upload
 
 Kind = Literal["pipelines", "schedulers", "models", "heads"]
 KINDS: tuple[Kind, ...] = ("pipelines", "schedulers", "models", "heads")
@@ -24,6 +26,7 @@ _MESSAGES = {
     "models": "Upload model with diffusers-repr",
     "heads": "Upload head with diffusers-repr",
 }
+_LISTS = {"pipelines": "custom pipeline", "schedulers": "scheduler", "heads": "head"}  # of a model its files tell
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Publication:
         kind: One of `KINDS`.
         name: Of the repository, without its namespace.
         source: A folder with a README.md, of a pipeline also with `pipeline.py`; of a scheduler its file.
-        push: What uploads a folder, with the arguments of `push_folder`; None is `push_folder`.
+        push: What uploads a folder, with the arguments of `push_folder` (no `kind`); None is `push_folder`.
     """
 
     kind: Kind
@@ -52,12 +55,14 @@ class Outcome:
         repo_id: Where it went, or would.
         state: `pushed` (a new commit), `unchanged` (no commit), `planned` (a dry run) or `failed`.
         detail: Address of the commit; of a failure why.
+        upload: The files that were, or would be, sent; None where it did not come so far.
     """
 
     publication: Publication
     repo_id: str
     state: Literal["pushed", "unchanged", "planned", "failed"]
     detail: str
+    upload: Upload | None = None
 
 
 def publish(
@@ -79,7 +84,7 @@ def publish(
         namespace: User or organisation.
         private: Whether repositories made here are private; those that exist keep what they are.
         token: As in `push_folder`.
-        dry_run: Check all, send nothing.
+        dry_run: Check all, list the files, send nothing.
         report: Called with each outcome as soon as it is known.
 
     Returns:
@@ -103,11 +108,12 @@ def publish(
     outcomes = []
     for publication in publications:
         repo_id = f"{namespace}/{publication.name}"
+        uploads: list[Upload] = []
         try:
-            state, detail = _publish_one(publication, repo_id, private, token, dry_run)
-            outcome = Outcome(publication, repo_id, state, detail)
-        except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
-            outcome = Outcome(publication, repo_id, "failed", " ".join(str(error).split()))
+            state, detail = _publish_one(publication, repo_id, private, token, dry_run, uploads.append)
+            outcome = Outcome(publication, repo_id, state, detail, uploads[0] if uploads else None)
+        except Exception as error:  # whatever it is, the others are not to blame
+            outcome = Outcome(publication, repo_id, "failed", " ".join(str(error).split()) or type(error).__name__)
         outcomes.append(outcome)
         if report is not None:
             report(outcome)
@@ -115,7 +121,12 @@ def publish(
 
 
 def _publish_one(
-    item: Publication, repo_id: str, private: bool, token: str | None, dry_run: bool
+    item: Publication,
+    repo_id: str,
+    private: bool,
+    token: str | None,
+    dry_run: bool,
+    report: Callable[[Upload], None],
 ) -> tuple[Literal["pushed", "unchanged", "planned"], str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = item.source
@@ -124,11 +135,13 @@ def _publish_one(
         elif item.kind == "pipelines":
             check_pipeline_file(folder / "pipeline.py")
         _check_card(folder)
+        push = item.push or functools.partial(push_folder, kind=_LISTS.get(item.kind))
         if dry_run:
+            push(folder, repo_id, dry_run=True, report=report)
             return "planned", str(item.source)
         before = _head(repo_id, token)
-        push = item.push or push_folder
-        address = push(folder, repo_id, private=private, token=token, commit_message=_MESSAGES[item.kind])
+        message = _MESSAGES[item.kind]
+        address = push(folder, repo_id, private=private, token=token, commit_message=message, report=report)
     return ("unchanged" if before is not None and address.endswith(before) else "pushed"), address
 
 

@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import ast
 import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from diffusers_repr.hub.errors import HubError, hub_errors, is_commit_sha, is_repo_id
+from diffusers_repr.hub.upload import Upload, plan_upload
 
 _REPO_TYPES = ("model", "dataset")
 _OTHER_PIPELINES = ("diffusers", "transformers")  # their pipelines do not count as custom ones
-_NEVER_PUSHED = (
-    "**/__pycache__/**", "__pycache__/**", "*.pyc", ".*.tmp", "*/.*.tmp", ".DS_Store", "*/.DS_Store",
-    "checkpoint-*/**", ".checkpoint-*/**",  # of a training run
-)  # fmt: skip
 
 
 def push_folder(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
+    kind: str | None = None,
+    include: Sequence[str] = (),
     repo_type: str = "model",
     private: bool = False,
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload with diffusers-repr",
     create: bool = True,
+    dry_run: bool = False,
+    report: Callable[[Upload], None] | None = None,
 ) -> str:
-    """Upload all files of a folder to a Hub repository; what the repository holds besides them stays.
+    """Upload the files of an artefact to a Hub repository; what the repository holds besides them stays.
+
+    Only files on the list of the artefact's kind (`diffusers_repr.hub.allowed.KINDS`) and pictures that its README.md
+    shows are sent; links are not followed out of the folder; places of this machine in configs and card become their
+    last names.
 
     Args:
-        folder: The folder; its layout becomes that of the repository. Byte code and temporary files are left out.
+        folder: The folder; its layout becomes that of the repository.
         repo_id: `"user/name"`.
+        kind: What it holds, one of `diffusers_repr.hub.allowed.KINDS`; None: what its files tell.
+        include: Further files to send, as paths in the folder (`*` for a part of a name); never pickles, hidden files
+            or links. A folder of no known kind sends these and README.md.
         repo_type: `"model"` or `"dataset"`.
         private: Whether a repository made here is private; one that exists keeps what it is.
         token: Hub token with the right to write; None takes the one of `hf auth login` or HF_TOKEN. It is neither
@@ -42,6 +52,8 @@ def push_folder(
         revision: Branch to push to; None is the main branch. With `create` a missing branch is made.
         commit_message: First line of the commit.
         create: Make the repository if it does not exist; False: it must exist.
+        dry_run: Check everything that needs no network, report, send nothing and return "".
+        report: Called with what would be sent before it is; without it, a warning tells of files that are left out.
 
     Returns:
         Address of the commit. If nothing has changed, that of the last commit.
@@ -49,30 +61,36 @@ def push_folder(
     Raises:
         FileNotFoundError: If there is no such folder.
         NotADirectoryError: If it is a file.
-        ValueError: If it has no file to push, the id, type or branch is not allowed, or README.md has metadata that
-            the Hub refuses.
+        ValueError: If it has no file to push, a file on the list may not be sent (`plan_upload`), the id, type or
+            branch is not allowed, or README.md has metadata that the Hub refuses.
         HubError: If there is no token, the token is not accepted or may not write there, or the Hub is not reached.
     """
     path = _check_folder(folder)
     _check_target(repo_id, repo_type, revision)
+    upload = plan_upload(path, kind, include)
+    if report is not None:
+        report(upload)
+    elif upload.left_out:
+        warnings.warn(f"Not all of {str(folder)!r} is pushed; {upload.left_out_line()}.", stacklevel=2)
+    if dry_run:
+        return ""
     if token is None and get_token() is None:
         raise HubError(
             f"Cannot push to {repo_id!r}: no Hub token was found. Log in with `hf auth login`, set HF_TOKEN, or pass "
             "`token=`."
         )
     api = HfApi(token=token, library_name="diffusers-repr")
-    with hub_errors("push to", repo_id, repo_type=repo_type, revision=revision):
+    with (
+        tempfile.TemporaryDirectory() as stage,
+        hub_errors("push to", repo_id, repo_type=repo_type, revision=revision),
+    ):
+        upload.stage(Path(stage))
         if create:
             api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type=repo_type,
-            folder_path=path,
-            revision=revision,
-            commit_message=commit_message,
-            ignore_patterns=list(_NEVER_PUSHED),
+            repo_id=repo_id, repo_type=repo_type, folder_path=stage, revision=revision, commit_message=commit_message
         )
     return str(commit.commit_url)
 
@@ -85,6 +103,8 @@ def publish_pipeline(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload pipeline with diffusers-repr",
+    dry_run: bool = False,
+    report: Callable[[Upload], None] | None = None,
 ) -> str:
     """Upload a custom pipeline, to be loaded with `custom_pipeline="user/name", trust_remote_code=True`.
 
@@ -95,6 +115,8 @@ def publish_pipeline(
         token: As in `push_folder`.
         revision: Branch to push to; None is the main branch.
         commit_message: First line of the commit.
+        dry_run: As in `push_folder`.
+        report: As in `push_folder`.
 
     Returns:
         Address of the commit.
@@ -106,7 +128,17 @@ def publish_pipeline(
     """
     path = _check_folder(folder)
     check_pipeline_file(path / "pipeline.py")
-    return push_folder(path, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+    return push_folder(
+        path,
+        repo_id,
+        kind="custom pipeline",
+        private=private,
+        token=token,
+        revision=revision,
+        commit_message=commit_message,
+        dry_run=dry_run,
+        report=report,
+    )
 
 
 def check_pipeline_file(path: str | os.PathLike[str]) -> str:
@@ -205,10 +237,6 @@ def _check_folder(folder: str | os.PathLike[str]) -> Path:
         raise NotADirectoryError(f"{str(folder)!r} is a file; give the folder that holds what is to be pushed.")
     if not path.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}. Save what is to be pushed first.")
-    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    ignored = [*_NEVER_PUSHED, *DEFAULT_IGNORE_PATTERNS]
-    if next(iter(filter_repo_objects(files, ignore_patterns=ignored)), None) is None:
-        raise ValueError(f"The folder {str(folder)!r} has no file to push. Save what is to be pushed first.")
     return path
 
 

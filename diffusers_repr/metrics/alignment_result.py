@@ -8,10 +8,65 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.hub import atomic_write, read_json, write_json
+from diffusers_repr.hub import read_json
+from diffusers_repr.hub.files import atomic_files, json_text
+from diffusers_repr.hub.schema import (
+    anything,
+    boolean,
+    integer,
+    listing,
+    mapping,
+    number,
+    one_of,
+    optional,
+    record,
+    text,
+)
 from diffusers_repr.metrics.record import MetricRecord
 
 FORMAT = "diffusers_repr.alignment/1"
+_NAME = text(1000)
+_CELL = record(
+    {
+        "layer": _NAME,
+        "order": integer(0, 100_000),
+        "timestep": number(),
+        "nsr": number(0),
+        "dim": integer(1, 1 << 31),
+        "flops_share": number(0, 1.001),
+        "scores": mapping(optional(number()), 1, 100),
+    }
+)
+_SAMPLES = record({"name": text(), "samples": integer(1, 10**12), "images_hash": text(200)}, others=True)
+_RECIPE = record(
+    {
+        "model": record({"name": optional(text())}, others=True),
+        "encoder": mapping(anything()),
+        "features": _NAME,
+        "data": _SAMPLES,
+        "test": optional(_SAMPLES),
+        "resize": text(),
+        "image_size": listing(integer(1, 1 << 20), 2, 2),
+        "noise": _NAME,
+        "sample_posterior": boolean(),
+        "seed": integer(-(2**63), 2**64),
+        "prompt": optional(text()),
+        "class_labels": optional(integer()),
+        "settings": mapping(mapping(anything())),
+        "backend": mapping(text()),
+    },
+    others=True,
+)
+_SCHEMA = record(
+    {
+        "format": one_of(FORMAT),
+        "metrics": listing(_NAME, 1, 100, distinct=True),
+        "best": optional(_CELL),
+        "encoder_scores": mapping(number(), 0, 100),
+        "recipe": _RECIPE,
+        "cells": listing(_CELL, 1),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -149,16 +204,24 @@ class Alignment:
         """Write `alignment.json` and `alignment.png` into a folder.
 
         Args:
-            folder: Made if missing; files of these names are replaced, each at once.
+            folder: Made if missing; files of these names are replaced together, when both are whole.
             plot: Whether to draw the picture.
 
         Raises:
             ImportError: If matplotlib is missing; the numbers are written before.
+            OSError: If the disk is full; what was in the folder stays as it was, and saving again may succeed.
         """
         folder = Path(folder)
-        write_json(folder / "alignment.json", self.to_dict())
+        files: dict[str, bytes | str] = {"alignment.json": json_text(self.to_dict(), folder / "alignment.json")}
+        missing: ImportError | None = None
         if plot:
-            atomic_write(folder / "alignment.png", self.plot())
+            try:
+                files["alignment.png"] = self.plot()
+            except ImportError as error:
+                missing = error
+        atomic_files(folder, files)
+        if missing is not None:
+            raise missing
         return folder
 
     @classmethod
@@ -167,7 +230,7 @@ class Alignment:
 
         Raises:
             FileNotFoundError: If there is no `alignment.json`.
-            ValueError: If it is no alignment of this format.
+            ValueError: If it is no alignment of this format, or says what cannot be; names file and field.
         """
         path = Path(folder) / "alignment.json"
         if not path.is_file():
@@ -175,6 +238,12 @@ class Alignment:
         data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is no alignment of format {FORMAT!r}; measure again.")
+        _SCHEMA(anything()(data, str(path)), str(path))
+        for index, cell in enumerate(data["cells"]):
+            if set(cell["scores"]) != set(data["metrics"]):
+                raise ValueError(f"{str(path)!r}: cells[{index}].scores are not those of metrics {data['metrics']}.")
+        if not set(data["metrics"]) <= set(data["recipe"]["settings"]):
+            raise ValueError(f"{str(path)!r}: recipe.settings lacks one of the metrics {data['metrics']}.")
         cells = tuple(AlignmentCell(**cell) for cell in data["cells"])
         return cls(cells, tuple(data["metrics"]), data["encoder_scores"], data["recipe"])
 

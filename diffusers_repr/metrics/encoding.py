@@ -50,8 +50,7 @@ class ImageRows:
     def read(self, rows: Sequence[int]) -> Any:
         """The images at these places."""
         if isinstance(self.images, ImageData):
-            ((images, _),) = self.images.select(rows).batches(len(rows))
-            return images
+            return self.images.read(rows)
         if isinstance(self.images, Tensor):
             return self.images[torch.as_tensor(rows)]
         return [self.images[row] for row in rows]
@@ -131,7 +130,7 @@ def read_shared(
     with failing_together():
         for start in range(0, len(mine), batch_size):
             places = [rows[at] for at in mine[start : start + batch_size]]
-            pixels = to_pixels(images.read(places), channels, image_size)
+            pixels = to_pixels(images.read(places), channels, image_size, places)
             sizes += [(pixels.shape[2], pixels.shape[3])] * len(pixels)
             _refuse_mixed(images, set(sizes))
             made = make(pixels)

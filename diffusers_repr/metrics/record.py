@@ -12,8 +12,29 @@ from typing import Any
 
 from diffusers_repr.features.recipe import recipe_differences
 from diffusers_repr.hub import read_json, write_json
+from diffusers_repr.hub.schema import anything, integer, mapping, number, one_of, optional, shown, text
+from diffusers_repr.hub.schema import record as fields_of
 
 FORMAT = "diffusers_repr.metric/1"
+_TEXT = optional(text())
+_PLAIN = mapping(anything())
+_SCHEMA = fields_of(
+    {"format": one_of(FORMAT), "metric": text(1000, pattern=".+", what="a name"), "value": number()},
+    {
+        "encoder": optional(_PLAIN),
+        "features": _TEXT,
+        "counts": mapping(integer(0, 10**15)),
+        "reference": _TEXT,
+        "resize": _TEXT,
+        "weights": _TEXT,
+        "backend": mapping(text()),
+        "k": optional(integer(1, 10**9)),
+        "seed": optional(integer()),
+        "settings": _PLAIN,
+        "subject": _TEXT,
+        "note": _TEXT,
+    },
+)
 
 
 class UnlikeRecordsError(ValueError):
@@ -102,20 +123,20 @@ class MetricRecord:
         return write_json(path, self.to_dict())
 
     @classmethod
-    def from_dict(cls, data: Any) -> MetricRecord:
+    def from_dict(cls, data: Any, at: str = "a metric record") -> MetricRecord:
         """A record from what `to_dict` gave.
 
+        Args:
+            data: As `to_dict` gave it, or JSON gave it back.
+            at: Its place, for messages.
+
         Raises:
-            ValueError: If it is no record of this format.
+            ValueError: If it is no record of this format, or a field says what cannot be; names it.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise ValueError(f"This is no metric record of format {FORMAT!r}: it says {_format_of(data)!r}.")
-        values = {name: value for name, value in data.items() if name != "format"}
-        if not set(values) <= known or not {"metric", "value"} <= set(values):
-            unknown, lacking = sorted(set(values) - known), sorted({"metric", "value"} - set(values))
-            raise ValueError(f"A metric record has unknown fields {unknown} or lacks {lacking}.")
-        return cls(**values)
+            raise ValueError(f"{at} is no metric record of format {FORMAT!r}: it says {shown(_format_of(data))}.")
+        _SCHEMA(anything()(data, at), at)
+        return cls(**{name: value for name, value in data.items() if name != "format"})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MetricRecord:
@@ -124,7 +145,7 @@ class MetricRecord:
         Raises:
             FileNotFoundError, ValueError: If it is not there, or no record.
         """
-        return cls.from_dict(read_json(path))
+        return cls.from_dict(read_json(path), str(path))
 
 
 _FREE = ("value", "subject", "note")

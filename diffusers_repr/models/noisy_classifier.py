@@ -15,6 +15,9 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
 from diffusers_repr.models.labels import label_names, named_ids
+from diffusers_repr.models.layers import CastLinear
+from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.models.outputs import ClassifierOutput, packed
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 POOLINGS = ("attention", "mean")
@@ -22,7 +25,7 @@ _SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
 _POINTS = 9  # timesteps at which two tables of a process are compared
 
 
-class NoisyClassifier(ModelMixin, ConfigMixin):
+class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
     """The downsampling half of a U-Net with a classifier on top (Dhariwal and Nichol 2021, section 4.1).
 
     It takes what the denoiser takes, `x_t = alpha x_0 + sigma eps` in pixels or latents of any height and width, and
@@ -59,6 +62,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _no_split_modules = [*DOWN_BLOCKS, "UNetMidBlock2D", "Attention"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -141,19 +145,22 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             if pooling == "attention"
             else None
         )
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = CastLinear(width, num_classes)
 
     @property
     def labels(self) -> list[str]:
         """Name of each class, in the order of the ids; the ids as text where none were given."""
         return label_names(self.config)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, return_dict: bool | None = None
+    ) -> Tensor | ClassifierOutput | tuple[Tensor]:
         """Logits `(B, K)` of the class of x_0, float32 or wider whatever the dtype of the network.
 
         Args:
             sample: x_t, `(B, C, H, W)`, scaled as the denoiser takes it.
             timestep: Training timestep (`NoiseLevel.timestep`), a number for all or `(B,)`; may be fractional.
+            return_dict: None for the logits themselves, True for an output with `logits`, False for a tuple.
 
         Raises:
             ValueError: For an input of another shape, or another number of timesteps.
@@ -166,7 +173,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"NoisyClassifier got {len(times)} timesteps for {len(sample)} samples; pass one or each."
             )
-        dtype = self.conv_in.weight.dtype
+        dtype = self.dtype  # the one computed in: layerwise casting stores weights in another
         emb = self.time_embedding(self.time_proj(times.expand(len(sample))).to(dtype))
         hidden = self.conv_in(sample.to(dtype))
         for block in self.down_blocks:
@@ -176,9 +183,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         if self.pool is not None:
             tokens = torch.cat([pooled[:, None], hidden.flatten(2).transpose(1, 2)], dim=1)
             pooled = self.pool(pooled[:, None], encoder_hidden_states=tokens)[:, 0]
-        wide, last = torch.promote_types(dtype, torch.float32), self.classifier
         with torch.autocast(sample.device.type, enabled=False):
-            return nn.functional.linear(pooled.to(wide), last.weight.to(wide), last.bias.to(wide))
+            logits = self.classifier(pooled.to(torch.promote_types(dtype, torch.float32)))
+        return packed(logits, ClassifierOutput, return_dict)
 
     def check_base(self, schedule: Any, channels: int, latent_scale: float | None = None) -> None:
         """Check that a denoiser's x_t and timesteps mean what they meant in training.

@@ -15,6 +15,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, SiTAttnProcessor, SiTBlock, SiTFinalNorm, grid_positions
 
 # Letter -> depth, width, heads.
@@ -27,7 +28,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 PATCHES = (2, 4, 8)
 
 
-class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Transformer on patches, conditioned by adaptive layer norm on time and a class or a vector.
 
     The architecture of DiT (Peebles and Xie 2022, arXiv 2212.09748) as SiT (Ma et al. 2024, arXiv 2401.08740) and REPA
@@ -244,10 +245,11 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         return value.shape
 
     def _positions(self, grid: tuple[int, int], tokens: Tensor) -> Tensor:
-        # In the dtype of the weights: under autocast the residual stream is float32, as in the papers' code.
-        if grid == self._grid:
-            return self.positions
-        return grid_positions(*grid, tokens.shape[-1], tokens.device).to(self.positions.dtype)
+        table = self.positions if grid == self._grid else grid_positions(*grid, tokens.shape[-1], tokens.device)
+        # Under autocast the residual stream is float32, as in the papers' code. Else the dtype is that of the tokens:
+        # a buffer that is not saved stays float32 where a model is loaded in half precision.
+        autocast = torch.is_autocast_enabled(tokens.device.type)
+        return table.to(torch.promote_types(tokens.dtype, torch.float32) if autocast else tokens.dtype)
 
     def _embed_time(self, timestep: Tensor | float, like: Tensor) -> Tensor:
         times = torch.as_tensor(timestep, device=like.device).reshape(-1)

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.hooks import Turn, hook_after, hook_before, remove_hook
 from diffusers_repr.noise import add_noise, training_target
 from diffusers_repr.objectives.base import rebuild
 from diffusers_repr.objectives.diffusion import NoisyBatch
@@ -68,32 +69,41 @@ class ClassTokenSlot:
         self.state: Tensor | None = None
         self._token: Tensor | None = None
         self._open = False
-        self._handles = [blocks[0].register_forward_pre_hook(self._put), norm.register_forward_hook(self._take)]
+        self._turn = Turn()
+        self._handles = [hook_before(blocks[0], self._put, self._puts), hook_after(norm, self._take, self._turn)]
 
     @contextmanager
     def holding(self, token: Tensor) -> Iterator[None]:
         """Inside, forwards carry `token` `(B, D)`.
 
         It stays known after: gradient checkpointing runs the first block once more in the backward pass.
+
+        Raises:
+            RuntimeError: If another thread holds one.
         """
+        self._turn.take("Another thread trains this network; give each thread a network of its own.")
         self._token, self._open, self.state = token, True, None
         try:
             yield
         finally:
             self._open = False
+            self._turn.end()
 
     def close(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
-            handle.remove()
+            remove_hook(handle)
 
-    def _put(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        # In a recomputation the block is closed, and the token is still wanted.
+    def _puts(self) -> bool:
+        # In a recomputation, which may run in a thread of autograd's, the block is closed and the token still wanted.
+        return self._turn() or torch._C._current_graph_task_id() != -1
+
+    def _put(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._token is None or not (self._open or torch._C._current_graph_task_id() != -1):
             return None
-        return torch.cat([args[0], self._token.to(args[0].dtype)[:, None]], dim=1), *args[1:]
+        return (torch.cat([args[0], self._token.to(args[0].dtype)[:, None]], dim=1), *args[1:]), kwargs
 
-    def _take(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _take(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         if not self._open:
             return None
         self.state = output[:, -1]

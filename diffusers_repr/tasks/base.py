@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.hub import HubError, is_repo_id
+from diffusers_repr.hub.places import is_place, last_name
 from diffusers_repr.tasks.recipe import BaseRecord, ProbeRecipe
 
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
@@ -45,6 +47,34 @@ def record_base(
     return BaseRecord(
         name, local, revision, commit, type(model).__name__, _config(denoiser), dict(features), _marks(model)
     )
+
+
+def written_base(base: BaseRecord, folder: Path | None) -> BaseRecord:
+    """The record as a file holds it: no absolute place of this machine.
+
+    Args:
+        base: As it is in memory.
+        folder: Of the probe: a base elsewhere on this disk is told as the way from there. None, for what is shared:
+            of every folder the last name alone.
+    """
+    if base.name is None or not base.local or (folder is not None and not is_place(base.name)):
+        return base
+    place = Path(base.name).expanduser()
+    if folder is None or not place.is_dir():
+        return replace(base, name=last_name(base.name))
+    try:
+        way = Path(os.path.relpath(os.path.abspath(place), os.path.abspath(folder))).as_posix()
+    except ValueError:  # another drive
+        return replace(base, name=last_name(base.name))
+    return replace(base, name=way if way.startswith(".") else f"./{way}")
+
+
+def found_base(base: BaseRecord, probe: Path) -> BaseRecord:
+    """The record as it is in memory: where it tells the way from the probe's folder, the place it leads to."""
+    if base.name is None or not base.local or not base.name.startswith("."):
+        return base
+    place = Path(os.path.normpath(os.path.join(os.path.abspath(probe), base.name)))
+    return replace(base, name=str(place)) if place.is_dir() else base
 
 
 def open_base(

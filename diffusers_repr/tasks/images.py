@@ -54,7 +54,8 @@ def read_features(
     size, bar = extractor.image_size, None if progress_bar is None else progress_bar(total=len(data))
     try:
         for rows, images in data.batches(batch_size):
-            pixels = to_pixels(images, extractor.denoiser.image_channels, extractor.image_size)
+            numbers = range(rows.start, rows.stop)
+            pixels = to_pixels(images, extractor.denoiser.image_channels, extractor.image_size, numbers)
             found = (pixels.shape[2], pixels.shape[3])
             if size is not None and found != size:
                 raise ValueError(

@@ -15,6 +15,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.selection_result import Selection
 from diffusers_repr.heads import Head
 from diffusers_repr.heads.protocols import Protocol
+from diffusers_repr.hub.places import public_name
 from diffusers_repr.tasks import probe_files
 from diffusers_repr.tasks.base import check_features
 from diffusers_repr.tasks.images import class_data, join, read_features
@@ -175,12 +176,16 @@ class Probe:
     def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
         """Write `config.json` and weights of the head, `probe.json` and a model card, all or nothing.
 
+        A base that is a folder elsewhere on this disk is written as the way to it from `folder`; no absolute place of
+        this machine is. If it fails, nothing has changed, and the probe can be saved to another place.
+
         Args:
             folder: A new or empty folder, or one with a probe, which is replaced.
             title: Heading of the card; the folder's name if None.
 
         Raises:
             FileExistsError: If the folder holds something else.
+            OSError: If the disk is full or the folder cannot be written.
         """
         probe_files.save(self.head, self.recipe, folder, title)
 
@@ -293,7 +298,7 @@ class Probe:
         result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
         if record:
             for name, value in result.items():
-                self.record(Score(name, value, dataset or found.name, split or found.split, len(found)))
+                self.record(Score(name, value, dataset or public_name(found.name), split or found.split, len(found)))
         return {**result, "rows": len(found)}
 
     def record(self, score: Score) -> None:

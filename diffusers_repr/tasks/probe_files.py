@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import Head
 from diffusers_repr.heads.fit import HEADS
 from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_json, resolve_folder, write_json
-from diffusers_repr.tasks.base import open_base
+from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.recipe import ProbeRecipe
 
@@ -37,6 +37,7 @@ def save(head: Head, recipe: ProbeRecipe, folder: str | os.PathLike[str], title:
             "another folder."
         )
     with atomic_folder(target) as fresh:
+        recipe = replace(recipe, base=written_base(recipe.base, target))
         _write(head, recipe, fresh, title or Path(os.path.abspath(target)).name)
 
 
@@ -57,6 +58,7 @@ def load(
     """Head, recipe and checked base of a probe; the head is read before the base, which may be large."""
     folder = resolve_folder(id_or_folder, revision, token, _PATTERNS)
     recipe = read_recipe(folder)
+    recipe = replace(recipe, base=found_base(recipe.base, folder))
     head = read_head(folder)
     values = sum(recipe.base.features.values()) * len(recipe.levels)
     shape = (head.config["in_features"], head.config["num_classes"])
@@ -123,8 +125,9 @@ def push(head: Head, recipe: ProbeRecipe, repo_id: str, **kwargs: Any) -> str:
     """Save to a temporary folder and upload it; warns where others could not find the base."""
     _warn_of_local_base(recipe)
     with tempfile.TemporaryDirectory() as temporary:
+        recipe = replace(recipe, base=written_base(recipe.base, None))
         _write(head, recipe, Path(temporary), repo_id)
-        return push_folder(temporary, repo_id, **kwargs)
+        return push_folder(temporary, repo_id, kind="probe", **kwargs)
 
 
 def push_saved(
@@ -134,7 +137,7 @@ def push_saved(
     base_revision: str | None = None,
     **kwargs: Any,
 ) -> str:
-    """Upload a saved probe without loading its base.
+    """Upload a saved probe without loading its base; of its folder, the files of a probe alone.
 
     Args:
         folder: What `save` wrote; it is not changed.
@@ -151,9 +154,7 @@ def push_saved(
     if base is not None:
         return push(head, recipe.with_base(base, base_revision), repo_id, **kwargs)
     _warn_of_local_base(recipe)
-    with tempfile.TemporaryDirectory() as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
-        return push_folder(temporary, repo_id, **kwargs)
+    return push_folder(folder, repo_id, kind="probe", **kwargs)
 
 
 def _warn_of_local_base(recipe: ProbeRecipe) -> None:

@@ -16,6 +16,7 @@ from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.features.selection_result import Selection
 from diffusers_repr.heads import Head, fit_head
 from diffusers_repr.heads.protocols import Protocol, get_protocol
+from diffusers_repr.hub.places import public_name
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, read_features
@@ -79,7 +80,7 @@ def fit_probe(
     )
     scores = []
     if held is not None and result.validation_accuracy is not None:
-        scores.append(Score("accuracy", result.validation_accuracy, held.name, held.split, len(held)))
+        scores.append(Score("accuracy", result.validation_accuracy, public_name(held.name), held.split, len(held)))
     sizes = {layer: feature.shape[-1] for layer, feature in output.features.items()}
     assert extractor.pooling is not None
     recipe = ProbeRecipe(
@@ -102,7 +103,7 @@ def fit_probe(
         prompt=condition[0],
         class_labels=condition[1],
         protocol=result.protocol,
-        train={"dataset": data.name, "split": data.split, "rows": len(data)},
+        train={"dataset": public_name(data.name), "split": data.split, "rows": len(data)},
         scores=tuple(scores),
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
     )

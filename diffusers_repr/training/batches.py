@@ -35,6 +35,11 @@ def make_batches(
     loader: Any
     if isinstance(data, IterableDataset):
         if streams:
+            if not isinstance(streams, list) or len(streams) != accelerator.num_processes:
+                raise ValueError(
+                    f"The checkpoint does not hold the place of {accelerator.num_processes} processes in their "
+                    "streams; go on with as many processes as it was written by."
+                )
             data.load_state_dict(streams[accelerator.process_index])  # type: ignore[attr-defined]
         loader = DataLoader(data, batch_size=micro, num_workers=0, pin_memory=pinned)
     else:

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 
 from diffusers_repr.features.extraction import process_state
 from diffusers_repr.features.recipe import recipe_differences, recipe_hash
-from diffusers_repr.hub import read_json, write_json
+from diffusers_repr.features.store_manifest import MANIFEST
+from diffusers_repr.hub import write_json
 from diffusers_repr.hub.files import only_writer
+from diffusers_repr.training.cache_manifest import read_manifest
 from diffusers_repr.training.data import TrainData
 from diffusers_repr.training.tensor_cache import (
     DTYPES,
-    MANIFEST,
     CacheLayout,
     TensorCache,
     shard_problem,
@@ -181,7 +182,7 @@ def _plan(
 def _earlier_shard_size(out: Path) -> int | None:
     if not (out / MANIFEST).is_file():
         return None
-    return CacheLayout.from_dict(read_json(out / MANIFEST).get("layout", {})).shard_size
+    return read_manifest(out)["layout"]["shard_size"]
 
 
 # The folder
@@ -191,7 +192,7 @@ def _prepare(plan: _Plan) -> None:
     """Refuse what is another's, clear what a kill left, say what will be here."""
     shards = sorted((plan.out / "data").glob("*.safetensors"))
     if (plan.out / MANIFEST).is_file():
-        _check_same(plan, read_json(plan.out / MANIFEST), bool(shards))
+        _check_same(plan, read_manifest(plan.out), bool(shards))
     else:
         strangers = [p.name for p in plan.out.iterdir() if not p.name.startswith(".") and p.name != "data"]
         if strangers:
@@ -208,8 +209,8 @@ def _prepare(plan: _Plan) -> None:
 
 def _check_same(plan: _Plan, manifest: dict[str, Any], shards: bool) -> None:
     """A recipe binds once a shard of it is there."""
-    layout = CacheLayout.from_dict(manifest.get("layout", {}))
-    old = {**manifest.get("recipe", {}), "kind": layout.kind, "shard_size": layout.shard_size}
+    layout = CacheLayout.from_dict(manifest["layout"])
+    old = {**manifest["recipe"], "kind": layout.kind, "shard_size": layout.shard_size}
     new = {**plan.recipe, "kind": plan.layout.kind, "shard_size": plan.layout.shard_size}
     differences = recipe_differences(old, new)
     if shards and differences:

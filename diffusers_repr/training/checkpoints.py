@@ -16,7 +16,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_repr.hub import atomic_folder, read_json, write_json
+from diffusers_repr.hub.schema import anything, file_name, inside, integer, mapping, number, optional, record, text
 
+_STEPS = integer(0, 10**12)
+_SCHEMA = record(
+    {
+        "step": _STEPS,
+        "identity": mapping(anything()),
+        "files": mapping(record({"bytes": integer(0, 2**50), "sha256": text(64)}), keys=file_name(".safetensors")),
+        "checksum": text(64),
+    },
+    {
+        "progress": record(
+            {"step": _STEPS, "skipped": _STEPS, "skipped_in_a_row": _STEPS},
+            {"sums": mapping(number()), "counts": mapping(_STEPS)},
+        ),
+        "ema_updates": _STEPS,
+        "scaler": mapping(number()),
+        "streams": optional(anything()),
+    },
+    others=True,
+)
 STATE = "state.json"
 _NAME = re.compile(r"checkpoint-\d+")
 
@@ -126,13 +146,46 @@ def find_checkpoint(output_dir: str | Path, resume: str, identity: Mapping[str, 
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint."""
-    return read_json(path / STATE)
+    """The checked JSON state of a checkpoint, as it is written.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it says what cannot be; names file and field.
+    """
+    at = str(path / STATE)
+    state = read_json(path / STATE)
+    _SCHEMA(anything()(state, at), at)
+    return state
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """One of its files, on the CPU."""
-    return load_file(path / f"{name}.safetensors")
+    """One of its files, on the CPU.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        return load_file(inside(path, f"{name}.safetensors"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} is damaged: {name}.safetensors cannot be read ({error}).") from error
+
+
+def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse a file of a checkpoint whose tensors are not those of the run, before one of them is taken over.
+
+    Raises:
+        CheckpointError: Naming file and tensor.
+    """
+    other = sorted(set(found) ^ set(wanted))
+    if other:
+        side = "stands, which this run has not" if other[0] in found else "is missing"
+        raise CheckpointError(f"{path.name} is of another run or damaged: in {name}.safetensors {other[0]!r} {side}.")
+    for key, value in found.items():
+        if value.shape != wanted[key].shape:
+            raise CheckpointError(
+                f"{path.name} is of another run or damaged: {key!r} in {name}.safetensors has shape "
+                f"{tuple(value.shape)}, here it is {tuple(wanted[key].shape)}."
+            )
 
 
 def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
@@ -160,14 +213,18 @@ def _check_whole(path: Path) -> None:
     try:
         state = read_state(path)
         files, checksum = state["files"], state.pop("checksum")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path.name} is damaged: its {STATE} cannot be read.") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path.name} is damaged: its {STATE} cannot be read ({error})") from error
     if _checksum(state) != checksum:
         raise CheckpointError(f"{path.name} is damaged: {STATE} has not the content that was written.")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path.name} is damaged: {name} is missing.")
+        try:
+            inside(path, name)
+        except ValueError as error:
+            raise CheckpointError(f"{path.name} is refused: {error}") from error
         if file.stat().st_size != expected["bytes"] or _fingerprint(file) != expected:
             raise CheckpointError(f"{path.name} is damaged: {name} has not the content that was written.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import datasets
@@ -12,15 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusers_repr.features.image_files import UnreadableImage, place_of, read_image, undecoded
 from diffusers_repr.training.transforms import Crop, check_crop, to_uint8
 
 BadImages = Literal["error", "skip"]
 MAX_BAD_IN_A_ROW = 100
 _logger = logging.getLogger(__name__)
-
-
-class UnreadableImage(ValueError):
-    """An image that cannot be read; the message names it and says why."""
 
 
 class ImageReader:
@@ -37,7 +34,7 @@ class ImageReader:
         check_crop(crop, size)
         if channels not in (1, 3):
             raise ValueError(f"`model` has in_channels={channels}; images have 1 (grey) or 3 (RGB).")
-        self._decoder = datasets.Image(mode=feature.mode)
+        self._mode = feature.mode
         self.channels, self.size, self.crop = channels, size, crop
 
     def open(self, value: Any, row: int) -> Image.Image:
@@ -48,16 +45,11 @@ class ImageReader:
             row: For the message.
 
         Raises:
-            UnreadableImage: If there is none or it cannot be decoded.
+            UnreadableImage: If there is none, or as `read_image`.
         """
         if value is None:
             raise UnreadableImage(f"Row {row} has no image.")
-        try:
-            return self._decoder.decode_example(value)
-        except (ConnectionError, TimeoutError, MemoryError):  # says nothing of the image
-            raise
-        except Exception as error:  # PIL tells broken files by many kinds, a bomb by an Exception of its own
-            raise UnreadableImage(f"The image of row {row}{_place(value)} cannot be read: {error}.") from error
+        return read_image(value, f"The image of row {row}", self._mode)
 
     def read(self, value: Any, row: int) -> Tensor:
         """uint8 `(C, H, W)` of a row; arguments and errors as `open`."""
@@ -65,12 +57,7 @@ class ImageReader:
         try:
             return to_uint8(image, self.channels, self.size, self.crop)
         except (ValueError, OSError) as error:
-            raise UnreadableImage(f"The image of row {row}{_place(value)} cannot be used: {error}.") from error
-
-
-def undecoded(data: Any, column: str) -> Any:
-    """The data set (map-style or stream) with that column as path and bytes."""
-    return data.with_format(None).cast_column(column, datasets.Image(decode=False))
+            raise UnreadableImage(f"The image of row {row}{place_of(value)} cannot be used: {error}.") from error
 
 
 def raw_bytes(value: Any) -> bytes:
@@ -84,11 +71,6 @@ def raw_bytes(value: Any) -> bytes:
             return file.read()
     except OSError:
         return str(value["path"]).encode()
-
-
-def _place(value: Any) -> str:
-    path = value.get("path") if isinstance(value, Mapping) else None
-    return f" ({path})" if path else ""
 
 
 class ImagePixels(Dataset):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from diffusers_repr.hub import atomic_write
+from diffusers_repr.hub.schema import integer, mapping, number, optional, record, text
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.seeds import learning_rate
 
@@ -77,8 +78,31 @@ class Log:
         self.accelerator.trackers = []
 
 
+_MAX_LOG = 1 << 30
+_STEP = record({"step": integer(0, 10**12)}, others=True)
+_LINE = mapping(optional(number(finite=False)), keys=text(1000))
+
+
 def read_log(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Lines up to a step: a killed run may have written more, and half a line."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    parsed = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [line for line in parsed if line["step"] <= last_step]
+    """Lines up to a step: a killed run may have written more, and half a line.
+
+    Raises:
+        ValueError: For a line that is no object of a step and numbers; names file and line.
+    """
+    if not path.is_file():
+        return []
+    if path.stat().st_size > _MAX_LOG:
+        raise ValueError(f"{str(path)!r} has {path.stat().st_size} bytes; a log has at most {_MAX_LOG}.")
+    found = []
+    with path.open("rb") as file:
+        for number_of, raw in enumerate(file, 1):
+            if not raw.endswith(b"\n"):
+                break
+            at = f"{path}, line {number_of}"
+            try:
+                line = json.loads(raw)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{at} is no JSON ({error}); correct it, or move the file away.") from error
+            if _STEP(line, at)["step"] <= last_step:
+                found.append(_LINE(line, at) and line)
+    return found

@@ -8,10 +8,25 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from diffusers_repr.hub.schema import (
+    Check,
+    anything,
+    boolean,
+    either,
+    integer,
+    listing,
+    number,
+    one_of,
+    optional,
+    text,
+)
+from diffusers_repr.hub.schema import mapping as mapping_of
+from diffusers_repr.hub.yaml_text import import_yaml, read_yaml
 
 
 def setting(default: Any, help: str) -> Any:
@@ -32,7 +47,8 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
 
     Raises:
         FileNotFoundError: If there is no such recipe; names those that lie beside it.
-        ValueError: For a file that is no mapping, or an unknown key or flag (with the closest known ones).
+        ValueError: For a file that is no mapping, an unknown key or flag (with the closest known ones), or a value of
+            another kind than the setting's; see `hub.yaml_text` for the YAML that is read.
         ImportError: If PyYAML is not installed.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -46,6 +62,7 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
         check_keys(known.config, recipe, names)
         for key, value in recipe.items():
+            optional(check_of(hints[key]))(value, f"{known.config}: {key}")
             if value == [] and _is_list(hints[key]):  # a flag cannot say it
                 empty[key] = []
             elif isinstance(value, list) and _is_list(hints[key]):
@@ -71,6 +88,30 @@ def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:
             raise ValueError(f"Unknown flag {flag}. {told}")
 
 
+_CHECKS: dict[Any, Check] = {
+    bool: boolean(),
+    int: either(text(100, pattern=r"[+-]?\d{1,18}"), integer(-(2**63), 2**63)),
+    float: either(text(100, pattern=r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"), number()),  # YAML: 1e-3 is a text
+    str: either(text(), number(), boolean(), listing(anything())),  # what is no text goes on as JSON
+    dict: either(text(), mapping_of(anything())),
+}
+
+
+def check_of(hint: Any) -> Check:
+    """The check of a recipe's value by the type of its setting; null, which leaves the default, apart."""
+    if get_origin(hint) is Literal:
+        return one_of(*get_args(hint))
+    if get_origin(hint) is list:
+        inner = check_of(get_args(hint)[0])
+        return either(inner, listing(inner))
+    if hint in _CHECKS:
+        return _CHECKS[hint]
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is dict or dict in parts or any(get_origin(part) is dict for part in parts):
+        return _CHECKS[dict]
+    return either(*(check_of(part) for part in parts)) if parts else anything()
+
+
 def _is_list(hint: Any) -> bool:
     """Whether a setting takes several values in a flag; a list for any other kind is JSON."""
     return any(get_origin(part) is list for part in (hint, *get_args(hint)))
@@ -82,20 +123,25 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError, ImportError: As `parse_recipe`.
     """
-    yaml = import_yaml()
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"No recipe {str(path)!r}; --config takes a YAML file. In {path.parent}/: {beside}.")
-    recipe = yaml.safe_load(path.read_text())
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds a {type(recipe).__name__}; a recipe is a mapping of key: value.")
     return recipe
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
-    """Settings as a recipe, keys in their order."""
-    return import_yaml().safe_dump(settings, sort_keys=False, width=119)
+    """Settings as a recipe, keys in their order; a list that stands twice is written twice, without YAML's aliases."""
+    yaml = import_yaml()
+
+    class Plain(yaml.SafeDumper):  # type: ignore[name-defined]
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return yaml.dump(settings, Dumper=Plain, sort_keys=False, width=119)
 
 
 def check_keys(place: str, given: Iterable[str], allowed: Iterable[str]) -> None:
@@ -119,23 +165,10 @@ def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
     """
     try:
         value = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"`{name}` is no JSON ({error}), got {value!r}; a mapping in a flag is like --{name} '{{\"key\": 1}}'."
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must be a mapping (JSON in a flag), got {value!r}.")
     return value
-
-
-def import_yaml() -> Any:
-    """PyYAML.
-
-    Raises:
-        ImportError: Naming the extra.
-    """
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError('Recipes need PyYAML: pip install "diffusers-repr[train]"') from error
-    return yaml

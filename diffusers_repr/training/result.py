@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder, read_json, write_json
+from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder
+from diffusers_repr.hub.places import without_places
 from diffusers_repr.training.config import recipe_of
-from diffusers_repr.training.recipe import read_recipe, to_yaml
+from diffusers_repr.training.recipe import to_yaml
 from diffusers_repr.training.run import Run
 
 
@@ -54,30 +53,30 @@ def push_result(
     private: bool = False,
     token: str | None = None,
     commit_message: str = "Trained with diffusers-repr",
+    **kwargs: Any,
 ) -> str:
     """Push the folder of a run without its checkpoints, logs of trackers, previews and places on this machine.
 
+    Args:
+        folder: Of the run.
+        repo_id: `"user/name"`.
+        private: Whether a repository made here is private.
+        token: Hub token with the right to write.
+        commit_message: First line of the commit.
+        **kwargs: Further arguments of `push_folder`.
+
     Returns:
-        Address of the commit, as `push_folder`, which also tells the arguments and errors.
+        Address of the commit, as `push_folder`, which also tells the errors.
     """
-    with tempfile.TemporaryDirectory() as place:
-        skip = shutil.ignore_patterns("checkpoint-*", "logs", ".*", "samples")
-        copy = shutil.copytree(folder, Path(place) / "result", ignore=skip)
-        atomic_write(copy / "recipe.yaml", to_yaml(without_places(read_recipe(copy / "recipe.yaml"))))
-        for path in copy.rglob("*.json"):
-            config = read_json(path)
-            if isinstance(config, dict) and {"_name_or_path", "_class_name"} & config.keys():
-                write_json(path, without_places(config))
-        return push_folder(copy, repo_id, private=private, token=token, commit_message=commit_message)
-
-
-def without_places(value: Any) -> Any:
-    """Settings with the names of folders and files in place of their absolute paths."""
-    if isinstance(value, Mapping):
-        return {key: without_places(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_places(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return push_folder(
+        folder,
+        repo_id,
+        kind="training result",
+        private=private,
+        token=token,
+        commit_message=commit_message,
+        **kwargs,
+    )
 
 
 def card(

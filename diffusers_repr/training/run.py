@@ -14,7 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusers_repr.objectives import Objective
-from diffusers_repr.training.checkpoints import read_state, read_tensors, save_checkpoint
+from diffusers_repr.training.checkpoints import (
+    CheckpointError,
+    check_tensors,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.ema import EMA
 from diffusers_repr.training.seeds import learning_rate, reseed
@@ -205,14 +211,24 @@ class Run:
 
         Returns:
             Its state.
+
+        Raises:
+            CheckpointError: If it does not fit this run; nothing was taken over then.
         """
         state = read_state(path)
-        own = self.objective.state_dict()
-        for name, value in read_tensors(path, "model").items():
+        missing = [name for name in ("progress", "ema_updates", "scaler") if name not in state]
+        if missing:
+            raise CheckpointError(f"{path.name} is damaged: its state.json has no {', '.join(missing)}.")
+        own, trained = self.objective.state_dict(), self.objective.trained_state()
+        model, ema, optimizer = (read_tensors(path, name) for name in ("model", "ema", "optimizer"))
+        check_tensors(path, "model", model, trained)
+        check_tensors(path, "ema", ema, self.ema.shadow)
+        states = self._optimizer_states(path, optimizer)
+        for name, value in model.items():
             put(own[name], value)
-        self.ema.load_state_dict(read_tensors(path, "ema"))
+        self.ema.load_state_dict(ema)
         self.ema.updates = state["ema_updates"]
-        self._load_optimizers(read_tensors(path, "optimizer"))
+        self._load_optimizers(states)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
@@ -240,12 +256,23 @@ class Run:
                 for key, value in values.items():
                     yield f"{phase}/{self.names[id(parameter)]}/{key}", full(torch.as_tensor(value))
 
-    def _load_optimizers(self, saved: Mapping[str, Tensor]) -> None:
+    def _optimizer_states(self, path: Path, saved: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Phase -> parameter -> key -> tensor, of a checkpoint's file, checked."""
         parameters = dict(self.objective.named_parameters())
         grouped: dict[str, dict[str, dict[str, Tensor]]] = {phase: {} for phase in self.updates}
-        for path, value in saved.items():
-            phase, name, key = path.split("/")
+        for place, value in saved.items():
+            phase, name, key = [*place.split("/"), "", ""][:3]
+            fits = phase in grouped and name in parameters and place.count("/") == 2
+            if not fits or value.shape not in (parameters[name].shape, torch.Size([])):
+                raise CheckpointError(
+                    f"{path.name} is of another run or damaged: {place!r} of shape {tuple(value.shape)} in "
+                    "optimizer.safetensors is no state of a parameter of this run."
+                )
             grouped[phase].setdefault(name, {})[key] = value
+        return grouped
+
+    def _load_optimizers(self, grouped: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
+        parameters = dict(self.objective.named_parameters())
         for phase, states in grouped.items():
             inner = self.updates[phase].inner
             for name, values in states.items():

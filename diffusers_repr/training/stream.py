@@ -14,15 +14,22 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
+from diffusers_repr.features.image_files import UnreadableImage, undecoded
+from diffusers_repr.hub.schema import anything, integer, mapping, optional, record
 from diffusers_repr.training.data import augmented, find_columns, geometry, hashed
 from diffusers_repr.training.data_config import DataConfig
-from diffusers_repr.training.images import ImageReader, UnreadableImage, raw_bytes, undecoded
+from diffusers_repr.training.images import ImageReader, raw_bytes
 from diffusers_repr.training.labels import class_names
 from diffusers_repr.training.transforms import to_unit
 
 MAX_BAD_IN_A_ROW = 100
 _AHEAD = 4  # images a thread may be ahead of the consumer
 _logger = logging.getLogger(__name__)
+_COUNT = integer(0, 10**15)
+_PLACE = record(
+    {"epoch": _COUNT, "block": _COUNT, "at": _COUNT, "count": _COUNT, "source": optional(mapping(anything()))},
+    others=True,
+)
 
 
 class StreamData(IterableDataset):
@@ -124,8 +131,9 @@ class StreamData(IterableDataset):
         """Go on where `state_dict` was taken; takes effect at the next `iter`.
 
         Raises:
-            ValueError: If it was taken with another seed, shuffle buffer, rank or number of processes.
+            ValueError: If it was taken with another seed, shuffle buffer, rank or number of processes, or is no place.
         """
+        _PLACE(state, "the place in the stream")
         differs = {k: (state.get(k), v) for k, v in self._setting().items() if state.get(k) != v}
         if differs:
             told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differs.items())

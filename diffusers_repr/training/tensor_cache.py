@@ -17,12 +17,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusers_repr.features.recipe import recipe_differences
-from diffusers_repr.hub import atomic_file, read_json
+from diffusers_repr.features.store_manifest import MANIFEST
+from diffusers_repr.hub import atomic_file
+from diffusers_repr.hub.schema import inside, integer, record, text
+from diffusers_repr.training.cache_manifest import check_manifest, read_manifest
 
-MANIFEST = "manifest.json"
 INDEX = "index"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _STAMP = "diffusers_repr"
+_HEADER = {"float32": "F32", "float16": "F16"}  # as safetensors names them
+_STAMPED = record({"recipe": text(200), "shard": integer(0), "start": integer(0), "checksum": text(200)})
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,10 @@ class CacheLayout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CacheLayout:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: If a part is missing.
-        """
-        try:
-            tensors = {name: tuple(shape) for name, shape in values["tensors"].items()}
-            names = ("kind", "rows", "shard_size", "dtype", "recipe")
-            return cls(tensors=tensors, **{name: values[name] for name in names})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"The {MANIFEST} is damaged or of another version ({error!r}). Delete it and run the same command "
-                "again: whole shards of this recipe are kept."
-            ) from error
+        """The inverse of `to_dict`, of a checked manifest."""
+        tensors = {name: tuple(shape) for name, shape in values["tensors"].items()}
+        names = ("kind", "rows", "shard_size", "dtype", "recipe")
+        return cls(tensors=tensors, **{name: values[name] for name in names})
 
 
 def write_shard(folder: Path, layout: CacheLayout, shard: int, tensors: Mapping[str, Tensor], index: Tensor) -> None:
@@ -111,21 +105,31 @@ def shard_problem(folder: Path, layout: CacheLayout, shard: int, verify: bool = 
         shard: Its number.
         verify: Read it all and compare its checksum; else names, shapes and length of the file alone.
     """
-    path, (start, stop) = folder / layout.path(shard), layout.span(shard)
-    if not path.is_file():
+    name, (start, stop) = layout.path(shard), layout.span(shard)
+    if not (folder / name).is_file():
         return "is missing"
     try:
+        path = inside(folder, name, "a shard")
+    except ValueError as error:
+        return f"is refused ({error})"
+    try:
         with safe_open(path, "pt") as file:
-            stamp = json.loads((file.metadata() or {}).get(_STAMP, "{}"))
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            whole = {name: file.get_tensor(name) for name in found} if verify else None
-    except (SafetensorError, OSError, ValueError) as error:
+            told = (file.metadata() or {}).get(_STAMP)
+            stamp = {} if told is None else _STAMPED(json.loads(told), "its stamp")
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            kinds = {key: part.get_dtype() for key, part in slices.items()}
+            wanted = {key: (stop - start, *shape) for key, shape in layout.tensors.items()} | {INDEX: (stop - start,)}
+            whole = {key: file.get_tensor(key) for key in found} if verify and found == wanted else None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         return f"cannot be read ({str(error)[:120]})"
     if {key: stamp.get(key) for key in ("recipe", "shard", "start")} != _place(layout, shard):
         return "was not written by this recipe"
-    wanted = {name: (stop - start, *shape) for name, shape in layout.tensors.items()} | {INDEX: (stop - start,)}
     if found != wanted:
         return f"holds {found} instead of {wanted}"
+    types = {**dict.fromkeys(layout.tensors, _HEADER[layout.dtype]), INDEX: "I64"}
+    if kinds != types:
+        return f"holds {kinds} instead of {types}"
     if whole is not None and checksum(whole) != stamp.get("checksum"):
         return "does not fit its checksum"
     return None
@@ -157,8 +161,8 @@ class TensorCache:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], command: str = "examples/cache_latents.py") -> None:
-        self.folder, self.manifest, self.command = folder, manifest, command
-        self.layout = CacheLayout.from_dict(manifest.get("layout", {}))
+        self.folder, self.manifest, self.command = folder, check_manifest(manifest), command
+        self.layout = CacheLayout.from_dict(manifest["layout"])
         self._open: dict[int, Any] = {}
 
     @classmethod
@@ -180,11 +184,12 @@ class TensorCache:
                 f"{str(folder)!r} is no cache of {kind}: it has no {MANIFEST} ({inside or 'it is empty'}). "
                 "`accelerate launch examples/cache_latents.py ...` makes one."
             )
-        cache = cls(folder, read_json(folder / MANIFEST))
+        cache = cls(folder, read_manifest(folder))
         layout = cache.layout
         if layout.kind != kind:
             raise ValueError(f"{str(folder)!r} holds {layout.kind}, not {kind}.")
-        there = [n for n in range(layout.shards) if (folder / layout.path(n)).is_file()]
+        names = {f"data/{file.name}" for file in (folder / "data").glob("*.safetensors")}
+        there = [n for n in range(layout.shards) if layout.path(n) in names] if names else []
         if len(there) < layout.shards or not cache.manifest["complete"]:
             images = sum(stop - start for start, stop in map(layout.span, there))
             raise ValueError(
@@ -206,7 +211,8 @@ class TensorCache:
 
         Raises:
             IndexError: For a row that is not there.
-            ValueError: If the shard cannot be read; names the file and the remedy.
+            ValueError: If the shard cannot be read, or holds what no cache is written with (NaN, infinity, another
+                dtype, a row beyond the data set); names the file and the remedy.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"Row {row} of {len(self)} in {str(self.folder)!r}.")
@@ -214,7 +220,14 @@ class TensorCache:
         slices = self._open.get(shard)
         if slices is None:
             slices = self._open[shard] = self._slices(shard)
-        return {name: part[at] for name, part in slices.items()}
+        found = {name: part[at] for name, part in slices.items()}
+        if not 0 <= int(found[INDEX]) < len(self):
+            raise ValueError(self._broken(shard, f"says that row {row} stands for image {int(found[INDEX])}"))
+        for name in self.layout.tensors:
+            low, high = torch.aminmax(found[name])  # NaN where one value is; a tenth of `isfinite`'s time
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(self._broken(shard, f"holds NaN or infinity in {name!r} of row {row}"))
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
@@ -267,12 +280,14 @@ class TensorCache:
 
     def _slices(self, shard: int) -> dict[str, Any]:
         """The tensors of a shard, of which nothing is read yet; a mapped file holds no file descriptor."""
+        problem = shard_problem(self.folder, self.layout, shard)
+        if problem is not None:
+            raise ValueError(self._broken(shard, problem))
         try:
             file = safe_open(self.folder / self.layout.path(shard), "pt")
             return {name: file.get_slice(name) for name in (*self.layout.tensors, INDEX)}
         except (SafetensorError, OSError) as error:
-            problem = shard_problem(self.folder, self.layout, shard) or f"cannot be read ({error})"
-            raise ValueError(self._broken(shard, problem)) from error
+            raise ValueError(self._broken(shard, f"cannot be read ({error})")) from error
 
     def _broken(self, shard: int, problem: str) -> str:
         return (

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffusers_repr.denoiser.images import as_mode
+
 CROPS = ("adm", "fit")
 Crop = Literal["adm", "fit"]
 
@@ -43,28 +45,6 @@ def fit_center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == (width, height):
         return image
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def as_mode(image: Image.Image, channels: int) -> Image.Image:
-    """An image of any mode as `L` (1 channel) or `RGB` (3).
-
-    16-bit grey runs over 0..65535 and is brought to 8 bit; what is transparent shows white.
-
-    Raises:
-        ValueError: For modes whose range is not known (`I`, `F`), or another number of channels.
-    """
-    if channels not in (1, 3):
-        raise ValueError(f"Images have 1 channel (grey) or 3 (RGB); the model takes {channels}.")
-    if image.mode.startswith("I;16"):  # PIL's conversion would clip it at 255
-        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"an image of mode {image.mode!r} has no known range; store it with 8 bits, or with 16 bits as 'I;16'"
-        )
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over)
-    return image.convert("L" if channels == 1 else "RGB")
 
 
 def to_uint8(image: Image.Image, channels: int, size: tuple[int, int], crop: Crop) -> Tensor:

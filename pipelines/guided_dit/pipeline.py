@@ -18,4 +18,5 @@ class GuidedDiTPipeline(GuidedPipelineMixin, DiTPipeline):
     guided call cost.
     """
 
+    _output_types = ("pil", "np", "pt")  # what it gives for any other is an array
     __call__ = with_guidance(DiTPipeline.__call__)

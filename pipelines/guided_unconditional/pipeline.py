@@ -6,24 +6,27 @@ a folder or Hub id of a `DDPMPipeline` or `DDIMPipeline`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
+from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
+from diffusers_repr.denoiser import sampling
 from diffusers_repr.denoiser.family import family_of
 from diffusers_repr.guidance import Guidance
-from diffusers_repr.guidance.base import check_finite
 from diffusers_repr.guidance.pipeline import GuidedPipelineMixin
+from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 
 Labels = int | Sequence[int] | Tensor
 
 
-class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
+class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
     """Samples a `UNet2DModel`, with or without classes, with any scheduler that steps from the network's output.
 
     Without guidance it is bit-equal to `DDPMPipeline` and `DDIMPipeline`. A class-conditional model has its null class
@@ -37,8 +40,6 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents", "class_labels"]
-    _guidance_scale = 1.0
-    _interrupt = False
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
@@ -51,19 +52,9 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
         return stock.get(type(self.scheduler).__name__, type(self).__name__)
 
     @property
-    def guidance_scale(self) -> float:
-        """Of the newest call; a callback may change it by `pipe._guidance_scale = ...`."""
-        return self._guidance_scale
-
-    @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the network is called with null and conditional rows, in this order."""
         return self._guidance_scale > 1 and self.null_label is not None
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the rest of the steps is left out: a callback may set `pipe._interrupt = True`."""
-        return self._interrupt
 
     @property
     def null_label(self) -> int | None:
@@ -88,14 +79,16 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
         guidance: Guidance | Sequence[Guidance] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_label: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples.
 
         Args:
             batch_size: Number of samples; as many as there are labels or latents if None, else 1.
             generator: One, or one a sample.
-            num_inference_steps: 1000 for a `DDPMScheduler` and 50 for others if None, as in the stock pipelines.
-            eta: Noise of DDIM, from 0 to 1.
+            num_inference_steps: 1 or more; 1000 for a `DDPMScheduler` and 50 for others if None, as in the stock
+                pipelines.
+            eta: Noise of DDIM, from 0 to 1. Other schedulers take none but 0.
             use_clipped_model_output: As in `DDIMPipeline`.
             class_labels: One id for all samples or one a sample (vectors for `class_embed_type="identity"`); the null
                 class if None.
@@ -108,23 +101,28 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; tensors that it
                 returns by name take the place of these.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`.
+            num_images_per_label: Samples of each of the class_labels, side by side.
 
         Returns:
             `.images`; with `return_dict=False` a tuple of them.
 
         Raises:
-            TypeError: For labels that are no whole numbers, and what is no guidance.
-            ValueError: For labels that the model does not have, numbers of samples that differ, settings that this
-                model or scheduler does not act on.
+            TypeError: For labels and numbers that are none, and what is no guidance.
+            ValueError: For labels that the model does not have, numbers of samples that differ, numbers outside of
+                their ranges, latents that do not fit or are not finite, settings that this model or scheduler does
+                not act on, and a scheduler made from the config of another noise process.
         """
         self._check(output_type, guidance_scale, class_labels)
-        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"Callbacks get tensors of {self._callback_tensor_inputs}; asked for {unknown}.")
-        extra = self._step_arguments(eta, use_clipped_model_output, generator)
+        known = self._callback_tensor_inputs
+        names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
+        extra = sampling.step_arguments(self.scheduler, generator, eta, use_clipped_model_output)
         rows = self._class_rows(class_labels)
-        batch_size = _count(batch_size, rows, latents, generator)
+        given = None if class_labels is None else rows
+        (repeated,) = sampling.repeat_rows(num_images_per_label, class_labels=given)
+        rows = rows if repeated is None else repeated
+        batch_size = sampling.count_samples(
+            batch_size=batch_size, class_labels=rows, latents=latents, generator=generator
+        )
         rows = None if rows is None else rows.expand(batch_size, *rows.shape[1:])
         noise = self._noise(batch_size, generator, latents)
         self._guidance_scale, self._interrupt = guidance_scale, False
@@ -132,7 +130,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
             num_inference_steps = 1000 if isinstance(self.scheduler, DDPMScheduler) else 50
 
         with self.guided(guidance):
-            self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+            self._num_timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, noise.device)
             noise = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
             tensors: dict[str, Any] = {"latents": noise, "class_labels": rows}
             for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
@@ -141,24 +139,15 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
                 output = self._predict(tensors["latents"], t, tensors["class_labels"])
                 stepped = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
                 tensors["latents"] = stepped.to(self.unet.dtype)
-                if callback_on_step_end is not None:
-                    given = {name: tensors[name] for name in names}
-                    tensors |= callback_on_step_end(self, step, t, given) or {}
+                tensors = sampling.call_back(callback_on_step_end, self, step, t, tensors, names)
 
-        images = tensors["latents"]
-        if output_type != "latent":
-            images = (images / 2 + 0.5).clamp(0, 1)
-        if output_type in ("np", "pil"):
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+        images = sampling.pack_images(tensors["latents"], output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check(self, output_type: str, guidance_scale: float, class_labels: Labels | None) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is 'pil', 'np', 'pt' or 'latent'; got {output_type!r}.")
-        check_finite("guidance_scale", guidance_scale)
+        sampling.check_output_type(output_type)
+        sampling.check_number("guidance_scale", guidance_scale)
         if guidance_scale > 1 and self.null_label is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a null class, which this {type(self.unet).__name__} lacks "
@@ -168,16 +157,6 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
             )
         if guidance_scale > 1 and class_labels is None:
             raise ValueError(f"guidance_scale={guidance_scale} guides towards classes: pass class_labels.")
-
-    def _step_arguments(self, eta: float, clipped: bool | None, generator: Any) -> dict[str, Any]:
-        """Those arguments that this scheduler's step takes."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        given = {"eta": eta or None, "use_clipped_model_output": clipped}
-        for name, value in given.items():
-            if value is not None and name not in accepted:
-                raise ValueError(f"{type(self.scheduler).__name__} does not take {name}, got {value}; leave it out.")
-        arguments = {name: value for name, value in given.items() if value is not None}
-        return arguments | ({"generator": generator} if "generator" in accepted else {})
 
     def _class_rows(self, class_labels: Labels | None) -> Tensor | None:
         """Labels on the device, as many as were given, the null id for none; None for a model without classes."""
@@ -201,8 +180,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
         if latents is None:
             shape = (batch_size, config.in_channels, *family_of(self.unet).size(config))
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if latents.ndim != 4 or latents.shape[1] != config.in_channels:
-            raise ValueError(f"latents are (B, {config.in_channels}, H, W); got {tuple(latents.shape)}.")
+        sampling.check_latents(latents, config.in_channels)
         return latents.to(device, dtype)
 
     def _predict(self, latents: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -221,17 +199,3 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, DiffusionPipeline):
         # Only this scheduler reads a learned variance, and only where its config says so.
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
         return output if learned and isinstance(self.scheduler, DDPMScheduler) else output[:, :channels]
-
-
-def _count(batch_size: int | None, labels: Tensor | None, latents: Tensor | None, generator: Any) -> int:
-    """Number of samples, on which all that is given one a sample must agree."""
-    counts = {
-        "batch_size": batch_size,
-        "class_labels": None if labels is None or len(labels) == 1 else len(labels),
-        "latents": None if latents is None else len(latents),
-        "generator": len(generator) if isinstance(generator, (list, tuple)) else None,
-    }
-    told = {name: count for name, count in counts.items() if count is not None}
-    if len(set(told.values())) > 1 or min(told.values(), default=1) < 1:
-        raise ValueError(f"How many samples? {', '.join(f'{name}: {count}' for name, count in told.items())}.")
-    return next(iter(told.values()), 1)

@@ -7,9 +7,8 @@ custom_pipeline=<this folder or its Hub id>, trust_remote_code=True)`, where X i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +17,19 @@ from diffusers import DDPMScheduler, ImagePipelineOutput, SchedulerMixin, UNet2D
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
+from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
 from diffusers_repr.capture.split import encode_partial
-from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser import Denoiser, sampling
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.family import family_of
 from diffusers_repr.guidance import EnergyGuidance, guide
 from diffusers_repr.guidance.activations import NORMALIZATIONS, Steering, steer
-from diffusers_repr.guidance.base import check_finite
 from diffusers_repr.heads.joint import JointHead
+from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.labels import Labels, class_ids
 from diffusers_repr.noise import NoiseSchedule, sampler_level
@@ -51,7 +53,7 @@ class JointClassificationOutput(BaseOutput):
     names: list[str]
 
 
-class JointDiffusionPipeline(DiffusionPipeline):
+class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
     """Classifies, samples and edits with one network, which its own classifier guides.
 
     JDM (Deja et al. 2023, arXiv 2301.13622): a `UNet2DModel` without classes and a `JointHead` on its encoder, which
@@ -65,7 +67,8 @@ class JointDiffusionPipeline(DiffusionPipeline):
         classifier: The head of a U-Net; None for a `JointViTModel`.
 
     Raises:
-        ValueError: For a U-Net without a head, and a `JointViTModel` with one.
+        TypeError: For a network that is neither, and a classifier that is no `JointHead`.
+        ValueError: For a U-Net with classes or without a head, and a `JointViTModel` with one.
     """
 
     model_cpu_offload_seq = "unet"
@@ -74,7 +77,6 @@ class JointDiffusionPipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["classifier"]
     _callback_tensor_inputs = ["latents", "class_labels"]
     _guidance_scale = 0.0
-    _interrupt = False
 
     def __init__(
         self,
@@ -83,27 +85,13 @@ class JointDiffusionPipeline(DiffusionPipeline):
         classifier: JointHead | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(unet, JointViTModel) != (classifier is None):
-            raise ValueError(
-                f"A UNet2DModel needs its classifier, a JointHead, and a JointViTModel brings its own; got "
-                f"{type(unet).__name__} and classifier={type(classifier).__name__}."
-            )
+        _check_parts(unet, classifier)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
 
     @property
     def labels(self) -> list[str]:
         """Name of each class, in the order of the ids; the ids as text where none are known."""
         return self._classifier.labels
-
-    @property
-    def guidance_scale(self) -> float:
-        """Of the newest call."""
-        return self._guidance_scale
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the rest of the steps is left out: a callback may set `pipe._interrupt = True`."""
-        return self._interrupt
 
     @property
     def _classifier(self) -> JointHead | JointViTModel:
@@ -118,14 +106,15 @@ class JointDiffusionPipeline(DiffusionPipeline):
         Args:
             images: PIL images, arrays or tensors, floats in [0, 1], as `diffusers_repr.denoiser.images.to_pixels`
                 takes them.
-            image_size: Resize to (H, W), or to a square.
+            image_size: Resize to (H, W), or to a square. None takes images of the network's own size only, the one
+                that its classifier has learned.
 
         Raises:
             TypeError: For what is no image.
             ValueError: For images that do not fit the network.
         """
         denoiser = Denoiser.from_pipe(self)
-        x0 = denoiser.encode(images, image_size=image_size)
+        x0 = self._encode(denoiser, images, image_size)
         parts = [part for part in (self.unet, self.classifier) if part is not None]
         with eval_mode(*parts):
             if self.classifier is None:
@@ -157,6 +146,7 @@ class JointDiffusionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_label: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples, guided to classes where these are given.
 
@@ -166,9 +156,9 @@ class JointDiffusionPipeline(DiffusionPipeline):
             guidance_scale: How strongly to the classes, away from them below 0; needed where labels are given. 0 is
                 bit-equal to no guidance. Of a U-Net: `h + scale d CE / d h` for all activations h, where 10 to 100
                 is usual for a classifier of noisy images; of a `JointViTModel`: `eps - scale sigma d log p / d x_t`.
-            num_inference_steps: 1000 for a `DDPMScheduler` and 50 for others if None.
+            num_inference_steps: 1 or more; 1000 for a `DDPMScheduler` and 50 for others if None.
             generator: One, or one a sample.
-            eta: Noise of DDIM, from 0 to 1.
+            eta: Noise of DDIM, from 0 to 1. Other schedulers take none but 0.
             use_clipped_model_output: As in `DDIMPipeline`: re-derive eps from the clipped x_0.
             latents: Standard normal noise `(B, C, H, W)` to start from, in place of drawing it.
             guidance_normalization: Of a U-Net: `none` (the default, the paper's), `sigma` (scale times the noise
@@ -179,19 +169,25 @@ class JointDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; tensors that it
                 returns by name take the place of these.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`.
+            num_images_per_label: Samples of each of the class_labels, side by side.
 
         Returns:
             `.images`; with `return_dict=False` a tuple of them.
 
         Raises:
-            TypeError: For labels that are no ids and no names.
-            ValueError: For labels that the classifier does not have, numbers of samples that differ, settings that
-                this model or scheduler does not act on.
+            TypeError: For labels that are no ids and no names, and numbers that are none.
+            ValueError: For labels that the classifier does not have, numbers of samples that differ, numbers outside
+                of their ranges, latents that do not fit or are not finite, settings that this model or scheduler does
+                not act on, and a scheduler made from the config of another noise process.
         """
+        sampling.check_output_type(output_type)
         labels, scale = class_ids(class_labels, self.labels), self._scale(class_labels, guidance_scale)
-        count = _count(batch_size, labels, latents, generator)
+        (labels,) = sampling.repeat_rows(num_images_per_label, class_labels=labels)
+        count = sampling.count_samples(
+            batch_size=batch_size, class_labels=labels, latents=latents, generator=generator
+        )
         noise = self._noise(count, generator, latents)
-        self.scheduler.set_timesteps(self._steps(num_inference_steps), device=noise.device)
+        self._set_timesteps(num_inference_steps, noise.device)
         noise = noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
         return self._run(
             noise,
@@ -227,9 +223,9 @@ class JointDiffusionPipeline(DiffusionPipeline):
             class_labels: The other class: one id or name for all, or one for each image.
             strength: Share of the steps that are taken, above 0 and up to 1: how much of an image may change.
             guidance_scale: How strongly to it, as in the call.
-            num_inference_steps: Of the whole schedule; 1000 for a `DDPMScheduler` and 50 for others if None.
+            num_inference_steps: Of the whole schedule, 1 or more; as in the call if None.
             generator: One, or one an image.
-            image_size: Resize to (H, W), or to a square.
+            image_size: As of `classify`.
             **settings: `eta`, `use_clipped_model_output`, `guidance_normalization`, `output_type`, `return_dict` and
                 the callback, as in the call.
 
@@ -238,19 +234,18 @@ class JointDiffusionPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: As the call.
-            ValueError: As the call, and for a strength that leaves no step.
+            ValueError: As the call and `classify`, and for a strength that leaves no step.
         """
+        strength = sampling.check_number("strength", strength, 0, 1, above=True)
         labels, scale = class_ids(class_labels, self.labels), self._scale(class_labels, guidance_scale)
-        denoiser = Denoiser.from_pipe(self)
-        x0 = denoiser.encode(images, image_size=image_size).float()
-        _count(len(x0), labels, None, generator)
-        self.scheduler.set_timesteps(self._steps(num_inference_steps), device=x0.device)
+        x0 = self._encode(Denoiser.from_pipe(self), images, image_size).float()
+        sampling.count_samples(batch_size=len(x0), class_labels=labels, generator=generator)
+        self._set_timesteps(num_inference_steps, x0.device)
         every = self.scheduler.timesteps
         taken = min(int(strength * len(every)), len(every))
-        if not 0 < strength <= 1 or not taken:
+        if not taken:
             raise ValueError(
-                f"strength={strength} of {len(every)} steps takes none; it lies above 0 and up to 1, here from "
-                f"{1 / len(every):.3g} on."
+                f"strength={strength} of {len(every)} steps takes none; here it lies from {1 / len(every):.3g} to 1."
             )
         timesteps = every[len(every) - taken :]
         if hasattr(self.scheduler, "set_begin_index"):
@@ -280,35 +275,29 @@ class JointDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """The sampler's loop, from `latents` over `timesteps`."""
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is 'pil', 'np', 'pt' or 'latent'; got {output_type!r}.")
-        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"Callbacks get tensors of {self._callback_tensor_inputs}; asked for {unknown}.")
-        extra = self._step_arguments(eta, use_clipped_model_output, generator)
+        sampling.check_output_type(output_type)
+        known = self._callback_tensor_inputs
+        names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
+        extra = sampling.step_arguments(self.scheduler, generator, eta, use_clipped_model_output)
         labels = None if labels is None else labels.to(latents.device).expand(len(latents))
-        self._guidance_scale, self._interrupt = scale, False
+        self._guidance_scale, self._interrupt, self._num_timesteps = scale, False, len(timesteps)
         schedule = NoiseSchedule.from_scheduler(self.scheduler)
         tensors: dict[str, Any] = {"latents": latents, "class_labels": labels}
-        with self._guided(labels, scale, guidance_normalization) as steering:
+        with ExitStack() as guidance:
+            steering = guidance.enter_context(self._guided(labels, scale, guidance_normalization))
             for step, t in enumerate(self.progress_bar(timesteps)):
                 if self.interrupt:
                     continue
+                if self._guidance_scale != scale or tensors["class_labels"] is not labels:  # by a callback
+                    guidance.close()
+                    labels, scale = tensors["class_labels"], self._guidance_scale
+                    steering = guidance.enter_context(self._guided(labels, scale, guidance_normalization))
                 if steering is not None and guidance_normalization == "sigma":
                     steering.scale = scale * sampler_level(self.scheduler, t, schedule).level.sigma
                 output = self._predict(tensors["latents"], t)
                 tensors["latents"] = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
-                if callback_on_step_end is not None:
-                    given = {name: tensors[name] for name in names}
-                    tensors |= callback_on_step_end(self, step, t, given) or {}
-        images: Any = tensors["latents"]
-        if output_type != "latent":
-            images = (images / 2 + 0.5).clamp(0, 1)
-        if output_type in ("np", "pil"):
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+                tensors = sampling.call_back(callback_on_step_end, self, step, t, tensors, names)
+        images = sampling.pack_images(tensors["latents"], output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -346,23 +335,27 @@ class JointDiffusionPipeline(DiffusionPipeline):
                     "(0 is off)."
                 )
             return 0.0
-        check_finite("guidance_scale", scale)
+        sampling.check_number("guidance_scale", scale)
         if scale and class_labels is None:
             raise ValueError(f"guidance_scale={scale} guides towards classes: pass class_labels.")
         return float(scale)
 
-    def _steps(self, count: int | None) -> int:
-        return count or (1000 if isinstance(self.scheduler, DDPMScheduler) else 50)
+    def _set_timesteps(self, count: int | None, device: Any) -> None:
+        if count is None:
+            count = 1000 if isinstance(self.scheduler, DDPMScheduler) else 50
+        sampling.set_timesteps(self.scheduler, count, device)
 
-    def _step_arguments(self, eta: float, clipped: bool | None, generator: Any) -> dict[str, Any]:
-        """Those arguments that this scheduler's step takes."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        given = {"eta": eta or None, "use_clipped_model_output": clipped}
-        given = {name: value for name, value in given.items() if value is not None}
-        for name, value in given.items():
-            if name not in accepted:
-                raise ValueError(f"{type(self.scheduler).__name__} does not take {name}, got {value}; leave it out.")
-        return given | ({"generator": generator} if "generator" in accepted else {})
+    def _encode(self, denoiser: Denoiser, images: Any, image_size: int | tuple[int, int] | None) -> Tensor:
+        """Images as the network takes them; without `image_size` they are of its own size."""
+        x0 = denoiser.encode(images, image_size=image_size)
+        found, own = tuple(x0.shape[2:]), denoiser.image_size
+        if image_size is None and found != own:
+            raise ValueError(
+                f"The images are {found[0]} x {found[1]} (H x W), and this {type(self.unet).__name__} has learned "
+                f"{own[0]} x {own[1]}. Pass image_size={own} to resize them, or image_size={found} to take them as "
+                "they are, if the network does."
+            )
+        return x0
 
     def _noise(self, count: int, generator: Any, latents: Tensor | None) -> Tensor:
         """Standard normal noise `(B, C, H, W)`, in the network's dtype drawn and float32 or wider kept."""
@@ -370,8 +363,9 @@ class JointDiffusionPipeline(DiffusionPipeline):
         if latents is None:
             shape = (count, config.in_channels, *family_of(self.unet).size(config))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif latents.ndim != 4 or latents.shape[1] != config.in_channels:
-            raise ValueError(f"latents are (B, {config.in_channels}, H, W); got {tuple(latents.shape)}.")
+        else:
+            fixed = family_of(self.unet).size(config) if self.classifier is None else None  # a JointViTModel's
+            sampling.check_latents(latents, config.in_channels, fixed)
         return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
 
 
@@ -385,15 +379,26 @@ def _surprise(labels: Tensor) -> Callable[..., Tensor]:
     return energy
 
 
-def _count(batch_size: int | None, labels: Tensor | None, latents: Tensor | None, generator: Any) -> int:
-    """Number of samples, on which all that is given one a sample must agree."""
-    counts = {
-        "batch_size": batch_size,
-        "class_labels": None if labels is None or len(labels) == 1 else len(labels),
-        "latents": None if latents is None else len(latents),
-        "generator": len(generator) if isinstance(generator, (list, tuple)) else None,
-    }
-    told = {name: count for name, count in counts.items() if count is not None}
-    if len(set(told.values())) > 1 or min(told.values(), default=1) < 1:
-        raise ValueError(f"How many samples? {', '.join(f'{name}: {count}' for name, count in told.items())}.")
-    return next(iter(told.values()), 1)
+def _check_parts(unet: Any, classifier: Any) -> None:
+    """Refuse a network and a classifier that do not belong together."""
+    unet = getattr(unet, "_orig_mod", unet)  # compiled
+    if isinstance(unet, JointViTModel):
+        if classifier is not None:
+            raise ValueError(
+                f"A JointViTModel brings its own classifier; leave classifier out (got a {type(classifier).__name__})."
+            )
+        return
+    if not isinstance(unet, UNet2DModel):
+        raise TypeError(f"unet is a UNet2DModel or a JointViTModel; got {type(unet).__name__}.")
+    if classifier is None:
+        raise ValueError(
+            "classifier is missing: joint diffusion with a UNet2DModel needs the JointHead that was trained with it, "
+            "JointHead.from_pretrained(folder, subfolder='classifier') of a folder that examples/train_joint.py "
+            "wrote. A U-Net alone is sampled by DDPMPipeline, DDIMPipeline or GuidedUnconditionalPipeline."
+        )
+    if not isinstance(classifier, JointHead):
+        raise TypeError(f"The classifier of a UNet2DModel is a JointHead; got {type(classifier).__name__}.")
+    if unet.config.num_class_embeds is not None or unet.config.class_embed_type is not None:
+        raise ValueError(
+            "This UNet2DModel takes class labels itself; joint diffusion guides one that takes none by its classifier."
+        )

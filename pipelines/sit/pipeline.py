@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
+from diffusers_repr.denoiser import sampling
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.sit import SiTTransformer2DModel
@@ -46,7 +47,7 @@ class SiTPipelineOutput(BaseOutput):
     class_labels: Tensor | None = None
 
 
-class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
+class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
     """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) in latent or pixel space.
 
     Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and `FlowMatchSDEScheduler` of
@@ -64,9 +65,7 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "class_labels", "condition"]
-    _guidance_scale = 1.0
     _guides_now = False
-    _interrupt = False
 
     def __init__(
         self,
@@ -82,19 +81,9 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         self.labels: dict[str, int] = dict(sorted(names))
 
     @property
-    def guidance_scale(self) -> float:
-        """Of the newest call; a callback may change it by `pipe._guidance_scale = ...`."""
-        return self._guidance_scale
-
-    @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the network is now called with null and conditional rows, in this order."""
         return self._guides_now
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the rest of the steps is left out: a callback may set `pipe._interrupt = True`."""
-        return self._interrupt
 
     @property
     def null_label(self) -> int | None:
@@ -132,6 +121,7 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_label: int = 1,
     ) -> SiTPipelineOutput | tuple[Any]:
         """Samples.
 
@@ -144,7 +134,7 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
             guidance_interval: `(low, high)` in t = timestep / num_train_timesteps, both included: where guidance acts
                 (arXiv 2404.07724). Outside, the network is called with the conditional rows alone. Both halves of a
                 step of Heun's method are as its start. A negative `high` switches guidance off.
-            num_inference_steps: Steps of the scheduler.
+            num_inference_steps: Steps of the scheduler, 1 or more.
             generator: One, or one a sample, which makes a sample independent of its batch.
             latents: Standard normal noise `(B, C, h, w)` to start from, in place of drawing it.
             condition: Vectors `(B, condition_dim)`, or one for all; None is the null vector.
@@ -157,23 +147,26 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; tensors that it
                 returns by name take the place of these.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`.
+            num_images_per_label: Samples of each of the class_labels or conditions, side by side.
 
         Returns:
             `.images` and `.class_labels`.
 
         Raises:
-            TypeError: For labels that are neither whole numbers nor names.
+            TypeError: For labels that are neither whole numbers nor names, and numbers that are none.
             ValueError: For labels and conditions that the model does not have, shapes and numbers of samples that do
-                not fit, and guidance that could not act.
+                not fit, numbers outside of their ranges, latents that are not finite, guidance that could not act,
+                and a scheduler made from the config of another noise process.
         """
         self._check(output_type, guidance_scale, guidance_interval, guidance_channels)
-        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"Callbacks get tensors of {self._callback_tensor_inputs}; asked for {unknown}.")
+        known = self._callback_tensor_inputs
+        names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
         labels, vectors = self._given_labels(class_labels), self._given_condition(condition)
         self._check_guided_condition(guidance_scale, class_labels, labels, vectors)
-        batch_size = _count(batch_size, labels, vectors, latents, generator)
+        labels, vectors = sampling.repeat_rows(num_images_per_label, class_labels=labels, condition=vectors)
+        batch_size = sampling.count_samples(
+            batch_size=batch_size, class_labels=labels, condition=vectors, latents=latents, generator=generator
+        )
         noise = self._noise(batch_size, generator, latents, height, width)
         if labels is None and self.null_label is not None:
             labels = _draw_labels(self.null_label, batch_size, generator)
@@ -186,7 +179,8 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         extra = {"generator": generator} if takes_generator else {}
 
         with self._guiding(guidance_scale):
-            self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+            tokens = noise.shape[2] * noise.shape[3] // self.transformer.config.patch_size**2
+            self._num_timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, noise.device, tokens)
             inside = self._inside(guidance_interval)
             tensors["latents"] = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
             for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
@@ -197,9 +191,7 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
                 output = self._predict(t, guidance_channels=guidance_channels, **tensors)
                 stepped = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
                 tensors["latents"] = stepped.to(noise.dtype)
-                if callback_on_step_end is not None:
-                    given = {name: tensors[name] for name in names}
-                    tensors |= callback_on_step_end(self, step, t, given) or {}
+                tensors = sampling.call_back(callback_on_step_end, self, step, t, tensors, names)
 
         images = self._images(tensors["latents"], output_type)
         self.maybe_free_model_hooks()
@@ -215,19 +207,14 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
             self._guides_now = False
 
     def _check(self, output_type: str, scale: float, interval: Any, channels: int | None) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type is 'pil', 'np', 'pt' or 'latent'; got {output_type!r}.")
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale is a finite number; got {scale}.")
+        sampling.check_output_type(output_type)
+        sampling.check_number("guidance_scale", scale)
         if not isinstance(interval, (tuple, list)) or len(interval) != 2 or any(math.isnan(end) for end in interval):
             raise ValueError(f"guidance_interval is (low, high) in t, 0 the data and 1 the noise; got {interval!r}.")
         if interval[0] > interval[1] >= 0:
             raise ValueError(f"guidance_interval={tuple(interval)} is the wrong way round: give (low, high).")
-        if channels is not None and not 0 < channels <= self.transformer.config.in_channels:
-            raise ValueError(
-                f"guidance_channels is from 1 to {self.transformer.config.in_channels}, the channels of this model; "
-                f"got {channels}."
-            )
+        if channels is not None:
+            sampling.check_whole("guidance_channels", channels, 1, self.transformer.config.in_channels)
         if scale > 1 and self.null_label is None and self.transformer.config.condition_dim is None:
             raise ValueError(
                 f"guidance_scale={scale} needs a model with classes or a vector condition; this "
@@ -292,6 +279,8 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         vectors = vectors[None] if vectors.ndim == 1 else vectors
         if vectors.ndim != 2 or vectors.shape[1] != dim:
             raise ValueError(f"condition is (B, {dim}), or one vector for all; got {tuple(vectors.shape)}.")
+        if not bool(vectors.isfinite().all()):
+            raise ValueError("condition has NaN or infinite values.")
         return vectors
 
     def _noise(
@@ -303,15 +292,12 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         trained = config.sample_size
         trained = (trained, trained) if isinstance(trained, int) else tuple(trained)
         if latents is not None:
-            if latents.ndim != 4 or latents.shape[1] != config.in_channels or not latents.is_floating_point():
-                raise ValueError(
-                    f"latents are floats (B, {config.in_channels}, h, w); got {latents.dtype} {tuple(latents.shape)}."
-                )
+            sampling.check_latents(latents, config.in_channels)
             trained = tuple(latents.shape[2:])
         size = []
         for name, pixels, own in zip(("height", "width"), (height, width), trained, strict=True):
             pixels = own * stride if pixels is None else pixels
-            if pixels < 1 or pixels % (stride * config.patch_size):
+            if sampling.check_whole(name, pixels) % (stride * config.patch_size):
                 raise ValueError(
                     f"{name}={pixels} is no multiple of {stride * config.patch_size}, the pixels of a patch."
                 )
@@ -362,11 +348,7 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
         if output_type == "latent":
             return latents
         images = latents if self.vae is None else decode_latents(self.vae, latents)
-        images = (images.float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array = images.cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(array) if output_type == "pil" else array
+        return sampling.pack_images(images.float(), output_type)
 
 
 def _draw_labels(classes: int, batch_size: int, generator: Any) -> Tensor:
@@ -375,20 +357,3 @@ def _draw_labels(classes: int, batch_size: int, generator: Any) -> Tensor:
         return torch.cat([_draw_labels(classes, 1, one).cpu() for one in generator])
     device = "cpu" if generator is None else generator.device
     return torch.randint(classes, (batch_size,), generator=generator, device=device)
-
-
-def _count(
-    batch_size: int | None, labels: Tensor | None, vectors: Tensor | None, latents: Tensor | None, generator: Any
-) -> int:
-    """Number of samples, on which all that is given one a sample must agree."""
-    counts = {
-        "batch_size": batch_size,
-        "class_labels": None if labels is None or len(labels) == 1 else len(labels),
-        "condition": None if vectors is None or len(vectors) == 1 else len(vectors),
-        "latents": None if latents is None else len(latents),
-        "generator": len(generator) if isinstance(generator, (list, tuple)) else None,
-    }
-    told = {name: count for name, count in counts.items() if count is not None}
-    if len(set(told.values())) > 1 or min(told.values(), default=1) < 1:
-        raise ValueError(f"How many samples? {', '.join(f'{name}: {count}' for name, count in told.items())}.")
-    return next(iter(told.values()), 1)

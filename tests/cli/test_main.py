@@ -18,10 +18,14 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"diffusers-repr {__version__}\n"
 
 
-def test_traceback_on_request(tmp_path):
+def test_traceback_on_request(tmp_path, capsys):
     assert main(["layers", str(tmp_path)]) == 2
-    with pytest.raises(FileNotFoundError, match="is no pipeline folder"):
-        main(["layers", str(tmp_path), "--traceback"])
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["layers", str(tmp_path), "--debug"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "FileNotFoundError" in told
+    assert told.splitlines()[-1].startswith("diffusers-repr layers: ")
 
 
 def test_a_reader_that_has_seen_enough(monkeypatch, capfd):

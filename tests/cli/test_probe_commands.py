@@ -117,7 +117,7 @@ def test_wrong_use(place, tmp_path, capsys):
         (["predict", model, image], "has no probe.json; it is a pipeline"),
         (["predict", probe, str(tmp_path / "none.png")], "No file or folder"),
         (["predict", probe, str(tmp_path / "nothing")], "No image in the folder"),
-        (["predict", probe, str(tmp_path / "text.png")], "cannot be read as an image"),
+        (["predict", probe, str(tmp_path / "text.png")], "text.png) cannot be read: it is no image"),
         (["predict", probe, image, "--top", "0"], "--top must be at least 1"),
         (["predict", probe, image, "--base", probe], "is no pipeline folder"),
         (["push", str(tmp_path / "nothing"), "user/x"], "Cannot tell what"),
@@ -143,7 +143,7 @@ def test_push_tells_folders_apart(tmp_path, place):
         "manifest.json": ("store of features", "dataset"),
         "pipeline.py": ("custom pipeline", "model"),
     }.items():
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("{}")
         assert what_is(str(tmp_path)) == kind
         (tmp_path / name).unlink()
 

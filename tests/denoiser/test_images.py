@@ -25,7 +25,7 @@ def test_sixteen_bits_span_the_range(channels, size):
 
 @pytest.mark.parametrize(("mode", "value"), [("I", 30000), ("F", 0.5)])
 def test_modes_without_a_range_are_refused(mode, value):
-    with pytest.raises(ValueError, match=f"Image 1 .* of mode '{mode}', whose range is not known"):
+    with pytest.raises(ValueError, match=f"Image 1 .* of mode '{mode}' has no known range"):
         to_pixels([Image.new("L", (4, 4)), Image.new(mode, (4, 4), value)], 1)
 
 

@@ -71,9 +71,3 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 def test_other_digits_are_refused():
     with pytest.raises(ValueError, match="1797"):
         split_indices([0, 1, 2])
-
-
-def test_missing_scikit_learn_names_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"diffusers-repr\[demo\]"):
-        load_digits_splits()

@@ -7,10 +7,12 @@ import torch
 from diffusers import (
     DDIMScheduler,
     FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionSAGPipeline,
 )
+from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast
 from torch import nn
 
 from diffusers_repr import CFG, PAG, SAG, guide
@@ -258,13 +260,70 @@ def test_a_network_compiled_or_replaced_while_guided():
     run("ddpm", pipe)
 
 
-def test_caches_between_steps_are_refused():
+def compile_a_block(network):
+    network.transformer_blocks[1].compile(backend="eager")
+    return lambda: setattr(network.transformer_blocks[1], "_compiled_call_impl", None)
+
+
+def compile_repeated_blocks(network):
+    network.compile_repeated_blocks(backend="eager")
+    return lambda: [setattr(m, "_compiled_call_impl", None) for m in network.modules() if m._compiled_call_impl]
+
+
+def replace_by_a_compiled_one(network):
+    plain = network.proj_out
+    network.proj_out = torch.compile(plain, backend="eager")
+    return lambda: setattr(network, "proj_out", plain)
+
+
+def enable_a_cache(network):
+    network.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    return network.disable_cache
+
+
+def apply_a_cache(network):
+    config = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 9)
+    apply_pyramid_attention_broadcast(network, config)
+    kind = "pyramid_attention_broadcast"
+    return lambda: HookRegistry.check_if_exists_or_initialize(network).remove_hook(kind, recurse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (compile_a_block, RuntimeError, r"transformer_blocks.1 .* is compiled"),
+        (compile_repeated_blocks, RuntimeError, r"transformer_blocks.0 .* is compiled"),
+        (replace_by_a_compiled_one, RuntimeError, r"proj_out \(OptimizedModule\) is compiled"),
+        (enable_a_cache, ValueError, r"caches activations between steps.*disable_cache\(\)"),
+        (apply_a_cache, ValueError, r"caches activations between steps \(pyramid_attention_broadcast\)"),
+    ],
+)
+def test_compiled_parts_and_caches_are_refused_whenever_they_come(change, error, message):
+    """Before `guide`, after it, between two runs, and in a loop of one's own."""
     pipe = build("flux")
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match=r"caches activations between steps.*disable_cache\(\)"):
+    undo = change(pipe.transformer)
+    with pytest.raises(error, match=message):
         guide(pipe, PAG(1.0))
-    pipe.transformer.disable_cache()
-    guide(pipe, PAG(1.0)).remove()
+    undo()
+    handle = guide(pipe, PAG(1.0))
+    for _ in range(2):
+        undo = change(pipe.transformer)
+        with pytest.raises(error, match=message):
+            run("flux", pipe, 1.0, steps=1)
+        undo()
+        guided = run("flux", pipe, 1.0, steps=1)
+    handle.remove()
+    assert untouched(pipe)
+    denoiser = Denoiser.from_pipe(pipe)
+    x, condition = noise(1, 4, 16, 16), denoiser.condition(batch=1, size=(32, 32))
+    with torch.no_grad(), guide(denoiser, PAG(1.0)):
+        denoiser.predict(x, 500, condition)
+        undo = change(pipe.transformer)
+        with pytest.raises(error, match=message):
+            denoiser.predict(x, 400, condition)
+        undo()
+    with guide(pipe, PAG(1.0)):
+        assert torch.equal(run("flux", pipe, 1.0, steps=1), guided)
 
 
 def test_a_block_without_a_call_raises():

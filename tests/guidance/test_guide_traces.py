@@ -2,14 +2,18 @@
 
 import contextlib
 import copy
+import gc
+import io
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import nn
 
-from diffusers_repr import CFG, PAG, SAG, EnergyGuidance, FeatureExtractor, guide
+from diffusers_repr import CFG, PAG, SAG, EnergyGuidance, FeatureExtractor, guide, is_guided, unguide
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser
 from tests.capture.models import hook_count
@@ -268,6 +272,72 @@ def test_a_copy_of_a_guided_pipeline_is_not_guided():
         guided = run("sd", pipe, 3.0)
     assert (guided - plain).abs().max() > 1e-4
     assert torch.equal(run("sd", twin, 3.0), plain)
+
+
+def copies(pipe, folder):
+    """The network of a guided pipeline, had in every way that gives a second one."""
+    buffer = io.BytesIO()
+    torch.save(pipe.unet, buffer)
+    buffer.seek(0)
+    pipe.save_pretrained(folder)
+    return {
+        "deepcopy": copy.deepcopy(pipe.unet),
+        "copy": copy.copy(pipe.unet),
+        "pickle": pickle.loads(pickle.dumps(pipe.unet)),
+        "torch.save": torch.load(buffer, weights_only=False),
+        "save_pretrained": type(pipe).from_pretrained(folder).unet,
+    }
+
+
+def test_copies_pickles_and_saved_folders_of_a_guided_network_are_plain(tmp_path):
+    pipe = build("ddim")
+    plain, state = run("ddim", pipe), pipe.unet.state_dict()
+    with guide(pipe, [PAG(5.0), energy()]) as handle:
+        guided = run("ddim", pipe)
+        twins = copies(pipe, tmp_path)
+        for twin in twins.values():
+            assert is_guided(pipe.unet)
+            assert not is_guided(twin)
+            other = type(pipe)(twin, DDIMScheduler.from_config(pipe.scheduler.config))
+            other.set_progress_bar_config(disable=True)
+            assert torch.equal(run("ddim", other), plain)
+        assert len(handle.stats.steps) == 2
+        assert torch.equal(run("ddim", pipe), guided)
+    assert not torch.equal(guided, plain)
+    assert all(torch.equal(twin.state_dict()[key], value) for twin in twins.values() for key, value in state.items())
+    again = guide(type(pipe)(twins["pickle"], pipe.scheduler), [PAG(5.0), energy()])  # hooks that it has are idle
+    again.remove()
+
+
+def test_who_is_guided_and_an_end_without_the_handle():
+    pipe = build("ddim")
+    denoiser, twin = Denoiser.from_pipe(pipe), build("ddim")
+    plain = run("ddim", pipe)
+    for target in (pipe, denoiser, pipe.unet):
+        assert not is_guided(target)
+        with pytest.raises(ValueError, match=r"UNet2DModel is not guided; is_guided\(...\) tells"):
+            unguide(target)
+        guide(pipe if target is pipe else denoiser, PAG(2.0))
+        gc.collect()  # nobody holds the handle
+        assert is_guided(target)
+        assert not is_guided(twin)
+        assert not torch.equal(run("ddim", pipe), plain)
+        unguide(target)
+        assert hook_count(pipe.unet) == 0
+    for wrong in (None, "pipe", PAG(1.0)):
+        with pytest.raises(TypeError, match="takes a diffusers pipeline or a Denoiser"):
+            is_guided(wrong)
+    guide(pipe, PAG(0.0))  # off: nothing is set
+    assert not is_guided(pipe)
+
+
+def test_a_lost_guidance_does_not_keep_its_network_alive():
+    pipe = build("ddim")
+    network = weakref.ref(pipe.unet)
+    guide(pipe, PAG(2.0))
+    del pipe
+    gc.collect()
+    assert network() is None
 
 
 def test_a_network_called_by_position_and_returning_tuples():

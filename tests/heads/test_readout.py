@@ -204,7 +204,13 @@ def test_bad_features():
 # The base.
 
 
-@pytest.mark.parametrize("name", sorted(PIPELINES))
+# Maps, tokens, and tokens beside text; the others are variations.
+QUICK = ("ddim", "pixart", "flux")
+
+
+@pytest.mark.parametrize(
+    "name", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in sorted(PIPELINES)]
+)
 def test_every_family(name):
     denoiser = Denoiser.from_pipe(build(name))
     size = SIZES[name]

@@ -25,11 +25,11 @@ class Pipe{name}(DiffusionPipeline):
 '''
 
 CLIENT = """
-import json, os
+import json, os, sys
 from pathlib import Path
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers_repr import hub
+from diffusers import AutoModel, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers_repr import LinearHead, hub
 
 work, report = Path(os.environ["WORK"]), {}
 torch.manual_seed(0)
@@ -78,6 +78,18 @@ for base in (folder, "user/ddpm"):
         assert same(pipe.unet)
         made.append([type(pipe).__name__, pipe(torch.ones(1)).item(), type(pipe).__module__.split(".")[2]])
 report["made"] = made
+
+# a head of ours by the auto class: not without consent; what is uploaded is enough
+head = LinearHead(4, 2)
+head.save_pretrained(work / "head")
+hub.push_folder(work / "head", "user/head")
+try:
+    AutoModel.from_pretrained("user/head")
+except ValueError as error:
+    report["auto refused"] = str(error)
+report["ran"] = [name for name in sys.modules if name.endswith("diffusers_repr_linear")]
+again = AutoModel.from_pretrained("user/head", trust_remote_code=True)
+assert type(again) is LinearHead and torch.equal(again(torch.ones(1, 4)), head(torch.ones(1, 4)))
 print(json.dumps(report))
 """
 
@@ -98,6 +110,8 @@ def test_models_pipelines_and_custom_pipelines(server, tmp_path):
     assert report["steps"] == [20, 10]
     assert report["class"] == "DDPMPipeline"
     assert "trust_remote_code=True" in report["refused"]
+    assert "trust_remote_code=True" in report["auto refused"]
+    assert report["ran"] == []
     assert report["made"] == 2 * [["PipeA", 2.0, "user--pipe-a"], ["PipeB", 3.0, "user--pipe-b"]]
 
     assert server.token not in done.stdout + done.stderr

@@ -157,7 +157,9 @@ def test_all_again_and_back(tmp_path):
     with hub_server() as server:
         env = hub_env(server, tmp_path, WORK=tmp_path)
         report = run_report(PREPARE + ALL, env)
-        kinds = [line.split() for line in report["first"]["out"].splitlines()]
+        assert report["first"]["out"].count("left out") == 1
+        assert "    left out, not on the list of a pipeline: checkpoint/\n" in report["first"]["out"]
+        kinds = [line.split() for line in report["first"]["out"].splitlines() if line[0] != " "]
         assert {line[2] for line in kinds[:-1]} >= {f"user/{name}" for name in [*names, *schedulers, "sit-model"]}
         assert {line[1] for line in kinds[:-1]} == {"pushed"}
         heads = [line[2] for line in kinds[:-1] if line[0] == "heads"]
@@ -165,11 +167,13 @@ def test_all_again_and_back(tmp_path):
         assert {tuple(titles[1:]) for titles in commits(server).values()} == {
             (f"Upload {kind} with diffusers-repr",) for kind in ("pipeline", "scheduler", "head", "model")
         } | {("Upload model with diffusers-repr",) * 2}  # the one that was changed
-        again = [line.split()[1] for line in report["again"]["out"].splitlines()[:-1]]
+        again = [line.split()[1] for line in report["again"]["out"].splitlines()[:-1] if line[0] != " "]
         assert set(again) == {"unchanged"}
         assert f"{len(again)} repositories: {len(again)} unchanged" in report["again"]["out"]
-        changed = [line.split()[1:3] for line in report["changed"]["out"].splitlines()[:-1]]
+        changed = [line.split()[1:3] for line in report["changed"]["out"].splitlines()[:-1] if line[0] != " "]
         assert [name for state, name in changed if state == "pushed"] == ["user/sit-model"]
+        sent = server.store.repos["model", "user/sit-model"]
+        assert "checkpoint/optimizer.bin" not in sent.commits[sent.branches["main"]]
         assert "heads" not in report["changed"]["out"].split("repositories")[0]
         assert all(run["code"] == 0 and run["err"] == "" for run in report.values())
         assert not any(repo.private for repo in server.store.repos.values())

@@ -37,9 +37,9 @@ hub.atomic_write(folder / "README.md", hub.model_card(title="Probe", text="Text.
 (folder / ".config.json.abc.tmp").write_text("x")
 hub.atomic_write(folder / "checkpoint-00000004" / "state.json", "x")
 
-report = {}
-report["first"] = hub.push_folder(folder, "user/probe")
-report["again"] = hub.push_folder(folder, "user/probe")
+report, parts = {}, ["head/*.json", "head/model.safetensors"]
+report["first"] = hub.push_folder(folder, "user/probe", include=parts)
+report["again"] = hub.push_folder(folder, "user/probe", include=parts)
 loaded = hub.resolve_folder("user/probe")
 assert np.array_equal(load_file(loaded / "head" / "model.safetensors")["w"], weights["w"])
 assert hub.read_json(loaded / "head" / "config.json") == {"layers": ["mid_block"]}
@@ -48,7 +48,7 @@ assert ModelCard.load("user/probe").data.eval_results == [metric.to_eval_result(
 report["files"] = sorted(HfApi().list_repo_files("user/probe"))
 
 hub.write_json(folder / "head" / "config.json", {"layers": ["up_blocks.1"]})
-report["second"] = hub.push_folder(folder, "user/probe", commit_message="New layer")
+report["second"] = hub.push_folder(folder, "user/probe", include=parts, commit_message="New layer")
 first, second = (report[key].rsplit("/", 1)[1] for key in ("first", "second"))
 assert hub.load_json_config("user/probe", "head/config.json", revision=first) == {"layers": ["mid_block"]}
 for revision in (None, "main", second):
@@ -74,30 +74,30 @@ for split, rows in (("train", 6), ("test", 3)):
 files = {split: f"data/{split}-*.parquet" for split in ("train", "test")}
 card = hub.dataset_card(title="Features", text="Text.", num_rows=9, data_files=files)
 hub.atomic_write(folder / "README.md", card)
-url = hub.push_folder(folder, "user/features", repo_type="dataset", private=True)
+url = hub.push_folder(folder, "user/features", include="data/*.parquet", repo_type="dataset", private=True)
 assert hub.resolve_folder("user/features", repo_type="dataset").joinpath("data").is_dir()
 data = load_dataset("user/features")
 print(json.dumps({"url": url, "rows": {split: part.num_rows for split, part in data.items()}, "row": data["test"][2]}))
 """
 
 ERRORS = """
-HubError, report = hub.HubError, {}
+HubError, report, named = hub.HubError, {}, ["list.json", "model.safetensors"]
 (work / "empty" / "__pycache__").mkdir(parents=True)
 (work / "empty" / "__pycache__" / "x.pyc").write_bytes(b"x")
 full = work / "full"
 hub.write_json(full / "list.json", [1])
-hub.push_folder(full, "user/there")
+hub.push_folder(full, "user/there", include=["list.json"])
 (work / "bad_card").mkdir()
 (work / "bad_card" / "README.md").write_text("---\\na: [1\\n---\\n")
 
 # before any request
-report["empty"] = refused(ValueError, hub.push_folder, work / "empty", "user/x")
+report["empty"] = refused(ValueError, hub.push_folder, work / "empty", "user/x", include="*.json")
 report["no folder"] = refused(FileNotFoundError, hub.push_folder, work / "none", "user/x")
 report["a file"] = refused(NotADirectoryError, hub.push_folder, full / "list.json", "user/x")
 for bad in ("bare", "a/b/c", "user/-x", "user/a..b", ""):
-    report["bad id"] = refused(ValueError, hub.push_folder, full, bad)
-report["bad type"] = refused(ValueError, hub.push_folder, full, "user/x", repo_type="models")
-report["to a commit"] = refused(ValueError, hub.push_folder, full, "user/x", revision="0" * 40)
+    report["bad id"] = refused(ValueError, hub.push_folder, full, bad, include=named)
+report["bad type"] = refused(ValueError, hub.push_folder, full, "user/x", repo_type="models", include=named)
+report["to a commit"] = refused(ValueError, hub.push_folder, full, "user/x", revision="0" * 40, include=named)
 report["neither"] = refused(ValueError, hub.resolve_folder, "a/b/c")
 report["path"] = refused(FileNotFoundError, hub.resolve_folder, "./none")
 report["file"] = refused(NotADirectoryError, hub.resolve_folder, str(full / "list.json"))
@@ -115,16 +115,17 @@ report["no file"] = refused(HubError, hub.load_json_config, "user/there", "confi
 report["no match"] = refused(HubError, hub.resolve_folder, "user/there", allow_patterns=["*.bin"])
 report["gated"] = refused(HubError, hub.resolve_folder, "other/gated")
 report["gated, file"] = refused(HubError, hub.load_json_config, "other/gated")
-report["not mine"] = refused(HubError, hub.push_folder, full, "other/x")
-report["not there"] = refused(HubError, hub.push_folder, full, "user/y", create=False)
-report["bad card"] = refused(ValueError, hub.push_folder, work / "bad_card", "user/x")
-report["read token"] = refused(HubError, hub.push_folder, full, "user/x", token=os.environ["READ_TOKEN"])
-report["wrong token"] = refused(HubError, hub.push_folder, full, "user/x", token="hf_" + "0" * 30)
+report["not mine"] = refused(HubError, hub.push_folder, full, "other/x", include=named)
+report["not there"] = refused(HubError, hub.push_folder, full, "user/y", create=False, include=named)
+report["bad card"] = refused(ValueError, hub.push_folder, work / "bad_card", "user/x", include="none.json")
+other = os.environ["READ_TOKEN"]
+report["read token"] = refused(HubError, hub.push_folder, full, "user/x", token=other, include=named)
+report["wrong token"] = refused(HubError, hub.push_folder, full, "user/x", token="hf_" + "0" * 30, include=named)
 report["wrong token, load"] = refused(HubError, hub.resolve_folder, "user/there", token="hf_" + "0" * 30)
 
 # the Hub fails in the middle of an upload
 save_file({"w": np.ones(9)}, full / "model.safetensors")
-report["broken storage"] = refused(HubError, hub.push_folder, full, "user/broken")
+report["broken storage"] = refused(HubError, hub.push_folder, full, "user/broken", include=named)
 print(json.dumps(report))
 """
 

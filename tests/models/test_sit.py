@@ -1,7 +1,6 @@
 """`SiTTransformer2DModel` against a plain network, and what a diffusers model is expected to do."""
 
 import functools
-import inspect
 
 import pytest
 import torch
@@ -10,10 +9,13 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
 from diffusers_repr.capture import capture
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.models.convert import convert_state_dict
 from diffusers_repr.models.sit_blocks import grid_positions
 from tests.models.official_sit import OfficialSiT, position_table
+from tests.pipelines.sit_cases import SiTPipeline, pipeline
 
 TINY = {
     "sample_size": 8,
@@ -173,50 +175,28 @@ def test_timesteps():
     assert not torch.equal(run(model, x, 250.4, y), whole)
 
 
-def test_gradient_checkpointing_gives_equal_gradients():
-    x, t, y = inputs()
-    found = []
-    for on in (False, True):
-        model = tiny(condition_dim=6).train()
-        if on:
-            model.enable_gradient_checkpointing()
-        mask = torch.zeros(3, dtype=torch.bool)
-        loss = model(x, t, y, torch.ones(3, 6), drop_mask=mask).sample.square().mean()
-        loss.backward()
-        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    # All have one, the null vector too: DDP waits for those that have none.
-    assert all(grad is not None for grad in found[0].values())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_by_every_door(dtype, tmp_path):
+    """Loaded as a pipeline, a Denoiser and an extractor: what a pipeline that was cast gives."""
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    pipe.to(dtype=dtype)
+    x, call = torch.rand(2, 3, 8, 8), {"class_labels": [1, 4], "num_inference_steps": 2, "output_type": "latent"}
 
+    def sampled(one):
+        return one(**call, generator=torch.Generator().manual_seed(0)).images
 
-@pytest.mark.parametrize("changes", [{}, {"condition_dim": 6, "qk_norm": True, "sample_size": [8, 4]}])
-def test_save_and_load(tmp_path, changes):
-    model, (x, t, y) = tiny(**changes), inputs()
-    model.save_pretrained(tmp_path)
-    for low_memory in (True, False):
-        again = SiTTransformer2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_memory)
-        assert torch.equal(run(again, x, t, y), run(model, x, t, y))
-    asked = set(inspect.signature(SiTTransformer2DModel.__init__).parameters) - {"self"}
-    assert asked <= set(again.config)
-    made = SiTTransformer2DModel.from_config(model.config)
-    assert {name: value.shape for name, value in made.state_dict().items()} == {
-        name: value.shape for name, value in model.state_dict().items()
-    }
-
-
-def test_dtypes():
-    """Cast as a whole, loaded in half precision, and under autocast: close to float32, in the dtype asked for."""
-    model, (x, t, y) = tiny(), inputs()
-    wanted = run(model, x, t, y)
-    half = run(tiny().to(torch.bfloat16), x.bfloat16(), t, y)
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), wanted, rtol=0.1, atol=0.1)
-    double = run(tiny().double(), x.double(), t, y)
-    torch.testing.assert_close(double.float(), wanted, rtol=1e-4, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = run(tiny(), x, t, y)
-    torch.testing.assert_close(mixed.float(), wanted, rtol=0.1, atol=0.1)
-    assert run(tiny().double().float(), x, t, y).dtype == torch.float32
+    wanted = sampled(pipe)
+    for way in ({}, {"device_map": "cpu"}, {"device_map": "balanced"}):
+        loaded = SiTPipeline.from_pretrained(tmp_path, torch_dtype=dtype, **way)
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded.transformer.dtype == dtype
+        assert torch.equal(sampled(loaded), wanted)
+    denoiser = Denoiser.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert torch.equal(denoiser.predict(x.to(dtype), 500).eps, Denoiser.from_pipe(pipe).predict(x.to(dtype), 500).eps)
+    features = [FeatureExtractor(one, "blocks.0", 300)(x) for one in (denoiser, Denoiser.from_pipe(pipe))]
+    assert torch.equal(features[0]["blocks.0"], features[1]["blocks.0"])
+    assert features[0]["blocks.0"].isfinite().all()
 
 
 def test_compiled_gives_the_same():
@@ -252,17 +232,6 @@ def test_attention_backends_and_processors():
     torch.testing.assert_close(run(plain, x, t, y), wanted)
     plain.unfuse_qkv_projections()
     assert not torch.allclose(run(plain, x, t, y), wanted)
-
-
-def test_lora():
-    peft = pytest.importorskip("peft")
-    model, (x, t, y) = tiny(), inputs()
-    wanted = run(model, x, t, y)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
-    assert torch.equal(run(model, x, t, y), wanted)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained
-    assert all("lora" in name for name in trained)
 
 
 @pytest.mark.parametrize("size", ["S/2", "B/4", "L/8", "XL/2"])
@@ -318,10 +287,3 @@ def test_bad_inputs(changes, given, message):
     x, t, _ = inputs()
     with pytest.raises(ValueError, match=message):
         tiny(zero=True, **changes)(**{"hidden_states": x, "timestep": t, **given})
-
-
-def test_output_forms():
-    model, (x, t, y) = tiny(out_channels=8), inputs()
-    out = model(x, t, y, return_dict=False)
-    assert isinstance(out, tuple)
-    assert out[0].shape == (3, 8, 8, 8)

@@ -153,7 +153,6 @@ def test_digits():
     examples = Path(__file__).parents[2] / "examples"
     if not (examples / "models" / "digits-ddpm" / "model_index.json").is_file():
         pytest.skip("examples/models/digits-ddpm is not there")
-    pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location("digits_of_the_examples", examples / "digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -183,6 +182,7 @@ def test_saved_probes_give_equal_probabilities(head, tmp_path):
     assert sorted(p.name for p in (tmp_path / "probe").iterdir()) == [
         "README.md",
         "config.json",
+        f"diffusers_repr_{head}.py",
         "diffusion_pytorch_model.safetensors",
         "probe.json",
     ]
@@ -239,7 +239,7 @@ def test_the_card_has_the_scores_in_the_hubs_format(tmp_path):
     for told in (
         "`mid_block`, `up_blocks.0`",
         "adaptive:2",
-        "Protocol `lbfgs`, version 1",
+        "Protocol `lbfgs`, version 2",
         "| chosen l2 |",
         "# sides",
     ):

@@ -92,14 +92,16 @@ def test_files_that_are_no_recipe(tmp_path):
         read_recipe(tmp_path / "list.yaml")
 
 
-def test_values_of_another_kind_name_their_flag(tmp_path, capsys):
+def test_values_of_another_kind_name_their_place(tmp_path, capsys):
     for changes, message in (
-        ({"seed": "many"}, "--seed: invalid int"),
-        ({"lr_scheduler": "linear"}, "--lr_scheduler"),
+        ({"seed": "many"}, "recipe.yaml: seed is 'many'; allowed is a whole number"),
+        ({"lr_scheduler": "linear"}, "recipe.yaml: lr_scheduler is 'linear'; allowed is one of 'constant', 'cosine'"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match=message):
             parse_recipe([TrainingConfig], write(tmp_path, **changes))
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_recipe([TrainingConfig], ["--seed", "many"])
+    assert "--seed: invalid int" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Layers that compute in the dtype of their input, whatever that of their weights.
+
+A head of half-precision weights so computes in float32. The weights are read inside the layer's own call, where
+layerwise casting and offloading have brought them; outside of it they may be stored in eight bits, or be elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def wide_dtype(module: nn.Module) -> torch.dtype:
+    """float64 for a module of float64 weights, else float32.
+
+    Example:
+        >>> wide_dtype(nn.Linear(1, 1).half()), wide_dtype(nn.Linear(1, 1).double())
+        (torch.float32, torch.float64)
+    """
+    return torch.float64 if any(p.dtype == torch.float64 for p in module.parameters()) else torch.float32
+
+
+def _like(value: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if value is None else value.to(x.dtype)
+
+
+class CastLinear(nn.Linear):
+    """`nn.Linear` in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return functional.linear(x, self.weight.to(x.dtype), _like(self.bias, x))
+
+
+class CastConv2d(nn.Conv2d):
+    """`nn.Conv2d` in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in, H, W)` to `(B, out, H', W')`."""
+        return self._conv_forward(x, self.weight.to(x.dtype), _like(self.bias, x))
+
+
+class Projection(nn.Conv2d):
+    """A 1x1 convolution as a matrix product, which needs no other layout of the map, in the dtype of its input.
+
+    Args:
+        in_channels: Channels that enter.
+        out_channels: Channels that leave.
+        bias: Whether one is added.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in, H, W)` to `(B, out, H, W)`."""
+        y = torch.matmul(self.weight.flatten(1).to(x.dtype), x.flatten(2))
+        if self.bias is not None:
+            y = y + self.bias.to(x.dtype)[:, None]
+        return y.unflatten(2, x.shape[2:])
+
+
+class CastGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape of `x`."""
+        return functional.group_norm(x, self.num_groups, _like(self.weight, x), _like(self.bias, x), self.eps)
+
+
+class CastLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape of `x`."""
+        return functional.layer_norm(x, self.normalized_shape, _like(self.weight, x), _like(self.bias, x), self.eps)
+
+
+class CastBatchNorm1d(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` in the dtype of its input; in training the running statistics must be of that dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape of `x`.
+
+        Raises:
+            ValueError: In training, for statistics of another dtype.
+        """
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if self.running_mean.dtype == x.dtype:
+            return super().forward(x)
+        if self.training:
+            raise ValueError(
+                f"Batch norm is trained in float32: its running statistics need it; these are "
+                f"{self.running_mean.dtype}. Cast the head with .float() before training."
+            )
+        mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        return functional.batch_norm(x, mean, variance, _like(self.weight, x), _like(self.bias, x), eps=self.eps)
+
+
+__all__ = [
+    "CastBatchNorm1d",
+    "CastConv2d",
+    "CastGroupNorm",
+    "CastLayerNorm",
+    "CastLinear",
+    "Projection",
+    "wide_dtype",
+]

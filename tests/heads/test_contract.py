@@ -1,0 +1,69 @@
+"""Heads as diffusers' loaders, casts and offloads want them."""
+
+import functools
+
+import pytest
+import torch
+
+from diffusers_repr.heads import DepthHead, JointHead, KNNHead, LinearHead, MLPHead, Projector, ReadoutHead
+from tests.testers.model_contract import CONCERNS, ModelCase, check
+
+LAYERS, CHANNELS = ["a", "b"], [8, 4]
+
+
+def pooled(make, **changes) -> ModelCase:
+    def head():
+        made = make(6, 3, **changes)
+        made.set_statistics(torch.randn(6), torch.rand(6) + 0.5)
+        if isinstance(made, KNNHead):
+            made.set_bank(torch.randn(12, 6), torch.arange(12) % 3)
+        return made
+
+    return ModelCase(head, lambda: {"features": torch.randn(4, 6)}, {"logits": (4, 3)}, plain=True, wide=True)
+
+
+def on_maps(make, channels: int = 1, **changes) -> ModelCase:
+    def inputs() -> dict:
+        maps = {"a": torch.randn(2, 8, 3, 2), "b": torch.randn(2, 4, 6, 4)}
+        return {"features": maps, "timestep": torch.tensor([3, 700])}
+
+    head = functools.partial(make, LAYERS, CHANNELS, time_width=8, **changes)
+    return ModelCase(head, inputs, {"sample": (2, channels, 6, 4)}, plain=True, wide=True)
+
+
+def projector(kind: str) -> ModelCase:
+    def inputs() -> dict:
+        return {"tokens": torch.randn(2, 6, 8), "grid": (2, 3)}
+
+    make = functools.partial(Projector, 8, 5, hidden_dim=16, kind=kind)
+    return ModelCase(make, inputs, {"sample": (2, 6, 5)}, plain=True)
+
+
+def joint(norm: str) -> ModelCase:
+    def inputs() -> dict:
+        skips = [torch.randn(3, 4, 8, 8)]
+        return {"hidden": torch.randn(3, 2, 4, 4), "skips": skips, "timestep": torch.tensor([1, 50, 999])}
+
+    make = functools.partial(JointHead, 6, 3, norm=norm, dropout=0.3, id2label=["x", "y", "z"])
+    return ModelCase(make, inputs, {"logits": (3, 3)}, plain=True, wide=True)
+
+
+SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4)}
+CASES = {
+    "LinearHead": pooled(LinearHead),
+    "MLPHead": pooled(MLPHead, hidden_features=(8, 5), activation="relu"),
+    "KNNHead": pooled(KNNHead, bank_size=12, k=5, temperature=0.5),
+    "Projector": projector("mlp"),
+    "Projector, conv": projector("conv"),
+    "ReadoutHead": on_maps(ReadoutHead, **SMALL),
+    "ReadoutHead, correspondence": on_maps(ReadoutHead, 8, kind="correspondence", **SMALL),
+    "DepthHead": on_maps(DepthHead, hidden=(8, 6)),
+    "JointHead": joint("layer"),
+    "JointHead, batch": joint("batch"),
+}
+
+
+@pytest.mark.parametrize("concern", CONCERNS)
+@pytest.mark.parametrize("name", CASES)
+def test_keeps_the_contract(name, concern, tmp_path):
+    check(CASES[name], concern, tmp_path)

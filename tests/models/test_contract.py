@@ -1,0 +1,62 @@
+"""Networks as diffusers' loaders, casts and offloads want them."""
+
+import pytest
+import torch
+from diffusers.loaders import PeftAdapterMixin
+
+from diffusers_repr.models import JointViTModel, NoisyClassifier, SiTTransformer2DModel
+from diffusers_repr.models.mixin import ReprModelMixin
+from tests.testers.model_contract import CONCERNS, ModelCase, check
+
+
+def sit(**changes) -> SiTTransformer2DModel:
+    sizes = {"sample_size": 8, "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_classes": 10}
+    return SiTTransformer2DModel(**sizes, **changes)
+
+
+def sit_inputs(width: int = 8, **more) -> dict:
+    mask = torch.tensor([False, True])
+    given = {"hidden_states": torch.randn(2, 4, 8, width), "timestep": torch.tensor([50.0, 951.0])}
+    return {**given, "class_labels": torch.tensor([3, 10]), "drop_mask": mask, **more}
+
+
+def classifier() -> NoisyClassifier:
+    return NoisyClassifier(2, 3, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8, id2label="abc")
+
+
+def joint_vit() -> JointViTModel:
+    sizes = {"sample_size": (8, 4), "patch_size": 2, "in_channels": 2, "num_layers": 2, "num_classes": 3}
+    return JointViTModel(**sizes, hidden_size=16, num_attention_heads=2)
+
+
+TIMES = torch.tensor([30, 900])
+CASES = {
+    "SiT": ModelCase(sit, sit_inputs, {"sample": (2, 4, 8, 8)}, targets=("to_q", "to_v")),
+    "SiT, other size, vector": ModelCase(
+        lambda: sit(condition_dim=6, qk_norm=True),
+        lambda: sit_inputs(12, condition=torch.randn(2, 6)),
+        {"sample": (2, 4, 8, 12)},
+        targets=("to_q", "to_v"),
+    ),
+    "NoisyClassifier": ModelCase(
+        classifier,
+        lambda: {"sample": torch.randn(2, 2, 8, 6), "timestep": TIMES},
+        {"logits": (2, 3)},
+        plain=True,
+        wide=True,
+    ),
+    "JointViTModel": ModelCase(
+        joint_vit,
+        lambda: {"hidden_states": torch.randn(2, 2, 8, 4), "timestep": TIMES},
+        {"sample": (2, 2, 8, 4), "logits": (2, 3)},
+        targets=("to_q", "to_v") if issubclass(JointViTModel, PeftAdapterMixin) else (),
+    ),
+}
+
+
+@pytest.mark.parametrize("concern", CONCERNS)
+@pytest.mark.parametrize("name", CASES)
+def test_keeps_the_contract(name, concern, tmp_path):
+    if name == "JointViTModel" and not issubclass(JointViTModel, ReprModelMixin):
+        pytest.skip("takes ReprModelMixin as its first base")
+    check(CASES[name], concern, tmp_path)
