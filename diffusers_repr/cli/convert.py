@@ -99,8 +99,15 @@ def read_config(given: str | None) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
+    names = schema_text(200)
     argument = either(
-        boolean(), integer(-1, 1_000_000), number(), schema_text(200), listing(integer(1, 1_000_000), 1, 8)
+        boolean(),
+        integer(-1, 1_000_000),
+        number(),
+        names,
+        listing(names, 1, 100_000),
+        mapping(names),
+        listing(integer(1, 1_000_000), 1, 8),
     )
     return mapping(optional(argument))(config, at)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusers_repr.models.labels import label_names, named_ids
+from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.sit_blocks import SiTAttnProcessor
 
 MODULATIONS = ("token", "channel")
@@ -38,7 +39,7 @@ class JointViTOutput(BaseOutput):
     logits: Tensor | None = None
 
 
-class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class JointViTModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Pre-norm vision transformer with a class token, told the noise level or not.
 
     The network of HybViT (Yang et al. 2022, arXiv 2208.07791) as its code has it, and without classes that of GenViT.
@@ -151,8 +152,8 @@ class JointViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             self.reset_parameters()
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """As `ConfigMixin`; a saved config without `form` is that of an `early` network.
+    def extract_init_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
+        """As in the base; a saved config without `form` is that of an `early` network.
 
         Args:
             config_dict: A config; a saved one names its class.
