@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from diffusers.loaders import PeftAdapterMixin
 
 from diffusers_repr.models import JointViTModel, NoisyClassifier, SiTTransformer2DModel
-from diffusers_repr.models.mixin import ReprModelMixin
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
 
@@ -49,8 +47,8 @@ CASES = {
         joint_vit,
         lambda: {"hidden_states": torch.randn(2, 2, 8, 4), "timestep": TIMES},
         {"sample": (2, 2, 8, 4), "logits": (2, 3)},
-        close=0.3,  # its outputs reach 10
-        targets=("to_q", "to_v") if issubclass(JointViTModel, PeftAdapterMixin) else (),
+        close=0.2,  # the time scales the residual stream itself, rounding with it
+        targets=("to_q", "to_v"),
     ),
 }
 
