@@ -66,7 +66,7 @@ def read_config(given: str | None) -> dict[str, Any]:
     """
     import inspect
 
-    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional
+    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional, shown
     from diffusers_repr.hub.schema import text as schema_text
     from diffusers_repr.hub.yaml_text import parse_yaml, read_text
     from diffusers_repr.models import SiTTransformer2DModel
@@ -76,23 +76,22 @@ def read_config(given: str | None) -> dict[str, Any]:
     text, at = given, "--config"
     if not given.lstrip().startswith("{"):
         path = Path(given)
-        if not path.is_file():
-            raise FileNotFoundError(f"--config {given!r} is no file, and no JSON object either ({{...}}).")
+        if len(given) > 4096 or not path.is_file():
+            raise FileNotFoundError(f"--config {shown(given)} is no file, and no JSON object either ({{...}}).")
         text, at = read_text(path), str(path)
     try:
         config = json.loads(text) if text.lstrip().startswith("{") else parse_yaml(text, at)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--config {given!r} is no JSON or YAML ({error}).") from error
+        raise ValueError(f"--config {shown(given)} is no JSON or YAML ({error}).") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
+        raise ValueError(f"--config {shown(given)} holds a {type(config).__name__}; an object of arguments is needed.")
     known = set(inspect.signature(SiTTransformer2DModel.__init__).parameters) - {"self"}
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(f"--config has {', '.join(unknown)}; SiTTransformer2DModel takes {', '.join(sorted(known))}.")
-    argument = either(
-        boolean(), integer(-1, 1_000_000), number(), schema_text(200), listing(integer(1, 1_000_000), 1, 8)
-    )
+    size = integer(-1, 1_000_000)
+    argument = either(boolean(), size, schema_text(200), listing(size, 1, 8), number(-1e6, 1e6))
     mapping(optional(argument))(config, at)
     return config
 
