@@ -284,15 +284,17 @@ def test_a_recipe_that_is_none(tmp_path, case):
     assert "recipe.yaml" in str(caught.value)
 
 
-def test_every_kind_of_setting_takes_its_own_values_alone(tmp_path):
-    path, kinds = tmp_path / "recipe.yaml", [TrainingConfig, DataConfig]
+def test_every_kind_of_setting_names_its_key(tmp_path):
+    path, refused = tmp_path / "recipe.yaml", []
     for key in ("seed", "learning_rate", "random_flip", "dataset_name", "center_crop", "max_train_steps"):
         for value in STRANGE:
             path.write_text(f"{key}: {json.dumps(value).replace('NaN', '.nan')}")
             try:
-                parse_recipe(kinds, ["--config", str(path)])
+                parse_recipe([TrainingConfig, DataConfig], ["--config", str(path)])
             except ValueError as error:
-                assert key in str(error), (key, value, error)
+                refused.append((key, str(error)))
+    assert all(key in told for key, told in refused)
+    assert len(refused) > 30
 
 
 @pytest.mark.parametrize(
