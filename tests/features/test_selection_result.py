@@ -92,7 +92,10 @@ def test_extractor_reads_what_was_selected(selection, model):
         selection.extractor(model, "all")
 
 
-@pytest.mark.parametrize("name", list(PIPELINES))
+QUICK = ("ddpm", "dit")  # the others are the same code, many times over
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES])
 def test_every_family(name):
     denoiser = Denoiser.from_pipe(build(name))
     height, width = SIZES[name]
