@@ -84,7 +84,7 @@ def read_config(given: str | None) -> dict[str, Any]:
         FileNotFoundError: If it is neither JSON text nor a file.
         ValueError: For text that is no JSON or YAML object, or values of another kind.
     """
-    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional
+    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional, shown
     from diffusers_repr.hub.schema import text as schema_text
     from diffusers_repr.hub.yaml_text import parse_yaml, read_text
 
@@ -93,15 +93,15 @@ def read_config(given: str | None) -> dict[str, Any]:
     text, at = given, "--config"
     if not given.lstrip().startswith("{"):
         path = Path(given)
-        if not path.is_file():
-            raise FileNotFoundError(f"--config {given!r} is no file, and no JSON object either ({{...}}).")
+        if len(given) > 4096 or not path.is_file():
+            raise FileNotFoundError(f"--config {shown(given)} is no file, and no JSON object either ({{...}}).")
         text, at = read_text(path), str(path)
     try:
         config = json.loads(text) if text.lstrip().startswith("{") else parse_yaml(text, at)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--config {given!r} is no JSON or YAML ({error}).") from error
+        raise ValueError(f"--config {shown(given)} is no JSON or YAML ({error}).") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
+        raise ValueError(f"--config {shown(given)} holds a {type(config).__name__}; an object of arguments is needed.")
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     names = listing(schema_text(1000), 1), mapping(schema_text(1000), 1)
     sizes = listing(integer(1, 1_000_000), 1, 8)
