@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: official checkpoints of REPA, SiT and DiT to a pipeline folder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: official checkpoints of REPA, REG, SiT and DiT to a pipeline folder."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, DDIMScheduler
 
-    from diffusers_repr.models import SiTTransformer2DModel
+    from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
     from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
     from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -112,7 +112,13 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
         cls = FlowMatchSDEScheduler if args.sampler == "sde" else FlowMatchODEScheduler
         scheduler = cls(path=args.path)
     vae = None if args.vae is None else AutoencoderKL.from_pretrained(args.vae)
-    return SiTPipeline(model, scheduler, vae)
+    head = None
+    if converted.class_token is not None:
+        head = ClassTokenHead(*converted.class_token["embed.weight"].shape).to(
+            converted.class_token["embed.weight"].dtype
+        )
+        head.load_state_dict(converted.class_token)
+    return SiTPipeline(model, scheduler, vae, class_token=head)
 
 
 def _save_projectors(converted: ConvertedCheckpoint, folder: Path) -> None:

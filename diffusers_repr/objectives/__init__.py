@@ -7,7 +7,7 @@ from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.dispersive import DispersiveTerm
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
 from diffusers_repr.objectives.irepa import IREPA
-from diffusers_repr.objectives.reg import ClassTokenHead, REGObjective, sample_with_class_token
+from diffusers_repr.objectives.reg import REGObjective
 from diffusers_repr.objectives.repa import REPAObjective
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
 from diffusers_repr.objectives.repa_e import REPAEObjective
@@ -22,7 +22,6 @@ __all__ = [
     "AttentionAlignmentTerm",
     "Batch",
     "CachedFeatures",
-    "ClassTokenHead",
     "DiffusionObjective",
     "DispersiveTerm",
     "NoisyBatch",
@@ -37,6 +36,5 @@ __all__ = [
     "alignment_loss",
     "build_repa",
     "repa_layer",
-    "sample_with_class_token",
     "weighted_sum",
 ]
