@@ -55,8 +55,10 @@ class REPAConfig:
     dispersive_layer: str | None = _arg(None, help="its layer; default: at a quarter of the depth")
     dispersive_temperature: float = _arg(0.5, help="its temperature")
     haste_weight: float = _arg(0.0, help="weight of the attention alignment (HASTE: 0.5)")
-    haste_layers: list[str] = _args("its self-attentions; default: of the four blocks up to REPA's layer")
-    haste_teacher_layers: list[int] = _args("blocks of the first encoder, as many; default: the last four")
+    haste_layers: list[str] = _args(
+        "its self-attentions; default: blocks 4 to 7, of fewer than 8 blocks up to four that end with `repa_layer`"
+    )
+    haste_teacher_layers: list[int] = _args("blocks of the first encoder, as many; default: the last ones")
     sra_weight: float = _arg(0.0, help="weight of the alignment with the moving average (SRA)")
     sra_layer: str | None = _arg(None, help="its layer; default: REPA's")
     sra_teacher_layer: str | None = _arg(None, help="layer of the average; default: at 20/28 of the depth")
@@ -85,7 +87,7 @@ class REPAConfig:
         if self.dispersive_weight:
             chosen.append(DispersiveTerm(self.dispersive_layer, self.dispersive_weight, self.dispersive_temperature))
         if self.haste_weight:
-            layers, blocks = self.haste_layers or None, self.haste_teacher_layers or (-4, -3, -2, -1)
+            layers, blocks = self.haste_layers or None, self.haste_teacher_layers or None
             chosen.append(
                 AttentionAlignmentTerm(None, layers, blocks, self.haste_weight, stop_step=self.repa_stop_step)
             )
