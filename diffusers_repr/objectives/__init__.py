@@ -11,6 +11,7 @@ from diffusers_repr.objectives.reg import REGObjective
 from diffusers_repr.objectives.repa import REPAObjective
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
 from diffusers_repr.objectives.repa_e import REPAEObjective
+from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.sra import SelfAlignmentTerm
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.terms import Term
@@ -35,6 +36,7 @@ __all__ = [
     "TimeSampler",
     "alignment_loss",
     "build_repa",
+    "load_heads",
     "repa_layer",
     "weighted_sum",
 ]

@@ -46,6 +46,9 @@ class REPAConfig:
     projector_dim: int = _arg(2048, help="hidden width of the projectors")
     projector_kind: Literal["mlp", "conv"] = _arg("mlp", help="conv: a convolution over the grid (iREPA)")
     projector_kernel: int = _arg(3, help="side of that convolution")
+    projectors: Literal["load", "new"] = _arg(
+        "load", help="with a pretrained model: take over the heads that were saved with it, where they fit"
+    )
     spatial_norm: float | None = _arg(None, help="gamma of the standardisation of targets (iREPA: 0.6)")
     time_sampling: Literal["uniform", "logit_normal", "lognormal"] = _arg("uniform", help="how noise levels are drawn")
     time_mean: float = _arg(0.0, help="mean of the normal behind them (EDM: -1.2)")
@@ -68,6 +71,8 @@ class REPAConfig:
     def __post_init__(self) -> None:
         if not set(self.encoder) - {"none"} and (self.haste_weight or self.reg_weight):
             raise ValueError("`haste_weight` and `reg_weight` need a teacher; name one by `encoder`.")
+        if self.projectors not in ("load", "new"):
+            raise ValueError(f"`projectors` is load or new, got {self.projectors!r}.")
         if self.projector_dim < 1:
             raise ValueError(f"`projector_dim` must be positive, got {self.projector_dim}.")
         for name in ("repa_coefficient", "dispersive_weight", "haste_weight", "sra_weight", "reg_weight"):

@@ -53,6 +53,13 @@ def test_a_new_sit(tmp_path, teacher):
     assert Projector.from_pretrained(tmp_path / "heads" / "projector-vit").config["out_dim"] == 16
     assert {"denoising", "alignment"} <= read_lines(tmp_path)[-1].keys()
     assert Image.open(tmp_path / "samples.png").size == (8 * 32, 32)
+    more = ["--pretrained_model", str(tmp_path), "--encoder", teacher, "--dry_run", "true", "--projector_dim"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(tmp_path / "more", *more, "8")
+        run(tmp_path / "more", *more, "16", "--projectors", "new")
+    with pytest.warns(UserWarning, match=r"start anew \(projector-vit: the saved one has hidden_dim=8, this run 16"):
+        run(tmp_path / "more", *more, "16")
 
 
 def test_the_baseline(tmp_path):
