@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: official checkpoints of REPA, REG, SiT and DiT to a pipeline folder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: official checkpoints of REPA, REG, SiT and DiT to a pipeline."""
 
 from __future__ import annotations
 

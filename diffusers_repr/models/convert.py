@@ -1,4 +1,4 @@
-"""Checkpoints of DiT, SiT, REPA and REG, in their authors' names, to `SiTTransformer2DModel`: pure functions on tensors."""
+"""Checkpoints of DiT, SiT, REPA and REG, as their authors name them, to `SiTTransformer2DModel`: pure functions."""
 
 from __future__ import annotations
 
