@@ -62,8 +62,8 @@ class _FirstCall(Exception):
 def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Run `pipe(**call)` up to its first call of `model`; return that call's keyword inputs and its number of rows.
 
-    The input itself, whose rows are counted, and the timestep are left out. The pipeline, its scheduler, its modules' training flags and the
-    global random state stay as they were.
+    The input itself, whose rows are counted, and the timestep are left out. The pipeline, its scheduler, its modules'
+    training flags and the global random state stay as they were.
 
     Raises:
         ValueError: For an argument that the pipeline's call does not take.
