@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -89,6 +90,11 @@ class FeatureExtractor:
         progress_bar: Callable[..., Any] | None = None,
     ) -> None:
         require_denoiser(denoiser)
+        if getattr(denoiser.pipe, "class_token", None) is not None:
+            warnings.warn(
+                "This network was trained with a class token in its sequence (REG); its features are read without one.",
+                stacklevel=2,
+            )
         self.denoiser = denoiser
         self.layers = list(check_layers(denoiser.model, layers))
         self.levels, self.many = _resolve(denoiser, timestep)

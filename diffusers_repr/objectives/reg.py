@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.noise import add_noise, training_target
@@ -146,7 +147,7 @@ class REGObjective(REPAObjective):
 def _check_network(denoiser: Denoiser) -> None:
     """Raise TypeError unless network and pipeline have a place for a class token."""
     model, pipe = denoiser.model, denoiser.pipe
-    if "class_token" not in inspect.signature(type(getattr(model, "_orig_mod", model)).forward).parameters:
+    if "class_token" not in forward_names(model):
         raise TypeError(f"A class token needs a SiTTransformer2DModel; got {type(model).__name__}. Use REPAObjective.")
     if pipe is not None and "class_token" not in inspect.signature(type(pipe).__init__).parameters:
         raise TypeError(f"A class token is saved in a SiTPipeline; got {type(pipe).__name__}.")

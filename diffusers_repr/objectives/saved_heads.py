@@ -55,7 +55,7 @@ def load_heads(
     sources = {name: name for name in modules} | _numbered(objective, there)
     fresh: dict[str, str] = {}
     for name, module in modules.items():
-        problem = "none was saved"
+        problem: str | None = "none was saved"
         if sources[name] in there:
             problem = _difference(folder / sources[name], module, objective.head_config(name))
         if problem:

@@ -8,7 +8,7 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from torch import nn
 
-from diffusers_repr import Denoiser
+from diffusers_repr import PAG, Denoiser, FeatureExtractor, guide
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.models import ClassTokenHead
 from diffusers_repr.objectives import (
@@ -140,7 +140,11 @@ def test_what_is_saved_denoises_both_and_training_goes_on_from_it(tmp_path):
     out = pipe(class_labels=[1, 2], num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     assert out.class_tokens.shape == (2, 6)
     assert plain.class_token is None
+    with pytest.raises(ValueError, match="guidance would move the image alone"):
+        guide(pipe, [PAG(2.0, layers="blocks.1.*")])
     denoiser = Denoiser.from_pipe(pipe)
+    with pytest.warns(UserWarning, match="trained with a class token"):
+        FeatureExtractor(denoiser, ["blocks.1"], timestep=100)
     with pytest.raises(ValueError, match="denoises images together with a class token"):
         REPAObjective(denoiser, [class_teacher()], "blocks.1", **SMALL)
     wide = Encoder.from_module(WithClassToken(5), patch_size=2, prefix_tokens=1, name="wide")
