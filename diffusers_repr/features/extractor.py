@@ -92,7 +92,7 @@ class FeatureExtractor:
         require_denoiser(denoiser)
         if getattr(denoiser.pipe, "class_token", None) is not None:
             warnings.warn(
-                "This network was trained with a class token in its sequence (REG); its features are read without one.",
+                "This network was trained with a class token in its sequence (REG); features are read without it.",
                 stacklevel=2,
             )
         self.denoiser = denoiser

@@ -186,7 +186,7 @@ def refuse_own_guidance(pipe: Any) -> None:
     """Raise ValueError for a pipeline that adds lanes of its own to the batch, or denoises more than the image."""
     if getattr(pipe, "class_token", None) is not None:
         raise ValueError(
-            f"This {type(pipe).__name__} denoises a class token together with the image (REG), and guidance would move "
+            f"This {type(pipe).__name__} denoises a class token together with the image (REG), guidance would move "
             "the image alone. Use the guidance_scale of its call, which moves both."
         )
     name = type(pipe).__name__

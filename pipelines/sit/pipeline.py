@@ -164,7 +164,8 @@ class SiTPipeline(OwnComponentsMixin, DiffusionPipeline):
             return_dict: False returns the tuple `(images,)`.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; tensors that it
                 returns by name take the place of these.
-            callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`.
+            callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`,
+                `class_token`.
 
         Returns:
             `.images`, `.class_labels` and `.class_tokens`.

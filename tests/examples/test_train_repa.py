@@ -131,6 +131,7 @@ def test_a_grey_encoder_without_its_statistics(tmp_path, teacher):
         run(tmp_path / "out", *NEW, "--encoder", str(tmp_path / "bare"))
 
 
+@pytest.mark.slow
 def test_training_on_the_digits_lowers_the_losses_and_beats_the_untrained_probe(tmp_path, teacher):
     """From random weights, aligned with a random teacher; the probe is of the aligned layer, at a low noise level."""
     model = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 4}
