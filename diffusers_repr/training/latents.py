@@ -39,11 +39,13 @@ def cache_latents(
         revision: Of the VAE, for the manifest.
 
     Raises:
-        FileExistsError: If the folder holds a cache of another VAE, crop, size or data.
+        FileExistsError: If the folder holds a cache of another VAE, crop, size or data, or latents of REPA's own.
         ValueError: If moments overflow the dtype, or an image cannot be read.
         FloatingPointError: If the VAE gives NaN.
         OSError: If the disk is full; what is written stays valid.
     """
+    if is_numpy_latents(out):
+        raise FileExistsError(f"{str(out)!r} holds latents of REPA's preprocessing; write the cache elsewhere.")
     settings = settings or CacheSettings()
     vae.to(settings.device or process_state().device).eval()
 

@@ -11,7 +11,7 @@ from diffusers_repr.denoiser.vae import draw_latents
 from diffusers_repr.training.data import load_train_data
 from diffusers_repr.training.data_config import DataConfig
 from tests.features.test_edm_folder import write
-from tests.training.latent_cases import load, make_vae
+from tests.training.latent_cases import load, make, make_vae
 
 CLASSES = [3, 0, 0, 1, 3]
 NAME = "img-mean-std-{:08d}.npy"
@@ -65,6 +65,8 @@ def test_what_a_step_sees_is_what_the_papers_code_gives(folder, vae):
 
 
 def test_what_does_not_fit(folder, vae):
+    with pytest.raises(FileExistsError, match="write the cache elsewhere"):
+        make(folder / "vae-sd", load(), vae)
     with pytest.raises(ValueError, match="no mirrored images"):
         opened(folder, vae, random_flip=True)
     with pytest.raises(ValueError, match="not what the run's VAE gives of its image"):
