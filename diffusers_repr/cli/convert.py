@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: REPA, SiT, DiT and HybViT checkpoints to a pipeline folder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: checkpoints of REPA, REG, SiT, DiT and HybViT to a pipeline folder."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
     from diffusers import DDIMScheduler
 
     from diffusers_repr.denoiser.loading import load_autoencoder
-    from diffusers_repr.models import SiTTransformer2DModel
+    from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
     from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
     from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -141,7 +141,12 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
         cls = FlowMatchSDEScheduler if args.sampler == "sde" else FlowMatchODEScheduler
         scheduler = cls(path=args.path)
     vae = None if args.vae is None else load_autoencoder(args.vae)
-    return SiTPipeline(model, scheduler, vae)
+    head = None
+    if converted.class_token is not None:
+        embed = converted.class_token["embed.weight"]
+        head = ClassTokenHead(*embed.shape).to(embed.dtype)
+        head.load_state_dict(converted.class_token)
+    return SiTPipeline(model, scheduler, vae, class_token=head)
 
 
 def _joint_pipeline(converted: ConvertedCheckpoint) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints of DiT, SiT and REPA, in their authors' names, to `SiTTransformer2DModel`: pure functions on tensors."""
+"""Checkpoints of DiT, SiT, REPA and REG, as their authors name them, to `SiTTransformer2DModel`: pure functions."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
 NESTED = ("ema", "model", "state_dict", "model_state_dict")
 # Width -> heads, of the named sizes.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+# REG's name -> ours, in `ClassTokenHead`
+_TOKEN_NAMES = {"cls_projectors2": "embed", "wg_norm": "norm", "final_layer.linear_cls": "read"}
 _WRAPPERS = ("module.", "_orig_mod.")
 # An average of a constant in float32 drifts by less; an unlike table differs by about 1.
 _POSITION_TOLERANCE = 5e-3
@@ -41,6 +43,7 @@ class ConvertedCheckpoint:
         transformer: Its state dict.
         projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
             sequence; none for the others.
+        class_token: State dict of the `ClassTokenHead` of a REG; None for the others.
         architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999, `hybvit`
             noise and classes.
         notes: What was left out or assumed, a sentence each.
@@ -50,6 +53,7 @@ class ConvertedCheckpoint:
     config: dict[str, Any]
     transformer: dict[str, Tensor]
     projectors: list[dict[str, Tensor]] = field(default_factory=list)
+    class_token: dict[str, Tensor] | None = None
     architecture: Architecture = "sit"
     notes: tuple[str, ...] = ()
     scheduler: dict[str, Any] = field(default_factory=dict)
@@ -135,7 +139,8 @@ def convert_state_dict(
     a formula (`grid_positions`): those of the file are compared with it, not taken.
 
     Args:
-        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740) or REPA (arXiv 2410.06940).
+        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740), REPA (arXiv 2410.06940) or REG
+            (arXiv 2507.01467).
         architecture: `sit` or `dit`. Their names and shapes are the same; None is for files that tell: those with
             projectors and those without a learned variance are `sit`.
         overrides: Arguments of `SiTTransformer2DModel` that shapes do not tell, or tell wrong: `num_attention_heads`
@@ -149,6 +154,7 @@ def convert_state_dict(
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
     matrices = [key for key in weights if key.startswith("projectors.") and key.endswith(".weight")]
     check_weights(weights, _RANKS | dict.fromkeys(matrices, 2))
+    weights, class_token = _without_class_token(weights)
     config = _sizes(weights, dict(overrides or {}))
     check_config(config, "The checkpoint's network")
     _check_names(weights, config)
@@ -177,7 +183,20 @@ def convert_state_dict(
             renamed[name] = rows[:, : config["in_channels"]].flatten(0, 1).clone()
         notes.append("The learned variance, which SiT computes and throws away, was left out.")
     config |= overrides or {}
-    return ConvertedCheckpoint(config, renamed, projectors, architecture, tuple(notes))
+    return ConvertedCheckpoint(config, renamed, projectors, class_token, architecture, tuple(notes))
+
+
+def _without_class_token(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The network's own weights, and those of REG's class token, whose place is the first and has no position."""
+    names = {f"{old}.{end}": f"{new}.{end}" for old, new in _TOKEN_NAMES.items() for end in ("weight", "bias")}
+    own = {key: value for key, value in weights.items() if key not in names}
+    if names.keys() - weights.keys():
+        return dict(weights), None
+    if "pos_embed" in own:
+        first, own["pos_embed"] = own["pos_embed"].split([1, own["pos_embed"].shape[-2] - 1], dim=-2)
+        if bool((first != 0).any()):
+            raise ValueError("The class token of this REG checkpoint has a position; only one without is known.")
+    return own, {new: weights[old] for old, new in names.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_repr.models import JointViTModel, NoisyClassifier, SiTTransformer2DModel
+from diffusers_repr.models import ClassTokenHead, JointViTModel, NoisyClassifier, SiTTransformer2DModel
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
 
@@ -42,6 +42,9 @@ CASES = {
         {"logits": (2, 3)},
         plain=True,
         wide=True,
+    ),
+    "ClassTokenHead": ModelCase(
+        lambda: ClassTokenHead(8, 5), lambda: {"token": torch.randn(2, 5)}, {"sample": (2, 5)}, plain=True, wide=True
     ),
     "JointViTModel": ModelCase(
         joint_vit,
