@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -58,4 +60,31 @@ class ClassTokenHead(ReprModelMixin, ModelMixin, ConfigMixin):
         return packed(self.leave(self.enter(token)), SampleOutput, return_dict)
 
 
-__all__ = ["ClassTokenHead"]
+# The name in REG's checkpoints -> ours
+_NAMES = {"cls_projectors2": "embed", "wg_norm": "norm", "final_layer.linear_cls": "read"}
+
+
+def without_class_token(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """A checkpoint's own weights, and those of REG's class token, whose place is the first and has no position.
+
+    Args:
+        weights: By the names of REPA's code.
+
+    Returns:
+        The network's weights, and the state dict of its `ClassTokenHead`; None for a checkpoint without.
+
+    Raises:
+        ValueError: If the class token has a position.
+    """
+    names = {f"{old}.{end}": f"{new}.{end}" for old, new in _NAMES.items() for end in ("weight", "bias")}
+    own = {key: value for key, value in weights.items() if key not in names}
+    if names.keys() - weights.keys():
+        return dict(weights), None
+    if "pos_embed" in own:
+        first, own["pos_embed"] = own["pos_embed"].split([1, own["pos_embed"].shape[-2] - 1], dim=-2)
+        if bool((first != 0).any()):
+            raise ValueError("The class token of this REG checkpoint has a position; only one without is known.")
+    return own, {new: weights[old] for old, new in names.items()}
+
+
+__all__ = ["ClassTokenHead", "without_class_token"]

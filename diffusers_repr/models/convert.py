@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusers_repr.hub.components import MAX_DEPTH, check_config
 from diffusers_repr.hub.schema import shown
+from diffusers_repr.models.class_token import without_class_token
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
 from diffusers_repr.models.weights import check_tensors
 
@@ -27,8 +28,6 @@ ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
 NESTED = ("ema", "model", "state_dict", "model_state_dict")
 # Width -> heads, of the named sizes.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-# REG's name -> ours, in `ClassTokenHead`
-_TOKEN_NAMES = {"cls_projectors2": "embed", "wg_norm": "norm", "final_layer.linear_cls": "read"}
 _WRAPPERS = ("module.", "_orig_mod.")
 # An average of a constant in float32 drifts by less; an unlike table differs by about 1.
 _POSITION_TOLERANCE = 5e-3
@@ -154,7 +153,7 @@ def convert_state_dict(
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
     matrices = [key for key in weights if key.startswith("projectors.") and key.endswith(".weight")]
     check_weights(weights, _RANKS | dict.fromkeys(matrices, 2))
-    weights, class_token = _without_class_token(weights)
+    weights, class_token = without_class_token(weights)
     config = _sizes(weights, dict(overrides or {}))
     check_config(config, "The checkpoint's network")
     _check_names(weights, config)
@@ -184,19 +183,6 @@ def convert_state_dict(
         notes.append("The learned variance, which SiT computes and throws away, was left out.")
     config |= overrides or {}
     return ConvertedCheckpoint(config, renamed, projectors, class_token, architecture, tuple(notes))
-
-
-def _without_class_token(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The network's own weights, and those of REG's class token, whose place is the first and has no position."""
-    names = {f"{old}.{end}": f"{new}.{end}" for old, new in _TOKEN_NAMES.items() for end in ("weight", "bias")}
-    own = {key: value for key, value in weights.items() if key not in names}
-    if names.keys() - weights.keys():
-        return dict(weights), None
-    if "pos_embed" in own:
-        first, own["pos_embed"] = own["pos_embed"].split([1, own["pos_embed"].shape[-2] - 1], dim=-2)
-        if bool((first != 0).any()):
-            raise ValueError("The class token of this REG checkpoint has a position; only one without is known.")
-    return own, {new: weights[old] for old, new in names.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
