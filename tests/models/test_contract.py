@@ -5,7 +5,6 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 
 from diffusers_repr.models import JointViTModel, NoisyClassifier, SiTTransformer2DModel
-from diffusers_repr.models.mixin import ReprModelMixin
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
 
