@@ -5,12 +5,13 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from digits import digits_split
 
+from diffusers_repr.features.data import open_split
 from diffusers_repr.training import DataConfig, load_train_data
 
 
 def load_split(name: str, split: str) -> datasets.Dataset:
     """A split of `digits` (scikit-learn's) or of a path or Hub id that `datasets` loads."""
-    return digits_split(split) if name == "digits" else datasets.load_dataset(name, split=split)
+    return digits_split(split) if name == "digits" else open_split(name, split)
 
 
 def load_recipe_data(config: DataConfig, channels: int, size: int | tuple[int, int], seed: int = 0, **parts):

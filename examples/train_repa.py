@@ -24,6 +24,7 @@ from diffusers_repr import Denoiser, Encoder
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.models import SiTTransformer2DModel
+from diffusers_repr.objectives import load_heads
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
 from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
 from diffusers_repr.training.recipe import check_keys, mapping, setting
@@ -93,6 +94,8 @@ def main(argv: list[str], evaluate=None) -> None:
         image_size = (size, size) if isinstance(size, int) else size
         denoiser = Denoiser.from_pipe(build_sit(model_config, vae, image_size, data.num_classes))
     objective = build_repa(denoiser, encoders, repa_config)
+    if model_config.pretrained_model and repa_config.projectors == "load":
+        load_heads(objective, model_config.pretrained_model)
     recipe = recipe_of(config, data_config, model_config, repa_config)
     train(objective, data, config, recipe=recipe, evaluate=evaluate)
 

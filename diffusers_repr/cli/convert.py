@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: REPA, SiT, DiT and HybViT checkpoints to a pipeline folder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: REPA, REG, SiT, DiT and HybViT checkpoints to a pipeline."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def read_config(given: str | None) -> dict[str, Any]:
         FileNotFoundError: If it is neither JSON text nor a file.
         ValueError: For text that is no JSON or YAML object, or values of another kind.
     """
-    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional
+    from diffusers_repr.hub.schema import boolean, either, integer, listing, mapping, number, optional, shown
     from diffusers_repr.hub.schema import text as schema_text
     from diffusers_repr.hub.yaml_text import parse_yaml, read_text
 
@@ -93,15 +93,15 @@ def read_config(given: str | None) -> dict[str, Any]:
     text, at = given, "--config"
     if not given.lstrip().startswith("{"):
         path = Path(given)
-        if not path.is_file():
-            raise FileNotFoundError(f"--config {given!r} is no file, and no JSON object either ({{...}}).")
+        if len(given) > 4096 or not path.is_file():
+            raise FileNotFoundError(f"--config {shown(given)} is no file, and no JSON object either ({{...}}).")
         text, at = read_text(path), str(path)
     try:
         config = json.loads(text) if text.lstrip().startswith("{") else parse_yaml(text, at)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--config {given!r} is no JSON or YAML ({error}).") from error
+        raise ValueError(f"--config {shown(given)} is no JSON or YAML ({error}).") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--config {given!r} holds a {type(config).__name__}; an object of arguments is needed.")
+        raise ValueError(f"--config {shown(given)} holds a {type(config).__name__}; an object of arguments is needed.")
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     names = listing(schema_text(1000), 1), mapping(schema_text(1000), 1)
     sizes = listing(integer(1, 1_000_000), 1, 8)
@@ -128,7 +128,7 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
     from diffusers import DDIMScheduler
 
     from diffusers_repr.denoiser.loading import load_autoencoder
-    from diffusers_repr.models import SiTTransformer2DModel
+    from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
     from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
     from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -141,7 +141,12 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
         cls = FlowMatchSDEScheduler if args.sampler == "sde" else FlowMatchODEScheduler
         scheduler = cls(path=args.path)
     vae = None if args.vae is None else load_autoencoder(args.vae)
-    return SiTPipeline(model, scheduler, vae)
+    head = None
+    if converted.class_token is not None:
+        embed = converted.class_token["embed.weight"]
+        head = ClassTokenHead(*embed.shape).to(embed.dtype)
+        head.load_state_dict(converted.class_token)
+    return SiTPipeline(model, scheduler, vae, class_token=head)
 
 
 def _joint_pipeline(converted: ConvertedCheckpoint) -> Any:

@@ -66,11 +66,11 @@ class _FirstCall(BaseException):  # nothing on its way is to catch it, nor torch
         self.arguments = (args, kwargs)
 
 
-def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `pipe(**call)` up to its first call of `model`; return that call's keyword inputs.
+def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Run `pipe(**call)` up to its first call of `model`; return that call's keyword inputs and its number of rows.
 
-    The input itself and the timestep are left out. The pipeline, its scheduler, its modules' training flags and the
-    global random state stay as they were.
+    The input itself, whose rows are counted, and the timestep are left out. The pipeline, its scheduler, its modules'
+    training flags and the global random state stay as they were.
 
     Raises:
         ValueError: For an argument that the pipeline's call does not take.
@@ -134,12 +134,13 @@ def _untouched(pipe: Any) -> Iterator[None]:
             tokenizer.padding_side = side
 
 
-def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], int]:
     names = forward_names(model)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    rows = len(given[names[0]])  # a tensor, or a list of images of unequal sizes
     for name in (names[0], "timestep", "return_dict"):
         given.pop(name, None)
-    return given
+    return given, rows
 
 
 def forward_names(model: nn.Module) -> list[str]:

@@ -146,9 +146,36 @@ def _count(given: int, batch: int | None, what: str) -> int:
 
 
 def pipeline_inputs(denoiser: Denoiser, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
-    """What the pipeline of a denoiser gives its network in a call with these arguments."""
+    """What the pipeline of a denoiser gives its network in a call with these arguments.
+
+    Raises:
+        ValueError: If the pipeline gives more rows than it was asked for: it guides by itself, and the rows of the
+            null condition are among them.
+    """
     accepted = inspect.signature(type(denoiser.pipe).__call__).parameters
     arguments = {k: v for k, v in denoiser.family.pipeline_arguments.items() if k in accepted}
     if size is not None:
         arguments |= {name: side for name, side in zip(("height", "width"), size, strict=True) if name in accepted}
-    return first_call(denoiser.pipe, denoiser.model, {**arguments, **call})
+    inputs, rows = first_call(denoiser.pipe, denoiser.model, {**arguments, **call})
+    asked = _asked(call)
+    if asked is not None and rows > asked:
+        scales = {k: p.default for k, p in accepted.items() if k.endswith(("guidance_scale", "cfg_scale"))}
+        held = ", ".join(f"{name}={value!r}" for name, value in scales.items()) or "no scale of guidance"
+        off = {name: 1.0 for name in scales} or "what switches its guidance off"
+        raise ValueError(
+            f"{type(denoiser.pipe).__name__} gives its {type(denoiser.model).__name__} {rows} rows for {asked} "
+            f"prompt{'s' if asked > 1 else ''}: it guides by itself, and the null condition is among them. Its call "
+            f"takes {held}; set `pipeline_arguments = {off}` in {type(denoiser.family).__name__} (see "
+            "docs/adding_a_family.md), or pass them with the embeddings."
+        )
+    return inputs
+
+
+def _asked(call: Mapping[str, Any]) -> int | None:
+    """Rows that a call asks for by its prompts; None where it has none."""
+    counts = [_length(value) for name, value in call.items() if name.removeprefix("pooled_").startswith("prompt")]
+    return max(counts) * int(call.get("num_images_per_prompt") or 1) if counts else None
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim) else 1

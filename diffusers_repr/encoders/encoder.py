@@ -207,6 +207,12 @@ class Encoder:
         pooled, tokens = (torch.cat([part[name] for part in parts]) for name in ("global", "tokens"))
         return EncoderOutput(pooled, tokens, parts[0].grid)
 
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks of the network whose attention `encode_with_attention` can give; None where that is not known."""
+        paths = getattr(self.source, "paths", None)
+        return None if paths is None else len(paths)
+
     def encode_with_attention(self, pixels: Tensor, layers: Sequence[int]) -> tuple[EncoderOutput, list[Tensor]]:
         """Features, and attention probabilities among the patch tokens of some blocks, in one forward.
 

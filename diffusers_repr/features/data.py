@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pyarrow
 
+from diffusers_repr.features.edm_folder import open_edm_folder
 from diffusers_repr.features.image_files import UnreadableImage, read_image, undecoded
 
 
@@ -120,8 +121,8 @@ def load_images(
     """Open a split of images.
 
     Args:
-        path: Folder (of images, one subfolder a class; of Parquet files; or of `save_to_disk`), a Parquet file, or a
-            Hub id.
+        path: Folder (of images, one subfolder a class, or with classes in a `dataset.json` as EDM and REPA write them;
+            of Parquet files; or of `save_to_disk`), a Parquet file, or a Hub id.
         split: Name of the split.
         image_column: The column of type `datasets.Image` if None.
         label_column: The column of type `ClassLabel`, or an integer column named `label`, if None.
@@ -247,4 +248,7 @@ def _load(local: Path, path: str, split: str, revision: str | None, streaming: b
                 f"{path} was written by `save_to_disk`, which is memory-mapped already; leave streaming out."
             )
         return datasets.load_from_disk(path)
+    preprocessed = open_edm_folder(local, split) if local.is_dir() else None
+    if preprocessed is not None:
+        return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in preprocessed.items()}
     return datasets.load_dataset(path, revision=revision, streaming=streaming)

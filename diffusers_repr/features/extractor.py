@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ class FeatureExtractor:
         progress_bar: Callable[..., Any] | None = None,
     ) -> None:
         require_denoiser(denoiser)
+        if getattr(denoiser.pipe, "class_token", None) is not None:
+            warnings.warn(
+                "This network was trained with a class token in its sequence (REG); features are read without it.",
+                stacklevel=2,
+            )
         self.denoiser = denoiser
         self.layers = list(check_layers(denoiser.model, layers))
         self.levels, self.many = _resolve(denoiser, timestep)

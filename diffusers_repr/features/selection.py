@@ -98,8 +98,9 @@ def select_features(
         A `Selection`: `.best`, `.cells`, `.finalists`, `.sets`, `.save(folder)`, `.extractor(denoiser)`.
 
     Raises:
-        ValueError, TypeError: For unknown layers, levels, policies or metrics, test splits, unusable labels, or sums
-            that pass `memory_gib`; before the first forward.
+        ValueError, TypeError: For unknown layers, levels, policies or metrics, test splits, unusable labels, a
+            validation split of one class, or sums that pass `memory_gib`, before the first forward; after the first
+            pass, for images of `validation` that are all in `train` (a warning tells of some that are).
         FloatingPointError: If a layer gives NaN or infinite features; names it.
     """
     require_denoiser(denoiser)

@@ -100,6 +100,7 @@ def _classes(fit: Labelled, score: Labelled, metric: str) -> Task:
             f"{score} has classes {unknown[:10]} that {fit} lacks ({classes.tolist()[:10]}...); "
             "check that both use the same label ids."
         )
+    refuse_one_class(held, str(score))
     parts = [replace(data, targets=torch.searchsorted(classes, y)) for data, y in ((fit, ids), (score, held))]
     return Task(parts[0], parts[1], tuple(classes.tolist()), metric)
 
@@ -109,6 +110,15 @@ def _ids(data: Labelled, metric: str) -> Tensor:
     if int(ids.min()) < 0:
         raise ValueError(f"{data} has {int((ids < 0).sum())} rows with label {int(ids.min())}: missing labels.")
     return ids
+
+
+def refuse_one_class(ids: Tensor, name: str) -> None:
+    """Raise ValueError for labels to score on that are all the same: every feature that guesses it would be best."""
+    if len(ids.unique()) < 2:
+        raise ValueError(
+            f"All {len(ids)} images of {name} are of class {int(ids[0])}; a score on one class tells nothing apart. "
+            "Give images of at least two."
+        )
 
 
 def refuse_test(split: str) -> None:
@@ -171,4 +181,4 @@ def _spread(order: Sequence[int], labels: Sequence[int]) -> list[int]:
     return sorted(order, key=lambda row: place[row])  # stable: equal places keep the hash order
 
 
-__all__ = ["METRICS", "Task", "hold_out", "make_task", "refuse_test"]
+__all__ = ["METRICS", "Task", "hold_out", "make_task", "refuse_one_class", "refuse_test"]

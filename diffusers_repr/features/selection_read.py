@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,8 @@ from diffusers_repr.denoiser import Denoiser, Layer
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.labelled import Labelled
+from diffusers_repr.features.noise_policy import pixel_keys
+from diffusers_repr.features.overlap import Overlap
 from diffusers_repr.features.pooling import pool, pooled_size
 from diffusers_repr.noise import NoiseLevel
 
@@ -60,6 +62,7 @@ class Reader:
         condition: `prompt`, `class_labels`, `embeddings` for `FeatureExtractor.batches`.
         image_size: As in `FeatureExtractor`.
         progress: Counts forwards.
+        overlap: Learns which images there are.
     """
 
     denoiser: Denoiser
@@ -69,6 +72,7 @@ class Reader:
     condition: Mapping[str, Any]
     image_size: tuple[int, int] | int | None
     progress: Progress
+    overlap: Overlap = field(default_factory=Overlap)
 
     def dim(self, path: str) -> int:
         """Length of the pooled feature of a layer."""
@@ -98,11 +102,13 @@ class Reader:
         )
         for rows, images in data.batches(self.batch_size):
             pixels = to_pixels(images, self.denoiser.image_channels, self.image_size, range(rows.start, rows.stop))
-            yield rows, self._stream(extractor, pixels)
+            keys = pixel_keys(pixels)
+            self.overlap.add(data, rows, keys)
+            yield rows, self._stream(extractor, pixels, keys)
 
-    def _stream(self, extractor: FeatureExtractor, pixels: Tensor) -> Stream:
+    def _stream(self, extractor: FeatureExtractor, pixels: Tensor, keys: Sequence[str]) -> Stream:
         count = len(pixels)
-        for batch in extractor.batches(pixels, **self.condition):
+        for batch in extractor.batches(pixels, ids=keys, **self.condition):
             size = (batch.x_t.shape[2], batch.x_t.shape[3])
 
             def pooled(feature: Tensor, path: str, size: tuple[int, int] = size) -> Tensor:

@@ -263,7 +263,7 @@ class Selection:
         data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is no selection of format {FORMAT!r}; select again.")
-        _SCHEMA(anything()(data, str(path)), str(path))
+        _SCHEMA(anything(finite=True)(data, str(path)), str(path))
         sets = {name: FeatureSet(**_tuples(found)) for name, found in data["sets"].items()}
         cells, finalists = (tuple(Cell(**_tuples(c)) for c in data[key]) for key in ("cells", "finalists"))
         best = Cell(**_tuples(data["best"]))

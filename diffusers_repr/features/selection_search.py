@@ -119,6 +119,7 @@ class Search:
         for targets, at, features in self._rows(self.task.validation, levels, noise, seed, paths, side=False):
             for path, feature in features.items():
                 scorers[at, path].add(fitted[path].predict(feature, at), targets)
+        self.reader.overlap.tell(self.task.train, self.task.validation)
         return {(at, path): self._best(s, path, levels[at]) for (at, path), s in scorers.items()}
 
     def _rows(

@@ -189,7 +189,7 @@ def header_problem(folder: Path, layout: Layout, shard: int) -> str | None:
             if stamp is None or stamp["recipe"] != layout.recipe:
                 return "was not written by this recipe"
             if not file.schema_arrow.equals(layout.schema(shard)):
-                return "has other columns"
+                return "has other columns than the manifest tells"
             if file.metadata.num_rows != stop - start:
                 return f"has {file.metadata.num_rows} rows instead of {stop - start}"
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -58,8 +58,8 @@ class FeatureStore:
         done = sum(store.layout.path(n) in there for n in range(store.layout.shards)) if there else 0
         if done < store.layout.shards or not store.manifest["complete"]:
             raise ValueError(
-                f"The feature store {str(folder_or_id)!r} is not finished: {done} of {store.layout.shards} shards are "
-                f"there. {REMEDY}"
+                f"The feature store {str(folder_or_id)!r} is not finished: {done} of {store.layout.shards} shards, "
+                f"{store.layout.path(0)} and so on, are there. {REMEDY}"
             )
         return store
 

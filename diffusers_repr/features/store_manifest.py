@@ -116,7 +116,7 @@ def checked_manifest(
         ValueError: Else; names file, field and remedy.
     """
     try:
-        schema(anything()(manifest, at), at)
+        schema(anything(finite=True)(manifest, at), at)
         agrees(manifest, at)
     except ValueError as error:
         raise ValueError(

@@ -226,7 +226,12 @@ def check_plain(model: nn.Module, remedy: str = _PLAIN) -> None:
 
 
 def refuse_own_guidance(pipe: Any) -> None:
-    """Raise ValueError for a pipeline that adds lanes of its own to the batch."""
+    """Raise ValueError for a pipeline that adds lanes of its own to the batch, or denoises more than the image."""
+    if getattr(pipe, "class_token", None) is not None:
+        raise ValueError(
+            f"This {type(pipe).__name__} denoises a class token together with the image (REG), guidance would move "
+            "the image alone. Use the guidance_scale of its call, which moves both."
+        )
     name = type(pipe).__name__
     if "SAG" in name or "InstructPix2Pix" in name or "Perp" in name:
         raise ValueError(f"{name} has more than a conditional and a null lane; use the plain pipeline and guide that.")

@@ -113,6 +113,11 @@ def fit_head(
     if validation is not None:
         validation = (validation[0], torch.as_tensor(validation[1]))
         check_features(*validation, num_classes, "validation", features.shape[1])
+        if len(validation[1].unique()) < 2:
+            raise ValueError(
+                f"All {len(validation[1])} validation labels are {int(validation[1][0])}; a score on one class tells "
+                "nothing apart."
+            )
     _check_options(head, options)
     if generator is None:
         generator = torch.Generator().manual_seed(0)

@@ -25,6 +25,7 @@ class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
         kind: `mlp`: Linear, SiLU, Linear, SiLU, Linear on every token. `conv`: one convolution over the token grid,
             so that a token is matched together with its neighbours (iREPA, arXiv 2512.10794).
         kernel_size: Side of the convolution, odd: 3 as iREPA's README says, zeros around the grid.
+        encoder: A hash of the encoder whose features it was trained to meet; None: not known.
 
     Raises:
         ValueError: For a size that is no whole number from 1, an unknown kind or an even kernel.
@@ -39,7 +40,13 @@ class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, in_dim: int, out_dim: int, hidden_dim: int = 2048, kind: ProjectorKind = "mlp", kernel_size: int = 3
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden_dim: int = 2048,
+        kind: ProjectorKind = "mlp",
+        kernel_size: int = 3,
+        encoder: str | None = None,
     ) -> None:
         super().__init__()
         sizes = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim, "kernel_size": kernel_size}

@@ -187,29 +187,37 @@ def record(required: Mapping[str, Check], extra: Mapping[str, Check] | None = No
     return check
 
 
-def anything(max_depth: int = 20, max_items: int = MAX_ITEMS) -> Check:
-    """Any plain JSON value of bounded depth and size: for what is only shown or compared, never acted on."""
+def anything(max_depth: int = 20, max_items: int = MAX_ITEMS, *, finite: bool = False) -> Check:
+    """Any plain JSON value of bounded depth and size: for what is only shown or compared, never acted on.
+
+    Args:
+        max_depth: Lists and objects inside one another.
+        max_items: Values in all.
+        finite: Whether NaN and infinities, which our own files never hold, are refused.
+    """
 
     def check(value: Any, at: str) -> Any:
         left = [max_items]
 
-        def walk(item: Any, depth: int) -> None:
+        def walk(item: Any, depth: int, place: str) -> None:
             left[0] -= 1
             if depth > max_depth or left[0] < 0:
                 raise ValueError(f"{at} is nested deeper than {max_depth} or has more than {max_items} values.")
             if isinstance(item, Mapping):
                 for key, inner in item.items():
-                    walk(key, depth + 1)
-                    walk(inner, depth + 1)
+                    walk(key, depth + 1, place)
+                    walk(inner, depth + 1, _below(at, key) if depth == 0 else place)
             elif isinstance(item, (list, tuple)):
                 for inner in item:
-                    walk(inner, depth + 1)
+                    walk(inner, depth + 1, place)
             elif isinstance(item, str):
-                text()(item, at)
+                text()(item, place)
+            elif finite and isinstance(item, float):
+                number()(item, place)
             elif item is not None and not isinstance(item, (bool, int, float)):
-                raise _wrong(at, item, "what JSON can hold")
+                raise _wrong(place, item, "what JSON can hold")
 
-        walk(value, 0)
+        walk(value, 0, at)
         return value
 
     return check

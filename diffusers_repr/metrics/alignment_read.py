@@ -77,12 +77,14 @@ class SetFeatures:
         encoder: `(N, D)` float32; None if it was not asked for.
         image_size: (H, W) of the images.
         images_hash: Of the pixels of all images, whatever their order.
+        keys: Of the pixels of each image.
     """
 
     denoiser: dict[str, Tensor]
     encoder: Tensor | None
     image_size: tuple[int, int]
     images_hash: str
+    keys: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Reader:
         )
         encoded = read.made.pop(_ENCODER, None)
         features = {path: values.transpose(0, 1) for path, values in read.made.items()}
-        return SetFeatures(features, encoded, read.image_size, read.images_hash)
+        return SetFeatures(features, encoded, read.image_size, read.images_hash, read.keys)
 
 
 def choose_layers(

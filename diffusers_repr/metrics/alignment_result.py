@@ -238,7 +238,7 @@ class Alignment:
         data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is no alignment of format {FORMAT!r}; measure again.")
-        _SCHEMA(anything()(data, str(path)), str(path))
+        _SCHEMA(anything(finite=True)(data, str(path)), str(path))
         for index, cell in enumerate(data["cells"]):
             if set(cell["scores"]) != set(data["metrics"]):
                 raise ValueError(f"{str(path)!r}: cells[{index}].scores are not those of metrics {data['metrics']}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.features.extraction import process_state
+from diffusers_repr.features.overlap import tell_overlap
 from diffusers_repr.heads.protocols import PROTOCOLS, Protocol
 from diffusers_repr.metrics.alignment_read import Pass, Reader, SetFeatures
 from diffusers_repr.metrics.checks import UndefinedScoreError
@@ -98,6 +99,8 @@ class Sweep:
                 held = self.reader.read(self.held.images, self.held.rows, part, self.levels, first)
             if first:
                 self.read, self.read_held = train, held
+                if held is not None:
+                    tell_overlap(train.keys, held.keys, "data", "test")
                 own = self._start(train, held)
             scores |= self._score(part, train, held)
         return scores, own

@@ -89,11 +89,13 @@ class SharedRead:
         made: Name -> `(N, ...)` on the CPU, in the order of the rows.
         image_size: (H, W) of the images.
         images_hash: Of the pixels of all images, whatever their order.
+        keys: Of the pixels of each image, in the order of the rows.
     """
 
     made: dict[str, Tensor]
     image_size: tuple[int, int]
     images_hash: str
+    keys: tuple[bytes, ...]
 
 
 def read_shared(
@@ -106,6 +108,7 @@ def read_shared(
     image_size: int | tuple[int, int] | None = None,
     batch_size: int = 64,
     step: Callable[[], object] | None = None,
+    like: tuple[str, tuple[int, int]] | None = None,
 ) -> SharedRead:
     """Run a function over images in batches, each process over a share of them, and put the results together.
 
@@ -118,9 +121,11 @@ def read_shared(
         image_size: Resize to (H, W) or a square.
         batch_size: Images a call.
         step: Called after every batch.
+        like: Name and (H, W) of other images, which these must have.
 
     Raises:
-        ValueError: For images that differ in size; like any other error, it is raised on every process.
+        ValueError: For images that differ in size, or from `like`; as any other error, it is raised on every
+            process.
     """
     check_whole("batch_size", batch_size, 1)
     mine = own_rows(len(rows))
@@ -133,6 +138,11 @@ def read_shared(
             pixels = to_pixels(images.read(places), channels, image_size, places)
             sizes += [(pixels.shape[2], pixels.shape[3])] * len(pixels)
             _refuse_mixed(images, set(sizes))
+            if like is not None and like[1] != sizes[-1]:
+                raise ValueError(
+                    f"{images.name} are {sizes[-1][0]} x {sizes[-1][1]} (H x W), {like[0]} are {like[1][0]} x "
+                    f"{like[1][1]}: what differs would be the sizes. Pass image_size=(H, W) to resize both."
+                )
             made = make(pixels)
             for name in names:
                 kept[name].append(made[name].cpu())
@@ -147,9 +157,9 @@ def read_shared(
     made = {name: whole(torch.cat(parts) if parts else torch.zeros(0)) for name, parts in kept.items()}
     every = {(h, w) for h, w in whole(torch.tensor(sizes, dtype=torch.int64).view(-1, 2)).tolist()}
     _refuse_mixed(images, every)
-    keys = whole(torch.tensor(digests, dtype=torch.uint8).view(-1, 16)).tolist()
-    total = hashlib.blake2b(b"".join(sorted(map(bytes, keys))), digest_size=16).hexdigest()
-    return SharedRead(made, every.pop(), total)
+    keys = tuple(map(bytes, whole(torch.tensor(digests, dtype=torch.uint8).view(-1, 16)).tolist()))
+    total = hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
+    return SharedRead(made, every.pop(), total, keys)
 
 
 def _refuse_mixed(images: ImageRows, sizes: set[tuple[int, int]]) -> None:
@@ -182,6 +192,7 @@ def encode_images(
     batch_size: int = 64,
     image_size: int | tuple[int, int] | None = None,
     role: str = "images",
+    like: Encoded | None = None,
 ) -> Encoded:
     """Features of every image; under `accelerate launch` each process encodes a share, and all get all of them.
 
@@ -192,9 +203,10 @@ def encode_images(
         batch_size: Images a forward.
         image_size: Resize images before, to (H, W) or a square; needed where they differ in size.
         role: What the images are called in errors.
+        like: What was made of other images, whose size these must have.
 
     Raises:
-        ValueError: For images that differ in size or are none, on every process.
+        ValueError: For images that differ in size, among themselves or from `like`, or are none, on every process.
     """
     check_which(which)
     images = open_images(data, role)
@@ -206,6 +218,7 @@ def encode_images(
         channels=encoder.channels,
         image_size=image_size,
         batch_size=batch_size,
+        like=None if like is None else ("those to compare with", like.image_size),
     )
     return Encoded(read.made["features"], read.image_size, read.images_hash)
 

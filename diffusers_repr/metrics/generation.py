@@ -44,13 +44,14 @@ def measure_generation(
 
     Raises:
         ImportError: Without torchmetrics, before anything is encoded.
-        ValueError: For images that differ in size, too few of them, or k out of range.
+        ValueError: For images that differ in size, real ones among themselves or from generated ones; too few of
+            them, or k out of range.
     """
     backend = frechet_backend()
     settings: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size}
     if not isinstance(real, Encoded):
         real = encode_images(encoder, real, features, role="real images", **settings)
-    made = encode_images(encoder, generated, features, role="generated images", **settings)
+    made = encode_images(encoder, generated, features, role="generated images", like=real, **settings)
     fingerprint = encoder.fingerprint()
     shared: dict[str, Any] = {
         "encoder": fingerprint,

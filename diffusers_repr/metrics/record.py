@@ -135,7 +135,7 @@ class MetricRecord:
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f"{at} is no metric record of format {FORMAT!r}: it says {shown(_format_of(data))}.")
-        _SCHEMA(anything()(data, at), at)
+        _SCHEMA(anything(finite=True)(data, at), at)
         return cls(**{name: value for name, value in data.items() if name != "format"})
 
     @classmethod

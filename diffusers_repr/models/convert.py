@@ -1,4 +1,4 @@
-"""Checkpoints of DiT, SiT and REPA, in their authors' names, to `SiTTransformer2DModel`: pure functions on tensors."""
+"""Checkpoints of DiT, SiT, REPA and REG, as their authors name them, to `SiTTransformer2DModel`: pure functions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusers_repr.hub.components import MAX_DEPTH, check_config
 from diffusers_repr.hub.schema import shown
+from diffusers_repr.models.class_token import without_class_token
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
 from diffusers_repr.models.weights import check_tensors
 
@@ -41,6 +42,7 @@ class ConvertedCheckpoint:
         transformer: Its state dict.
         projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
             sequence; none for the others.
+        class_token: State dict of the `ClassTokenHead` of a REG; None for the others.
         architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999, `hybvit`
             noise and classes.
         notes: What was left out or assumed, a sentence each.
@@ -50,6 +52,7 @@ class ConvertedCheckpoint:
     config: dict[str, Any]
     transformer: dict[str, Tensor]
     projectors: list[dict[str, Tensor]] = field(default_factory=list)
+    class_token: dict[str, Tensor] | None = None
     architecture: Architecture = "sit"
     notes: tuple[str, ...] = ()
     scheduler: dict[str, Any] = field(default_factory=dict)
@@ -135,7 +138,8 @@ def convert_state_dict(
     a formula (`grid_positions`): those of the file are compared with it, not taken.
 
     Args:
-        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740) or REPA (arXiv 2410.06940).
+        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740), REPA (arXiv 2410.06940) or REG
+            (arXiv 2507.01467).
         architecture: `sit` or `dit`. Their names and shapes are the same; None is for files that tell: those with
             projectors and those without a learned variance are `sit`.
         overrides: Arguments of `SiTTransformer2DModel` that shapes do not tell, or tell wrong: `num_attention_heads`
@@ -149,6 +153,7 @@ def convert_state_dict(
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
     matrices = [key for key in weights if key.startswith("projectors.") and key.endswith(".weight")]
     check_weights(weights, _RANKS | dict.fromkeys(matrices, 2))
+    weights, class_token = without_class_token(weights)
     config = _sizes(weights, dict(overrides or {}))
     check_config(config, "The checkpoint's network")
     _check_names(weights, config)
@@ -177,7 +182,7 @@ def convert_state_dict(
             renamed[name] = rows[:, : config["in_channels"]].flatten(0, 1).clone()
         notes.append("The learned variance, which SiT computes and throws away, was left out.")
     config |= overrides or {}
-    return ConvertedCheckpoint(config, renamed, projectors, architecture, tuple(notes))
+    return ConvertedCheckpoint(config, renamed, projectors, class_token, architecture, tuple(notes))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

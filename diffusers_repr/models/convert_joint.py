@@ -67,7 +67,13 @@ def convert_joint_vit(
             "'{\"modulate_mlp\": false}' says otherwise)."
         )
     scheduler = {"beta_schedule": "squaredcos_cap_v2", **_timesteps(weights.get("betas"))}
-    return ConvertedCheckpoint(config | overrides, _renamed(network, config), [], "hybvit", tuple(notes), scheduler)
+    return ConvertedCheckpoint(
+        config | overrides,
+        _renamed(network, config),
+        architecture="hybvit",
+        notes=tuple(notes),
+        scheduler=scheduler,
+    )
 
 
 def _bare(key: str) -> str:

@@ -152,8 +152,8 @@ class JointViTModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, Pef
             self.reset_parameters()
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """As `ConfigMixin`; a saved config without `form` is that of an `early` network.
+    def extract_init_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
+        """As in the base; a saved config without `form` is that of an `early` network.
 
         Args:
             config_dict: A config; a saved one names its class.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,18 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "XL": (28, 1152, 16),
 }
 PATCHES = (2, 4, 8)
+
+
+@dataclass
+class SiTOutput(Transformer2DModelOutput):
+    """What `SiTTransformer2DModel` returns where it was given a class token.
+
+    Attributes:
+        sample: `(B, out_channels, H, W)`.
+        class_token: State of the token after the last norm, `(B, D)`.
+    """
+
+    class_token: Tensor | None = None
 
 
 class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -190,8 +203,9 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
         class_labels: Tensor | None = None,
         condition: Tensor | None = None,
         drop_mask: Tensor | None = None,
+        class_token: Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | tuple[Tensor, ...]:
         """Predict from noisy data, for flow models the velocity `alpha_dot x_0 + sigma_dot eps`.
 
         Args:
@@ -201,10 +215,13 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
             condition: `(B, condition_dim)`; None: null for all.
             drop_mask: `(B,)`, boolean: samples whose label and condition become null. None draws it in training mode
                 with `class_dropout_prob`, and drops none in evaluation.
+            class_token: `(B, D)`, from `ClassTokenHead.enter`: one more token, without a position, behind those of the
+                image (REG, arXiv 2507.01467).
             return_dict: Whether to return an output object, else a tuple.
 
         Returns:
-            `sample`: `(B, out_channels, H, W)`.
+            `sample`: `(B, out_channels, H, W)`; with a class token also `class_token`, `(B, D)`, its state after the
+            last norm.
 
         Raises:
             ValueError: For inputs of other shapes, and for a condition that the network does not take.
@@ -224,15 +241,22 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
         grid = (height // patch, width // patch)
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
         tokens = tokens + self._positions(grid, tokens)
+        if class_token is not None:
+            tokens = torch.cat([tokens, self._token(class_token, tokens)], dim=1)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, temb)
             else:
                 tokens = block(tokens, temb)
-        tokens = self.proj_out(self.norm_out(tokens, temb))
+        tokens = self.norm_out(tokens, temb)
+        if class_token is not None:
+            tokens, state = tokens[:, :-1], tokens[:, -1]
+        tokens = self.proj_out(tokens)
         # (B, h w, p p c) -> (B, c, h p, w p); lanes that share the pass may have joined the batch on the way
         patches = tokens.reshape(-1, *grid, patch, patch, self.out_channels)
         sample = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+        if class_token is not None:
+            return SiTOutput(sample=sample, class_token=state) if return_dict else (sample, state)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_input(self, value: Tensor) -> Sequence[int]:
@@ -250,6 +274,11 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
         # a buffer that is not saved stays float32 where a model is loaded in half precision.
         autocast = torch.is_autocast_enabled(tokens.device.type)
         return table.to(torch.promote_types(tokens.dtype, torch.float32) if autocast else tokens.dtype)
+
+    def _token(self, value: Tensor, tokens: Tensor) -> Tensor:
+        if value.shape != (tokens.shape[0], tokens.shape[2]):
+            raise ValueError(f"class_token must be {(tokens.shape[0], tokens.shape[2])}; got {tuple(value.shape)}.")
+        return value.to(tokens)[:, None]
 
     def _embed_time(self, timestep: Tensor | float, like: Tensor) -> Tensor:
         times = torch.as_tensor(timestep, device=like.device).reshape(-1)
@@ -312,4 +341,4 @@ def _check_sizes(height: int, width: int, patch: int, dim: int, heads: int) -> N
         raise ValueError(f"hidden_size={dim} must be a multiple of 4 and of num_attention_heads={heads}.")
 
 
-__all__ = ["PATCHES", "SIZES", "SiTTransformer2DModel"]
+__all__ = ["PATCHES", "SIZES", "SiTOutput", "SiTTransformer2DModel"]

@@ -7,10 +7,11 @@ from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.dispersive import DispersiveTerm
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
 from diffusers_repr.objectives.irepa import IREPA
-from diffusers_repr.objectives.reg import ClassTokenHead, REGObjective, sample_with_class_token
+from diffusers_repr.objectives.reg import REGObjective
 from diffusers_repr.objectives.repa import REPAObjective
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
 from diffusers_repr.objectives.repa_e import REPAEObjective
+from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.sra import SelfAlignmentTerm
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.terms import Term
@@ -22,7 +23,6 @@ __all__ = [
     "AttentionAlignmentTerm",
     "Batch",
     "CachedFeatures",
-    "ClassTokenHead",
     "DiffusionObjective",
     "DispersiveTerm",
     "NoisyBatch",
@@ -36,7 +36,7 @@ __all__ = [
     "TimeSampler",
     "alignment_loss",
     "build_repa",
+    "load_heads",
     "repa_layer",
-    "sample_with_class_token",
     "weighted_sum",
 ]

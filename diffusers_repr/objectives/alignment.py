@@ -21,6 +21,7 @@ from diffusers_repr.objectives.matching import (
     pool_tokens,
     with_grid,
 )
+from diffusers_repr.objectives.saved_heads import encoder_mark
 from diffusers_repr.objectives.terms import Step, Term, full_precision, widen
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class AlignmentTerm(Term):
         }
         self.projectors = nn.ModuleList()
         self.names: tuple[str, ...] = ()
+        self.encoders: dict[str, Any] = {}
 
     def attach(self, objective: REPAObjective) -> None:
         """Check the grids, resize the encoders' input where asked for, and make a projector for each encoder."""
@@ -101,6 +103,7 @@ class AlignmentTerm(Term):
                 encoder = objective.encoders[name] = with_grid(encoder, place.grid, size, self.layer)
             check_grids(place.grid, encoder.grid_for(size), self.match_grid, self.layer, name)
         self.names = tuple(objective.encoders)
+        self.encoders = objective.encoders
         if len(self.head_modules()) < len(self.names):
             raise ValueError(f"The encoders' names {list(self.names)} are one as folders; pass {{name: encoder}}.")
         self.projectors.extend(
@@ -138,6 +141,10 @@ class AlignmentTerm(Term):
         """`projector-<encoder>`, with slashes and the like replaced."""
         safe = ["".join(c if c.isalnum() or c in "-_." else "-" for c in name) for name in self.names]
         return {f"projector-{name}": f"projectors.{at}" for at, name in enumerate(safe)}
+
+    def head_config(self, name: str) -> dict[str, Any]:
+        """What the encoder was."""
+        return {"encoder": encoder_mark(self.encoders[self.names[list(self.head_modules()).index(name)]])}
 
     def describe(self) -> dict[str, Any]:
         """With the encoders' names."""

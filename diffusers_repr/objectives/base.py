@@ -104,6 +104,14 @@ class Objective(nn.Module):
         """Trained models besides the pipeline's (projectors, classifiers), by name, with the weights of `state`."""
         return {}
 
+    def head_modules(self) -> dict[str, nn.Module]:
+        """The models of `heads` as they are in training, by the same names: what `load_heads` writes into."""
+        return {}
+
+    def head_config(self, name: str) -> dict[str, Any]:
+        """Entries of a head's saved config that tell what it was trained with."""
+        return {}
+
     def save_pretrained(self, folder: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Write the pipeline into `folder`, and each of `heads` into `folder/heads/<name>`.
 
@@ -120,6 +128,7 @@ class Objective(nn.Module):
         pipe.save_pretrained(folder)
         for name, head in self.heads(state).items():
             nn.Module.to(head, dtype)
+            head.register_to_config(**self.head_config(name))
             head.save_pretrained(Path(folder) / "heads" / name)
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:

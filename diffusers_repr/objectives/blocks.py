@@ -35,6 +35,12 @@ def block_path(model: nn.Module, number: int) -> str:
     return f"{block_stack(model)[0]}.{number - 1}"
 
 
+def block_number(model: nn.Module, path: str) -> int | None:
+    """Number, from 0, of the block that the module at `path` is or is in; None of one outside of the blocks."""
+    name, _, rest = path.partition(".")
+    return int(rest.split(".")[0]) if rest and name == block_stack(model)[0] else None
+
+
 def repa_layer(denoiser: Denoiser) -> str:
     """The layer that REPA aligns in a transformer of this depth.
 
@@ -60,4 +66,4 @@ def repa_depth(model: nn.Module) -> int:
     return REPA_DEPTHS.get(depth, max(1, round(depth / 3)))
 
 
-__all__ = ["REPA_DEPTHS", "block_path", "block_stack", "repa_depth", "repa_layer"]
+__all__ = ["REPA_DEPTHS", "block_number", "block_path", "block_stack", "repa_depth", "repa_layer"]

@@ -59,8 +59,14 @@ class DiffusionObjective(Objective):
         null_label: Id of the null class where the family does not tell (`UNet2DModel`: the last id by default).
 
     Raises:
-        ValueError: If labels are to be dropped and there is no null class.
+        ValueError: If labels are to be dropped and there is no null class; for a pipeline whose network denoises a
+            class token, which this method would not train.
+
+    Attributes:
+        trains_class_token: Whether the method trains the `class_token` of a pipeline (REG).
     """
+
+    trains_class_token: bool = False
 
     def __init__(
         self,
@@ -83,6 +89,12 @@ class DiffusionObjective(Objective):
         self.label_input = label_input(denoiser) if self.num_classes else ""
         self.masks_labels = "drop_mask" in forward_names(self.network)
         self.prompts: dict[Any, dict[str, Any]] = {}
+        if getattr(denoiser.pipe, "class_token", None) is not None and not self.trains_class_token:
+            raise ValueError(
+                f"This pipeline denoises images together with a class token (REG), and {type(self).__name__} would "
+                "train its network without one, though the result is sampled with it. Go on by REGObjective "
+                "(`reg_weight`), or drop the token for good: pipe.register_modules(class_token=None)."
+            )
         if denoiser.vae is not None:
             self.freeze("vae", denoiser.vae)
         if denoiser.pipe is not None:

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.objectives.blocks import block_path, repa_depth
+from diffusers_repr.objectives.blocks import block_number, block_path, block_stack, repa_depth
 from diffusers_repr.objectives.terms import Step, Term, full_precision, widen
 
 if TYPE_CHECKING:
     from diffusers_repr.objectives.repa import REPAObjective
 
 ATTENTION_NAMES = ("attn", "attn1", "self_attn")
+PAIRS = 4
+LAST_BLOCK = 7  # from 0: the paper's code takes 4 to 7, whatever the depth of the network and of the alignment
 
 
 def attention_alignment_loss(query: Tensor, key: Tensor, target: Tensor) -> Tensor:
@@ -46,14 +48,17 @@ def attention_alignment_loss(query: Tensor, key: Tensor, target: Tensor) -> Tens
 class AttentionAlignmentTerm(Term):
     """Attention alignment, averaged over pairs of layers; logits are made again in these layers alone.
 
-    In HASTE both alignment losses have the weight 0.5, the blocks 4 to 7 (from 0) of SiT-XL are paired with the last
-    four of DINOv2-B, and both losses end together (after 250k steps for XL): give `stop_step` to `REPAObjective` too.
+    In HASTE both alignment losses have the weight 0.5, and both end together (after 250k steps for XL): give
+    `stop_step` to `REPAObjective` too. Its code pairs the blocks 4 to 7 (from 0) with the last four of DINOv2-B,
+    whatever the depth and whichever block REPA aligns, and so it is here for networks of 8 blocks and more. Of a
+    smaller one the blocks are those that end with REPA's, four or as many as there are; so are the teacher's, from its
+    end.
 
     Args:
         encoder: Name of the teacher among the objective's encoders; the first if None. It must be a live one: a cache
             holds no attention.
-        layers: Paths of self-attentions; those of the four blocks up to REPA's if None.
-        teacher_layers: Blocks of the teacher, one for each.
+        layers: Paths of self-attentions; by the rule above if None.
+        teacher_layers: Blocks of the teacher, one for each; the last ones if None.
         weight: Of the loss.
         stop_step: Optimizer steps after which it ends.
     """
@@ -64,12 +69,13 @@ class AttentionAlignmentTerm(Term):
         self,
         encoder: str | None = None,
         layers: Sequence[str] | None = None,
-        teacher_layers: Sequence[int] = (-4, -3, -2, -1),
+        teacher_layers: Sequence[int] | None = None,
         weight: float = 0.5,
         stop_step: int | None = None,
     ) -> None:
         super().__init__("attention", weight, stop_step)
-        self.encoder, self.chosen, self.teacher_layers = encoder, layers, tuple(teacher_layers)
+        self.encoder, self.chosen, self.teacher_chosen = encoder, layers, teacher_layers
+        self.teacher_layers: tuple[int, ...] = ()
 
     def attach(self, objective: REPAObjective) -> None:
         """Find the teacher and the layers.
@@ -84,17 +90,17 @@ class AttentionAlignmentTerm(Term):
             raise ValueError(f"Attention alignment needs a teacher; no encoder {self.encoder!r} among {known}.")
         if not hasattr(teacher, "encode_with_attention"):
             raise ValueError(f"The teacher {self.encoder!r} gives no attention; a network must be loaded.")
-        model = objective.network
-        paths = self.chosen
+        paths, blocks = self.chosen, self.teacher_chosen
         if paths is None:
-            last = repa_depth(model)
-            first = max(1, last - len(self.teacher_layers) + 1)
-            paths = [_attention_of(model, block_path(model, number)) for number in range(first, last + 1)]
-        if len(paths) != len(self.teacher_layers):
+            most = min(PAIRS, teacher.num_blocks or PAIRS) if blocks is None else len(blocks)
+            paths = default_attentions(objective, most, exactly=blocks is not None)
+        blocks = tuple(range(-len(paths), 0)) if blocks is None else tuple(blocks)
+        if len(paths) != len(blocks):
             raise ValueError(
-                f"{len(paths)} layers {list(paths)} and {len(self.teacher_layers)} teacher_layers "
-                f"{list(self.teacher_layers)}: one of the teacher's for each is needed."
+                f"{len(paths)} layers {list(paths)} and {len(blocks)} teacher_layers {list(blocks)}: one of the "
+                "teacher's for each is needed."
             )
+        self.teacher_layers = blocks
         self.attentions = tuple(paths)
 
     def forward(self, step: Step) -> Tensor:
@@ -110,6 +116,32 @@ class AttentionAlignmentTerm(Term):
     def describe(self) -> dict[str, Any]:
         """With the teacher and its layers."""
         return {**super().describe(), "encoder": self.encoder, "teacher_layers": list(self.teacher_layers)}
+
+
+def default_attentions(objective: REPAObjective, most: int, exactly: bool) -> list[str]:
+    """Paths of the self-attentions that HASTE reads by default, see `AttentionAlignmentTerm`.
+
+    Args:
+        objective: Its network, and the block that it aligns.
+        most: How many at most.
+        exactly: Refuse fewer.
+
+    Raises:
+        ValueError: If the network has fewer blocks up to the last.
+    """
+    model = objective.network
+    stack, depth = block_stack(model)
+    last = LAST_BLOCK
+    if depth <= LAST_BLOCK:
+        aligned = getattr(objective.terms["alignment"], "layer", "")
+        number = block_number(model, aligned)
+        last = repa_depth(model) - 1 if number is None else number
+    count = min(most, last + 1)
+    if exactly and count < most:
+        raise ValueError(
+            f"{most} teacher_layers, and {count} blocks up to {stack}.{last}; name as many `layers` as teacher_layers."
+        )
+    return [_attention_of(model, block_path(model, at + 1)) for at in range(last - count + 1, last + 1)]
 
 
 def _attention_of(model: Any, block: str) -> str:

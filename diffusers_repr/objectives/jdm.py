@@ -89,6 +89,10 @@ class JDMObjective(JointObjective):
         """The head, where the pipeline has no place for it."""
         return {} if self._place is not None else {"classifier": rebuild(self.head, state, "head.")}
 
+    def head_modules(self) -> dict[str, torch.nn.Module]:
+        """See `heads`."""
+        return {} if self._place is not None else {"classifier": self.head}
+
     @property
     def _place(self) -> str | None:
         """Name of the head among the pipeline's components."""

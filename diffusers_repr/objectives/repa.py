@@ -219,6 +219,15 @@ class REPAObjective(DiffusionObjective):
                 found[folder] = rebuild(term.get_submodule(path), state, f"terms.{name}.{path}.")
         return found
 
+    def head_modules(self) -> dict[str, nn.Module]:
+        """See `heads`."""
+        terms = [term for _, term in self.each_term()]
+        return {name: term.get_submodule(path) for term in terms for name, path in term.head_modules().items()}
+
+    def head_config(self, name: str) -> dict[str, Any]:
+        """As the term tells that the head is of."""
+        return next((term.head_config(name) for _, term in self.each_term() if name in term.head_modules()), {})
+
     def identity(self) -> dict[str, Any]:
         """Settings of every term, and the fingerprints of the encoders."""
         return {

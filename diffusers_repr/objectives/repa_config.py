@@ -46,6 +46,9 @@ class REPAConfig:
     projector_dim: int = _arg(2048, help="hidden width of the projectors")
     projector_kind: Literal["mlp", "conv"] = _arg("mlp", help="conv: a convolution over the grid (iREPA)")
     projector_kernel: int = _arg(3, help="side of that convolution")
+    projectors: Literal["load", "new"] = _arg(
+        "load", help="with a pretrained model: take over the heads that were saved with it, where they fit"
+    )
     spatial_norm: float | None = _arg(None, help="gamma of the standardisation of targets (iREPA: 0.6)")
     time_sampling: Literal["uniform", "logit_normal", "lognormal"] = _arg("uniform", help="how noise levels are drawn")
     time_mean: float = _arg(0.0, help="mean of the normal behind them (EDM: -1.2)")
@@ -55,8 +58,10 @@ class REPAConfig:
     dispersive_layer: str | None = _arg(None, help="its layer; default: at a quarter of the depth")
     dispersive_temperature: float = _arg(0.5, help="its temperature")
     haste_weight: float = _arg(0.0, help="weight of the attention alignment (HASTE: 0.5)")
-    haste_layers: list[str] = _args("its self-attentions; default: of the four blocks up to REPA's layer")
-    haste_teacher_layers: list[int] = _args("blocks of the first encoder, as many; default: the last four")
+    haste_layers: list[str] = _args(
+        "its self-attentions; default: blocks 4 to 7, of fewer than 8 blocks up to four that end with `repa_layer`"
+    )
+    haste_teacher_layers: list[int] = _args("blocks of the first encoder, as many; default: the last ones")
     sra_weight: float = _arg(0.0, help="weight of the alignment with the moving average (SRA)")
     sra_layer: str | None = _arg(None, help="its layer; default: REPA's")
     sra_teacher_layer: str | None = _arg(None, help="layer of the average; default: at 20/28 of the depth")
@@ -66,6 +71,8 @@ class REPAConfig:
     def __post_init__(self) -> None:
         if not set(self.encoder) - {"none"} and (self.haste_weight or self.reg_weight):
             raise ValueError("`haste_weight` and `reg_weight` need a teacher; name one by `encoder`.")
+        if self.projectors not in ("load", "new"):
+            raise ValueError(f"`projectors` is load or new, got {self.projectors!r}.")
         if self.projector_dim < 1:
             raise ValueError(f"`projector_dim` must be positive, got {self.projector_dim}.")
         for name in ("repa_coefficient", "dispersive_weight", "haste_weight", "sra_weight", "reg_weight"):
@@ -85,7 +92,7 @@ class REPAConfig:
         if self.dispersive_weight:
             chosen.append(DispersiveTerm(self.dispersive_layer, self.dispersive_weight, self.dispersive_temperature))
         if self.haste_weight:
-            layers, blocks = self.haste_layers or None, self.haste_teacher_layers or (-4, -3, -2, -1)
+            layers, blocks = self.haste_layers or None, self.haste_teacher_layers or None
             chosen.append(
                 AttentionAlignmentTerm(None, layers, blocks, self.haste_weight, stop_step=self.repa_stop_step)
             )

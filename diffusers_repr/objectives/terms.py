@@ -85,6 +85,10 @@ class Term(nn.Module):
         """Models to be saved beside the pipeline: name of the folder -> path in this term."""
         return {}
 
+    def head_config(self, name: str) -> dict[str, Any]:
+        """Entries of the saved config of one of `head_modules` that tell what it was trained with."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """Settings that decide the result, as JSON."""
         return {"weight": self.weight, "stop_step": self.stop_step, "layers": [*self.layers, *self.attentions]}

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
 from diffusers_repr.features.labelled import Labelled, open_labelled
+from diffusers_repr.features.noise_policy import pixel_keys
 
 
 def class_data(data: Any, role: str) -> Labelled:
@@ -33,6 +34,7 @@ def read_features(
     prompt: str | None = None,
     class_labels: int | None = None,
     progress_bar: Callable[..., Any] | None = None,
+    keys: list[str] | None = None,
 ) -> tuple[Tensor, FeatureOutput, tuple[int, int]]:
     """Features of all images, `(N, D)` float32 on the CPU; besides them memory holds one batch.
 
@@ -43,6 +45,7 @@ def read_features(
         prompt: One for all images.
         class_labels: One id for all images.
         progress_bar: `progress_bar(total=n)` gives an object with `update(k)` and `close()`.
+        keys: The `pixel_keys` of the images are put here.
 
     Returns:
         The features, the last batch's output, and the (H, W) of the images.
@@ -63,7 +66,10 @@ def read_features(
                     "image_size=(H, W) to resize them."
                 )
             size = found
-            output = extractor.from_pixels(pixels, prompt=prompt, class_labels=class_labels)
+            found_keys = pixel_keys(pixels)
+            if keys is not None:
+                keys += found_keys
+            output = extractor.from_pixels(pixels, prompt=prompt, class_labels=class_labels, ids=found_keys)
             features = join(output, extractor.layers)
             if table is None:
                 table = torch.empty(len(data), features.shape[1])

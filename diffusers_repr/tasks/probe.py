@@ -115,8 +115,9 @@ class Probe:
             **settings: Further settings of `FeatureExtractor`: `noise`, `ensemble_size`, `seed`, `image_size`, ...
 
         Raises:
-            ValueError, TypeError: For layers, levels, protocols or data that do not exist or fit; what can be checked
-                is checked before the first forward.
+            ValueError, TypeError: For layers, levels, protocols or data that do not exist or fit, a validation split
+                of one class, or one whose images are all in `train` (a warning tells of some that are); what can be
+                checked is checked before the first forward.
         """
         named = {"layers": layers, "timestep": timestep, "pooling": pooling}
         settings |= {name: value for name, value in named.items() if value is not None}

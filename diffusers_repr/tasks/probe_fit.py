@@ -12,7 +12,9 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.labelled import Labelled
 from diffusers_repr.features.noise_policy import validation_seed
+from diffusers_repr.features.overlap import tell_overlap
 from diffusers_repr.features.pooling import pooled_size
+from diffusers_repr.features.selection_data import refuse_one_class
 from diffusers_repr.features.selection_result import Selection
 from diffusers_repr.heads import Head, fit_head
 from diffusers_repr.heads.protocols import Protocol, get_protocol
@@ -60,14 +62,19 @@ def fit_probe(
     data = class_data(train, "train")
     held = None if validation is None else class_data(validation, "validation")
     names = _names(data, held, label_names)
+    if held is not None:
+        refuse_one_class(held.targets, str(held))
+    keys: list[str] = []
+    held_keys: list[str] = []
     read = (batch_size, *condition, progress_bar)
-    features, output, size = read_features(extractor, data, *read)
+    features, output, size = read_features(extractor, data, *read, keys)
     extractor = extractor.replace(image_size=size)
     device = extractor.denoiser.device if extractor.denoiser.device.type == "cuda" else torch.device("cpu")
     pair = None
     if held is not None:
         other = extractor.replace(seed=validation_seed(extractor.noise.policy, extractor.seed))
-        pair = (read_features(other, held, *read)[0].to(device), held.targets)
+        pair = (read_features(other, held, *read, held_keys)[0].to(device), held.targets)
+        tell_overlap(keys, held_keys, str(data), str(held))
     result = fit_head(
         features.to(device),
         data.targets,

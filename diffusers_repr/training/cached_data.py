@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusers_repr.training.data import ImageTrainData, TrainData
 from diffusers_repr.training.feature_cache import open_features
 from diffusers_repr.training.latents import open_latents
+from diffusers_repr.training.numpy_latents import NumpyLatents
 from diffusers_repr.training.tensor_cache import INDEX, TensorCache
 from diffusers_repr.training.transforms import draw_flips, to_unit
 
@@ -40,7 +41,7 @@ class CachedData(TrainData):
     def __init__(
         self,
         images: ImageTrainData,
-        latents: TensorCache | None = None,
+        latents: TensorCache | NumpyLatents | None = None,
         features: Mapping[str, TensorCache] | None = None,
         needs_pixels: bool = False,
     ) -> None:
@@ -67,7 +68,8 @@ class CachedData(TrainData):
             ValueError: If a cache is not finished or was made otherwise, or the run has no use for it.
         """
         config = images.config
-        latents, features = None, {}
+        latents: TensorCache | NumpyLatents | None = None
+        features = {}
         if config.latents_dir is not None:
             if vae is None:
                 raise ValueError(

@@ -154,7 +154,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     at = str(path / STATE)
     state = read_json(path / STATE)
-    _SCHEMA(anything()(state, at), at)
+    _SCHEMA(anything(finite=True)(state, at), at)
     return state
 
 

@@ -139,6 +139,11 @@ class ImageTrainData(TrainData):
         return json.loads(json.dumps(self._fingerprint))
 
     @property
+    def labels(self) -> np.ndarray | None:
+        """Class id of every row, -1 where there is none; None without labels."""
+        return None if self._labels is None else self._labels.ids
+
+    @property
     def class_names(self) -> list[str] | None:
         """See `TrainData`."""
         return None if self._labels is None else self._labels.names

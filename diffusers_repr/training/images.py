@@ -169,6 +169,11 @@ class ImagePixels(Dataset):
         read = [self.read(index) for index in indices]
         return torch.tensor([row for row, _ in read]), torch.stack([pixels for _, pixels in read])
 
+    def paths(self) -> list[str | None]:
+        """Of every row the file of its image; None where the data hold the image itself."""
+        column = self._raw.with_format("arrow")[:].column(0)
+        return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
+
     def raw(self, row: int) -> dict[str, Any] | None:
         """Path and bytes of a row's image; None without one."""
         return self._raw[row][self.column]

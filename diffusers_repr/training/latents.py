@@ -12,6 +12,7 @@ from diffusers_repr.denoiser.vae import encode_moments
 from diffusers_repr.encoders.fingerprint import config_hash, weights_hash
 from diffusers_repr.training.cache_writer import CacheSettings, process_state, write_cache
 from diffusers_repr.training.data import ImageTrainData, TrainData
+from diffusers_repr.training.numpy_latents import NumpyLatents, is_numpy_latents
 from diffusers_repr.training.tensor_cache import TensorCache
 
 KIND = "latents"
@@ -38,11 +39,13 @@ def cache_latents(
         revision: Of the VAE, for the manifest.
 
     Raises:
-        FileExistsError: If the folder holds a cache of another VAE, crop, size or data.
+        FileExistsError: If the folder holds a cache of another VAE, crop, size or data, or latents of REPA's own.
         ValueError: If moments overflow the dtype, or an image cannot be read.
         FloatingPointError: If the VAE gives NaN.
         OSError: If the disk is full; what is written stays valid.
     """
+    if is_numpy_latents(out):
+        raise FileExistsError(f"{str(out)!r} holds latents of REPA's preprocessing; write the cache elsewhere.")
     settings = settings or CacheSettings()
     vae.to(settings.device or process_state().device).eval()
 
@@ -54,8 +57,10 @@ def cache_latents(
     return write_cache(out, KIND, data, moments, recipe, settings, about)
 
 
-def open_latents(folder: str | os.PathLike[str], data: TrainData, vae: Any, flip: bool) -> TensorCache:
-    """The latent cache of a run.
+def open_latents(
+    folder: str | os.PathLike[str], data: ImageTrainData, vae: Any, flip: bool
+) -> TensorCache | NumpyLatents:
+    """The latent cache of a run, or the `vae-sd` folder of REPA's preprocessing.
 
     Args:
         folder: Where it lies.
@@ -67,6 +72,8 @@ def open_latents(folder: str | os.PathLike[str], data: TrainData, vae: Any, flip
         FileNotFoundError: If it is not there.
         ValueError: If it is not finished, or was made with another VAE, crop, size or data, or without mirrors.
     """
+    if is_numpy_latents(folder):
+        return NumpyLatents(folder, data, vae, flip)
     cache = TensorCache.open(folder, KIND)
     cache.check({"data": image_fingerprint(data), "vae": vae_fingerprint(vae)}, 2 if flip else 1)
     return cache

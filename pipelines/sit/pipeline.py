@@ -7,6 +7,7 @@ folder or its Hub id>, trust_remote_code=True)`, where X is a folder or Hub id t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from torch import Tensor
 from diffusers_repr.denoiser import sampling
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
+from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.sit import SiTTransformer2DModel
 
 Labels = int | str | Sequence[int] | Sequence[str] | Tensor
@@ -41,10 +43,12 @@ class SiTPipelineOutput(BaseOutput):
     Attributes:
         images: PIL images, an array `(B, H, W, C)` or a tensor `(B, C, H, W)`.
         class_labels: int64 `(B,)`, also those that were drawn; None of a model without classes.
+        class_tokens: The class tokens that were denoised with the images, `(B, D)`; None of a model without.
     """
 
     images: Any
     class_labels: Tensor | None = None
+    class_tokens: Tensor | None = None
 
 
 class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
@@ -60,11 +64,14 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         scheduler: Its sampler.
         vae: Decodes the samples; None of a model that works on pixels in [-1, 1].
         id2label: Class id -> name, or several names with commas between: `class_labels` may then be names.
+        class_token: Of a network trained by REG (arXiv 2507.01467): a class token is denoised together with the image,
+            by the same scheduler and with the same guidance. None: the network was trained without.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents", "class_labels", "condition"]
+    _optional_components = ["vae", "class_token"]
+    _exclude_from_cpu_offload = ["class_token"]  # small, and called by its parts
+    _callback_tensor_inputs = ["latents", "class_labels", "condition", "class_token"]
     _guides_now = False
 
     def __init__(
@@ -73,9 +80,10 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: Mapping[Any, str] | None = None,
+        class_token: ClassTokenHead | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, class_token=class_token)
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
         names = ((name.strip(), int(key)) for key, value in (id2label or {}).items() for name in value.split(","))
         self.labels: dict[str, int] = dict(sorted(names))
@@ -146,11 +154,12 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             return_dict: False returns the tuple `(images,)`.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step; tensors that it
                 returns by name take the place of these.
-            callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`.
+            callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`,
+                `class_token`.
             num_images_per_label: Samples of each of the class_labels or conditions, side by side.
 
         Returns:
-            `.images` and `.class_labels`.
+            `.images`, `.class_labels` and `.class_tokens`.
 
         Raises:
             TypeError: For labels that are neither whole numbers nor names, and numbers that are none.
@@ -174,7 +183,8 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             None if rows is None else rows.to(noise.device).expand(batch_size, *rows.shape[1:])
             for rows in (labels, vectors)
         )
-        tensors: dict[str, Any] = {"class_labels": labels, "condition": vectors}
+        token = self._token_noise(batch_size, generator, noise)
+        tensors: dict[str, Any] = {"class_labels": labels, "condition": vectors, "class_token": token}
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
 
@@ -183,19 +193,24 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             self._num_timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, noise.device, tokens)
             inside = self._inside(guidance_interval)
             tensors["latents"] = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            token_scheduler = None if token is None else copy.deepcopy(self.scheduler)  # a state of its own
             for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
                 if self.interrupt:
                     continue
                 if getattr(self.scheduler, "state_in_first_order", True):
                     self._guides_now = inside[step] and self.guidance_scale > 1
-                output = self._predict(t, guidance_channels=guidance_channels, **tensors)
+                output, turn = self._predict(t, guidance_channels=guidance_channels, **tensors)
                 stepped = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
                 tensors["latents"] = stepped.to(noise.dtype)
+                if token_scheduler is not None:
+                    stepped = token_scheduler.step(turn, t, tensors["class_token"], return_dict=False, **extra)[0]
+                    tensors["class_token"] = stepped.to(noise.dtype)
                 tensors = sampling.call_back(callback_on_step_end, self, step, t, tensors, names)
 
         images = self._images(tensors["latents"], output_type)
         self.maybe_free_model_hooks()
-        return SiTPipelineOutput(images=images, class_labels=labels) if return_dict else (images,)
+        output = SiTPipelineOutput(images=images, class_labels=labels, class_tokens=tensors["class_token"])
+        return output if return_dict else (images,)
 
     @contextmanager
     def _guiding(self, scale: float) -> Iterator[None]:
@@ -309,15 +324,23 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         shape = (batch_size, config.in_channels, *size)
         return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
 
+    def _token_noise(self, batch_size: int, generator: Any, like: Tensor) -> Tensor | None:
+        """Noise of the class tokens, `(B, D)`; None of a model without."""
+        if self.class_token is None:
+            return None
+        shape = (batch_size, self.class_token.config.token_dim)
+        return randn_tensor(shape, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
+
     def _predict(
         self,
         t: Tensor,
         latents: Tensor,
         class_labels: Tensor | None,
         condition: Tensor | None,
+        class_token: Tensor | None,
         guidance_channels: int | None,
-    ) -> Tensor:
-        """What the scheduler steps with, classifier-free guidance included, in the dtype of the sample."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """What image and class token are stepped with, classifier-free guidance included, in the sample's dtype."""
         guided, batch, channels = self.do_classifier_free_guidance, len(latents), latents.shape[1]
         x = torch.cat([latents] * 2) if guided else latents
         if hasattr(self.scheduler, "scale_model_input"):
@@ -333,8 +356,14 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         elif self.transformer.training:  # which otherwise drops labels at random
             inputs["drop_mask"] = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         timestep = torch.as_tensor(t, device=x.device).expand(len(x))
-        output = self.transformer(x.to(self.transformer.dtype), timestep, **inputs, return_dict=False)[0]
+        if class_token is not None:
+            inputs["class_token"] = self.class_token.enter(torch.cat([class_token] * 2) if guided else class_token)
+        output, *state = self.transformer(x.to(self.transformer.dtype), timestep, **inputs, return_dict=False)
         output = output.to(latents.dtype)
+        turn = self.class_token.leave(state[0]).to(latents.dtype) if state else None
+        if guided and turn is not None:
+            null, cond = turn.chunk(2)
+            turn = null + self.guidance_scale * (cond - null)
         if guided:
             n = channels if guidance_channels is None else guidance_channels
             null, cond = output.chunk(2)
@@ -342,7 +371,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             output = torch.cat([combined, cond[:, n:]], 1)
         # Only this scheduler reads a learned variance, and only where its config says so.
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        return output if learned and isinstance(self.scheduler, DDPMScheduler) else output[:, :channels]
+        return output if learned and isinstance(self.scheduler, DDPMScheduler) else output[:, :channels], turn
 
     def _images(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

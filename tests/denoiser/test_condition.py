@@ -4,10 +4,12 @@ import inspect
 
 import pytest
 import torch
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
-from diffusers_repr.denoiser import Denoiser
-from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build
+from diffusers_repr.denoiser import Denoiser, GenericFamily
+from diffusers_repr.denoiser.family import PatchTransformerFamily
+from tests.testers.models import CONDITIONS, PIPELINES, SIZES, autoencoder, build, t5_encoder, t5_tokenizer
 
 TEXT = [name for name, condition in CONDITIONS.items() if "prompt" in condition]
 
@@ -109,6 +111,61 @@ def test_null_equals_the_pipelines_own_null(name):
         halves.pop(other, None)
     null = Denoiser.from_pipe(build(name)).condition("a cat", negative_prompt=negative, size=SIZES[name]).null
     assert_same_inputs(null.kwargs(), halves)
+
+
+class AuraFamily(PatchTransformerFamily):
+    """As one writes it in the first try: AuraFlow guides by 3.5 unless told otherwise."""
+
+    conditioning = "text"
+
+
+class UnguidedAuraFamily(AuraFamily):
+    pipeline_arguments = {"guidance_scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def aura():
+    tokenizer = t5_tokenizer()
+    torch.manual_seed(0)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pos_embed_max_size=64,
+    )  # fmt: skip
+    vae = autoencoder((8, 8), latent_channels=4, sample_size=16)
+    pipe = AuraFlowPipeline(tokenizer, t5_encoder(tokenizer), vae, transformer, FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.text_encoder, pipe.transformer):
+        part.eval()
+    return pipe
+
+
+@pytest.mark.parametrize("given", [{"prompt": "a cat"}, {"embeddings": {"prompt": ["a cat", "a dog"]}}])
+@pytest.mark.parametrize("family", [AuraFamily(), GenericFamily("hidden_states", channels=4)])
+def test_a_pipeline_that_guides_by_itself_is_refused(aura, given, family):
+    """Its first rows are those of the negative prompt."""
+    if "prompt" in given and family.conditioning == "none":
+        given = {"embeddings": given}
+    rows = r"4 rows for 2 prompts" if "dog" in str(given) else r"2 rows for 1 prompt"
+    message = (
+        rf"AuraFlowPipeline gives .* {rows}:.*guidance_scale=3\.5; set `pipeline_arguments = .'guidance_scale': 1\.0"
+    )
+    with pytest.raises(ValueError, match=message):
+        Denoiser.from_pipe(aura, family=family).condition(**given)
+
+
+def test_a_family_that_switches_guidance_off_has_the_pipelines_own_condition(aura):
+    theirs = pipeline_call(aura, prompt="a cat", height=16, width=16)["encoder_hidden_states"]
+    assert theirs.shape[0] == 2
+    plain = Denoiser.from_pipe(aura, family=UnguidedAuraFamily())
+    made = plain.condition("a cat", negative_prompt="", size=(16, 16), batch=2)
+    ours, null = (rows.kwargs()["encoder_hidden_states"] for rows in (made, made.null))
+    assert torch.equal(ours[0], ours[1])
+    assert not torch.equal(ours, null)
+    halves = torch.cat([null[:1], ours[:1]])
+    assert torch.equal(theirs, halves) or torch.equal(theirs, halves.flip(0))
+    by_name = Denoiser.from_pipe(aura, family=GenericFamily("hidden_states", channels=4))
+    by_name = by_name.condition(embeddings={"prompt": "a cat", "guidance_scale": 1.0}, size=(16, 16)).kwargs()
+    assert torch.equal(by_name["encoder_hidden_states"], ours[:1])
 
 
 def _first_half(value):

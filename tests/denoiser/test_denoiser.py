@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from diffusers_repr.denoiser import Denoiser, Family, GenericFamily, register_family
 from diffusers_repr.denoiser.family import _REGISTRY, list_families
 from diffusers_repr.noise import NoiseSchedule
+from tests.testers.marks import slow_but
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, saved, unet2d
 
 
@@ -88,8 +89,13 @@ def test_predict_keeps_gradients_and_train_mode():
     assert denoiser.model.training
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(PIPELINES))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_but(
+        [(name, torch.float16 if at % 2 else torch.bfloat16) for at, name in enumerate(sorted(PIPELINES))],
+        [(name, dtype) for name in sorted(PIPELINES) for dtype in (torch.float16, torch.bfloat16)],
+    ),
+)
 @torch.no_grad()
 def test_half_precision(name, dtype):
     """The network runs in its own dtype, the prediction is float32 and close to float32's."""
@@ -134,7 +140,12 @@ def offload(pipe, kind):
     return pipe
 
 
-@pytest.mark.parametrize(("name", "kind"), OFFLOAD)
+# Each kind, and each family, once or twice
+FAST = [("ddim", "model"), ("dit", "sequential"), ("sdxl", "leaf_level"), ("flux_guidance", "model"),
+        ("sd3", "block_level"), ("sana", "leaf_level"), ("pixart", "sequential")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), slow_but(FAST, OFFLOAD))
 @torch.no_grad()
 def test_offload(name, kind):
     """Same numbers under every offload of diffusers, and the pipeline still samples."""
@@ -160,7 +171,7 @@ def test_offload(name, kind):
     assert_close(run(denoiser), want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", sorted(PIPELINES))
+@pytest.mark.parametrize("name", slow_but(sorted(set(PIPELINES) - {"sd", "flux"}), sorted(PIPELINES)))
 def test_from_pretrained_folder(name):
     denoiser = Denoiser.from_pretrained(saved(name))
     assert denoiser.name == str(saved(name))
@@ -185,6 +196,7 @@ def test_from_pretrained_errors(tmp_path):
             Denoiser.from_pretrained(missing)
 
 
+@pytest.mark.slow
 def test_no_network():
     """A Hub that cannot be reached: one error that says what to check."""
     code = (

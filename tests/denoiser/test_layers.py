@@ -21,11 +21,17 @@ from diffusers_repr.denoiser.family import family_by_name
 from diffusers_repr.denoiser.layers import list_layers_from_config
 from diffusers_repr.models.weights import build_on_meta
 from tests.denoiser.test_denoiser import Blob, start
+from tests.testers.marks import slow, slow_but
 from tests.testers.models import PIPELINES, SIZES, build, saved
 
 
-@pytest.mark.parametrize("detail", ["blocks", "all"])
-@pytest.mark.parametrize("name", sorted(PIPELINES))
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    slow_but(
+        [("sdxl", "blocks"), *((name, "all") for name in ("class_unet", "dit", "flux", "pixart", "sana", "sd3"))],
+        [(name, detail) for name in sorted(PIPELINES) for detail in ("blocks", "all")],
+    ),
+)
 @torch.no_grad()
 def test_every_listed_place_is_what_capture_reads(name, detail):
     denoiser, x_t, condition = start(name)
@@ -57,7 +63,7 @@ def test_every_listed_place_is_what_capture_reads(name, detail):
     assert min(shares) >= 0
 
 
-@pytest.mark.parametrize("name", sorted(PIPELINES))
+@pytest.mark.parametrize("name", slow_but(("ddim", "dit", "flux", "pixart", "sana", "sd3", "sdxl"), sorted(PIPELINES)))
 def test_what_the_table_holds(name):
     """Every transformer block, residual block and stage is in it; text and time never are."""
     denoiser = Denoiser.from_pipe(build(name))
@@ -111,11 +117,11 @@ def test_the_network_is_not_touched():
 
 
 def test_an_offloaded_pipeline():
-    pipe = build("sd")
+    pipe = build("dit")
     want = list_layers(Denoiser.from_pipe(pipe))
     pipe.enable_model_cpu_offload(device="cpu")
     assert list_layers(Denoiser.from_pipe(pipe)) == want
-    pipe = build("sd")
+    pipe = build("dit")
     pipe.enable_sequential_cpu_offload(device="cpu")
     assert list_layers(Denoiser.from_pipe(pipe)) == want
 
@@ -211,7 +217,7 @@ def test_adm_256():
 
 @pytest.mark.parametrize(
     ("config", "size", "shares"),
-    [(SD1, 64, (32.5, 35.8, 54.6, 75.4, 84.3, 100)), (SD2, 96, (33.7, 36.4, 52.4, 70.9, 81.2, 100))],
+    [(SD1, 64, (32.5, 35.8, 54.6, 75.4, 84.3, 100)), slow(SD2, 96, (33.7, 36.4, 52.4, 70.9, 81.2, 100))],
 )
 def test_stable_diffusion(config, size, shares):
     layers = table(UNet2DConditionModel, config, size, 8)
@@ -230,7 +236,7 @@ def test_dit_xl():
 
 
 @pytest.mark.parametrize(
-    ("cls", "config"), [(UNet2DConditionModel, SDXL), (FluxTransformer2DModel, {"guidance_embeds": True})]
+    ("cls", "config"), [slow(UNet2DConditionModel, SDXL), (FluxTransformer2DModel, {"guidance_embeds": True})]
 )
 def test_large_models_take_seconds_and_no_memory(cls, config):
     start_time = time.process_time()
@@ -256,7 +262,7 @@ def bare(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", sorted(PIPELINES))
+@pytest.mark.parametrize("name", slow_but(("ddpm", "dit", "flux", "pixart", "sana", "sd3", "sdxl"), sorted(PIPELINES)))
 def test_from_configs_alone(name, bare):
     want = list_layers(Denoiser.from_pipe(build(name)), SIZES[name])
     assert list_layers_from_config(bare / name, SIZES[name]) == want

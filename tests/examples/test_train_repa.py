@@ -53,6 +53,13 @@ def test_a_new_sit(tmp_path, teacher):
     assert Projector.from_pretrained(tmp_path / "heads" / "projector-vit").config["out_dim"] == 16
     assert {"denoising", "alignment"} <= read_lines(tmp_path)[-1].keys()
     assert Image.open(tmp_path / "samples.png").size == (8 * 32, 32)
+    more = ["--pretrained_model", str(tmp_path), "--encoder", teacher, "--dry_run", "true", "--projector_dim"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(tmp_path / "more", *more, "8")
+        run(tmp_path / "more", *more, "16", "--projectors", "new")
+    with pytest.warns(UserWarning, match=r"start anew \(projector-vit: the saved one has hidden_dim=8, this run 16"):
+        run(tmp_path / "more", *more, "16")
 
 
 def test_the_baseline(tmp_path):
@@ -124,6 +131,7 @@ def test_a_grey_encoder_without_its_statistics(tmp_path, teacher):
         run(tmp_path / "out", *NEW, "--encoder", str(tmp_path / "bare"))
 
 
+@pytest.mark.slow
 def test_training_on_the_digits_lowers_the_losses_and_beats_the_untrained_probe(tmp_path, teacher):
     """From random weights, aligned with a random teacher; the probe is of the aligned layer, at a low noise level."""
     model = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 4}

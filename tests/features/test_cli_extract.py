@@ -168,6 +168,7 @@ def kill_after(arguments, out, count, tmp_path):
     return process.returncode, set(shards(out))
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_equals_a_whole_run(tmp_path):
     rows = 100
     data, out = write_data(tmp_path / "pets.parquet", rows), tmp_path / "out"

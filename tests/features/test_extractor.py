@@ -155,6 +155,9 @@ def plain_features(pipe, name, layers, timesteps, images, members, seed=0):
     return {path: torch.stack(rows).unflatten(0, (len(timesteps), len(images))) for path, rows in found.items()}
 
 
+SOME = [n if n in ("ddpm", "dit", "sd") else pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES]
+
+
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_equals_a_plain_loop(name):
     images, timesteps, members = images_for(name), [261, 40], 2
@@ -185,7 +188,7 @@ def test_dit_takes_square_images_only():
 # Neighbours, order, batch size.
 
 
-@pytest.mark.parametrize("name", list(PIPELINES))
+@pytest.mark.parametrize("name", SOME)
 def test_an_image_does_not_depend_on_neighbours_or_batch_size(name):
     images, condition = images_for(name, 3), CONDITIONS[name]
     alone = make(name, ensemble_size=2, batch_size=4)

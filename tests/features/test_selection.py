@@ -52,8 +52,9 @@ def slow_ridge(train, labels, held, held_labels, penalties):
 def test_equals_the_loop_over_cells(unet, data):
     (images, labels), (held, held_labels) = data
     penalties = (1e-3, 1e-2, 1e-1, 1.0)
-    found = select_features(unet, *data, LEVELS, batch_size=24, penalties=penalties, **BASE)
-    assert len(found.cells) == len(LEVELS) * len(list_layers(unet))
+    layers = [layer.path for layer in list_layers(unet)][::3]
+    found = select_features(unet, *data, LEVELS, layers, batch_size=24, penalties=penalties, **BASE)
+    assert len(found.cells) == len(LEVELS) * len(layers)
     expected = {}
     for cell in found.cells:
         read = FeatureExtractor(unet, cell.layer, cell.timestep, pooling="mean", batch_size=24)
@@ -178,7 +179,7 @@ def test_noise_itself_tells_nothing(noise):
 
 
 def test_spread_over_noise_seeds(unet, data):
-    settings = {**BASE, "seeds": (0, 1, 2), "finalists": 3}
+    settings = {**BASE, "seeds": (0, 1), "finalists": 2}
     found = select_features(unet, *data, [100, 300], **settings)
     for cell in found.finalists:
         alone = [
@@ -186,14 +187,14 @@ def test_spread_over_noise_seeds(unet, data):
                 c.score
                 for c in select_features(unet, *data, [cell.timestep], [cell.layer], **{**BASE, "seeds": (s,)}).cells
             )
-            for s in (0, 1, 2)
+            for s in (0, 1)
         ]
         assert cell.seed_scores == pytest.approx(alone)
         assert cell.mean == pytest.approx(np.mean(alone))
         assert cell.std == pytest.approx(np.std(alone, ddof=1))
     assert found.best.mean == max(cell.mean for cell in found.finalists)
     assert found.best in found.cells
-    assert sum(cell.mean is not None for cell in found.cells) == 3
+    assert sum(cell.mean is not None for cell in found.cells) == 2
 
 
 def test_clean_input_has_no_spread(unet, data):

@@ -63,7 +63,6 @@ def test_the_real_images_are_encoded_once_for_many_generators(encoder):
         ({"generated": images(29, seed=1)}, {"counts"}),
         ({"features": "tokens"}, {"features"}),
         ({"image_size": 4}, {"resize", "reference"}),
-        ({"generated": images(30, seed=1, side=16)}, {"resize"}),
         ({"encoder": rows_encoder()}, {"encoder", "weights"}),
     ],
 )
@@ -77,6 +76,16 @@ def test_unlike_measurements_do_not_compare(encoder, changes, fields):
     with pytest.raises(UnlikeRecordsError) as caught:
         _ = one - measure_generation(**settings | changes)["frechet_distance"]
     assert set(caught.value.fields) == fields
+
+
+def test_real_and_generated_images_of_two_sizes_are_refused(encoder):
+    real, generated = images(40), images(30, seed=1, side=16)
+    told = r"generated images are 16 x 16 \(H x W\), those to compare with are 8 x 8: .*image_size"
+    for first in (real, encode_images(encoder, real)):
+        with pytest.raises(ValueError, match=told):
+            measure_generation(encoder, first, generated)
+    found = measure_generation(encoder, real, generated, image_size=8)
+    assert found["frechet_distance"].resize.count("8x8") == 2
 
 
 def test_every_form_of_images_gives_the_same(encoder):

@@ -252,6 +252,35 @@ def test_convert_repa(tmp_path, capsys):
         torch.testing.assert_close(projector(tokens, (4, 4)), official.projectors[at](tokens))
 
 
+def test_convert_reg(tmp_path, capsys):
+    """The class token's layers become the pipeline's; its place in the positions, the first, is empty."""
+    official, (x, t, y) = OfficialSiT(z_dims=(6,)), inputs()
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"cls_projectors2.weight": (16, 6), "cls_projectors2.bias": (16,), "wg_norm.weight": (16,)}
+    shapes |= {"wg_norm.bias": (16,), "final_layer.linear_cls.weight": (6, 16), "final_layer.linear_cls.bias": (6,)}
+    token = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {**official.state_dict(), **token}
+    weights["pos_embed"] = torch.cat([torch.zeros(1, 1, 16), weights["pos_embed"]], 1)
+    torch.save({"ema": weights}, tmp_path / "c.pt")
+    assert run(tmp_path / "c.pt", "--out", tmp_path / "out", "--config", json.dumps(TWO)) == 0
+    pipe = SiTPipeline.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(
+        outputs(pipe.transformer, x, t, y), outputs(official, x, t / 1000, y), rtol=1e-5, atol=1e-5
+    )
+    noisy, state = torch.randn(3, 6), torch.randn(3, 16)
+    linear = torch.nn.functional.linear
+    entered = torch.nn.functional.layer_norm(
+        linear(noisy, token["cls_projectors2.weight"], token["cls_projectors2.bias"]), (16,), token["wg_norm.weight"],
+        token["wg_norm.bias"], 1e-6,
+    )  # fmt: skip
+    left = linear(state, token["final_layer.linear_cls.weight"], token["final_layer.linear_cls.bias"])
+    torch.testing.assert_close(pipe.class_token.enter(noisy), entered)
+    torch.testing.assert_close(pipe.class_token.leave(state), left)
+    weights["pos_embed"][0, 0, 3] = 1
+    with pytest.raises(ValueError, match="class token of this REG checkpoint has a position"):
+        convert_state_dict(weights, overrides=TWO)
+
+
 def test_convert_dit(tmp_path, capsys):
     official, (x, t, y) = saved(tmp_path, learn_sigma=True), inputs()
     (tmp_path / "config.yaml").write_text("num_attention_heads: 2\nclass_dropout_prob: 0.2\n")

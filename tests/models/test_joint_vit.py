@@ -1,4 +1,4 @@
-"""The joint vision transformer: its clean and its noisy path, patches, sizes, its earlier form, adapters."""
+"""The joint vision transformer: its clean and its noisy path, patches, sizes, its earlier form."""
 
 import json
 import math
@@ -294,52 +294,6 @@ def test_a_folder_of_the_earlier_form_loads_as_it_was(tmp_path):
     # arguments, not a saved config: a new network
     assert JointViTModel.from_config(dict(TINY)).config.form == "hybvit"
     assert JointViTModel.from_config(tiny().config).config.form == "hybvit"
-
-
-def test_adapters(tmp_path):
-    from peft import LoraConfig
-
-    model, x, times = tiny().float(), images().float(), torch.tensor([3, 250, 999])
-    model.save_pretrained(tmp_path)
-    plain = model(x, times)
-    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    tuned = model(x, times)
-    assert (tuned.sample - plain.sample).abs().max() > 1e-2
-    model.save_lora_adapter(tmp_path / "lora")
-    again = JointViTModel.from_pretrained(tmp_path)
-    again.load_lora_adapter(tmp_path / "lora", prefix=None, use_safetensors=True)
-    assert torch.equal(again(x, times).logits, tuned.logits)
-    again.disable_lora()
-    assert torch.equal(again(x, times).logits, plain.logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_eight_bits(dtype, tmp_path):
-    model, x, times = tiny(moved=False).float(), images().float(), torch.tensor([3, 250, 999])
-    model.save_pretrained(tmp_path)
-    want = model(x, times)
-    half = JointViTModel.from_pretrained(tmp_path, torch_dtype=dtype)
-    out = half(x.to(dtype), times)
-    assert {p.dtype for p in half.parameters()} == {out.sample.dtype, out.logits.dtype} == {dtype}
-    far = {torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
-    assert (out.sample.float() - want.sample).abs().mean() < far * want.sample.std()
-    half.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
-    assert half.blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
-    out = half(x.to(dtype), times)
-    assert out.sample.dtype == dtype
-    assert (out.sample.float() - want.sample).abs().mean() < 0.2 * want.sample.std()
-
-
-def test_checkpointing_changes_no_gradient():
-    grads = []
-    for on in (False, True):
-        model = tiny()
-        if on:
-            model.enable_gradient_checkpointing()
-        out = model(images(), 20)
-        (out.sample.square().sum() + out.logits.square().sum()).backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_what_the_package_reads():

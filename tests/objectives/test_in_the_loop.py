@@ -4,10 +4,12 @@ import pytest
 import torch
 from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+from safetensors.torch import load_file
 
 from diffusers_repr import Denoiser
-from diffusers_repr.objectives import REPAEObjective, REPAObjective, SelfAlignmentTerm
+from diffusers_repr.objectives import REGObjective, REPAEObjective, REPAObjective, SelfAlignmentTerm
 from tests.objectives.cases import SMALL, sit, teacher
+from tests.objectives.test_reg import class_teacher
 from tests.testers.models import autoencoder
 from tests.training.conftest import fresh_accelerate
 from tests.training.loop_cases import Numbers, assert_same_checkpoint, read_lines, run_here
@@ -29,6 +31,12 @@ def repa():
     return REPAObjective(Denoiser.from_pipe(pipe), [teacher()], "blocks.1", stop_step=3, terms=terms, **SMALL)
 
 
+def reg():
+    torch.manual_seed(0)
+    pipe = SiTPipeline(sit().model, FlowMatchODEScheduler())
+    return REGObjective(Denoiser.from_pipe(pipe), [class_teacher()], "blocks.1", **SMALL)
+
+
 def repa_e():
     torch.manual_seed(0)
     vae = autoencoder((8,), latent_channels=3, scaling_factor=0.7, sample_size=8)
@@ -36,7 +44,7 @@ def repa_e():
     return REPAEObjective(Denoiser.from_pipe(pipe), [teacher()], "blocks.1", **SMALL)
 
 
-@pytest.mark.parametrize("make", [repa, repa_e])
+@pytest.mark.parametrize("make", [repa, reg, repa_e])
 def test_resumed_is_uninterrupted(make, tmp_path):
     whole = run_here(tmp_path / "whole", make(), Coloured(), gradient_accumulation_steps=2, lr_scheduler="constant")
     run_here(
@@ -50,4 +58,9 @@ def test_resumed_is_uninterrupted(make, tmp_path):
     heads = sorted(path.name for path in (tmp_path / "whole" / "heads").iterdir())
     assert heads == (["projector-self-alignment", "projector-teacher"] if make is repa else ["projector-teacher"])
     pipe = SiTPipeline.from_pretrained(tmp_path / "whole")
+    if make is reg:  # what is sampled with is the average, of the head too
+        average = load_file(whole / "ema.safetensors")
+        for name, value in pipe.class_token.state_dict().items():
+            assert torch.equal(value, average[f"class_token.{name}"])
+        assert "`class_tokens`" in (tmp_path / "whole" / "README.md").read_text()
     assert pipe(class_labels=[1, 2], num_inference_steps=2).images[0].size == (8, 8)

@@ -2,12 +2,23 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from torch import nn
 
-from diffusers_repr import Denoiser
+from diffusers_repr import PAG, Denoiser, FeatureExtractor, guide
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.objectives import AttentionAlignmentTerm, REPAConfig, SelfAlignmentTerm, build_repa
-from diffusers_repr.objectives.reg import ClassTokenHead, ClassTokenSlot, REGObjective, sample_with_class_token
+from diffusers_repr.models import ClassTokenHead
+from diffusers_repr.objectives import (
+    AttentionAlignmentTerm,
+    REGObjective,
+    REPAConfig,
+    REPAObjective,
+    SelfAlignmentTerm,
+    build_repa,
+)
 from tests.objectives.cases import COSINE, LINEAR, SMALL, TinyTeacher, backward, batch, shake, sit, teacher
 from tests.testers.models import build
 
@@ -33,6 +44,20 @@ def reg(schedule=LINEAR, **options):
     objective = REGObjective(sit(schedule), [class_teacher()], "blocks.1", **{**SMALL, **options})
     shake(objective.class_token, 7)
     return objective
+
+
+def entered(head, token):
+    """Linear layer and layer norm with weights, written out."""
+    hidden = token @ head.embed.weight.T + head.embed.bias
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * head.norm.weight + head.norm.bias
+
+
+def token_pipeline(scheduler=None, dtype=torch.float64):
+    head = shake(ClassTokenHead(16, 6), 7)
+    pipe = SiTPipeline(sit().model.eval(), scheduler or FlowMatchODEScheduler(), class_token=head).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def forward_with_token(network, x, time, labels, token):
@@ -66,12 +91,11 @@ def test_the_losses_by_hand(schedule):
         a_dot, s_dot = -math.pi / 2 * s, math.pi / 2 * a
     z = features.global_features
     column = [v.view(-1, 1) for v in (a, s, a_dot, s_dot)]
-    token = objective.class_token.embed(column[0] * z + column[1] * eps)
+    token = entered(objective.class_token, column[0] * z + column[1] * eps)
     target = column[2] * z + column[3] * eps
     assert target.shape == (3, 6)
     image = [v.view(-1, 1, 1, 1) for v in (a, s, a_dot, s_dot)]
     x_t = image[0] * data["pixel_values"] + image[1] * data["noise"]
-    objective.slot._token = None
     predicted, state, states = forward_with_token(objective.network, x_t, data["time"], data["class_labels"], token)
     wanted = image[2] * data["pixel_values"] + image[3] * data["noise"]
     assert out["denoising"].item() == pytest.approx((predicted - wanted).square().mean().item(), abs=1e-4)
@@ -95,18 +119,6 @@ def test_gradient_checkpointing_changes_nothing():
     assert a["class_token.embed.weight"].abs().max() > 0
 
 
-def test_outside_the_block_the_network_is_as_it_was():
-    objective = reg()
-    plain = sit().model
-    objective(batch())
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([5.0, 900.0])
-    labels, none = torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool)
-    with torch.no_grad():
-        assert torch.equal(
-            objective.network(x, t, labels, drop_mask=none).sample, plain(x, t, labels, drop_mask=none).sample
-        )
-
-
 def test_attention_is_aligned_without_the_class_token():
     encoder = class_teacher()
     term = AttentionAlignmentTerm(None, ["blocks.0.attn"], (0,))
@@ -114,40 +126,93 @@ def test_attention_is_aligned_without_the_class_token():
     assert math.isfinite(objective(batch())["attention"].item())
 
 
-def test_its_head_is_saved_apart(tmp_path):
-    objective = reg()
-    heads = objective.heads(objective.trained_state())
-    assert list(heads) == ["projector-teacher", "class-token"]
-    heads["class-token"].save_pretrained(tmp_path)
-    again = ClassTokenHead.from_pretrained(tmp_path)
-    assert torch.equal(again.embed.weight, objective.class_token.embed.weight)
+def test_what_is_saved_denoises_both_and_training_goes_on_from_it(tmp_path):
+    plain = SiTPipeline(sit().model, FlowMatchODEScheduler())
+    objective = REGObjective(Denoiser.from_pipe(plain), [class_teacher()], "blocks.1", **SMALL)
+    shake(objective.class_token, 7)
+    assert list(objective.ema_modules()) == ["network", "class_token"]
+    assert list(objective.networks()) == ["network"]
+    assert "class_tokens" in objective.card["text"]
+    objective.save_pretrained(tmp_path, objective.trained_state(), torch.float32)
+    assert [path.name for path in (tmp_path / "heads").iterdir()] == ["projector-teacher"]
+    pipe = SiTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(class_labels=[1, 2], num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert out.class_tokens.shape == (2, 6)
+    assert plain.class_token is None
+    with pytest.raises(ValueError, match="guidance would move the image alone"):
+        guide(pipe, [PAG(2.0, layers="blocks.1.*")])
+    denoiser = Denoiser.from_pipe(pipe)
+    with pytest.warns(UserWarning, match="trained with a class token"):
+        FeatureExtractor(denoiser, ["blocks.1"], timestep=100)
+    with pytest.raises(ValueError, match="denoises images together with a class token"):
+        REPAObjective(denoiser, [class_teacher()], "blocks.1", **SMALL)
+    wide = Encoder.from_module(WithClassToken(5), patch_size=2, prefix_tokens=1, name="wide")
+    with pytest.raises(ValueError, match=r"class tokens of 6 channels, those of 'wide' have 5"):
+        REGObjective(denoiser, [wide], "blocks.1", **SMALL)
+    again = REGObjective(denoiser, [class_teacher()], "blocks.1", **SMALL)
+    assert all(parameter.requires_grad for parameter in again.class_token.parameters())
+    again.load_state_dict(objective.state_dict() | {k: v for k, v in again.state_dict().items() if "class" in k})
+    assert torch.equal(again(batch() | fixed())["class_token"], objective(batch() | fixed())["class_token"])
+
+
+def fixed():
+    return {"time": torch.tensor([100.0, 500.0, 900.0]), "generator": torch.Generator().manual_seed(3)}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.3])
 def test_sampling_denoises_both(guidance):
-    denoiser, head = sit(), shake(ClassTokenHead(16, 6), 7)
-    labels = [0, 3]
-    x0, tokens = sample_with_class_token(
-        denoiser, head, 2, labels, steps=3, guidance_scale=guidance, guidance_interval=(0.0, 0.85),
-        generator=torch.Generator().manual_seed(1),
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    x, token = torch.randn(2, 3, 8, 8, generator=generator), torch.randn(2, 6, generator=generator)
+    pipe = token_pipeline(FlowMatchODEScheduler() if guidance > 1 else FlowMatchEulerDiscreteScheduler())
+    labels, generator = [0, 3], torch.Generator().manual_seed(1)
+    x, token = (torch.randn(2, *shape, generator=generator).double() for shape in ((3, 8, 8), (6,)))
+    drawn = torch.Generator().set_state(after(x))
+    out = pipe(labels, guidance_scale=guidance, guidance_interval=(0.0, 0.85), num_inference_steps=3,
+               latents=x, generator=drawn, output_type="latent")  # fmt: skip
+    times = [*(pipe.scheduler.timesteps.double() / 1000).tolist(), 0.0]
     with torch.no_grad():
-        for now in (1.0, 2 / 3, 1 / 3):
+        for now, then in zip(times, times[1:], strict=False):
             moves = []
             for row in (torch.tensor(labels), torch.tensor([5, 5])):
-                time = torch.full((2,), 1000 * now)
-                velocity, state, _ = forward_with_token(denoiser.model, x, time, row, head.embed(token))
-                moves.append((velocity, head.read(state)))
+                time = torch.full((2,), 1000 * now, dtype=torch.float32)
+                entering = entered(pipe.class_token, token)
+                velocity, state, _ = forward_with_token(pipe.transformer, x, time, row, entering)
+                moves.append((velocity, pipe.class_token.read(state)))
             s = guidance if now <= 0.85 else 1.0
             x, token = (
-                value - (null + s * (cond - null)) / 3
+                value + (then - now) * (null + s * (cond - null))
                 for value, cond, null in ((x, moves[0][0], moves[1][0]), (token, moves[0][1], moves[1][1]))
             )
-    assert torch.allclose(x0, x, atol=1e-4)
-    assert torch.allclose(tokens, token, atol=1e-4)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in denoiser.model.modules())
+    torch.testing.assert_close(out.images, x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.class_tokens, token, rtol=0, atol=1e-5)
+
+
+def after(x):
+    """State of a generator that has drawn as many numbers."""
+    generator = torch.Generator().manual_seed(1)
+    torch.randn(x.shape, generator=generator)
+    return generator.get_state()
+
+
+def test_the_papers_sampler_moves_both_by_its_own_noise():
+    """Euler-Maruyama from t = 1 to 0.04 and the mean to 0; the image's noise is drawn before the token's."""
+    pipe = token_pipeline(FlowMatchSDEScheduler())
+    out = pipe([0, 3], num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="latent")
+    generator = torch.Generator().manual_seed(1)
+    state = [torch.randn(2, *shape, generator=generator).double() for shape in ((3, 8, 8), (6,))]
+    times = [1.0, 0.52, 0.04, 0.0]
+    with torch.no_grad():
+        for now, then in zip(times, times[1:], strict=False):
+            entering = entered(pipe.class_token, state[1])
+            time = torch.full((2,), 1000 * now, dtype=torch.float32)
+            velocity, hidden, _ = forward_with_token(pipe.transformer, state[0], time, torch.tensor([0, 3]), entering)
+            dt = then - now
+            for at, v in enumerate((velocity, pipe.class_token.read(hidden))):
+                score = -(state[at] + (1 - now) * v) / now
+                state[at] = state[at] + (v - now * score) * dt
+                if then > 0:
+                    state[at] = state[at] + (2 * now * -dt) ** 0.5 * torch.randn(v.shape, generator=generator)
+    torch.testing.assert_close(out.images.double(), state[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.class_tokens.double(), state[1], rtol=0, atol=1e-4)
 
 
 def test_the_recipe():
@@ -167,5 +232,8 @@ def test_bad_input():
         reg(class_weight=-1.0)
     with pytest.raises(TypeError, match="got UNet2DModel"):
         REGObjective(Denoiser.from_pipe(build("ddim")), [teacher()], "mid_block")
-    with pytest.raises(TypeError, match="got Linear"):
-        ClassTokenSlot(nn.Linear(1, 1))
+    other = DDIMPipeline(sit().model, build("ddim").scheduler)
+    with pytest.raises(TypeError, match="saved in a SiTPipeline; got DDIMPipeline"):
+        REGObjective(Denoiser(other.unet, pipe=other, schedule=LINEAR), [class_teacher()], "blocks.1", **SMALL)
+    with pytest.raises(ValueError, match=r"class_token must be \(2, 16\); got \(2, 6\)"):
+        sit().model(torch.zeros(2, 3, 8, 8), 5.0, class_token=torch.zeros(2, 6))

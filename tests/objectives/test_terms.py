@@ -154,6 +154,26 @@ def test_the_attention_that_is_aligned_is_the_networks_own(qk_norm):
         assert torch.allclose(own, tape[path], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("depth", "layer", "blocks", "taught"),
+    [
+        (12, None, [4, 5, 6, 7], (-4, -3, -2, -1)),  # the code's, though REPA aligns block 3 here
+        (28, "blocks.3", [4, 5, 6, 7], (-4, -3, -2, -1)),
+        (8, "blocks.2", [4, 5, 6, 7], (-4, -3, -2, -1)),  # the recipe of the digits
+        (7, "blocks.5", [2, 3, 4, 5], (-4, -3, -2, -1)),
+        (6, "blocks.1.ff", [0, 1], (-2, -1)),
+        (6, None, [0, 1], (-2, -1)),
+        (3, "norm_out", [0], (-1,)),
+    ],
+)
+def test_which_attentions_are_paired_by_default(depth, layer, blocks, taught):
+    (term,) = REPAConfig(encoder=["x"], haste_weight=0.5).terms()
+    objective = REPAObjective(sit(layers=depth), [attention_teacher()], layer, terms=[term], **SMALL)
+    assert objective.tap.attentions == tuple(f"blocks.{at}.attn" for at in blocks)
+    assert term.teacher_layers == taught == objective.teachers_of(objective.noised(batch())).attentions["teacher"]
+    assert math.isfinite(objective(batch())["attention"].item())
+
+
 def test_haste_ends_both_losses():
     objective = haste(stop=3)
     plain = REPAObjective(sit(layers=6))
@@ -196,6 +216,10 @@ def test_attention_needs_a_teacher_with_as_many_layers():
     with pytest.raises(ValueError, match=r"1 layers .* and 2 teacher_layers"):
         REPAObjective(
             sit(), [attention_teacher()], terms=[AttentionAlignmentTerm(None, ["blocks.0.attn"], (0, 1))], **SMALL
+        )
+    with pytest.raises(ValueError, match=r"4 teacher_layers, and 2 blocks up to blocks\.1"):
+        REPAObjective(
+            sit(), [attention_teacher()], "blocks.1", terms=[AttentionAlignmentTerm(None, None, (0, 1, 2, 3))], **SMALL
         )
     objective = haste()
     with pytest.raises(ValueError, match="neither pixel_values"):
@@ -337,7 +361,7 @@ def test_haste_with_a_real_teacher(tmp_path):
     )
     Dinov2Model(config).save_pretrained(tmp_path)
     encoder = Encoder.from_pretrained(tmp_path, image_size=16, name="dino")
-    term = AttentionAlignmentTerm(None, ["blocks.0.attn", "blocks.1.attn"], (-2, -1))
+    term = AttentionAlignmentTerm()  # two blocks up to REPA's, so the last two of the teacher's three
     objective = REPAObjective(sit(), [encoder], "blocks.1", terms=[term], **SMALL)
     calls = []
     handle = encoder.module.register_forward_hook(lambda *_: calls.append(1))

@@ -19,6 +19,7 @@ from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import CheckpointError
 from diffusers_repr.training.checks import check_place
 from diffusers_repr.training.run import Run
+from tests.testers.marks import slow
 from tests.training.loop_cases import (
     STEPS,
     Numbers,
@@ -69,11 +70,11 @@ def killed_at(name, nth, target):
 @pytest.mark.parametrize(
     ("name", "nth", "target"),
     [
-        ("step", 1, Run),  # before anything
+        slow("step", 1, Run),  # before anything
         ("step", 4, Run),  # inside a window of the log, after a checkpoint
         ("save_file", 5, checkpoints),  # in the middle of the second checkpoint
-        ("write_json", 2, checkpoints),  # before its state
-        ("step_of", 1, checkpoints),  # it has its name, nothing was dropped yet
+        slow("write_json", 2, checkpoints),  # before its state
+        slow("step_of", 1, checkpoints),  # it has its name, nothing was dropped yet
         ("save_pretrained", 1, DiffusionObjective),  # all steps are done, the result is not written
     ],
 )

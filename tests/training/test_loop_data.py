@@ -12,6 +12,7 @@ from datasets import ClassLabel
 from diffusers_repr.training import DataConfig, load_train_data, make_accelerator, train
 from diffusers_repr.training.images import UnreadableImage
 from diffusers_repr.training.sharding import check_sharding
+from tests.testers.marks import slow
 from tests.training.data_cases import NAMES, rows, with_broken
 from tests.training.loop_cases import (
     Numbers,
@@ -36,7 +37,7 @@ def run_on(folder, data, **changes):
     return run_here(folder, data=data, lr_scheduler="constant", **changes)
 
 
-@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("threads", [slow(0), 2])
 def test_a_stream_goes_on_at_the_very_next_sample(tmp_path, threads):
     """Eleven steps of four of 23 images: epochs, blocks and shards end inside."""
     run_on(tmp_path / "whole", stream(), max_train_steps=11)

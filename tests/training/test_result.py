@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffusers_repr.hub import HubError
 from diffusers_repr.hub.places import without_places
-from diffusers_repr.training import TrainingConfig, parse_recipe, train
+from diffusers_repr.training import TrainingConfig, parse_recipe, result, train
 from diffusers_repr.training.result import final_loss
 from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.training.loop_cases import Numbers, read_lines, run_here, settings, tiny_objective
@@ -155,6 +155,22 @@ assert outcome.state == "pushed", outcome
 """
 
 
+def test_what_is_handed_to_the_hub(finished, monkeypatch):
+    """The fast half of the next test: names and contents, without a server."""
+    sent = {}
+
+    def keep(folder, repo_id, **_):
+        sent.update({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+        return repo_id
+
+    monkeypatch.setattr(result, "push_folder", keep)
+    assert result.push_result(finished, "user/run") == "user/run"
+    assert {"README.md", "loss.jsonl", "model_index.json", "recipe.yaml", "samples.png"} <= set(sent)
+    assert not [name for name in sent if name.startswith(("checkpoint", "logs/", "samples/"))]
+    assert not [name for name, data in sent.items() if str(finished).encode() in data]
+
+
+@pytest.mark.slow
 def test_the_result_is_pushed_without_checkpoints(tmp_path):
     with hub_server() as server:
         done = run_python(PUSH.format(folder=str(tmp_path / "run")), hub_env(server, tmp_path))

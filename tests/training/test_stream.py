@@ -14,6 +14,7 @@ from diffusers_repr.training.data import load_train_data
 from diffusers_repr.training.data_config import DataConfig
 from diffusers_repr.training.images import UnreadableImage
 from diffusers_repr.training.stream import StreamData
+from tests.testers.marks import slow, slow_but
 from tests.training.data_cases import NAMES, rows, with_broken
 
 COUNT = 23
@@ -56,8 +57,13 @@ def numbers(samples):
     return [int(sample["caption"].split()[1]) for sample in samples]
 
 
-@pytest.mark.parametrize("kind", ["memory", "generator", "parquet"])
-@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "threads"),
+    slow_but(
+        [("memory", 2), ("generator", 0), ("parquet", 0)],
+        [(kind, threads) for kind in ("memory", "generator", "parquet") for threads in (0, 2)],
+    ),
+)
 def test_resumes_at_the_next_sample_wherever_it_stopped(tmp_path, kind, threads):
     settings = {"threads": threads}
     whole, states, data = [], [], source(kind, tmp_path)
@@ -101,7 +107,7 @@ def test_order_depends_on_seed_and_epoch(tmp_path):
     assert len(starts) > 1
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("memory", 2), ("memory", 3), ("parquet", 3)])
+@pytest.mark.parametrize(("kind", "world_size"), [("memory", 2), ("memory", 3), slow("parquet", 3)])
 def test_processes_share_the_rows(tmp_path, kind, world_size):
     """4 shards for 2 processes are divided; 4 for 3 are not, so each takes every third row."""
     shared, indices = [], []
