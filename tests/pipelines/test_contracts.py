@@ -13,6 +13,7 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
+from diffusers_repr.models.class_token import ClassTokenHead
 from tests.pipelines import sit_cases
 from tests.testers.models import build, unet2d
 from tests.testers.pipelines import PipelineContract
@@ -31,6 +32,15 @@ class ByClass(PipelineContract):
 class TestSiT(ByClass):
     def make(self):
         return sit_cases.pipeline(FlowMatchODEScheduler(shift=2.0), vae=sit_cases.autoencoder())
+
+
+class TestSiTWithClassToken(ByClass):
+    state = ("latents", "class_token")
+
+    def make(self):
+        pipe, token = sit_cases.pipeline(), ClassTokenHead(16, 6).eval()
+        torch.nn.init.normal_(token.read.weight, generator=torch.Generator().manual_seed(0))
+        return type(pipe)(pipe.transformer, pipe.scheduler, class_token=token)
 
 
 class TestGuidedUnconditional(ByClass):

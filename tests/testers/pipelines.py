@@ -20,16 +20,16 @@ class ClassCutoff(PipelineCallback):
 
 
 class Keep(PipelineCallback):
-    """Keeps the latents after each step."""
+    """Keeps tensors after each step."""
 
-    tensor_inputs = ["latents"]
+    tensor_inputs: list[str] = []
 
-    def __init__(self):
+    def __init__(self, names):
         super().__init__()
-        self.latents = []
+        self.tensor_inputs, self.steps = list(names), []
 
     def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
-        self.latents.append(callback_kwargs["latents"].clone())
+        self.steps.append({name: callback_kwargs[name].clone() for name in self.tensor_inputs})
         return callback_kwargs
 
 
@@ -55,6 +55,7 @@ class PipelineContract:
         off: What switches guidance off.
         cut: Arguments of the run in which a callback does; `pair` if None.
         many: Name of the argument for several images a label or prompt; None if there is none.
+        state: Names of the tensors that a step changes.
         cutoff: Class of a callback that switches guidance off; None for a call without callbacks.
         output_types: What it can return.
     """
@@ -65,6 +66,7 @@ class PipelineContract:
     off: dict = {"guidance_scale": 1.0}
     cut: dict | None = None
     many: str | None = "num_images_per_label"
+    state = ("latents",)
     cutoff: type | None = ClassCutoff
     output_types = ("pil", "np", "pt", "latent")
 
@@ -143,7 +145,7 @@ class PipelineContract:
         assert steps == list(range(pipe.num_timesteps))
         assert not last.any()
 
-        keep = Keep()
+        keep = Keep(self.state)
         both = MultiPipelineCallbacks([self.cutoff(cutoff_step_ratio=0.25), keep])
         got = self.sample(pipe, call, **settings, callback_on_step_end=both)
         after = int(pipe.num_timesteps * 0.25)
@@ -153,7 +155,7 @@ class PipelineContract:
             pipe,
             {**call, **self.off},
             **settings,
-            callback_on_step_end=lambda p, step, t, tensors: {"latents": keep.latents[after]} if step == after else {},
+            callback_on_step_end=lambda p, step, t, tensors: keep.steps[after] if step == after else {},
         )
         torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
         guided = self.sample(pipe, call, **settings)
