@@ -15,6 +15,7 @@ from diffusers_repr.hub.files import read_json
 
 # Class of ours that a pipeline may have as a component -> its module.
 OWN_COMPONENTS = {
+    "ClassTokenHead": "diffusers_repr.models.class_token",
     "DepthHead": "diffusers_repr.heads.depth",
     "FlowMatchODEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_ode",
     "FlowMatchSDEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_sde",

@@ -3,19 +3,21 @@
 Every case would create the file `RAN` (or take minutes, or gigabytes) if the files were believed.
 """
 
+import importlib
 import json
 import sys
+import typing
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDPMPipeline
+from diffusers import AutoencoderTiny, DDPMPipeline, DiffusionPipeline
 
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser, list_layers_from_config
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.hub.components import OWN_COMPONENTS, check_config, check_index
-from diffusers_repr.hub.own_pipelines import is_own_pipeline
+from diffusers_repr.hub.own_pipelines import is_own_pipeline, pipeline_files
 from tests.encoders.vits import build as build_vit
 from tests.hostile.cases import changed, copied, written
 from tests.tasks.planted import pipeline
@@ -138,6 +140,20 @@ def test_components_of_the_table_are_there():
         __import__(module)
         assert getattr(sys.modules[module], name).__module__ == module
     assert is_own_pipeline("SiTPipeline")
+
+
+def test_every_model_of_ours_is_in_the_table():
+    """What a pipeline of ours saves as a component is found again."""
+    taken = set()
+    for file in pipeline_files():
+        module = importlib.import_module(f"diffusers_repr.pipelines.{file.parent.name}.pipeline")
+        pipes = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__)
+        for pipe in (v for v in pipes if issubclass(v, DiffusionPipeline)):
+            for kind in typing.get_type_hints(pipe.__init__).values():
+                taken |= {k for k in (kind, *typing.get_args(kind)) if isinstance(k, type)}
+    ours = {k.__name__: k.__module__ for k in taken if k.__module__.startswith("diffusers_repr.")}
+    assert {"ClassTokenHead", "JointHead", "SiTTransformer2DModel"} <= ours.keys()
+    assert ours.items() <= OWN_COMPONENTS.items()
 
 
 def test_published_sizes_pass():
