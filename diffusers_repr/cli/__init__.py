@@ -8,7 +8,7 @@ import errno
 import functools
 import importlib
 import os
-import select
+import select as waiting  # `select` here is one of the commands
 import sys
 import traceback
 import warnings
@@ -146,7 +146,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def _reader_is_gone() -> bool:
     """Whether it is our output that nobody reads; a connection elsewhere breaks with the same error."""
     try:
-        watch = select.poll()
+        watch = waiting.poll()
         watch.register(sys.stdout.fileno(), 0)
         return bool(watch.poll(0))
     except (AttributeError, OSError, ValueError):  # a system without poll; an output that is no file

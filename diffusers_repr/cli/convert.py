@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: REPA, REG, SiT, DiT and HybViT checkpoints to a pipeline folder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: REPA, REG, SiT, DiT and HybViT checkpoints to a pipeline."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers_repr.hub import dataset_card, is_repo_id
+from diffusers_repr.hub.places import public_name
 
 
 def store_card(manifest: dict[str, Any]) -> str:
@@ -16,8 +17,9 @@ def store_card(manifest: dict[str, Any]) -> str:
         for c in manifest["columns"]
     )
     settings = {
-        "model": f"`{model['name'] or model['class']}`" + (f" at `{model['revision']}`" if model["revision"] else ""),
-        "data": f"`{data['name']}`, split `{split}`, {data['rows']} rows",
+        "model": f"`{public_name(model['name'] or model['class'])}`"
+        + (f" at `{model['revision']}`" if model["revision"] else ""),
+        "data": f"`{public_name(data['name'])}`, split `{split}`, {data['rows']} rows",
         "noise": f"{features['noise']}, ensemble of {features['ensemble_size']}, seed {features['seed']}",
         "pooling": features["pooling"] or "none",
         "read": f"{features['where']} of each layer, images of {features['image_size'][0]} x "

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from diffusers_repr.hub.components import is_component
 from diffusers_repr.hub.errors import hub_errors
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config
@@ -48,7 +49,10 @@ class OwnComponentsMixin:
             index = snapshot_download(
                 pretrained_model_name, revision=revision, allow_patterns=["model_index.json"], **options
             )
-            named = [name for name, value in read_json(Path(index) / "model_index.json").items() if _is_given(value)]
+            held = read_json(Path(index) / "model_index.json")
+            if not isinstance(held, dict):
+                raise ValueError(f"model_index.json of {pretrained_model_name!r} is no object; it is no pipeline.")
+            named = [name for name, value in held.items() if is_component(value)]
             # A training run leaves more in its folder than the pipeline.
             patterns = ["model_index.json", *(f"{name}/*" for name in named)]
             return snapshot_download(pretrained_model_name, revision=revision, allow_patterns=patterns, **options)
@@ -92,11 +96,6 @@ def is_own_pipeline(name: Any) -> bool:
 def _own_pipelines() -> dict[str, Path]:
     """Name of each pipeline class of this package -> its file; the files are read, not imported."""
     return {check_pipeline_file(file): file for file in pipeline_files()}
-
-
-def _is_given(component: Any) -> bool:
-    """Whether an entry of `model_index.json` is a component that is there: `[library, class]`."""
-    return isinstance(component, list) and len(component) == 2 and component[0] is not None
 
 
 def pipeline_files() -> list[Path]:

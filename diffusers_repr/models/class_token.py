@@ -31,6 +31,8 @@ class ClassTokenHead(ReprModelMixin, ModelMixin, ConfigMixin):
         (torch.Size([2, 8]), torch.Size([2, 5]))
     """
 
+    _no_split_modules: list[str] = []
+
     @register_to_config
     def __init__(self, hidden_dim: int, token_dim: int) -> None:
         super().__init__()

@@ -56,7 +56,14 @@ class NoiseSchedule:
             )
         if self.kind == "vp" and self.log_alpha_bar is None:
             raise ValueError("A vp schedule needs log_alpha_bar, e.g. torch.log1p(-betas.double()).cumsum(0).")
-        if self.kind in ("ve", "edm") and not 0 < self.sigma_min < self.sigma_max:
+        table = self.log_alpha_bar
+        # 0 at the end is -inf; differences of two of those are no numbers, and no rise.
+        if table is not None and (not len(table) or not bool((table <= 0).all()) or bool((table.diff() > 1e-9).any())):
+            raise ValueError(
+                "alpha_bar of a vp schedule must fall from at most 1 towards 0, timestep by timestep; here it is "
+                "empty, rises or is no number: the betas must lie between 0 and 1."
+            )
+        if self.kind in ("ve", "edm") and not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"0 < sigma_min < sigma_max is needed; got {self.sigma_min}, {self.sigma_max}.")
 
     @classmethod

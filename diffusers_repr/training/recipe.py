@@ -134,14 +134,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
-    """Settings as a recipe, keys in their order; a list that stands twice is written twice, without YAML's aliases."""
-    yaml = import_yaml()
-
-    class Plain(yaml.SafeDumper):  # type: ignore[name-defined]
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    return yaml.dump(settings, Dumper=Plain, sort_keys=False, width=119)
+    """Settings as a recipe, keys in their order, without YAML's aliases."""
+    plain = json.loads(json.dumps(settings))  # no list stands in two places, which YAML would write as an alias
+    return import_yaml().safe_dump(plain, sort_keys=False, width=119)
 
 
 def check_keys(place: str, given: Iterable[str], allowed: Iterable[str]) -> None:

@@ -60,6 +60,7 @@ def test_predict_prints_a_table_and_json(place, capsys):
     assert sum(entry["probability"] for entry in found["top"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow  # a process of its own; `tests/features/test_cli_extract.py` has one that stays
 def test_predict_as_a_command_of_its_own(place, tmp_path):
     arguments = ["predict", str(place / "probe"), str(place / "images"), "--json", "--base", str(place / "model")]
     done = subprocess.run(

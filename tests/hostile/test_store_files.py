@@ -278,3 +278,15 @@ def test_every_value_of_a_caches_manifest(cache):
         )
         > 20
     )
+
+
+def test_the_links_of_the_hubs_cache_are_followed(good_store, good_cache, tmp_path):
+    for good, read in ((good_store, read_store), (good_cache, read_cache)):
+        blobs, snapshot = tmp_path / good.name / "blobs", tmp_path / good.name / "snapshots" / "abc"
+        blobs.mkdir(parents=True)
+        for file in (path for path in good.rglob("*") if path.is_file()):
+            shutil.copy(file, blobs / file.name)
+            link = snapshot / file.relative_to(good)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blobs / file.name)
+        read(snapshot)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.store_card import store_card
 from diffusers_repr.hub import push_folder
 from diffusers_repr.hub.allowed import KINDS
 from diffusers_repr.hub.upload import plan_upload
@@ -233,6 +234,17 @@ def test_places_of_this_machine_become_last_names(tmp_path):
     upload = plan_upload(result)
     assert text_of(upload, "recipe.yaml") == "dataset_name: pictures\nencoder:\n- org/name\n- teacher\n- teacher\n"
     assert json.loads(text_of(upload, "unet/config.json")) == {"_name_or_path": "a", "labels": {"0": "/m/012"}}
+
+
+def test_the_card_of_a_store_tells_no_place():
+    features = {"noise": "clean", "ensemble_size": 1, "seed": 0, "pooling": None, "where": "output", "prompt": None}
+    features |= {"image_size": [8, 8], "dtype": "float32"}
+    model = {"name": "/gone/models/sd", "revision": None, "class": "X"}
+    data = {"name": "/gone/cats", "split": "train", "rows": 1}
+    recipe = {"model": model, "data": data, "features": features}
+    card = store_card({"recipe": recipe, "columns": [], "rows": 1, "recipe_hash": "a", "label": None})
+    assert "/gone" not in card
+    assert "- model: `sd`\n- data: `cats`, split" in card
 
 
 def test_a_text_that_tells_the_home_folder_is_refused(tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from huggingface_hub import close_session, constants
 
+from diffusers_repr.cli import main
 from tests.testers.hub_server import hub_env, hub_server, run_python
 
 ROUND_TRIP = """
@@ -98,12 +100,6 @@ except OSError as error:
 print(json.dumps(report))
 """
 
-NO_NETWORK = """
-import os
-from diffusers_repr.cli import main
-print(main(["predict", "user/probe", os.environ["IMAGE"]]))
-"""
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
@@ -161,11 +157,19 @@ def test_what_is_not_there_is_told(report):
     assert "user/empty" in report["empty"]
 
 
-def test_without_a_network(tmp_path):
+def test_without_a_network(tmp_path, monkeypatch, capsys):
     image = tmp_path / "image.png"
     image.write_bytes(b"x")
-    env = hub_env("http://127.0.0.1:9", tmp_path, token=None, IMAGE=image)
-    done = run_python(NO_NETWORK, env)
-    assert done.stdout.splitlines()[-1] == "2"
-    assert "diffusers-repr predict: Cannot load model repository 'user/probe'" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    close_session()
+    try:
+        assert main(["predict", "user/probe", str(image)]) == 2
+    finally:
+        close_session()
+    told = capsys.readouterr().err
+    assert "diffusers-repr predict: Cannot load model repository 'user/probe'" in told
+    assert "no connection to the Hub at http://127.0.0.1:9" in told
+    assert "Traceback" not in told

@@ -64,6 +64,12 @@ def test_a_recipe_of_settings_gives_them_again(tmp_path):
     assert list(read_recipe(tmp_path / "recipe.yaml")) == list(recipe)  # in their order
 
 
+def test_a_list_that_stands_twice_is_written_twice(tmp_path):
+    twice = [1, 2]
+    (tmp_path / "recipe.yaml").write_text(to_yaml({"a": twice, "b": twice}))
+    assert read_recipe(tmp_path / "recipe.yaml") == {"a": twice, "b": twice}
+
+
 def test_unknown_keys_and_flags(tmp_path):
     with pytest.raises(
         ValueError, match=r"Unknown key 'learning_rat' in .*recipe.yaml. Closest allowed: .'learning_r"
