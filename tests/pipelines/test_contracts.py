@@ -68,6 +68,7 @@ class TestJointViT(ByClass):
 
 
 class ByPrompt(PipelineContract):
+    test_variants = None  # the stock class saves and loads
     many = "num_images_per_prompt"
     size = {"height": 32, "width": 32, "guidance_scale": 4.0}
     pair = {"prompt": ["a cat", "owls"], **size}
@@ -92,6 +93,7 @@ class TestGuidedStableDiffusionXL(ByPrompt):
 
 
 class TestGuidedDiT(ByClass):
+    test_variants = None
     cutoff, many = None, None
     output_types = ("pil", "np", "pt")
 
