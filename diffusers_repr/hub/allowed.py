@@ -130,8 +130,11 @@ def allowed_names(folder: Path, kind: str, include: Iterable[str] = ()) -> Allow
     files = [*chosen.files, *_checked(include)]
     if chosen.pipeline and (folder / "model_index.json").is_file():
         files += _components(read_json(folder / "model_index.json"))
-    if "config.json" in files and (folder / "config.json").is_file():
-        files += _own_code(read_json(folder / "config.json"))
+    configs = {name for name in files if name.split("/")[-1] == "config.json"}
+    for path in sorted(path for name in configs for path in folder.glob(name)):
+        if path.is_file() and not path.is_symlink():  # of links the upload says more
+            beside = path.parent.relative_to(folder)
+            files += [(beside / code).as_posix() for code in _own_code(read_json(path))]
     return AllowList(kind, tuple(dict.fromkeys(files)), _shown(folder))
 
 
