@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -136,10 +135,8 @@ class _Hook:
         self._run, self._acts = run, acts
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
-        # Of a graph that is compiled, hooks are a part; whoever calls it runs them.
-        if torch.compiler.is_dynamo_compiling() or self._acts():
-            return self._run(module, *given)
-        return None
+        # Asked in a graph that is compiled too: whose call it is, is one of its guards.
+        return self._run(module, *given) if self._acts() else None
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _idle, ()

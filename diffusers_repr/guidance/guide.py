@@ -132,13 +132,16 @@ class GuidanceHandle(SchedulerWatcher):
         self._engine.owner.settle()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         was_on = self._on
-        if kind is None:
-            self._check_idle()
-        self._end()
-        if kind is not None:
+        if error is not None:
+            if was_on and self._engine.owner.is_busy_elsewhere():  # whose samples would be half guided
+                error.add_note("A guided run is under way in another thread, and stays guided: then handle.remove().")
+            else:
+                self._end()
             return
+        self._check_idle()
+        self._end()
         if was_on:
             self._judge(finished=not getattr(self._pipe, "_interrupt", False))  # a callback may end a run early
         if not self.stats.calls and (self._engine.terms or self._engine.cfg):

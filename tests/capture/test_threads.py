@@ -106,6 +106,7 @@ def test_calls_of_another_thread_are_not_read():
     with capture(model, ["0"], stop_early=False) as tape:
         model(x)
         in_thread(lambda: model(2 * x))
+        in_thread(lambda: torch.compile(model, backend="eager")(3 * x))
     assert torch.equal(tape["0"], model(x))
 
 

@@ -160,6 +160,31 @@ def test_a_second_thread_on_a_guided_pipeline_raises_at_once():
     assert hook_count(pipe.unet) == 0
 
 
+def test_an_error_in_the_block_does_not_end_the_guidance_under_a_run():
+    pipe = build("sd")
+    with guide(pipe, PAG(2.0)):
+        expected = run("sd", pipe, 3.0)
+    handle, runs = guide(pipe, PAG(2.0)), []
+    with pytest.raises(IndexError) as caught, handle:
+        runs.append(held(pipe)) or runs[1]
+    finish = runs[0]
+    assert "stays guided" in caught.value.__notes__[0]
+    assert torch.equal(finish(), expected)
+    handle.remove()
+    assert hook_count(pipe.unet) == 0
+
+
+def test_a_thread_that_compiles_the_network_is_not_guided():
+    pipe = build("ddim")
+    x = noise(1, 3, 16, 16)
+    with torch.no_grad():
+        plain = pipe.unet(x, 300).sample
+        with guide(pipe, PAG(2.0)):
+            run("ddim", pipe)
+            compiled = torch.compile(pipe.unet, backend="eager")
+            assert torch.equal(in_thread(torch.no_grad()(lambda: compiled(x, 300).sample)), plain)
+
+
 def test_a_run_that_was_broken_off_in_a_thread_does_not_stay():
     pipe = build("sd")
 
