@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffusers_repr.hub.allowed import AllowList, allowed_names, kind_of
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.places import last_name, public_config, told_places, without_places
+from diffusers_repr.hub.yaml_text import import_yaml, read_yaml
 
 _CONFIGS = (
     "config.json", "model_index.json", "scheduler_config.json", "preprocessor_config.json", "processor_config.json",
@@ -202,11 +201,8 @@ def _public_text(content: Any, replaced: dict[str, str]) -> str | None:
 
 
 def _public_recipe(source: Path) -> str:
-    try:
-        recipe = yaml.safe_load(source.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(source)!r} is no YAML: {' '.join(str(error).split())}. Remove or mend it.") from error
-    return yaml.safe_dump(without_places(recipe), sort_keys=False, width=119)
+    recipe = without_places(read_yaml(source))
+    return import_yaml().safe_dump(recipe, sort_keys=False, width=119)
 
 
 def _with_card(folder: Path, file: UploadFile, replaced: dict[str, str]) -> UploadFile:

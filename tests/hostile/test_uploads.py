@@ -236,6 +236,14 @@ def test_places_of_this_machine_become_last_names(tmp_path):
     assert json.loads(text_of(upload, "unet/config.json")) == {"_name_or_path": "a", "labels": {"0": "/m/012"}}
 
 
+def test_a_recipe_that_grows_is_not_sent(tmp_path):
+    """By the one reader of YAML: a few lines of aliases stand for billions of values."""
+    result = artefact(tmp_path / "run", "training result", ())
+    (result / "recipe.yaml").write_text("a: &a [x, x]\nb: [*a, *a]\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml, line 2: the alias \*a is not followed"):
+        plan_upload(result)
+
+
 def test_the_card_of_a_store_tells_no_place():
     features = {"noise": "clean", "ensemble_size": 1, "seed": 0, "pooling": None, "where": "output", "prompt": None}
     features |= {"image_size": [8, 8], "dtype": "float32"}
