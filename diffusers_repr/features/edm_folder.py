@@ -7,7 +7,6 @@ by side, `images` and `vae-sd`, the second with moments of latents in place of i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,13 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
+from diffusers_repr.hub.files import read_json
+from diffusers_repr.hub.schema import integer, shown
+
 LABELS = "dataset.json"
 IMAGES = "images"
 LATENTS = "vae-sd"
+_CLASS = integer(0, 999_999)  # a list of names is made up to the largest
 _SHARD = re.compile(r"\d{5}")
 _NUMBERED = re.compile(r"img\d{8}\.\w+")
 
@@ -64,12 +67,7 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     """
     if not file.is_file():
         return NO_LABELS_FILE
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{str(file)!r} is no JSON ({error}); write it anew, or take it out of the folder."
-        ) from error
+    held = read_json(file)
     if not isinstance(held, dict) or "labels" not in held:
         return NO_LABELS_FILE
     pairs = held["labels"]
@@ -78,11 +76,12 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     labels: dict[str, int] = {}
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         name, label = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, int) or label < 0:
+        if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, int):
             raise ValueError(
                 f"{str(file)!r} holds {str(pair)[:80]!r} among its labels; expected [file name, class], the class a "
                 "whole number from 0. Vectors as labels are not read."
             )
+        _CLASS(label, f"{file}: the class of {shown(name)}")
         if name in labels:
             raise ValueError(f"{str(file)!r} has the image {name[:80]!r} twice.")
         labels[name] = label
