@@ -211,6 +211,10 @@ def shard_problem(folder: Path, layout: Layout, shard: int) -> str | None:
                 rows.append(table["row"].to_numpy())
                 if any(table[name].null_count for name in table.column_names if name != "label"):
                     return "has gaps"
+                for column in layout.columns:
+                    values = (to_numpy(chunk, column.shape) for chunk in table[column.name].chunks)
+                    if not all(np.isfinite(part).all() for part in values):
+                        return f"holds NaN or infinity in {column.name!r}, which no extraction writes"
     except (pa.ArrowException, OSError, ValueError) as error:
         return _unreadable(error)
     if not np.array_equal(np.concatenate(rows), np.arange(start, stop)):
