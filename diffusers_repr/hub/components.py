@@ -40,7 +40,7 @@ _WEIGHT_INDEX = schema.record(
 
 # What may be asked for, far above any published network and far below what takes minutes to build.
 MAX_SIDE, MAX_DEPTH, MAX_WIDTH, MAX_TIMESTEPS = 8192, 512, 1 << 24, 100_000
-_MAX_MODULES = 10_000
+_MAX_MODULES = 500
 _MAX_POSITIONS = 1 << 29  # values of a table of position embeddings
 _SIDES = re.compile(r"sample_(size|height|width|frames)|image_size|pos_embed_max_size|resolution")
 _DEPTHS = re.compile(r"(\w*_)?(layers|depth|depths|blocks|num_hidden_layers)(_per_\w+)?")
@@ -161,15 +161,26 @@ def refuse_adapter(folder: Path) -> None:
         )
 
 
+def _check_kernels(value: Any, at: str) -> None:
+    """Refuse the name of an attention or an expert layer, of all or of a part, for which transformers fetches code."""
+    if isinstance(value, Mapping):
+        for part, name in value.items():
+            _check_kernels(name, _place(at, part))
+    elif isinstance(value, str) and "/" in value:
+        raise ValueError(
+            f"{at} is {schema.shown(value)}, code that would be fetched from the Hub and run; allowed are names "
+            "without '/', such as 'sdpa'."
+        )
+    else:
+        schema.optional(schema.text(200))(value, at)
+
+
 def _check_value(key: str, value: Any, at: str) -> None:
     """One entry of a config; lists of numbers count number by number."""
+    if key.endswith(("attn_implementation", "experts_implementation")):
+        _check_kernels(value, at)
+        return
     if isinstance(value, str):
-        # transformers fetches code from the Hub for an attention or an expert layer that is called user/name
-        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in value:
-            raise ValueError(
-                f"{at} is {schema.shown(value)}, code that would be fetched from the Hub and run; allowed are names "
-                "without '/', such as 'sdpa'."
-            )
         return
     if isinstance(value, Mapping):
         for inner, part in value.items():
