@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.schema import anything, boolean, either, integer, listing, number, optional, record
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,7 +33,8 @@ class Statistics:
 
 
 _PLANES = either(number(-1e6, 1e6), listing(number(-1e6, 1e6), 1, 64))
-_EDGE = integer(1, MAX_SIDE)
+_SPREAD = either(number(1e-6, 1e6), listing(number(1e-6, 1e6), 1, 64))
+_EDGE = integer(1, 2048)  # every image is resized to it: as many tokens as a network is read with
 _SIZE = either(
     _EDGE,
     record({}, {name: optional(_EDGE) for name in ("height", "width", "shortest_edge", "longest_edge")}, others=True),
@@ -43,7 +43,7 @@ _PROCESSOR = record(
     {},
     {
         "image_mean": optional(_PLANES),
-        "image_std": optional(_PLANES),
+        "image_std": optional(_SPREAD),
         "do_normalize": optional(boolean()),
         "do_rescale": optional(boolean()),
         "do_center_crop": optional(boolean()),
@@ -65,7 +65,7 @@ def check_processor(config: Any, at: str) -> dict[str, Any]:
         >>> check_processor({"image_mean": [0.5], "size": {"height": 10**9}}, "preprocessor_config.json")
         Traceback (most recent call last):
         ...
-        ValueError: preprocessor_config.json: size.height is 1000000000; allowed is a whole number from 1 to 8192.
+        ValueError: preprocessor_config.json: size.height is 1000000000; allowed is a whole number from 1 to 2048.
     """
     inner = record({}, {"image_processor": anything()}, others=True)(config, at).get("image_processor")
     found = _PROCESSOR(config if inner is None else inner, at)

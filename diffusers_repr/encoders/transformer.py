@@ -17,6 +17,7 @@ from diffusers_repr.encoders.family import EncoderFamily, encoder_family
 from diffusers_repr.encoders.fingerprint import config_hash
 from diffusers_repr.encoders.preprocessing import Statistics, check_processor, statistics_from_processor
 from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
+from diffusers_repr.hub import schema
 from diffusers_repr.hub.components import check_config, check_weight_files, refuse_adapter
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config, resolve_folder
@@ -155,7 +156,10 @@ def load_transformer(
     """
     config = load_json_config(id_or_folder, "config.json", revision, token)
     check_config(config, f"config.json of {str(id_or_folder)!r}")
-    family = encoder_family(config.get("model_type"))
+    told = schema.optional(schema.text(200))(
+        config.get("model_type"), f"config.json of {str(id_or_folder)!r}: model_type"
+    )
+    family = encoder_family(told)
     folder = resolve_folder(id_or_folder, revision, token, _FILES)
     processor: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -163,15 +167,23 @@ def load_transformer(
             processor = check_processor(read_json(folder / name), str(folder / name))
     check_weight_files(folder)
     refuse_adapter(folder)
-    with _quiet():
-        model, info = _class_of(family).from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **family.loading(config),
-        )
+    try:
+        with _quiet():
+            model, info = _class_of(family).from_pretrained(
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **family.loading(config),
+            )
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers makes of files of others
+        raise ValueError(
+            f"Could not load {str(id_or_folder)!r} ({type(error).__name__}: {schema.printable(str(error))}). Its "
+            "config and weights do not fit together, or are of another version of transformers."
+        ) from error
     missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if missing:
         raise ValueError(
