@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from diffusers_repr.guidance.base import Term
 
 
+def _gone() -> None:
+    """The network of a pickle."""
+
+
 class Example:
     """A network and the shapes of a call of it, to count FLOPs with; the network is not kept alive.
 
@@ -27,8 +31,12 @@ class Example:
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        self._model, self._inputs = weakref.ref(model), without_data(inputs)
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._inputs = without_data(inputs)
         self._known: Shares = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": _gone}  # a copy in another process has no network
 
     def shares(self, paths: Sequence[str]) -> Shares:
         """As `flops_shares`.

@@ -257,7 +257,8 @@ def file_name(*suffixes: str) -> Check:
 def inside(folder: str | os.PathLike[str], name: str, at: str = "a file name") -> Path:
     """The file `name` of a folder, refused if the name or a link in it leads out of the folder.
 
-    Links of the Hub's cache stay allowed: they lead from `snapshots/<commit>` to `blobs` of the same repository.
+    Links of the Hub's cache stay allowed: they lead from `snapshots/<commit>`, and folders in it, to `blobs` of the
+    same repository.
 
     Args:
         folder: The folder that was opened.
@@ -269,9 +270,9 @@ def inside(folder: str | os.PathLike[str], name: str, at: str = "a file name") -
     """
     name = file_name()(name, at)
     root, path = Path(folder), Path(folder) / name
-    resolved, allowed = path.resolve(), [root.resolve()]
-    if root.resolve().parent.name == "snapshots":
-        allowed.append(root.resolve().parents[1] / "blobs")
+    resolved, own = path.resolve(), root.resolve()
+    snapshots = next((part.parent for part in (own, *own.parents) if part.parent.name == "snapshots"), None)
+    allowed = [own] if snapshots is None else [own, snapshots.parent / "blobs"]
     if not any(resolved == place or place in resolved.parents for place in allowed):
         raise ValueError(
             f"{at}: {shown(name)} of {str(folder)!r} is a link that leads out of the folder; it is not followed. "

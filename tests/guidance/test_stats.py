@@ -1,5 +1,7 @@
 """`stats.evaluations`: what was really run of the network, against FLOPs counted in the run itself."""
 
+import pickle
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -85,3 +87,15 @@ def test_whole_passes_are_whole():
     inputs = {"sample": noise(1, 4, 16, 16), "timestep": torch.tensor(5), "encoder_hidden_states": noise(1, 7, 16)}
     with pytest.raises(ValueError, match=r"Never called in a forward of UNet2DConditionModel.*nowhere"):
         flops_shares(pipe.unet, ["mid_block", "nowhere"], without_data(inputs))
+
+
+def test_a_pickle_has_the_numbers_and_no_network():
+    pipe = build("ddim")
+    with guide(pipe, PAG(2.0)) as handle:
+        run("ddim", pipe)
+    copy = pickle.loads(pickle.dumps(handle.stats))
+    assert (copy.lanes, repr(copy.steps)) == (handle.stats.lanes, repr(handle.stats.steps))
+    with pytest.raises(RuntimeError, match="network is gone"):
+        _ = copy.evaluations
+    assert handle.stats.evaluations < handle.stats.lanes
+    assert pickle.loads(pickle.dumps(handle.stats)).evaluations == handle.stats.evaluations

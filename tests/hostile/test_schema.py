@@ -103,6 +103,12 @@ def test_links_of_the_hubs_cache(tmp_path):
     assert inside(snapshot, "a.json").read_text() == "y"
     with pytest.raises(ValueError, match="leads out"):
         inside(snapshot, "b.json")
+    (snapshot / "unet").mkdir()  # of a component: sharded weights of a pipeline
+    (snapshot / "unet/a.json").symlink_to("../../../blobs/1")
+    (snapshot / "unet/b.json").symlink_to("../../../token")
+    assert inside(snapshot / "unet", "a.json").read_text() == "y"
+    with pytest.raises(ValueError, match="leads out"):
+        inside(snapshot / "unet", "b.json")
 
 
 def test_a_record_names_the_field_and_its_place():
