@@ -86,7 +86,9 @@ def init_linear(layer: nn.Linear, generator: torch.Generator | None = None) -> N
 
 def empty_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     """A linear layer of zeros, in the dtype of its input; draws no random number."""
-    layer = nn.utils.skip_init(CastLinear, in_features, out_features, bias=bias)
+    # Where modules are made now: of a config that is only checked, on the meta device.
+    device = torch.get_default_device()
+    layer = nn.utils.skip_init(CastLinear, in_features, out_features, bias=bias, device=device)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()

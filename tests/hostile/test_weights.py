@@ -113,6 +113,14 @@ def test_shards_and_variants_are_checked_too(saved, tmp_path):
         SiTTransformer2DModel.from_pretrained(copied(bad, tmp_path / "out", written(index, outside)), variant="fp16")
 
 
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_a_config_takes_no_memory_before_the_weights_are_looked_at(name, saved, tmp_path):
+    sizes = {"in_features": 1 << 24, "num_classes": 1 << 24}  # a petabyte
+    bad = copied(saved(name), tmp_path / "bad", *(changed("config.json", key, to=size) for key, size in sizes.items()))
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors': the tensor .* with this config has"):
+        (LinearHead if name == "linear" else MLPHead).from_pretrained(bad)
+
+
 def test_pickles_are_read_as_tensors_alone(saved, tmp_path):
     """diffusers falls back to `.bin`; objects in it are refused by torch, and its numbers are checked by us."""
     folder = copied(saved("linear"), tmp_path / "bin")
