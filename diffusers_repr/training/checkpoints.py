@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusers_repr.hub import atomic_folder, read_json, write_json
 from diffusers_repr.hub.schema import anything, file_name, inside, integer, mapping, number, optional, record, text
+from diffusers_repr.models.weights import check_tensor
 
 _STEPS = integer(0, 10**12)
 _SCHEMA = record(
@@ -186,6 +187,10 @@ def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], wanted: Ma
                 f"{path.name} is of another run or damaged: {key!r} in {name}.safetensors has shape "
                 f"{tuple(value.shape)}, here it is {tuple(wanted[key].shape)}."
             )
+        try:
+            check_tensor(value, f"{key!r} in {name}.safetensors", wanted[key].is_floating_point())
+        except ValueError as error:
+            raise CheckpointError(f"{path.name} is of another run or damaged: {error}") from error
 
 
 def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:

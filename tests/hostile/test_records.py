@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +211,15 @@ def test_files_that_a_checkpoint_names(checkpoint, files, message):
     resigned(checkpoint, json.dumps({**state, "files": files}))
     with pytest.raises(saved.CheckpointError, match=rf"state\.json cannot be read.*{message}"):
         saved.find_checkpoint(checkpoint.parent, "latest", {"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.tensor([1.0, math.nan]), "1 of 2 values that are not finite"), (torch.ones(2).int(), "holds torch.int32")],
+)
+def test_the_numbers_of_a_checkpoint(value, message):
+    with pytest.raises(saved.CheckpointError, match=rf"'a' in ema\.safetensors .*{message}"):
+        saved.check_tensors(Path("checkpoint-1"), "ema", {"a": value}, {"a": torch.ones(2)})
 
 
 def test_a_checkpoints_file_that_leads_elsewhere(checkpoint, tmp_path):
