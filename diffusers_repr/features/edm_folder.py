@@ -16,6 +16,8 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
+from diffusers_repr.hub.schema import MAX_ITEMS
+
 LABELS = "dataset.json"
 IMAGES = "images"
 LATENTS = "vae-sd"
@@ -60,7 +62,7 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     """The classes of a `dataset.json`: name -> class; None for images without; `NO_LABELS_FILE` for another kind.
 
     Raises:
-        ValueError: If it is damaged, names an image twice, or classes are no whole numbers from 0.
+        ValueError: If it is damaged, names an image twice, or classes are no whole numbers from 0 to a million.
     """
     if not file.is_file():
         return NO_LABELS_FILE
@@ -78,10 +80,11 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     labels: dict[str, int] = {}
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         name, label = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, int) or label < 0:
+        whole = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MAX_ITEMS
+        if not isinstance(name, str) or not whole:
             raise ValueError(
                 f"{str(file)!r} holds {str(pair)[:80]!r} among its labels; expected [file name, class], the class a "
-                "whole number from 0. Vectors as labels are not read."
+                f"whole number from 0 to {MAX_ITEMS - 1}. Vectors as labels are not read."
             )
         if name in labels:
             raise ValueError(f"{str(file)!r} has the image {name[:80]!r} twice.")

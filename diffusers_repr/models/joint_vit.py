@@ -249,7 +249,7 @@ class JointViTModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, Pef
 class JointViTBlock(nn.Module):
     """`x = m(x); x += Attn(LN(x)); x = m(x); x += MLP(LN(x))`, where m scales and shifts the stream by the time.
 
-    m starts as the identity.
+    m starts as the identity; the form `hybvit` of the network draws its weights anew.
 
     Args:
         dim: D.
