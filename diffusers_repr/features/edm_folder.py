@@ -80,8 +80,12 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     labels: dict[str, int] = {}
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         name, label = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        whole = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MAX_ITEMS
-        if not isinstance(name, str) or not whole:
+        if (
+            not isinstance(name, str)
+            or isinstance(label, bool)
+            or not isinstance(label, int)
+            or not 0 <= label < MAX_ITEMS
+        ):
             raise ValueError(
                 f"{str(file)!r} holds {str(pair)[:80]!r} among its labels; expected [file name, class], the class a "
                 f"whole number from 0 to {MAX_ITEMS - 1}. Vectors as labels are not read."
