@@ -85,7 +85,9 @@ def test_damaged_heads(tmp_path, saved):
     weights = load_file(file)
     weights["layers.0.weight"][0, 0] = torch.nan
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"projector-teacher'.* not finite, in layers\.0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"projector-teacher'.*'layers\.0\.weight' has 1 of 256 values that"
+    ):
         load_heads(repa(), tmp_path)
     file.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read"):
