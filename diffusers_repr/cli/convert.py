@@ -105,7 +105,7 @@ def read_config(given: str | None) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     names = listing(schema_text(1000), 1), mapping(schema_text(1000), 1)
     sizes = listing(integer(1, 1_000_000), 1, 8)
-    argument = either(boolean(), integer(-1, 1_000_000), number(), schema_text(200), *names, sizes)
+    argument = either(boolean(), integer(-1, 1_000_000), number(-1e6, 1e6), schema_text(200), *names, sizes)
     return mapping(optional(argument))(config, at)
 
 
