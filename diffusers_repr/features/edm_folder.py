@@ -45,8 +45,8 @@ def open_edm_folder(path: Path, split: str) -> dict[str, datasets.Dataset] | Non
     for file in sorted(path.glob(f"*/{LABELS}")):
         if file.parent.name != LATENTS and read_labels_file(file) is not NO_LABELS_FILE:
             raise ValueError(
-                f"{str(path)!r} has no {LABELS}, and {file.parent.name!r} in it has one, by which its images have "
-                f"their classes: pass {str(file.parent)!r}."
+                f"{str(path)!r} has no {LABELS} and no split {split!r} with one, and {file.parent.name!r} in it has "
+                f"one, by which its images have their classes: pass {str(file.parent)!r}, or it as the split."
             )
     return None
 
