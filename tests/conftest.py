@@ -1,5 +1,6 @@
 """Settings of every test process, and the markers that need something a machine may not have."""
 
+import gc
 import json
 import os
 
@@ -30,6 +31,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; none here"))
         if item.get_closest_marker("hub") and os.environ["HF_HUB_OFFLINE"] == "1":
             item.add_marker(pytest.mark.skip(reason="needs the network; run with HF_HUB_OFFLINE=0"))
+
+
+def pytest_collection_finish():
+    # What is imported by now stays to the end. Each end of a training run collects garbage twice, whole; without this
+    # that alone takes seconds.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)  # as in children
 
 
 @pytest.fixture(scope="session")

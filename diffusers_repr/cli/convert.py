@@ -38,8 +38,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="arguments of the network that shapes do not tell, JSON or a file with JSON or YAML: "
         "'{\"num_attention_heads\": 6}'",
     )
-    parser.add_argument("--path", choices=("linear", "cosine"), default="linear", help="of a sit")
-    parser.add_argument("--sampler", choices=("sde", "ode"), default="sde", help="of a sit; dit gets DDIM")
+    parser.add_argument("--path", choices=("linear", "cosine"), help="of a sit; linear if not given")
+    parser.add_argument("--sampler", choices=("sde", "ode"), help="of a sit, sde if not given; dit gets DDIM")
     parser.add_argument(
         "--vae", help="folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
     )
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
     overrides = read_config(args.config)
     weights, name = select_weights(read_checkpoint(args.checkpoint), args.weights)
     joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
-    if joint and args.vae is not None:
-        raise ValueError("A HybViT is a network of pixels; drop --vae.")
+    _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
     overrides = checked(overrides, JointViTModel if joint else SiTTransformer2DModel)
     try:
         if joint:
@@ -75,6 +74,13 @@ def run(args: argparse.Namespace) -> int:
         _save_projectors(converted, folder)
     _report(converted, name, out)
     return 0
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """Arguments that would do nothing for this network."""
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{why}; drop {', '.join(given)}.")
 
 
 def read_config(given: str | None) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def read_config(given: str | None) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     names = listing(schema_text(1000), 1), mapping(schema_text(1000), 1)
     sizes = listing(integer(1, 1_000_000), 1, 8)
-    argument = either(boolean(), integer(-1, 1_000_000), number(), schema_text(200), *names, sizes)
+    argument = either(boolean(), integer(-1, 1_000_000), number(-1e6, 1e6), schema_text(200), *names, sizes)
     return mapping(optional(argument))(config, at)
 
 
@@ -136,10 +142,11 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
     model = _network(SiTTransformer2DModel, converted)
     scheduler: Any
     if converted.architecture == "dit":
+        _refuse(args, ("path", "sampler"), "A DiT gets DDIM")
         scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     else:
-        cls = FlowMatchSDEScheduler if args.sampler == "sde" else FlowMatchODEScheduler
-        scheduler = cls(path=args.path)
+        cls = FlowMatchODEScheduler if args.sampler == "ode" else FlowMatchSDEScheduler
+        scheduler = cls(path=args.path or "linear")
     vae = None if args.vae is None else load_autoencoder(args.vae)
     head = None
     if converted.class_token is not None:

@@ -170,13 +170,14 @@ def repeat_rows(times: Any, **rows: Tensor | None) -> list[Tensor | None]:
 # The sample
 
 
-def check_latents(latents: Any, channels: int, size: tuple[int, int] | None = None) -> None:
+def check_latents(latents: Any, channels: int, size: tuple[int, int] | None = None, multiple: int = 1) -> None:
     """Latents to start from.
 
     Args:
         latents: Finite floats `(B, channels, H, W)`.
         channels: Of the network's input.
         size: `(H, W)` of a network that takes no other.
+        multiple: What H and W must be multiples of.
 
     Raises:
         TypeError: For what is no tensor.
@@ -189,6 +190,8 @@ def check_latents(latents: Any, channels: int, size: tuple[int, int] | None = No
     fits = latents.ndim == 4 and latents.shape[1] == channels and (size is None or tuple(latents.shape[2:]) == size)
     if not fits or not latents.is_floating_point() or not latents.numel():
         raise ValueError(f"latents are {shape}, floats; got {tuple(latents.shape)}, {latents.dtype}.")
+    if any(side % multiple for side in latents.shape[2:]):
+        raise ValueError(f"latents are {shape} with H and W multiples of {multiple}; got {tuple(latents.shape)}.")
     if not bool(latents.isfinite().all()):
         raise ValueError("latents have NaN or infinite values; they are standard normal noise.")
 

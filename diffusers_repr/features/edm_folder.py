@@ -7,6 +7,7 @@ by side, `images` and `vae-sd`, the second with moments of latents in place of i
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +16,11 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from diffusers_repr.hub.files import read_json
-from diffusers_repr.hub.schema import integer, shown
+from diffusers_repr.hub.schema import MAX_ITEMS
 
 LABELS = "dataset.json"
 IMAGES = "images"
 LATENTS = "vae-sd"
-_CLASS = integer(0, 999_999)  # a list of names is made up to the largest
 _SHARD = re.compile(r"\d{5}")
 _NUMBERED = re.compile(r"img\d{8}\.\w+")
 
@@ -46,8 +45,8 @@ def open_edm_folder(path: Path, split: str) -> dict[str, datasets.Dataset] | Non
     for file in sorted(path.glob(f"*/{LABELS}")):
         if file.parent.name != LATENTS and read_labels_file(file) is not NO_LABELS_FILE:
             raise ValueError(
-                f"{str(path)!r} has no {LABELS}, and {file.parent.name!r} in it has one, by which its images have "
-                f"their classes: pass {str(file.parent)!r}."
+                f"{str(path)!r} has no {LABELS} and no split {split!r} with one, and {file.parent.name!r} in it has "
+                f"one, by which its images have their classes: pass {str(file.parent)!r}, or it as the split."
             )
     return None
 
@@ -63,11 +62,16 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     """The classes of a `dataset.json`: name -> class; None for images without; `NO_LABELS_FILE` for another kind.
 
     Raises:
-        ValueError: If it is damaged, names an image twice, or classes are no whole numbers from 0.
+        ValueError: If it is damaged, names an image twice, or classes are no whole numbers from 0 to a million.
     """
     if not file.is_file():
         return NO_LABELS_FILE
-    held = read_json(file)
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{str(file)!r} is no JSON ({error}); write it anew, or take it out of the folder."
+        ) from error
     if not isinstance(held, dict) or "labels" not in held:
         return NO_LABELS_FILE
     pairs = held["labels"]
@@ -76,12 +80,16 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     labels: dict[str, int] = {}
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         name, label = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, int):
+        if (
+            not isinstance(name, str)
+            or isinstance(label, bool)
+            or not isinstance(label, int)
+            or not 0 <= label < MAX_ITEMS
+        ):
             raise ValueError(
                 f"{str(file)!r} holds {str(pair)[:80]!r} among its labels; expected [file name, class], the class a "
-                "whole number from 0. Vectors as labels are not read."
+                f"whole number from 0 to {MAX_ITEMS - 1}. Vectors as labels are not read."
             )
-        _CLASS(label, f"{file}: the class of {shown(name)}")
         if name in labels:
             raise ValueError(f"{str(file)!r} has the image {name[:80]!r} twice.")
         labels[name] = label

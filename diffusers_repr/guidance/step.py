@@ -54,11 +54,6 @@ class GuidedStep:
         """Prediction without condition where the call has it, else the conditional one."""
         return self.cond if self.null is None else self.null
 
-    @property
-    def base_rows(self) -> slice:
-        """Rows of the call that `base` belongs to."""
-        return self.call.batch.cond if self.null is None else self.call.batch.null or slice(0)
-
     def x(self, rows: slice) -> Tensor:
         """What the network took in these rows, in float32 or wider."""
         return widened(self.call.x[rows])

@@ -123,8 +123,8 @@ def select_weights(checkpoint: Mapping[str, Any], which: str | None = None) -> t
     wrong = [key for key, value in weights.items() if not isinstance(value, Tensor)]
     if wrong or not weights:
         raise ValueError(
-            f"The checkpoint has no state dict: it holds {_some(wrong or ['nothing'])}. Weights are looked for under "
-            f"{', '.join(NESTED)}, or at the top."
+            f"The checkpoint has no state dict: it holds {some_of(wrong or ['nothing'])}. Weights are looked for "
+            f"under {', '.join(NESTED)}, or at the top."
         )
     return {_bare(key): value for key, value in weights.items()}, name
 
@@ -201,7 +201,8 @@ def _bare(key: str) -> str:
     return key
 
 
-def _some(names: Iterable[Any], most: int = 6) -> str:
+def some_of(names: Iterable[Any], most: int = 6) -> str:
+    """The first names of many, for a message."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
@@ -254,8 +255,8 @@ def _sizes(weights: Mapping[str, Tensor], overrides: dict[str, Any]) -> dict[str
     needed = ("x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.attn.qkv.weight")
     if not blocks or any(name not in weights for name in needed):
         raise ValueError(
-            f"This is no checkpoint of DiT, SiT or REPA: it lacks {_some(n for n in needed if n not in weights)}. It "
-            f"holds {_some(weights, 4)}."
+            f"This is no checkpoint of DiT, SiT or REPA: it lacks {some_of(n for n in needed if n not in weights)}. "
+            f"It holds {some_of(weights, 4)}."
         )
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     qk_norm = "blocks.0.attn.q_norm.weight" in weights
@@ -330,8 +331,8 @@ def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> No
         if key not in needed | optional and not re.fullmatch(r"projectors\.\d{1,3}\.\d\.\w+", key)
     ]
     if missing or unknown:
-        told = [f"it lacks {_some(missing)}"] if missing else []
-        told += [f"it has {_some(unknown)}, which are unknown"] if unknown else []
+        told = [f"it lacks {some_of(missing)}"] if missing else []
+        told += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
         raise ValueError(
             f"This is not quite a checkpoint of DiT, SiT or REPA ({config['num_layers']} blocks of width "
             f"{config['hidden_size']}): {'; '.join(told)}."
@@ -369,7 +370,7 @@ def _projectors(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for number, part in found.items():
         if set(part) != needed:
             raise ValueError(
-                f"projectors.{number} has {_some(sorted(part))}; a projector of REPA has {_some(sorted(needed))}."
+                f"projectors.{number} has {some_of(sorted(part))}; a projector of REPA has {some_of(sorted(needed))}."
             )
     return [found[number] for number in sorted(found)]
 
@@ -398,4 +399,5 @@ __all__ = [
     "convert_state_dict",
     "read_checkpoint",
     "select_weights",
+    "some_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from diffusers_repr.hub.components import check_config
-from diffusers_repr.models.convert import ConvertedCheckpoint, block_numbers, check_weights
+from diffusers_repr.models.convert import ConvertedCheckpoint, block_numbers, check_weights, some_of
 
 # Where the authors' diffusion module, whose other tensors are tables of the schedule, keeps the network.
 _NETWORK = "denoise_fn."
@@ -80,19 +80,14 @@ def _bare(key: str) -> str:
     return key.removeprefix(_NETWORK).removeprefix("module.")
 
 
-def _some(names: Iterable[str], most: int = 6) -> str:
-    shown = list(names)
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
-
-
 def _sizes(weights: Mapping[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
     """The config, as far as shapes and overrides tell."""
     blocks = block_numbers(weights, "transformer.layers")
     needed = (*_SIGNS, "pos_embedding", "mlp_head.1.weight", "transformer.layers.0.1.fn.net.0.weight")
     if not blocks or any(name not in weights for name in needed):
         raise ValueError(
-            f"This is no checkpoint of HybViT: it lacks {_some(n for n in needed if n not in weights)}. It holds "
-            f"{_some(weights, 4)}."
+            f"This is no checkpoint of HybViT: it lacks {some_of(n for n in needed if n not in weights)}. It holds "
+            f"{some_of(weights, 4)}."
         )
     width, values = weights["to_patch_embedding.1.weight"].shape
     channels, patch = _patch(values, overrides.get("in_channels"))
@@ -153,8 +148,8 @@ def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> No
     needed |= joined | {"cls_token", "pos_embedding"}
     missing, unknown = sorted(needed - set(weights)), sorted(set(weights) - needed)
     if missing or unknown:
-        told = [f"it lacks {_some(missing)}"] if missing else []
-        told += [f"it has {_some(unknown)}, which are unknown"] if unknown else []
+        told = [f"it lacks {some_of(missing)}"] if missing else []
+        told += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
         raise ValueError(
             f"This is not quite a checkpoint of HybViT ({config['num_layers']} blocks of width "
             f"{config['hidden_size']}): {'; '.join(told)}. Its variants with shifted patches (--SPT) and local "

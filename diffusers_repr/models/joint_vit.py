@@ -75,8 +75,8 @@ class JointViTModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, Pef
     Example:
         >>> model = JointViTModel((8, 4), 2, 1, num_layers=2, hidden_size=16, num_attention_heads=2, num_classes=3)
         >>> out = model(torch.ones(2, 1, 8, 4), torch.tensor([3, 900]))
-        >>> out.sample.shape, out.logits.shape, bool((out.logits == model(torch.ones(2, 1, 8, 4)).logits).all())
-        (torch.Size([2, 1, 8, 4]), torch.Size([2, 3]), True)
+        >>> out.sample.shape, out.logits.shape
+        (torch.Size([2, 1, 8, 4]), torch.Size([2, 3]))
     """
 
     _supports_gradient_checkpointing = True
@@ -249,7 +249,7 @@ class JointViTModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, Pef
 class JointViTBlock(nn.Module):
     """`x = m(x); x += Attn(LN(x)); x = m(x); x += MLP(LN(x))`, where m scales and shifts the stream by the time.
 
-    m starts as the identity.
+    m starts as the identity; the form `hybvit` of the network draws its weights anew.
 
     Args:
         dim: D.

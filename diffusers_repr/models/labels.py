@@ -60,6 +60,8 @@ def class_ids(given: Labels | None, names: Sequence[str]) -> Tensor | None:
     """
     if given is None:
         return None
+    if not names:
+        raise ValueError("This model has no classes (num_classes=0); leave class_labels out.")
     values: Any = given
     if isinstance(given, str) or (isinstance(given, Sequence) and any(isinstance(part, str) for part in given)):
         asked = [given] if isinstance(given, str) else list(given)

@@ -100,6 +100,13 @@ class AttentionAlignmentTerm(Term):
                 f"{len(paths)} layers {list(paths)} and {len(blocks)} teacher_layers {list(blocks)}: one of the "
                 "teacher's for each is needed."
             )
+        there = teacher.num_blocks
+        outside = [at for at in blocks if there and not -there <= at < there]
+        if outside:
+            raise ValueError(
+                f"teacher_layers {outside} are no blocks of the teacher {self.encoder!r}: it has {there}, from 0 to "
+                f"{there - 1} or from {-there} to -1."
+            )
         self.teacher_layers = blocks
         self.attentions = tuple(paths)
 

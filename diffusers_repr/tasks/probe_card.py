@@ -107,7 +107,10 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     told = f" with other values of {', '.join(changed)}" if changed else ""
     settings = {k: v for k, v in protocol.items() if k not in ("name", "version", "source", "changed", "chosen")}
     lines = [f"| {name} | {value} |" for name, value in settings.items()]
-    chosen = [f"| chosen {name} | {value:.6g} |" for name, value in protocol.get("chosen", {}).items()]
+    chosen = [
+        f"| chosen {name} | {('no', 'yes')[value] if isinstance(value, bool) else f'{value:.6g}'} |"
+        for name, value in protocol.get("chosen", {}).items()
+    ]
     head = f"Protocol `{protocol['name']}`, version {protocol['version']}{told}. {protocol.get('source', '')}"
     return "\n".join(["## Fitting", "", head, "", "| | |", "|---|---|", *lines, *chosen])
 

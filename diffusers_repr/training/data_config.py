@@ -34,7 +34,7 @@ class DataConfig:
     streaming: bool = setting(False, "read the data as it is used, without downloading it first")
     shuffle_buffer: int = setting(1000, "rows of a stream that are shuffled together")
     bad_images: Literal["error", "skip"] = setting("error", "images that cannot be read: stop, or leave out")
-    latents_dir: str | None = setting(None, "latents to train on, written by cache_latents.py")
+    latents_dir: str | None = setting(None, "latents to train on: of cache_latents.py, or REPA's folder vae-sd")
     features_dir: str | None = setting(None, "teacher features, written by cache_latents.py")
 
     def __post_init__(self) -> None:

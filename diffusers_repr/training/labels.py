@@ -8,6 +8,8 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 
+from diffusers_repr.hub.schema import MAX_ITEMS
+
 MissingLabels = Literal["error", "keep"]
 
 
@@ -39,7 +41,8 @@ def read_labels(data: datasets.Dataset, column: str, missing: MissingLabels) -> 
         missing: Rows without a class (null or -1): `error`, or `keep`: their id is -1.
 
     Raises:
-        ValueError: If rows have no class and `missing` is `error`, or an id is beyond the classes or below -1.
+        ValueError: If rows have no class and `missing` is `error`, or an id is beyond the classes or a million, or
+            below -1.
     """
     table = data.select_columns([column]).with_format("arrow")[:]
     ids = table.column(0).fill_null(-1).to_numpy().astype(np.int64)
@@ -50,7 +53,13 @@ def read_labels(data: datasets.Dataset, column: str, missing: MissingLabels) -> 
             "out, pass --missing_labels keep for an objective that learns from them too, or --label_column none to "
             "train without labels."
         )
-    names = class_names(data.features[column], int(ids.max(initial=-1)))
+    largest = int(ids.max(initial=-1))
+    if largest >= MAX_ITEMS:
+        raise ValueError(
+            f"Row {int(ids.argmax())} has the class {largest} in {column!r}; classes are numbered from 0 to at most "
+            f"{MAX_ITEMS - 1}. `dataset.class_encode_column({column!r})` numbers what there is."
+        )
+    names = class_names(data.features[column], largest)
     wrong = np.flatnonzero((ids < -1) | (ids >= len(names)))
     if len(wrong):
         raise ValueError(

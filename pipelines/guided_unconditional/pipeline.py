@@ -180,7 +180,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         if latents is None:
             shape = (batch_size, config.in_channels, *family_of(self.unet).size(config))
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        sampling.check_latents(latents, config.in_channels)
+        sampling.check_latents(latents, config.in_channels, multiple=family_of(self.unet).multiple(config))
         return latents.to(device, dtype)
 
     def _predict(self, latents: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:

@@ -111,8 +111,10 @@ class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffusi
 
         Raises:
             TypeError: For what is no image.
-            ValueError: For images that do not fit the network.
+            ValueError: For images that do not fit the network, and a `JointViTModel` without classes.
         """
+        if not self.labels:
+            raise ValueError(f"This {type(self.unet).__name__} has no classes (num_classes=0): it samples only.")
         denoiser = Denoiser.from_pipe(self)
         x0 = self._encode(denoiser, images, image_size)
         parts = [part for part in (self.unet, self.classifier) if part is not None]
@@ -241,15 +243,17 @@ class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffusi
         x0 = self._encode(Denoiser.from_pipe(self), images, image_size).float()
         sampling.count_samples(batch_size=len(x0), class_labels=labels, generator=generator)
         self._set_timesteps(num_inference_steps, x0.device)
-        every = self.scheduler.timesteps
-        taken = min(int(strength * len(every)), len(every))
+        every, order = self.scheduler.timesteps, getattr(self.scheduler, "order", 1)
+        count = -(-len(every) // order)  # of two network calls a step the last step has one
+        taken = min(int(strength * count), count)
         if not taken:
             raise ValueError(
-                f"strength={strength} of {len(every)} steps takes none; here it lies from {1 / len(every):.3g} to 1."
+                f"strength={strength} of {count} steps takes none; here it lies from {1 / count:.3g} to 1."
             )
-        timesteps = every[len(every) - taken :]
+        start_at = order * (count - taken)
+        timesteps = every[start_at:]
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(len(every) - taken)
+            self.scheduler.set_begin_index(start_at)
         noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         first = timesteps[:1].expand(len(x0))
         if hasattr(self.scheduler, "add_noise"):
@@ -365,7 +369,7 @@ class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffusi
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         else:
             fixed = family_of(self.unet).size(config) if self.classifier is None else None  # a JointViTModel's
-            sampling.check_latents(latents, config.in_channels, fixed)
+            sampling.check_latents(latents, config.in_channels, fixed, family_of(self.unet).multiple(config))
         return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
 
 

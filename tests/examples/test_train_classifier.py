@@ -218,7 +218,7 @@ def test_dry_run_prints_the_recipe(capsys):
         ({"pretrained_model_name_or_path": None}, ValueError, "`pretrained_model_name_or_path` is missing"),
         ({"model": {"poling": "mean"}}, ValueError, "Unknown key 'poling' in `model`.*'pooling'"),
         ({"model": {"num_classes": 10}}, ValueError, r"`model` sets \['num_classes'\], which the pipeline and"),
-        ({"model": [8]}, ValueError, "`model` must be a mapping"),
+        ({"model": [8]}, ValueError, "model is a list of 1; allowed is an object"),
         ({"model": {"norm_num_groups": 5}}, ValueError, "multiple of norm_num_groups=5"),
         ({"noise_bins": 0}, ValueError, "`noise_bins` must be 1 or more"),
         ({"lora_rank": 2}, ValueError, "`lora_rank` adapts a trained network"),

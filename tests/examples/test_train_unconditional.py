@@ -170,7 +170,7 @@ def test_dry_run(tmp_path, capsys):
         ({"model": {"sample_sise": 8}}, "Unknown key 'sample_sise' in `model`.*'sample_size'"),
         ({"scheduler": {"betas": 1}}, "Unknown key 'betas' in `scheduler`"),
         ({"model": {}}, "needs `sample_size`"),
-        ({"model": [8]}, "`model` must be a mapping"),
+        ({"model": [8]}, "model is a list of 1; allowed is an object"),
         ({"label_dropout": 1.5}, "`label_dropout` is a probability, got 1.5"),
         ({"label_dropout": -0.1}, "`label_dropout` is a probability"),
         ({"model": RECIPE["model"] | {"num_class_embeds": 11, "class_embed_type": "timestep"}}, "class_embed_type"),

@@ -101,6 +101,8 @@ def test_latents(pipes, name):
     refuse(pipe, "latents are a tensor", TypeError, latents=right.tolist(), **good)
     if name == "joint_vit":
         refuse(pipe, r"latents are \(B, 1, 16, 8\)", latents=torch.zeros(1, 1, 16, 16))
+    if name in ("unconditional", "joint"):
+        refuse(pipe, "with H and W multiples of", ValueError, latents=torch.zeros(1, channels, h + 1, w), **good)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -224,6 +226,13 @@ def test_images_of_joint_diffusion(pipes, name):
     assert again.classify(double, image_size=(h, w)).logits.shape == (1, 3)
     if name == "joint":
         assert again.classify(double, image_size=(2 * h, 2 * w)).logits.shape == (1, 3)
+
+
+def test_a_vit_without_classes():
+    vit = JointViTModel(8, 2, 1, num_layers=1, hidden_size=16, num_attention_heads=2, num_classes=0)
+    pipe = JointDiffusionPipeline(vit, DDIMScheduler())
+    refuse(pipe, "no classes .num_classes=0.: it samples only", call=pipe.classify, images=torch.rand(1, 1, 8, 8))
+    refuse(pipe, "no classes .num_classes=0.; leave class_labels out", class_labels=0, guidance_scale=1.0)
 
 
 @pytest.mark.parametrize("strength", [0, -1, 2, 1.001, NAN, "half", True])

@@ -62,6 +62,7 @@ def test_the_command(tmp_path, capsys):
     for flags, message in (
         (("--architecture", "dit"), "no checkpoint of DiT, SiT or REPA"),
         (("--vae", "some/vae"), "network of pixels"),
+        (("--sampler", "sde", "--path", "linear"), "drop --path, --sampler"),
         (("--config", '{"class_dropout_prob": 0.1}'), "JointViTModel takes dropout, form"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -132,7 +132,7 @@ def test_saved_in_its_pipeline(tmp_path):
 def test_the_digits():
     """Both tasks learned together come close to each learned alone, in 500 steps.
 
-    At a generation weight of 10. At the paper's 100 the classifier needs more steps: 0.74 against 0.94 alone here.
+    At a generation weight of 2. At the paper's 100 the classifier needs more steps: 0.62 against 0.95 alone here.
     """
     images, labels = digits()
 
@@ -160,7 +160,7 @@ def test_the_digits():
             found = objective.classify_clean(images[1400:]).argmax(1)
         return (found == labels[1400:]).float().mean().item(), sum(last[-50:]) / 50
 
-    accuracy, error = run(10.0, 1.0)
+    accuracy, error = run(2.0, 1.0)
     alone, _ = run(0.0, 1.0)
     _, plain = run(100.0, 0.0)
     assert accuracy > alone - 0.02

@@ -187,6 +187,15 @@ def test_other_processes(scheduler):
     assert (inputs["timestep"] == objective.denoiser.schedule.timestep_range[0]).all()
 
 
+def test_a_network_kept_in_half_precision():
+    full, half = make("both")(batch()), make("both")
+    half.network.to(torch.bfloat16)
+    for name, value in half(batch()).items():
+        assert value.dtype == torch.float32
+        if name != "accuracy":
+            torch.testing.assert_close(value, full[name], rtol=0.05, atol=0.02)
+
+
 def test_what_is_refused():
     objective = make()
     objective.check_batch(batch((0, -1, 3, 3)))

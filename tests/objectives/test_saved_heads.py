@@ -38,7 +38,7 @@ def saved(tmp_path_factory):
 def test_all_heads_go_on(saved):
     folder, wanted = saved
     objective = repa()
-    assert abs(float(losses(objective)["alignment"] - wanted["alignment"])) > 1e-3
+    assert not torch.equal(losses(objective)["alignment"], wanted["alignment"])  # how far apart is chance
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_heads(objective, folder) == {}
@@ -85,7 +85,7 @@ def test_damaged_heads(tmp_path, saved):
     weights = load_file(file)
     weights["layers.0.weight"][0, 0] = torch.nan
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"projector-teacher'.* not finite, in layers\.0\.weight"):
+    with pytest.raises(ValueError, match=r"projector-teacher' cannot be read: .*'layers\.0\.weight' has 1 of 256"):
         load_heads(repa(), tmp_path)
     file.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read"):

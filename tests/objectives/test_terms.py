@@ -372,3 +372,11 @@ def test_haste_with_a_real_teacher(tmp_path):
     entropy = torch.stack([-(p * p.clamp(min=1e-12).log()).sum(-1).mean() for p in targets]).mean()
     assert out["attention"] > entropy
     assert grads["network.blocks.0.attn.to_k.weight"].abs().max() > 0
+    with pytest.raises(ValueError, match=r"teacher_layers \[-4, 3\] are no blocks of the teacher 'dino': it has 3"):
+        REPAObjective(
+            sit(),
+            [encoder],
+            "blocks.1",
+            terms=[AttentionAlignmentTerm(None, ["blocks.0.attn"] * 2, (-4, 3))],
+            **SMALL,
+        )

@@ -14,8 +14,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 from diffusers_repr.capture import encode_partial
 from diffusers_repr.guidance.activations import steer
@@ -183,6 +185,21 @@ def test_counterfactual(scheduler):
         for t in times:
             x = other.step(pipe.unet(x if flow else other.scale_model_input(x, t), t).sample, t, x).prev_sample
     torch.testing.assert_close(plain, (x / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler(), FlowMatchODEScheduler(solver="heun")])
+def test_a_counterfactual_begins_with_a_step(scheduler):
+    """Also of a sampler with two network calls a step, one in the last: of 4 steps 0.6 takes 2, with 3 calls."""
+    pipe, seen = make(scheduler=scheduler), []
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(float(timestep))
+
+    settings = {"num_inference_steps": 4, "output_type": "pt", "callback_on_step_end": keep}
+    pipe.counterfactual(torch.rand(1, 1, 16, 16), 1, 0.6, 0.0, **settings)
+    scheduler.set_timesteps(4)
+    assert seen == scheduler.timesteps[4:].tolist()
+    assert seen[0] > seen[1] == seen[2]
 
 
 def test_one_class_in_the_file():

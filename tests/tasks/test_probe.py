@@ -450,6 +450,7 @@ def bad_data():
         "counts": ((pictures, labels[:5]), ValueError, "6 images and 5 labels"),
         "floats": ((pictures, [0.5] * 6), ValueError, "one whole-number class id per image"),
         "negative": ((pictures, [-1, 0, 1] * 2), ValueError, "run from -1 to 1"),
+        "huge": ((pictures, [0, 10**9, 1] * 2), ValueError, "run to 1000000000; class ids are numbered"),
         "one class": ((pictures, [0] * 6), ValueError, "a classifier needs two classes"),
         "nan": ((nan, [0, 1]), ValueError, "NaN"),
         "sizes": (([pictures[0], Image.new("L", (20, 20))], [0, 1]), ValueError, "mixed sizes"),

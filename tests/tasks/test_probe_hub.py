@@ -116,6 +116,7 @@ def test_a_probe_goes_to_the_hub_and_back(report):
         ".gitattributes",
         "README.md",
         "config.json",
+        "diffusers_repr_linear.py",
         "diffusion_pytorch_model.safetensors",
         "probe.json",
     }

@@ -215,6 +215,9 @@ def test_whole_numbers_as_labels():
     wrong = Dataset.from_dict({"image": [picture(0)], "digit": [-5]}, features=features)
     with pytest.raises(ValueError, match="Row 0 has the class -5 in 'digit'"):
         load(wrong, label_column="digit")
+    wrong = Dataset.from_dict({"image": [picture(0)], "digit": [10**9]}, features=features)
+    with pytest.raises(ValueError, match="the class 1000000000 in 'digit'; classes are numbered .* to at most 999999"):
+        load(wrong, label_column="digit")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from diffusers_repr.hub import HubError
 from diffusers_repr.hub.places import without_places
-from diffusers_repr.training import TrainingConfig, parse_recipe, result, train
+from diffusers_repr.hub.upload import plan_upload
+from diffusers_repr.training import TrainingConfig, parse_recipe, train
 from diffusers_repr.training.result import final_loss
 from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.training.loop_cases import Numbers, read_lines, run_here, settings, tiny_objective
@@ -155,16 +156,10 @@ assert outcome.state == "pushed", outcome
 """
 
 
-def test_what_is_handed_to_the_hub(finished, monkeypatch):
+def test_what_is_handed_to_the_hub(finished, tmp_path):
     """The fast half of the next test: names and contents, without a server."""
-    sent = {}
-
-    def keep(folder, repo_id, **_):
-        sent.update({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
-        return repo_id
-
-    monkeypatch.setattr(result, "push_folder", keep)
-    assert result.push_result(finished, "user/run") == "user/run"
+    folder = plan_upload(finished).stage(tmp_path / "stage")
+    sent = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert {"README.md", "loss.jsonl", "model_index.json", "recipe.yaml", "samples.png"} <= set(sent)
     assert not [name for name in sent if name.startswith(("checkpoint", "logs/", "samples/"))]
     assert not [name for name, data in sent.items() if str(finished).encode() in data]
