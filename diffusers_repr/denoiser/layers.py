@@ -22,6 +22,7 @@ from diffusers_repr.denoiser.loading import INDEX, check_pipeline_folder, compon
 from diffusers_repr.denoiser.streams import image_stream
 from diffusers_repr.hub.components import check_config, check_index, is_component
 from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.schema import printable
 from diffusers_repr.models.weights import build_on_meta
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
@@ -138,7 +139,8 @@ def list_layers_from_config(
         return list_layers(denoiser, image_size, detail)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"The configs of {str(id_or_folder)!r} do not fit together ({type(error).__name__}: {error})."
+            f"The configs of {str(id_or_folder)!r} do not fit together "
+            f"({type(error).__name__}: {printable(str(error))})."
         ) from error
 
 
@@ -146,14 +148,18 @@ def _empty(cls: type[nn.Module], config: Mapping[str, Any], at: str) -> nn.Modul
     try:
         return build_on_meta(cls, config)
     except Exception as error:  # whatever a constructor of diffusers makes of a config of others
-        raise ValueError(f"{at}: no {cls.__name__} can be built of it ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"{at}: no {cls.__name__} can be built of it ({type(error).__name__}: {printable(str(error))})."
+        ) from error
 
 
 def _scheduler(cls: Any, config: Mapping[str, Any], at: str) -> Any:
     try:
         return cls.from_config(config)
     except Exception as error:
-        raise ValueError(f"{at}: no {cls.__name__} can be built of it ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"{at}: no {cls.__name__} can be built of it ({type(error).__name__}: {printable(str(error))})."
+        ) from error
 
 
 def layer_table(

@@ -71,8 +71,8 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
         ) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Could not load {name!r} ({type(error).__name__}: {error}). Its files do not fit together, or are of "
-            "another version of diffusers."
+            f"Could not load {name!r} ({type(error).__name__}: {schema.printable(str(error))}). Its files do not fit "
+            "together, or are of another version of diffusers."
         ) from error
     pipe.register_to_config(_name_or_path=name)
     return pipe

@@ -190,6 +190,12 @@ def load_transformer(
             f"{str(id_or_folder)!r} lacks {len(missing)} weights of {type(model).__name__}, among them "
             f"{missing[:3]}: the file is incomplete, or of another network than config.json says."
         )
+    wild = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if wild:
+        raise ValueError(
+            f"{str(id_or_folder)!r} has weights that are not finite (NaN, infinite), among them {wild[:3]}: the file "
+            "is damaged, or its training diverged. Take it from its source again."
+        )
     model.requires_grad_(False).eval()
     statistics = statistics_from_processor(processor, family.statistics)
     source = TransformerSource(model, family, statistics, layer, image_size, pooling, config)

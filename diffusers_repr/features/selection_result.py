@@ -13,6 +13,7 @@ from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.heatmap import draw_heatmap
 from diffusers_repr.features.noise_policy import Policy
 from diffusers_repr.hub import read_json
+from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.files import atomic_files, json_text
 from diffusers_repr.hub.schema import (
     anything,
@@ -30,7 +31,6 @@ from diffusers_repr.noise import NoiseLevel
 
 FORMAT = "diffusers_repr.selection/1"
 _NAME, _DIM = text(1000), integer(1, 1 << 31)
-MAX_SIDE = 1 << 16
 
 
 def _step(value: Any, at: str) -> list[Any]:

@@ -10,6 +10,7 @@ import datasets
 
 from diffusers_repr.features.shards import Column, Layout
 from diffusers_repr.hub import read_json
+from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.schema import (
     Check,
     anything,
@@ -62,7 +63,7 @@ _FEATURES = record(
         "ensemble_size": integer(1, 1_000_000),
         "pooling": optional(_NAME),
         "seed": integer(),
-        "image_size": listing(integer(1, 1 << 20), 2, 2),
+        "image_size": listing(integer(1, MAX_SIDE), 2, 2),
         "prompt": optional(text()),
         "class_label": optional(integer()),
         "dtype": one_of("float32", "float16"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_repr.hub import read_json
+from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.files import atomic_files, json_text
 from diffusers_repr.hub.schema import (
     anything,
@@ -46,7 +47,7 @@ _RECIPE = record(
         "data": _SAMPLES,
         "test": optional(_SAMPLES),
         "resize": text(),
-        "image_size": listing(integer(1, 1 << 20), 2, 2),
+        "image_size": listing(integer(1, MAX_SIDE), 2, 2),
         "noise": _NAME,
         "sample_posterior": boolean(),
         "seed": integer(-(2**63), 2**64),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.hub.components import check_config, check_weight_files
 from diffusers_repr.hub.files import read_json
-from diffusers_repr.hub.schema import shown
+from diffusers_repr.hub.schema import printable, shown
 
 _STEM = "diffusion_pytorch_model"
 _CAST = ("ignore_mismatched_sizes", "quantization_config")  # with these the file need not hold the network's tensors
@@ -97,7 +97,9 @@ def check_saved(cls: Any, folder: Path, variant: str | None = None) -> None:
     try:
         expected = build_on_meta(cls, config).state_dict()
     except Exception as error:  # whatever a constructor makes of a config of others
-        raise ValueError(f"{path}: no {cls.__name__} can be built of it ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"{path}: no {cls.__name__} can be built of it ({type(error).__name__}: {printable(str(error))})."
+        ) from error
     files = weight_files(folder, variant)
     if files:
         check_files(files, expected, cls.__name__)

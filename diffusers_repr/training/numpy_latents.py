@@ -72,7 +72,7 @@ class NumpyLatents:
         try:
             held = np.load(file, allow_pickle=False)
             values = torch.from_numpy(np.asarray(held, dtype=np.float32))
-        except (OSError, ValueError, TypeError, EOFError) as error:
+        except (OSError, ValueError, TypeError, EOFError, MemoryError) as error:
             raise ValueError(f"The latents {str(file)!r} cannot be read: {error}. Make them anew.") from error
         if tuple(values.shape) not in (wanted, wanted[1:]):
             raise ValueError(

@@ -19,7 +19,7 @@ from diffusers_repr.encoders import Encoder
 from diffusers_repr.hub.components import OWN_COMPONENTS, check_config, check_index
 from diffusers_repr.hub.own_pipelines import is_own_pipeline, pipeline_files
 from tests.encoders.vits import build as build_vit
-from tests.hostile.cases import changed, copied, written
+from tests.hostile.cases import changed, copied, weights, written
 from tests.tasks.planted import pipeline
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
@@ -221,6 +221,8 @@ VITS = {
     "a side": ([changed("preprocessor_config.json", "size", to={"height": 10**6, "width": 10**6})],
                "size.height is 1000000"),
     "a list": ([written("preprocessor_config.json", [])], "allowed is an object"),
+    "a weight": ([weights(lambda held: {k: v * (float("nan") if "norm" in k else 1) for k, v in held.items()},
+                          "model.safetensors")], "weights that are not finite"),
     "weights elsewhere": ([written("model.safetensors.index.json", {"weight_map": {"a": "/etc/x.safetensors"}})],
                           "weight_map.a is '/etc/x.safetensors'"),
 }  # fmt: skip
