@@ -55,9 +55,11 @@ class Owner:
 
         What is asked is the stack and not a mark, which an interrupt would leave behind.
         """
-        if self._running_in is None or self._turn():
+        running = self._running_in
+        # If it is the running thread's own number, it was given out again: its holder has ended.
+        if running is None or running == threading.get_ident() or self._turn():
             return False
-        frame = sys._current_frames().get(self._running_in)
+        frame = sys._current_frames().get(running)
         while frame is not None:
             if frame.f_code.co_name in ("__call__", "_call_impl"):
                 caller = frame.f_locals.get("self")

@@ -155,7 +155,8 @@ def test_a_second_thread_on_a_guided_pipeline_raises_at_once():
     with pytest.raises(ValueError, match="is guided already.*Two threads that guide at once need a network each"):
         guide(pipe, PAG(1.0))
     assert torch.equal(finish(), expected)
-    assert torch.equal(in_thread(lambda: run("sd", pipe, 3.0)), expected)
+    for _ in range(3):  # threads whose numbers may be those of threads that have ended
+        assert torch.equal(in_thread(lambda: run("sd", pipe, 3.0)), expected)
     handle.remove()
     assert hook_count(pipe.unet) == 0
 
