@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +89,23 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
         names = ((name.strip(), int(key)) for key, value in (id2label or {}).items() for name in value.split(","))
         self.labels: dict[str, int] = dict(sorted(names))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers'; warns of a folder that keeps a class token's head where no pipeline takes it from.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            **kwargs: As in diffusers.
+        """
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if pipe.class_token is None and Path(pretrained_model_name_or_path, "heads", "class-token").is_dir():
+            warnings.warn(
+                f"{str(pretrained_model_name_or_path)!r} was trained by an earlier form of REG, whose class token no "
+                "pipeline holds: samples without it are not what was trained. Train it anew.",
+                stacklevel=2,
+            )
+        return pipe
 
     @property
     def do_classifier_free_guidance(self) -> bool:

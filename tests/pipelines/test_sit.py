@@ -315,5 +315,12 @@ def test_saved_and_loaded(tmp_path):
     assert SiTPipeline.from_pretrained(tmp_path / "pixels").vae is None
 
 
+def test_a_class_token_that_the_pipeline_does_not_hold_is_told_of(tmp_path):
+    pipeline().save_pretrained(tmp_path)
+    (tmp_path / "heads" / "class-token").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="earlier form of REG, whose class token no pipeline holds"):
+        SiTPipeline.from_pretrained(tmp_path)
+
+
 def test_the_file_can_be_published():
     assert check_pipeline_file(ROOT / "pipelines" / "sit" / "pipeline.py") == "SiTPipeline"
