@@ -49,7 +49,7 @@ def sweep(good, write, use, file, other=None, errors=(ValueError, OSError)):
     refused = 0
     for path, new in at_leaves(good):
         write(json.dumps(changed(good, path, new)))
-        since = time.perf_counter()
+        since = time.process_time()
         try:
             use()
         except errors as error:
@@ -60,7 +60,7 @@ def sweep(good, write, use, file, other=None, errors=(ValueError, OSError)):
             assert len(told) < 2000, (path, new)
         except Exception as error:
             pytest.fail(f"{path} = {new!r}: {type(error).__name__}: {error}")
-        assert time.perf_counter() - since < 1, (path, new)
+        assert time.process_time() - since < 2, (path, new)  # seconds of work, whatever else runs
     write(json.dumps(good))
     use()
     return refused
