@@ -420,7 +420,7 @@ def _shifted(times: np.ndarray, factor: float, path: str) -> np.ndarray:
         angle = 0.5 * math.pi * times
         times = np.arctan2(factor * np.sin(angle), np.cos(angle)) * 2 / math.pi
     times = np.minimum(times, 1.0)
-    if np.any(np.diff(times) >= 0):
+    if not np.all(np.diff(times) < 0):  # NaN too
         raise ValueError(f"A shift of {factor:g} leaves no distance between two steps; take a smaller one.")
     return times
 
@@ -430,8 +430,8 @@ def _factor(config: Mapping[str, Any], shift: float, mu: float | None) -> float:
     if not config["use_dynamic_shifting"]:
         return shift
     exponential = config["time_shift_type"] == "exponential"
-    if mu is None or not math.isfinite(mu) or (mu <= 0 and not exponential) or mu > 700:
-        kind = "a finite number" if exponential else "a finite number above 0"
+    if mu is None or not abs(mu) <= 700 or (mu <= 0 and not exponential):
+        kind = "a number from -700 to 700" if exponential else "a number above 0, to 700"
         raise ValueError(
             f"With use_dynamic_shifting set_timesteps needs mu, {kind}; got {mu}. Pipelines compute it from "
             "base_shift, max_shift and the number of image tokens."

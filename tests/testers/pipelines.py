@@ -75,17 +75,20 @@ class PipelineContract:
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
-    def pipe(self):
-        pipe = self.make()
+    @classmethod
+    def pipe(cls):
+        pipe = cls().make()
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     @pytest.fixture(scope="class")
-    def want(self, pipe):
-        return self.sample(pipe)
+    @classmethod
+    def want(cls, pipe):
+        return cls().sample(pipe)
 
     @pytest.fixture(scope="class")
-    def folder(self, pipe, tmp_path_factory):
+    @classmethod
+    def folder(cls, pipe, tmp_path_factory):
         folder = tmp_path_factory.mktemp("pipeline")
         pipe.save_pretrained(folder)
         return folder
