@@ -7,7 +7,6 @@ by side, `images` and `vae-sd`, the second with moments of latents in place of i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
+from diffusers_repr.hub import read_json
 from diffusers_repr.hub.schema import MAX_ITEMS
 
 LABELS = "dataset.json"
@@ -66,12 +66,7 @@ def read_labels_file(file: Path) -> dict[str, int] | None | NoLabelsFile:
     """
     if not file.is_file():
         return NO_LABELS_FILE
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{str(file)!r} is no JSON ({error}); write it anew, or take it out of the folder."
-        ) from error
+    held = read_json(file)
     if not isinstance(held, dict) or "labels" not in held:
         return NO_LABELS_FILE
     pairs = held["labels"]

@@ -105,7 +105,7 @@ def test_other_places(tmp_path):
     with pytest.raises(ValueError, match="no images, but latents: pass the folder around it"):
         load_images(str(tmp_path / "latents"))
     (tmp_path / "some" / "cifar" / "dataset.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="dataset.json.* is not valid JSON"):
         load_images(str(tmp_path / "some" / "cifar"))
 
 
