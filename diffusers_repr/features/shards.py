@@ -215,6 +215,8 @@ def shard_problem(folder: Path, layout: Layout, shard: int) -> str | None:
                     values = (to_numpy(chunk, column.shape) for chunk in table[column.name].chunks)
                     if not all(np.isfinite(part).all() for part in values):
                         return f"holds NaN or infinity in {column.name!r}, which no extraction writes"
+                for chunk in [] if layout.label is None else table["label"].chunks:
+                    to_labels(getattr(layout.label, "names", None), chunk)
     except (pa.ArrowException, OSError, ValueError) as error:
         return _unreadable(error)
     if not np.array_equal(np.concatenate(rows), np.arange(start, stop)):
@@ -245,6 +247,20 @@ def to_numpy(array: pa.Array, shape: Sequence[int]) -> np.ndarray:
     while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
     return array.to_numpy(zero_copy_only=False).reshape(rows, *shape)
+
+
+def to_labels(names: Sequence[str] | None, array: pa.Array) -> np.ndarray:
+    """A label column; -1 is no class.
+
+    Raises:
+        ValueError: If it has gaps, or ids outside of the named classes.
+    """
+    if array.null_count:
+        raise ValueError("column 'label' has gaps")
+    found = array.to_numpy(zero_copy_only=False)
+    if names is not None and len(found) and not -1 <= found.min() <= found.max() < len(names):
+        raise ValueError(f"column 'label' holds ids outside the {len(names)} classes")
+    return found
 
 
 def row_bytes(columns: Sequence[Column], dtype: str) -> int:

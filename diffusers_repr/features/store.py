@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from diffusers_repr.features.shards import Column, header_problem, read_shard, shard_problem, to_numpy
+from diffusers_repr.features.shards import Column, header_problem, read_shard, shard_problem, to_labels, to_numpy
 from diffusers_repr.features.store_manifest import MANIFEST, check_manifest, layout_of, read_manifest
 from diffusers_repr.hub import push_folder, resolve_folder
 
@@ -161,7 +161,9 @@ class FeatureStore:
         """
         if self.layout.label is None:
             raise ValueError(f"This store has no labels: the data set {self.recipe['data']['name']!r} had none.")
-        found = np.concatenate([batch for _, batch in self._read("label", 65536, partial(_labels, self.label_names))])
+        found = np.concatenate(
+            [batch for _, batch in self._read("label", 65536, partial(to_labels, self.label_names))]
+        )
         return found.astype(np.int64, copy=False)
 
     @property
@@ -212,13 +214,4 @@ def _features(column: Column, values: pa.Array) -> np.ndarray:
     found = to_numpy(values, column.shape)
     if not np.isfinite(found).all():
         raise ValueError(f"column {column.name!r} holds NaN or infinity, which no extraction writes")
-    return found
-
-
-def _labels(names: Sequence[str] | None, values: pa.Array) -> np.ndarray:
-    if values.null_count:
-        raise ValueError("column 'label' has gaps")
-    found = values.to_numpy(zero_copy_only=False)
-    if names is not None and len(found) and not -1 <= found.min() <= found.max() < len(names):
-        raise ValueError(f"column 'label' holds ids outside the {len(names)} classes")
     return found
