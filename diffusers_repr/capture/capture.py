@@ -47,6 +47,7 @@ class Tape:
         self.calls = 0
         self._versions: list[tuple[str, Tensor, int]] = []
         self._model: nn.Module | None = None  # while its block is open
+        self._offloaded = False  # whether that model's weights are; asked once a block
         self._undo: list[Callable[[], None]] = []  # of forwards that are left before their end
 
     def __getitem__(self, layer: str) -> Any:
@@ -186,8 +187,8 @@ def recording(tape: Tape, model: nn.Module) -> Iterator[Hooks]:
     """
     tapes = _OPEN.__dict__.setdefault("tapes", [])
     with ExitStack() as stack:
-        offloaded = is_offloaded(model)
-        if offloaded:
+        tape._offloaded = is_offloaded(model)
+        if tape._offloaded:
             stack.enter_context(only_reader(model))
         tapes.append(tape)
         tape._model = model
@@ -196,12 +197,12 @@ def recording(tape: Tape, model: nn.Module) -> Iterator[Hooks]:
             with ExitStack() as inner:
                 hooks = Hooks(inner)
                 hooks.before(model, lambda module, args, kwargs: tape._begin(), prepend=True)
-                if offloaded:
+                if tape._offloaded:
                     hooks.after(model, _unfinished, always_call=True)
                 yield hooks
         except _Stop as stop:
-            for model_left in [other._model for other in tapes]:
-                if model_left is not None and is_offloaded(model_left):
+            for model_left in [other._model for other in tapes if other._offloaded]:
+                if model_left is not None:
                     send_back(model_left)
             if stop.tape is not tape:
                 raise

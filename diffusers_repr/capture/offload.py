@@ -16,7 +16,8 @@ _READERS: WeakKeyDictionary[nn.Module, list[Turn]] = WeakKeyDictionary()  # a tu
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate or diffusers may move weights while the model runs."""
-    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+    # By the instance's own dict: `hasattr` of what a module lacks is slow, and this is asked for every forward.
+    return any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in model.modules())
 
 
 def send_back(model: nn.Module) -> None:
