@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import interleaved, median, report
 from diffusers_repr.heads import ReadoutHead
-from diffusers_repr.heads.readout_parts import resize, resized_projections
+from diffusers_repr.heads.dense.parts import resize, resized_projections
 
 SIZE = (64, 64)
 MAPS = (

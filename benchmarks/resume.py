@@ -18,8 +18,9 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from benchmarks.common import median, report
 from diffusers_repr import Denoiser
+from diffusers_repr.data import TrainData
 from diffusers_repr.objectives import DiffusionObjective
-from diffusers_repr.training import TrainData, TrainingConfig, train
+from diffusers_repr.training import TrainingConfig, train
 from diffusers_repr.training.checkpoints import list_checkpoints, read_state, read_tensors, save_checkpoint
 
 ROWS, BATCH, LATE = 1_281_167, 256, 1_000_000

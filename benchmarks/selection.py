@@ -17,9 +17,9 @@ from torch import nn
 
 from benchmarks.common import report
 from diffusers_repr import Denoiser, list_layers
+from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.denoiser.streams import image_stream
-from diffusers_repr.features.selection import select_features
+from diffusers_repr.sweep.select import select_features
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "digits-ddpm"
@@ -106,7 +106,7 @@ def cell_features(denoiser, data, layer, timestep, seed):
     """One full forward over both splits, one layer pooled: `[(features, labels), (features, labels)]`."""
     generator = torch.Generator().manual_seed(seed)
     module, kept = denoiser.model.get_submodule(layer), []
-    handle = module.register_forward_hook(lambda m, _, out: kept.append(image_stream(m, out, layer).mean((2, 3))))
+    handle = module.register_forward_hook(lambda m, _, out: kept.append(block_output(m, out, layer).mean((2, 3))))
     parts = []
     with denoiser.evaluating():
         for pixels, labels in data.values():

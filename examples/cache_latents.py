@@ -21,14 +21,14 @@ import torch
 from recipe_data import load_split
 from transformers.hf_argparser import HfArg
 
+from diffusers_repr.config.recipe import parse_recipe, read_recipe, setting
+from diffusers_repr.data.cache_writer import CacheSettings
+from diffusers_repr.data.config import DataConfig
+from diffusers_repr.data.latents import cache_latents
+from diffusers_repr.data.train_data import ImageTrainData, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.training.cache_writer import CacheSettings
-from diffusers_repr.training.data import ImageTrainData, load_train_data
-from diffusers_repr.training.data_config import DataConfig
-from diffusers_repr.training.feature_cache import cache_features
-from diffusers_repr.training.latents import cache_latents
-from diffusers_repr.training.recipe import parse_recipe, read_recipe, setting
+from diffusers_repr.encoders.feature_cache import cache_features
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from digits import load_digits_splits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusers_repr.training.transforms import augment
+from diffusers_repr.data.transforms import augment
 
 CLASSES = 10
 AUGMENTATION = {"flip": False, "rotation": 10.0, "shift": 0.0875, "scale": 0.1}  # that of ddim_digits_class.yaml

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.training import TrainData
-from diffusers_repr.training.data import augmented
-from diffusers_repr.training.recipe import setting
-from diffusers_repr.training.transforms import to_unit
+from diffusers_repr.config.recipe import setting
+from diffusers_repr.data import TrainData
+from diffusers_repr.data.train_data import augmented
+from diffusers_repr.data.transforms import to_unit
 
 
 @dataclasses.dataclass(frozen=True)

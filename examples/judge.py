@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from diffusers_repr.data.transforms import augment
 from diffusers_repr.hub import atomic_file
-from diffusers_repr.training.transforms import augment
 
 
 class Block(nn.Module):

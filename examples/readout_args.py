@@ -4,8 +4,8 @@ import dataclasses
 import inspect
 from typing import Literal
 
+from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead
-from diffusers_repr.training.recipe import check_keys, mapping, setting
 
 HEADS: dict[str, type[MapHead]] = {
     "spatial": ReadoutHead,

@@ -23,9 +23,9 @@ from recipe_data import load_split
 from torch import Tensor
 
 from diffusers_repr import Denoiser, DepthGuidance, ReadoutGuidance, guide
+from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead, read_features, sobel_edges
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.training.images import ImagePixels
 
 MODELS = Path(__file__).parent / "models"
 SIGN = {f"latent_sign {scale}": {"scale": scale} for scale in (0.01, 0.02, 0.04)}

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from readout_args import ReadoutConfig
 from torch import Tensor
 
+from diffusers_repr.config.recipe import setting
+from diffusers_repr.data import TrainData
+from diffusers_repr.data.image_column import ImagePixels, raw_bytes
+from diffusers_repr.data.train_data import hashed
+from diffusers_repr.data.transforms import draw_flips, to_unit
 from diffusers_repr.heads import sobel_edges
-from diffusers_repr.training import TrainData
-from diffusers_repr.training.data import hashed
-from diffusers_repr.training.images import ImagePixels, raw_bytes
-from diffusers_repr.training.recipe import setting
-from diffusers_repr.training.transforms import draw_flips, to_unit
 
 # Field of `RowsConfig` with the column of each image in a row, for each kind of head.
 IMAGES = {

@@ -5,8 +5,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from digits import digits_split
 
-from diffusers_repr.features.data import open_split
-from diffusers_repr.training import DataConfig, load_train_data
+from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.data.image_data import open_split
 
 
 def load_split(name: str, split: str) -> datasets.Dataset:

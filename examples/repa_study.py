@@ -24,10 +24,13 @@ from train_repa import ModelConfig
 from train_repa import main as train_repa
 
 from diffusers_repr import Denoiser, Encoder
-from diffusers_repr.metrics import frechet_distance, measure_alignment, precision_recall
-from diffusers_repr.metrics.alignment_plot import draw_alignment
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.data import DataConfig
+from diffusers_repr.metrics import frechet_distance, precision_recall
 from diffusers_repr.objectives.repa_config import REPAConfig
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe
+from diffusers_repr.sweep import measure_alignment
+from diffusers_repr.sweep.alignment_plot import draw_alignment
+from diffusers_repr.training import TrainingConfig
 
 
 def read_split(data_config: DataConfig, split: str, channels: int) -> tuple[torch.Tensor, torch.Tensor]:

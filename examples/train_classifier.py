@@ -25,13 +25,15 @@ from recipe_data import load_recipe_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.data import DataConfig, TrainData
 from diffusers_repr.denoiser.vae import encode_latents, scale_latents
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
 from diffusers_repr.objectives.base import Batch, Objective, rebuild
-from diffusers_repr.training import DataConfig, TrainData, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.recipe import check_keys, mapping, setting
+from diffusers_repr.training import TrainingConfig, recipe_of, train
 from diffusers_repr.training.seeds import reseed
 
 # Arguments of NoisyClassifier that base and data decide.

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from transformers import ViTConfig, ViTModel
 
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.data import DataConfig
+from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.hub.files import write_json
-from diffusers_repr.metrics import knn_probe, linear_probe
 from diffusers_repr.objectives import Objective
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.recipe import check_keys, mapping, setting
-from diffusers_repr.training.transforms import to_unit
+from diffusers_repr.sweep import knn_probe, linear_probe
+from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 
 @dataclasses.dataclass(frozen=True)

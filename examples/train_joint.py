@@ -20,12 +20,14 @@ from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipe
 from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.data import DataConfig
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives.hybvit import HybViTObjective
 from diffusers_repr.objectives.jdm import JDMObjective
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.recipe import check_keys, mapping, setting
+from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 METHODS = {"jdm": (UNet2DModel, JDMObjective), "hybvit": (JointViTModel, HybViTObjective)}
 DEFAULTS = ("classification_weight", "generation_weight", "loss", "label_smoothing")

@@ -28,7 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from diffusers_repr import Denoiser
-from diffusers_repr.training import TrainingConfig, parse_recipe, recipe_of, train
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.training import TrainingConfig, recipe_of, train
 from diffusers_repr.training.batches import to_device
 from diffusers_repr.training.seeds import reseed
 

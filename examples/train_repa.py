@@ -21,13 +21,15 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDE
 from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser, Encoder
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.data import DataConfig
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import load_heads
 from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.recipe import check_keys, mapping, setting
+from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 SCHEDULERS = {"ode": FlowMatchODEScheduler, "sde": FlowMatchSDEScheduler}
 

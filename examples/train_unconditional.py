@@ -17,9 +17,11 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.data import DataConfig
 from diffusers_repr.objectives import DiffusionObjective
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe, recipe_of, train
-from diffusers_repr.training.recipe import check_keys, mapping, setting
+from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 
 @dataclasses.dataclass(frozen=True)

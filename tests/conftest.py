@@ -20,7 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.testers.together import launch
+from tests.testers.two_processes import launch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -43,7 +43,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory):
-    """`(folder, told)` of two processes that did what tests/testers/together.py says; once for all workers."""
+    """`(folder, told)` of two processes that did what tests/testers/two_processes.py says; once for all workers."""
     place = tmp_path_factory.getbasetemp()
     place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "together"
     with FileLock(f"{place}.lock"):

@@ -4,13 +4,13 @@ from diffusers_repr.capture.attention import AttentionTape, AttentionTokens, att
 from diffusers_repr.capture.attention_memory import attention_memory
 from diffusers_repr.capture.capture import Tape, capture
 from diffusers_repr.capture.names import check_layers, match_layers
-from diffusers_repr.capture.split import UNetFeatures, bottleneck, decode_partial, encode_partial
-from diffusers_repr.capture.tap import Tap
+from diffusers_repr.capture.persistent import PersistentCapture
+from diffusers_repr.capture.unet_halves import UNetFeatures, bottleneck, decode_partial, encode_partial
 
 __all__ = [
     "AttentionTape",
     "AttentionTokens",
-    "Tap",
+    "PersistentCapture",
     "Tape",
     "UNetFeatures",
     "attention_layers",

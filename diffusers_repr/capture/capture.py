@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.capture.offload import is_offloaded, only_reader, send_back
+from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.hooks import AfterHook, BeforeHook, Hooks
-from diffusers_repr.denoiser.streams import image_stream
 
 Where = Literal["output", "input", "residual"]
 Transform = Callable[[Tensor, str], Any]
@@ -228,7 +228,7 @@ def _unfinished(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 
 def _output_hook(path: str, read: Callable[[str, Tensor], None]) -> AfterHook:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        read(path, image_stream(module, output, path))
+        read(path, block_output(module, output, path))
 
     return hook
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.lanes import Lane, LaneFunction, NetworkCall, TapFunction
-from diffusers_repr.capture.rows import UNBATCHED, map_rows, take_rows
+from diffusers_repr.capture.batching import UNBATCHED, index_batch, map_rows
+from diffusers_repr.capture.lanes import Lane, LaneFunction, NetworkCall, Observer
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.hooks import Hooks, Turn
 
@@ -29,7 +29,7 @@ class Executor:
         family: Its adapter.
         config: Its config.
         lanes: All lanes that calls may ask for.
-        taps: Key -> (path, function): what to keep of the arguments of a module, of the rows of the call.
+        observers: Key -> (path, function): what to keep of the arguments of a module, of the rows of the call.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Executor:
         family: Family,
         config: Mapping[str, Any],
         lanes: Sequence[Lane] = (),
-        taps: Mapping[str, tuple[str, TapFunction]] | None = None,
+        observers: Mapping[str, tuple[str, Observer]] | None = None,
     ) -> None:
         self.model, self.family, self.config = model, family, config
-        self.lanes, self.taps = tuple(lanes), dict(taps or {})
+        self.lanes, self.observers = tuple(lanes), dict(observers or {})
         self.unbatched = UNBATCHED | set(family.unbatched)
         self._active: tuple[Lane, ...] = ()
-        self._tapped: frozenset[str] = frozenset()
+        self._observed: frozenset[str] = frozenset()
         self._call: NetworkCall | None = None
         self._rows = 0  # of the pass, before lanes join
         self._source = slice(0)  # the conditional rows among them
@@ -62,7 +62,7 @@ class Executor:
                 if path in self.family.early_rows:
                     hooks.after(unit, self._early_hook(path))
         changed = {path for lane in self.lanes for path in lane.modules}
-        for path in sorted(changed | {path for path, _ in self.taps.values()}):
+        for path in sorted(changed | {path for path, _ in self.observers.values()}):
             hooks.before(modules[path], self._enter_hook(path))
             if path in changed:
                 hooks.after(modules[path], self._leave_hook(path))
@@ -70,7 +70,7 @@ class Executor:
     # One pass
 
     def begin(
-        self, call: NetworkCall, which: slice, lanes: Sequence[Lane] = (), taps: Sequence[str] = ()
+        self, call: NetworkCall, which: slice, lanes: Sequence[Lane] = (), observers: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Start the pass that runs the rows `which` of a call together with lanes.
 
@@ -78,18 +78,18 @@ class Executor:
             call: The call.
             which: Contiguous rows that are run; they include the conditional ones if there are lanes.
             lanes: The lanes of this pass.
-            taps: Keys of the taps of this pass.
+            observers: Keys of the observers of this pass.
 
         Returns:
             Keyword inputs to run the network with.
         """
         self._turn.take()
-        self._call, self._active, self._tapped = call, tuple(lanes), frozenset(taps)
+        self._call, self._active, self._observed = call, tuple(lanes), frozenset(observers)
         start, stop, _ = which.indices(call.rows)
         self._rows = stop - start
         self._source = slice(call.batch.cond.start - start, call.batch.cond.stop - start)
         self._stash = {}
-        inputs = take_rows(call.inputs, call.rows, which, self.unbatched)
+        inputs = index_batch(call.inputs, call.rows, which, self.unbatched)
         call.joined = None
         if not lanes:
             return inputs
@@ -105,7 +105,7 @@ class Executor:
     def end(self) -> None:
         """Close the pass, finished or not."""
         self._turn.end()
-        self._call, self._active, self._tapped, self._stash = None, (), frozenset(), {}
+        self._call, self._active, self._observed, self._stash = None, (), frozenset(), {}
 
     def split(self, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows of the call, and the rows of each lane, in what the network returned for the pass.
@@ -158,24 +158,24 @@ class Executor:
         return hook
 
     def _enter_hook(self, path: str) -> Hook:
-        """Keep what a tap asks for; take the rows of the lanes that change this module out of its arguments."""
+        """Keep what an observer asks for; take the rows of the lanes that change this module out of its arguments."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call
             if call is None:
                 return None
             total = self._rows + len(self._active) * call.samples * (call.joined is not None)
-            for key, (where, function) in self.taps.items():
-                if where == path and key in self._tapped:
+            for key, (where, function) in self.observers.items():
+                if where == path and key in self._observed:
                     own = slice(0, self._rows)
-                    own_args, own_kwargs = (take_rows(part, total, own, self.unbatched) for part in (args, kwargs))
-                    call.taps[key] = function(module, own_args, own_kwargs, call)
+                    own_args, own_kwargs = (index_batch(part, total, own, self.unbatched) for part in (args, kwargs))
+                    call.observers[key] = function(module, own_args, own_kwargs, call)
             changes = [(lane, rows) for lane, rows in self._lane_rows() if path in lane.modules]
             if not changes:
                 return None
             made = []
             for lane, rows in changes:
-                own_args, own_kwargs = (take_rows(part, total, rows, self.unbatched) for part in (args, kwargs))
+                own_args, own_kwargs = (index_batch(part, total, rows, self.unbatched) for part in (args, kwargs))
                 made.append((rows, lane.modules[path], own_args, own_kwargs))
             self._stash[path] = made
             kept = self._kept(path, total)
@@ -196,7 +196,7 @@ class Executor:
             start = 0
             for rows in self._kept(path, total):
                 length = rows.stop - rows.start
-                parts.append((rows, take_rows(output, _rows_of(output), slice(start, start + length))))
+                parts.append((rows, index_batch(output, _rows_of(output), slice(start, start + length))))
                 start += length
             return _concatenate([value for _, value in sorted(parts, key=lambda part: part[0].start)])
 

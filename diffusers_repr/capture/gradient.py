@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.hooks import AfterHook, Hooks, Turn
-from diffusers_repr.denoiser.streams import image_stream
 
 # (layer path -> what it returned, the network's output where the loss asks for it, x) => loss; all of them leaves.
 Loss = Callable[[Mapping[str, Tensor], Tensor | None, Tensor], Tensor]
@@ -151,7 +151,7 @@ class GradientTape:
             # With checkpoints the backward pass calls modules once more; the loss is taken by then.
             if self._loss is None or path not in self._wanted or path in self._found:
                 return
-            self._found[path] = image_stream(module, output, path)
+            self._found[path] = block_output(module, output, path)
             if len(self._found) == len(self._wanted) and not self._at_output:
                 self._differentiate(None)
                 torch.set_grad_enabled(False)

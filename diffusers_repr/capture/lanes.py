@@ -14,7 +14,7 @@ from diffusers_repr.noise import NoiseLevel
 # (module, its arguments, its keyword arguments, the call) -> what the module is to return for these rows.
 LaneFunction = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], "NetworkCall"], Any]
 # As a lane function; what it returns is kept on the call.
-TapFunction = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], "NetworkCall"], Any]
+Observer = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], "NetworkCall"], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class NetworkCall:
         x: What the network takes, `(rows, C, H, W)`: `alpha x_0 + sigma eps`, without further input channels.
         level: Where the sampler stands; alpha and sigma are those of `x`.
         scale: `x` is `scale` times what the scheduler's step takes.
-        taps: Key of a tap -> what it kept.
+        observers: Key of an observer -> what it kept.
         joined: Path of the top-level module at which lanes joined; empty where they ran from the input on, None
             without lanes.
     """
@@ -55,7 +55,7 @@ class NetworkCall:
     x: Tensor
     level: NoiseLevel
     scale: float = 1.0
-    taps: dict[str, Any] = field(default_factory=dict)
+    observers: dict[str, Any] = field(default_factory=dict)
     joined: str | None = None
 
     @property

@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Extract, and say where it is."""
     import torch
 
+    from diffusers_repr.data.image_data import load_images
     from diffusers_repr.denoiser import Denoiser
-    from diffusers_repr.features.data import load_images
     from diffusers_repr.features.extraction import extract_to_store, process_state
     from diffusers_repr.features.extractor import FeatureExtractor
 

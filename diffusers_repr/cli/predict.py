@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from diffusers_repr.features.image_files import read_image
+    from diffusers_repr.data.image_files import read_image
     from diffusers_repr.hub.schema import printable
     from diffusers_repr.tasks import Probe
 

@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
     import datasets
     import torch
 
+    from diffusers_repr.data.image_data import load_images
     from diffusers_repr.denoiser import Denoiser
-    from diffusers_repr.features.data import load_images
-    from diffusers_repr.features.selection_result import Selection
     from diffusers_repr.heads import get_protocol
     from diffusers_repr.hub.schema import printable
+    from diffusers_repr.sweep.selection_result import Selection
     from diffusers_repr.tasks import Probe
 
     get_protocol(args.protocol, args.head)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(folder: str, kind: str) -> None:
     """That what is pushed can be loaded again."""
     if kind == "store of features":
-        from diffusers_repr.features.store import FeatureStore
+        from diffusers_repr.store.feature_store import FeatureStore
 
         FeatureStore.open(folder).verify()
     code = Path(folder) / "pipeline.py"

@@ -1,10 +1,10 @@
 """The Denoiser: a diffusers model, its scheduler, its VAE and its conditioning as one object."""
 
+from diffusers_repr.denoiser.block_outputs import register_block_output
 from diffusers_repr.denoiser.condition import Condition
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family, GenericFamily, register_family
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
-from diffusers_repr.denoiser.streams import register_stream
 
 __all__ = [
     "Condition",
@@ -15,6 +15,6 @@ __all__ = [
     "layer_table",
     "list_layers",
     "list_layers_from_config",
+    "register_block_output",
     "register_family",
-    "register_stream",
 ]

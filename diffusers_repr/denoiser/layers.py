@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, require_denoiser
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
 from diffusers_repr.denoiser.loading import INDEX, check_pipeline_folder, component_class, pipeline_modules
-from diffusers_repr.denoiser.streams import image_stream
 from diffusers_repr.hub.components import check_config, check_index, is_component
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.schema import printable
@@ -212,7 +212,7 @@ def _recorder(
 ) -> Callable[..., None]:
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         try:
-            out = image_stream(module, output, path)
+            out = block_output(module, output, path)
         except TypeError:  # not an image for sure, or a class nobody registered: not readable
             return
         if path in done:

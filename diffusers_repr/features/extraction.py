@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.features.data import ImageData
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.noise_policy import Policy, pixel_keys
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.recipe import recipe_differences, recipe_hash, recipe_of
-from diffusers_repr.features.shards import Column, Layout, row_bytes, shard_problem, shard_stamp, write_shard
-from diffusers_repr.features.store import FeatureStore
-from diffusers_repr.features.store_card import store_card
-from diffusers_repr.features.store_manifest import MANIFEST, read_manifest
 from diffusers_repr.hub import atomic_write, write_json
 from diffusers_repr.hub.files import only_writer
+from diffusers_repr.store.card import store_card
+from diffusers_repr.store.feature_store import FeatureStore
+from diffusers_repr.store.manifest import MANIFEST, read_manifest
+from diffusers_repr.store.shards import Column, Layout, row_bytes, shard_problem, shard_stamp, write_shard
 
 DTYPES = ("float32", "float16")
 _SHARD_BYTES = 256 * 2**20  # a shard's rows without shard_size: at most these bytes of features,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.features.data import ImageData
+from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.features.extractor import FeatureExtractor
 
 _SAMPLED = 64  # values of each weight that enter a fingerprint

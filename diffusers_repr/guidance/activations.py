@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.capture import after_breaking_off, is_breaking_off
 from diffusers_repr.capture.gradient import frozen, half_scale, refuse_inference_mode, refuse_swapped_weights
-from diffusers_repr.capture.split import bottleneck
+from diffusers_repr.capture.unet_halves import bottleneck
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.base import check_finite

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.lanes import Lane, NetworkCall, TapFunction
+from diffusers_repr.capture.lanes import Lane, NetworkCall, Observer
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
@@ -83,10 +83,10 @@ class Term:
     Attributes:
         config: Its settings.
         label: For messages and `stats`.
-        key: Unlike that of any other term; for its lane and its taps.
+        key: Unlike that of any other term; for its lane and its observers.
         lane: A perturbed lane that shares the call's own pass, or None.
-        taps: Key -> (path of a module, function): what it keeps of the arguments of modules in the call's own pass,
-            for the rows of the call.
+        observers: Key -> (path of a module, function): what it keeps of the arguments of modules in the call's own
+            pass, for the rows of the call.
         gradient: What it differentiates, or None.
     """
 
@@ -95,7 +95,7 @@ class Term:
         self.label = type(config).__name__
         self.key = f"{self.label}-{next(_KEYS)}"
         self.lane: Lane | None = None
-        self.taps: Mapping[str, tuple[str, TapFunction]] = {}
+        self.observers: Mapping[str, tuple[str, Observer]] = {}
         self.gradient: GradientRequest | None = None
         self._bounds = nsr_bounds(config.interval, denoiser.schedule)
         if config.adaptive and denoiser.schedule.kind in ("ve", "edm"):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.capture.batching import map_rows
 from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.capture.lanes import NetworkCall
-from diffusers_repr.capture.rows import map_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import BatchLanes, equal_halves

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.gradient import check_checkpointing, refuse_swapped_weights
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.capture.names import check_layers
-from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import GradientRequest, Guidance, Term
 
@@ -126,7 +126,7 @@ class EnergyTerm(Term):
 def conditional_inputs(denoiser: Denoiser, call: NetworkCall, x: Tensor) -> dict[str, Any]:
     """Keyword inputs of the network for the conditional rows of a call, made from `x`."""
     family = denoiser.family
-    inputs = take_rows(call.inputs, call.rows, call.batch.cond, UNBATCHED | set(family.unbatched))
+    inputs = index_batch(call.inputs, call.rows, call.batch.cond, UNBATCHED | set(family.unbatched))
     return family.with_sample(denoiser.config, inputs, x)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.capture import is_breaking_off
 from diffusers_repr.capture.executor import Executor
 from diffusers_repr.capture.gradient import GradientStop, GradientTape
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.capture.offload import is_offloaded, send_back
-from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.hooks import Hooks
@@ -66,10 +66,10 @@ class Engine:
         self.model: nn.Module = denoiser.model
         self.stats = GuidanceStats()
         lanes = [term.lane for term in terms if term.lane is not None]
-        taps = {key: tap for term in terms for key, tap in term.taps.items()}
+        observers = {key: observer for term in terms for key, observer in term.observers.items()}
         requests = [term.gradient for term in terms if term.gradient is not None]
         layers = dict.fromkeys(path for request in requests for path in request.layers)
-        self._executor = Executor(self.model, denoiser.family, denoiser.config, lanes, taps)
+        self._executor = Executor(self.model, denoiser.family, denoiser.config, lanes, observers)
         self._tape = GradientTape(self.model, list(layers))
         self._unbatched = UNBATCHED | set(denoiser.family.unbatched)
         self._names = forward_names(self.model)
@@ -178,7 +178,7 @@ class Engine:
         call, follows = self._reader.read(inputs, self._between.first)
         step = StepStats(call.level)
         if not self.stats.steps:
-            self.stats.example = Example(self.model, take_rows(inputs, call.rows, call.batch.cond, self._unbatched))
+            self.stats.example = Example(self.model, index_batch(inputs, call.rows, call.batch.cond, self._unbatched))
         self.stats.steps.append(step)
         self.stats.calls += 1
         self.record.levels.append(call.level)
@@ -196,19 +196,19 @@ class Engine:
             if term.gradient is not None and term.gradient.update != "eps":
                 self._move(call, term, weight, step)
         lanes = [term.lane for term, _ in active if term.lane is not None]
-        taps = [key for term, _ in active for key in term.taps]
+        observers = [key for term, _ in active for key in term.observers]
         # Without signal (alpha = 0) an energy has no gradient in eps.
         eps = [(t, w) for t, w in active if t.gradient is not None and t.gradient.update == "eps"]
         wanted = eps if float(call.level.alpha) else []
         gradient = EpsGradient(self.denoiser, self.schedule, call, wanted) if wanted else None
         needs_null = call.batch.null is not None and (self.cfg is None or self.cfg.weight(call.level) != 0)
-        in_pass = gradient is not None and gradient.reads_network and not lanes and not taps
+        in_pass = gradient is not None and gradient.reads_network and not lanes and not observers
         which = call.batch.cond if in_pass or not needs_null else slice(0, call.rows)
         running = _Running(call, step, active, which, gradient, in_pass)
         if gradient is not None and gradient.reads_network and not in_pass:
             self._gradient_pass(call, gradient, step)
         self._running = running
-        given = self._executor.begin(call, which, lanes, taps)
+        given = self._executor.begin(call, which, lanes, observers)
         if in_pass and gradient is not None:
             gradient.prepare(self._forward, step)
             given = gradient.begin(self._tape, given, stop=False)
@@ -220,7 +220,7 @@ class Engine:
         """A further call at one step: the null condition, at the latents that the first call was moved to."""
         step.passes, step.lanes = 1, 1
         self._running = _Running(call, step, [], slice(0, call.rows), follows=True)
-        inputs = take_rows(call.inputs, call.rows, slice(0, call.rows), self._unbatched)
+        inputs = index_batch(call.inputs, call.rows, slice(0, call.rows), self._unbatched)
         if self._between.shift is None:
             return inputs
         x = call.x + self._between.shift.to(call.x.dtype)
@@ -231,7 +231,7 @@ class Engine:
     def _gradient_pass(self, call: NetworkCall, gradient: EpsGradient, step: StepStats) -> None:
         """A pass of its own over the conditional rows, as far as the loss reads."""
         gradient.prepare(self._forward, step)
-        inputs = take_rows(call.inputs, call.rows, call.batch.cond, self._unbatched)
+        inputs = index_batch(call.inputs, call.rows, call.batch.cond, self._unbatched)
         inputs = gradient.begin(self._tape, inputs, stop=True)
         step.passes, step.lanes, step.backward_passes = step.passes + 1, step.lanes + 1, step.backward_passes + 1
         try:

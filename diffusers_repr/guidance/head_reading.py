@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.gradient import GradientStop
 from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.hooks import AfterHook, Hooks
-from diffusers_repr.denoiser.streams import image_stream
 from diffusers_repr.guidance.base import Interval, Level
 from diffusers_repr.heads import MapHead
 from diffusers_repr.noise import NoiseSchedule
@@ -68,7 +68,7 @@ def features_of(model: nn.Module, layers: Sequence[str], forward: Callable[[], A
 
     def hook(path: str) -> AfterHook:
         def read(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            found[path] = image_stream(module, output, path)
+            found[path] = block_output(module, output, path)
             if len(found) == len(layers):
                 raise GradientStop(path)
 

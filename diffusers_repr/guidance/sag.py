@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import NetworkCall
-from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import Guidance, Term, check_finite
 from diffusers_repr.guidance.defaults import resolve_layers, sag_layer
@@ -141,15 +141,15 @@ class SAGTerm(Term):
         self.blur_sigma = blur.sigma if config.blur_sigma is None else float(config.blur_sigma)
         self.kernel_size = blur.kernel_size if config.kernel_size is None else config.kernel_size
         self.threshold, self.clip = config.threshold, config.clip
-        self.taps = {self.key: (layers[0], self._tap)}
+        self.observers = {self.key: (layers[0], self._observe)}
 
-    def _tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: NetworkCall) -> _Tapped:
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: NetworkCall) -> _Tapped:
         arguments = named_arguments(module, args, kwargs)
         hidden, path = arguments["hidden_states"], self.layers[0]
         # A pass runs all rows of the call, or the conditional ones alone.
         null = call.batch.null if hidden.shape[0] == call.rows else None
         if null is not None:
-            arguments = take_rows(arguments, hidden.shape[0], null, UNBATCHED | set(self.denoiser.family.unbatched))
+            arguments = index_batch(arguments, hidden.shape[0], null, UNBATCHED | set(self.denoiser.family.unbatched))
         if hidden.ndim == 4:
             grid = (hidden.shape[2], hidden.shape[3])
         else:
@@ -166,17 +166,17 @@ class SAGTerm(Term):
 
     def correction(self, step: GuidedStep) -> Tensor:
         """`eps(x) - eps(x~)` as a change of the output at x."""
-        call, tapped = step.call, step.call.taps.get(self.key)
-        if tapped is None:
+        call, observed = step.call, step.call.observers.get(self.key)
+        if observed is None:
             raise RuntimeError(f"Layer {self.layers[0]!r} was not called in the forward; SAG has nothing to read.")
         output, rows = step.cond, call.batch.cond
-        if tapped.of_null:
+        if observed.of_null:
             assert step.null is not None
             assert call.batch.null is not None
             output, rows = step.null, call.batch.null
         x = step.x(rows)
         x0 = step.prediction(output, x).x0
-        mask = attention_mask(tapped.received, self.threshold, call.size).to(x0.dtype)
+        mask = attention_mask(observed.received, self.threshold, call.size).to(x0.dtype)
         offset = blur_offset(x0, mask, self.blur_sigma, self.kernel_size, self.clip)
         degraded = step.run(rows, x=x + expand(step.level.alpha, offset) * offset)
         return step.difference(output, degraded, offset)

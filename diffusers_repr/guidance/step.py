@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import NetworkCall
-from diffusers_repr.capture.rows import UNBATCHED, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import widened
 from diffusers_repr.guidance.stats import StepStats
@@ -82,7 +82,7 @@ class GuidedStep:
         """
         call, family, config = self.call, self.denoiser.family, self.denoiser.config
         unbatched = UNBATCHED | set(family.unbatched)
-        inputs = take_rows(call.inputs, call.rows, rows, unbatched)
+        inputs = index_batch(call.inputs, call.rows, rows, unbatched)
         own = call.x[rows]
         if condition is not None:
             inputs = {**inputs, **condition}

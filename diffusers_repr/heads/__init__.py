@@ -1,23 +1,23 @@
 """From features to predictions: heads, and how they are fitted."""
 
 from diffusers_repr.heads.base import Head
-from diffusers_repr.heads.depth import DepthHead
-from diffusers_repr.heads.fit import FitResult, fit_head
-from diffusers_repr.heads.joint import JointHead
-from diffusers_repr.heads.knn import KNNHead
-from diffusers_repr.heads.linear import LinearHead
-from diffusers_repr.heads.mlp import MLPHead
-from diffusers_repr.heads.projector import Projector
-from diffusers_repr.heads.protocols import PROTOCOLS, get_protocol
-from diffusers_repr.heads.readout import ReadoutHead
-from diffusers_repr.heads.readout_features import depth_layers, read_features, readout_layers, to_map
-from diffusers_repr.heads.readout_losses import (
+from diffusers_repr.heads.dense.depth import DepthHead
+from diffusers_repr.heads.dense.features import depth_layers, read_features, readout_layers, to_map
+from diffusers_repr.heads.dense.losses import (
     appearance_triplet_loss,
     correspondence_loss,
     sample_points,
     sobel_edges,
 )
-from diffusers_repr.heads.readout_parts import MapHead
+from diffusers_repr.heads.dense.parts import MapHead
+from diffusers_repr.heads.dense.readout import ReadoutHead
+from diffusers_repr.heads.fitting.fit import FitResult, fit_head
+from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
+from diffusers_repr.heads.joint import JointHead
+from diffusers_repr.heads.pooled.knn import KNNHead
+from diffusers_repr.heads.pooled.linear import LinearHead
+from diffusers_repr.heads.pooled.mlp import MLPHead
+from diffusers_repr.heads.projector import Projector
 
 __all__ = [
     "PROTOCOLS",

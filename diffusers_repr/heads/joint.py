@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffusers_repr.capture.split import UNetFeatures, encode_partial
+from diffusers_repr.capture.unet_halves import UNetFeatures, encode_partial
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.layers import CastBatchNorm1d, CastLayerNorm, CastLinear

@@ -16,14 +16,14 @@ from diffusers_repr.hub.files import read_json
 # Class of ours that a pipeline may have as a component -> its module.
 OWN_COMPONENTS = {
     "ClassTokenHead": "diffusers_repr.models.class_token",
-    "DepthHead": "diffusers_repr.heads.depth",
+    "DepthHead": "diffusers_repr.heads.dense.depth",
     "FlowMatchODEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_ode",
     "FlowMatchSDEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_sde",
     "JointHead": "diffusers_repr.heads.joint",
     "JointViTModel": "diffusers_repr.models.joint_vit",
     "NoisyClassifier": "diffusers_repr.models.noisy_classifier",
     "Projector": "diffusers_repr.heads.projector",
-    "ReadoutHead": "diffusers_repr.heads.readout",
+    "ReadoutHead": "diffusers_repr.heads.dense.readout",
     "SiTTransformer2DModel": "diffusers_repr.models.sit",
 }
 LIBRARIES = ("diffusers", "transformers")

@@ -1,7 +1,5 @@
-"""What a representation is worth: alignment with another one, probes, and distances of sets of samples."""
+"""What a representation is worth: alignment with another one, and distances of sets of samples."""
 
-from diffusers_repr.metrics.alignment import measure_alignment
-from diffusers_repr.metrics.alignment_result import Alignment, AlignmentCell
 from diffusers_repr.metrics.cka import cka
 from diffusers_repr.metrics.cknna import cknna, compare_graphs, neighbour_graph
 from diffusers_repr.metrics.encoding import Encoded, encode_images
@@ -9,29 +7,20 @@ from diffusers_repr.metrics.frechet import frechet_distance
 from diffusers_repr.metrics.gather import gather_rows, own_rows
 from diffusers_repr.metrics.generation import measure_generation
 from diffusers_repr.metrics.precision_recall import PrecisionRecall, precision_recall
-from diffusers_repr.metrics.probes import FewShotScore, ProbeScore, few_shot_probe, knn_probe, linear_probe
 from diffusers_repr.metrics.record import MetricRecord, UnlikeRecordsError, compare
 
 __all__ = [
-    "Alignment",
-    "AlignmentCell",
     "Encoded",
-    "FewShotScore",
     "MetricRecord",
     "PrecisionRecall",
-    "ProbeScore",
     "UnlikeRecordsError",
     "cka",
     "cknna",
     "compare",
     "compare_graphs",
     "encode_images",
-    "few_shot_probe",
     "frechet_distance",
     "gather_rows",
-    "knn_probe",
-    "linear_probe",
-    "measure_alignment",
     "measure_generation",
     "neighbour_graph",
     "own_rows",

@@ -11,9 +11,9 @@ import datasets
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.image_data import ImageData, from_dataset
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder, EncoderOutput
-from diffusers_repr.features.data import ImageData, from_dataset
 from diffusers_repr.features.noise_policy import pixel_keys
 from diffusers_repr.metrics.checks import check_whole
 from diffusers_repr.metrics.gather import failing_together, gather_rows, own_rows

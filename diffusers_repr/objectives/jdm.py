@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.capture.split import bottleneck, encode_partial
+from diffusers_repr.capture.unet_halves import bottleneck, encode_partial
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.joint import JointHead

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_repr.data.transforms import augment
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.objectives.base import Batch, weighted_sum
 from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.times import TimeSampler
-from diffusers_repr.training.transforms import augment
 
 # Labels (B,), each with its share in the target of a row.
 Targets = list[tuple[Tensor, float]]

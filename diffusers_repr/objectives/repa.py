@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.capture.names import check_layers
-from diffusers_repr.capture.tap import Tap
+from diffusers_repr.capture.persistent import PersistentCapture
 from diffusers_repr.denoiser import Denoiser, list_layers
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.heads.projector import ProjectorKind
@@ -111,7 +111,7 @@ class REPAObjective(DiffusionObjective):
                 self.freeze(f"encoder-{name}", encoder)
         layers = dict.fromkeys(path for term in chosen for path in term.layers)
         attentions = dict.fromkeys(path for term in chosen for path in term.attentions)
-        self.tap = Tap(self.network, list(layers), list(attentions))
+        self.capture = PersistentCapture(self.network, list(layers), list(attentions))
 
     def place(self, path: str) -> Layer:
         """Channels and grid of a layer, measured without weights.
@@ -144,14 +144,14 @@ class REPAObjective(DiffusionObjective):
         Returns:
             The losses that the network's output gives, unweighted, and what terms may look at.
         """
-        with self.tap.recording() as seen:
+        with self.capture.recording() as seen:
             prediction = self.predict(noisy)
         size = (noisy.x0.shape[2], noisy.x0.shape[3])
         step = Step(
             noisy,
             prediction,
-            {path: self.layer_tokens(path, seen[path], size) for path in self.tap.layers},
-            {path: self.queries_and_keys(*seen[path]) for path in self.tap.attentions},
+            {path: self.layer_tokens(path, seen[path], size) for path in self.capture.layers},
+            {path: self.queries_and_keys(*seen[path]) for path in self.capture.attentions},
             teachers or self.teachers_of(noisy),
         )
         return {"denoising": F.mse_loss(prediction, noisy.target)}, step

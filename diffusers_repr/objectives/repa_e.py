@@ -167,7 +167,7 @@ class REPAEObjective(REPAObjective):
             or type(model).__name__.startswith("FSDP")
         )
         if whole:
-            with self.tap.recording() as seen:
+            with self.capture.recording() as seen:
                 self.predict(noisy)
             value = seen[layer]
         else:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.labelled import Labelled, open_labelled
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
-from diffusers_repr.features.labelled import Labelled, open_labelled
 from diffusers_repr.features.noise_policy import pixel_keys
 
 

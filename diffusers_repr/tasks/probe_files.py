@@ -13,7 +13,7 @@ import torch
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import Head
-from diffusers_repr.heads.fit import HEADS
+from diffusers_repr.heads.fitting.fit import HEADS
 from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_json, resolve_folder, write_json
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
+from diffusers_repr.data.labelled import Labelled
+from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
-from diffusers_repr.features.labelled import Labelled
 from diffusers_repr.features.noise_policy import validation_seed
-from diffusers_repr.features.overlap import tell_overlap
 from diffusers_repr.features.pooling import pooled_size
-from diffusers_repr.features.selection_data import refuse_one_class
-from diffusers_repr.features.selection_result import Selection
 from diffusers_repr.heads import Head, fit_head
-from diffusers_repr.heads.protocols import Protocol, get_protocol
+from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.hub.schema import MAX_ITEMS
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.sweep.selection_data import refuse_one_class
+from diffusers_repr.sweep.selection_result import Selection
 from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, read_features
 from diffusers_repr.tasks.recipe import Level, ProbeRecipe, Score

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from diffusers_repr.config.recipe import setting
 from diffusers_repr.hub import is_repo_id
-from diffusers_repr.training.recipe import setting
 
 # What changes neither weights nor data order: a run may go on with other values.
 _FREE = (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from diffusers_repr.config.recipe import to_yaml
 from diffusers_repr.objectives import Objective
 from diffusers_repr.training.config import TrainingConfig
-from diffusers_repr.training.recipe import to_yaml
 
 
 def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe: Mapping[str, Any]) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from diffusers_repr.config.recipe import to_yaml
 from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.training.config import recipe_of
-from diffusers_repr.training.recipe import to_yaml
 from diffusers_repr.training.run import Run
 
 

@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
-from diffusers_repr.capture.split import encode_partial
+from diffusers_repr.capture.unet_halves import encode_partial
 from diffusers_repr.denoiser import Denoiser, sampling
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.family import family_of

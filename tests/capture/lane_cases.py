@@ -5,9 +5,9 @@ from contextlib import ExitStack
 
 import torch
 
+from diffusers_repr.capture.batching import index_batch, map_rows
 from diffusers_repr.capture.executor import Executor
 from diffusers_repr.capture.lanes import Lane, NetworkCall
-from diffusers_repr.capture.rows import map_rows, take_rows
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family import BatchLanes
 from tests.capture.models import NAMES, hook_count
@@ -116,7 +116,7 @@ def together(denoiser, call, lanes, which=None, taps=(), all_taps=None):
 
 def alone(denoiser, call, layers, factor):
     """The conditional rows by a pass of their own."""
-    rows = {key: take_rows(value, call.rows, call.batch.cond) for key, value in call.inputs.items()}
+    rows = {key: index_batch(value, call.rows, call.batch.cond) for key, value in call.inputs.items()}
     rows |= {key: call.inputs[key] for key in ("img_ids", "txt_ids") if key in rows}
     handles = [
         denoiser.model.get_submodule(path).register_forward_hook(lambda m, a, out: scaled(out, factor))

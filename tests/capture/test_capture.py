@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusers_repr.capture import capture, check_layers, match_layers
-from diffusers_repr.denoiser.streams import image_stream
+from diffusers_repr.denoiser.block_outputs import block_output
 from tests.capture.models import NAMES, hook_count, setting
 
 
@@ -16,7 +16,7 @@ def full_forward(model, inputs, paths, where="output"):
     found, handles = {}, []
 
     def after(path):
-        return lambda module, args, output: found.__setitem__(path, image_stream(module, output, path).clone())
+        return lambda module, args, output: found.__setitem__(path, block_output(module, output, path).clone())
 
     def before(path):
         def hook(module, args, kwargs):
@@ -261,7 +261,7 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize(
     ("where", "x", "message"),
-    [("output", torch.ones(1), "register_stream"), ("input", "text", "no tensor first; got str")],
+    [("output", torch.ones(1), "register_block_output"), ("input", "text", "no tensor first; got str")],
 )
 def test_layers_that_give_no_tensor(where, x, message):
     model = nn.Sequential(Pair())

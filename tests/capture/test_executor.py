@@ -5,8 +5,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from diffusers_repr.capture.batching import index_batch
 from diffusers_repr.capture.executor import Executor
-from diffusers_repr.capture.rows import take_rows
 from diffusers_repr.denoiser.family import BatchLanes
 from tests.capture.lane_cases import (
     CASES,
@@ -144,7 +144,7 @@ def test_a_dimension_that_equals_the_rows_by_chance():
 def test_rows_are_found_in_any_nesting():
     batched, other, parameter = torch.arange(6.0).view(3, 2), torch.ones(4), torch.nn.Parameter(torch.ones(3))
     nested = {"a": [batched, (other, {"b": batched})], "img_ids": batched, "n": 3, "p": parameter, "s": batched.shape}
-    found = take_rows(nested, 3, slice(1, 3))
+    found = index_batch(nested, 3, slice(1, 3))
     assert torch.equal(found["a"][0], batched[1:])
     assert torch.equal(found["a"][1][1]["b"], batched[1:])
     assert found["a"][1][0] is other
@@ -153,7 +153,7 @@ def test_rows_are_found_in_any_nesting():
     assert (found["n"], found["s"]) == (3, batched.shape)
     assert type(found["a"]) is list
     assert type(found["a"][1]) is tuple
-    whole = take_rows(nested, 3, slice(0, 3))
+    whole = index_batch(nested, 3, slice(0, 3))
     assert whole["a"] is not nested["a"]
     assert whole["a"][0] is batched
 

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
-from diffusers_repr.capture.rows import take_rows
+from diffusers_repr.capture.batching import index_batch
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family import BatchLanes
 from tests.capture.lane_cases import (
@@ -206,7 +206,7 @@ def test_image_prompts_of_a_unet():
             own = check(denoiser, call, {"a": ([layer], 0.0)})
         other = {"image_embeds": [torch.zeros_like(inputs["added_cond_kwargs"]["image_embeds"][0])]}
         assert (own - forward(unet, {**call.inputs, "added_cond_kwargs": other})).abs().max() > 1e-4
-        one = call_of(denoiser, take_rows(call.inputs, 2, slice(0, 1)), 1)
+        one = call_of(denoiser, index_batch(call.inputs, 2, slice(0, 1)), 1)
         check(denoiser, one, {"a": ([LAYERS["sd"][1]], 0.0)})
 
 

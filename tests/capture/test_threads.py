@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_repr.capture import Tap, bottleneck, capture, capture_attention, encode_partial
+from diffusers_repr.capture import PersistentCapture, bottleneck, capture, capture_attention, encode_partial
 from diffusers_repr.capture.forwards import replace_forward
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
@@ -169,12 +169,12 @@ def test_a_block_in_a_block_brings_back_what_it_found():
 
 def test_a_tap_belongs_to_the_thread_that_records():
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-    tap, x = Tap(model, ["0"]), torch.ones(1, 2)
-    with tap.recording() as seen:
+    reads, x = PersistentCapture(model, ["0"]), torch.ones(1, 2)
+    with reads.recording() as seen:
         in_thread(lambda: model(x))  # neither kept nor a second call
         kept = model(x)
         with pytest.raises(RuntimeError, match="Another thread is recording this Sequential"):
-            in_thread(tap.recording().__enter__)
+            in_thread(reads.recording().__enter__)
     assert torch.equal(torch.tanh(seen["0"]), kept)
 
 
@@ -202,8 +202,8 @@ def test_a_second_reader_of_an_offloaded_network_raises_at_once(kind):
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_of_a_model_that_is_read_record_nothing(how):
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-    tap, x = Tap(model, ["0"]), torch.ones(1, 2)
-    with tap.recording() as seen, capture(model, "1") as tape:
+    reads, x = PersistentCapture(model, ["0"]), torch.ones(1, 2)
+    with reads.recording() as seen, capture(model, "1") as tape:
         twin = how(model)
         assert torch.equal(twin(x), twin[1](twin[0](x)))
         assert not tape.features

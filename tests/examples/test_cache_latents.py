@@ -9,14 +9,14 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from cache_latents import load_data, load_vae, main, parse_args
 
+from diffusers_repr.data.config import DataConfig
+from diffusers_repr.data.train_data import load_train_data
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.training.data import load_train_data
-from diffusers_repr.training.data_config import DataConfig
-from diffusers_repr.training.feature_cache import list_features
-from diffusers_repr.training.tensor_cache import TensorCache
+from diffusers_repr.encoders.feature_cache import list_features
+from diffusers_repr.store.tensor_cache import TensorCache
+from tests.data.data_cases import rows
+from tests.data.latent_cases import contents, make_vae
 from tests.encoders.vits import build
-from tests.training.data_cases import rows
-from tests.training.latent_cases import contents, make_vae
 
 ROWS = 11
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 from train_classifier import Accuracy, ClassifierConfig, ClassifierObjective
 
 from diffusers_repr import Denoiser
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.data import DataConfig
+from diffusers_repr.data.transforms import augment
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe
-from diffusers_repr.training.transforms import augment
+from diffusers_repr.training import TrainingConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS_RECIPE = EXAMPLES / "configs" / "classifier_digits.yaml"

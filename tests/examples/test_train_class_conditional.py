@@ -12,8 +12,8 @@ from recipe_data import load_split
 from safetensors.torch import load_file
 from train_unconditional import main
 
+from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.objectives import DiffusionObjective
-from diffusers_repr.training.images import ImagePixels
 from tests.examples.test_train_unconditional import EXAMPLES, assert_recipe_of, fresh_accelerate
 from tests.examples.test_train_unconditional import RECIPE as UNCONDITIONAL
 

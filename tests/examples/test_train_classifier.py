@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from train_classifier import Accuracy, ClassifierConfig, ClassifierObjective, main
 
 from diffusers_repr import Denoiser, NoiseSchedule
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.data import DataConfig
 from diffusers_repr.denoiser.vae import encode_moments
 from diffusers_repr.models import NoisyClassifier
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe
+from diffusers_repr.training import TrainingConfig
 from tests.testers.models import build, saved
 from tests.training.loop_cases import forget_accelerate
 

@@ -16,8 +16,8 @@ from recipe_data import load_recipe_data
 from train_encoder import Accuracy, EncoderConfig, SimCLRObjective, main, nt_xent
 from transformers import ViTModel
 
+from diffusers_repr.data import DataConfig
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.training import DataConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = {
@@ -160,7 +160,8 @@ def test_bad_settings(tmp_path, changes, message):
 
 @pytest.mark.parametrize("name", ["encoder_digits", "encoder_cifar10"])
 def test_recipes_parse(name, capsys):
-    from diffusers_repr.training import TrainingConfig, parse_recipe
+    from diffusers_repr.config import parse_recipe
+    from diffusers_repr.training import TrainingConfig
 
     kinds = (TrainingConfig, DataConfig, ViewConfig, EncoderConfig)
     config, _, _, encoder = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])

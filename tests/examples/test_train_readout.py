@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from train_readout import load_base, main
 
+from diffusers_repr.config import parse_recipe
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import DepthHead, ReadoutHead, sobel_edges
-from diffusers_repr.training import TrainingConfig, parse_recipe
+from diffusers_repr.training import TrainingConfig
 from diffusers_repr.training.seeds import reseed
 from tests.testers.models import saved
 from tests.training.loop_cases import forget_accelerate

@@ -13,7 +13,7 @@ from train_repa import ModelConfig, main
 from transformers import ViTConfig, ViTModel
 
 from diffusers_repr import Denoiser, Encoder, Projector, SiTTransformer2DModel
-from diffusers_repr.metrics import measure_alignment
+from diffusers_repr.sweep import measure_alignment
 from tests.training.loop_cases import read_lines
 
 TINY = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}

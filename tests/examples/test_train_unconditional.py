@@ -18,9 +18,11 @@ from recipe_data import load_recipe_data, load_split
 from safetensors.torch import load_file
 from train_unconditional import ModelConfig, main
 
-from diffusers_repr.training import DataConfig, TrainingConfig, parse_recipe
-from diffusers_repr.training.images import ImagePixels
-from diffusers_repr.training.recipe import read_recipe
+from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.recipe import read_recipe
+from diffusers_repr.data import DataConfig
+from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.training import TrainingConfig
 from tests.training.loop_cases import forget_accelerate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
 from diffusers_repr.cli import main
-from diffusers_repr.features.store import FeatureStore
+from diffusers_repr.store.feature_store import FeatureStore
 from tests.testers.models import saved
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ from diffusers import DDIMScheduler
 
 from diffusers_repr import Denoiser, NoiseLevel
 from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, readout_layers, to_map
-from diffusers_repr.heads.readout_base import base_fingerprint, describe_base
-from diffusers_repr.heads.readout_features import tap_channels
+from diffusers_repr.heads.dense.base import base_fingerprint, describe_base
+from diffusers_repr.heads.dense.features import tap_channels
 from tests.testers.models import CONDITIONS, SIZES, unet2d
 
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4), "time_width": 16}

@@ -21,8 +21,8 @@ from diffusers_repr.heads import (
     sample_points,
     sobel_edges,
 )
-from diffusers_repr.heads.readout_base import noise_fingerprint
-from diffusers_repr.heads.readout_parts import resize, resized_projections
+from diffusers_repr.heads.dense.base import noise_fingerprint
+from diffusers_repr.heads.dense.parts import resize, resized_projections
 from diffusers_repr.noise import NoiseSchedule
 from tests.testers.models import PIPELINES, SIZES, build
 

@@ -13,16 +13,16 @@ from datasets import Dataset, Features
 from PIL import Image, ImageCms
 
 from diffusers_repr import Denoiser, FeatureExtractor
+from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.image_data import from_dataset
+from diffusers_repr.data.image_files import MAX_PIXELS_VARIABLE, UnreadableImage, read_image
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.features.data import from_dataset
 from diffusers_repr.features.extraction import extract_to_store
-from diffusers_repr.features.image_files import MAX_PIXELS_VARIABLE, UnreadableImage, read_image
-from diffusers_repr.features.selection import select_features
-from diffusers_repr.metrics import measure_alignment
+from diffusers_repr.sweep import measure_alignment
+from diffusers_repr.sweep.select import select_features
 from diffusers_repr.tasks import Probe
-from diffusers_repr.training.images import ImagePixels
-from tests.features.selection_models import Rows, planted, striped
+from tests.sweep.selection_models import Rows, planted, striped
 from tests.testers.models import build
 
 SIDE = 8

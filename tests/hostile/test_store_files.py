@@ -12,11 +12,11 @@ import torch
 from datasets import ClassLabel
 from safetensors.torch import load_file, save_file
 
-from diffusers_repr.features.shards import Column, Layout, write_shard
-from diffusers_repr.features.store import FeatureStore
-from diffusers_repr.features.store_card import store_card
-from diffusers_repr.training import tensor_cache
-from diffusers_repr.training.tensor_cache import CacheLayout, TensorCache
+from diffusers_repr.store import tensor_cache
+from diffusers_repr.store.card import store_card
+from diffusers_repr.store.feature_store import FeatureStore
+from diffusers_repr.store.shards import Column, Layout, write_shard
+from diffusers_repr.store.tensor_cache import CacheLayout, TensorCache
 from tests.hostile.corrupt import changed, sweep
 
 ROWS, RECIPE = 5, "0123456789abcdef"

@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.features.store_card import store_card
 from diffusers_repr.hub import push_folder
 from diffusers_repr.hub.allowed import KINDS
 from diffusers_repr.hub.upload import plan_upload
+from diffusers_repr.store.card import store_card
 from diffusers_repr.tasks import Probe
 from tests.tasks.planted import images, pipeline
 from tests.testers.hub_server import hub_server

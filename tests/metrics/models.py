@@ -7,7 +7,7 @@ from transformers import ViTConfig, ViTModel
 
 from diffusers_repr import Denoiser
 from diffusers_repr.encoders import Encoder
-from tests.features.selection_models import SIDE, Rows, planted
+from tests.sweep.selection_models import SIDE, Rows, planted
 
 
 class ImageRows(nn.Module):

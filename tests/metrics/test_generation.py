@@ -7,8 +7,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageColumn
 from PIL import Image
 
+from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.features.data import from_dataset
 from diffusers_repr.metrics import (
     MetricRecord,
     UnlikeRecordsError,

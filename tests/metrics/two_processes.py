@@ -6,17 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_repr.metrics import (
-    cka,
-    cknna,
-    frechet_distance,
-    gather_rows,
-    knn_probe,
-    measure_alignment,
-    measure_generation,
-    own_rows,
-)
+from diffusers_repr.metrics import cka, cknna, frechet_distance, gather_rows, measure_generation, own_rows
 from diffusers_repr.metrics.gather import failing_together
+from diffusers_repr.sweep import knn_probe, measure_alignment
 from tests.metrics.models import images, rows_denoiser, rows_encoder
 
 COUNT = 23

@@ -143,11 +143,11 @@ def haste(stop=None, **changes):
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_attention_that_is_aligned_is_the_networks_own(qk_norm):
     objective = haste(qk_norm=qk_norm)
-    assert objective.tap.attentions == ("blocks.0.attn", "blocks.1.attn")
+    assert objective.capture.attentions == ("blocks.0.attn", "blocks.1.attn")
     noisy = objective.noised(batch())
     _, step = objective.observe(noisy)
     inputs = objective.denoiser.network_inputs(noisy.x_t, noisy.level, noisy.condition)
-    with capture_attention(objective.network, list(objective.tap.attentions), heads=None) as tape:
+    with capture_attention(objective.network, list(objective.capture.attentions), heads=None) as tape:
         objective.network(**inputs)
     for path, (query, key) in step.attention.items():
         own = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
@@ -169,7 +169,7 @@ def test_the_attention_that_is_aligned_is_the_networks_own(qk_norm):
 def test_which_attentions_are_paired_by_default(depth, layer, blocks, taught):
     (term,) = REPAConfig(encoder=["x"], haste_weight=0.5).terms()
     objective = REPAObjective(sit(layers=depth), [attention_teacher()], layer, terms=[term], **SMALL)
-    assert objective.tap.attentions == tuple(f"blocks.{at}.attn" for at in blocks)
+    assert objective.capture.attentions == tuple(f"blocks.{at}.attn" for at in blocks)
     assert term.teacher_layers == taught == objective.teachers_of(objective.noised(batch())).attentions["teacher"]
     assert math.isfinite(objective(batch())["attention"].item())
 

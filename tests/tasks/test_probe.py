@@ -15,11 +15,11 @@ from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
-from diffusers_repr.features.data import from_dataset
-from diffusers_repr.features.selection import select_features
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.sweep.select import select_features
 from diffusers_repr.tasks import Probe, ProbeRecipe, Score
 from tests.tasks.planted import LAYERS, NAMES, dataset, fitted, images, pipeline
 from tests.testers.models import CONDITIONS, build

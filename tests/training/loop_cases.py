@@ -12,9 +12,10 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from safetensors.torch import load_file
 
 from diffusers_repr import Denoiser
+from diffusers_repr.data import TrainData
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import DiffusionObjective
-from diffusers_repr.training import TrainData, TrainingConfig, make_accelerator, train
+from diffusers_repr.training import TrainingConfig, make_accelerator, train
 
 STEPS = 100  # of the noise process
 

@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import ClassLabel
 
-from diffusers_repr.training import DataConfig, load_train_data, make_accelerator, train
-from diffusers_repr.training.images import UnreadableImage
+from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.data.image_column import UnreadableImage
+from diffusers_repr.training import make_accelerator, train
 from diffusers_repr.training.sharding import check_sharding
+from tests.data.data_cases import NAMES, rows, with_broken
 from tests.testers.marks import slow
-from tests.training.data_cases import NAMES, rows, with_broken
 from tests.training.loop_cases import (
     Numbers,
     assert_same_checkpoint,

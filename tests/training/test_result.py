@@ -9,10 +9,11 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_repr.config import parse_recipe
 from diffusers_repr.hub import HubError
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.hub.upload import plan_upload
-from diffusers_repr.training import TrainingConfig, parse_recipe, train
+from diffusers_repr.training import TrainingConfig, train
 from diffusers_repr.training.result import final_loss
 from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.training.loop_cases import Numbers, read_lines, run_here, settings, tiny_objective

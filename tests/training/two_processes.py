@@ -1,4 +1,4 @@
-"""What two gloo processes do for test_distributed.py and test_fsdp.py; `tests/testers/together.py` runs it."""
+"""What two gloo processes do for test_distributed.py and test_fsdp.py; `tests/testers/two_processes.py` runs it."""
 
 import math
 from contextlib import contextmanager
@@ -9,11 +9,12 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import DiffusionObjective
-from diffusers_repr.training import DataConfig, load_train_data, train
+from diffusers_repr.training import train
 from diffusers_repr.training.update import Update
-from tests.testers.together import everywhere
-from tests.training.data_cases import rows
+from tests.data.data_cases import rows
+from tests.testers.two_processes import everywhere
 from tests.training.loop_cases import Numbers, forget_accelerate, run_here, settings, tiny_sit_objective
 
 # Adam's quotient smooth enough for sums in another order to stay sums

@@ -1,0 +1,82 @@
+"""`DataConfig`: which images a run sees and how; the fields are keys of a recipe and flags of a script."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from diffusers_repr.config.recipe import setting
+from diffusers_repr.data.transforms import CROPS
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Settings of the training data, read by transformers' `HfArgumentParser`.
+
+    Raises:
+        ValueError: If a value is out of range or two settings exclude one another.
+    """
+
+    dataset_name: str | None = setting(None, "a folder, a .parquet file, or a Hub id for `datasets`")
+    dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub id")
+    dataset_split: str = setting("train", "split to train on")
+    image_column: str | None = setting(None, "column that holds the images; default: the one there is")
+    label_column: str | None = setting(None, "column of class ids; default: a ClassLabel; none: no labels")
+    caption_column: str | None = setting(None, "column of texts; default: no texts")
+    missing_labels: Literal["error", "keep"] = setting("error", "rows without a class; keep: their id is -1")
+    resolution: int | None = setting(None, "side of the images, pixels; default: what the model takes")
+    center_crop: Literal["adm", "fit"] = setting("adm", "ADM's crop, or the largest crop by Lanczos")
+    random_flip: bool = setting(False, "mirror half of the images")
+    random_rotation: float = setting(0.0, "turn images by up to so many degrees")
+    random_shift: float = setting(0.0, "move them by up to this share of their side")
+    random_scale: float = setting(0.0, "shrink or enlarge them by up to this share")
+    cache_images: bool = setting(False, "decode every image once and keep it in memory")
+    streaming: bool = setting(False, "read the data as it is used, without downloading it first")
+    shuffle_buffer: int = setting(1000, "rows of a stream that are shuffled together")
+    bad_images: Literal["error", "skip"] = setting("error", "images that cannot be read: stop, or leave out")
+    latents_dir: str | None = setting(None, "latents to train on: of cache_latents.py, or REPA's folder vae-sd")
+    features_dir: str | None = setting(None, "teacher features, written by cache_latents.py")
+
+    def __post_init__(self) -> None:
+        if self.center_crop not in CROPS:
+            raise ValueError(f"`center_crop` is one of {', '.join(CROPS)}, got {self.center_crop!r}.")
+        for name in ("missing_labels", "bad_images"):
+            allowed = ("error", "keep" if name == "missing_labels" else "skip")
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("random_rotation", "random_shift", "random_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.random_scale >= 1:
+            raise ValueError(f"`random_scale` is a share below 1, got {self.random_scale}.")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"`resolution` must be positive, got {self.resolution}.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"`shuffle_buffer` must be at least 1 (1: no shuffling), got {self.shuffle_buffer}.")
+        cached = [name for name in ("cache_images", "latents_dir", "features_dir") if getattr(self, name)]
+        if self.streaming and cached:
+            raise ValueError(f"`streaming` has no places in the data set to keep {', '.join(cached)} by; drop one.")
+        moved = [name for name in ("random_rotation", "random_shift", "random_scale") if getattr(self, name)]
+        if (self.latents_dir or self.features_dir) and moved:
+            raise ValueError(
+                f"Cached latents and features know an image and its mirror only; {', '.join(moved)} cannot act. "
+                "Set them to 0, or train without the cache."
+            )
+
+    def size(self, wanted: int | tuple[int, int] | None = None) -> tuple[int, int]:
+        """(H, W) of the images: what the model takes, or `resolution`.
+
+        Args:
+            wanted: What the model takes; one number: square.
+
+        Raises:
+            ValueError: If there is neither, or both and they differ.
+        """
+        sides = (wanted, wanted) if isinstance(wanted, int) else wanted
+        own = None if self.resolution is None else (self.resolution, self.resolution)
+        if own is None and sides is None:
+            raise ValueError("The size of the images is not known; pass --resolution.")
+        if own is not None and sides is not None and own != tuple(sides):
+            raise ValueError(f"`resolution` is {self.resolution}, but the model takes {tuple(sides)} (H, W).")
+        height, width = own or sides  # type: ignore[misc]
+        return int(height), int(width)

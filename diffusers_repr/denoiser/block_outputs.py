@@ -1,0 +1,76 @@
+"""Which element of a module's output is the image: one table, by class name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+# Blocks that return several tensors -> index of the image stream.
+_IMAGE_INDEX: dict[str, int] = {
+    # U-Net stages: (hidden_states, residuals)
+    "DownBlock2D": 0,
+    "AttnDownBlock2D": 0,
+    "CrossAttnDownBlock2D": 0,
+    "SimpleCrossAttnDownBlock2D": 0,
+    "ResnetDownsampleBlock2D": 0,
+    "SkipDownBlock2D": 0,
+    "AttnSkipDownBlock2D": 0,
+    "KDownBlock2D": 0,
+    "KCrossAttnDownBlock2D": 0,
+    "SkipUpBlock2D": 0,
+    "AttnSkipUpBlock2D": 0,
+    # (sample,)
+    "Transformer2DModel": 0,
+    # two-stream attention: (image, text)
+    "Attention": 0,
+    "JointAttention": 0,
+    "FluxAttention": 0,
+    # two-stream blocks: (text, image)
+    "JointTransformerBlock": 1,
+    "FluxTransformerBlock": 1,
+    "FluxSingleTransformerBlock": 1,
+}
+
+
+def register_block_output(class_name: str, index: int) -> None:
+    """Tell which element of the tuple that blocks of a class return is the image.
+
+    Args:
+        class_name: Name of the module's class, e.g. `"JointTransformerBlock"`.
+        index: Position in the returned tuple.
+
+    Raises:
+        ValueError: If the class is registered already with another index.
+    """
+    if _IMAGE_INDEX.setdefault(class_name, index) != index:
+        raise ValueError(f"{class_name} is registered already, with index {_IMAGE_INDEX[class_name]}.")
+
+
+def block_output(module: nn.Module, output: Any, path: str) -> Tensor:
+    """The image tensor in what `module` returned.
+
+    Raises:
+        TypeError: If it returned no tensor, or several and its class is not registered.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "sample", None), Tensor):
+        return output.sample
+    if isinstance(output, (tuple, list)):
+        if len(output) == 1 and isinstance(output[0], Tensor):
+            return output[0]
+        for cls in type(module).__mro__:
+            if cls.__name__ in _IMAGE_INDEX:
+                return output[_IMAGE_INDEX[cls.__name__]]
+    raise TypeError(
+        f"Layer {path!r} ({type(module).__name__}) returned {_describe(output)}; which element is the image is not "
+        f"known. Tell it once: `diffusers_repr.register_block_output({type(module).__name__!r}, index)`, or read a "
+        "layer inside it."
+    )
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of " + ", ".join(type(item).__name__ for item in output)
+    return f"a {type(output).__name__}"

@@ -1,0 +1,1 @@
+"""Heads on maps: a prediction for every pixel."""

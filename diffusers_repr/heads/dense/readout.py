@@ -1,0 +1,153 @@
+"""`ReadoutHead`: reads edges, depth, pose, appearance or correspondence from a frozen denoiser's features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusers_repr.heads.dense.parts import MapHead, TimeEmbedding, group_norm, resized_projections
+from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
+
+Kind = Literal["spatial", "appearance", "correspondence"]
+KINDS: tuple[Kind, ...] = ("spatial", "appearance", "correspondence")
+
+
+class Bottleneck(nn.Module):
+    """The residual block of one map, after its 1x1 convolutions have been applied and resized.
+
+    Args:
+        bottleneck: Channels of the branch.
+        width: Channels of the result.
+        time_width: Values of the time embedding; 0 for none.
+    """
+
+    def __init__(self, bottleneck: int, width: int, time_width: int) -> None:
+        super().__init__()
+        self.widths = (bottleneck, width)
+        self.norm_in, self.norm_mid = group_norm(bottleneck), group_norm(bottleneck)
+        self.norm_out, self.norm_shortcut = group_norm(width), group_norm(width)
+        self.time = CastLinear(time_width, bottleneck) if time_width else None
+        self.conv_mid = CastConv2d(bottleneck, bottleneck, 3, padding=1, bias=False)
+        self.conv_out = CastConv2d(bottleneck, width, 1, bias=False)
+
+    def forward(self, projected: Tensor, time: Tensor | None) -> Tensor:
+        """`(B, bottleneck + width, H, W)`, the inputs of branch and shortcut, to `(B, width, H, W)`."""
+        x, shortcut = projected.split(self.widths, dim=1)
+        x = functional.relu(self.norm_in(x))
+        if self.time is not None and time is not None:
+            x = x + functional.relu(self.time(time))[:, :, None, None]
+        x = functional.relu(self.norm_mid(self.conv_mid(x)))
+        x = self.norm_out(self.conv_out(x))
+        return functional.relu(x + self.norm_shortcut(shortcut))
+
+
+class ReadoutHead(MapHead):
+    """Luo et al. 2024, Readout Guidance: a residual block a map, their learned average F, a small output head.
+
+    `F = sum_l softmax(w)_l b_l(map_l, t)`. `kind="spatial"` gives `tanh(convolutions(F))`, `(B, out_channels, H, W)`;
+    `"appearance"` and `"correspondence"` give F itself, `(B, width, H, W)`, the latter without the time embedding.
+    The 1x1 convolutions act at each map's own resolution, before the bilinear resize, which changes nothing and costs
+    a fraction; group norms come after it. The time embedding is the head's own, so that it needs features only (the
+    paper takes the network's).
+
+    Args:
+        layers: Full module paths of the maps.
+        channels: Channels of each.
+        kind: `spatial`, `appearance` or `correspondence`.
+        out_channels: Of a spatial head; 3 in the paper.
+        label_range: Smallest and largest label of a spatial head.
+        width: Channels of F.
+        bottleneck: Channels inside a residual block.
+        output_widths: Channels of the output head's two hidden convolutions.
+        time_width: Values of the time embedding.
+        target: What is read, in a word, such as `edges`.
+        level_range: Smallest and largest training timestep the head has seen.
+        timestep_range: Those of the noise process.
+        base_model: Name of the base; this and the following are recorded by `for_base`.
+        base_class: Its class.
+        base_config: Its config without defaults.
+        base_fingerprint: Hash of class and config.
+        noise_kind: Kind of its noise process.
+        noise_fingerprint: Hash of its noise process.
+
+    Raises:
+        ValueError: For an unknown kind, or layers, channels, widths or ranges that do not fit.
+
+    Example:
+        >>> head = ReadoutHead(["a", "b"], [8, 4], width=8, bottleneck=4, output_widths=(4, 4), time_width=8)
+        >>> head({"a": torch.zeros(2, 8, 3, 3), "b": torch.zeros(2, 4, 6, 6)}, 261).shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        layers: Sequence[str],
+        channels: Sequence[int],
+        kind: str = "spatial",
+        out_channels: int = 1,
+        label_range: Sequence[float] = (-1.0, 1.0),
+        width: int = 384,
+        bottleneck: int = 96,
+        output_widths: Sequence[int] = (128, 32),
+        time_width: int = 1280,
+        target: str | None = None,
+        level_range: Sequence[float] = (0.0, 999.0),
+        timestep_range: Sequence[float] = (0.0, 999.0),
+        base_model: str | None = None,
+        base_class: str | None = None,
+        base_config: Mapping[str, Any] | None = None,
+        base_fingerprint: str | None = None,
+        noise_kind: str | None = None,
+        noise_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"Unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
+        if len(output_widths) != 2:
+            raise ValueError(f"output_widths must be two whole numbers; got {output_widths!r}.")
+        sizes = {"width": width, "bottleneck": bottleneck, "out_channels": out_channels, "time_width": time_width}
+        self.check_arguments({**sizes, **{f"output_widths[{i}]": v for i, v in enumerate(output_widths)}})
+        timed = kind != "correspondence"
+        self.time_embedding = TimeEmbedding(time_width, timestep_range) if timed else None
+        both = bottleneck + width
+        self.project = nn.ModuleList(Projection(c, both, bias=False) for c in channels)
+        self.blocks = nn.ModuleList(Bottleneck(bottleneck, width, time_width if timed else 0) for _ in channels)
+        self.weights = nn.Parameter(torch.zeros(len(layers)))
+        sizes_out = [width, *output_widths]
+        self.hidden = nn.ModuleList()
+        if kind == "spatial":
+            pairs = zip(sizes_out, sizes_out[1:], strict=False)
+            self.hidden.extend(CastConv2d(a, b, 3, padding=1) for a, b in pairs)
+            self.output = CastConv2d(sizes_out[-1], out_channels, 1)
+
+    def aggregate(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
+        """F, `(B, width, H, W)`."""
+        first = next(iter(maps.values()))
+        time = None if self.time_embedding is None else self.time_embedding(timestep, first.dtype)
+        shares = self.weights.to(first.dtype).softmax(0)
+        projected = resized_projections(self.project, list(maps.values()), size)
+        total: Tensor | None = None
+        for share, block, x in zip(shares, self.blocks, projected, strict=True):
+            part = share * block(x, time)
+            total = part if total is None else total + part
+            del x, part  # before the next map is made
+        assert total is not None
+        return total
+
+    def readout(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
+        """Checked maps of one dtype, timesteps `(B,)` and the common size to `(B, out, H, W)`."""
+        x = self.aggregate(maps, timestep, size)
+        if self.config["kind"] != "spatial":
+            return x
+        for layer in self.hidden:
+            x = functional.silu(layer(x))
+        return self.output(x).tanh()
+
+
+__all__ = ["KINDS", "Bottleneck", "ReadoutHead"]

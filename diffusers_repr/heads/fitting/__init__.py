@@ -1,0 +1,1 @@
+"""How heads are fitted: named protocols and their solvers."""
