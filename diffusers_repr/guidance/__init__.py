@@ -1,5 +1,6 @@
 """Guidance on any pipeline: one engine, one file a method."""
 
+from diffusers_repr.guidance.attention.perturbations import Blur, Drop, Identity, Mask
 from diffusers_repr.guidance.auto import AutoGuidance
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG
@@ -7,12 +8,11 @@ from diffusers_repr.guidance.classifier import ClassifierGuidance
 from diffusers_repr.guidance.depth import DepthGuidance
 from diffusers_repr.guidance.describe import GuidanceDescription, MethodDescription, describe
 from diffusers_repr.guidance.energy import EnergyGuidance
+from diffusers_repr.guidance.engine.stats import GuidanceStats, StepStats
 from diffusers_repr.guidance.guide import GuidanceHandle, guide, is_guided, unguide
 from diffusers_repr.guidance.pag import PAG
-from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask
-from diffusers_repr.guidance.readout import ReadoutGuidance
+from diffusers_repr.guidance.readout.guidance import ReadoutGuidance
 from diffusers_repr.guidance.sag import SAG
-from diffusers_repr.guidance.stats import GuidanceStats, StepStats
 
 __all__ = [
     "CFG",

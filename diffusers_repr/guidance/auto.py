@@ -15,8 +15,8 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode, forward_names
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
-from diffusers_repr.guidance.base import Guidance, Term
-from diffusers_repr.guidance.step import GuidedStep
+from diffusers_repr.guidance.base import Guidance, GuidanceTerm
+from diffusers_repr.guidance.engine.step import GuidedStep
 
 # What networks must have in common to be called with the same inputs and to mean the same by their outputs.
 _SHARED = (
@@ -92,7 +92,7 @@ class AutoGuidance(Guidance):
         )
 
 
-class AutoGuidanceTerm(Term):
+class AutoGuidanceTerm(GuidanceTerm):
     """The difference between the model's prediction and the weaker one's."""
 
     def __init__(self, config: AutoGuidance, denoiser: Denoiser) -> None:

@@ -1,4 +1,4 @@
-"""What every guidance is: a frozen config, which `bind` turns into a `Term` of one model."""
+"""What every guidance is: a frozen config, which `bind` turns into a `GuidanceTerm` of one model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 if TYPE_CHECKING:
-    from diffusers_repr.guidance.step import GuidedStep
+    from diffusers_repr.guidance.engine.step import GuidedStep
 
 _KEYS = itertools.count()
 
@@ -52,7 +52,7 @@ class Guidance:
         if self.interval is not None:
             _check_interval(self.interval)
 
-    def bind(self, denoiser: Denoiser) -> Term:
+    def bind(self, denoiser: Denoiser) -> GuidanceTerm:
         """Check everything against a model and prepare to act on it; the model is not touched.
 
         Raises:
@@ -77,7 +77,7 @@ class Guidance:
         return dataclasses.replace(self, **changes)
 
 
-class Term:
+class GuidanceTerm:
     """A guidance bound to a model: what it needs from the network's passes, and the correction it makes of them.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.base import Guidance, Term, check_finite
+from diffusers_repr.guidance.base import Guidance, GuidanceTerm, check_finite
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -61,7 +61,7 @@ class CFG(Guidance):
         return CFGGuider(**cfg_settings(self))
 
 
-class CFGTerm(Term):
+class CFGTerm(GuidanceTerm):
     """The rule by which the conditional and the null prediction become one."""
 
     config: CFG

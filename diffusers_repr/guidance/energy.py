@@ -13,7 +13,7 @@ from diffusers_repr.capture.gradient import check_checkpointing, refuse_swapped_
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.base import GradientRequest, Guidance, Term
+from diffusers_repr.guidance.base import GradientRequest, Guidance, GuidanceTerm
 
 UPDATES = ("eps", "latent_sign", "latent_adam")
 
@@ -95,7 +95,7 @@ class EnergyGuidance(Guidance):
         return EnergyTerm(self, denoiser, request)
 
 
-class EnergyTerm(Term):
+class EnergyTerm(GuidanceTerm):
     """The gradient of an energy, as a correction of eps or a step on the latents. The engine computes it.
 
     Args:

@@ -14,11 +14,11 @@ from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
 from diffusers_repr.guidance.base import Guidance
-from diffusers_repr.guidance.calls import calling_pipeline, check_plain, refuse_own_guidance
 from diffusers_repr.guidance.cfg import CFG, CFGTerm
-from diffusers_repr.guidance.engine import Engine
-from diffusers_repr.guidance.stats import GuidanceStats
-from diffusers_repr.guidance.watch import SchedulerWatcher, watch_scheduler
+from diffusers_repr.guidance.engine.engine import Engine
+from diffusers_repr.guidance.engine.network_call import calling_pipeline, check_plain, refuse_own_guidance
+from diffusers_repr.guidance.engine.scheduler_hooks import SchedulerWatcher, watch_scheduler
+from diffusers_repr.guidance.engine.stats import GuidanceStats
 from diffusers_repr.noise import NoiseSchedule
 
 _NO_TARGET = "guide takes a diffusers pipeline or a Denoiser; got {}. For a bare network: Denoiser(model, scheduler)."

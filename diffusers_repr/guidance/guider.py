@@ -22,7 +22,7 @@ from diffusers_repr.guidance.base import Guidance, widened
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.guide import is_guided
 
-Worse = Run  # gives the output of the worse lane
+NegativePrediction = Run  # gives the output of the worse lane
 
 _COND, _NULL, _WORSE = "pred_cond", "pred_uncond", "pred_worse"
 _SLACK = 1e-3  # timesteps; of float32 sigmas
@@ -51,7 +51,7 @@ class Guider(BaseGuidance):
         self._forget()
 
     def _forget(self) -> None:
-        self._bound: tuple[nn.Module, Worse] | None = None
+        self._bound: tuple[nn.Module, NegativePrediction] | None = None
         self._acted: set[str] = set()
         self._told: set[str] = set()
         self._now: float | None = None  # the timestep, where it is asked for
@@ -176,7 +176,7 @@ class Guider(BaseGuidance):
         if undo is not None:
             undo()
 
-    def _worse(self, denoiser: nn.Module) -> Worse:
+    def _worse(self, denoiser: nn.Module) -> NegativePrediction:
         raise NotImplementedError
 
     def __call__(self, data: list[Any]) -> GuiderOutput:

@@ -16,12 +16,12 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode, forward_names
 from diffusers_repr.denoiser.family import BatchLanes
 from diffusers_repr.denoiser.hooks import Hooks
+from diffusers_repr.guidance.attention.perturbations import PERTURBATIONS, Perturbation
 from diffusers_repr.guidance.auto import AutoGuidance, AutoGuidanceTerm
 from diffusers_repr.guidance.base import Interval
 from diffusers_repr.guidance.cfg import CFG
-from diffusers_repr.guidance.guider import Guider, Worse
+from diffusers_repr.guidance.guider import Guider, NegativePrediction
 from diffusers_repr.guidance.pag import PAG, PAGTerm
-from diffusers_repr.guidance.perturbations import PERTURBATIONS, Perturbation
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 Timesteps = Sequence[float]
@@ -109,7 +109,7 @@ class PAGGuider(Guider):
         cfg = CFG(guidance_scale, interval=other, rescale=guidance_rescale)
         super().__init__(cfg, term, num_train_timesteps, enabled)
 
-    def _worse(self, denoiser: nn.Module) -> Worse:
+    def _worse(self, denoiser: nn.Module) -> NegativePrediction:
         assert isinstance(self._term, PAG)
         whole = Denoiser(denoiser, schedule=_UNREAD)
         lane = PAGTerm(self._term.replace(interval=None, adaptive=0.0), whole).lane
@@ -190,7 +190,7 @@ class AutoGuidanceGuider(Guider):
         assert isinstance(self._term, AutoGuidance)
         return super().new(**{"weaker_model": self._term.weaker_model, **kwargs})
 
-    def _worse(self, denoiser: nn.Module) -> Worse:
+    def _worse(self, denoiser: nn.Module) -> NegativePrediction:
         assert isinstance(self._term, AutoGuidance)
         config = self._term.replace(interval=None, adaptive=0.0)
         weaker = AutoGuidanceTerm(config, Denoiser(denoiser, schedule=_UNREAD)).weaker

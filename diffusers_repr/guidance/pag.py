@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.lanes import Lane, NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.base import Guidance, Term
+from diffusers_repr.guidance.attention.perturbations import PERTURBATIONS, Drop, Identity, Perturbation, perturbed
+from diffusers_repr.guidance.attention.projections import Kind, Needs, check_supported, kind_of, named_arguments
+from diffusers_repr.guidance.base import Guidance, GuidanceTerm
 from diffusers_repr.guidance.defaults import pag_layers, resolve_layers
-from diffusers_repr.guidance.perturbations import PERTURBATIONS, Drop, Identity, Perturbation, perturbed
-from diffusers_repr.guidance.projections import Kind, Needs, check_supported, kind_of, named_arguments
-from diffusers_repr.guidance.step import GuidedStep
+from diffusers_repr.guidance.engine.step import GuidedStep
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PAG(Guidance):
         )
 
 
-class PAGTerm(Term):
+class PAGTerm(GuidanceTerm):
     """The perturbed lane, and its difference from the conditional one."""
 
     def __init__(self, config: PAG, denoiser: Denoiser) -> None:

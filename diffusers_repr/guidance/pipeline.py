@@ -13,8 +13,8 @@ from diffusers.configuration_utils import ConfigMixin
 
 from diffusers_repr.denoiser import sampling
 from diffusers_repr.guidance.base import Guidance
+from diffusers_repr.guidance.engine.stats import GuidanceStats
 from diffusers_repr.guidance.guide import guide
-from diffusers_repr.guidance.stats import GuidanceStats
 
 _ENTRY = """    guidance (`Guidance` or a list of them, *optional*):
         What `diffusers_repr.guide` takes, such as `[PAG(3.0), SAG(0.75)]`; None or an empty list is the stock call.

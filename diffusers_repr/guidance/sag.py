@@ -14,10 +14,10 @@ from torch.nn import functional
 from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.base import Guidance, Term, check_finite
+from diffusers_repr.guidance.attention.projections import Kind, attention_received, check_supported, named_arguments
+from diffusers_repr.guidance.base import Guidance, GuidanceTerm, check_finite
 from diffusers_repr.guidance.defaults import resolve_layers, sag_layer
-from diffusers_repr.guidance.projections import Kind, attention_received, check_supported, named_arguments
-from diffusers_repr.guidance.step import GuidedStep
+from diffusers_repr.guidance.engine.step import GuidedStep
 from diffusers_repr.noise import expand
 
 
@@ -118,7 +118,7 @@ class _Tapped(NamedTuple):
     of_null: bool
 
 
-class SAGTerm(Term):
+class SAGTerm(GuidanceTerm):
     """Reads attention in the call's own pass; runs the degraded lane in a second one."""
 
     def __init__(self, config: SAG, denoiser: Denoiser) -> None:

@@ -14,13 +14,14 @@ from diffusers_repr.objectives.repa_e import REPAEObjective
 from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.sra import SelfAlignmentTerm
 from diffusers_repr.objectives.teachers import CachedFeatures
-from diffusers_repr.objectives.terms import Term
+from diffusers_repr.objectives.terms import AuxiliaryLoss
 from diffusers_repr.objectives.times import TimeSampler
 
 __all__ = [
     "IREPA",
     "AlignmentTerm",
     "AttentionAlignmentTerm",
+    "AuxiliaryLoss",
     "Batch",
     "CachedFeatures",
     "DiffusionObjective",
@@ -32,7 +33,6 @@ __all__ = [
     "REPAEObjective",
     "REPAObjective",
     "SelfAlignmentTerm",
-    "Term",
     "TimeSampler",
     "alignment_loss",
     "build_repa",

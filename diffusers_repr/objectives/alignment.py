@@ -22,7 +22,7 @@ from diffusers_repr.objectives.matching import (
     with_grid,
 )
 from diffusers_repr.objectives.saved_heads import encoder_mark
-from diffusers_repr.objectives.terms import Step, Term, full_precision, widen
+from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
 
 if TYPE_CHECKING:
     from diffusers_repr.objectives.repa import REPAObjective
@@ -56,7 +56,7 @@ def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
         return -mean_cosine(projected, target)
 
 
-class AlignmentTerm(Term):
+class AlignmentTerm(AuxiliaryLoss):
     """Alignment of one layer with every encoder of the objective; the losses of the encoders are averaged.
 
     Args:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_repr.objectives.blocks import block_path, block_stack
-from diffusers_repr.objectives.terms import Step, Term, full_precision, widen
+from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
 
 if TYPE_CHECKING:
     from diffusers_repr.objectives.repa import REPAObjective
@@ -37,7 +37,7 @@ def dispersive_loss(hidden: Tensor, temperature: float = 0.5) -> Tensor:
         return torch.logsumexp(torch.cat([squares, squares, own]) / -temperature, 0) - 2 * math.log(len(flat))
 
 
-class DispersiveTerm(Term):
+class DispersiveTerm(AuxiliaryLoss):
     """The dispersive loss of one layer.
 
     The defaults are those that its repository's README gives for the JAX code; they were not run here. The PyTorch

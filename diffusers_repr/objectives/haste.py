@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_repr.objectives.blocks import block_number, block_path, block_stack, repa_depth
-from diffusers_repr.objectives.terms import Step, Term, full_precision, widen
+from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
 
 if TYPE_CHECKING:
     from diffusers_repr.objectives.repa import REPAObjective
@@ -45,7 +45,7 @@ def attention_alignment_loss(query: Tensor, key: Tensor, target: Tensor) -> Tens
         return -(target * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
 
-class AttentionAlignmentTerm(Term):
+class AttentionAlignmentTerm(AuxiliaryLoss):
     """Attention alignment, averaged over pairs of layers; logits are made again in these layers alone.
 
     In HASTE both alignment losses have the weight 0.5, and both end together (after 250k steps for XL): give

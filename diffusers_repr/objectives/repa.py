@@ -20,7 +20,7 @@ from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
 from diffusers_repr.objectives.matching import MatchGrid, Tokens, layer_tokens
 from diffusers_repr.objectives.teachers import Teachers, missing, name_encoders
-from diffusers_repr.objectives.terms import Step, Term
+from diffusers_repr.objectives.terms import AuxiliaryLoss, Step
 from diffusers_repr.objectives.times import TimeSampler
 
 
@@ -46,7 +46,8 @@ class REPAObjective(DiffusionObjective):
         projector_kernel: Side of that convolution.
         spatial_norm: Standardise the targets over their tokens with this gamma, as iREPA; None: not.
         stop_step: Optimizer steps after which the alignment ends, as HASTE; None: never.
-        terms: Further losses: `DispersiveTerm`, `AttentionAlignmentTerm`, `SelfAlignmentTerm`, or one's own `Term`.
+        terms: Further losses: `DispersiveTerm`, `AttentionAlignmentTerm`, `SelfAlignmentTerm`, or an `AuxiliaryLoss`
+            of one's own.
         **options: `time_sampling`, `label_dropout`, `null_label` of `DiffusionObjective`.
 
     Raises:
@@ -79,7 +80,7 @@ class REPAObjective(DiffusionObjective):
         projector_kernel: int = 3,
         spatial_norm: float | None = None,
         stop_step: int | None = None,
-        terms: Sequence[Term] = (),
+        terms: Sequence[AuxiliaryLoss] = (),
         time_sampling: TimeSampler | None = None,
         label_dropout: float = 0.1,
         null_label: int | None = None,
@@ -185,10 +186,10 @@ class REPAObjective(DiffusionObjective):
         """Factor of each term; 1 for those left out."""
         return {name: term.weight for name, term in self.each_term()}
 
-    def each_term(self) -> Iterator[tuple[str, Term]]:
+    def each_term(self) -> Iterator[tuple[str, AuxiliaryLoss]]:
         """The terms by name, in order."""
         for name, term in self.terms.items():
-            assert isinstance(term, Term)
+            assert isinstance(term, AuxiliaryLoss)
             yield name, term
 
     def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
@@ -251,11 +252,11 @@ class REPAObjective(DiffusionObjective):
                 raise ValueError(problem)
 
 
-def _by_name(terms: Sequence[Term]) -> dict[str, Term]:
-    named: dict[str, Term] = {}
+def _by_name(terms: Sequence[AuxiliaryLoss]) -> dict[str, AuxiliaryLoss]:
+    named: dict[str, AuxiliaryLoss] = {}
     for term in terms:
-        if not isinstance(term, Term):
-            raise TypeError(f"terms holds a {type(term).__name__}; each must be a Term.")
+        if not isinstance(term, AuxiliaryLoss):
+            raise TypeError(f"terms holds a {type(term).__name__}; each must be a AuxiliaryLoss.")
         if term.name in named or term.name == "denoising":
             raise ValueError(f"Two losses are called {term.name!r}; give one another name.")
         named[term.name] = term

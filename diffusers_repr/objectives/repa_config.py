@@ -14,7 +14,7 @@ from diffusers_repr.objectives.haste import AttentionAlignmentTerm
 from diffusers_repr.objectives.reg import REGObjective
 from diffusers_repr.objectives.repa import REPAObjective
 from diffusers_repr.objectives.sra import SelfAlignmentTerm
-from diffusers_repr.objectives.terms import Term
+from diffusers_repr.objectives.terms import AuxiliaryLoss
 from diffusers_repr.objectives.times import TimeSampler
 
 MATCH_GRIDS = ("none", "resize_image", "pool_student", "interpolate_teacher")
@@ -86,9 +86,9 @@ class REPAConfig:
         """How noise levels are drawn."""
         return TimeSampler(self.time_sampling, self.time_mean, self.time_std)
 
-    def terms(self) -> list[Term]:
+    def terms(self) -> list[AuxiliaryLoss]:
         """The losses beside the alignment, those of positive weight."""
-        chosen: list[Term] = []
+        chosen: list[AuxiliaryLoss] = []
         if self.dispersive_weight:
             chosen.append(DispersiveTerm(self.dispersive_layer, self.dispersive_weight, self.dispersive_temperature))
         if self.haste_weight:

@@ -15,7 +15,7 @@ from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
 from diffusers_repr.objectives.blocks import block_path, block_stack, repa_layer
-from diffusers_repr.objectives.terms import Step, Term, full_precision, widen
+from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
 
 if TYPE_CHECKING:
     from diffusers_repr.objectives.repa import REPAObjective
@@ -46,7 +46,7 @@ def less_noisy(
     return schedule.resolve(earlier.round() if schedule.kind == "vp" else earlier)
 
 
-class SelfAlignmentTerm(Term):
+class SelfAlignmentTerm(AuxiliaryLoss):
     """Smooth L1 between projected tokens of one block and those of a later block of the moving average.
 
     The teacher gets the same noise and the same dropped labels at a less noisy time. It runs only up to its block.

@@ -1,4 +1,4 @@
-"""`Term`: one loss beside the denoising loss, on layers that are read in the same forward."""
+"""`AuxiliaryLoss`: one loss beside the denoising loss, on layers that are read in the same forward."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Step:
     teachers: Teachers
 
 
-class Term(nn.Module):
+class AuxiliaryLoss(nn.Module):
     """Base of terms. Subclass: set `layers` or `attentions` by `attach`, write `forward`.
 
     Args:
@@ -109,4 +109,4 @@ def widen(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-__all__ = ["Step", "Term", "full_precision", "widen"]
+__all__ = ["AuxiliaryLoss", "Step", "full_precision", "widen"]

@@ -113,10 +113,10 @@ def test_taps_see_the_rows_of_the_call_only():
 
     taps = {"down": (down, keep), "mid": (mid, keep), "up": (up, keep), "unasked": (mid, keep)}
     together(denoiser, call, [lane("a", [mid], 0.0)], taps=("down", "mid", "up"), all_taps=taps)
-    assert set(call.taps) == {"down", "mid", "up"}
-    found, call.taps = call.taps, {}
+    assert set(call.observers) == {"down", "mid", "up"}
+    found, call.observers = call.observers, {}
     together(denoiser, call, [], taps=("down", "mid", "up"), all_taps=taps)
-    for key, value in call.taps.items():
+    for key, value in call.observers.items():
         assert value.shape[0] == 4
         close(found[key], value)
 

@@ -263,7 +263,7 @@ def test_vector_condition():
 
 def test_pag_with_qk_norm_equals_its_own_mask():
     """Queries and keys are normed in a perturbation too: a mask that takes nothing away changes nothing."""
-    from diffusers_repr.guidance.perturbations import Mask, perturbed
+    from diffusers_repr.guidance.attention.perturbations import Mask, perturbed
 
     attn, tokens = network(qk_norm=True).blocks[0].attn, torch.randn(2, 6, 16)
     torch.testing.assert_close(perturbed(attn, {"hidden_states": tokens}, Mask(ratio=0.0)), attn(tokens))

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
 )
 
-from diffusers_repr.guidance.projections import (
+from diffusers_repr.guidance.attention.projections import (
     finish,
     merge_heads,
     project,

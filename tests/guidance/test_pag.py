@@ -16,8 +16,8 @@ from peft import LoraConfig
 
 from diffusers_repr import CFG, PAG, Denoiser, guide
 from diffusers_repr.guidance import Blur, Drop, Identity, Mask
-from diffusers_repr.guidance.perturbations import perturbed
-from diffusers_repr.guidance.projections import named_arguments
+from diffusers_repr.guidance.attention.perturbations import perturbed
+from diffusers_repr.guidance.attention.projections import named_arguments
 from tests.capture.lane_cases import denoiser_of, inputs_of
 from tests.testers.cases import pairs, some
 from tests.testers.models import CONDITIONS, SIZES, WIDTH, build

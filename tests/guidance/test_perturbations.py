@@ -20,8 +20,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from peft import LoraConfig, inject_adapter_in_model
 
-from diffusers_repr.guidance.perturbations import Blur, Drop, Identity, Mask, _blur_matrix, perturbed
-from diffusers_repr.guidance.projections import (
+from diffusers_repr.guidance.attention.perturbations import Blur, Drop, Identity, Mask, _blur_matrix, perturbed
+from diffusers_repr.guidance.attention.projections import (
     Kind,
     check_supported,
     kind_of,

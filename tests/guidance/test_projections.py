@@ -16,8 +16,8 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 
-from diffusers_repr.guidance.perturbations import Identity, Mask, perturbed
-from diffusers_repr.guidance.projections import (
+from diffusers_repr.guidance.attention.perturbations import Identity, Mask, perturbed
+from diffusers_repr.guidance.attention.projections import (
     Kind,
     attention_received,
     check_supported,

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from diffusers_repr import CFG, PAG, SAG, Denoiser, guide
 from diffusers_repr.guidance import sag
-from diffusers_repr.guidance.projections import attention_received
+from diffusers_repr.guidance.attention.projections import attention_received
 from diffusers_repr.guidance.sag import gaussian_blur
 from tests.guidance.sag_cases import (
     SD_MID,

@@ -13,13 +13,13 @@ from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.objectives.alignment import AlignmentTerm, alignment_loss
 from diffusers_repr.objectives.repa import REPAObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
-from diffusers_repr.objectives.terms import Term
+from diffusers_repr.objectives.terms import AuxiliaryLoss
 from diffusers_repr.objectives.times import TimeSampler
 from tests.objectives.cases import COSINE, LINEAR, SMALL, backward, batch, sit, teacher
 from tests.testers.models import build
 
 
-class Summed(Term):
+class Summed(AuxiliaryLoss):
     """Mean square of one layer."""
 
     def __init__(self, layer, weight=1.0, name="summed", **options):

@@ -15,7 +15,7 @@ from diffusers_repr.capture.flops import Shares, flops_shares, without_data
 from diffusers_repr.noise import NoiseLevel
 
 if TYPE_CHECKING:
-    from diffusers_repr.guidance.base import Term
+    from diffusers_repr.guidance.base import GuidanceTerm
 
 
 def _gone() -> None:
@@ -165,7 +165,7 @@ class RunRecord:
         """Labels of the guidances with a correction that holds NaN or infinity."""
         return [label for label, peak in self._peaks.items() if not bool(peak.isfinite())]
 
-    def judge(self, terms: Sequence[Term]) -> None:
+    def judge(self, terms: Sequence[GuidanceTerm]) -> None:
         """Raise RuntimeError if one of these acted in no call; warn of what is not finite. Only once for a run."""
         levels, self.levels = self.levels, []
         for label in self.not_finite() if levels else ():

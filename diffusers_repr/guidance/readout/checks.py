@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.guidance.readout_losses import Box, Point
+from diffusers_repr.guidance.readout.losses import Box, Point
 from diffusers_repr.heads import MapHead
 
 

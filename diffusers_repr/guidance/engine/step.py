@@ -11,7 +11,7 @@ from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import widened
-from diffusers_repr.guidance.stats import StepStats
+from diffusers_repr.guidance.engine.stats import StepStats
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction, output_difference
 
 Forward = Callable[[nn.Module, dict[str, Any]], Any]

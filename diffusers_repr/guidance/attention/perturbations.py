@@ -17,8 +17,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.guidance.image_prompts import flux_image_prompt, has_image_prompt, sd3_image_prompt
-from diffusers_repr.guidance.projections import (
+from diffusers_repr.guidance.attention.image_prompts import flux_image_prompt, has_image_prompt, sd3_image_prompt
+from diffusers_repr.guidance.attention.projections import (
     Kind,
     Needs,
     Projections,

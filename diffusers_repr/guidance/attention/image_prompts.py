@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.guidance.projections import Projections, merge_heads
+from diffusers_repr.guidance.attention.projections import Projections, merge_heads
 
 
 def has_image_prompt(module: nn.Module, arguments: Mapping[str, Any]) -> bool:

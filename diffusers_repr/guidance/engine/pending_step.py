@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.calls import FirstCall
+from diffusers_repr.guidance.engine.network_call import FirstCall
 
 
 @dataclass(eq=False)
-class Between:
+class PendingStep:
     """From the first network call at a step of the sampler to that step.
 
     Attributes:

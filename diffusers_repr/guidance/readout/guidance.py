@@ -12,11 +12,11 @@ from torch import Tensor
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.guidance import readout_checks
 from diffusers_repr.guidance.base import GradientRequest, Guidance, widened
 from diffusers_repr.guidance.energy import EnergyTerm, check_update, conditional_inputs
-from diffusers_repr.guidance.head_reading import check_head, features_of, read_head, seen_levels
-from diffusers_repr.guidance.readout_losses import (
+from diffusers_repr.guidance.readout import checks as readout_checks
+from diffusers_repr.guidance.readout.head_reading import check_head, features_of, read_head, seen_levels
+from diffusers_repr.guidance.readout.losses import (
     Box,
     Point,
     appearance_loss,

@@ -21,9 +21,9 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.features.pooling import tokens_to_map
-from diffusers_repr.guidance.base import Term
-from diffusers_repr.guidance.stats import StepStats
-from diffusers_repr.guidance.step import Forward
+from diffusers_repr.guidance.base import GuidanceTerm
+from diffusers_repr.guidance.engine.stats import StepStats
+from diffusers_repr.guidance.engine.step import Forward
 from diffusers_repr.noise import NoiseSchedule, Prediction, eps_shift_to_output, expand
 
 ADAM_EPS = 1e-8
@@ -40,7 +40,11 @@ class EpsGradient:
     """
 
     def __init__(
-        self, denoiser: Denoiser, schedule: NoiseSchedule, call: NetworkCall, wanted: Sequence[tuple[Term, float]]
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        call: NetworkCall,
+        wanted: Sequence[tuple[GuidanceTerm, float]],
     ) -> None:
         self.denoiser, self.schedule, self.call, self.wanted = denoiser, schedule, call, list(wanted)
         self.terms = [term for term, _ in wanted]

@@ -19,14 +19,21 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.hooks import Hooks
-from diffusers_repr.guidance.base import Term, widened
-from diffusers_repr.guidance.between import Between
-from diffusers_repr.guidance.calls import CallReader, FirstCall, check_seen, not_stepped, null_inputs, with_first
+from diffusers_repr.guidance.base import GuidanceTerm, widened
 from diffusers_repr.guidance.cfg import CFGTerm
-from diffusers_repr.guidance.gradients import EpsGradient, latent_change
-from diffusers_repr.guidance.owner import Owner
-from diffusers_repr.guidance.stats import Example, GuidanceStats, RunRecord, StepStats
-from diffusers_repr.guidance.step import GuidedStep
+from diffusers_repr.guidance.engine.gradients import EpsGradient, latent_change
+from diffusers_repr.guidance.engine.network_call import (
+    CallParser,
+    FirstCall,
+    check_seen,
+    not_stepped,
+    null_inputs,
+    with_first,
+)
+from diffusers_repr.guidance.engine.owner import Owner
+from diffusers_repr.guidance.engine.pending_step import PendingStep
+from diffusers_repr.guidance.engine.stats import Example, GuidanceStats, RunRecord, StepStats
+from diffusers_repr.guidance.engine.step import GuidedStep
 from diffusers_repr.noise import NoiseSchedule
 
 
@@ -36,7 +43,7 @@ class _Running:
 
     call: NetworkCall
     stats: StepStats
-    active: list[tuple[Term, float]]
+    active: list[tuple[GuidanceTerm, float]]
     which: slice
     gradient: EpsGradient | None = None
     in_pass: bool = False  # the gradient is taken in the call's own pass
@@ -57,7 +64,7 @@ class Engine:
     def __init__(
         self,
         denoiser: Denoiser,
-        terms: Sequence[Term],
+        terms: Sequence[GuidanceTerm],
         cfg: CFGTerm | None,
         pipe: Any,
         null: Mapping[str, Any] | None = None,
@@ -73,12 +80,12 @@ class Engine:
         self._tape = GradientTape(self.model, list(layers))
         self._unbatched = UNBATCHED | set(denoiser.family.unbatched)
         self._names = forward_names(self.model)
-        self._reader = CallReader(denoiser, pipe)
+        self._reader = CallParser(denoiser, pipe)
         self._running: _Running | None = None
         self._busy = False
         self.owner = Owner(self.model, pipe)
         self.record = RunRecord()
-        self._between = Between()
+        self._between = PendingStep()
 
     def install(self, stack: ExitStack) -> None:
         """Set the hooks; the stack removes them."""
@@ -108,7 +115,7 @@ class Engine:
     def step_by(self, scheduler: Any, schedule: NoiseSchedule) -> None:
         """The sampler from now on, and the process that it samples."""
         self._reader.scheduler, self._reader.schedule = scheduler, schedule
-        self._between = Between()
+        self._between = PendingStep()
 
     # Runs and steps
 
@@ -117,7 +124,7 @@ class Engine:
         self.stats.steps = []
         self.record = RunRecord()
         self._reader.new_run()
-        self._between = Between()
+        self._between = PendingStep()
         for term in self.terms:
             term.starts()
 
@@ -141,7 +148,7 @@ class Engine:
         if self.cfg is not None and self._between.waits:
             self._abandon()
             raise ValueError(self.cfg.needs_null(self.pipe))
-        between, self._between = self._between, Between()
+        between, self._between = self._between, PendingStep()
         return between.step_arguments(self.denoiser, arguments)
 
     def _abandon(self) -> None:
@@ -150,7 +157,7 @@ class Engine:
         self._executor.end()
         self._tape.end()
         self.record.levels = []
-        self._between = Between()
+        self._between = PendingStep()
 
     def _recover(self) -> None:
         """After an interrupt, of which torch tells no hook."""
@@ -186,7 +193,7 @@ class Engine:
             return self._follow(call, step)
         if self._between.pending:
             raise RuntimeError(not_stepped(self.scheduler))
-        self._between = Between()
+        self._between = PendingStep()
         if self.scheduler is not None:
             self._between.first = FirstCall(call, inputs[self.denoiser.family.sample_name])
         active = [(term, w) for term in self.terms if (w := term.weight(call.level))]
@@ -244,7 +251,7 @@ class Engine:
             self._tape.end()
         gradient.found = self._tape.gradient
 
-    def _move(self, call: NetworkCall, term: Term, weight: float, step: StepStats) -> None:
+    def _move(self, call: NetworkCall, term: GuidanceTerm, weight: float, step: StepStats) -> None:
         """Step on the latents, for the network's input now and for the scheduler's step after."""
         gradient = EpsGradient(self.denoiser, self.schedule, call, [(term, 1.0)])
         if gradient.reads_network:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffusers_repr.denoiser.hooks import Turn
-from diffusers_repr.guidance.calls import calling_pipeline
+from diffusers_repr.guidance.engine.network_call import calling_pipeline
 
 
 class Owner:

@@ -26,7 +26,7 @@ _SINCE = (
 _ROUNDED = 2.0**-7  # a timestep divided and multiplied in bfloat16
 
 
-class CallReader:
+class CallParser:
     """Reads network calls of one pipeline, or of a loop.
 
     Args:
