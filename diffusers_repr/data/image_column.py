@@ -82,9 +82,7 @@ class ImagePixels(Dataset):
         self._cached: dict[str, Tensor] | None = None
         self._sources: Tensor | None = None
         if cache:
-            found = [self.sample(index) for index in range(len(data))]
-            self._sources = torch.tensor([row for row, _ in found])
-            self._cached = _stacked([tensors for _, tensors in found])
+            self._sources, self._cached = self.gather(range(len(data)))
 
     def __len__(self) -> int:
         return len(self.data)

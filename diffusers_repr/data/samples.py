@@ -52,7 +52,7 @@ class SampleReader:
     ) -> None:
         self.columns, self.masks, self._title = columns, masks, title
         self._mode = features[columns.image].mode
-        self._files = [c for c in (columns.image, columns.mask) if isinstance(features.get(c), datasets.Image)]
+        self._files = [c for c in columns.used() if isinstance(features[c], datasets.Image)]
 
     def undecoded(self, data: Any) -> Any:
         """The data set (map-style or stream) with its images and masks as path and bytes."""

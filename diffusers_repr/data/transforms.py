@@ -121,7 +121,7 @@ class Moves:
     def images(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1], moved by a bilinear filter; what enters is black."""
         images = self._mirror(images)
-        return images if self.affine is None else self._sample(images + 1, "bilinear") - 1
+        return images if self.affine is None else _sample(images + 1, self.affine, "bilinear") - 1
 
     def masks(self, masks: Tensor, ignore_index: int) -> Tensor:
         """(B, H, W) class ids, moved to the nearest pixel; what enters is ignored."""
@@ -129,7 +129,7 @@ class Moves:
         if self.affine is None:
             return masks
         away = (masks - ignore_index).float()[:, None]  # what enters is zero; float32 holds ids up to 2**24
-        return self._sample(away, "nearest")[:, 0].to(masks.dtype) + ignore_index
+        return _sample(away, self.affine, "nearest")[:, 0].to(masks.dtype) + ignore_index
 
     def points(self, points: Tensor, visible: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(B, P, 2) as (x, y) on images of `size` (H, W), and (B, P) which are visible: none off the image."""
@@ -148,9 +148,10 @@ class Moves:
             return values
         return torch.where(self.mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-1), values)
 
-    def _sample(self, values: Tensor, mode: str) -> Tensor:
-        grid = F.affine_grid(self.affine, list(values.shape), align_corners=False)
-        return F.grid_sample(values, grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+def _sample(values: Tensor, affine: Tensor, mode: str) -> Tensor:
+    grid = F.affine_grid(affine, list(values.shape), align_corners=False)
+    return F.grid_sample(values, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
 def augment(images: Tensor, flip: bool, rotation: float, shift: float, scale: float) -> Tensor:
