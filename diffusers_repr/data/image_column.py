@@ -135,6 +135,11 @@ class ImagePixels(Dataset):
         column = self._raw.with_format("arrow")[:].column(0)
         return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
 
+    @property
+    def annotated(self) -> bool:
+        """Whether samples have masks or points."""
+        return self._reader.rows.columns.used() != [self.column]
+
     def raw(self, row: int) -> dict[str, Any] | None:
         """Path and bytes of a row's image; None without one."""
         return self.stored(row)[self.column]

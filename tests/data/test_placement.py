@@ -28,7 +28,7 @@ def cropped(image, size, crop):
         ((16, 20), (4, 4), "adm"),
         ((5, 8), (5, 5), "adm"),
         ((3, 4), (9, 9), "adm"),
-        ((6, 4), (3, 12), "stretch"),
+        ((6, 9), (3, 3), "stretch"),
     ],
 )
 def test_a_point_on_a_coloured_pixel_still_lies_on_it(source, size, crop):
