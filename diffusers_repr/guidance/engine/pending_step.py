@@ -46,7 +46,7 @@ class PendingStep:
 
     def step_arguments(self, denoiser: Denoiser, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the scheduler's step, with the prediction and the latents that it is to take."""
-        family, config = denoiser.family, denoiser.config
+        family = denoiser.family
         if self.replacement is not None:
             given = arguments["model_output"]
             arguments["model_output"] = family.with_output(given, self.replacement).to(given.dtype)
