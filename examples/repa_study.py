@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers_repr.sweep.alignment_plot import draw_alignment
 from judge import Judge, judged, the_judge
 from recipe_data import load_recipe_data
 from repa_report import write_report
@@ -29,7 +30,6 @@ from diffusers_repr.data import DataConfig
 from diffusers_repr.metrics import frechet_distance, precision_recall
 from diffusers_repr.objectives.repa_config import REPAConfig
 from diffusers_repr.sweep import measure_alignment
-from diffusers_repr.sweep.alignment_plot import draw_alignment
 from diffusers_repr.training import TrainingConfig
 
 

@@ -13,8 +13,8 @@ from diffusers_repr.cli.convert import read_config
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
 from diffusers_repr.metrics import MetricRecord
-from diffusers_repr.sweep.alignment_result import Alignment, AlignmentCell
-from diffusers_repr.sweep.selection_result import Cell, FeatureSet, Selection
+from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
+from diffusers_repr.sweep.selection import Cell, FeatureSet, Selection
 from diffusers_repr.training import TrainingConfig
 from diffusers_repr.training import checkpoints as saved
 from diffusers_repr.training.logs import read_log
