@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers_repr.sweep.alignment_plot import draw_alignment
 from judge import Judge, judged, the_judge
 from recipe_data import load_recipe_data
 from repa_report import write_report
@@ -146,7 +145,7 @@ def main(argv: list[str]) -> None:
         folder = Path(args.work) / f"{method}-seed{args.seeds[0]}"
         alignment = sweep(evaluation, folder, args.levels, device)
         alignment.save(out / f"alignment_{method}", plot=False)
-        (out / f"alignment_{method}.png").write_bytes(draw_alignment(alignment))
+        (out / f"alignment_{method}.png").write_bytes(alignment.plot())
         shutil.copy(folder / "samples.png", out / f"samples_{method}.png")
     facts = {"judge_accuracy": accuracy, "distance_of_test_images": floor, "device": describe(device),
              "command": f"python examples/repa_study.py {' '.join(argv)}", "samples": args.samples}  # fmt: skip
