@@ -11,7 +11,7 @@ from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.encoders import Encoder
-    from diffusers_repr.sweep.alignment_result import Alignment
+    from diffusers_repr.sweep.alignment import Alignment
 
 
 OUT = options.Out("alignment", ("alignment.json",))
@@ -56,7 +56,7 @@ def run(args: Settings) -> int:
     from diffusers_repr.data.image_data import load_images
     from diffusers_repr.features.extraction import process_state
     from diffusers_repr.sweep.align import check_metrics, measure_alignment
-    from diffusers_repr.sweep.heatmap import require_matplotlib
+    from diffusers_repr.sweep.picture import require_matplotlib
 
     check_metrics(args.metric)
     if {"linear", "knn"} & set(args.metric) and args.test_split is None:
