@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, save and print."""
     from diffusers_repr.data.image_data import load_images
-    from diffusers_repr.features.extraction import process_state
+    from diffusers_repr.store.processes import process_state
     from diffusers_repr.sweep.align import check_metrics, measure_alignment
     from diffusers_repr.sweep.heatmap import require_matplotlib
 

@@ -16,13 +16,13 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.features.extraction import process_state
 from diffusers_repr.features.extractor import FeatureExtractor, Timestep
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.identity import fingerprint
 from diffusers_repr.metrics.checks import check_whole
 from diffusers_repr.metrics.encoding import Which, check_which, open_images
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.store.processes import process_state
 from diffusers_repr.sweep.alignment_read import Reader, SetFeatures, choose_layers, plan_passes
 from diffusers_repr.sweep.alignment_result import Alignment, AlignmentCell
 from diffusers_repr.sweep.alignment_sweep import METRICS, PROBES, Samples, Settings, Sweep

@@ -1,0 +1,196 @@
+"""How features lie in a store: columns of layers and levels, and the manifest that tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from diffusers_repr.hub.components import MAX_SIDE
+from diffusers_repr.hub.schema import digest, integer, listing, mapping, number, one_of, optional, record, text
+from diffusers_repr.store.manifest import MAX_ROWS, MAX_SHARDS, SIDE, count_shards, manifest_schema
+from diffusers_repr.store.parquet import ParquetLayout, array_feature, to_numpy
+
+_NAME = text(1000)
+
+_COLUMN = record(
+    {
+        "name": _NAME,
+        "layer": _NAME,
+        "level": integer(0, 100_000),
+        "timestep": number(),
+        "shape": listing(SIDE, 1, 4),
+    },
+    {"grid": optional(listing(SIDE, 2, 2)), "text_tokens": integer(0, 1 << 24)},
+)
+_SPLIT = text(
+    200, pattern=r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", what="the name of a split, without '/'"
+)
+_DATA = record(
+    {
+        "name": text(),
+        "split": _SPLIT,
+        "image_column": _NAME,
+        "label_column": optional(_NAME),
+        "rows": integer(1, MAX_ROWS),
+    },
+    others=True,
+)
+_FEATURES = record(
+    {
+        "layers": listing(_NAME, 1, 100_000),
+        "where": _NAME,
+        "levels": listing(mapping(number()), 1, 100_000),
+        "noise": _NAME,
+        "ensemble_size": integer(1, 1_000_000),
+        "pooling": optional(_NAME),
+        "seed": integer(),
+        "image_size": listing(integer(1, MAX_SIDE), 2, 2),
+        "prompt": optional(text()),
+        "class_label": optional(integer()),
+        "dtype": one_of("float32", "float16"),
+    },
+    others=True,
+)
+_MODEL = record({"name": optional(text()), "revision": optional(text()), "class": _NAME}, others=True)
+SCHEMA = manifest_schema(
+    {
+        "recipe_hash": digest(),
+        "rows": integer(1, MAX_ROWS),
+        "shard_size": integer(1, MAX_ROWS),
+        "shards": integer(1, MAX_SHARDS),
+        "label": optional(record({"names": optional(listing(_NAME, 1, distinct=True))})),
+        "columns": listing(_COLUMN, 1, 100_000),
+        "recipe": record({"model": _MODEL, "data": _DATA, "features": _FEATURES}),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature column.
+
+    Attributes:
+        name: `layer@t<timestep>`.
+        layer: Full module path.
+        level: Place in the recipe's levels.
+        timestep: Of that level.
+        shape: Of one image's feature: `(D,)`, tokens `(N, C)` or map `(C, H, W)`.
+        grid: (H, W) of tokens, None else.
+        text_tokens: Tokens of text that stand before the image's.
+    """
+
+    name: str
+    layer: str
+    level: int
+    timestep: float
+    shape: tuple[int, ...]
+    grid: tuple[int, int] | None = None
+    text_tokens: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Column:
+        """The inverse of `to_dict`, lists for tuples allowed."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class FeatureLayout(ParquetLayout):
+    """Rows of `row`, `image_hash`, `label` where the data have it, and the features; `stem` is the name of the split.
+
+    Attributes:
+        columns: Feature columns.
+        dtype: `float32` or `float16`.
+        label: Type of the label column; None without labels.
+    """
+
+    nullable: ClassVar[tuple[str, ...]] = ("label",)  # gaps of labels are told by `to_labels`
+
+    columns: tuple[Column, ...]
+    dtype: str
+    label: Any = None
+
+    def features(self) -> datasets.Features:
+        """See `ParquetLayout`."""
+        label = {} if self.label is None else {"label": self.label}
+        types = {column.name: array_feature(column.shape, self.dtype) for column in self.columns}
+        return datasets.Features(
+            {"row": datasets.Value("int64"), "image_hash": datasets.Value("string"), **label, **types}
+        )
+
+    def table_problem(self, table: pa.Table) -> str | None:
+        """See `ParquetLayout`."""
+        for column in self.columns:
+            values = (to_numpy(chunk, column.shape) for chunk in table[column.name].chunks)
+            if not all(np.isfinite(part).all() for part in values):
+                return f"holds NaN or infinity in {column.name!r}, which no extraction writes"
+        for chunk in [] if self.label is None else table["label"].chunks:
+            to_labels(getattr(self.label, "names", None), chunk)
+        return None
+
+
+def to_labels(names: Sequence[str] | None, array: pa.Array) -> np.ndarray:
+    """A label column; -1 is no class.
+
+    Raises:
+        ValueError: If it has gaps, or ids outside of the named classes.
+    """
+    if array.null_count:
+        raise ValueError("column 'label' has gaps")
+    found = array.to_numpy(zero_copy_only=False)
+    if names is not None and len(found) and not -1 <= found.min() <= found.max() < len(names):
+        raise ValueError(f"column 'label' holds ids outside the {len(names)} classes")
+    return found
+
+
+def agrees(manifest: Mapping[str, Any], at: str) -> None:
+    """Raise ValueError for a manifest whose numbers do not fit together."""
+    count_shards(manifest, at)
+    data, features = manifest["recipe"]["data"], manifest["recipe"]["features"]
+    if data["rows"] != manifest["rows"]:
+        raise ValueError(f"{at}: rows is {manifest['rows']}, recipe.data.rows is {data['rows']}.")
+    if (data["label_column"] is None) != (manifest["label"] is None):
+        raise ValueError(f"{at}: label and recipe.data.label_column do not tell the same.")
+    names = [column["name"] for column in manifest["columns"]]
+    if len({*names, "row", "image_hash", "label"}) != len(names) + 3:
+        raise ValueError(f"{at}: columns have a name that stands twice, or is 'row', 'image_hash' or 'label'.")
+    for index, column in enumerate(manifest["columns"]):
+        if column["layer"] not in features["layers"] or column["level"] >= len(features["levels"]):
+            raise ValueError(f"{at}: columns[{index}] is of a layer or level that recipe.features does not name.")
+
+
+def layout_of(manifest: Mapping[str, Any]) -> FeatureLayout:
+    """The layout that a checked manifest tells."""
+    label = manifest["label"]
+    kind = None
+    if label is not None:
+        kind = datasets.ClassLabel(names=label["names"]) if label["names"] else datasets.Value("int64")
+    return FeatureLayout(
+        stem=manifest["recipe"]["data"]["split"],
+        rows=manifest["rows"],
+        shard_size=manifest["shard_size"],
+        recipe=manifest["recipe_hash"],
+        columns=tuple(Column.from_dict(c) for c in manifest["columns"]),
+        dtype=manifest["recipe"]["features"]["dtype"],
+        label=kind,
+    )
+
+
+def describe(layout: FeatureLayout, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `layout_of`."""
+    return {
+        "recipe_hash": layout.recipe,
+        **layout.count(),
+        "label": None if layout.label is None else {"names": getattr(layout.label, "names", None)},
+        "columns": [column.to_dict() for column in layout.columns],
+        "recipe": dict(recipe),
+    }
