@@ -106,7 +106,9 @@ class Store(ABC):
         there = [n for n in range(layout.shards) if layout.path(n) in names] if names else []
         if len(there) < layout.shards or not store.manifest["complete"]:
             rows = sum(stop - start for start, stop in map(layout.span, there))
-            lost = next((f", {layout.path(n)} is not" for n in range(layout.shards) if n not in there), "")
+            lost = next(
+                (f", {layout.path(n)} is not" for n in range(layout.shards) if layout.path(n) not in names), ""
+            )
             raise ValueError(
                 f"The {noun} {str(folder)!r} is not finished: {rows} of {layout.rows} rows ({len(there)} of "
                 f"{layout.shards} shards) are there{lost}. Run {cls._again()}"
