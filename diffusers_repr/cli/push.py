@@ -1,4 +1,4 @@
-"""`diffusers-repr push FOLDER user/name`: push a probe, a feature store, a pipeline or a model to the Hub."""
+"""`diffusers-repr push FOLDER user/name`: push a probe, a store, a pipeline or a model to the Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "folder", help="a probe, a store of features, a pipeline, a custom pipeline, a model or a head"
+        "folder",
+        help="a probe, a store, a pipeline, a custom pipeline, a model or a head",
     )
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--repo_type", choices=("auto", "model", "dataset"), default="auto")
@@ -54,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(folder: str, kind: str) -> None:
     """That what is pushed can be loaded again."""
-    if kind == "store of features":
-        from diffusers_repr.store.feature_store import FeatureStore
+    if kind.startswith("store of "):
+        from diffusers_repr.store import STORES
 
-        FeatureStore.open(folder).verify()
+        STORES[kind].open(folder).verify()
     code = Path(folder) / "pipeline.py"
     if kind in ("custom pipeline", "pipeline") and code.is_file():
         from diffusers_repr.hub import check_pipeline_file

@@ -103,7 +103,7 @@ def extract_to_store(
         progress: Show a bar on the main process.
 
     Raises:
-        FileExistsError: If the folder holds another recipe (tells what differs), or is no feature store.
+        FileExistsError: If the folder holds another recipe (tells what differs), or is no store of features.
         ValueError: If images differ in size, features overflow `dtype`, or settings do not fit.
         OSError: If the disk is full; what is written stays valid.
     """

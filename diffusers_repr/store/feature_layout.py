@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.schema import digest, integer, listing, mapping, number, one_of, optional, record, text
-from diffusers_repr.store.manifest import MAX_ROWS, MAX_SHARDS, SIDE, count_shards, manifest_schema
+from diffusers_repr.store.manifest import MAX_ROWS, MAX_SHARDS, SIDE, SPLIT, count_shards, manifest_schema
 from diffusers_repr.store.parquet import ParquetLayout, array_feature, to_numpy
 
 _NAME = text(1000)
@@ -27,13 +27,10 @@ _COLUMN = record(
     },
     {"grid": optional(listing(SIDE, 2, 2)), "text_tokens": integer(0, 1 << 24)},
 )
-_SPLIT = text(
-    200, pattern=r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", what="the name of a split, without '/'"
-)
 _DATA = record(
     {
         "name": text(),
-        "split": _SPLIT,
+        "split": SPLIT,
         "image_column": _NAME,
         "label_column": optional(_NAME),
         "rows": integer(1, MAX_ROWS),

@@ -29,7 +29,7 @@ class FeatureStore(ParquetStore):
     columns.
     """
 
-    noun: ClassVar[str] = "feature store"
+    noun: ClassVar[str] = "store of features"
     command: ClassVar[str] = "diffusers-repr extract"
     elsewhere: ClassVar[str] = "another --out"
     schema: ClassVar[Check] = staticmethod(feature_layout.SCHEMA)

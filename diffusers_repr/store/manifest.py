@@ -13,6 +13,7 @@ from diffusers_repr.hub.schema import Check, anything, boolean, digest, integer,
 MANIFEST = "manifest.json"
 MAX_ROWS, MAX_SHARDS = 10**11, 1_000_000
 SIDE = integer(1, 1 << 24)  # one dimension of what a row holds
+SPLIT = text(200, pattern=r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", what="the name of a split, without '/'")
 _PACKAGES = ("diffusers-repr", "torch", "diffusers", "transformers", "datasets")
 
 

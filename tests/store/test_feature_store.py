@@ -331,7 +331,7 @@ def test_a_lost_manifest_is_made_again(tmp_path):
     make(tmp_path / "out")
     assert contents(tmp_path / "out") == before
     (tmp_path / "out/manifest.json").unlink()
-    with pytest.raises(FileExistsError, match="no feature store with this recipe"):
+    with pytest.raises(FileExistsError, match="no store of features with this recipe"):
         make(tmp_path / "out", seed=1)
 
 
@@ -453,7 +453,7 @@ def test_unknown_columns_and_folders(tmp_path):
     with pytest.raises(FileNotFoundError):
         FeatureStore.open(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no feature store.*it holds nothing"):
+    with pytest.raises(FileNotFoundError, match="no store of features.*it holds nothing"):
         FeatureStore.open(tmp_path / "empty")
 
 
