@@ -95,7 +95,7 @@ def write_cache(
     row_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
     size = choose_shard_size(TensorCache, folder, len(data), row_bytes, settings.shard_size)
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in one.items()}
-    layout = TensorLayout(kind, len(data), size, recipe_hash(recipe), shapes, settings.dtype)
+    layout = TensorLayout(len(data), size, recipe_hash(recipe), kind, shapes, settings.dtype)
 
     def rows(spans: Spans) -> Iterator[dict[str, Tensor]]:
         """A batch of images at a time; the workers of the loader live through all shards."""

@@ -56,7 +56,7 @@ class NumpyLatents:
         row, pixels = data.images.read(0)
         with torch.no_grad():
             own = encode_moments(vae, to_unit(pixels[None]).to(next(vae.parameters()).device)).float().cpu()[0]
-        self.layout = TensorLayout(LATENTS, len(self._files), 1, "", {"moments": (1, *own.shape)}, "float32")
+        self.layout = TensorLayout(len(self._files), 1, "", LATENTS, {"moments": (1, *own.shape)}, "float32")
         self._check_vae(row, own)
         rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int))
         parts = [*(str(len(self)).encode(),), *((self.folder / self._files[row]).read_bytes() for row in rows)]

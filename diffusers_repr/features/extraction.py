@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -108,18 +108,8 @@ def extract_to_store(
         OSError: If the disk is full; what is written stays valid.
     """
     work = _prepare(extractor, data, Path(out), prompt, class_label, dtype, shard_size, limit)
-    write_store(
-        Plan(
-            FeatureStore,
-            work.out,
-            work.layout,
-            work.recipe,
-            work.rows,
-            check_kept=work.check_kept,
-            progress=progress,
-            what="extract",
-        )
-    )
+    plan = Plan(FeatureStore, work.out, work.layout, work.recipe, work.rows, progress=progress, what="extract")
+    write_store(replace(plan, check_kept=work.check_kept))
     return FeatureStore.open(work.out)
 
 
@@ -159,7 +149,7 @@ def _prepare(
     label = None
     if data.label_column is not None:
         label = datasets.ClassLabel(names=data.label_names) if data.label_names else datasets.Value("int64")
-    layout = FeatureLayout(data.split, rows, shard_size, recipe_hash(recipe), columns, dtype, label)
+    layout = FeatureLayout(rows, shard_size, recipe_hash(recipe), data.split, columns, dtype, label)
     return _Extraction(extractor, data, out, layout, recipe, prompt, class_label)
 
 

@@ -18,7 +18,6 @@ from diffusers_repr.store.manifest import (
     MAX_ROWS,
     SIDE,
     SPLIT,
-    count_shards,
     layout_schema,
     manifest_schema,
     recipe_hash,
@@ -41,11 +40,19 @@ class AssignmentLayout(ParquetLayout):
         columns: Shape of one row by column: `()` for a class, `(k,)` for the others.
         num_classes: Classes there are; -1 is none of them.
         index_rows: Rows of the set that neighbours are of.
+        split: Of the data set.
     """
 
     columns: dict[str, tuple[int, ...]]
     num_classes: int | None = None
     index_rows: int | None = None
+    split: str = "train"
+    kind: str = _KIND
+
+    @property
+    def stem(self) -> str:
+        """The split."""
+        return self.split
 
     def features(self) -> datasets.Features:
         """See `ParquetLayout`."""
@@ -95,34 +102,14 @@ class AssignmentStore(ParquetStore):
         )
     )
 
+    layout_type: ClassVar[type[AssignmentLayout]] = AssignmentLayout
+
     layout: AssignmentLayout
-
-    @classmethod
-    def layout_of(cls, manifest: Mapping[str, Any]) -> AssignmentLayout:
-        """See `Store`."""
-        told = manifest["layout"]
-        columns = {name: tuple(shape) for name, shape in told["columns"].items()}
-        where = (told["split"], told["rows"], told["shard_size"], told["recipe"])
-        return AssignmentLayout(*where, columns, told["num_classes"], told["index_rows"])
-
-    @classmethod
-    def describe(cls, layout: AssignmentLayout, recipe: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Store`."""
-        told = {
-            "kind": _KIND,
-            **layout.count(),
-            "recipe": layout.recipe,
-            "split": layout.stem,
-            "columns": {name: list(shape) for name, shape in layout.columns.items()},
-            "num_classes": layout.num_classes,
-            "index_rows": layout.index_rows,
-        }
-        return {"layout": told, "recipe": dict(recipe), "about": dict(about)}
 
     @classmethod
     def agrees(cls, manifest: dict[str, Any], at: str) -> None:
         """See `Store`."""
-        count_shards(manifest["layout"], at)
+        super().agrees(manifest, at)
         for name, shape in manifest["layout"]["columns"].items():
             if len(shape) != (name != "class_id"):
                 raise ValueError(f"{at}: layout.columns.{name} is {shape}, which this column has not.")
@@ -191,7 +178,7 @@ def write_assignments(
         raise ValueError(f"`assign` gives {', '.join(columns) or 'nothing'}; allowed are {', '.join(DTYPES)}.")
     recipe = {"assigner": dict(assigner), "data": {**data, "rows": rows}}
     size = choose_shard_size(AssignmentStore, folder, rows, 2 * row_bytes(list(columns.values()), "int64"), shard_size)
-    layout = AssignmentLayout(split, rows, size, recipe_hash(recipe), columns, num_classes, index_rows)
+    layout = AssignmentLayout(rows, size, recipe_hash(recipe), columns, num_classes, index_rows, split)
     AssignmentStore.check_manifest(AssignmentStore.manifest_of(layout, recipe, {}, False), "the assignments")
 
     def batches(spans: Spans) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import datasets
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.schema import digest, integer, listing, mapping, number, one_of, optional, record, text
-from diffusers_repr.store.manifest import MAX_ROWS, MAX_SHARDS, SIDE, SPLIT, count_shards, manifest_schema
+from diffusers_repr.store.manifest import MAX_ROWS, MAX_SHARDS, SIDE, SPLIT, manifest_schema
 from diffusers_repr.store.parquet import ParquetLayout, array_feature, to_numpy
 
 _NAME = text(1000)
@@ -89,22 +89,13 @@ class Column:
     grid: tuple[int, int] | None = None
     text_tokens: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Column:
-        """The inverse of `to_dict`, lists for tuples allowed."""
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
-
 
 @dataclass(frozen=True)
 class FeatureLayout(ParquetLayout):
-    """Rows of `row`, `image_hash`, `label` where the data have it, and the features; `stem` is the name of the split.
+    """Rows of `row`, `image_hash`, `label` where the data have it, and the features.
 
     Attributes:
+        split: Of the data set.
         columns: Feature columns.
         dtype: `float32` or `float16`.
         label: Type of the label column; None without labels.
@@ -112,9 +103,15 @@ class FeatureLayout(ParquetLayout):
 
     nullable: ClassVar[tuple[str, ...]] = ("label",)  # gaps of labels are told by `to_labels`
 
+    split: str
     columns: tuple[Column, ...]
     dtype: str
     label: Any = None
+
+    @property
+    def stem(self) -> str:
+        """The split."""
+        return self.split
 
     def features(self) -> datasets.Features:
         """See `ParquetLayout`."""
@@ -147,47 +144,3 @@ def to_labels(names: Sequence[str] | None, array: pa.Array) -> np.ndarray:
     if names is not None and len(found) and not -1 <= found.min() <= found.max() < len(names):
         raise ValueError(f"column 'label' holds ids outside the {len(names)} classes")
     return found
-
-
-def agrees(manifest: Mapping[str, Any], at: str) -> None:
-    """Raise ValueError for a manifest whose numbers do not fit together."""
-    count_shards(manifest, at)
-    data, features = manifest["recipe"]["data"], manifest["recipe"]["features"]
-    if data["rows"] != manifest["rows"]:
-        raise ValueError(f"{at}: rows is {manifest['rows']}, recipe.data.rows is {data['rows']}.")
-    if (data["label_column"] is None) != (manifest["label"] is None):
-        raise ValueError(f"{at}: label and recipe.data.label_column do not tell the same.")
-    names = [column["name"] for column in manifest["columns"]]
-    if len({*names, "row", "image_hash", "label"}) != len(names) + 3:
-        raise ValueError(f"{at}: columns have a name that stands twice, or is 'row', 'image_hash' or 'label'.")
-    for index, column in enumerate(manifest["columns"]):
-        if column["layer"] not in features["layers"] or column["level"] >= len(features["levels"]):
-            raise ValueError(f"{at}: columns[{index}] is of a layer or level that recipe.features does not name.")
-
-
-def layout_of(manifest: Mapping[str, Any]) -> FeatureLayout:
-    """The layout that a checked manifest tells."""
-    label = manifest["label"]
-    kind = None
-    if label is not None:
-        kind = datasets.ClassLabel(names=label["names"]) if label["names"] else datasets.Value("int64")
-    return FeatureLayout(
-        stem=manifest["recipe"]["data"]["split"],
-        rows=manifest["rows"],
-        shard_size=manifest["shard_size"],
-        recipe=manifest["recipe_hash"],
-        columns=tuple(Column.from_dict(c) for c in manifest["columns"]),
-        dtype=manifest["recipe"]["features"]["dtype"],
-        label=kind,
-    )
-
-
-def describe(layout: FeatureLayout, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `layout_of`."""
-    return {
-        "recipe_hash": layout.recipe,
-        **layout.count(),
-        "label": None if layout.label is None else {"names": getattr(layout.label, "names", None)},
-        "columns": [column.to_dict() for column in layout.columns],
-        "recipe": dict(recipe),
-    }

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
 
+import datasets
 import numpy as np
 import pyarrow as pa
 
 from diffusers_repr.hub.schema import Check
-from diffusers_repr.store import feature_layout
 from diffusers_repr.store.card import store_card
-from diffusers_repr.store.feature_layout import Column, FeatureLayout, to_labels
+from diffusers_repr.store.feature_layout import SCHEMA, Column, FeatureLayout, to_labels
+from diffusers_repr.store.manifest import count_shards
 from diffusers_repr.store.parquet import to_numpy
 from diffusers_repr.store.parquet_store import ParquetStore
+from diffusers_repr.store.shards import with_tuples
 
 
 class FeatureStore(ParquetStore):
@@ -32,24 +35,53 @@ class FeatureStore(ParquetStore):
     noun: ClassVar[str] = "store of features"
     command: ClassVar[str] = "diffusers-repr extract"
     elsewhere: ClassVar[str] = "another --out"
-    schema: ClassVar[Check] = staticmethod(feature_layout.SCHEMA)
+    schema: ClassVar[Check] = staticmethod(SCHEMA)
 
     layout: FeatureLayout
 
     @classmethod
     def layout_of(cls, manifest: Mapping[str, Any]) -> FeatureLayout:
         """See `Store`."""
-        return feature_layout.layout_of(manifest)
+        label = manifest["label"]
+        kind = None
+        if label is not None:
+            kind = datasets.ClassLabel(names=label["names"]) if label["names"] else datasets.Value("int64")
+        return FeatureLayout(
+            split=manifest["recipe"]["data"]["split"],
+            rows=manifest["rows"],
+            shard_size=manifest["shard_size"],
+            recipe=manifest["recipe_hash"],
+            columns=tuple(Column(**with_tuples(column)) for column in manifest["columns"]),
+            dtype=manifest["recipe"]["features"]["dtype"],
+            label=kind,
+        )
 
     @classmethod
     def describe(cls, layout: FeatureLayout, recipe: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Store`; nothing is told beside the recipe."""
-        return feature_layout.describe(layout, recipe)
+        """See `Store`."""
+        return {
+            "recipe_hash": layout.recipe,
+            **{name: getattr(layout, name) for name in ("rows", "shard_size", "shards")},
+            "label": None if layout.label is None else {"names": getattr(layout.label, "names", None)},
+            "columns": [asdict(column) for column in layout.columns],
+            "recipe": dict(recipe),
+        }
 
     @classmethod
     def agrees(cls, manifest: dict[str, Any], at: str) -> None:
         """See `Store`."""
-        feature_layout.agrees(manifest, at)
+        count_shards(manifest, at)
+        data, features = manifest["recipe"]["data"], manifest["recipe"]["features"]
+        if data["rows"] != manifest["rows"]:
+            raise ValueError(f"{at}: rows is {manifest['rows']}, recipe.data.rows is {data['rows']}.")
+        if (data["label_column"] is None) != (manifest["label"] is None):
+            raise ValueError(f"{at}: label and recipe.data.label_column do not tell the same.")
+        names = [column["name"] for column in manifest["columns"]]
+        if len({*names, "row", "image_hash", "label"}) != len(names) + 3:
+            raise ValueError(f"{at}: columns have a name that stands twice, or is 'row', 'image_hash' or 'label'.")
+        for index, column in enumerate(manifest["columns"]):
+            if column["layer"] not in features["layers"] or column["level"] >= len(features["levels"]):
+                raise ValueError(f"{at}: columns[{index}] is of a layer or level that recipe.features does not name.")
 
     @classmethod
     def card(cls, manifest: dict[str, Any]) -> str:

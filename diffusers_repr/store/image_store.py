@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.schema import Check, anything, digest, integer, mapping, one_of, optional, record, text
-from diffusers_repr.store.manifest import count_shards, layout_schema, manifest_schema, recipe_hash
+from diffusers_repr.store.manifest import layout_schema, manifest_schema, recipe_hash
 from diffusers_repr.store.parquet import ParquetLayout
 from diffusers_repr.store.parquet_store import ParquetStore
 from diffusers_repr.store.write import Plan, Spans, check_folder, choose_shard_size, write_store
@@ -102,6 +102,9 @@ class ImageLayout(ParquetLayout):
     """Rows of `row`, `key`, `image` (PNG) and the fields of `ImageKey`."""
 
     nullable: ClassVar[tuple[str, ...]] = ("revision", "prompt", "condition", "source")
+    stem: ClassVar[str] = "train"  # as `datasets` names the split of data without others
+
+    kind: str = _KIND
 
     def features(self) -> datasets.Features:
         """See `ParquetLayout`."""
@@ -137,24 +140,9 @@ class ImageStore(ParquetStore):
         )
     )
 
+    layout_type: ClassVar[type[ImageLayout]] = ImageLayout
+
     layout: ImageLayout
-
-    @classmethod
-    def layout_of(cls, manifest: Mapping[str, Any]) -> ImageLayout:
-        """See `Store`."""
-        told = manifest["layout"]
-        return ImageLayout("train", told["rows"], told["shard_size"], told["recipe"])
-
-    @classmethod
-    def describe(cls, layout: ImageLayout, recipe: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Store`."""
-        told = {"kind": _KIND, **layout.count(), "recipe": layout.recipe}
-        return {"layout": told, "recipe": dict(recipe), "about": dict(about)}
-
-    @classmethod
-    def agrees(cls, manifest: dict[str, Any], at: str) -> None:
-        """See `Store`."""
-        count_shards(manifest["layout"], at)
 
     def load(self) -> datasets.Dataset:
         """See `ParquetStore`; a file of others may not name files or addresses, which `datasets` would open."""
@@ -173,7 +161,11 @@ class ImageStore(ParquetStore):
         found: list[ImageKey] = []
         for shard in range(self.layout.shards):
             self._check_shard(shard)
-            found += [ImageKey(**row) for row in self._rows(shard, list(_FIELDS))]
+            rows = self._rows(shard, list(_FIELDS))
+            try:
+                found += [ImageKey(**row) for row in rows]
+            except ValueError as error:
+                raise self._broken(shard, f"holds what is no key ({error})") from error
         return found
 
     def _rows(self, shard: int, columns: list[str]) -> list[dict[str, Any]]:
@@ -234,7 +226,7 @@ def write_images(
                 numbers = list(range(at, at + len(asked)))
                 yield {"row": numbers, "key": [key.name for key in asked], "image": images, **told}
 
-    layout = ImageLayout("train", len(keys), size, recipe_hash(recipe))
+    layout = ImageLayout(len(keys), size, recipe_hash(recipe))
     write_store(Plan(ImageStore, folder, layout, recipe, rows, about or {}, progress=progress, what="generate"))
     return ImageStore.open(folder)
 

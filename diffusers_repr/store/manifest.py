@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 from diffusers_repr.hub.schema import Check, anything, boolean, digest, integer, mapping, one_of, record, text
@@ -14,7 +13,6 @@ MANIFEST = "manifest.json"
 MAX_ROWS, MAX_SHARDS = 10**11, 1_000_000
 SIDE = integer(1, 1 << 24)  # one dimension of what a row holds
 SPLIT = text(200, pattern=r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", what="the name of a split, without '/'")
-_PACKAGES = ("diffusers-repr", "torch", "diffusers", "transformers", "datasets")
 
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
@@ -39,11 +37,6 @@ def recipe_differences(old: Any, new: Any, at: str = "") -> list[str]:
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in recipe_differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
     return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
-def about_the_file() -> dict[str, Any]:
-    """What every manifest ends with: the versions that wrote it."""
-    return {"versions": {name: version(name) for name in _PACKAGES}}
 
 
 def manifest_schema(required: Mapping[str, Check]) -> Check:

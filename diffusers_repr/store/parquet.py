@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusers_repr.store.shards import STAMP, Layout
+from diffusers_repr.store.shards import STAMP, Append, Layout
 
 _MAX_OFFSET = 2**31 - 1
 
@@ -45,12 +45,12 @@ class ParquetLayout(Layout):
         )
 
     @contextmanager
-    def writer(self, file: BinaryIO, shard: int) -> Iterator[ParquetShardWriter]:
+    def writer(self, file: BinaryIO, shard: int) -> Iterator[Append]:
         """See `Layout`; every `write` becomes a row group."""
         schema = self.schema(shard)
         settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
         with pq.ParquetWriter(file, schema, **settings) as writer:
-            yield ParquetShardWriter(writer, schema)
+            yield lambda rows: writer.write_table(table_of(rows, schema))
 
     def stamp(self, path: Path) -> bytes | None:
         """See `Layout`."""
@@ -84,16 +84,10 @@ class ParquetLayout(Layout):
         return None
 
 
-class ParquetShardWriter:
-    """Appends rows to one shard that is being written."""
-
-    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self._writer, self._schema = writer, schema
-
-    def write(self, rows: Mapping[str, Any]) -> None:
-        """Append rows as one row group: values `(rows, ...)` by column."""
-        arrays = [_to_arrow(rows[field.name], field.type) for field in self._schema]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+def table_of(rows: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """Values `(rows, ...)` by column as a table; columns that the schema has not are left out."""
+    arrays = [_to_arrow(rows[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def array_feature(shape: Sequence[int], dtype: str) -> Any:

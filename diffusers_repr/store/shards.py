@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar, Self
 
 import pyarrow as pa
 from safetensors import SafetensorError
@@ -25,11 +25,7 @@ UNREADABLE = (pa.ArrowException, SafetensorError, OSError, ValueError, Recursion
 _STAMPED = record({"recipe": text(200), "shard": integer(0), "start": integer(0)}, {"checksum": text(200)})
 
 
-class ShardWriter(Protocol):
-    """Appends rows to one shard that is being written."""
-
-    def write(self, rows: Mapping[str, Any]) -> None:
-        """Append the next rows: values `(rows, ...)` of every column, by name."""
+Append = Callable[[Mapping[str, Any]], None]  # takes the next rows of a shard: values `(rows, ...)` by column
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,6 @@ class Layout(ABC):
     """How rows lie in files.
 
     Attributes:
-        stem: What the names of files begin with.
         rows: Rows in all.
         shard_size: Rows of every shard but the last.
         recipe: Name of the recipe, from `recipe_hash`.
@@ -45,7 +40,6 @@ class Layout(ABC):
 
     suffix: ClassVar[str]
 
-    stem: str
     rows: int
     shard_size: int
     recipe: str
@@ -54,6 +48,11 @@ class Layout(ABC):
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.rows // self.shard_size)
+
+    @property
+    @abstractmethod
+    def stem(self) -> str:
+        """What the names of files begin with."""
 
     def path(self, shard: int) -> str:
         """File of a shard inside the store."""
@@ -67,13 +66,18 @@ class Layout(ABC):
         """What a shard's stamp says of recipe and place."""
         return {"recipe": self.recipe, "shard": shard, "start": self.span(shard)[0]}
 
-    def count(self) -> dict[str, int]:
-        """Rows and shards, as manifests tell them."""
-        return {"rows": self.rows, "shard_size": self.shard_size, "shards": self.shards}
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return json.loads(json.dumps({**asdict(self), "shards": self.shards}))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`, lists for tuples allowed."""
+        return cls(**{field.name: with_tuples(values[field.name]) for field in fields(cls)})
 
     @abstractmethod
-    def writer(self, file: BinaryIO, shard: int) -> AbstractContextManager[ShardWriter]:
-        """Fills an open file; it is whole when the block ends well."""
+    def writer(self, file: BinaryIO, shard: int) -> AbstractContextManager[Append]:
+        """Gives what appends rows to an open file, which is whole when the block ends well."""
 
     @abstractmethod
     def stamp(self, path: Path) -> str | bytes | None:
@@ -86,6 +90,13 @@ class Layout(ABC):
     @abstractmethod
     def content_problem(self, path: Path, shard: int) -> str | None:
         """What its values have wrong; reads them all."""
+
+
+def with_tuples(value: Any) -> Any:
+    """A value of JSON with tuples for lists."""
+    if isinstance(value, Mapping):
+        return {key: with_tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def parse_stamp(told: str | bytes | None) -> dict[str, Any]:
@@ -131,11 +142,11 @@ def shard_problem(folder: Path, layout: Layout, shard: int, *, content: bool = T
 
 
 @contextmanager
-def write_shard(folder: Path, layout: Layout, shard: int) -> Iterator[ShardWriter]:
+def write_shard(folder: Path, layout: Layout, shard: int) -> Iterator[Append]:
     """Fill a shard; it takes its name, flushed to disk, when the block ends well.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written; an existing shard is untouched then.
     """
-    with atomic_file(folder / layout.path(shard)) as file, layout.writer(file, shard) as writer:
-        yield writer
+    with atomic_file(folder / layout.path(shard)) as file, layout.writer(file, shard) as append:
+        yield append

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diffusers_repr.hub import read_json
 from diffusers_repr.hub.schema import Check
-from diffusers_repr.store.manifest import MANIFEST, about_the_file, checked_manifest
+from diffusers_repr.store.manifest import MANIFEST, checked_manifest, count_shards
 from diffusers_repr.store.shards import Layout, shard_problem
 
+_PACKAGES = ("diffusers-repr", "torch", "diffusers", "transformers", "datasets")
 
-class Store(ABC):
+
+class Store:
     """A folder of shards in `data/` with a `manifest.json`, made by `write_store`.
 
     Attributes:
         noun: What it is called in messages.
         command: What makes it.
+        schema: Of its manifest.
+        layout_type: Of its layout.
         folder: Where it lies.
         manifest: Recipe, layout and versions, as written.
         layout: Rows, shards and columns.
@@ -27,6 +31,7 @@ class Store(ABC):
     noun: ClassVar[str]
     command: ClassVar[str]
     schema: ClassVar[Check]
+    layout_type: ClassVar[type[Layout]]
     elsewhere: ClassVar[str] = "another folder"
 
     layout: Layout
@@ -36,19 +41,19 @@ class Store(ABC):
         self.layout = self.layout_of(manifest)
 
     @classmethod
-    @abstractmethod
     def layout_of(cls, manifest: Mapping[str, Any]) -> Any:
         """The layout that a checked manifest tells."""
+        return cls.layout_type.from_dict(manifest["layout"])
 
     @classmethod
-    @abstractmethod
     def describe(cls, layout: Any, recipe: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a manifest that are the kind's own: its layout and recipe; the inverse of `layout_of`."""
+        return {"layout": layout.to_dict(), "recipe": dict(recipe), "about": dict(about)}
 
     @classmethod
-    @abstractmethod
     def agrees(cls, manifest: dict[str, Any], at: str) -> None:
         """Raise ValueError for a manifest whose numbers do not fit together."""
+        count_shards(manifest["layout"], at)
 
     @classmethod
     def card(cls, manifest: dict[str, Any]) -> str | None:
@@ -60,7 +65,12 @@ class Store(ABC):
         cls, layout: Any, recipe: Mapping[str, Any], about: Mapping[str, Any], complete: bool
     ) -> dict[str, Any]:
         """What `manifest.json` holds."""
-        return {"format": 1, "complete": complete, **cls.describe(layout, recipe, about), **about_the_file()}
+        return {
+            "format": 1,
+            "complete": complete,
+            **cls.describe(layout, recipe, about),
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
 
     @classmethod
     def check_manifest(cls, manifest: Any, at: str = MANIFEST) -> dict[str, Any]:

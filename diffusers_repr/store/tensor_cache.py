@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusers_repr.hub.schema import Check, anything, integer, listing, mapping, one_of, optional, record, text
-from diffusers_repr.store.manifest import SIDE, count_shards, layout_schema, manifest_schema, recipe_differences
+from diffusers_repr.store.manifest import SIDE, layout_schema, manifest_schema, recipe_differences
 from diffusers_repr.store.store import Store
 from diffusers_repr.store.tensors import INDEX, TensorLayout
 
@@ -49,7 +49,7 @@ class TensorCache(Store):
     Attributes:
         folder: Where it lies.
         manifest: As written.
-        layout: Rows, shards and tensors; its `stem` is the kind, `latents` or `features`.
+        layout: Rows, shards and tensors; its `kind` is `latents` or `features`.
 
     It may be sent to other processes: each opens the shards it reads for itself.
     """
@@ -57,6 +57,7 @@ class TensorCache(Store):
     noun: ClassVar[str] = "cache"
     command: ClassVar[str] = "examples/cache_latents.py"
     schema: ClassVar[Check] = staticmethod(_SCHEMA)
+    layout_type: ClassVar[type[TensorLayout]] = TensorLayout
 
     layout: TensorLayout
 
@@ -77,29 +78,15 @@ class TensorCache(Store):
             ValueError: If it is not finished, of another kind, or its manifest is damaged.
         """
         cache = cls.open_folder(Path(folder), f"cache of {kind}")
-        if cache.layout.stem != kind:
-            raise ValueError(f"{str(folder)!r} holds {cache.layout.stem}, not {kind}.")
+        if cache.layout.kind != kind:
+            raise ValueError(f"{str(folder)!r} holds {cache.layout.kind}, not {kind}.")
         return cache
-
-    @classmethod
-    def layout_of(cls, manifest: Mapping[str, Any]) -> TensorLayout:
-        """See `Store`."""
-        told = manifest["layout"]
-        tensors = {name: tuple(shape) for name, shape in told["tensors"].items()}
-        return TensorLayout(told["kind"], told["rows"], told["shard_size"], told["recipe"], tensors, told["dtype"])
-
-    @classmethod
-    def describe(cls, layout: TensorLayout, recipe: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Store`."""
-        tensors = {name: list(shape) for name, shape in layout.tensors.items()}
-        told = {"kind": layout.stem, **layout.count(), "tensors": tensors, "dtype": layout.dtype}
-        return {"layout": {**told, "recipe": layout.recipe}, "recipe": dict(recipe), "about": dict(about)}
 
     @classmethod
     def agrees(cls, manifest: dict[str, Any], at: str) -> None:
         """See `Store`."""
         layout, about = manifest["layout"], manifest["about"]
-        count_shards(layout, at)
+        super().agrees(manifest, at)
         if layout["dtype"] != manifest["recipe"]["dtype"]:
             raise ValueError(f"{at}: layout.dtype and recipe.dtype do not tell the same.")
         kind, tensors = layout["kind"], layout["tensors"]
@@ -164,10 +151,10 @@ class TensorCache(Store):
                 f"{'; '.join(differs)}. Run with the settings of the cache, or make another one."
             )
         if mirrors > self.mirrors:
-            flag = "--both_mirrors true" if self.layout.stem == LATENTS else "--random_flip true"
+            flag = "--both_mirrors true" if self.layout.kind == LATENTS else "--random_flip true"
             raise ValueError(
                 f"The cache {str(self.folder)!r} holds no mirrored images, which random_flip needs "
-                f"({self.layout.stem} cannot be flipped). Make one with {flag} in another folder, or train without "
+                f"({self.layout.kind} cannot be flipped). Make one with {flag} in another folder, or train without "
                 "random_flip."
             )
 

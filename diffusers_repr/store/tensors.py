@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from diffusers_repr.store.shards import STAMP, Layout, parse_stamp
+from diffusers_repr.store.shards import STAMP, Append, Layout, parse_stamp
 
 INDEX = "index"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -27,23 +27,40 @@ class TensorLayout(Layout):
     """Rows of tensors in safetensors files, with `index`: the row of the data set that each stands for.
 
     Attributes:
+        kind: What is stored.
         tensors: Shape of one row of each tensor, by name.
         dtype: `float32` or `float16`.
     """
 
     suffix: ClassVar[str] = "safetensors"
 
+    kind: str
     tensors: dict[str, tuple[int, ...]]
     dtype: str
 
+    @property
+    def stem(self) -> str:
+        """The kind."""
+        return self.kind
+
     @contextmanager
-    def writer(self, file: BinaryIO, shard: int) -> Iterator[TensorShardWriter]:
-        """See `Layout`; the shard is held in memory until then."""
-        writer = TensorShardWriter(self, shard)
-        yield writer
+    def writer(self, file: BinaryIO, shard: int) -> Iterator[Append]:
+        """See `Layout`; the shard is held in memory until the block ends."""
+        start, stop = self.span(shard)
+        held = {name: torch.empty(stop - start, *s, dtype=DTYPES[self.dtype]) for name, s in self.tensors.items()}
+        held[INDEX] = torch.empty(stop - start, dtype=torch.int64)
+        at = 0
+
+        def append(rows: Mapping[str, Any]) -> None:
+            nonlocal at
+            for name, values in rows.items():
+                held[name][at : at + len(values)] = values
+            at += len(rows[INDEX])
+
+        yield append
         # One key: the order of several in the file would change from run to run
-        stamp = json.dumps({**self.place(shard), "checksum": checksum(writer.held)}, sort_keys=True)
-        file.write(save(writer.held, metadata={STAMP: stamp}))
+        stamp = json.dumps({**self.place(shard), "checksum": checksum(held)}, sort_keys=True)
+        file.write(save(held, metadata={STAMP: stamp}))
 
     def stamp(self, path: Path) -> str | None:
         """See `Layout`."""
@@ -69,28 +86,6 @@ class TensorLayout(Layout):
             whole = {key: file.get_tensor(key) for key in (*self.tensors, INDEX)}
         told = parse_stamp(self.stamp(path)).get("checksum")
         return None if checksum(whole) == told else "does not fit its checksum"
-
-
-class TensorShardWriter:
-    """Fills the tensors of one shard.
-
-    Attributes:
-        held: `(rows, *shape)` by name, and `index` `(rows,)` int64.
-    """
-
-    def __init__(self, layout: TensorLayout, shard: int) -> None:
-        start, stop = layout.span(shard)
-        dtype = DTYPES[layout.dtype]
-        self.held = {name: torch.empty(stop - start, *shape, dtype=dtype) for name, shape in layout.tensors.items()}
-        self.held[INDEX] = torch.empty(stop - start, dtype=torch.int64)
-        self._at = 0
-
-    def write(self, rows: Mapping[str, Any]) -> None:
-        """Fill in the next rows: every tensor by name, and `index`."""
-        stop = self._at + len(rows[INDEX])
-        for name, values in rows.items():
-            self.held[name][self._at : stop] = values
-        self._at = stop
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

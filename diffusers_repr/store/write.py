@@ -197,10 +197,10 @@ def _write_all(plan: Plan, todo: Sequence[int], state: Any) -> None:
 
 
 def _write_one(plan: Plan, shard: int, batches: Iterator[Mapping[str, Any]], rows: int, bar: Any) -> None:
-    with write_shard(plan.out, plan.layout, shard) as writer:
+    with write_shard(plan.out, plan.layout, shard) as append:
         while rows > 0:
             batch = next(batches)
-            writer.write(batch)
+            append(batch)
             count = len(next(iter(batch.values())))
             rows -= count
             bar.update(count)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +49,7 @@ def store_manifest(layout):
         "shard_size": layout.shard_size,
         "shards": layout.shards,
         "label": {"names": ["cat", "dog"]},
-        "columns": [column.to_dict() for column in layout.columns],
+        "columns": [asdict(column) for column in layout.columns],
         "recipe": {"model": model, "data": data, "features": features},
         "versions": {"torch": "2"},
     }
@@ -57,14 +58,14 @@ def store_manifest(layout):
 @pytest.fixture(scope="module")
 def good_store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
-    layout = FeatureLayout("train", ROWS, 2, RECIPE, COLUMNS, "float32", ClassLabel(names=["cat", "dog"]))
+    layout = FeatureLayout(ROWS, 2, RECIPE, "train", COLUMNS, "float32", ClassLabel(names=["cat", "dog"]))
     for shard in range(layout.shards):
         start, stop = layout.span(shard)
         rows = np.arange(start, stop, dtype=np.float32)
         values = {c.name: np.ones((len(rows), *c.shape), np.float32) for c in COLUMNS}
-        with write_shard(folder, layout, shard) as writer:
+        with write_shard(folder, layout, shard) as append:
             hashes, labels = [f"{int(row):032x}" for row in rows], [int(row) % 2 for row in rows]
-            writer.write({"row": range(start, stop), "image_hash": hashes, "label": labels, **values})
+            append({"row": range(start, stop), "image_hash": hashes, "label": labels, **values})
     (folder / "manifest.json").write_text(json.dumps(store_manifest(layout)))
     return folder
 
@@ -188,12 +189,12 @@ def test_every_value_of_a_stores_manifest(store):
 @pytest.fixture(scope="module")
 def good_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    layout = TensorLayout("features", ROWS, 2, RECIPE, {"tokens": (1, 4, 3), "global": (1, 3)}, "float32")
+    layout = TensorLayout(ROWS, 2, RECIPE, "features", {"tokens": (1, 4, 3), "global": (1, 3)}, "float32")
     for shard in range(layout.shards):
         start, stop = layout.span(shard)
         tensors = {name: torch.ones(stop - start, *shape) for name, shape in layout.tensors.items()}
-        with write_shard(folder, layout, shard) as writer:
-            writer.write({**tensors, INDEX: torch.arange(start, stop)})
+        with write_shard(folder, layout, shard) as append:
+            append({**tensors, INDEX: torch.arange(start, stop)})
     recipe = {"encoder": {"weights": RECIPE}, "data": {"rows": ROWS}, "mirrors": 1, "dtype": "float32"}
     about = {"name": "dino", "fingerprint": {"name": "dino"}, "grid": [2, 2]}
     manifest = TensorCache.manifest_of(layout, recipe, about, complete=True)

@@ -188,18 +188,18 @@ def test_the_same_call_again_does_nothing(tmp_path, monkeypatch):
 
 def test_resumes_bit_for_bit_after_a_stop_anywhere(tmp_path, monkeypatch):
     whole = contents(make(tmp_path / "whole").folder)
-    append = parquet.ParquetShardWriter.write
+    table_of = parquet.table_of
     for stop in (1, 4):  # within a shard, and between two
         out, calls = tmp_path / f"stopped{stop}", []
 
-        def interrupted(self, *args, calls=calls, stop=stop):
+        def interrupted(*args, calls=calls, stop=stop):
             calls.append(1)
             if len(calls) > stop:
                 raise KeyboardInterrupt
-            append(self, *args)
+            return table_of(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(parquet.ParquetShardWriter, "write", interrupted)
+            patch.setattr(parquet, "table_of", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 make(out)
         assert not list((out / "data").glob(".*"))
@@ -370,15 +370,15 @@ def test_two_runs_at_once(tmp_path):
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     whole = contents(make(tmp_path / "whole").folder)
-    append = parquet.ParquetShardWriter.write
+    table_of = parquet.table_of
 
-    def full(self, rows):
+    def full(rows, schema):
         if rows["row"][0] >= 6:
             raise OSError(errno.ENOSPC, "No space left on device")
-        append(self, rows)
+        return table_of(rows, schema)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parquet.ParquetShardWriter, "write", full)
+        patch.setattr(parquet, "table_of", full)
         with pytest.raises(
             OSError, match=r"disk is full.*train-00001.*1 of 3 shards.*are whole.*same command"
         ) as info:
