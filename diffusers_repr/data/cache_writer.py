@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffusers_repr.data.train_data import TrainData
+from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.store.manifest import recipe_hash
 from diffusers_repr.store.processes import process_state

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.latents import image_fingerprint
-from diffusers_repr.data.train_data import TrainData
 from diffusers_repr.store.manifest import MANIFEST
 from diffusers_repr.store.tensor_cache import FEATURES, TensorCache
 

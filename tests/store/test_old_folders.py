@@ -15,8 +15,8 @@ from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.data.latents import cache_latents
+from diffusers_repr.data.loading import load_train_data
 from diffusers_repr.data.teacher_features import list_features
-from diffusers_repr.data.train_data import load_train_data
 from diffusers_repr.encoders.feature_cache import cache_features
 from diffusers_repr.features.extraction import extract_to_store
 from diffusers_repr.store import FeatureStore, TensorCache
