@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import Layer
-from diffusers_repr.features.extraction import process_state
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.metrics.checks import UndefinedScoreError
 from diffusers_repr.metrics.gather import failing_together, gather_rows, own_rows
+from diffusers_repr.store.processes import process_state
 from diffusers_repr.sweep.grid import Grid
 from diffusers_repr.sweep.measure import Bench, Key, Measure, Piece, Score, Tally, not_finite
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.capture import capture
-from diffusers_repr.features.extraction import process_state
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.pooling import pool, tokens_to_map
 from diffusers_repr.metrics.encoding import SharedRead, read_shared
 from diffusers_repr.metrics.gather import own_rows
+from diffusers_repr.store.processes import process_state
 from diffusers_repr.sweep.grid import Grid
 from diffusers_repr.sweep.measure import Piece, Split, Tally
 
