@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.data.labelled import open_labelled
+from diffusers_repr.data.labelled import open_images, open_labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
@@ -19,10 +19,10 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy
-from diffusers_repr.features.recipe import fingerprint
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
+from diffusers_repr.hub.identity import fingerprint
 from diffusers_repr.metrics.checks import check_whole
-from diffusers_repr.metrics.encoding import SharedRead, Which, check_which, open_images, pick
+from diffusers_repr.metrics.encoding import SharedRead, Which, check_which, pick
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels

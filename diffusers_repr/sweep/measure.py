@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.labelled import ImageRows
 from diffusers_repr.denoiser import Layer
 from diffusers_repr.features.pooling import pooled_size
-from diffusers_repr.metrics.encoding import ImageRows
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.grid import Grid
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.data.labelled import Labelled, Source, open_labelled
-from diffusers_repr.metrics.encoding import open_images
 from diffusers_repr.sweep.linear import VALUE_METRICS, LinearSums
 from diffusers_repr.sweep.measure import Measure, Split
 
@@ -35,10 +34,7 @@ class Task:
     def splits(self) -> dict[str, Split]:
         """As measures take them: `train` and `held`."""
         roles = {"train": self.train, "held": self.validation}
-        return {
-            role: Split(open_images(data.images, role), range(len(data)), str(data), data.targets)
-            for role, data in roles.items()
-        }
+        return {role: Split(data, range(len(data)), str(data), data.targets) for role, data in roles.items()}
 
 
 def make_task(train: Source, validation: Source, measure: Measure) -> Task:
