@@ -30,6 +30,11 @@ _IMAGE_INDEX: dict[str, int] = {
     "JointTransformerBlock": 1,
     "FluxTransformerBlock": 1,
     "FluxSingleTransformerBlock": 1,
+    "AuraFlowJointTransformerBlock": 1,
+    "ChromaTransformerBlock": 1,
+    # two-stream blocks: (image, text)
+    "CogView4PatchEmbed": 0,
+    "CogView4TransformerBlock": 0,
 }
 
 

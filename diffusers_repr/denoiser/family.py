@@ -23,6 +23,11 @@ _BUILTIN = {
     "SanaTransformer2DModel": "sana",
     "SiTTransformer2DModel": "sit",
     "JointViTModel": "joint_vit",
+    "HunyuanDiT2DModel": "hunyuan_dit",
+    "AuraFlowTransformer2DModel": "aura_flow",
+    "Lumina2Transformer2DModel": "lumina2",
+    "CogView4Transformer2DModel": "cogview4",
+    "ChromaTransformer2DModel": "chroma",
 }
 _REGISTRY: dict[str, type[Family]] = {}
 

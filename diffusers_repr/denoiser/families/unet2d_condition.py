@@ -1,4 +1,4 @@
-"""`UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL."""
+"""`UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL, Kolors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class UNet2DConditionFamily(Family):
 
     conditioning = "text"
     joins = True
+    not_image = (*Family.not_image, "encoder_hid_proj")
     pipeline_arguments = {"guidance_scale": 1.0}
 
     def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:

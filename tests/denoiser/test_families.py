@@ -1,0 +1,126 @@
+"""The further text-to-image families against their own pipelines and a plain hooked forward."""
+
+import inspect
+
+import pytest
+import torch
+
+from diffusers_repr.capture import capture
+from diffusers_repr.denoiser import Denoiser, list_layers
+from tests.capture.test_capture import full_forward, same
+from tests.denoiser.test_condition import assert_same_inputs
+from tests.testers.families import network_calls, network_of
+from tests.testers.models_text import FAMILIES, family_pipeline
+
+NAMES = list(FAMILIES)
+
+
+def condition_of(denoiser, name, batch=1):
+    call = FAMILIES[name].call
+    given = {"prompt": call["prompt"]} if set(call) == {"prompt"} else {"embeddings": call}
+    return denoiser.condition(**given, batch=batch, size=FAMILIES[name].size)
+
+
+def noisy(denoiser, name, batch=1):
+    sides = [side // denoiser.stride for side in FAMILIES[name].size]
+    shape = (batch, denoiser.family.channels(denoiser.config), *sides)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def flat(inputs):
+    """Lists and tuples by their elements; empty dicts as nothing."""
+    found = {}
+    for key, value in inputs.items():
+        if isinstance(value, (list, tuple)):
+            found |= {f"{key}.{at}": item for at, item in enumerate(value)}
+        else:
+            found[key] = None if value == {} and isinstance(value, dict) else value
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_network_is_called_as_its_pipeline_calls_it(name):
+    """All inputs at the pipeline's first step, the timestep too; and the prediction is what its scheduler is given."""
+    case, pipe = FAMILIES[name], family_pipeline(name)
+    calls, steps = network_calls(pipe, {**case.call, **case.off}, case.size)
+    theirs, step = calls[0], steps[0]
+    denoiser = Denoiser.from_pipe(family_pipeline(name))
+    x_t = denoiser.family.sample(denoiser.config, theirs)
+    level = denoiser.level(float(step["timestep"]))
+    condition = condition_of(denoiser, name)
+    with torch.no_grad():
+        ours = denoiser.network_inputs(x_t, level, condition.kwargs())
+        predicted = denoiser.predict(x_t, level, condition).output
+    given = step["model_output"]
+    if given.ndim == 3:
+        given = denoiser.family.output(denoiser.config, given, x_t)
+    assert torch.equal(predicted, given[:, : predicted.shape[1]])
+    told = denoiser.family.timestep_name
+    assert torch.equal(ours[told].double(), theirs[told].double().expand(1))
+    back = denoiser.family.training_timestep(denoiser.config, theirs[told].flatten()[0])
+    assert float(back) == pytest.approx(float(step["timestep"]), abs=1e-3)
+    assert set(map(type, theirs.values())) >= {torch.Tensor}
+    assert_same_inputs(flat(ours), flat(theirs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_features_equal_a_full_forward(name):
+    """Every layer of the table, read at once and with early exit, from two samples; the image alone is in it."""
+    denoiser = Denoiser.from_pipe(family_pipeline(name))
+    layers = {layer.path: layer for layer in list_layers(denoiser, FAMILIES[name].size, "all")}
+    x_t, condition = noisy(denoiser, name, 2), condition_of(denoiser, name, 2)
+    inputs = denoiser.network_inputs(x_t, denoiser.level(261), condition.kwargs())
+    expected = full_forward(denoiser.model, inputs, layers)
+    with capture(denoiser.model, list(layers), stop_early=False) as tape:
+        denoiser.predict(x_t, 261, condition)
+    same(tape.features, expected)
+    some = list(layers)[len(layers) // 2]
+    with capture(denoiser.model, some) as tape:
+        denoiser.predict(x_t, 261, condition)
+    same(tape.features, {some: expected[some]})
+    for path, layer in layers.items():
+        (h, w), value = layer.grid, expected[path]
+        assert value.shape[0] == 2, path
+        if layer.kind == "map":
+            assert value.shape[1:] == (layer.channels, h, w), path
+            continue
+        place = denoiser.token_grid(path, value.shape[1], tuple(x_t.shape[2:]))
+        assert place is not None, path
+        assert place[0] == layer.grid, path
+        assert (layer.text_tokens > 0) == (value.shape[1] > h * w), path
+    blocks = [path for stack in FAMILIES[name].stacks for path in blocks_of(denoiser.model, stack)]
+    assert set(blocks) <= set(layers)
+    shares = [layer.flops_share for layer in layers.values()]
+    assert shares[-1] == pytest.approx(1.0, abs=1e-3)
+
+
+def blocks_of(model, stack):
+    return [f"{stack}.{at}" for at in range(len(model.get_submodule(stack)))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_what_is_read_is_the_image(name):
+    """A change of one image cell reaches its own token most, and none of what is listed is text alone."""
+    denoiser = Denoiser.from_pipe(family_pipeline(name))
+    layers = list_layers(denoiser, FAMILIES[name].size, "all")
+    x_t, condition = noisy(denoiser, name), condition_of(denoiser, name)
+    paths, maps = [layer.path for layer in layers], []
+    for x in (x_t, x_t.clone()):
+        if maps:
+            x[..., 4:6, 2:4] += 3
+        with capture(denoiser.model, paths, stop_early=False) as tape:
+            denoiser.predict(x, 261, condition)
+        maps.append({path: tape[path] for path in paths})
+    for layer in layers:
+        h, w = layer.grid
+        change = (maps[1][layer.path] - maps[0][layer.path]).abs()
+        if layer.kind == "tokens":
+            place = denoiser.token_grid(layer.path, change.shape[1], tuple(x_t.shape[2:]))
+            change = change[:, place[1] : place[1] + h * w].transpose(1, 2).unflatten(2, (h, w))
+        change = change.sum(1)[0]
+        assert change.max() > 0, layer.path
+        if name != "kolors":
+            side = x_t.shape[2] // h
+            assert change.argmax() == (4 // side) * w + 2 // side, layer.path
