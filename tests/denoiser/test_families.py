@@ -60,6 +60,7 @@ def test_the_network_is_called_as_its_pipeline_calls_it(name):
     back = denoiser.family.training_timestep(denoiser.config, theirs[told].flatten()[0])
     assert float(back) == pytest.approx(float(step["timestep"]), abs=1e-3)
     assert set(map(type, theirs.values())) >= {torch.Tensor}
+    del ours[told], theirs[told]
     assert_same_inputs(flat(ours), flat(theirs))
 
 
@@ -106,10 +107,11 @@ def test_what_is_read_is_the_image(name):
     denoiser = Denoiser.from_pipe(family_pipeline(name))
     layers = list_layers(denoiser, FAMILIES[name].size, "all")
     x_t, condition = noisy(denoiser, name), condition_of(denoiser, name)
+    blocks = [path for stack in FAMILIES[name].stacks for path in blocks_of(denoiser.model, stack)]
     paths, maps = [layer.path for layer in layers], []
     for x in (x_t, x_t.clone()):
         if maps:
-            x[..., 4:6, 2:4] += 3
+            x[..., 4:6, 2:4] += 0.1
         with capture(denoiser.model, paths, stop_early=False) as tape:
             denoiser.predict(x, 261, condition)
         maps.append({path: tape[path] for path in paths})
@@ -121,6 +123,6 @@ def test_what_is_read_is_the_image(name):
             change = change[:, place[1] : place[1] + h * w].transpose(1, 2).unflatten(2, (h, w))
         change = change.sum(1)[0]
         assert change.max() > 0, layer.path
-        if name != "kolors":
+        if layer.path in blocks and name != "kolors":
             side = x_t.shape[2] // h
             assert change.argmax() == (4 // side) * w + 2 // side, layer.path

@@ -12,6 +12,13 @@ from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, r
 from diffusers_repr.noise import NoiseLevel
 
 
+class _FullMask(Tensor):
+    """A mask of ones without storage that still tells its sums, of which the forward makes a list."""
+
+    def sum(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.full(self.shape[:1], self.shape[1])
+
+
 @register_family("Lumina2Transformer2DModel")
 class Lumina2Family(PatchTransformerFamily):
     """Blocks over the image alone, then over caption and image. Time and velocity run from noise to image there."""
@@ -69,7 +76,8 @@ class Lumina2Family(PatchTransformerFamily):
 
     def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
         """256 caption tokens."""
+        mask = torch.ones(batch, 256, dtype=torch.long, device=device)
         return {
             "encoder_hidden_states": torch.zeros(batch, 256, config["cap_feat_dim"], device=device),
-            "encoder_attention_mask": torch.ones(batch, 256, dtype=torch.long, device=device),
+            "encoder_attention_mask": mask.as_subclass(_FullMask) if mask.is_meta else mask,
         }
