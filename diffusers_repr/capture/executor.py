@@ -94,7 +94,7 @@ class Executor:
         if not lanes:
             return inputs
         units = {self._unit_of(path) for lane in lanes for path in lane.modules}
-        if not self.family.joins_at(self.config, inputs, units):
+        if not self.family.joins_at(inputs, units):
             call.joined = ""
             return self._join(inputs)
         for name in self.family.late_inputs(units):

@@ -79,7 +79,7 @@ def from_labels(denoiser: Denoiser, class_labels: int | Sequence[int] | Tensor |
         labels = _labels(class_labels)
         if not len(labels):
             raise ValueError("class_labels is empty; pass one id, or one per image.")
-    inputs = denoiser.family.from_class_labels(denoiser.config, labels)
+    inputs = denoiser.family.from_class_labels(labels)
     return rows_of(denoiser, {k: v.to(denoiser.device) for k, v in inputs.items()}, batch, "class_labels")
 
 

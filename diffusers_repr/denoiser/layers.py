@@ -173,9 +173,9 @@ def layer_table(
 ) -> list[Layer]:
     """As `list_layers`, for a network that is on the meta device; `size` is x_0's (H, W), `stride` the VAE's."""
     batch = 2
-    x_t = torch.empty(batch, family.channels(config), *size, device="meta")
+    x_t = torch.empty(batch, family.channels(), *size, device="meta")
     level = _example_level(schedule)
-    inputs = family.inputs(config, x_t, level, family.example(config, batch, "meta"))
+    inputs = family.inputs(x_t, level, family.example(batch, "meta"))
     inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
     wanted = dict(_blocks(model)) if detail == "blocks" else {n: m for n, m in model.named_modules() if n}
     done: dict[str, tuple[Tensor, int]] = {}
@@ -231,7 +231,7 @@ def _place(
     if out.ndim == 4:
         return "map", out.shape[1], (out.shape[2], out.shape[3]), 0
     if out.ndim == 3:
-        found = family.grid(config, out.shape[1], size)
+        found = family.grid(out.shape[1], size)
         if found is not None:
             return "tokens", out.shape[2], found[0], found[1]
     return None

@@ -161,7 +161,7 @@ class DiffusionObjective(Objective):
         x_t = noisy.x_t.to(floating_dtype(self.network))  # a network kept in half precision takes halves
         inputs = self.denoiser.network_inputs(x_t, noisy.level, noisy.condition)
         raw = self.network(**inputs)
-        return self.denoiser.family.output(self.denoiser.config, raw, noisy.x_t).float()
+        return self.denoiser.family.output(raw, noisy.x_t).float()
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """`loss`: the mean squared error over all elements."""
@@ -256,7 +256,7 @@ class DiffusionObjective(Objective):
 
 def label_input(denoiser: Denoiser) -> str:
     """Name of the network's input of class ids."""
-    made = denoiser.family.from_class_labels(denoiser.config, torch.zeros(1, dtype=torch.long))
+    made = denoiser.family.from_class_labels(torch.zeros(1, dtype=torch.long))
     names = [name for name, value in made.items() if isinstance(value, Tensor) and value.dtype == torch.long]
     return names[0] if len(names) == 1 else "class_labels"
 

@@ -23,7 +23,7 @@ def start(name, dtype=torch.float32, batch=2):
     denoiser = Denoiser.from_pipe(build(name).to(dtype=dtype))
     h, w = SIZES[name]
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, denoiser.family.channels(denoiser.config), h // denoiser.stride, w // denoiser.stride)
+    shape = (batch, denoiser.family.channels(), h // denoiser.stride, w // denoiser.stride)
     x_t = torch.randn(shape, generator=generator).to(dtype)
     condition = denoiser.condition(**CONDITIONS[name], batch=batch, size=(h, w))
     return denoiser, x_t, condition

@@ -23,7 +23,7 @@ def condition_of(denoiser, name, batch=1):
 
 def noisy(denoiser, name, batch=1):
     sides = [side // denoiser.stride for side in FAMILIES[name].size]
-    shape = (batch, denoiser.family.channels(denoiser.config), *sides)
+    shape = (batch, denoiser.family.channels(), *sides)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -45,7 +45,7 @@ def test_the_network_is_called_as_its_pipeline_calls_it(name):
     calls, steps = network_calls(pipe, {**case.call, **case.off}, case.size)
     theirs, step = calls[0], steps[0]
     denoiser = Denoiser.from_pipe(family_pipeline(name))
-    x_t = denoiser.family.sample(denoiser.config, theirs)
+    x_t = denoiser.family.sample(theirs)
     level = denoiser.level(float(step["timestep"]))
     condition = condition_of(denoiser, name)
     with torch.no_grad():
@@ -53,11 +53,11 @@ def test_the_network_is_called_as_its_pipeline_calls_it(name):
         predicted = denoiser.predict(x_t, level, condition).output
     given = step["model_output"]
     if given.ndim == 3:
-        given = denoiser.family.output(denoiser.config, given, x_t)
+        given = denoiser.family.output(given, x_t)
     assert torch.equal(predicted, given[:, : predicted.shape[1]])
     told = denoiser.family.timestep_name
     assert torch.equal(ours[told].double(), theirs[told].double().expand(1))
-    back = denoiser.family.training_timestep(denoiser.config, theirs[told].flatten()[0])
+    back = denoiser.family.training_timestep(theirs[told].flatten()[0])
     assert float(back) == pytest.approx(float(step["timestep"]), abs=1e-3)
     assert set(map(type, theirs.values())) >= {torch.Tensor}
     del ours[told], theirs[told]

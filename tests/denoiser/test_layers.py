@@ -51,7 +51,7 @@ def test_every_listed_place_is_what_capture_reads(name, detail):
             assert feature.shape[0] == 2, layer
             assert feature.shape[2] == layer.channels, layer
             assert (feature.shape[1] > h * w) == (layer.text_tokens > 0), layer
-            place = denoiser.family.grid(denoiser.config, feature.shape[1], tuple(x_t.shape[2:]))
+            place = denoiser.family.grid(feature.shape[1], tuple(x_t.shape[2:]))
             assert place is not None, layer
             assert place[0] == layer.grid, layer
             assert place[1] == feature.shape[1] - h * w, layer

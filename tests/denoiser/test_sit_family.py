@@ -322,6 +322,6 @@ def test_lanes_of_other_pipelines(labels, cond, null):
     x = torch.randn(2, 3, 8, 8).repeat(2, 1, 1, 1)
     inputs = {"hidden_states": x, "class_labels": torch.tensor(labels)}
     assert family.lanes(_Foreign(), config, inputs) == BatchLanes(cond, null)
-    assert family.lanes(None, config, inputs) == BatchLanes(slice(0, 4))
+    assert family.lanes(None, inputs) == BatchLanes(slice(0, 4))
     unequal = {**inputs, "hidden_states": torch.randn(4, 3, 8, 8)}
     assert family.lanes(_Foreign(), config, unequal) == BatchLanes(slice(0, 4))

@@ -143,7 +143,7 @@ def test_odise_reads_inputs_after_the_skip_is_joined():
     model = build_on_meta(UNet2DConditionModel, SD)
     family = family_by_name("UNet2DConditionModel")
     x_t = torch.empty(1, 4, 64, 64, device="meta")
-    inputs = family.example(model.config, 1, "meta")
+    inputs = family.example(1, "meta")
     with torch.no_grad(), capture(model, presets("odise").layers, "input") as tape:
         model(x_t, torch.zeros(1, device="meta"), **inputs)
     assert [tuple(f.shape[1:]) for f in tape.features.values()] == [

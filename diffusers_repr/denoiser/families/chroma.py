@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser.families.flux import FluxFamily
-from diffusers_repr.denoiser.family import register_family
+from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -20,15 +20,13 @@ class ChromaFamily(FluxFamily):
     not_image = (*FluxFamily.not_image, "distilled_guidance_layer")
     pipeline_arguments = {"guidance_scale": 1.0}
 
-    def inputs(
-        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """As FLUX's; text positions are zeros if the condition holds none."""
-        inputs = super().inputs(config, x_t, level, condition)
+        inputs = super().inputs(x_t, level, condition)
         if inputs.get("txt_ids") is None:
             inputs["txt_ids"] = torch.zeros(inputs["encoder_hidden_states"].shape[1], 3, device=x_t.device)
         return inputs
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """512 text tokens."""
-        return {"encoder_hidden_states": torch.zeros(batch, 512, config["joint_attention_dim"], device=device)}
+        return {"encoder_hidden_states": torch.zeros(batch, 512, self.config["joint_attention_dim"], device=device)}

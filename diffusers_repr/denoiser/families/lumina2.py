@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, register_family
+from diffusers_repr.denoiser.attention_layouts import PLAIN, SINGLE_TEXT_FIRST, AttentionLayout
+from diffusers_repr.denoiser.families.text_first import TextFirstFamily
+from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -20,11 +22,13 @@ class _FullMask(Tensor):
 
 
 @register_family("Lumina2Transformer2DModel")
-class Lumina2Family(PatchTransformerFamily):
+class Lumina2Family(TextFirstFamily):
     """Blocks over the image alone, then over caption and image. Time and velocity run from noise to image there."""
 
-    conditioning = "text"
-    not_image = (*PatchTransformerFamily.not_image, "context_refiner", "time_caption_embed", "rope_embedder")
+    not_image = (*TextFirstFamily.not_image, "context_refiner", "time_caption_embed", "rope_embedder")
+    stacks = ("layers",)
+    attentions = {"noise_refiner.*.attn": PLAIN, "layers.*.attn": SINGLE_TEXT_FIRST}
+    other_attentions = ("context_refiner.*",)
     pipeline_arguments = {"guidance_scale": 1.0}
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
@@ -32,13 +36,11 @@ class Lumina2Family(PatchTransformerFamily):
         told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
         return (1 - told / 1000).expand(x_t.shape[0])
 
-    def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
+    def training_timestep(self, told: Tensor) -> Tensor:
         """The inverse."""
         return (1 - told) * 1000
 
-    def inputs(
-        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """As given.
 
         Raises:
@@ -52,32 +54,32 @@ class Lumina2Family(PatchTransformerFamily):
                     f"The captions have {sorted(set(lengths.tolist()))} tokens: the image would stand at another place "
                     "in each row of the sequence. Give a batch captions of one length, or one at a time."
                 )
-        return super().inputs(config, x_t, level, condition)
+        return super().inputs(x_t, level, condition)
 
-    def output(self, config: Mapping[str, Any], raw: Any, x_t: Tensor) -> Tensor:
+    def output(self, raw: Any, x_t: Tensor) -> Tensor:
         """The negative of what the network gives, as the pipeline takes it."""
-        return -super().output(config, raw, x_t)
+        return -super().output(raw, x_t)
 
-    def with_output(self, config: Mapping[str, Any], raw: Tensor, prediction: Tensor) -> Tensor:
+    def with_output(self, raw: Tensor, prediction: Tensor) -> Tensor:
         """The negative again."""
-        return super().with_output(config, raw, -prediction)
+        return super().with_output(raw, -prediction)
 
-    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
-        """One condition a call; classifier-free guidance is a second call."""
-        return BatchLanes(slice(0, inputs["hidden_states"].shape[0]))
+    def image_tokens(self, layout: AttentionLayout, inputs: Mapping[str, Any], tokens: int) -> slice | Tensor:
+        """After each row's own caption; what a shorter row leaves stands behind its image."""
+        lengths = inputs["encoder_attention_mask"].sum(1)
+        image = inputs["hidden_states"].shape[2] * inputs["hidden_states"].shape[3] // self.multiple() ** 2
+        if int(lengths.min()) + image == tokens:  # all as long as the longest
+            return slice(tokens - image, tokens)
+        return lengths[:, None] + torch.arange(image, device=lengths.device)
 
-    def grid(
-        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
-        """Longer sequences are caption first, then image."""
-        patch = self.multiple(config)
-        h, w = size[0] // patch, size[1] // patch
-        return ((h, w), tokens - h * w) if tokens >= h * w else None
+    def sampler_value(self, given: Tensor, value: Tensor) -> Tensor:
+        """The pipeline has turned the sign before its scheduler sees it."""
+        return super().with_output(given, value)
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """256 caption tokens."""
         mask = torch.ones(batch, 256, dtype=torch.long, device=device)
         return {
-            "encoder_hidden_states": torch.zeros(batch, 256, config["cap_feat_dim"], device=device),
+            "encoder_hidden_states": torch.zeros(batch, 256, self.config["cap_feat_dim"], device=device),
             "encoder_attention_mask": mask.as_subclass(_FullMask) if mask.is_meta else mask,
         }

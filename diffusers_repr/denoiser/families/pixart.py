@@ -12,8 +12,8 @@ from diffusers_repr.denoiser.family import (
     PatchTransformerFamily,
     equal_halves,
     null_first,
-    register_family,
 )
+from diffusers_repr.denoiser.family_registry import register_family
 
 
 @register_family("PixArtTransformer2DModel")
@@ -26,7 +26,7 @@ class PixArtFamily(PatchTransformerFamily):
     # Binning would move the input to the nearest trained aspect ratio.
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
 
-    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+    def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
         """The pipeline does not tell whether it guides: a batch of two equal halves is null and condition.
 
         Not to be asked where its own guidance is known to be off: samples that start from equal latents would be
@@ -37,11 +37,11 @@ class PixArtFamily(PatchTransformerFamily):
             return null_first(value.shape[0])
         return BatchLanes(slice(0, value.shape[0]))
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """300 text tokens; resolution and aspect ratio where the model takes them (alpha at 1024)."""
-        use = config.get("use_additional_conditions")
+        use = self.config.get("use_additional_conditions")
         if use is None:
-            use = config["sample_size"] == 128
+            use = self.config["sample_size"] == 128
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if use:
             added = {
@@ -49,6 +49,6 @@ class PixArtFamily(PatchTransformerFamily):
                 "aspect_ratio": torch.zeros(batch, 1, device=device),
             }
         return {
-            "encoder_hidden_states": torch.zeros(batch, 300, config["caption_channels"], device=device),
+            "encoder_hidden_states": torch.zeros(batch, 300, self.config["caption_channels"], device=device),
             "added_cond_kwargs": added,
         }

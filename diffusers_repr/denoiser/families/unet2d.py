@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.denoiser.family import Family, register_family
+from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.family_registry import register_family
 
 
 @register_family("UNet2DModel")
@@ -18,17 +19,17 @@ class UNet2DFamily(Family):
     conditioning = "class"
     joins = True
 
-    def multiple(self, config: Mapping[str, Any]) -> int:
+    def multiple(self) -> int:
         """Two to the number of down-samplings."""
-        return 2 ** (len(config["block_out_channels"]) - 1)
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
 
-    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+    def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Not where the output is divided by the timesteps of the batch that came in."""
-        return config.get("time_embedding_type") != "fourier"
+        return self.config.get("time_embedding_type") != "fourier"
 
-    def from_class_labels(self, config: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+    def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Ids below `num_class_embeds`; the vectors of an `identity` embedding come through `embeddings=`."""
-        count, kind = config.get("num_class_embeds"), config.get("class_embed_type")
+        count, kind = self.config.get("num_class_embeds"), self.config.get("class_embed_type")
         if count is None and kind is None:
             if labels is not None:
                 raise ValueError("This UNet2DModel is unconditional (num_class_embeds is not set); drop class_labels.")
@@ -43,10 +44,10 @@ class UNet2DFamily(Family):
             raise ValueError(f"class_labels must lie in 0..{count - 1}; got {labels.tolist()}.")
         return {"class_labels": labels}
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """Labels 0, or zero vectors."""
-        if config.get("class_embed_type") == "identity":
-            return {"class_labels": torch.zeros(batch, 4 * config["block_out_channels"][0], device=device)}
-        if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        if self.config.get("class_embed_type") == "identity":
+            return {"class_labels": torch.zeros(batch, 4 * self.config["block_out_channels"][0], device=device)}
+        if self.config.get("num_class_embeds") is not None or self.config.get("class_embed_type") is not None:
             return {"class_labels": torch.zeros(batch, dtype=torch.long, device=device)}
         return {}
