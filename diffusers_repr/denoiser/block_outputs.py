@@ -35,6 +35,12 @@ _IMAGE_INDEX: dict[str, int] = {
     # two-stream blocks: (image, text)
     "CogView4PatchEmbed": 0,
     "CogView4TransformerBlock": 0,
+    "HunyuanImageTransformerBlock": 0,
+    "HunyuanImageSingleTransformerBlock": 0,
+    "QwenImageTransformerBlock": 1,
+    "Flux2TransformerBlock": 1,
+    "Flux2SingleTransformerBlock": 1,
+    "Flux2Attention": 0,
 }
 
 

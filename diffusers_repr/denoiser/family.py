@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser.family_layers import FamilyLayers
 from diffusers_repr.noise import NoiseLevel
 
-
 Grid = tuple[tuple[int, ...], int]
 
 

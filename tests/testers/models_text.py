@@ -9,13 +9,17 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import (
+    AdaptiveProjectedMixGuidance,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
@@ -24,10 +28,16 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
 )
 from transformers import BertConfig, BertModel, BertTokenizer, Gemma2Config, Gemma2Model
@@ -209,7 +219,9 @@ def aura_flow() -> AuraFlowPipeline:
         pos_embed_max_size=256,
     )
     vae = autoencoder(scaling_factor=0.13025)
-    return AuraFlowPipeline(tokenizer, t5_encoder(tokenizer), vae, transformer, FlowMatchEulerDiscreteScheduler(shift=1.73))
+    return AuraFlowPipeline(
+        tokenizer, t5_encoder(tokenizer), vae, transformer, FlowMatchEulerDiscreteScheduler(shift=1.73)
+    )
 
 
 @_register("lumina2", size=(64, 96), stacks=("noise_refiner", "layers"),
@@ -286,3 +298,103 @@ def chroma() -> ChromaPipeline:
         tokenizer=tokenizer,
         transformer=transformer,
     )
+
+
+@_register("qwen_image", size=(32, 48), **{
+    "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2)},
+    "off": {"true_cfg_scale": 1.0}, "guided": {"true_cfg_scale": 4.0},
+})  # fmt: skip
+def qwen_image() -> QwenImagePipeline:
+    """Packed latents of a video autoencoder; two streams all through."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 1.0, 0.7],
+    )
+    return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
+
+
+@_register("hunyuan_image", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
+    "call": {
+        "prompt_embeds": embeds(1, 9, 24), "prompt_embeds_mask": torch.tensor([[1] * 7 + [0] * 2]),
+        "prompt_embeds_2": embeds(1, 6, 20, seed=1), "prompt_embeds_mask_2": torch.tensor([[1] * 4 + [0] * 2]),
+    },
+    "null": {
+        "negative_prompt_embeds": embeds(1, 9, 24, seed=2), "negative_prompt_embeds_mask": torch.ones(1, 9),
+        "negative_prompt_embeds_2": embeds(1, 6, 20, seed=3), "negative_prompt_embeds_mask_2": torch.ones(1, 6),
+    },
+    "off": {}, "guided": {},
+})  # fmt: skip
+def hunyuan_image() -> HunyuanImagePipeline:
+    """Two texts; guided by a component, which is off unless a test switches it on."""
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=24,
+        text_embed_2_dim=20,
+        rope_axes_dim=(4, 4),
+    )
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),  # it norms in 32 groups
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=32,
+        scaling_factor=0.75,
+    )
+    return HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+        guider=AdaptiveProjectedMixGuidance(enabled=False),
+    )
+
+
+@_register("flux2", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
+    "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {}, "off": {}, "guided": {},
+})  # fmt: skip
+def flux2() -> Flux2Pipeline:
+    """Attention fused with the MLP; latents normalised by the autoencoder's batch norm."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    return Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.denoiser.attention_layouts import SINGLE_TEXT_FIRST, TEXT_FIRST
 from diffusers_repr.denoiser.families.flux import FluxFamily
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
@@ -18,6 +19,8 @@ class ChromaFamily(FluxFamily):
     """As FLUX; the text is masked, and all modulation comes from one small network."""
 
     not_image = (*FluxFamily.not_image, "distilled_guidance_layer")
+    block_outputs = {"ChromaTransformerBlock": 1}
+    attentions = {"transformer_blocks.*.attn": TEXT_FIRST, "single_transformer_blocks.*.attn": SINGLE_TEXT_FIRST}
     pipeline_arguments = {"guidance_scale": 1.0}
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,5 +23,10 @@ class CogView4Family(TextFirstFamily):
 
     def example(self, batch: int, device: str) -> dict[str, Any]:
         """224 text tokens, and the sizes."""
-        sizes = {name: torch.zeros(batch, 2, device=device) for name in ("original_size", "target_size", "crop_coords")}
-        return {"encoder_hidden_states": torch.zeros(batch, 224, self.config["text_embed_dim"], device=device), **sizes}
+        sizes = {
+            name: torch.zeros(batch, 2, device=device) for name in ("original_size", "target_size", "crop_coords")
+        }
+        return {
+            "encoder_hidden_states": torch.zeros(batch, 224, self.config["text_embed_dim"], device=device),
+            **sizes,
+        }

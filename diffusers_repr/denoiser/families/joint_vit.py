@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from diffusers_repr.denoiser.family import PatchTransformerFamily
 from diffusers_repr.denoiser.family_registry import register_family
 
