@@ -107,6 +107,8 @@ def from_embeddings(
         raise ValueError(
             f"{type(denoiser.model).__name__} takes no input {unknown[0]!r}. It takes: {', '.join(names[1:])}."
         )
+    else:
+        embeddings = denoiser.family.condition_rows(embeddings)
     placed = {name: _to_device(value, denoiser.device) for name, value in embeddings.items()}
     return rows_of(denoiser, placed, batch, "rows of embeddings")
 
@@ -168,7 +170,7 @@ def pipeline_inputs(denoiser: Denoiser, call: Mapping[str, Any], size: tuple[int
             f"takes {held}; set `pipeline_arguments = {off}` in {type(denoiser.family).__name__} (see "
             "docs/adding_a_family.md), or pass them with the embeddings."
         )
-    return inputs
+    return denoiser.family.condition_rows(inputs)
 
 
 def _asked(call: Mapping[str, Any]) -> int | None:

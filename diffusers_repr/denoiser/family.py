@@ -201,6 +201,10 @@ class Family(FamilyLayers):
 
     # Conditions
 
+    def condition_rows(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Condition inputs as the pipeline gives them, with rows where the network takes lists."""
+        return dict(inputs)
+
     def example(self, batch: int, device: str) -> dict[str, Any]:
         """Condition inputs of the right shapes for `batch` samples, for the layer table."""
         return {}

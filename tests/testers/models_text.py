@@ -39,6 +39,8 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import BertConfig, BertModel, BertTokenizer, Gemma2Config, Gemma2Model
 
@@ -398,3 +400,24 @@ def flux2() -> Flux2Pipeline:
         sample_size=32,
     )
     return Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
+
+
+@_register("z_image", size=(32, 48), stacks=("noise_refiner", "layers"), **{
+    "call": {"prompt_embeds": [embeds(9, 24)]}, "null": {"negative_prompt_embeds": [embeds(40, 24, seed=2)]},
+    "off": {"guidance_scale": 0.0}, "guided": {"guidance_scale": 3.0},
+})  # fmt: skip
+def z_image() -> ZImagePipeline:
+    """Lists of images and captions; one stream, the image first; time runs from noise to image."""
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=24,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    vae = autoencoder(scaling_factor=0.3611, **LATENT)
+    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, None, None, transformer)

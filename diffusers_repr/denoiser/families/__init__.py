@@ -18,6 +18,7 @@ from diffusers_repr.denoiser.families import (
     sit,
     unet2d,
     unet2d_condition,
+    z_image,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "sit",
     "unet2d",
     "unet2d_condition",
+    "z_image",
 ]
