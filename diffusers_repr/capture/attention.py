@@ -207,7 +207,7 @@ class _Watch(TorchFunctionMode):
 
 def attention_layers(model: nn.Module) -> list[str]:
     """Paths of the attention modules, in module order (not that of execution)."""
-    return [path for path, module in model.named_modules() if path and _is_attention(module)]
+    return [path for path, module in model.named_modules() if path and is_attention(module)]
 
 
 def check_attention_layers(model: nn.Module, layers: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -219,7 +219,7 @@ def check_attention_layers(model: nn.Module, layers: str | Sequence[str]) -> dic
     """
     modules = check_layers(model, layers)
     for path, module in modules.items():
-        if not _is_attention(module):
+        if not is_attention(module):
             known = attention_layers(model)
             near = [name for name in known if name.startswith(f"{path}.")][:3]
             near = near or difflib.get_close_matches(path, known, n=3, cutoff=0.3) or known[:3]
@@ -287,7 +287,8 @@ def _mask_rows(mask: Tensor | None, start: int, stop: int, rows: int) -> Tensor 
     return mask[..., start:stop, :]
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is built as diffusers' attention modules are."""
     return hasattr(module, "to_q") or hasattr(module, "to_qkv")
 
 

@@ -19,6 +19,8 @@ class ProcessorRule:
         masks: It uses an `attention_mask`.
         rotary: It turns queries and keys by `image_rotary_emb`.
         fused: It uses `to_qkv` where the module's projections are fused.
+        image_prompt: It attends to an image prompt (IP-Adapter) too: `inside`, added to the weighted sum before
+            `to_out`, or `beside`, a third output; None where it takes none.
     """
 
     qk_norm: bool = True
@@ -28,6 +30,7 @@ class ProcessorRule:
     masks: bool = True
     rotary: bool = False
     fused: bool = False
+    image_prompt: Literal["inside", "beside"] | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ class LayerDefault:
     source: str
 
 
+SECOND_BLOCK = LayerDefault(("transformer_blocks.1.*",), "transformer_blocks.1, diffusers' default (blocks.1)")
+
+
 def middle_attention(attentions: Sequence[str]) -> LayerDefault:
     """The self-attention at half of the depth, for PAG and SAG; none of none."""
     return LayerDefault(tuple(attentions[len(attentions) // 2 :][:1]), _HALF)
@@ -95,6 +98,7 @@ def depth_layers(resnets: Sequence[str], blocks: Sequence[str]) -> tuple[LayerDe
 __all__ = [
     "METHODS",
     "REPA_DEPTHS",
+    "SECOND_BLOCK",
     "STACKS",
     "LayerDefault",
     "Method",

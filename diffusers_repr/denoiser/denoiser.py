@@ -14,7 +14,7 @@ from diffusers_repr import noise as process
 from diffusers_repr.denoiser import conditioning
 from diffusers_repr.denoiser.condition import Condition, eval_mode
 from diffusers_repr.denoiser.default_layers import LayerDefault, Method
-from diffusers_repr.denoiser.family import Family, floating_dtype
+from diffusers_repr.denoiser.family import Family, Grid, floating_dtype
 from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
@@ -155,11 +155,11 @@ class Denoiser:
         h, w = self.family.size()
         return h * self.stride, w * self.stride
 
-    def token_grid(self, path: str, tokens: int, size: tuple[int, int]) -> tuple[tuple[int, int], int] | None:
+    def token_grid(self, path: str, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """Where the image lies in a sequence of `tokens` that the layer at `path` gives, for x_0 of `size` (H, W).
 
         Returns:
-            `((h, w), text)` as `Family.grid`; None if the layer or the sequence is no image.
+            `((h, w), start)` as `Family.grid`; None if the layer or the sequence is no image.
         """
         return self.family.grid(tokens, size) if self.family.is_image(path) else None
 

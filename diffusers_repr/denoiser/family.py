@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser.family_layers import FamilyLayers
 from diffusers_repr.noise import NoiseLevel
 
-Grid = tuple[tuple[int, ...], int]
+# Cells along each axis, two for an image and three for a video (hence `Any`, which fits both), and the first token.
+Grid = tuple[tuple[Any, ...], int]
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,7 @@ class Family(FamilyLayers):
         whole = not value.is_floating_point() or (looked and bool((value == value.round()).all()))
         return (value.long() if whole else value.float()).to(x_t.device).expand(x_t.shape[0])
 
-    def inputs(
-        self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword inputs of the network's forward."""
         return {"sample": x_t, "timestep": self.timestep(level, x_t), **condition}
 
@@ -187,7 +186,7 @@ class Family(FamilyLayers):
             `((h, w), start)` or `((frames, h, w), start)`: the image's tokens are those from `start` on, as many as
             the grid has cells; what stands before and after is text. None if the sequence is no image.
         """
-        h, w = size
+        h, w = size[-2:]
         while True:
             if h * w == tokens:
                 return (h, w), 0
@@ -233,7 +232,7 @@ class GenericFamily(Family):
         timestep: str = "timestep",
         channels: int = 3,
         timestep_fn: Callable[[NoiseLevel], Any] | None = None,
-        grid_fn: Callable[[int, tuple[int, int]], tuple[int, int] | None] | None = None,
+        grid_fn: Callable[[int, tuple[int, ...]], tuple[int, ...] | None] | None = None,
     ) -> None:
         super().__init__()
         self.sample_name, self.timestep_name, self._channels = sample, timestep, channels
@@ -243,9 +242,7 @@ class GenericFamily(Family):
         """As given."""
         return self._channels
 
-    def inputs(
-        self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Under the names given."""
         if self._timestep_fn is None:
             told = self.timestep(level, x_t)
@@ -292,9 +289,7 @@ class PatchTransformerFamily(Family):
         """The patch size."""
         return int(self.config[self.patch_key])
 
-    def inputs(
-        self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Under the names of diffusers' transformers."""
         return {"hidden_states": x_t, "timestep": self.timestep(level, x_t), **condition}
 

@@ -97,13 +97,13 @@ class FamilyLayers:
         Raises:
             ValueError: If the network has no list of transformer blocks.
         """
-        first, *_ = self._stacks(model) or [None]
-        if first is None:
+        stacks = self._stacks(model)
+        if not stacks:
             raise ValueError(
                 f"{type(model).__name__} has no stack of transformer blocks; name the layer. "
                 "`list_layers(denoiser)` shows all."
             )
-        return first
+        return stacks[0]
 
     def blocks(self, model: nn.Module) -> list[str]:
         """Paths of the transformer blocks of all stacks, in execution order; none of a U-Net."""
@@ -111,8 +111,8 @@ class FamilyLayers:
 
     def _stacks(self, model: nn.Module) -> list[list[str]]:
         modules = dict(getattr(model, "_orig_mod", model).named_modules())
-        there = [name for name in self.stacks if isinstance(modules.get(name), nn.ModuleList)]
-        return [[f"{name}.{at}" for at in range(len(modules[name]))] for name in there]  # type: ignore[arg-type]
+        there = {name: stack for name in self.stacks if isinstance(stack := modules.get(name), nn.ModuleList)}
+        return [[f"{name}.{at}" for at in range(len(stack))] for name, stack in there.items()]
 
     def default_layers(self, method: Method, model: nn.Module) -> LayerDefault:
         """Layers that a method takes in this network unless told otherwise, and where the choice comes from.

@@ -63,5 +63,4 @@ def family_of(model: nn.Module) -> Family:
     return family.bound_to(getattr(inner, "config", {}))
 
 
-
 __all__ = ["family_by_name", "family_of", "list_families", "register_family"]

@@ -151,7 +151,8 @@ def _check_inputs(weaker: nn.Module, denoiser: Denoiser) -> None:
                 "the same inputs."
             )
     channels = denoiser.family.channels()
-    if denoiser.family.channels() != channels or _predicted(other, channels) != _predicted(mine, channels):
+    theirs = denoiser.family.bound_to(other).channels()
+    if theirs != channels or _predicted(other, channels) != _predicted(mine, channels):
         raise ValueError(
             f"The weaker {names[0]} predicts {_predicted(other, channels)} channels, the {names[1]} "
             f"{_predicted(mine, channels)}."

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.objectives.blocks import block_number, block_path, block_stack, repa_depth
 from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
 
 if TYPE_CHECKING:
@@ -136,19 +135,18 @@ def default_attentions(objective: REPAObjective, most: int, exactly: bool) -> li
     Raises:
         ValueError: If the network has fewer blocks up to the last.
     """
-    model = objective.network
-    stack, depth = block_stack(model)
-    last = LAST_BLOCK
-    if depth <= LAST_BLOCK:
+    model, denoiser = objective.network, objective.denoiser
+    blocks, last = denoiser.family.stack(model), LAST_BLOCK
+    if len(blocks) <= LAST_BLOCK:
         aligned = getattr(objective.terms["alignment"], "layer", "")
-        number = block_number(model, aligned)
-        last = repa_depth(model) - 1 if number is None else number
+        (default,) = denoiser.default_layers("repa").layers
+        last = blocks.index(next((block for block in blocks if f"{aligned}.".startswith(f"{block}.")), default))
     count = min(most, last + 1)
     if exactly and count < most:
         raise ValueError(
-            f"{most} teacher_layers, and {count} blocks up to {stack}.{last}; name as many `layers` as teacher_layers."
+            f"{most} teacher_layers, and {count} blocks up to {blocks[last]}; name as many `layers` as teacher_layers."
         )
-    return [_attention_of(model, block_path(model, at + 1)) for at in range(last - count + 1, last + 1)]
+    return [_attention_of(model, block) for block in blocks[last - count + 1 : last + 1]]
 
 
 def _attention_of(model: Any, block: str) -> str:

@@ -101,7 +101,7 @@ def forward(model, inputs):
 
 def together(denoiser, call, lanes, which=None, taps=(), all_taps=None):
     """`(rows of the call, lane -> its rows)`, in one pass."""
-    executor = Executor(denoiser.model, denoiser.family, denoiser.config, lanes, all_taps)
+    executor = Executor(denoiser.model, denoiser.family, lanes, all_taps)
     before = hook_count(denoiser.model)
     with ExitStack() as stack:
         executor.install(stack)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from diffusers_repr.denoiser import Denoiser, Family, GenericFamily, register_family
-from diffusers_repr.denoiser.family import _REGISTRY, list_families
+from diffusers_repr.denoiser.family_registry import _REGISTRY, list_families
 from diffusers_repr.noise import NoiseSchedule
 from tests.testers.marks import slow_but
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, saved, unet2d

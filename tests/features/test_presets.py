@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel, EDMEulerScheduler, U
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.capture import capture
-from diffusers_repr.denoiser.family import family_by_name
+from diffusers_repr.denoiser.family_registry import family_by_name
 from diffusers_repr.denoiser.layers import layer_table
 from diffusers_repr.features.presets import FAMILIES, edm_sigma, list_presets, presets
 from diffusers_repr.models.weights import build_on_meta
@@ -122,7 +122,7 @@ TABLES = {
 def table(family):
     cls, config, side, stride = NETWORKS[family]
     model = build_on_meta(cls, config)
-    layers = layer_table(model, family_by_name(cls.__name__), model.config, (side, side), stride)
+    layers = layer_table(model, family_by_name(cls.__name__).bound_to(model.config), (side, side), stride)
     return {layer.path: layer for layer in layers}
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily
+from diffusers_repr.denoiser.attention_layouts import SINGLE_TEXT_FIRST, TEXT_FIRST, ProcessorRule
+from diffusers_repr.denoiser.family import BatchLanes, Grid, PatchTransformerFamily
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
+
+_PROCESSORS = {
+    "FluxAttnProcessor": ProcessorRule(rotary=True, fused=True),
+    "FluxIPAdapterAttnProcessor": ProcessorRule(rotary=True, fused=True, image_prompt="beside"),
+}
 
 
 @register_family("FluxTransformer2DModel")
@@ -22,6 +29,12 @@ class FluxFamily(PatchTransformerFamily):
     joins = True
     unbatched = ("img_ids", "txt_ids")
     not_image = (*PatchTransformerFamily.not_image, "pos_embed")
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    block_outputs = {"FluxTransformerBlock": 1, "FluxSingleTransformerBlock": 1, "FluxAttention": 0}
+    attentions = {
+        "transformer_blocks.*.attn": replace(TEXT_FIRST, processors=_PROCESSORS),
+        "single_transformer_blocks.*.attn": replace(SINGLE_TEXT_FIRST, processors=_PROCESSORS),
+    }
 
     def channels(self) -> int:
         """A token holds 2 x 2 latent pixels."""
@@ -40,9 +53,7 @@ class FluxFamily(PatchTransformerFamily):
         told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
         return told.to(x_t.dtype).expand(x_t.shape[0]) / 1000
 
-    def inputs(
-        self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Packed latents; image position ids for the input's own size if the condition holds none."""
         tokens = functional.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
         inputs = {"hidden_states": tokens, "timestep": self.timestep(level, x_t), **condition}
@@ -104,9 +115,7 @@ class FluxFamily(PatchTransformerFamily):
         """One condition a call; true classifier-free guidance is a second call."""
         return BatchLanes(slice(0, inputs["hidden_states"].shape[0]))
 
-    def grid(
-        self, tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
+    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """Longer sequences are text first, then image."""
         h, w = size[0] // 2, size[1] // 2
         return ((h, w), tokens - h * w) if tokens >= h * w else None

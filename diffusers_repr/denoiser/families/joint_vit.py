@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers_repr.denoiser.family import PatchTransformerFamily
+from diffusers_repr.denoiser.family import Grid, PatchTransformerFamily
 from diffusers_repr.denoiser.family_registry import register_family
 
 
@@ -12,9 +12,7 @@ class JointViTFamily(PatchTransformerFamily):
 
     not_image = (*PatchTransformerFamily.not_image, "classifier", "modulation")
 
-    def grid(
-        self, tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
+    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """With or without the class token."""
         found = super().grid(tokens, size)
         if found is not None:

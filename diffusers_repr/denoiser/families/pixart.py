@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffusers_repr.denoiser.default_layers import SECOND_BLOCK
 from diffusers_repr.denoiser.family import (
     BatchLanes,
     PatchTransformerFamily,
@@ -22,6 +23,7 @@ class PixArtFamily(PatchTransformerFamily):
 
     conditioning = "text"
     joins = True
+    layer_defaults = {"pag": SECOND_BLOCK}
     early_rows = {"adaln_single": 1}
     # Binning would move the input to the nearest trained aspect ratio.
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}

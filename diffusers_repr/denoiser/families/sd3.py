@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from diffusers_repr.denoiser.attention_layouts import IMAGE_FIRST, SELF, ProcessorRule
-from diffusers_repr.denoiser.default_layers import LayerDefault
+from diffusers_repr.denoiser.default_layers import SECOND_BLOCK
 from diffusers_repr.denoiser.family import PatchTransformerFamily
 from diffusers_repr.denoiser.family_registry import register_family
 
 _PROCESSORS = {
     "JointAttnProcessor2_0": ProcessorRule(masks=False),
     "XFormersJointAttnProcessor": ProcessorRule(own_scale=True),
-    "SD3IPAdapterJointAttnProcessor2_0": ProcessorRule(masks=False),
+    "SD3IPAdapterJointAttnProcessor2_0": ProcessorRule(masks=False, image_prompt="inside"),
 }
 
 
@@ -32,7 +32,7 @@ class SD3Family(PatchTransformerFamily):
         "transformer_blocks.*.attn": replace(IMAGE_FIRST, processors=_PROCESSORS),
         "transformer_blocks.*.attn2": replace(SELF, processors=_PROCESSORS),  # SD3.5: over the image alone
     }
-    layer_defaults = {"pag": LayerDefault(("transformer_blocks.1.*",), "transformer_blocks.1, diffusers' default (blocks.1)")}
+    layer_defaults = {"pag": SECOND_BLOCK}
 
     def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Not with ControlNet, whose residuals the forward adds between blocks."""

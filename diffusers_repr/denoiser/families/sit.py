@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusers_repr.denoiser.attention_layouts import SELF, SELF_PROCESSORS, ProcessorRule
 from diffusers_repr.denoiser.family import (
     BatchLanes,
     PatchTransformerFamily,
@@ -16,6 +18,8 @@ from diffusers_repr.denoiser.family import (
 )
 from diffusers_repr.denoiser.family_registry import register_family
 
+_PROCESSORS = {"SiTAttnProcessor": ProcessorRule(spatial_norm=False, fused=True)}
+
 
 @register_family("SiTTransformer2DModel")
 class SiTFamily(PatchTransformerFamily):
@@ -23,6 +27,7 @@ class SiTFamily(PatchTransformerFamily):
 
     conditioning = "class"
     joins = True
+    attentions = {"blocks.*.attn": replace(SELF, processors={**SELF_PROCESSORS, **_PROCESSORS})}
     not_image = (*PatchTransformerFamily.not_image, "label_embed", "condition_embed", "modulation")
 
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:

@@ -6,10 +6,37 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusers_repr.denoiser.default_layers import LayerDefault, Method
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.family_registry import register_family
+
+# Stages return (hidden_states, residuals).
+UNET_BLOCKS = dict.fromkeys(
+    (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "SimpleCrossAttnDownBlock2D",
+        "ResnetDownsampleBlock2D",
+        "SkipDownBlock2D",
+        "AttnSkipDownBlock2D",
+        "KDownBlock2D",
+        "KCrossAttnDownBlock2D",
+        "SkipUpBlock2D",
+        "AttnSkipUpBlock2D",
+    ),
+    0,
+)
+UNET_DEFAULTS: dict[Method, LayerDefault] = {
+    "pag": LayerDefault(("mid_block.*",), "middle block: the paper's Stable Diffusion setting and diffusers' default"),
+    "sag": LayerDefault(("mid_block.*",), "middle block: diffusers' Stable Diffusion SAG pipeline"),
+}
+_ADM = {
+    "pag": tuple(f"down_blocks.{at}" for at in ("4.attentions.1", "5.attentions.0", "5.attentions.1")),
+    "sag": ("up_blocks.0.attentions.2",),
+}
 
 
 @register_family("UNet2DModel")
@@ -18,6 +45,16 @@ class UNet2DFamily(Family):
 
     conditioning = "class"
     joins = True
+    block_outputs = UNET_BLOCKS
+    layer_defaults = UNET_DEFAULTS
+
+    def default_layers(self, method: Method, model: nn.Module) -> LayerDefault:
+        """Those of the ADM code for PAG and SAG in a network of its six stages."""
+        adm, attentions = _ADM.get(method), self.self_attentions(model)
+        if adm is None or len(self.config.get("block_out_channels", ())) != 6 or not {*adm} <= {*attentions}:
+            return super().default_layers(method, model)
+        middle = tuple(path for path in attentions if path.startswith("mid_block") and method == "pag")
+        return LayerDefault((*adm, *middle), "ImageNet 256 configuration of the paper's code")
 
     def multiple(self) -> int:
         """Two to the number of down-samplings."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffusers_repr.denoiser.families.unet2d import UNET_BLOCKS, UNET_DEFAULTS
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.family_registry import register_family
 
@@ -17,6 +18,8 @@ class UNet2DConditionFamily(Family):
 
     conditioning = "text"
     joins = True
+    block_outputs = UNET_BLOCKS
+    layer_defaults = UNET_DEFAULTS
     not_image = (*Family.not_image, "encoder_hid_proj")
     pipeline_arguments = {"guidance_scale": 1.0}
 

@@ -65,7 +65,7 @@ class CallParser:
             ValueError: If its lanes or its noise level cannot be told; if the network caches activations.
             RuntimeError: If the network or a part of it is compiled.
         """
-        family, config = self.denoiser.family, self.denoiser.config
+        family = self.denoiser.family
         given = inputs[family.sample_name]
         rows = given.shape[0]
         level, scale = self._level(inputs)
@@ -88,7 +88,7 @@ class CallParser:
         self._nsr = nsr
 
     def _lanes(self, inputs: dict[str, Any]) -> BatchLanes:
-        family, config = self.denoiser.family, self.denoiser.config
+        family = self.denoiser.family
         caller = calling_pipeline(self.denoiser.model)
         alone = BatchLanes(slice(0, inputs[family.sample_name].shape[0]))
         off = caller is not None and is_off(caller, self.denoiser.model)

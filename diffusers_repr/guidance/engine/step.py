@@ -80,7 +80,7 @@ class GuidedStep:
         Returns:
             The prediction `(rows, C, H, W)` in float32 or wider.
         """
-        call, family, config = self.call, self.denoiser.family, self.denoiser.config
+        call, family = self.call, self.denoiser.family
         unbatched = UNBATCHED | set(family.unbatched)
         inputs = index_batch(call.inputs, call.rows, rows, unbatched)
         own = call.x[rows]
