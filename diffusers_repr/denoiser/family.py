@@ -42,6 +42,7 @@ class Family(FamilyLayers):
     Attributes:
         conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
         unbatched: Names of condition inputs without a batch dimension (position ids).
+        batched: Names that mean no batch elsewhere (`image_rotary_emb`) and have a row a sample in its modules.
         not_image: Parts of paths whose modules give no image: text, time, single heads.
         pipeline_arguments: What is passed to the pipeline's call besides the prompt and the size.
         null_arguments: What is passed on top where the prompt is a negative one.
@@ -58,6 +59,7 @@ class Family(FamilyLayers):
     early_rows: Mapping[str, int] = {}
     joins: bool = False
     unbatched: tuple[str, ...] = ()
+    batched: tuple[str, ...] = ()
     not_image: tuple[str, ...] = ("time_proj", "time_embedding", "time_embed", "class_embedding", "add_embedding")
     pipeline_arguments: Mapping[str, Any] = {}
     null_arguments: Mapping[str, Any] = {}

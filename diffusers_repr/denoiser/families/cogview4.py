@@ -15,7 +15,6 @@ from diffusers_repr.denoiser.family_registry import register_family
 class CogView4Family(TextFirstFamily):
     """Text and image tokens through the same weights; the image is read. Three sizes are inputs, as in SDXL."""
 
-    joins = True
     not_image = (*TextFirstFamily.not_image, "rope", "time_condition_embed", "text_proj", "norm_context")
     block_outputs = {"CogView4PatchEmbed": 0, "CogView4TransformerBlock": 0}
     attentions = {"transformer_blocks.*.attn1": TEXT_FIRST}

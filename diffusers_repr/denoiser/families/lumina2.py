@@ -26,6 +26,7 @@ class Lumina2Family(TextFirstFamily):
     """Blocks over the image alone, then over caption and image. Time and velocity run from noise to image there."""
 
     not_image = (*TextFirstFamily.not_image, "context_refiner", "time_caption_embed", "rope_embedder")
+    batched = ("image_rotary_emb",)
     stacks = ("layers",)
     attentions = {"noise_refiner.*.attn": PLAIN, "layers.*.attn": SINGLE_TEXT_FIRST}
     other_attentions = ("context_refiner.*",)

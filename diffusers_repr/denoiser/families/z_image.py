@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from diffusers_repr.denoiser.attention_layouts import PLAIN, SINGLE_IMAGE_FIRST, AttentionLayout
+from diffusers_repr.denoiser.attention_layouts import SINGLE_IMAGE_FIRST, AttentionLayout
 from diffusers_repr.denoiser.family import BatchLanes, Grid, PatchTransformerFamily
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
@@ -103,6 +103,11 @@ class ZImageFamily(PatchTransformerFamily):
         patch = self.multiple()
         h, w = size[0] // patch, size[1] // patch
         return ((h, w), 0) if tokens >= h * w else None
+
+    def image_tokens(self, layout: AttentionLayout, inputs: Mapping[str, Any], tokens: int) -> slice:
+        """The first; what fills them up to a multiple of 32 counts as text, as does the caption."""
+        height, width = inputs["x"][0].shape[-2:]
+        return slice(0, height * width // self.multiple() ** 2)
 
     def example(self, batch: int, device: str) -> dict[str, Any]:
         """512 caption tokens."""
