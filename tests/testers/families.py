@@ -25,8 +25,9 @@ def network_calls(pipe, call: dict[str, Any], size: tuple[int, int], steps: int 
 
     def step(*args, **kwargs):
         given = {**dict(zip(("model_output", "timestep", "sample"), args, strict=False)), **kwargs}
-        made.append({**given, "scheduler": pipe.scheduler})
-        return own(*args, **kwargs)
+        result = own(*args, **kwargs)
+        made.append({**given, "scheduler": pipe.scheduler, "result": result[0]})
+        return result
 
     handle = network.register_forward_pre_hook(before, with_kwargs=True)
     pipe.scheduler.step = step
