@@ -81,11 +81,14 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
 def _encoded(
     denoiser: Conditioned, text: str, size: tuple[int, int] | None, cache: Cache, null: bool
 ) -> dict[str, Any]:
-    extra = denoiser.family.null_arguments if null else {}
+    family = denoiser.family
     # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
-    key = (text, size, null and bool(extra), denoiser.device, denoiser.dtype)
+    key = (text, size, null and family.has_null_call, denoiser.device, denoiser.dtype)
     kept = denoiser.prompts if denoiser.prompts is not None else cache
-    found = cache.get(key) or kept.get(key) or pipeline_inputs(denoiser, {"prompt": text, **extra}, size)
+    found = cache.get(key) or kept.get(key)
+    if not found:
+        call = family.null_call(denoiser.pipe, text) if null else {"prompt": text}
+        found = pipeline_inputs(denoiser, call, size)
     with _CACHES:
         kept[key] = cache[key] = found
     return found

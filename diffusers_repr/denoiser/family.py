@@ -202,6 +202,15 @@ class Family(FamilyLayers):
 
     # Conditions
 
+    @property
+    def has_null_call(self) -> bool:
+        """Whether the pipeline encodes a negative prompt otherwise than a prompt."""
+        return bool(self.null_arguments) or type(self).null_call is not Family.null_call
+
+    def null_call(self, pipe: Any, text: str) -> dict[str, Any]:
+        """Arguments of the pipeline's call whose condition is the null one of the negative prompt `text`."""
+        return {"prompt": text, **self.null_arguments}
+
     def condition_rows(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Condition inputs as the pipeline gives them, with rows where the network takes lists."""
         return dict(inputs)

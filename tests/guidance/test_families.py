@@ -105,13 +105,17 @@ def test_cfg_of_ours_replaces_a_renormalised_one():
     """`CFG` makes what the scheduler is given: the plain combination, in the scheduler's own sign and layout."""
     for name, scale in (("lumina2", {"guidance_scale": 4.0}), ("qwen_image", {"true_cfg_scale": 4.0})):
         pipe = lively(name)
-        calls, steps = network_calls(pipe, {**FAMILIES[name].call, **FAMILIES[name].null, **scale}, FAMILIES[name].size)
+        calls, steps = network_calls(
+            pipe, {**FAMILIES[name].call, **FAMILIES[name].null, **scale}, FAMILIES[name].size
+        )
         outs = [network_of(pipe)(**call, return_dict=False)[0].detach() for call in calls]
         combined = outs[1] + 4.0 * (outs[0] - outs[1])
         wanted = -combined if name == "lumina2" else combined
         assert (steps[0]["model_output"] - wanted).abs().max() > 1e-3  # the pipeline renormalises
         with guide(pipe, CFG(4.0)):
-            _, steps = network_calls(pipe, {**FAMILIES[name].call, **FAMILIES[name].null, **scale}, FAMILIES[name].size)
+            _, steps = network_calls(
+                pipe, {**FAMILIES[name].call, **FAMILIES[name].null, **scale}, FAMILIES[name].size
+            )
         sigmas = steps[0]["scheduler"].sigmas
         stepped = steps[0]["sample"] + (sigmas[1] - sigmas[0]) * wanted
         assert (steps[0]["result"] - stepped).abs().max() < 1e-4, name

@@ -97,9 +97,11 @@ def two_lanes(pipe, scale: float, paths: list[str], image: int, last: bool, cond
         out = plain(*args, **kwargs)[0]
         level = kwargs.get("timestep", kwargs.get("t", args[1] if len(args) > 1 else None)).flatten()[0].item()
         if cond == "call" and levels and levels[-1][0] == level:
-            return ([value + change for value, change in zip(out, levels[-1][1], strict=True)],) if isinstance(
-                out, list
-            ) else (out + levels[-1][1],)
+            return (
+                ([value + change for value, change in zip(out, levels[-1][1], strict=True)],)
+                if isinstance(out, list)
+                else (out + levels[-1][1],)
+            )
         with own_image_token_alone(network, paths, image, last):
             other = plain(*args, **kwargs)[0]
         if isinstance(out, list):

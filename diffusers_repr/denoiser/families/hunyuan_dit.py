@@ -46,8 +46,8 @@ class HunyuanDiTFamily(PatchTransformerFamily):
             inputs["image_rotary_emb"] = self._rotary(height, width, x_t.device)
         elif rotary[0].shape[0] != height * width:
             raise ValueError(
-                f"The condition holds positions of {rotary[0].shape[0]} image tokens, the input {tuple(x_t.shape)} has "
-                f"{height * width}: make it for this size, denoiser.condition(..., size=(H, W) in pixels)."
+                f"The condition holds positions of {rotary[0].shape[0]} image tokens, the input {tuple(x_t.shape)} "
+                f"has {height * width}: make it for this size, denoiser.condition(..., size=(H, W) in pixels)."
             )
         return inputs
 

@@ -52,8 +52,8 @@ class Lumina2Family(TextFirstFamily):
             lengths = mask.sum(1)
             if not bool((lengths == lengths[0]).all()):
                 raise ValueError(
-                    f"The captions have {sorted(set(lengths.tolist()))} tokens: the image would stand at another place "
-                    "in each row of the sequence. Give a batch captions of one length, or one at a time."
+                    f"The captions have {sorted(set(lengths.tolist()))} tokens: the image would stand at another "
+                    "place in each row of the sequence. Give a batch captions of one length, or one at a time."
                 )
         return super().inputs(x_t, level, condition)
 
@@ -76,6 +76,12 @@ class Lumina2Family(TextFirstFamily):
     def sampler_value(self, given: Tensor, value: Tensor) -> Tensor:
         """The pipeline has turned the sign before its scheduler sees it."""
         return super().with_output(given, value)
+
+    def null_call(self, pipe: Any, text: str) -> dict[str, Any]:
+        """The pipeline puts its system prompt before prompts, not before negative ones."""
+        with torch.no_grad():
+            _, _, embeds, mask = pipe.encode_prompt("", negative_prompt=text, do_classifier_free_guidance=True)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def example(self, batch: int, device: str) -> dict[str, Any]:
         """256 caption tokens."""

@@ -20,7 +20,16 @@ class QwenImageFamily(FluxFamily):
     """Two-stream blocks all through; latents are packed as FLUX's. The image's size is an input by itself."""
 
     unbatched = ("img_shapes",)
-    not_image = (*FluxFamily.not_image, "txt_norm", "txt_in", "txt_mod", "txt_norm1", "txt_norm2", "txt_mlp", "img_mod")
+    not_image = (
+        *FluxFamily.not_image,
+        "txt_norm",
+        "txt_in",
+        "txt_mod",
+        "txt_norm1",
+        "txt_norm2",
+        "txt_mlp",
+        "img_mod",
+    )
     block_outputs = {"QwenImageTransformerBlock": 1}
     attentions = {"transformer_blocks.*.attn": TEXT_FIRST}
     pipeline_arguments = {"true_cfg_scale": 1.0}

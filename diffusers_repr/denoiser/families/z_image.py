@@ -116,6 +116,6 @@ class ZImageFamily(PatchTransformerFamily):
 
 
 def _padded(captions: list[Tensor]) -> Tensor:
-    """`(B, L, D)` with L a multiple of 512, the pipeline's longest: so that captions made one at a time can be joined."""
+    """`(B, L, D)`, L a multiple of 512, the pipeline's longest: captions made one at a time can be joined."""
     rows = pad_sequence(captions, batch_first=True)
     return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % 512))
