@@ -219,6 +219,14 @@ class Family(FamilyLayers):
         """Condition inputs of the right shapes for `batch` samples, for the layer table."""
         return {}
 
+    def classes(self) -> tuple[int, int | None]:
+        """Number of classes that the network is told of (0: none), and the id of its null class.
+
+        The id is None where the config does not tell: then the number counts all ids, the null's among them.
+        """
+        count = int(self.config.get("num_classes") or 0) if self.conditioning == "class" else 0
+        return count, count or None
+
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Condition inputs from class labels `(B,)`; None asks for the null class."""
         if labels is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,10 +40,9 @@ class FamilyLayers:
             ValueError: For cross-attention, attention with added text keys (`added_kv_proj_dim` without own text
                 queries) and classes that nobody described; goes on after the words "Layer 'path'".
         """
-        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in self.other_attentions):
-            for pattern, layout in self.attentions.items():
-                if fnmatch.fnmatchcase(path, pattern):
-                    return layout
+        told = self.layout_told(path)
+        if told is not None:
+            return told
         if not hasattr(module, "is_cross_attention"):
             raise ValueError(
                 f"is a {type(module).__name__}; known are diffusers' Attention and what the `attentions` of "
@@ -60,6 +59,12 @@ class FamilyLayers:
                 "defined for it. Take another layer or another network."
             )
         return SELF
+
+    def layout_told(self, path: str) -> AttentionLayout | None:
+        """The layout that `attentions` tells for a path; None where it tells none."""
+        if _fits(path, self.other_attentions):
+            return None
+        return next((layout for pattern, layout in self.attentions.items() if _fits(path, (pattern,))), None)
 
     def image_tokens(self, layout: AttentionLayout, inputs: Mapping[str, Any], tokens: int) -> slice | Tensor:
         """Where the image lies in a single-stream sequence, whose text and image are one input.
@@ -80,9 +85,9 @@ class FamilyLayers:
         return [path for path, module in model.named_modules() if path and self._attends_to_image(path, module)]
 
     def _attends_to_image(self, path: str, module: nn.Module) -> bool:
-        if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.other_attentions):
+        if _fits(path, self.other_attentions):
             return False
-        if any(fnmatch.fnmatchcase(path, pattern) for pattern in self.attentions):
+        if self.layout_told(path) is not None:
             return True
         if not (hasattr(module, "to_q") and hasattr(module, "processor")):
             return False
@@ -114,6 +119,10 @@ class FamilyLayers:
         there = {name: stack for name in self.stacks if isinstance(stack := modules.get(name), nn.ModuleList)}
         return [[f"{name}.{at}" for at in range(len(stack))] for name, stack in there.items()]
 
+    def sag_blur(self) -> tuple[float, int, str]:
+        """Sigma and width, in pixels of x_0, of the blur that SAG takes, and where they come from."""
+        return 1.0, 9, "diffusers' Stable Diffusion SAG pipeline"
+
     def default_layers(self, method: Method, model: nn.Module) -> LayerDefault:
         """Layers that a method takes in this network unless told otherwise, and where the choice comes from.
 
@@ -126,7 +135,7 @@ class FamilyLayers:
         if method in self.layer_defaults:
             told = self.layer_defaults[method]
             known = self.self_attentions(model) if attends else [path for path, _ in model.named_modules()]
-            layers = [path for path in known if any(fnmatch.fnmatchcase(path, part) for part in told.layers)]
+            layers = [path for path in known if _fits(path, told.layers)]
             found = LayerDefault(tuple(layers[:1] if method in ("sag", "repa") else layers), told.source)
         elif attends:
             found = rules.middle_attention(self.self_attentions(model))
@@ -154,6 +163,10 @@ class FamilyLayers:
             return rules.readout_layers(resnets, blocks)
         strong, weak = rules.depth_layers(resnets, blocks)
         return strong if method == "depth_strong" else weak
+
+
+def _fits(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 __all__ = ["FamilyLayers"]

@@ -63,4 +63,11 @@ def family_of(model: nn.Module) -> Family:
     return family.bound_to(getattr(inner, "config", {}))
 
 
-__all__ = ["family_by_name", "family_of", "list_families", "register_family"]
+def family_of_or_base(model: nn.Module) -> Family:
+    """The adapter of a model; the base class, which knows what the module tree tells, where there is none."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    family = family_by_name(*(cls.__name__ for cls in type(inner).__mro__)) or Family()
+    return family.bound_to(getattr(inner, "config", {}))
+
+
+__all__ = ["family_by_name", "family_of", "family_of_or_base", "list_families", "register_family"]

@@ -101,15 +101,7 @@ def blur_default(denoiser: Denoiser) -> BlurDefault:
         Sigma 9 with kernel 31 from 256 pixels on and sigma 3 with kernel 31 from 128 on (the paper's code); sigma 1
         with kernel 9 for smaller images (no published default) and latent models (diffusers' Stable Diffusion SAG).
     """
-    size = denoiser.config.get("sample_size")
-    if type(denoiser.family).__name__ == "UNet2DFamily" and size is not None:
-        shorter = size if isinstance(size, int) else min(size)
-        if shorter >= 256:
-            return BlurDefault(9.0, 31, "ImageNet 256 configuration of the paper's code")
-        if shorter >= 128:
-            return BlurDefault(3.0, 31, "ImageNet 128 configuration of the paper's code")
-        return BlurDefault(1.0, 9, "as for latents; no published default for small images (ours)")
-    return BlurDefault(1.0, 9, "diffusers' Stable Diffusion SAG pipeline")
+    return BlurDefault(*denoiser.family.sag_blur())
 
 
 class _Tapped(NamedTuple):

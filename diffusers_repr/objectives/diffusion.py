@@ -267,18 +267,10 @@ def classes_of(denoiser: Denoiser, null_label: int | None) -> tuple[int, int | N
     `UNet2DModel` does not tell which of its ids is null: the last one, unless `null_label` says otherwise; -1 says
     that there is none.
     """
-    config, family = denoiser.config, denoiser.family
-    if family.conditioning != "class":
-        return 0, None
-    if config.get("num_class_embeds"):
-        count = int(config["num_class_embeds"])
-        if null_label == -1:
-            return count, None
-        return count - 1, count - 1 if null_label is None else null_label
-    for key in ("num_classes", "num_embeds_ada_norm"):
-        if config.get(key):
-            return int(config[key]), int(config[key])
-    return 0, None
+    count, null = denoiser.family.classes()
+    if not count or null is not None:
+        return count, null
+    return (count, None) if null_label == -1 else (count - 1, count - 1 if null_label is None else null_label)
 
 
 __all__ = ["DiffusionObjective", "NoisyBatch", "classes_of"]

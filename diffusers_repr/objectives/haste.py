@@ -14,7 +14,6 @@ from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision,
 if TYPE_CHECKING:
     from diffusers_repr.objectives.repa import REPAObjective
 
-ATTENTION_NAMES = ("attn", "attn1", "self_attn")
 PAIRS = 4
 LAST_BLOCK = 7  # from 0: the paper's code takes 4 to 7, whatever the depth of the network and of the alignment
 
@@ -146,17 +145,17 @@ def default_attentions(objective: REPAObjective, most: int, exactly: bool) -> li
         raise ValueError(
             f"{most} teacher_layers, and {count} blocks up to {blocks[last]}; name as many `layers` as teacher_layers."
         )
-    return [_attention_of(model, block) for block in blocks[last - count + 1 : last + 1]]
+    attentions = denoiser.family.self_attentions(model)
+    return [_attention_of(model, block, attentions) for block in blocks[last - count + 1 : last + 1]]
 
 
-def _attention_of(model: Any, block: str) -> str:
-    module = model.get_submodule(block)
-    for name in ATTENTION_NAMES:
-        if hasattr(module, name):
-            return f"{block}.{name}"
+def _attention_of(model: Any, block: str, attentions: Sequence[str]) -> str:
+    for path in attentions:
+        if path.startswith(f"{block}."):
+            return path
     raise ValueError(
-        f"Block {block!r} ({type(module).__name__}) has no self-attention named {' or '.join(ATTENTION_NAMES)}; name "
-        "the layers. `attention_layers(model)` lists them."
+        f"Block {block!r} ({type(model.get_submodule(block)).__name__}) has no self-attention that is known; name the "
+        "layers. `attention_layers(model)` lists them."
     )
 
 

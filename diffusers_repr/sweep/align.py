@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffusers_repr.capture import check_layers
-from diffusers_repr.data.labelled import open_labelled
+from diffusers_repr.data.labelled import open_images, open_labelled
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
@@ -21,7 +21,7 @@ from diffusers_repr.features.extractor import FeatureExtractor, Timestep
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.identity import fingerprint
 from diffusers_repr.metrics.checks import check_whole
-from diffusers_repr.metrics.encoding import Which, check_which, open_images
+from diffusers_repr.metrics.encoding import Which, check_which
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment_read import Reader, SetFeatures, choose_layers, plan_passes
 from diffusers_repr.sweep.alignment_result import Alignment, AlignmentCell

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusers_repr.data.labelled import ImageRows
 from diffusers_repr.denoiser import Denoiser, Layer, list_layers
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extractor import FeatureExtractor
-from diffusers_repr.metrics.encoding import ImageRows, pick, read_shared
+from diffusers_repr.metrics.encoding import pick, read_shared
 from diffusers_repr.noise import NoiseLevel
 
 _ENCODER = ""  # no layer has this name

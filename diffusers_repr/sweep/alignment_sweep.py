@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.labelled import ImageRows
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.features.extraction import process_state
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, Protocol
 from diffusers_repr.metrics.checks import UndefinedScoreError
 from diffusers_repr.metrics.cka import cka
 from diffusers_repr.metrics.cknna import NeighbourGraph, compare_graphs, neighbour_graph
-from diffusers_repr.metrics.encoding import ImageRows
 from diffusers_repr.metrics.gather import failing_together
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment_read import Pass, Reader, SetFeatures

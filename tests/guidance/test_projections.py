@@ -104,8 +104,8 @@ def test_attention_received_in_half_precision_is_float32():
     found = attention_received(module, supported(module), arguments)
     assert found.dtype == torch.float32
     assert (found.mean(1) - 1).abs().max() < 1e-6
+    module, arguments, _ = case("joint")
     with pytest.raises(ValueError, match="self-attention; this is joint"):
-        module, arguments, _ = case("joint")
         attention_received(module, supported(module), arguments)
 
 

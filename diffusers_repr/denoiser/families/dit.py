@@ -23,6 +23,10 @@ class DiTFamily(PatchTransformerFamily):
         """Its forward un-patches by the square root of the token count."""
         return True
 
+    def classes(self) -> tuple[int, int | None]:
+        """`num_embeds_ada_norm`, and the id after them."""
+        return int(self.config["num_embeds_ada_norm"]), int(self.config["num_embeds_ada_norm"])
+
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Ids 0 to `num_embeds_ada_norm`, the last being null; None gives null."""
         null = int(self.config["num_embeds_ada_norm"])

@@ -56,6 +56,21 @@ class UNet2DFamily(Family):
         middle = tuple(path for path in attentions if path.startswith("mid_block") and method == "pag")
         return LayerDefault((*adm, *middle), "ImageNet 256 configuration of the paper's code")
 
+    def sag_blur(self) -> tuple[float, int, str]:
+        """By the size of x_0, where the config tells it."""
+        if self.config.get("sample_size") is None:
+            return super().sag_blur()
+        shorter = min(self.size())
+        if shorter >= 256:
+            return 9.0, 31, "ImageNet 256 configuration of the paper's code"
+        if shorter >= 128:
+            return 3.0, 31, "ImageNet 128 configuration of the paper's code"
+        return 1.0, 9, "as for latents; no published default for small images (ours)"
+
+    def classes(self) -> tuple[int, int | None]:
+        """`num_class_embeds`; it does not tell which of them is null, if any is."""
+        return int(self.config.get("num_class_embeds") or 0), None
+
     def multiple(self) -> int:
         """Two to the number of down-samplings."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusers_repr.capture import capture, check_layers
 from diffusers_repr.denoiser import Condition, Denoiser, Family
 from diffusers_repr.denoiser.denoiser import require_denoiser
-from diffusers_repr.denoiser.family_registry import family_by_name
+from diffusers_repr.denoiser.family_registry import family_of_or_base
 from diffusers_repr.denoiser.layers import list_layers
 from diffusers_repr.noise import NoiseLevel
 
@@ -44,7 +44,7 @@ def depth_layers(model: nn.Module) -> tuple[list[str], list[str]]:
 def _family(model: nn.Module) -> Family:
     if not isinstance(model, nn.Module):
         raise TypeError(f"The network is needed, such as `denoiser.model`; got {type(model).__name__}.")
-    return family_by_name(*(cls.__name__ for cls in type(getattr(model, "_orig_mod", model)).__mro__)) or Family()
+    return family_of_or_base(model)
 
 
 def tap_channels(
