@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import HunyuanDiTPAGPipeline
 
-from diffusers_repr import CFG, PAG, guide
+from diffusers_repr import CFG, PAG, SAG, guide
 from diffusers_repr.denoiser import Denoiser
 from tests.guidance.test_pag_pipelines import of_parts
 from tests.testers.families import network_calls, network_of, two_lanes
@@ -119,3 +119,17 @@ def test_cfg_of_ours_replaces_a_renormalised_one():
         sigmas = steps[0]["scheduler"].sigmas
         stepped = steps[0]["sample"] + (sigmas[1] - sigmas[0]) * wanted
         assert (steps[0]["result"] - stepped).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("name", sorted(set(LAYERS) - {"hunyuan_dit"}))
+def test_sag_refuses_where_text_is_in_the_softmax(name):
+    with pytest.raises(ValueError, match=r"image tokens attend to text in the same softmax.*Use PAG"):
+        guide(lively(name), SAG(0.75))
+
+
+def test_sag_over_the_image_alone():
+    pipe = lively("hunyuan_dit")
+    plain = latents(pipe, "hunyuan_dit", **FAMILIES["hunyuan_dit"].off)
+    with guide(pipe, SAG(0.75)):
+        found = latents(pipe, "hunyuan_dit", **FAMILIES["hunyuan_dit"].off)
+    assert (found - plain).abs().max() > 1e-3

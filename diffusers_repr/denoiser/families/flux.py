@@ -27,7 +27,7 @@ class FluxFamily(PatchTransformerFamily):
 
     conditioning = "text"
     joins = True
-    unbatched = ("img_ids", "txt_ids")
+    unbatched: tuple[str, ...] = ("img_ids", "txt_ids")
     not_image = (*PatchTransformerFamily.not_image, "pos_embed")
     stacks = ("transformer_blocks", "single_transformer_blocks")
     block_outputs = {"FluxTransformerBlock": 1, "FluxSingleTransformerBlock": 1, "FluxAttention": 0}
