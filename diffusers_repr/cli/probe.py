@@ -52,7 +52,7 @@ def run(args: Settings) -> int:
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.heads import get_protocol
     from diffusers_repr.hub.schema import printable
-    from diffusers_repr.sweep.selection_result import Selection
+    from diffusers_repr.sweep.selection import Selection
     from diffusers_repr.tasks import Probe
 
     get_protocol(args.protocol, args.head)

@@ -11,7 +11,7 @@ from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.data.image_data import ImageData
-    from diffusers_repr.sweep.selection_result import Selection
+    from diffusers_repr.sweep.selection import Selection
 
 
 OUT = options.Out("selection", ("selection.json",))
@@ -50,8 +50,8 @@ class Settings(options.ImageSettings):
 
 def run(args: Settings) -> int:
     """Select, save and print."""
-    from diffusers_repr.sweep.heatmap import require_matplotlib
-    from diffusers_repr.sweep.selection_data import refuse_test
+    from diffusers_repr.sweep.picture import require_matplotlib
+    from diffusers_repr.sweep.splits import refuse_test
 
     refuse_test(args.train_split)
     refuse_test(args.validation_split or "validation")
@@ -95,7 +95,7 @@ def run(args: Settings) -> int:
 
 def _splits(args: Settings) -> tuple[ImageData, ImageData]:
     from diffusers_repr.data.image_data import load_images
-    from diffusers_repr.sweep.selection_data import hold_out
+    from diffusers_repr.sweep.splits import hold_out
 
     columns = (args.image_column, args.label_column)
     train = load_images(args.dataset, args.train_split, *columns)

@@ -14,8 +14,8 @@ import torch
 
 from diffusers_repr.cli import EXIT_CODES, layers, main, options
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.sweep.select import select_features
-from diffusers_repr.sweep.selection_result import Selection
+from diffusers_repr.sweep import select_features
+from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.tasks import Probe
 from tests.tasks.planted import dataset, fitted, images, pipeline
 from tests.testers.disk import mounted

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor, list_layers
 from diffusers_repr.cli import main
-from diffusers_repr.sweep.select import Selection, select_features
+from diffusers_repr.sweep import Selection, select_features
 from tests.sweep.selection_models import Rows, planted, striped
 from tests.sweep.test_selection_data import rows
 from tests.testers.cases import some

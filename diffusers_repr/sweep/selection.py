@@ -6,15 +6,14 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.noise_policy import Policy
-from diffusers_repr.hub import read_json
 from diffusers_repr.hub.components import MAX_SIDE
-from diffusers_repr.hub.files import atomic_files, json_text
 from diffusers_repr.hub.schema import (
+    Check,
     anything,
     either,
     integer,
@@ -27,47 +26,43 @@ from diffusers_repr.hub.schema import (
     text,
 )
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.sweep.heatmap import draw_heatmap
+from diffusers_repr.sweep.picture import Panel, draw_sweep
+from diffusers_repr.sweep.result import CELL, NAME, Cell, SweepResult, tuples
 
-FORMAT = "diffusers_repr.selection/1"
-_NAME, _DIM = text(1000), integer(1, 1 << 31)
+_TITLES = {
+    "accuracy": "validation accuracy (%)",
+    "balanced_accuracy": "validation accuracy, mean over classes (%)",
+    "neg_brier": "negative squared distance to the one-hot label, validation",
+    "r2": "validation R²",
+    "neg_mse": "negative mean squared error on validation",
+}
 
 
 def _step(value: Any, at: str) -> list[Any]:
     """`[what was added, score with it]`."""
     added, score = listing(anything(1), 2, 2)(value, at)
-    return [_NAME(added, f"{at}[0]"), number()(score, f"{at}[1]")]
+    return [NAME(added, f"{at}[0]"), number()(score, f"{at}[1]")]
 
 
 _CELL = record(
-    {
-        "layer": _NAME,
-        "order": integer(0, 100_000),
-        "timestep": number(),
-        "noise": one_of(*get_args(Policy)),
-        "nsr": number(0),
-        "score": number(),
-        "penalty": number(0),
-        "flops_share": number(0, 1.001),
-        "dim": _DIM,
-    },
+    {**CELL, "noise": one_of(*get_args(Policy)), "score": number(), "penalty": number(0)},
     {"mean": optional(number()), "std": optional(number(0)), "seed_scores": optional(listing(number(), 1, 10_000))},
 )
 _SET = record(
     {
-        "layers": listing(_NAME, 1, 10_000, distinct=True),
+        "layers": listing(NAME, 1, 10_000, distinct=True),
         "timesteps": listing(number(), 1, 10_000, distinct=True),
         "noise": one_of(*get_args(Policy)),
         "score": number(),
         "penalty": number(0),
-        "dim": _DIM,
+        "dim": CELL["dim"],
         "steps": listing(_step, 1, 10_000),
-        "candidates": listing(_NAME, 1, 10_000),
+        "candidates": listing(NAME, 1, 10_000),
     }
 )
 _RECIPE = record(
     {
-        "pooling": text(100),
+        "pooling": optional(text(100)),
         "batch_size": integer(1, 1_000_000),
         "image_size": optional(either(integer(1, MAX_SIDE), listing(integer(1, MAX_SIDE), 2, 2))),
     },
@@ -75,7 +70,7 @@ _RECIPE = record(
 )
 _SCHEMA = record(
     {
-        "format": one_of(FORMAT),
+        "format": text(100),
         "metric": text(100),
         "seeds": listing(integer(-(2**63), 2**64), 1, 10_000, distinct=True),
         "best": _CELL,
@@ -87,34 +82,22 @@ _SCHEMA = record(
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One layer at one noise level.
+@dataclass(frozen=True, kw_only=True)
+class SelectionCell(Cell):
+    """One layer at one noise level, with its score.
 
     Attributes:
-        layer: Full module path.
-        order: Place of the layer in execution order, from 0.
-        timestep: As the network is told.
         noise: Policy.
-        nsr: Noise-to-signal ratio of the level.
-        score: Of the best penalty on validation, with the first noise seed; larger is better.
-        penalty: Ridge penalty that gave it.
-        flops_share: Share of the forward's FLOPs spent when the layer is done.
-        dim: Length of the pooled feature.
+        score: On validation, with the first noise seed, of the best penalty where there are some; larger is better.
+        penalty: That gave it; 0 where nothing is fitted in closed form.
         mean: Mean score over the noise seeds; None for cells that are no finalists.
         std: Standard deviation of it (n - 1); 0 with one seed.
         seed_scores: Score of each noise seed.
     """
 
-    layer: str
-    order: int
-    timestep: float
     noise: str
-    nsr: float
     score: float
     penalty: float
-    flops_share: float
-    dim: int
     mean: float | None = None
     std: float | None = None
     seed_scores: tuple[float, ...] | None = None
@@ -146,7 +129,7 @@ class FeatureSet:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(SweepResult):
     """The result of `select_features`.
 
     Attributes:
@@ -159,17 +142,16 @@ class Selection:
         recipe: Everything else that was asked for or found: model, data, pooling, classes, forwards, ...
     """
 
-    cells: tuple[Cell, ...]
-    best: Cell
-    finalists: tuple[Cell, ...]
+    cells: tuple[SelectionCell, ...]
+    best: SelectionCell
+    finalists: tuple[SelectionCell, ...]
     sets: Mapping[str, FeatureSet]
     metric: str
     seeds: tuple[int, ...]
     recipe: Mapping[str, Any]
 
-    def table(self) -> list[dict[str, Any]]:
-        """One dictionary a cell, in the order of `cells`."""
-        return [asdict(cell) for cell in self.cells]
+    kind: ClassVar[str] = "selection"
+    fields: ClassVar[Check] = _SCHEMA
 
     def extractor(self, denoiser: Denoiser, use: str = "best", **changes: Any) -> FeatureExtractor:
         """A `FeatureExtractor` for what was selected, with the pooling and noise of the selection.
@@ -200,13 +182,34 @@ class Selection:
         return FeatureExtractor(denoiser, layers, level, noise, **{**settings, **changes})
 
     def heatmap(self) -> bytes:
-        """PNG of score by layer and noise level; needs matplotlib."""
-        return draw_heatmap(self)
+        """PNG of score by layer (rows, in execution order) and noise level, a panel each policy; needs matplotlib.
+
+        A frame marks the best cell.
+        """
+        factor, (digits, unit) = (100, (1, " %")) if "accuracy" in self.metric else (1, (3, ""))
+        best = self.best
+        policies = list(dict.fromkeys(cell.noise for cell in self.cells))
+        panels = [
+            Panel(
+                f"noise: {policy}" if len(policies) > 1 else "",
+                {(c.layer, c.timestep): factor * c.score for c in self.cells if c.noise == policy},
+                (best.layer, best.timestep) if best.noise == policy else None,
+                clean=policy == "clean",
+            )
+            for policy in policies
+        ]
+        value = f"{factor * best.score:.{digits}f}{unit}"
+        if best.mean is not None and best.std is not None and len(self.seeds) > 1:
+            value = f"{factor * best.mean:.{digits}f} ± {factor * best.std:.{digits}f}{unit}"
+            value += f" over {len(self.seeds)} noise seeds"
+        title = f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {value}"
+        style = "{:.1f}" if factor == 100 else "{:.2f}"
+        return draw_sweep(self.cells, panels, title, _TITLES.get(self.metric, self.metric), style)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            "format": FORMAT,
+            "format": self.format(),
             "metric": self.metric,
             "seeds": list(self.seeds),
             "best": asdict(self.best),
@@ -232,49 +235,20 @@ class Selection:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        folder, buffer = Path(folder), io.BytesIO()
+        buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self.table()), buffer)
-        files: dict[str, bytes | str] = {
-            "selection.json": json_text(self.to_dict(), folder / "selection.json"),
-            "selection.parquet": buffer.getvalue(),
-        }
-        missing: ImportError | None = None
-        if heatmap:
-            try:
-                files["heatmap.png"] = self.heatmap()
-            except ImportError as error:
-                missing = error
-        atomic_files(folder, files)
-        if missing is not None:
-            raise missing
-        return folder
+        more = {"selection.parquet": buffer.getvalue()}
+        return self._save(folder, more, ("heatmap.png", self.heatmap) if heatmap else None)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Selection:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no `selection.json`.
-            ValueError: If it is no selection of this format, or says what cannot be; names file and field.
-        """
-        path = Path(folder) / "selection.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"No selection in {str(folder)!r}: it has no selection.json.")
-        data = read_json(path)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is no selection of format {FORMAT!r}; select again.")
-        _SCHEMA(anything(finite=True)(data, str(path)), str(path))
-        sets = {name: FeatureSet(**_tuples(found)) for name, found in data["sets"].items()}
-        cells, finalists = (tuple(Cell(**_tuples(c)) for c in data[key]) for key in ("cells", "finalists"))
-        best = Cell(**_tuples(data["best"]))
+    def _from_dict(cls, data: dict[str, Any], at: str) -> Selection:
+        sets = {name: FeatureSet(**_plain(found)) for name, found in data["sets"].items()}
+        cells, finalists = (tuple(SelectionCell(**_plain(c)) for c in data[key]) for key in ("cells", "finalists"))
+        best = SelectionCell(**_plain(data["best"]))
         if best not in cells:
-            raise ValueError(f"{str(path)!r}: best is none of the cells; select again.")
+            raise ValueError(f"{at!r}: best is none of the cells; select again.")
         return cls(cells, best, finalists, sets, data["metric"], tuple(data["seeds"]), data["recipe"])
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _tuple(v) for k, v in values.items()}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuples(value) for name, value in values.items()}

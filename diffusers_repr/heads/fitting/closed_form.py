@@ -2,6 +2,9 @@
 
 One eigendecomposition serves every regulariser of a grid. All in float64. A leading dimension runs over cells (noise
 levels of one layer), which are solved together.
+
+scikit-learn has nothing of the kind: its `Ridge` and `LinearDiscriminantAnalysis` take the whole matrix, copy it in
+float64 to the CPU, and solve anew for every penalty. They are the oracles of the tests.
 """
 
 from __future__ import annotations
@@ -54,6 +57,26 @@ class Moments:
     def finite(self, cell: int = 0) -> bool:
         """Whether no NaN or infinite feature was added to a cell."""
         return bool(torch.isfinite(self.sums[cell]).all())
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add the sums of other processes, each of which has seen rows of its own.
+
+        Args:
+            total: The sum of a tensor over all processes; with one process, the tensor itself.
+        """
+        counts = torch.tensor(self.counts, dtype=torch.float64, device=self.sums.device)
+        every = total(counts)
+        if every is counts:
+            return
+        # Each process has shifted by its own mean d more than all do: sum (f + d)(f + d, 1, y)' from sum f(f, 1, y)'
+        common = total(self.shift * counts[:, None]) / every[:, None]
+        more = self.shift - common
+        own = self.sums[..., self.dim].clone()
+        beside = torch.cat([own, counts[:, None], self.target_sums], dim=1)
+        self.sums.baddbmm_(more[:, :, None], beside[:, None])
+        self.sums[..., : self.dim].baddbmm_((own + counts[:, None] * more)[:, :, None], more[:, None])
+        self.sums, self.target_sums, self.shift = total(self.sums), total(self.target_sums), common
+        self.counts = [int(count) for count in every]
 
     def take(self, columns: Sequence[int] | Tensor) -> Moments:
         """Moments of some of the features, in this order."""
@@ -207,14 +230,76 @@ def lda_path(moments: Moments, penalties: Sequence[float] = PENALTIES) -> Linear
 
 CRITERIA: dict[str, Callable[[Moments, Sequence[float]], LinearPath]] = {"ridge": ridge_path, "lda": lda_path}
 
-__all__ = [
-    "CRITERIA",
-    "PENALTIES",
-    "LinearPath",
-    "Moments",
-    "Standardised",
-    "check_penalties",
-    "lda_path",
-    "ridge_path",
-    "standardise",
-]
+
+@dataclass(frozen=True)
+class LinearFit:
+    """A fitted linear classifier, in standardised features: `W (x - mean) / std + b`; all float64.
+
+    Attributes:
+        weight: `(K, D)`.
+        bias: `(K,)`.
+        mean: `(D,)`.
+        std: `(D,)`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`(B, K)` float64 of features `(B, D)`."""
+        return ((features.double() - self.mean) / self.std) @ self.weight.T + self.bias
+
+
+def fit_ridge(
+    features: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float], rows: int = 4096
+) -> list[LinearFit]:
+    """Minimise `mean ||W z + b - onehot(y)||^2 + l2 ||W||^2` over standardised features z, for each penalty.
+
+    The same sums as for features that come batch by batch: `D (D + K)` numbers are held besides the features.
+
+    Args:
+        features: `(N, D)`.
+        labels: `(N,)` class ids.
+        num_classes: K.
+        penalties: Values of l2, above 0; the bias has none.
+        rows: Rows added to the sums at a time.
+    """
+    moments = Moments(features.shape[1], num_classes, device=features.device)
+    for x, y in zip(features.split(rows), labels.split(rows), strict=True):
+        moments.add(x, torch.nn.functional.one_hot(y.to(x.device).long(), num_classes))
+    path = ridge_path(moments, penalties)
+    mean, inverse = path.mean[0], path.inverse_scale[0]
+    std = torch.where(inverse > 0, 1 / inverse, torch.ones_like(inverse))
+    fits = {}
+    for at, l2 in enumerate(path.penalties):
+        weight, bias = path.coefficients(at)
+        fits[l2] = LinearFit(weight * std, bias + weight @ mean, mean, std)
+    return [fits[float(l2)] for l2 in penalties]
+
+
+def calibrate(logits: Tensor, labels: Tensor) -> float:
+    """The factor on logits `(N, K)` that makes their cross-entropy smallest, between 1e-3 and 1e3.
+
+    Scores of a regression on one-hot targets lie near 0 and 1, so their softmax is almost flat; a factor makes
+    probabilities of it and changes no prediction. The cross-entropy is convex in the factor; golden-section search.
+    """
+    logits, labels = logits.double(), labels.to(logits.device).long()
+
+    def loss(log_factor: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logits * 10**log_factor, labels))
+
+    low, high, ratio = -3.0, 3.0, (5**0.5 - 1) / 2
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    at_a, at_b = loss(a), loss(b)
+    while high - low > 1e-4:
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - ratio * (high - low)
+            at_a = loss(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + ratio * (high - low)
+            at_b = loss(b)
+    return 10 ** ((low + high) / 2)

@@ -6,49 +6,44 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers_repr.hub import read_json
 from diffusers_repr.hub.components import MAX_SIDE
-from diffusers_repr.hub.files import atomic_files, json_text
 from diffusers_repr.hub.schema import (
+    Check,
     anything,
     boolean,
     integer,
     listing,
     mapping,
     number,
-    one_of,
     optional,
     record,
     text,
 )
 from diffusers_repr.metrics.record import MetricRecord
+from diffusers_repr.sweep.measure import MEASURES
+from diffusers_repr.sweep.picture import Panel, draw_sweep
+from diffusers_repr.sweep.result import CELL, NAME, Cell, SweepResult
 
-FORMAT = "diffusers_repr.alignment/1"
-_NAME = text(1000)
-_CELL = record(
-    {
-        "layer": _NAME,
-        "order": integer(0, 100_000),
-        "timestep": number(),
-        "nsr": number(0),
-        "dim": integer(1, 1 << 31),
-        "flops_share": number(0, 1.001),
-        "scores": mapping(optional(number()), 1, 100),
-    }
-)
+_TITLES = {
+    "cknna": "CKNNA",
+    "cka": "CKA",
+    "linear": "accuracy of a linear probe",
+    "knn": "accuracy of nearest neighbours",
+}
+_CELL = record({**CELL, "scores": mapping(optional(number()), 1, 100)})
 _SAMPLES = record({"name": text(), "samples": integer(1, 10**12), "images_hash": text(200)}, others=True)
 _RECIPE = record(
     {
         "model": record({"name": optional(text())}, others=True),
         "encoder": mapping(anything()),
-        "features": _NAME,
+        "features": NAME,
         "data": _SAMPLES,
         "test": optional(_SAMPLES),
         "resize": text(),
         "image_size": listing(integer(1, MAX_SIDE), 2, 2),
-        "noise": _NAME,
+        "noise": NAME,
         "sample_posterior": boolean(),
         "seed": integer(-(2**63), 2**64),
         "prompt": optional(text()),
@@ -60,8 +55,8 @@ _RECIPE = record(
 )
 _SCHEMA = record(
     {
-        "format": one_of(FORMAT),
-        "metrics": listing(_NAME, 1, 100, distinct=True),
+        "format": text(100),
+        "metrics": listing(NAME, 1, 100, distinct=True),
         "best": optional(_CELL),
         "encoder_scores": mapping(number(), 0, 100),
         "recipe": _RECIPE,
@@ -70,31 +65,19 @@ _SCHEMA = record(
 )
 
 
-@dataclass(frozen=True)
-class AlignmentCell:
-    """One layer at one noise level.
+@dataclass(frozen=True, kw_only=True)
+class AlignmentCell(Cell):
+    """One layer at one noise level, with its scores.
 
     Attributes:
-        layer: Full module path.
-        order: Place of the layer in execution order, from 0.
-        timestep: As the network is told.
-        nsr: Noise-to-signal ratio of the level.
-        dim: Length of the pooled feature.
-        flops_share: Share of the forward's FLOPs spent when the layer is done.
         scores: Metric -> score; None where it is undefined, as where a layer gives the same for all images.
     """
 
-    layer: str
-    order: int
-    timestep: float
-    nsr: float
-    dim: int
-    flops_share: float
     scores: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(SweepResult):
     """The result of `measure_alignment`.
 
     Attributes:
@@ -108,6 +91,9 @@ class Alignment:
     metrics: tuple[str, ...]
     encoder_scores: Mapping[str, float]
     recipe: Mapping[str, Any]
+
+    kind: ClassVar[str] = "alignment"
+    fields: ClassVar[Check] = _SCHEMA
 
     @property
     def best(self) -> AlignmentCell:
@@ -138,7 +124,7 @@ class Alignment:
 
     def table(self) -> list[dict[str, Any]]:
         """One flat dictionary a cell, in the order of `cells`, for a data frame."""
-        return [{**{k: v for k, v in asdict(cell).items() if k != "scores"}, **cell.scores} for cell in self.cells]
+        return [{**{k: v for k, v in row.items() if k != "scores"}, **row["scores"]} for row in super().table()]
 
     def record(
         self, metric: str | None = None, layer: str | None = None, timestep: float | None = None
@@ -162,7 +148,8 @@ class Alignment:
         if value is None:
             raise ValueError(f"{metric} of {cell.layer} at {cell.timestep:g} is undefined.")
         recipe = self.recipe
-        similarity = metric in ("cknna", "cka")
+        known = MEASURES.get(metric)
+        similarity = known is None or known.needs_encoder
         settings: dict[str, Any] = {
             key: recipe[key] for key in ("noise", "image_size", "prompt", "class_labels", "sample_posterior")
         }
@@ -185,17 +172,31 @@ class Alignment:
         )
 
     def plot(self) -> bytes:
-        """PNG: score by layer, one line a level, and by level, one line a layer; needs matplotlib."""
-        from diffusers_repr.sweep.alignment_plot import draw_alignment
+        """PNG with a panel each metric: score by layer and noise level, and beside it one line a level.
 
-        return draw_alignment(self)
+        A dashed line is the encoder's own score, where it has one; the best cell is marked. Needs matplotlib.
+        """
+        panels = [
+            Panel(
+                _TITLES.get(metric, metric),
+                {(c.layer, c.timestep): c.scores[metric] for c in self.cells},
+                (self.best_of(metric).layer, self.best_of(metric).timestep) if self._any(metric) else None,
+                own=self.encoder_scores.get(metric),
+            )
+            for metric in self.metrics
+        ]
+        recipe = self.recipe
+        title = f"{recipe['model']['name'] or recipe['model']['class']} against {recipe['encoder']['name']}"
+        title += f", {recipe['data']['samples']} images" + (f", k={recipe['k']}" if "cknna" in self.metrics else "")
+        title += "; dashed: the encoder's own" if self.encoder_scores else ""
+        return draw_sweep(self.cells, panels, title, curves=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            "format": FORMAT,
+            "format": self.format(),
             "metrics": list(self.metrics),
-            "best": asdict(self.best) if self._any() else None,
+            "best": asdict(self.best) if self._any(self.metrics[0]) else None,
             "encoder_scores": dict(self.encoder_scores),
             "recipe": dict(self.recipe),
             "cells": [asdict(cell) for cell in self.cells],
@@ -212,44 +213,20 @@ class Alignment:
             ImportError: If matplotlib is missing; the numbers are written before.
             OSError: If the disk is full; what was in the folder stays as it was, and saving again may succeed.
         """
-        folder = Path(folder)
-        files: dict[str, bytes | str] = {"alignment.json": json_text(self.to_dict(), folder / "alignment.json")}
-        missing: ImportError | None = None
-        if plot:
-            try:
-                files["alignment.png"] = self.plot()
-            except ImportError as error:
-                missing = error
-        atomic_files(folder, files)
-        if missing is not None:
-            raise missing
-        return folder
+        return self._save(folder, {}, ("alignment.png", self.plot) if plot else None)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Alignment:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no `alignment.json`.
-            ValueError: If it is no alignment of this format, or says what cannot be; names file and field.
-        """
-        path = Path(folder) / "alignment.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"No alignment in {str(folder)!r}: it has no alignment.json.")
-        data = read_json(path)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is no alignment of format {FORMAT!r}; measure again.")
-        _SCHEMA(anything(finite=True)(data, str(path)), str(path))
+    def _from_dict(cls, data: dict[str, Any], at: str) -> Alignment:
         for index, cell in enumerate(data["cells"]):
             if set(cell["scores"]) != set(data["metrics"]):
-                raise ValueError(f"{str(path)!r}: cells[{index}].scores are not those of metrics {data['metrics']}.")
+                raise ValueError(f"{at!r}: cells[{index}].scores are not those of metrics {data['metrics']}.")
         if not set(data["metrics"]) <= set(data["recipe"]["settings"]):
-            raise ValueError(f"{str(path)!r}: recipe.settings lacks one of the metrics {data['metrics']}.")
+            raise ValueError(f"{at!r}: recipe.settings lacks one of the metrics {data['metrics']}.")
         cells = tuple(AlignmentCell(**cell) for cell in data["cells"])
         return cls(cells, tuple(data["metrics"]), data["encoder_scores"], data["recipe"])
 
-    def _any(self) -> bool:
-        return any(cell.scores[self.metrics[0]] is not None for cell in self.cells)
+    def _any(self, metric: str) -> bool:
+        return any(cell.scores[metric] is not None for cell in self.cells)
 
     def _check_metric(self, metric: str) -> None:
         if metric not in self.metrics:

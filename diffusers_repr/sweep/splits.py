@@ -13,10 +13,8 @@ from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.data.labelled import Labelled, Source, open_labelled
-
-CLASS_METRICS = ("accuracy", "balanced_accuracy", "neg_brier")
-VALUE_METRICS = ("r2", "neg_mse")
-METRICS = CLASS_METRICS + VALUE_METRICS
+from diffusers_repr.sweep.linear import VALUE_METRICS, LinearSums
+from diffusers_repr.sweep.measure import Measure, Split
 
 
 @dataclass(frozen=True)
@@ -26,42 +24,35 @@ class Task:
     Attributes:
         train: Rows to fit on; class ids as indices into `classes`, values as `(n, K)` float64.
         validation: Rows to score on, likewise.
-        classes: Class ids in ascending order; None for values.
-        metric: One of `METRICS`; larger is better.
+        classes: Class ids in ascending order; None for other targets.
     """
 
     train: Labelled
     validation: Labelled
     classes: tuple[int, ...] | None
-    metric: str
 
-    @property
-    def columns(self) -> int:
-        """Columns of the targets of a linear fit."""
-        return int(self.train.targets.shape[1]) if self.classes is None else len(self.classes)
-
-    def side(self, data: Labelled) -> Tensor:
-        """Targets of a linear fit `(n, K)` float64, of one of the splits: one-hot, or the values."""
-        if self.classes is None:
-            return data.targets
-        return torch.nn.functional.one_hot(data.targets, len(self.classes)).double()
+    def splits(self) -> dict[str, Split]:
+        """As measures take them: `train` and `held`."""
+        roles = {"train": self.train, "held": self.validation}
+        return {role: Split(data, range(len(data)), str(data), data.targets) for role, data in roles.items()}
 
 
-def make_task(train: Source, validation: Source, metric: str) -> Task:
+def make_task(train: Source, validation: Source, measure: Measure) -> Task:
     """Check both splits and bring them to one form.
 
     Raises:
-        ValueError: Unknown metric, a test split, equal splits, missing or unusable labels, too few rows.
+        ValueError: A test split, equal splits, missing or unusable labels, too few rows.
         TypeError: For anything that is no split of labelled images.
     """
-    if metric not in METRICS:
-        raise ValueError(f"Unknown metric {metric!r}; expected one of {', '.join(METRICS)}.")
     fit, score = open_labelled(train, "train"), open_labelled(validation, "validation")
     for found in (fit, score):
         if isinstance(found.images, ImageData):
             refuse_test(found.split)
     _refuse_same(fit.images, score.images)
-    return _values(fit, score, metric) if metric in VALUE_METRICS else _classes(fit, score, metric)
+    if measure.name in VALUE_METRICS:
+        return _values(fit, score, measure.name)
+    classes = measure.needs_labels or isinstance(measure, LinearSums)
+    return _classes(fit, score, measure.name) if classes else Task(fit, score, None)
 
 
 def _values(fit: Labelled, score: Labelled, metric: str) -> Task:
@@ -72,7 +63,7 @@ def _values(fit: Labelled, score: Labelled, metric: str) -> Task:
         raise ValueError("Too few rows: train and validation need at least 2 each.")
     if metric == "r2" and bool((held.targets == held.targets[0]).all(0).any()):
         raise ValueError("r2 is undefined: a validation target has the same value in all rows. Use metric='neg_mse'.")
-    return Task(train, held, None, metric)
+    return Task(train, held, None)
 
 
 def _as_values(data: Labelled) -> Labelled:
@@ -102,7 +93,7 @@ def _classes(fit: Labelled, score: Labelled, metric: str) -> Task:
         )
     refuse_one_class(held, str(score))
     parts = [replace(data, targets=torch.searchsorted(classes, y)) for data, y in ((fit, ids), (score, held))]
-    return Task(parts[0], parts[1], tuple(classes.tolist()), metric)
+    return Task(parts[0], parts[1], tuple(classes.tolist()))
 
 
 def _ids(data: Labelled, metric: str) -> Tensor:
@@ -179,6 +170,3 @@ def _spread(order: Sequence[int], labels: Sequence[int]) -> list[int]:
         seen[labels[row]] = seen.get(labels[row], 0) + 1
         place[row] = (seen[labels[row]] - 0.5) / totals[labels[row]]
     return sorted(order, key=lambda row: place[row])  # stable: equal places keep the hash order
-
-
-__all__ = ["METRICS", "Task", "hold_out", "make_task", "refuse_one_class", "refuse_test"]
