@@ -14,7 +14,7 @@ from diffusers_repr.guidance.attention.perturbations import PERTURBATIONS, Drop,
 from diffusers_repr.guidance.attention.projections import Kind, Needs, check_supported, kind_of, named_arguments
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm
 from diffusers_repr.guidance.defaults import pag_layers, resolve_layers
-from diffusers_repr.guidance.engine.step import GuidedStep
+from diffusers_repr.guidance.step import GuidedStep
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,6 @@ class PAG(Guidance):
             ValueError: For layers that match nothing or cross-attention only, and attention whose parts are hidden.
         """
         return PAGTerm(self, denoiser)
-
-    def as_guider(self, cfg: Any = 1.0) -> Any:
-        """As a guider of diffusers' modular pipelines: `pipe.update_components(guider=PAG(3.0).as_guider(cfg=5.0))`.
-
-        Its three predictions are one network call each, as the pipelines' loops have it: nothing is shared.
-
-        Args:
-            cfg: Classifier-free guidance beside it, a scale (1 is off) or a `CFG`.
-
-        Raises:
-            ValueError: For an interval of noise levels without timesteps: a guider is told the timestep alone.
-        """
-        from diffusers_repr.guidance.guiders import PAGGuider, cfg_settings, timesteps
-
-        return PAGGuider(
-            **cfg_settings(cfg),
-            pag_scale=self.scale,
-            pag_layers=self.layers,
-            perturbation=self.perturbation,
-            pag_interval=timesteps(self.interval),
-            pag_adaptive=self.adaptive,
-        )
 
 
 class PAGTerm(GuidanceTerm):

@@ -17,7 +17,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.attention.projections import Kind, attention_received, check_supported, named_arguments
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm, check_finite
 from diffusers_repr.guidance.defaults import resolve_layers, sag_layer
-from diffusers_repr.guidance.engine.step import GuidedStep
+from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import expand
 
 

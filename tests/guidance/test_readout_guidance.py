@@ -9,7 +9,10 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch.nn import functional
 
 from diffusers_repr import CFG, PAG, Denoiser, NoiseLevel, ReadoutGuidance, guide
-from diffusers_repr.guidance.readout.losses import appearance_loss, drag_loss, resize_target, spatial_loss
+from diffusers_repr.guidance.readout.appearance import appearance_loss
+from diffusers_repr.guidance.readout.base import resize_target
+from diffusers_repr.guidance.readout.drag import drag_loss
+from diffusers_repr.guidance.readout.spatial import spatial_loss
 from diffusers_repr.heads import LinearHead
 from tests.guidance.readout_cases import bare, gradient, hooks_of, images, normal, read, readout, slope, train
 from tests.testers.models import build
