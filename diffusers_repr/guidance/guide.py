@@ -150,7 +150,9 @@ class GuidanceHandle(SchedulerWatcher):
         self._check_idle()
         self._end()
         if was_on:
-            self._judge(finished=not getattr(self._pipe, "_interrupt", False))  # a callback may end a run early
+            # `_interrupt`, private in diffusers, is what a callback sets to end a run early; most pipelines have no
+            # public `interrupt`. Without it a run that was ended before an interval would raise.
+            self._judge(finished=not getattr(self._pipe, "_interrupt", False))
         if not self.stats.calls and self._guidances:
             raise RuntimeError(
                 "Nothing was guided: the network was not called inside the block (or called by `model.forward`, which "
@@ -253,7 +255,7 @@ def unguide(target: Any) -> None:
 
 def _network(target: Any) -> nn.Module:
     if isinstance(target, nn.Module):
-        return getattr(target, "_orig_mod", target)
+        return getattr(target, "_orig_mod", target)  # private in torch; see `component_of`
     if isinstance(target, Denoiser):
         return target.model
     for name in COMPONENTS if hasattr(target, "components") else ():

@@ -192,7 +192,7 @@ def perturbed(
         `(image, text, image prompt)` in FLUX with an IP-Adapter.
 
     Raises:
-        ValueError: A grid that is missing or does not fit, text tokens that are not told.
+        ValueError: A grid that is missing or does not fit, text tokens that are not given.
 
     Example:
         >>> layer, tokens = Attention(8, heads=2, dim_head=4), torch.ones(1, 6, 8)

@@ -225,7 +225,7 @@ def project(module: nn.Module, arguments: Mapping[str, Any], text_tokens: int = 
             It is the second dimension of the `encoder_hidden_states` that the enclosing block takes.
 
     Raises:
-        ValueError: Text tokens that the kind has not, or has and were not told; a call as cross-attention; masks in
+        ValueError: Text tokens that the kind has not, or has and were not given; a call as cross-attention; masks in
             joint attention.
     """
     kind, rule = kind_of(module), _RULES[type(module.processor)]

@@ -56,6 +56,8 @@ def component_of(pipe: Any, model: nn.Module) -> str | None:
     """Name of the pipeline's component that is the network, or its compiled wrapper."""
     for name in COMPONENTS:
         component = getattr(pipe, name, None)
+        # `_orig_mod`, private in torch, is all that a compiled wrapper has of its network; without it the pipeline of
+        # such a wrapper would not be recognised, and what it samples would not be refused.
         if component is not None and getattr(component, "_orig_mod", component) is model:
             return name
     return None
@@ -98,6 +100,7 @@ def check_seen(pipe: Any, model: nn.Module, *, called: bool) -> None:
     """
     name = component_of(pipe, model)
     gone = name is None and not called
+    # `_compiled_call_impl`, private in torch, is what `model.compile()` sets; see `refuse_compiled`.
     compiled = getattr(model, "_compiled_call_impl", None) is not None or (
         name is not None and getattr(pipe, name) is not model
     )
