@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
 
 def sweep(evaluation: Evaluation, folder: Path, levels: list[float], device: torch.device):
     """CKNNA of every block at every level, of a finished run."""
-    from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+    from diffusers_repr.pipelines.sit import SiTPipeline
 
     pipe = SiTPipeline.from_pretrained(folder).to(device)
     blocks = [f"blocks.{place}" for place in range(pipe.transformer.config.num_layers)]

@@ -135,7 +135,7 @@ def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
 
     from diffusers_repr.denoiser.loading import load_autoencoder
     from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
-    from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+    from diffusers_repr.pipelines.sit import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
     from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
@@ -160,7 +160,7 @@ def _joint_pipeline(converted: ConvertedCheckpoint) -> Any:
     from diffusers import DDPMScheduler
 
     from diffusers_repr.models import JointViTModel
-    from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+    from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
     return JointDiffusionPipeline(_network(JointViTModel, converted), DDPMScheduler(**converted.scheduler))
 

@@ -145,7 +145,7 @@ def _is_head(class_name: str) -> bool:
     """Whether a class is one of `diffusers_repr.heads`, read and not imported: torch is not needed to publish."""
     import diffusers_repr
 
-    files = sorted((Path(diffusers_repr.__file__).parent / "heads").glob("*.py"))
+    files = sorted((Path(diffusers_repr.__file__).parent / "heads").rglob("*.py"))
     return any(f"\nclass {class_name}(" in file.read_text("utf-8") for file in files)
 
 

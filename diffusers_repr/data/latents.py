@@ -12,7 +12,7 @@ from diffusers_repr.data.cache_writer import CacheSettings, process_state, write
 from diffusers_repr.data.numpy_latents import NumpyLatents, is_numpy_latents
 from diffusers_repr.data.train_data import ImageTrainData, TrainData
 from diffusers_repr.denoiser.vae import encode_moments
-from diffusers_repr.encoders.fingerprint import config_hash, weights_hash
+from diffusers_repr.hub.identity import config_hash, weights_hash
 from diffusers_repr.store.tensor_cache import TensorCache
 
 KIND = "latents"

@@ -240,7 +240,7 @@ class DiffusionObjective(Objective):
         """Samples; of class-conditional models the classes in turn, rows of 8 a class."""
         if self.num_classes and "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
             # diffusers has no pipeline that tells a `UNet2DModel` a class.
-            from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
+            from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 
             pipe = GuidedUnconditionalPipeline(pipe.unet, pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)

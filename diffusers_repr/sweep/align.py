@@ -18,8 +18,8 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extraction import process_state
 from diffusers_repr.features.extractor import FeatureExtractor, Timestep
-from diffusers_repr.features.recipe import fingerprint
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
+from diffusers_repr.hub.identity import fingerprint
 from diffusers_repr.metrics.checks import check_whole
 from diffusers_repr.metrics.encoding import Which, check_which, open_images
 from diffusers_repr.noise import NoiseLevel

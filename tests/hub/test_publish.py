@@ -56,7 +56,7 @@ for name, model in json.loads(os.environ["MODELS"]).items():
     report[name] = type(pipe).__name__
 
 # a model of ours, whole, by the package and by the published file
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 pipe = SiTPipeline.from_pretrained("user/sit-model")
 call = {"class_labels": 1, "num_inference_steps": 2, "output_type": "latent"}
 want = pipe(**call, generator=torch.Generator().manual_seed(0)).images

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from safetensors.torch import save_file
 
 from diffusers_repr import Denoiser

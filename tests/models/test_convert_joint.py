@@ -4,11 +4,11 @@ import argparse
 
 import pytest
 import torch
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
 from diffusers_repr.cli import convert as command
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.models.convert_joint import convert_joint_vit, is_joint_vit
-from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.models.official_hybvit import OfficialHybViT, diffusion_state
 from tests.models.official_sit import OfficialSiT
 

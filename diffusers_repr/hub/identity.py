@@ -1,4 +1,4 @@
-"""Hashes that tell whether two encoders give the same features."""
+"""What a network is, in hashes: of its config, of all its weights, of some of each weight."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Keys of a config that do not change what the network computes.
 _FREE = ("_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "architectures")
+_SAMPLED = 64  # values of each weight that enter a fingerprint
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -45,3 +46,26 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(data.reshape(-1).view(torch.uint8).numpy())
         digests.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def fingerprint(*modules: nn.Module | None) -> str | None:
+    """A hash of weights: names, shapes, dtypes and some values of each, so that a retrained model is noticed.
+
+    None if weights are not in reach (offloaded to disk).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        if module is None:
+            continue
+        for name, tensor in getattr(module, "_orig_mod", module).state_dict().items():
+            if tensor.is_meta:
+                return None
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_some_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _some_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+    return some.view(torch.uint8).numpy().tobytes()
