@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ def check_guidance(pipe: Any, guidance: Guidance, *, seed: int = 0, **call: Any)
     - The config is checked when made; scale 0 is bit-equal to the pipeline alone, with as many network calls.
     - It acts, where its interval lies and nowhere else, and its correction is finite and linear in the scale.
     - The same seed gives the same samples: in the next run, and whatever the random state of torch.
-    - Hooks, forwards, weights, `requires_grad`, `.grad`, train mode, gradient mode, random state and the scheduler's
-      class are as before; also after an exception in the network.
+    - Hooks, forwards, processors, weights, `requires_grad`, `.grad`, train mode, gradient mode, random state and
+      the scheduler's class are as before; also after an exception in the network.
 
     It samples nine times: take a small model and few steps.
 
@@ -69,10 +69,11 @@ def check_guidance(pipe: Any, guidance: Guidance, *, seed: int = 0, **call: Any)
 
 @dataclass
 class _Sampled:
-    """Samples, and what the network gave its caller in each call."""
+    """Samples, what the network gave its caller in each call, and how often it really ran."""
 
     samples: Tensor
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor]
+    runs: int
 
     def equals(self, other: _Sampled) -> bool:
         return torch.equal(self.samples, other.samples)
@@ -96,16 +97,22 @@ class _Sampler:
 
     def sample(self) -> _Sampled:
         outputs: list[Tensor] = []
+        runs: list[nn.Module] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             outputs.append((output if isinstance(output, Tensor) else output[0]).detach().clone())
 
         handle = self.model.register_forward_hook(keep)
         try:
-            found = self.pipe(**self.call, generator=torch.Generator().manual_seed(self.seed))[0]
+            with _before_each(self.leaves()[:1], runs.append):
+                found = self.pipe(**self.call, generator=torch.Generator().manual_seed(self.seed))[0]
         finally:
             handle.remove()
-        return _Sampled(torch.as_tensor(found), outputs)
+        return _Sampled(torch.as_tensor(found), outputs, len(runs))
+
+    def leaves(self) -> list[nn.Module]:
+        """Modules of the network that hold no others."""
+        return [module for module in self.model.modules() if not list(module.children())]
 
 
 def _check_settings(guidance: Guidance) -> None:
@@ -121,7 +128,7 @@ def _check_settings(guidance: Guidance) -> None:
 def _check_off(sampler: _Sampler, guidance: Guidance, plain: _Sampled) -> None:
     off = sampler.run(guidance.replace(scale=0.0, adaptive=0.0))
     _expect(off.equals(plain), "at scale 0 the samples are not those of the pipeline alone")
-    _expect(len(off.outputs) == len(plain.outputs), "at scale 0 the network is called another number of times")
+    _expect(off.runs == plain.runs, "at scale 0 the network is called another number of times")
 
 
 def _check_repeats(sampler: _Sampler, guidance: Guidance, plain: _Sampled) -> GuidanceStats:
@@ -178,8 +185,7 @@ class _Broken(Exception):
 
 def _check_interrupted(sampler: _Sampler, guidance: Guidance) -> None:
     ran: list[nn.Module] = []
-    leaves = [module for module in sampler.model.modules() if not list(module.children())]
-    with _before_each(leaves, ran.append):
+    with _before_each(sampler.leaves(), ran.append):
         sampler.run(None)
 
     def stop(module: nn.Module) -> None:
@@ -213,6 +219,7 @@ def _state(pipe: Any) -> dict[str, Any]:
         "forwards of modules": ["forward" in vars(module) for module in modules],
         "train mode": [module.training for module in modules],
         "requires_grad": [p.requires_grad for p in parameters],
+        "attention processors": [id(getattr(module, "processor", None)) for module in modules],
         ".grad": [p.grad is None for p in parameters],
         "weights": [p.detach().clone() for p in parameters],
         "gradient mode": torch.is_grad_enabled(),

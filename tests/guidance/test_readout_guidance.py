@@ -327,17 +327,6 @@ def test_lanes_and_passes(guidance_scale):
         assert (step.lanes, step.passes, step.backward_passes) == (lanes, lanes, 1)
 
 
-def test_scale_zero_is_the_pipeline_itself():
-    pipe = build("sd")
-    head, calls = readout(Denoiser.from_pipe(pipe)), []
-    hook = pipe.unet.conv_in.register_forward_hook(lambda *args: calls.append(1))
-    plain = images(pipe, "sd", 1, 4.0, steps=2)
-    with guide(pipe, ReadoutGuidance(head, TARGET, scale=0.0)):
-        assert torch.equal(images(pipe, "sd", 1, 4.0, steps=2), plain)
-    hook.remove()
-    assert len(calls) == 4
-
-
 def test_acts_at_the_levels_that_the_head_has_seen():
     pipe = build("ddim")
     denoiser = Denoiser.from_pipe(pipe)

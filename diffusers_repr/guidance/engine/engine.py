@@ -143,7 +143,7 @@ class Engine:
                 raise RuntimeError(_not_stepped(self.run.scheduler))
             given = inputs[guided.denoiser.family.sample_name]
             self._pending = PendingStep() if self.run.scheduler is None else PendingStep(call, given)
-        made = GuidedCall(guided, self._executor, self._tape, self.run, self._pending, call, stats, follows=follows)
+        made = GuidedCall(guided, self._executor, self._tape, self.run, self._pending, call, stats, follows)
         made.plan()
         self._call = made
         return made.begin()

@@ -49,10 +49,11 @@ class GuidedModel:
         return frozenset(UNBATCHED | set(self.denoiser.family.unbatched))
 
 
+@dataclass(eq=False)
 class GuidedCall:
     """Between the hook before the network and the hook after it.
 
-    Args:
+    Attributes:
         guided: The model and its guidances.
         executor: Runs its lanes.
         tape: Takes its gradients.
@@ -63,23 +64,19 @@ class GuidedCall:
         follows: Whether it is a further call at one step: the other half of classifier-free guidance.
     """
 
-    def __init__(
-        self,
-        guided: GuidedModel,
-        executor: Executor,
-        tape: GradientTape,
-        run: Run,
-        pending: PendingStep,
-        call: NetworkCall,
-        stats: StepStats,
-        *,
-        follows: bool,
-    ) -> None:
-        self.guided, self.denoiser, self.cfg = guided, guided.denoiser, guided.cfg
-        self.run, self.pending, self.call, self.stats, self.follows = run, pending, call, stats, follows
-        self._executor, self._tape = executor, tape
+    guided: GuidedModel
+    executor: Executor
+    tape: GradientTape
+    run: Run
+    pending: PendingStep
+    call: NetworkCall
+    stats: StepStats
+    follows: bool
+
+    def __post_init__(self) -> None:
+        self.denoiser, self.cfg = self.guided.denoiser, self.guided.cfg
         self._active: list[tuple[GuidanceTerm, float]] = []
-        self._which = slice(0, call.rows)  # what of the batch is run
+        self._which = slice(0, self.call.rows)  # what of the batch is run
         self._gradient: EpsGradient | None = None
         self._in_pass = False  # the gradient is taken in the call's own pass
 
@@ -114,10 +111,10 @@ class GuidedCall:
         if self.follows:
             stats.passes, stats.lanes = 1, 1
             return self._begin_follower()
-        given = self._executor.begin(call, which, self._lanes(), self._observers())
+        given = self.executor.begin(call, which, self._lanes(), self._observers())
         if self._in_pass and self._gradient is not None:
             self._prepare(self._gradient)
-            given = self._gradient.begin(self._tape, given, stop=False)
+            given = self._gradient.begin(self.tape, given, stop=False)
         stats.passes += 1
         stats.lanes += (which.stop - which.start) // call.samples + len(self._lanes())
         return given
@@ -171,14 +168,14 @@ class GuidedCall:
         call = self.call
         self._prepare(gradient)
         inputs = index_batch(call.inputs, call.rows, call.batch.cond, self.guided.unbatched)
-        inputs = gradient.begin(self._tape, inputs, stop=True)
+        inputs = gradient.begin(self.tape, inputs, stop=True)
         self.stats.backward_passes += 1
         try:
             with suppress(GradientStop), self._may_stop():
-                self._tape.finish(self.forward(self.denoiser.model, inputs))
+                self.tape.finish(self.forward(self.denoiser.model, inputs))
         finally:
-            self._tape.end()
-        gradient.found = self._tape.gradient
+            self.tape.end()
+        gradient.found = self.tape.gradient
 
     def _move(self, term: GuidanceTerm, weight: float) -> None:
         """Step on the latents, for the network's input now and for the scheduler's step after."""
@@ -209,14 +206,14 @@ class GuidedCall:
             return self._finish_follower(raw)
         call, family, config = self.call, self.denoiser.family, self.denoiser.config
         if self._in_pass and self._gradient is not None:
-            self._tape.finish(raw)
-            self._gradient.found = self._tape.gradient
+            self.tape.finish(raw)
+            self._gradient.found = self.tape.gradient
             self.stats.backward_passes += 1
-            self._tape.end()
+            self.tape.end()
             raw = raw.detach()
-        own, lanes = self._executor.split(raw)
+        own, lanes = self.executor.split(raw)
         self.stats.joined, self.stats.joining = call.joined, len(lanes)
-        self._executor.end()
+        self.executor.end()
         raws: dict[str, Tensor] = {}
         start = self._which.start
         for name, rows in (("cond", call.batch.cond), ("null", call.batch.null)):
