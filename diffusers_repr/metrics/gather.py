@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from diffusers_repr.features.extraction import process_state
 from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.store.processes import process_state
 
 
 def own_rows(count: int) -> list[int]:
@@ -67,6 +67,21 @@ def gather_rows(values: Tensor, index: Tensor, count: int) -> Tensor:
             f"range (of {len(missing)} and {len(outside)})."
         )
     return rows[order[first]].to(values.device)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of every process's tensor, of one shape, on the device of `values`; with one process the tensor itself.
+
+    Example:
+        >>> sum_over_processes(torch.ones(2))
+        tensor([1., 1.])
+    """
+    from accelerate.utils import reduce
+
+    state = process_state()
+    if state.num_processes == 1:
+        return values
+    return reduce(values.to(state.device, copy=True), "sum").to(values.device)
 
 
 def _check_index(values: Tensor, index: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from diffusers_repr.objectives.alignment import AlignmentTerm, alignment_loss
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
-from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.dispersive import DispersiveTerm
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
@@ -37,6 +36,5 @@ __all__ = [
     "alignment_loss",
     "build_repa",
     "load_heads",
-    "repa_layer",
     "weighted_sum",
 ]

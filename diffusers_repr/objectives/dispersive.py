@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.objectives.blocks import block_path, block_stack
 from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ class DispersiveTerm(AuxiliaryLoss):
     def attach(self, objective: REPAObjective) -> None:
         """Find the layer."""
         if self.layer is None:
-            model = objective.network
-            self.layer = block_path(model, max(1, block_stack(model)[1] // 4))
+            blocks = objective.denoiser.family.stack(objective.network)
+            self.layer = blocks[max(1, len(blocks) // 4) - 1]
         objective.place(self.layer)
         self.layers = (self.layer,)
 

@@ -15,7 +15,6 @@ from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.heads.projector import ProjectorKind
 from diffusers_repr.objectives.alignment import AlignmentTerm
 from diffusers_repr.objectives.base import Batch, rebuild, weighted_sum
-from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
 from diffusers_repr.objectives.matching import MatchGrid, Tokens, layer_tokens
@@ -35,8 +34,8 @@ class REPAObjective(DiffusionObjective):
         denoiser: As in `DiffusionObjective`.
         encoders: `Encoder`s, or name -> `Encoder`; `CachedFeatures` where all features lie in a cache. None of them:
             the plain denoising loss.
-        layer: Path of the one layer that is aligned, such as `blocks.3`; `repa_layer(denoiser)` if None. Papers count
-            blocks from 1, paths from 0: REPA's encoder depth 8 is `blocks.7`.
+        layer: Path of the one layer that is aligned, such as `blocks.3`; that of `denoiser.default_layers("repa")` if
+            None. Papers count blocks from 1, paths from 0: REPA's encoder depth 8 is `blocks.7`.
         coefficient: lambda.
         match_grid: Where the token grids of layer and encoder differ: `resize_image` gives the encoder images of
             another size, `pool_student` averages the layer's tokens, `interpolate_teacher` resizes the encoder's
@@ -89,7 +88,7 @@ class REPAObjective(DiffusionObjective):
         self.encoders = name_encoders(encoders)
         chosen = list(terms)
         if self.encoders:
-            layer = repa_layer(denoiser) if layer is None else layer
+            layer = denoiser.default_layers("repa").layers[0] if layer is None else layer
             chosen.insert(
                 0,
                 AlignmentTerm(

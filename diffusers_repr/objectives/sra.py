@@ -14,7 +14,6 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
-from diffusers_repr.objectives.blocks import block_path, block_stack, repa_layer
 from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
 
 if TYPE_CHECKING:
@@ -83,9 +82,11 @@ class SelfAlignmentTerm(AuxiliaryLoss):
     def attach(self, objective: REPAObjective) -> None:
         """Find the layers, build the projector, and keep a frozen copy of the network as the teacher."""
         model = objective.network
-        self.layer = repa_layer(objective.denoiser) if self.layer is None else self.layer
+        if self.layer is None:
+            (self.layer,) = objective.denoiser.default_layers("repa").layers
         if self.teacher_layer is None:
-            self.teacher_layer = block_path(model, max(1, round(TEACHER_DEPTH * block_stack(model)[1])))
+            blocks = objective.denoiser.family.stack(model)
+            self.teacher_layer = blocks[max(1, round(TEACHER_DEPTH * len(blocks))) - 1]
         student, teacher = objective.place(self.layer), objective.place(self.teacher_layer)
         if student.grid != teacher.grid or (not self.projector_dim and student.channels != teacher.channels):
             raise ValueError(

@@ -10,11 +10,11 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, default_collate
 
-from diffusers_repr.data import cache_writer
 from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.cached import CachedData
 from diffusers_repr.data.latents import open_latents
 from diffusers_repr.denoiser.vae import draw_latents, encode_latents, encode_moments
+from diffusers_repr.store import write
 from diffusers_repr.store.tensor_cache import TensorCache
 from tests.data.data_cases import rows, with_broken
 from tests.data.latent_cases import ROWS, SIZE, contents, load, make, make_vae
@@ -80,9 +80,9 @@ def test_half_precision(tmp_path):
 
 
 def test_shard_size_follows_from_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 5 * 2 * 512 * 4)  # five rows of 2 x 8 x 8 x 8 floats
+    monkeypatch.setattr(write, "SHARD_BYTES", 5 * 2 * 512 * 4)  # five rows of 2 x 8 x 8 x 8 floats
     assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5
-    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 2**20)
+    monkeypatch.setattr(write, "SHARD_BYTES", 2**20)
     assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5  # what the folder has
 
 
@@ -117,7 +117,7 @@ def test_another_recipe_in_the_folder(tmp_path):
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is no cache .it holds thesis.txt."):
+    with pytest.raises(FileExistsError, match="is no cache with this recipe .it holds thesis.txt."):
         make(tmp_path / "mine")
     with pytest.raises(FileExistsError, match="is a file"):
         make(tmp_path / "mine/thesis.txt")
@@ -249,3 +249,21 @@ def test_a_vae_that_gives_nan(tmp_path):
         vae.quant_conv.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="AutoencoderKL.*NaN"):
         make(tmp_path / "out", vae=vae)
+
+
+def test_masks_and_points_beside_latents_are_flipped_alike(tmp_path):
+    """A run from the cache carries what a run without it carries."""
+    plain = rows(ROWS, ((24, 31), (17, 16), (40, 40)))
+    ids = [(torch.arange(h * w).view(h, w) % 7).tolist() for h, w in (image.size[::-1] for image in plain["image"])]
+    points = datasets.List(datasets.List(datasets.Value("float32")))
+    data = plain.add_column("mask", ids).add_column("points", [[[3.0, 5.0]]] * ROWS, feature=points)
+    make(tmp_path / "out", load(data))
+    kept = {"mask_column": "mask", "points_column": "points", "random_flip": True}
+    cached = load(data, vae=make_vae(), latents_dir=str(tmp_path / "out"), **kept)
+    found = {}
+    for name, source in (("images", load(data, **kept)), ("cache", cached)):
+        torch.manual_seed(0)
+        found[name] = source.on_device(default_collate([source[i] for i in range(ROWS)]))
+    assert "pixel_values" not in found["cache"]
+    for key in ("masks", "points", "visible", "class_labels"):
+        assert torch.equal(found["cache"][key], found["images"][key])

@@ -13,17 +13,15 @@ from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.testers.models import saved
 
 PREPARE = """
-import argparse, contextlib, io, json, os, shutil, sys
+import contextlib, io, json, os, shutil, sys
 from pathlib import Path
-from diffusers_repr.cli import publish
+from diffusers_repr.cli import publish, read_settings
 
 work, report = Path(os.environ["WORK"]), {}
 def command(*words):
-    parser = argparse.ArgumentParser()
-    publish.arguments(parser)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = publish.run(parser.parse_args(words))
+        code = publish.run(read_settings("publish", words))
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 """
 

@@ -27,7 +27,9 @@ def spent() -> float:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record-cost", action="store_true", help=f"write the CPU seconds of every file to {RECORD.name}")
+    parser.addoption(
+        "--record-cost", action="store_true", help=f"write the CPU seconds of every file to {RECORD.name}"
+    )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -48,7 +48,7 @@ class Engine:
         lanes = [term.lane for term in terms if term.lane is not None]
         observers = {key: observer for term in terms for key, observer in term.observers.items()}
         layers = dict.fromkeys(path for term in terms if term.gradient is not None for path in term.gradient.layers)
-        self._executor = Executor(self.model, denoiser.family, denoiser.config, lanes, observers)
+        self._executor = Executor(self.model, denoiser.family, lanes, observers)
         self._tape = GradientTape(self.model, list(layers))
         self._parser = CallParser(denoiser, guided.pipe)
         self._names = forward_names(self.model)

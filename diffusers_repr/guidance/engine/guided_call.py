@@ -125,7 +125,7 @@ class GuidedCall:
         inputs = index_batch(call.inputs, call.rows, self._which, self.guided.unbatched)
         if shift is None:
             return inputs
-        return denoiser.family.with_sample(denoiser.config, inputs, call.x + shift.to(call.x.dtype))
+        return denoiser.family.with_sample(inputs, call.x + shift.to(call.x.dtype))
 
     def _lanes(self) -> list[Any]:
         return [term.lane for term, _ in self._active if term.lane is not None]
@@ -195,7 +195,7 @@ class GuidedCall:
             if rows is not None:
                 x[rows] += shift
         call.x = x.to(call.x.dtype)
-        call.inputs = self.denoiser.family.with_sample(self.denoiser.config, call.inputs, call.x)
+        call.inputs = self.denoiser.family.with_sample(call.inputs, call.x)
         self.pending.move(shift, call.scale)
 
     # After the network
@@ -204,7 +204,7 @@ class GuidedCall:
         """The output that the caller gets, from what the network gave in the call's own pass."""
         if self.follows:
             return self._finish_follower(raw)
-        call, family, config = self.call, self.denoiser.family, self.denoiser.config
+        call, family = self.call, self.denoiser.family
         if self._in_pass and self._gradient is not None:
             self.tape.finish(raw)
             self._gradient.found = self.tape.gradient
@@ -220,7 +220,7 @@ class GuidedCall:
             if rows is not None and rows.start >= start and rows.stop <= self._which.stop:
                 raws[name] = own[rows.start - start : rows.stop - start]
         x = call.x[call.batch.cond]
-        read = {name: widened(family.output(config, value, x)) for name, value in {**raws, **lanes}.items()}
+        read = {name: widened(family.output(value, x)) for name, value in {**raws, **lanes}.items()}
         cond, null = read.pop("cond"), read.pop("null", None)
         step = GuidedStep(self.denoiser, self.run.schedule, call, cond, null, read, self.forward)
         cfg_weight = 0.0 if self.cfg is None else self.cfg.weight(call.level)
@@ -254,7 +254,7 @@ class GuidedCall:
 
     def _compose(self, step: GuidedStep, raws: dict[str, Tensor], total: Tensor | None, cfg_weight: float) -> Tensor:
         """Both predictions with all corrections, in the rows of the call; what further calls get is left pending."""
-        family, config, batch, pending = self.denoiser.family, self.denoiser.config, self.call.batch, self.pending
+        family, batch, pending = self.denoiser.family, self.call.batch, self.pending
         cond, null = step.cond, step.null
         waits = False
         if self.cfg is not None:
@@ -277,11 +277,11 @@ class GuidedCall:
         if batch.null is not None and null is not None:
             parts.append((batch.null, null, raws.get("null", raws["cond"])))
         parts.sort(key=lambda part: part[0].start)
-        return torch.cat([family.with_output(config, raw, value.to(raw.dtype)) for _, value, raw in parts])
+        return torch.cat([family.with_output(raw, value.to(raw.dtype)) for _, value, raw in parts])
 
     def _finish_follower(self, raw: Tensor) -> Tensor:
-        family, config, call, pending = self.denoiser.family, self.denoiser.config, self.call, self.pending
-        value = widened(family.output(config, raw, call.x))
+        family, call, pending = self.denoiser.family, self.call, self.pending
+        value = widened(family.output(raw, call.x))
         if self.cfg is not None and pending.waits and pending.cond is not None:
             combined = self.cfg.combine(pending.cond, value, self.cfg.weight(call.level))
             self.run.note(self.cfg.label, combined - pending.cond)
@@ -289,7 +289,7 @@ class GuidedCall:
             pending.waits = False
         if pending.correction is None:
             return raw
-        return family.with_output(config, raw, (value + pending.correction).to(raw.dtype))
+        return family.with_output(raw, (value + pending.correction).to(raw.dtype))
 
     def _note(self, term: GuidanceTerm, correction: Tensor | None) -> None:
         self.run.note(term.label, correction)
