@@ -7,7 +7,6 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from readout_args import ReadoutConfig
 from torch import Tensor
 
 from diffusers_repr.config.recipe import setting
@@ -16,6 +15,7 @@ from diffusers_repr.data.image_column import ImagePixels, raw_bytes
 from diffusers_repr.data.train_data import hashed
 from diffusers_repr.data.transforms import draw_flips, to_unit
 from diffusers_repr.heads import sobel_edges
+from diffusers_repr.objectives import ReadoutConfig
 
 # Field of `RowsConfig` with the column of each image in a row, for each kind of head.
 IMAGES = {

@@ -13,10 +13,13 @@ from diffusers_repr.objectives.auxiliary import (
 )
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.blocks import repa_layer
+from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
+from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
 from diffusers_repr.objectives.saved_heads import load_heads
+from diffusers_repr.objectives.simclr import SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
 
@@ -27,6 +30,8 @@ __all__ = [
     "AuxiliaryLoss",
     "Batch",
     "CachedFeatures",
+    "ClassifierBase",
+    "ClassifierObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "FixedArtifact",
@@ -39,7 +44,10 @@ __all__ = [
     "REPAConfig",
     "REPAEObjective",
     "REPAObjective",
+    "ReadoutConfig",
+    "ReadoutObjective",
     "SelfAlignmentLoss",
+    "SimCLRObjective",
     "SpatialAlignmentLoss",
     "TimeSampler",
     "alignment_loss",
