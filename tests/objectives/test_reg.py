@@ -17,6 +17,7 @@ from diffusers_repr.objectives import (
     REPAConfig,
     REPAObjective,
     SelfAlignmentLoss,
+    SpatialAlignmentLoss,
     build_repa,
 )
 from tests.objectives.cases import COSINE, LINEAR, SMALL, TinyTeacher, backward, batch, shake, sit, teacher
