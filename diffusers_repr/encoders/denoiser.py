@@ -10,9 +10,9 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser, list_layers
 from diffusers_repr.denoiser.layers import Layer
-from diffusers_repr.encoders.fingerprint import config_hash
 from diffusers_repr.encoders.source import Source, pair
 from diffusers_repr.features import FeatureExtractor
+from diffusers_repr.hub.identity import config_hash
 from diffusers_repr.noise import NoiseLevel
 
 

@@ -14,12 +14,12 @@ from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders.denoiser import DenoiserSource
-from diffusers_repr.encoders.fingerprint import weights_hash
 from diffusers_repr.encoders.module import ModuleSource
 from diffusers_repr.encoders.output import EncoderOutput
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import Source, device_of
 from diffusers_repr.encoders.transformer import load_transformer
+from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.noise import NoiseLevel
 
 

@@ -14,12 +14,12 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.encoders.attention import recording_attention
 from diffusers_repr.encoders.family import EncoderFamily, encoder_family
-from diffusers_repr.encoders.fingerprint import config_hash
 from diffusers_repr.encoders.preprocessing import Statistics, check_processor, statistics_from_processor
 from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
 from diffusers_repr.hub import schema
 from diffusers_repr.hub.components import check_config, check_weight_files, refuse_adapter
 from diffusers_repr.hub.files import read_json
+from diffusers_repr.hub.identity import config_hash
 from diffusers_repr.hub.load import load_json_config, resolve_folder
 
 _FILES = [

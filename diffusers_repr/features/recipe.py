@@ -8,13 +8,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.features.extractor import FeatureExtractor
-
-_SAMPLED = 64  # values of each weight that enter a fingerprint
+from diffusers_repr.hub.identity import fingerprint
 
 
 def recipe_of(
@@ -97,29 +93,6 @@ def recipe_differences(old: Any, new: Any, at: str = "") -> list[str]:
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in recipe_differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
     return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
-def fingerprint(*modules: nn.Module | None) -> str | None:
-    """A hash of weights: names, shapes, dtypes and some values of each, so that a retrained model is noticed.
-
-    None if weights are not in reach (offloaded to disk).
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        if module is None:
-            continue
-        for name, tensor in getattr(module, "_orig_mod", module).state_dict().items():
-            if tensor.is_meta:
-                return None
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_some_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _some_bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
-    some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
-    return some.view(torch.uint8).numpy().tobytes()
 
 
 def _plain_path(name: str | None) -> str | None:

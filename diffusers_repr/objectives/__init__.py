@@ -12,7 +12,6 @@ from diffusers_repr.objectives.auxiliary import (
     alignment_loss,
 )
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
-from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
@@ -53,6 +52,5 @@ __all__ = [
     "alignment_loss",
     "build_repa",
     "load_heads",
-    "repa_layer",
     "weighted_sum",
 ]

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_repr.encoders.fingerprint import config_hash
 from diffusers_repr.hub import read_json, resolve_folder
+from diffusers_repr.hub.identity import config_hash
 from diffusers_repr.objectives.artifacts import ModelArtifact, model_class
 from diffusers_repr.objectives.base import Objective
 

@@ -19,8 +19,8 @@ from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.hub.schema import MAX_ITEMS
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.sweep.selection_data import refuse_one_class
-from diffusers_repr.sweep.selection_result import Selection
+from diffusers_repr.sweep.selection import Selection
+from diffusers_repr.sweep.splits import refuse_one_class
 from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, read_features
 from diffusers_repr.tasks.recipe import Level, ProbeRecipe, Score

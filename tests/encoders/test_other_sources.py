@@ -6,7 +6,7 @@ from torch import nn
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.encoders.fingerprint import config_hash, weights_hash
+from diffusers_repr.hub.identity import config_hash, weights_hash
 from tests.encoders.test_pretrained import PROCESSOR, pixels_of
 from tests.encoders.vits import build, save
 from tests.testers.models import PIPELINES

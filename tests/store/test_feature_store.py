@@ -18,7 +18,8 @@ from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.features import extraction
 from diffusers_repr.features.extraction import extract_to_store
-from diffusers_repr.features.recipe import fingerprint, recipe_differences
+from diffusers_repr.features.recipe import recipe_differences
+from diffusers_repr.hub.identity import fingerprint
 from diffusers_repr.store import shards
 from diffusers_repr.store.feature_store import FeatureStore
 from tests.testers.disk import mounted

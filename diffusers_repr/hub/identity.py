@@ -1,0 +1,71 @@
+"""What a network is, in hashes: of its config, of all its weights, of some of each weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Keys of a config that do not change what the network computes.
+_FREE = ("_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "architectures")
+_SAMPLED = 64  # values of each weight that enter a fingerprint
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a config, without the keys that tell where and by what version it was saved.
+
+    Example:
+        >>> config_hash({"size": 8, "dtype": "float32"}) == config_hash({"size": 8})
+        True
+    """
+    kept = {key: value for key, value in config.items() if key not in _FREE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of the tensors in a state dict: of their dtypes, shapes and bytes.
+
+    Neither names nor order count, since new versions of a library rename and reorder them.
+
+    Example:
+        >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> weights_hash(one) == weights_hash(two)
+        False
+        >>> _ = two.load_state_dict(one.state_dict())
+        >>> weights_hash(one) == weights_hash(two)
+        True
+    """
+    digests = []
+    for tensor in module.state_dict().values():
+        data = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def fingerprint(*modules: nn.Module | None) -> str | None:
+    """A hash of weights: names, shapes, dtypes and some values of each, so that a retrained model is noticed.
+
+    None if weights are not in reach (offloaded to disk).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        if module is None:
+            continue
+        for name, tensor in getattr(module, "_orig_mod", module).state_dict().items():
+            if tensor.is_meta:
+                return None
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_some_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _some_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+    return some.view(torch.uint8).numpy().tobytes()
