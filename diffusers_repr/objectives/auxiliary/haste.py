@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
-
-if TYPE_CHECKING:
-    from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
 
 PAIRS = 4
 LAST_BLOCK = 7  # from 0: the paper's code takes 4 to 7, whatever the depth of the network and of the alignment
@@ -43,11 +40,11 @@ def attention_alignment_loss(query: Tensor, key: Tensor, target: Tensor) -> Tens
         return -(target * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
 
-class AttentionAlignmentTerm(AuxiliaryLoss):
+class AttentionAlignmentLoss(AuxiliaryLoss):
     """Attention alignment, averaged over pairs of layers; logits are made again in these layers alone.
 
     In HASTE both alignment losses have the weight 0.5, and both end together (after 250k steps for XL): give
-    `stop_step` to `REPAObjective` too. Its code pairs the blocks 4 to 7 (from 0) with the last four of DINOv2-B,
+    `stop_step` to its `AlignmentLoss` too. Its code pairs the blocks 4 to 7 (from 0) with the last four of DINOv2-B,
     whatever the depth and whichever block REPA aligns, and so it is here for networks of 8 blocks and more. Of a
     smaller one the blocks are those that end with REPA's, four or as many as there are; so are the teacher's, from its
     end.
@@ -75,23 +72,23 @@ class AttentionAlignmentTerm(AuxiliaryLoss):
         self.encoder, self.chosen, self.teacher_chosen = encoder, layers, teacher_layers
         self.teacher_layers: tuple[int, ...] = ()
 
-    def attach(self, objective: REPAObjective) -> None:
+    def attach(self, host: LossHost) -> None:
         """Find the teacher and the layers.
 
         Raises:
             ValueError: If there is no such teacher, or layers do not pair.
         """
-        self.encoder = self.encoder or next(iter(objective.encoders), None)
-        teacher = objective.encoders.get(self.encoder or "")
+        self.encoder = self.encoder or next(iter(host.encoders), None)
+        teacher = host.encoders.get(self.encoder or "")
         if teacher is None:
-            known = list(objective.encoders) or "none"
+            known = list(host.encoders) or "none"
             raise ValueError(f"Attention alignment needs a teacher; no encoder {self.encoder!r} among {known}.")
         if not hasattr(teacher, "encode_with_attention"):
             raise ValueError(f"The teacher {self.encoder!r} gives no attention; a network must be loaded.")
         paths, blocks = self.chosen, self.teacher_chosen
         if paths is None:
             most = min(PAIRS, teacher.num_blocks or PAIRS) if blocks is None else len(blocks)
-            paths = default_attentions(objective, most, exactly=blocks is not None)
+            paths = default_attentions(host, most, exactly=blocks is not None)
         blocks = tuple(range(-len(paths), 0)) if blocks is None else tuple(blocks)
         if len(paths) != len(blocks):
             raise ValueError(
@@ -105,15 +102,16 @@ class AttentionAlignmentTerm(AuxiliaryLoss):
                 f"teacher_layers {outside} are no blocks of the teacher {self.encoder!r}: it has {there}, from 0 to "
                 f"{there - 1} or from {-there} to -1."
             )
-        self.teacher_layers = blocks
+        assert self.encoder is not None
+        self.teacher_layers, self.teacher_attentions = blocks, {self.encoder: blocks}
         self.attentions = tuple(paths)
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """Mean over the pairs."""
         assert self.encoder is not None
-        targets = step.teachers.attention(self.encoder)
+        targets = seen.teachers.attention(self.encoder)
         losses = [
-            attention_alignment_loss(*step.attention[path], target)
+            attention_alignment_loss(*seen.attention[path], target)
             for path, target in zip(self.attentions, targets, strict=True)
         ]
         return torch.stack(losses).mean()
@@ -123,21 +121,21 @@ class AttentionAlignmentTerm(AuxiliaryLoss):
         return {**super().describe(), "encoder": self.encoder, "teacher_layers": list(self.teacher_layers)}
 
 
-def default_attentions(objective: REPAObjective, most: int, exactly: bool) -> list[str]:
-    """Paths of the self-attentions that HASTE reads by default, see `AttentionAlignmentTerm`.
+def default_attentions(host: LossHost, most: int, exactly: bool) -> list[str]:
+    """Paths of the self-attentions that HASTE reads by default, see `AttentionAlignmentLoss`.
 
     Args:
-        objective: Its network, and the block that it aligns.
+        host: Its network, and the block that it aligns.
         most: How many at most.
         exactly: Refuse fewer.
 
     Raises:
         ValueError: If the network has fewer blocks up to the last.
     """
-    model, denoiser = objective.network, objective.denoiser
+    model, denoiser = host.network, host.denoiser
     blocks, last = denoiser.family.stack(model), LAST_BLOCK
     if len(blocks) <= LAST_BLOCK:
-        aligned = getattr(objective.terms["alignment"], "layer", "")
+        aligned = getattr(host.losses["alignment"], "layers", ("",))[0] if "alignment" in host.losses else ""
         (default,) = denoiser.default_layers("repa").layers
         last = blocks.index(next((block for block in blocks if f"{aligned}.".startswith(f"{block}.")), default))
     count = min(most, last + 1)
@@ -159,4 +157,4 @@ def _attention_of(model: Any, block: str, attentions: Sequence[str]) -> str:
     )
 
 
-__all__ = ["AttentionAlignmentTerm", "attention_alignment_loss"]
+__all__ = ["AttentionAlignmentLoss", "attention_alignment_loss"]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
-
-if TYPE_CHECKING:
-    from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
 
 
 def dispersive_loss(hidden: Tensor, temperature: float = 0.5) -> Tensor:
@@ -36,7 +33,7 @@ def dispersive_loss(hidden: Tensor, temperature: float = 0.5) -> Tensor:
         return torch.logsumexp(torch.cat([squares, squares, own]) / -temperature, 0) - 2 * math.log(len(flat))
 
 
-class DispersiveTerm(AuxiliaryLoss):
+class DispersiveLoss(AuxiliaryLoss):
     """The dispersive loss of one layer.
 
     The defaults are those that its repository's README gives for the JAX code; they were not run here. The PyTorch
@@ -54,21 +51,21 @@ class DispersiveTerm(AuxiliaryLoss):
             raise ValueError(f"The temperature must be positive; got {temperature}.")
         self.layer, self.temperature = layer, temperature
 
-    def attach(self, objective: REPAObjective) -> None:
+    def attach(self, host: LossHost) -> None:
         """Find the layer."""
         if self.layer is None:
-            blocks = objective.denoiser.family.stack(objective.network)
+            blocks = host.denoiser.family.stack(host.network)
             self.layer = blocks[max(1, len(blocks) // 4) - 1]
-        objective.place(self.layer)
+        host.layer(self.layer)
         self.layers = (self.layer,)
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """Over the samples of the micro-batch."""
-        return dispersive_loss(step.layers[self.layers[0]].values, self.temperature)
+        return dispersive_loss(seen.layers[self.layers[0]].values, self.temperature)
 
     def describe(self) -> dict[str, Any]:
         """With the temperature."""
         return {**super().describe(), "temperature": self.temperature}
 
 
-__all__ = ["DispersiveTerm", "dispersive_loss"]
+__all__ = ["DispersiveLoss", "dispersive_loss"]
