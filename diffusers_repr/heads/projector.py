@@ -8,14 +8,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.heads.base import Head, register_head
 from diffusers_repr.models.outputs import SampleOutput, packed
 
 ProjectorKind = Literal["mlp", "conv"]
 KINDS: tuple[ProjectorKind, ...] = ("mlp", "conv")
 
 
-class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
+@register_head("projector")
+class Projector(Head, ModelMixin, ConfigMixin):
     """Tokens `(B, N, in_dim)` to tokens `(B, N, out_dim)`.
 
     Args:
@@ -35,8 +36,6 @@ class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
         >>> Projector(8, 5, hidden_dim=16)(torch.ones(2, 6, 8), (2, 3)).shape
         torch.Size([2, 6, 5])
     """
-
-    _no_split_modules: list[str] = []
 
     @register_to_config
     def __init__(
