@@ -4,12 +4,14 @@ from diffusers_repr.denoiser.block_outputs import register_block_output
 from diffusers_repr.denoiser.condition import Condition
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family, GenericFamily, register_family
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
 
 __all__ = [
     "Condition",
     "Denoiser",
     "Family",
+    "FeatureMap",
     "GenericFamily",
     "Layer",
     "layer_table",

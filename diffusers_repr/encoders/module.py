@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.family import floating_dtype
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.source import Source, check_pooling, device_of, pair
 
 
@@ -94,7 +95,7 @@ class ModuleSource(Source):
         output = self.forward(pixels.to(floating_dtype(self.module)))
         sequence = getattr(output, "last_hidden_state", output)
         if isinstance(sequence, Tensor) and sequence.ndim == 4:
-            sequence = sequence.flatten(2).transpose(1, 2)
+            sequence = FeatureMap.from_map(sequence).tokens()
         shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else type(sequence).__name__
         if (
             not isinstance(sequence, Tensor)

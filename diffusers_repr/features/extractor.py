@@ -16,11 +16,12 @@ from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.denoiser.feature_map import Place
 from diffusers_repr.denoiser.hooks import Turn
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
-from diffusers_repr.features.pooling import Place, check_pooling, is_linear, pool
+from diffusers_repr.features.pooling import check_pooling, is_linear, pool
 from diffusers_repr.noise import NoiseLevel
 
 Timestep = int | float | NoiseLevel

@@ -3,7 +3,7 @@
 from diffusers_repr.heads.base import Head, head_class, list_heads, register_head, unregister_head
 from diffusers_repr.heads.dense.base import MapHead
 from diffusers_repr.heads.dense.depth import DepthHead
-from diffusers_repr.heads.dense.features import depth_layers, read_features, readout_layers, to_map
+from diffusers_repr.heads.dense.features import depth_layers, read_features, readout_layers
 from diffusers_repr.heads.dense.losses import (
     appearance_triplet_loss,
     correspondence_loss,
@@ -45,6 +45,5 @@ __all__ = [
     "register_head",
     "sample_points",
     "sobel_edges",
-    "to_map",
     "unregister_head",
 ]

@@ -8,6 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.heads.base import Head, register_head
 from diffusers_repr.models.outputs import SampleOutput, packed
 
@@ -96,7 +97,7 @@ class Projector(Head, ModelMixin, ConfigMixin):
         if self.config["kind"] == "mlp":
             projected = self.layers(tokens)
         else:
-            projected = self.layers(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+            projected = FeatureMap.from_map(self.layers(FeatureMap(tokens, grid).as_map())).tokens()
         return packed(projected, SampleOutput, return_dict)
 
 

@@ -65,7 +65,7 @@ class DispersiveTerm(AuxiliaryLoss):
 
     def forward(self, step: Step) -> Tensor:
         """Over the samples of the micro-batch."""
-        return dispersive_loss(step.layers[self.layers[0]].values, self.temperature)
+        return dispersive_loss(step.layers[self.layers[0]].tokens(), self.temperature)
 
     def describe(self) -> dict[str, Any]:
         """With the temperature."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.capture.persistent import PersistentCapture
-from diffusers_repr.denoiser import Denoiser, list_layers
+from diffusers_repr.denoiser import Denoiser, FeatureMap, list_layers
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.heads.projector import ProjectorKind
 from diffusers_repr.objectives.alignment import AlignmentTerm
@@ -18,7 +18,7 @@ from diffusers_repr.objectives.base import Batch, rebuild, weighted_sum
 from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
 from diffusers_repr.objectives.haste import AttentionAlignmentTerm
-from diffusers_repr.objectives.matching import MatchGrid, Tokens, layer_tokens
+from diffusers_repr.objectives.matching import MatchGrid
 from diffusers_repr.objectives.teachers import Teachers, missing, name_encoders
 from diffusers_repr.objectives.terms import AuxiliaryLoss, Step
 from diffusers_repr.objectives.times import TimeSampler
@@ -104,7 +104,7 @@ class REPAObjective(DiffusionObjective):
                 ),
             )
         self.terms = nn.ModuleDict(_by_name(chosen))
-        self._places: dict[str, Layer] | None = None
+        self._layers: dict[str, Layer] | None = None
         for term in chosen:
             term.attach(self)
         for name, encoder in self.encoders.items():
@@ -121,13 +121,13 @@ class REPAObjective(DiffusionObjective):
             ValueError: If it does not exist (names the closest), or gives no image.
         """
         check_layers(self.network, path)
-        if self._places is None:
-            self._places = {found.path: found for found in list_layers(self.denoiser, detail="all")}
-        if path not in self._places:
+        if self._layers is None:
+            self._layers = {found.path: found for found in list_layers(self.denoiser, detail="all")}
+        if path not in self._layers:
             raise ValueError(
                 f"Layer {path!r} gives no image of maps or tokens. `list_layers(denoiser)` shows the layers that do."
             )
-        return self._places[path]
+        return self._layers[path]
 
     # Loss
 
@@ -192,9 +192,9 @@ class REPAObjective(DiffusionObjective):
             assert isinstance(term, AuxiliaryLoss)
             yield name, term
 
-    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
+    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """What a layer returned, as tokens of the image."""
-        return layer_tokens(self.denoiser, path, value, size)
+        return self.denoiser.feature_map(path, value, size)
 
     def queries_and_keys(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the image's tokens, `(B, heads, N, d)`."""

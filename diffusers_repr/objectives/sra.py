@@ -105,7 +105,7 @@ class SelfAlignmentTerm(AuxiliaryLoss):
         """Mean over samples, tokens and channels."""
         student = step.layers[self.layers[0]]
         target = self.teacher_tokens(step)
-        values, projector = student.values, self.projector
+        values, projector = student.tokens(), self.projector
         if projector is not None:
             values = projector(values.to(floating_dtype(projector)), student.grid)
         with full_precision(values.device):
@@ -123,7 +123,7 @@ class SelfAlignmentTerm(AuxiliaryLoss):
         with capture(teacher, self.teacher_layer) as tape:
             teacher(**inputs)
         size = (noisy.x0.shape[2], noisy.x0.shape[3])
-        return objective.layer_tokens(self.teacher_layer, tape[self.teacher_layer], size).values
+        return objective.layer_tokens(self.teacher_layer, tape[self.teacher_layer], size).tokens()
 
     def on_step_end(self, step: int, ema: Any) -> None:
         """Take over the moving average.

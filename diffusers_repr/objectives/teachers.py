@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.denoiser import FeatureMap
 from diffusers_repr.objectives.base import Batch
-from diffusers_repr.objectives.matching import Tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Teachers:
         self.attentions = attentions or {}
         self._outputs: dict[str, tuple[Any, list[Tensor]]] = {}
 
-    def tokens(self, name: str) -> Tokens:
+    def tokens(self, name: str) -> FeatureMap:
         """Features on the encoder's grid, without a graph.
 
         Raises:
@@ -91,7 +91,7 @@ class Teachers:
         cached = self.batch.get("features", {}).get(name)
         if cached is None:
             output = self._output(name)
-            return Tokens(output.tokens, output.grid)
+            return FeatureMap(output.tokens, output.grid)
         encoder = self.encoders[name]
         grid = encoder.grid_for(self.size)
         if cached.ndim != 3 or cached.shape[1:] != (grid[0] * grid[1], encoder.dim):
@@ -99,7 +99,7 @@ class Teachers:
                 f"The cached features {name!r} are {tuple(cached.shape)}; expected (B, {grid[0]} * {grid[1]}, "
                 f"{encoder.dim}) for images of {self.size[0]} x {self.size[1]}. Make the cache anew with this encoder."
             )
-        return Tokens(cached.to(self.device), grid)
+        return FeatureMap(cached.to(self.device), grid)
 
     def global_features(self, name: str) -> Tensor:
         """One vector an image, `(B, D)`."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser import FeatureMap
 from diffusers_repr.objectives.diffusion import NoisyBatch
-from diffusers_repr.objectives.matching import Tokens
 from diffusers_repr.objectives.teachers import Teachers
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Step:
 
     noisy: NoisyBatch
     prediction: Tensor
-    layers: Mapping[str, Tokens]
+    layers: Mapping[str, FeatureMap]
     attention: Mapping[str, tuple[Tensor, Tensor]]
     teachers: Teachers
 

@@ -32,7 +32,7 @@ class Column:
         level: Place in the recipe's levels.
         timestep: Of that level.
         shape: Of one image's feature: `(D,)`, tokens `(N, C)` or map `(C, H, W)`.
-        grid: (H, W) of tokens, None else.
+        grid: (H, W) of tokens, of a video (frames, H, W), None else.
         text_tokens: Tokens of text that stand before the image's.
     """
 
@@ -41,7 +41,7 @@ class Column:
     level: int
     timestep: float
     shape: tuple[int, ...]
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     text_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_repr import Denoiser, NoiseLevel
-from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, readout_layers, to_map
+from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, readout_layers
 from diffusers_repr.heads.dense.features import tap_channels
 from diffusers_repr.heads.dense.record import describe_base
 from tests.testers.models import CONDITIONS, SIZES, unet2d
@@ -73,7 +73,7 @@ def gradient(denoiser, layers, loss, x, timestep):
         denoiser.predict(x, timestep)
         for handle in handles:
             handle.remove()
-        maps = {path: to_map(denoiser, path, value, tuple(x.shape[2:])) for path, value in kept.items()}
+        maps = {path: denoiser.feature_map(path, value, tuple(x.shape[2:])).as_map() for path, value in kept.items()}
         (found,) = torch.autograd.grad(loss(maps).sum(), x)
     return found
 

@@ -24,7 +24,7 @@ from diffusers_repr.guidance.readout.losses import (
     resize_target,
     spatial_loss,
 )
-from diffusers_repr.heads import MapHead, to_map
+from diffusers_repr.heads import MapHead
 from diffusers_repr.noise import add_noise
 
 _NEEDS = {
@@ -179,7 +179,9 @@ class ReadoutTerm(EnergyTerm):
         head: Any = self.config.head
         with torch.no_grad(), eval_mode(head):
             features = features_of(self.denoiser.model, self.layers, lambda: forward(inputs))
-            maps = {path: to_map(self.denoiser, path, value, call.size) for path, value in features.items()}
+            maps = {
+                path: self.denoiser.feature_map(path, value, call.size).as_map() for path, value in features.items()
+            }
             self._read = read_head(head, maps, call, widened(x))
 
     def _noised(self, reference: Tensor, call: NetworkCall) -> Tensor:

@@ -131,7 +131,7 @@ class MapHead(Head):
             if x.ndim != 4 or x.shape[1] != channels:
                 raise ValueError(
                     f"{name} takes {path!r} as a map (B, {channels}, h, w); got {tuple(x.shape)}."
-                    + (" `to_map` turns tokens into maps." if x.ndim == 3 else "")
+                    + (" `denoiser.feature_map(...).as_map()` turns tokens into maps." if x.ndim == 3 else "")
                 )
             taken[path] = x
         rows = {x.shape[0] for x in taken.values()}
