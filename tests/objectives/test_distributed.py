@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusers_repr.objectives import AttentionAlignmentTerm, DispersiveTerm, REPAObjective, SelfAlignmentTerm
+from diffusers_repr.objectives import AttentionAlignmentLoss, DispersiveLoss, REPAObjective, SelfAlignmentLoss
 from tests.objectives.cases import SMALL, attention_teacher, backward, batch, sit
 from tests.objectives.test_reg import reg
 from tests.objectives.test_repa_e import repa_e
@@ -20,9 +20,9 @@ def group(tmp_path):
 
 def all_of_it():
     terms = [
-        DispersiveTerm(),
-        AttentionAlignmentTerm(None, ["blocks.0.attn"], (0,), stop_step=1),
-        SelfAlignmentTerm(projector_dim=8),
+        DispersiveLoss(),
+        AttentionAlignmentLoss(None, ["blocks.0.attn"], (0,), stop_step=1),
+        SelfAlignmentLoss(projector_dim=8),
     ]
     torch.manual_seed(0)
     return REPAObjective(sit(), [attention_teacher()], "blocks.1", stop_step=1, terms=terms, **SMALL)

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.models import JointViTModel
-from diffusers_repr.objectives.hybvit import HybViTObjective
+from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.objectives.test_jdm import batch, digits, moved
 from tests.testers.models import unet2d

@@ -12,11 +12,11 @@ from diffusers_repr import PAG, Denoiser, FeatureExtractor, guide
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.models import ClassTokenHead
 from diffusers_repr.objectives import (
-    AttentionAlignmentTerm,
+    AttentionAlignmentLoss,
     REGObjective,
     REPAConfig,
     REPAObjective,
-    SelfAlignmentTerm,
+    SelfAlignmentLoss,
     build_repa,
 )
 from tests.objectives.cases import COSINE, LINEAR, SMALL, TinyTeacher, backward, batch, shake, sit, teacher
@@ -121,7 +121,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_attention_is_aligned_without_the_class_token():
     encoder = class_teacher()
-    term = AttentionAlignmentTerm(None, ["blocks.0.attn"], (0,))
+    term = AttentionAlignmentLoss(None, ["blocks.0.attn"], (0,))
     objective = REGObjective(sit(), [TinyTeacher(encoder.source, "teacher")], "blocks.1", terms=[term], **SMALL)
     assert math.isfinite(objective(batch())["attention"].item())
 
@@ -227,7 +227,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="projector_kind='mlp'"):
         reg(projector_kind="conv")
     with pytest.raises(ValueError, match="drop REG or SRA"):
-        reg(terms=[SelfAlignmentTerm()])
+        reg(terms=[SelfAlignmentLoss()])
     with pytest.raises(ValueError, match="class_weight must be finite"):
         reg(class_weight=-1.0)
     with pytest.raises(TypeError, match="got UNet2DModel"):

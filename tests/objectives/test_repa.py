@@ -10,10 +10,10 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import DiffusionObjective
-from diffusers_repr.objectives.alignment import AlignmentTerm, alignment_loss
-from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.auxiliary.alignment import AlignmentLoss, alignment_loss
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss
+from diffusers_repr.objectives.repa.objective import REPAObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
-from diffusers_repr.objectives.terms import AuxiliaryLoss
 from diffusers_repr.objectives.times import TimeSampler
 from tests.objectives.cases import COSINE, LINEAR, SMALL, backward, batch, sit, teacher
 from tests.testers.models import build
@@ -343,7 +343,7 @@ def test_a_unet_has_no_default_layer():
         ({"coefficient": -1.0}, "must be finite and not negative"),
         ({"match_grid": "nearest"}, "match_grid='nearest'; expected None or one of"),
         ({"projector_kind": "linear"}, "Projector kind 'linear'"),
-        ({"terms": [AlignmentTerm("blocks.0")]}, "Two losses are called 'alignment'"),
+        ({"terms": [AlignmentLoss("blocks.0")]}, "Two losses are called 'alignment'"),
         ({"label_dropout": 2.0}, "label_dropout is a probability"),
         ({"stop_step": -1}, "counts optimizer steps"),
     ],

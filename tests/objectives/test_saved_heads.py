@@ -9,13 +9,13 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from safetensors.torch import load_file, save_file
 
 from diffusers_repr import Denoiser, Projector
-from diffusers_repr.objectives import REPAObjective, SelfAlignmentTerm, load_heads
+from diffusers_repr.objectives import REPAObjective, SelfAlignmentLoss, load_heads
 from tests.objectives.cases import SMALL, batch, shake, sit, teacher
 
 
 def repa(encoders=None, **options):
     pipe = SiTPipeline(sit().model, FlowMatchODEScheduler())
-    terms = [SelfAlignmentTerm(projector_dim=8)]
+    terms = [SelfAlignmentLoss(projector_dim=8)]
     given = [teacher()] if encoders is None else encoders
     return REPAObjective(Denoiser.from_pipe(pipe), given, "blocks.1", terms=terms, **{**SMALL, **options})
 

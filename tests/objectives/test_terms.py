@@ -13,17 +13,17 @@ from diffusers_repr.encoders import Encoder
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import (
     IREPA,
-    AttentionAlignmentTerm,
-    DispersiveTerm,
+    AttentionAlignmentLoss,
+    DispersiveLoss,
     REPAConfig,
     REPAObjective,
-    SelfAlignmentTerm,
+    SelfAlignmentLoss,
     build_repa,
 )
-from diffusers_repr.objectives.dispersive import dispersive_loss
-from diffusers_repr.objectives.haste import attention_alignment_loss
-from diffusers_repr.objectives.irepa import standardize_spatially
-from diffusers_repr.objectives.sra import less_noisy
+from diffusers_repr.objectives.auxiliary.dispersive import dispersive_loss
+from diffusers_repr.objectives.auxiliary.haste import attention_alignment_loss
+from diffusers_repr.objectives.auxiliary.irepa import standardize_spatially
+from diffusers_repr.objectives.auxiliary.sra import less_noisy
 from tests.objectives.cases import COSINE, LINEAR, SMALL, attention_teacher, backward, batch, sit, teacher
 from tests.testers.models import build
 
@@ -102,12 +102,12 @@ def test_two_points_are_pushed_apart_along_their_difference():
 
 
 def test_the_dispersive_term_needs_no_teacher():
-    objective = REPAObjective(sit(layers=8), terms=[DispersiveTerm()])
+    objective = REPAObjective(sit(layers=8), terms=[DispersiveLoss()])
     assert objective.terms["dispersive"].layer == "blocks.1"
     out, grads = backward(objective, batch())
     assert out["loss"].item() == pytest.approx((out["denoising"] + 0.5 * out["dispersive"]).item(), abs=1e-6)
     assert grads["network.blocks.0.ff.net.2.weight"].abs().max() > 0
-    unet = REPAObjective(Denoiser.from_pipe(build("ddim")), terms=[DispersiveTerm("mid_block")])
+    unet = REPAObjective(Denoiser.from_pipe(build("ddim")), terms=[DispersiveLoss("mid_block")])
     assert unet(batch(2, 16))["dispersive"].item() < 0
 
 
@@ -134,7 +134,7 @@ def test_attention_loss_equals_the_loop_and_is_least_at_the_target():
 
 
 def haste(stop=None, **changes):
-    term = AttentionAlignmentTerm(None, None, (0, 1), stop_step=stop)
+    term = AttentionAlignmentLoss(None, None, (0, 1), stop_step=stop)
     return REPAObjective(
         sit(layers=6, **changes), [attention_teacher()], None, 0.5, stop_step=stop, terms=[term], **SMALL
     )
@@ -195,7 +195,7 @@ def test_haste_ends_both_losses():
 
 
 def test_attention_of_other_families():
-    term = AttentionAlignmentTerm(None, ["transformer_blocks.1.attn1"], (0,))
+    term = AttentionAlignmentLoss(None, ["transformer_blocks.1.attn1"], (0,))
     denoiser = Denoiser.from_pipe(build("dit"))
     objective = REPAObjective(denoiser, [attention_teacher(4)], "transformer_blocks.1", terms=[term], **SMALL)
     with pytest.raises(ValueError, match="over 64 tokens, the teacher over 16"):
@@ -206,20 +206,20 @@ def test_attention_of_other_families():
             [attention_teacher()],
             "transformer_blocks.0",
             match_grid="interpolate_teacher",
-            terms=[AttentionAlignmentTerm(None, ["transformer_blocks.0.attn"], (0,))],
+            terms=[AttentionAlignmentLoss(None, ["transformer_blocks.0.attn"], (0,))],
         )
 
 
 def test_attention_needs_a_teacher_with_as_many_layers():
     with pytest.raises(ValueError, match="no encoder None among none"):
-        REPAObjective(sit(), terms=[AttentionAlignmentTerm()])
+        REPAObjective(sit(), terms=[AttentionAlignmentLoss()])
     with pytest.raises(ValueError, match=r"1 layers .* and 2 teacher_layers"):
         REPAObjective(
-            sit(), [attention_teacher()], terms=[AttentionAlignmentTerm(None, ["blocks.0.attn"], (0, 1))], **SMALL
+            sit(), [attention_teacher()], terms=[AttentionAlignmentLoss(None, ["blocks.0.attn"], (0, 1))], **SMALL
         )
     with pytest.raises(ValueError, match=r"4 teacher_layers, and 2 blocks up to blocks\.1"):
         REPAObjective(
-            sit(), [attention_teacher()], "blocks.1", terms=[AttentionAlignmentTerm(None, None, (0, 1, 2, 3))], **SMALL
+            sit(), [attention_teacher()], "blocks.1", terms=[AttentionAlignmentLoss(None, None, (0, 1, 2, 3))], **SMALL
         )
     objective = haste()
     with pytest.raises(ValueError, match="neither pixel_values"):
@@ -236,7 +236,7 @@ def averaged(objective, change=0.0):
 
 
 def test_self_alignment_is_0_with_itself():
-    term = SelfAlignmentTerm("blocks.1", "blocks.1", max_shift=0.0, projector_dim=0)
+    term = SelfAlignmentLoss("blocks.1", "blocks.1", max_shift=0.0, projector_dim=0)
     objective = REPAObjective(sit(), terms=[term])
     assert objective(batch())["self_alignment"].item() < 1e-10
     objective.on_step_end(1, averaged(objective))
@@ -247,7 +247,7 @@ def test_self_alignment_is_0_with_itself():
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_self_alignment_by_hand(schedule):
-    term = SelfAlignmentTerm("blocks.0", "blocks.2", projector_dim=8)
+    term = SelfAlignmentLoss("blocks.0", "blocks.2", projector_dim=8)
     objective = REPAObjective(sit(schedule), terms=[term], label_dropout=0.5)
     objective.on_step_end(1, averaged(objective, 0.05))
     torch.manual_seed(3)
@@ -272,7 +272,7 @@ def test_self_alignment_by_hand(schedule):
 
 
 def test_the_teacher_is_the_average_and_no_part_of_the_state():
-    objective = REPAObjective(sit(), terms=[SelfAlignmentTerm(projector_dim=8)])
+    objective = REPAObjective(sit(), terms=[SelfAlignmentLoss(projector_dim=8)])
     term = objective.terms["self_alignment"]
     assert (term.layer, term.teacher_layer) == ("blocks.0", "blocks.2")
     assert not [key for key in objective.state_dict() if "teacher" in key]
@@ -304,7 +304,7 @@ def test_less_noisy_times():
     with pytest.raises(ValueError, match="no time in"):
         less_noisy(EDM.resolve(0.2), EDM, 0.2)
     with pytest.raises(ValueError, match="no time in"):
-        REPAObjective(sit(EDM), terms=[SelfAlignmentTerm(projector_dim=8)])
+        REPAObjective(sit(EDM), terms=[SelfAlignmentLoss(projector_dim=8)])
 
 
 # The recipe
@@ -361,7 +361,7 @@ def test_haste_with_a_real_teacher(tmp_path):
     )
     Dinov2Model(config).save_pretrained(tmp_path)
     encoder = Encoder.from_pretrained(tmp_path, image_size=16, name="dino")
-    term = AttentionAlignmentTerm()  # two blocks up to REPA's, so the last two of the teacher's three
+    term = AttentionAlignmentLoss()  # two blocks up to REPA's, so the last two of the teacher's three
     objective = REPAObjective(sit(), [encoder], "blocks.1", terms=[term], **SMALL)
     calls = []
     handle = encoder.module.register_forward_hook(lambda *_: calls.append(1))
@@ -377,6 +377,6 @@ def test_haste_with_a_real_teacher(tmp_path):
             sit(),
             [encoder],
             "blocks.1",
-            terms=[AttentionAlignmentTerm(None, ["blocks.0.attn"] * 2, (-4, 3))],
+            terms=[AttentionAlignmentLoss(None, ["blocks.0.attn"] * 2, (-4, 3))],
             **SMALL,
         )

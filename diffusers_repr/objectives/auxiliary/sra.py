@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,8 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
 from diffusers_repr.objectives.blocks import block_path, block_stack, repa_layer
-from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
-
-if TYPE_CHECKING:
-    from diffusers_repr.objectives.repa import REPAObjective
 
 TEACHER_DEPTH = 20 / 28  # block 20 of SiT-XL
 
@@ -46,7 +43,7 @@ def less_noisy(
     return schedule.resolve(earlier.round() if schedule.kind == "vp" else earlier)
 
 
-class SelfAlignmentTerm(AuxiliaryLoss):
+class SelfAlignmentLoss(AuxiliaryLoss):
     """Smooth L1 between projected tokens of one block and those of a later block of the moving average.
 
     The teacher gets the same noise and the same dropped labels at a less noisy time. It runs only up to its block.
@@ -64,6 +61,8 @@ class SelfAlignmentTerm(AuxiliaryLoss):
         projector_dim: Hidden width of the projector; 0 compares the tokens as they are.
     """
 
+    runs_network = True
+
     def __init__(
         self,
         layer: str | None = None,
@@ -80,31 +79,31 @@ class SelfAlignmentTerm(AuxiliaryLoss):
         self.max_shift, self.beta, self.projector_dim = max_shift, beta, projector_dim
         self.projector: nn.Module | None = None
 
-    def attach(self, objective: REPAObjective) -> None:
+    def attach(self, host: LossHost) -> None:
         """Find the layers, build the projector, and keep a frozen copy of the network as the teacher."""
-        model = objective.network
-        self.layer = repa_layer(objective.denoiser) if self.layer is None else self.layer
+        model = host.network
+        self.layer = repa_layer(host.denoiser) if self.layer is None else self.layer
         if self.teacher_layer is None:
             self.teacher_layer = block_path(model, max(1, round(TEACHER_DEPTH * block_stack(model)[1])))
-        student, teacher = objective.place(self.layer), objective.place(self.teacher_layer)
+        student, teacher = host.layer(self.layer), host.layer(self.teacher_layer)
         if student.grid != teacher.grid or (not self.projector_dim and student.channels != teacher.channels):
             raise ValueError(
                 f"Self-alignment compares token by token; {self.layer!r} has grid {student.grid} and "
                 f"{student.channels} channels, {self.teacher_layer!r} {teacher.grid} and {teacher.channels}."
             )
-        if objective.denoiser.schedule.kind in ("edm", "ve"):
-            less_noisy(objective.denoiser.level(1.0), objective.denoiser.schedule, 0.0)
+        if host.denoiser.schedule.kind in ("edm", "ve"):
+            less_noisy(host.denoiser.level(1.0), host.denoiser.schedule, 0.0)
         if self.projector_dim:
             self.projector = Projector(student.channels, teacher.channels, self.projector_dim)
         self.layers = (self.layer,)
-        # Beside the modules: the teacher and the objective are no parts of the term.
-        self.__dict__["objective"] = objective
-        self.__dict__["teacher"] = objective.freeze("self-alignment-teacher", frozen_copy(model))
+        # Beside the modules: the teacher and the objective are no parts of the loss.
+        self.__dict__["host"] = host
+        self.__dict__["teacher"] = host.freeze("self-alignment-teacher", frozen_copy(model))
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """Mean over samples, tokens and channels."""
-        student = step.layers[self.layers[0]]
-        target = self.teacher_tokens(step)
+        student = seen.layers[self.layers[0]]
+        target = self.teacher_tokens(seen)
         values, projector = student.tokens(), self.projector
         if projector is not None:
             values = projector(values.to(floating_dtype(projector)), student.grid)
@@ -112,18 +111,17 @@ class SelfAlignmentTerm(AuxiliaryLoss):
             return F.smooth_l1_loss(widen(values), widen(target), beta=self.beta)
 
     @torch.no_grad()
-    def teacher_tokens(self, step: Step) -> Tensor:
+    def teacher_tokens(self, seen: Observation) -> Tensor:
         """Tokens of the teacher's layer for the same images, noise and condition, at a less noisy time."""
-        objective, noisy = self.__dict__["objective"], step.noisy
+        host, noisy = self.__dict__["host"], seen.noisy
         assert self.teacher_layer is not None
-        level = less_noisy(noisy.level, objective.denoiser.schedule, self.max_shift, noisy.batch.get("generator"))
+        level = less_noisy(noisy.level, host.denoiser.schedule, self.max_shift, noisy.batch.get("generator"))
         x_t = add_noise(noisy.x0, level, noisy.noise)
-        inputs = objective.denoiser.network_inputs(x_t, level, noisy.condition)
+        inputs = host.denoiser.network_inputs(x_t, level, noisy.condition)
         teacher = self.__dict__["teacher"]
         with capture(teacher, self.teacher_layer) as tape:
             teacher(**inputs)
-        size = (noisy.x0.shape[2], noisy.x0.shape[3])
-        return objective.layer_tokens(self.teacher_layer, tape[self.teacher_layer], size).tokens()
+        return host.layer_tokens(self.teacher_layer, tape[self.teacher_layer], noisy.size).tokens()
 
     def on_step_end(self, step: int, ema: Any) -> None:
         """Take over the moving average.
@@ -178,4 +176,4 @@ def copy_average(average: Mapping[str, Tensor], prefix: str, module: nn.Module) 
             value.copy_(source)
 
 
-__all__ = ["SelfAlignmentTerm", "copy_average", "frozen_copy", "less_noisy"]
+__all__ = ["SelfAlignmentLoss", "copy_average", "frozen_copy", "less_noisy"]

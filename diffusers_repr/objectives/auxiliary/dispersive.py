@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
 from diffusers_repr.objectives.blocks import block_path, block_stack
-from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
-
-if TYPE_CHECKING:
-    from diffusers_repr.objectives.repa import REPAObjective
 
 
 def dispersive_loss(hidden: Tensor, temperature: float = 0.5) -> Tensor:
@@ -37,7 +34,7 @@ def dispersive_loss(hidden: Tensor, temperature: float = 0.5) -> Tensor:
         return torch.logsumexp(torch.cat([squares, squares, own]) / -temperature, 0) - 2 * math.log(len(flat))
 
 
-class DispersiveTerm(AuxiliaryLoss):
+class DispersiveLoss(AuxiliaryLoss):
     """The dispersive loss of one layer.
 
     The defaults are those that its repository's README gives for the JAX code; they were not run here. The PyTorch
@@ -55,21 +52,21 @@ class DispersiveTerm(AuxiliaryLoss):
             raise ValueError(f"The temperature must be positive; got {temperature}.")
         self.layer, self.temperature = layer, temperature
 
-    def attach(self, objective: REPAObjective) -> None:
+    def attach(self, host: LossHost) -> None:
         """Find the layer."""
         if self.layer is None:
-            model = objective.network
+            model = host.network
             self.layer = block_path(model, max(1, block_stack(model)[1] // 4))
-        objective.place(self.layer)
+        host.layer(self.layer)
         self.layers = (self.layer,)
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """Over the samples of the micro-batch."""
-        return dispersive_loss(step.layers[self.layers[0]].tokens(), self.temperature)
+        return dispersive_loss(seen.layers[self.layers[0]].tokens(), self.temperature)
 
     def describe(self) -> dict[str, Any]:
         """With the temperature."""
         return {**super().describe(), "temperature": self.temperature}
 
 
-__all__ = ["DispersiveTerm", "dispersive_loss"]
+__all__ = ["DispersiveLoss", "dispersive_loss"]

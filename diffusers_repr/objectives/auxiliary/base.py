@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.denoiser import FeatureMap
-from diffusers_repr.objectives.diffusion import NoisyBatch
+from diffusers_repr.denoiser import Denoiser, FeatureMap
+from diffusers_repr.denoiser.layers import Layer
+from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.teachers import Teachers
-
-if TYPE_CHECKING:
-    from diffusers_repr.objectives.repa import REPAObjective
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a term may look at: one micro-batch after the network's forward.
+class Observation:
+    """What a loss may look at: one micro-batch after the network's forward.
 
     Attributes:
         noisy: Input, level, target and condition.
@@ -36,18 +34,48 @@ class Step:
     teachers: Teachers
 
 
+class LossHost(Protocol):
+    """What a loss asks of the objective it is attached to; `DiffusionObjective` is one.
+
+    Attributes:
+        denoiser: What is trained.
+        network: Its network.
+        encoders: Frozen teachers by name.
+        losses: All auxiliary losses by name; those before in order are attached already.
+    """
+
+    denoiser: Denoiser
+    network: nn.Module
+    encoders: dict[str, Any]
+
+    @property
+    def losses(self) -> nn.ModuleDict:
+        """See the class."""
+
+    def layer(self, path: str) -> Layer:
+        """Channels and grid of a layer."""
+
+    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
+        """What a layer returned, as tokens of the image; `size` is (H, W) of x_0."""
+
+    def freeze(self, name: str, module: Any) -> Any:
+        """Keep a module that is used and not trained."""
+
+
 class AuxiliaryLoss(nn.Module):
-    """Base of terms. Subclass: set `layers` or `attentions` by `attach`, write `forward`.
+    """Base of losses beside the denoising loss. Subclass: set `layers` or `attentions` by `attach`, write `forward`.
 
     Args:
         name: In the log.
         weight: Factor in the loss.
-        stop_step: Optimizer steps after which the term is left out; None: never.
+        stop_step: Optimizer steps after which the loss is left out; None: never.
 
     Attributes:
-        layers: Paths that `Step.layers` must hold.
-        attentions: Paths that `Step.attention` must hold.
+        layers: Paths that `Observation.layers` must hold.
+        attentions: Paths that `Observation.attention` must hold.
+        teacher_attentions: Name of an encoder -> its blocks whose attention `Observation.teachers` must give.
         reads_pixels: Whether it needs what only the images of a batch give.
+        runs_network: Whether it runs a network of the same kind by itself, on the image and the condition alone.
 
     Raises:
         ValueError: For a weight that is negative or not finite, or a step that is negative.
@@ -55,7 +83,9 @@ class AuxiliaryLoss(nn.Module):
 
     layers: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ()
+    teacher_attentions: Mapping[str, Sequence[int]] = {}
     reads_pixels: bool = False
+    runs_network: bool = False
 
     def __init__(self, name: str, weight: float, stop_step: int | None = None) -> None:
         super().__init__()
@@ -67,13 +97,13 @@ class AuxiliaryLoss(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether the term still counts."""
+        """Whether the loss still counts."""
         return self.stop_step is None or self.step < self.stop_step
 
-    def attach(self, objective: REPAObjective) -> None:
+    def attach(self, host: LossHost) -> None:
         """Called once, when the objective is made: find layers, build what is trained."""
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """The unweighted loss, a scalar in float32 or wider."""
         raise NotImplementedError
 
@@ -82,7 +112,7 @@ class AuxiliaryLoss(nn.Module):
         self.step = step
 
     def head_modules(self) -> dict[str, str]:
-        """Models to be saved beside the pipeline: name of the folder -> path in this term."""
+        """Models to be saved beside the pipeline: name of the folder -> path in this loss."""
         return {}
 
     def head_config(self, name: str) -> dict[str, Any]:
@@ -94,7 +124,7 @@ class AuxiliaryLoss(nn.Module):
         return {"weight": self.weight, "stop_step": self.stop_step, "layers": [*self.layers, *self.attentions]}
 
     def untouched(self) -> Tensor:
-        """0, with a graph to all its parameters: keeps DDP content while the term is left out."""
+        """0, with a graph to all its parameters: keeps DDP content while the loss is left out."""
         parts = [parameter.sum() for parameter in self.parameters() if parameter.requires_grad]
         return 0 * torch.stack(parts).sum() if parts else torch.zeros(())
 
@@ -109,4 +139,4 @@ def widen(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-__all__ = ["AuxiliaryLoss", "Step", "full_precision", "widen"]
+__all__ = ["AuxiliaryLoss", "LossHost", "Observation", "full_precision", "widen"]

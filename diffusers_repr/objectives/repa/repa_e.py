@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import NoiseLevel, add_noise, training_target
-from diffusers_repr.objectives.base import Batch, rebuild, weighted_sum
-from diffusers_repr.objectives.diffusion import NoisyBatch
-from diffusers_repr.objectives.latent_norm import LatentNorm
-from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.artifacts import ModelArtifact
+from diffusers_repr.objectives.auxiliary.base import Observation, full_precision, widen
+from diffusers_repr.objectives.base import Batch, weighted_sum
+from diffusers_repr.objectives.noisy import NoisyBatch
+from diffusers_repr.objectives.repa.latent_norm import LatentNorm
+from diffusers_repr.objectives.repa.objective import REPAObjective
+from diffusers_repr.objectives.repa.vae_statistics import latent_statistics, write_statistics
 from diffusers_repr.objectives.teachers import Teachers
-from diffusers_repr.objectives.terms import Step, full_precision, widen
-from diffusers_repr.objectives.vae_statistics import latent_statistics, write_statistics
 
 
 @dataclass
@@ -70,7 +71,7 @@ class REPAEObjective(REPAObjective):
         denoiser: Denoiser,
         encoders: Sequence[Any] | Mapping[str, Any],
         layer: str | None = None,
-        coefficient: float = 0.5,
+        coefficient: float | None = None,
         *,
         vae_coefficient: float = 1.5,
         kl_weight: float = 1e-6,
@@ -138,7 +139,7 @@ class REPAEObjective(REPAObjective):
         reconstruction = self.vae.decode(latents).sample
         noisy = self.noised(batch, x0=self.latent_norm(latents), drop=False)
         teachers = self.teachers_of(noisy)
-        aligned = self.terms["alignment"](self._prefix(noisy, teachers))
+        aligned = self.losses["alignment"](self._prefix(noisy, teachers))
         with full_precision(images.device):
             losses = {
                 "reconstruction": F.l1_loss(widen(reconstruction), widen(images)),
@@ -157,9 +158,9 @@ class REPAEObjective(REPAObjective):
         real, fake = self.adversarial(batch["pixel_values"]), self.adversarial(kept.reconstruction)
         return {"loss": (F.relu(1 - widen(real)).mean() + F.relu(1 + widen(fake)).mean()) / 2}
 
-    def _prefix(self, noisy: NoisyBatch, teachers: Teachers) -> Step:
+    def _prefix(self, noisy: NoisyBatch, teachers: Teachers) -> Observation:
         """What the alignment looks at; the network ends behind the layer, where nothing stands against that."""
-        layer: str = self.terms["alignment"].layers[0]  # type: ignore[assignment, index]
+        layer = self.losses.each["alignment"].layers[0]
         model: Any = self.network
         whole = (
             getattr(model, "_compiled_call_impl", None) is not None
@@ -167,16 +168,15 @@ class REPAEObjective(REPAObjective):
             or type(model).__name__.startswith("FSDP")
         )
         if whole:
-            with self.capture.recording() as seen:
+            with self.losses.recording() as recorded:
                 self.predict(noisy)
-            value = seen[layer]
+            value = recorded[layer]
         else:
             with capture(model, layer) as tape:
                 self.predict(noisy)
             value = tape[layer]
-        size = (noisy.x0.shape[2], noisy.x0.shape[3])
-        tokens = {layer: self.layer_tokens(layer, value, size)}
-        return Step(noisy, noisy.x_t, tokens, {}, teachers)
+        tokens = {layer: self.layer_tokens(layer, value, noisy.size)}
+        return Observation(noisy, noisy.x_t, tokens, {}, teachers)
 
     def _enter(self, phase: str) -> None:
         """Gradients and training mode for the parts of a phase alone.
@@ -186,7 +186,7 @@ class REPAEObjective(REPAObjective):
         names = self._owned(phase)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in names)
-        for part in (self.network, self.terms, self.latent_norm):
+        for part in (self.network, self.losses, self.latent_norm):
             part.train(self.training and phase == "main")
         self.vae.train(self.training and phase == "vae")
 
@@ -198,11 +198,6 @@ class REPAEObjective(REPAObjective):
         return {name for name in self._trained if name.startswith(prefixes)}
 
     # What the loop asks for
-
-    @property
-    def needs_pixels(self) -> bool:  # type: ignore[override]
-        """True: the VAE is trained on images."""
-        return True
 
     def param_groups(self, phase: str = "main") -> list[dict[str, Any]]:
         """The VAE, the discriminator, or the network with its projectors."""
@@ -217,7 +212,7 @@ class REPAEObjective(REPAObjective):
 
     def ema_modules(self) -> dict[str, nn.Module]:
         """The network, and the statistics of its latents; the VAE is saved as trained."""
-        return {"network": self.network, "latent_norm": self.latent_norm}
+        return {**super().ema_modules(), "latent_norm": self.latent_norm}
 
     def on_step_end(self, step: int, ema: Any) -> None:
         """Forget latents that no phase has asked for."""
@@ -238,18 +233,35 @@ class REPAEObjective(REPAObjective):
         """With the weights of the VAE's losses."""
         return {**super().identity(), "vae_weights": self.vae_weights, "phases": list(self.phases)}
 
-    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
-        """With the trained VAE, which gives and takes normalised latents.
+    def trained_components(self) -> dict[str, ModelArtifact]:
+        """With the trained VAE, which gives and takes normalised latents."""
+        pipe = self.denoiser.pipe
+        vae = _NormalizingVAE(self.vae, "vae", averaged=False, norm=self.latent_norm, pipeline=type(pipe))
+        return {**super().trained_components(), "vae" if hasattr(pipe, "vae") else "vqvae": vae}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NormalizingVAE(ModelArtifact):
+    """The VAE with the statistics of the latents in it.
+
+    Attributes:
+        norm: The statistics, which lie in the state as `latent_norm`.
+        pipeline: Class of the pipeline it goes into.
+    """
+
+    norm: LatentNorm
+    pipeline: type
+
+    def build(self, state: Mapping[str, Tensor]) -> Any:
+        """See `Artifact.build`.
 
         Raises:
-            TypeError: If the pipeline cannot know of the statistics of the latents.
+            TypeError: If the pipeline cannot know of the statistics.
         """
-        pipe = super().pipeline(state)
-        vae = rebuild(self.vae, state, "vae.")
+        vae = super().build(state)
         mean, var = (state[f"latent_norm.{name}"].double() for name in ("mean", "var"))
-        write_statistics(vae, mean, torch.sqrt(var + self.latent_norm.eps), type(pipe))
-        setattr(pipe, "vae" if hasattr(pipe, "vae") else "vqvae", vae)
-        return pipe
+        write_statistics(vae, mean, torch.sqrt(var + self.norm.eps), self.pipeline)
+        return vae
 
 
 __all__ = ["REPAEObjective"]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family import floating_dtype
-from diffusers_repr.objectives.diffusion import NoisyBatch
-from diffusers_repr.objectives.joint import JointObjective
+from diffusers_repr.objectives.joint.objective import JointObjective
+from diffusers_repr.objectives.noisy import NoisyBatch
 
 
 class HybViTObjective(JointObjective):

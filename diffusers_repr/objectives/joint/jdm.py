@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusers_repr.capture.unet_halves import bottleneck, encode_partial
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.joint import JointHead
-from diffusers_repr.objectives.base import rebuild
-from diffusers_repr.objectives.diffusion import NoisyBatch
-from diffusers_repr.objectives.joint import JointObjective
+from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
+from diffusers_repr.objectives.joint.objective import JointObjective
+from diffusers_repr.objectives.noisy import NoisyBatch
 
 
 class JDMObjective(JointObjective):
@@ -74,24 +72,15 @@ class JDMObjective(JointObjective):
         found = encode_partial(self.network, **inputs, stop_early=not whole)
         return self.head(found.hidden, found.skips, inputs["timestep"])
 
-    def ema_modules(self) -> dict[str, torch.nn.Module]:
-        """The network and the head."""
-        return {"network": self.network, "head": self.head}
+    def trained_components(self) -> dict[str, ModelArtifact]:
+        """The network, and the head if the pipeline has a place for it."""
+        own = {} if self._place is None else {self._place: ModelArtifact(self.head, "head")}
+        return {**super().trained_components(), **own}
 
-    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
-        """The denoiser's pipeline with the trained network, and the head if it has a place for it."""
-        pipe = super().pipeline(state)
-        if self._place is not None:
-            setattr(pipe, self._place, rebuild(self.head, state, "head."))
-        return pipe
-
-    def heads(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The head, where the pipeline has no place for it."""
-        return {} if self._place is not None else {"classifier": rebuild(self.head, state, "head.")}
-
-    def head_modules(self) -> dict[str, torch.nn.Module]:
-        """See `heads`."""
-        return {} if self._place is not None else {"classifier": self.head}
+    def artifacts(self) -> list[Artifact]:
+        """The pipeline, and the head where that has no place for it."""
+        apart = [ModelArtifact(self.head, "head", folder="heads/classifier")] if self._place is None else []
+        return [*super().artifacts(), *apart]
 
     @property
     def _place(self) -> str | None:

@@ -9,12 +9,14 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.objectives.dispersive import DispersiveTerm
-from diffusers_repr.objectives.haste import AttentionAlignmentTerm
-from diffusers_repr.objectives.reg import REGObjective
-from diffusers_repr.objectives.repa import REPAObjective
-from diffusers_repr.objectives.sra import SelfAlignmentTerm
-from diffusers_repr.objectives.terms import AuxiliaryLoss
+from diffusers_repr.objectives.auxiliary.alignment import AlignmentLoss
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss
+from diffusers_repr.objectives.auxiliary.dispersive import DispersiveLoss
+from diffusers_repr.objectives.auxiliary.haste import AttentionAlignmentLoss
+from diffusers_repr.objectives.auxiliary.irepa import SpatialAlignmentLoss
+from diffusers_repr.objectives.auxiliary.sra import SelfAlignmentLoss
+from diffusers_repr.objectives.repa.objective import REPAObjective
+from diffusers_repr.objectives.repa.reg import REGObjective
 from diffusers_repr.objectives.times import TimeSampler
 
 MATCH_GRIDS = ("none", "resize_image", "pool_student", "interpolate_teacher")
@@ -86,19 +88,28 @@ class REPAConfig:
         """How noise levels are drawn."""
         return TimeSampler(self.time_sampling, self.time_mean, self.time_std)
 
-    def terms(self) -> list[AuxiliaryLoss]:
+    def alignment(self) -> AlignmentLoss:
+        """The alignment with the encoders, REPA's or iREPA's."""
+        match_grid = None if self.match_grid == "none" else self.match_grid
+        common = (self.repa_layer, self.repa_coefficient, match_grid, self.projector_dim)
+        own = {name: getattr(self, name) for name in ("projector_kind", "projector_kernel", "spatial_norm")}
+        if own == {"projector_kind": "mlp", "projector_kernel": 3, "spatial_norm": None}:
+            return AlignmentLoss(*common, stop_step=self.repa_stop_step)
+        return SpatialAlignmentLoss(*common, **own, stop_step=self.repa_stop_step)
+
+    def losses(self) -> list[AuxiliaryLoss]:
         """The losses beside the alignment, those of positive weight."""
         chosen: list[AuxiliaryLoss] = []
         if self.dispersive_weight:
-            chosen.append(DispersiveTerm(self.dispersive_layer, self.dispersive_weight, self.dispersive_temperature))
+            chosen.append(DispersiveLoss(self.dispersive_layer, self.dispersive_weight, self.dispersive_temperature))
         if self.haste_weight:
             layers, blocks = self.haste_layers or None, self.haste_teacher_layers or None
             chosen.append(
-                AttentionAlignmentTerm(None, layers, blocks, self.haste_weight, stop_step=self.repa_stop_step)
+                AttentionAlignmentLoss(None, layers, blocks, self.haste_weight, stop_step=self.repa_stop_step)
             )
         if self.sra_weight:
             chosen.append(
-                SelfAlignmentTerm(
+                SelfAlignmentLoss(
                     self.sra_layer,
                     self.sra_teacher_layer,
                     self.sra_weight,
@@ -124,20 +135,14 @@ def build_repa(
     """
     config = config or REPAConfig()
     settings: dict[str, Any] = {
-        "match_grid": None if config.match_grid == "none" else config.match_grid,
-        "projector_dim": config.projector_dim,
-        "projector_kind": config.projector_kind,
-        "projector_kernel": config.projector_kernel,
-        "spatial_norm": config.spatial_norm,
-        "stop_step": config.repa_stop_step,
-        "terms": config.terms(),
+        "alignment": config.alignment() if encoders else None,
+        "losses": config.losses(),
         "time_sampling": config.times(),
         "label_dropout": config.label_dropout,
     }
     if config.reg_weight:
-        settings["class_weight"] = config.reg_weight
-        return REGObjective(denoiser, encoders, config.repa_layer, config.repa_coefficient, **settings)
-    return REPAObjective(denoiser, encoders, config.repa_layer, config.repa_coefficient, **settings)
+        return REGObjective(denoiser, encoders, class_weight=config.reg_weight, **settings)
+    return REPAObjective(denoiser, encoders, **settings)
 
 
 __all__ = ["REPAConfig", "build_repa"]

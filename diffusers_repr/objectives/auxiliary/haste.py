@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
 from diffusers_repr.objectives.blocks import block_number, block_path, block_stack, repa_depth
-from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
-
-if TYPE_CHECKING:
-    from diffusers_repr.objectives.repa import REPAObjective
 
 ATTENTION_NAMES = ("attn", "attn1", "self_attn")
 PAIRS = 4
@@ -45,11 +42,11 @@ def attention_alignment_loss(query: Tensor, key: Tensor, target: Tensor) -> Tens
         return -(target * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
 
-class AttentionAlignmentTerm(AuxiliaryLoss):
+class AttentionAlignmentLoss(AuxiliaryLoss):
     """Attention alignment, averaged over pairs of layers; logits are made again in these layers alone.
 
     In HASTE both alignment losses have the weight 0.5, and both end together (after 250k steps for XL): give
-    `stop_step` to `REPAObjective` too. Its code pairs the blocks 4 to 7 (from 0) with the last four of DINOv2-B,
+    `stop_step` to its `AlignmentLoss` too. Its code pairs the blocks 4 to 7 (from 0) with the last four of DINOv2-B,
     whatever the depth and whichever block REPA aligns, and so it is here for networks of 8 blocks and more. Of a
     smaller one the blocks are those that end with REPA's, four or as many as there are; so are the teacher's, from its
     end.
@@ -77,23 +74,23 @@ class AttentionAlignmentTerm(AuxiliaryLoss):
         self.encoder, self.chosen, self.teacher_chosen = encoder, layers, teacher_layers
         self.teacher_layers: tuple[int, ...] = ()
 
-    def attach(self, objective: REPAObjective) -> None:
+    def attach(self, host: LossHost) -> None:
         """Find the teacher and the layers.
 
         Raises:
             ValueError: If there is no such teacher, or layers do not pair.
         """
-        self.encoder = self.encoder or next(iter(objective.encoders), None)
-        teacher = objective.encoders.get(self.encoder or "")
+        self.encoder = self.encoder or next(iter(host.encoders), None)
+        teacher = host.encoders.get(self.encoder or "")
         if teacher is None:
-            known = list(objective.encoders) or "none"
+            known = list(host.encoders) or "none"
             raise ValueError(f"Attention alignment needs a teacher; no encoder {self.encoder!r} among {known}.")
         if not hasattr(teacher, "encode_with_attention"):
             raise ValueError(f"The teacher {self.encoder!r} gives no attention; a network must be loaded.")
         paths, blocks = self.chosen, self.teacher_chosen
         if paths is None:
             most = min(PAIRS, teacher.num_blocks or PAIRS) if blocks is None else len(blocks)
-            paths = default_attentions(objective, most, exactly=blocks is not None)
+            paths = default_attentions(host, most, exactly=blocks is not None)
         blocks = tuple(range(-len(paths), 0)) if blocks is None else tuple(blocks)
         if len(paths) != len(blocks):
             raise ValueError(
@@ -107,15 +104,16 @@ class AttentionAlignmentTerm(AuxiliaryLoss):
                 f"teacher_layers {outside} are no blocks of the teacher {self.encoder!r}: it has {there}, from 0 to "
                 f"{there - 1} or from {-there} to -1."
             )
-        self.teacher_layers = blocks
+        assert self.encoder is not None
+        self.teacher_layers, self.teacher_attentions = blocks, {self.encoder: blocks}
         self.attentions = tuple(paths)
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """Mean over the pairs."""
         assert self.encoder is not None
-        targets = step.teachers.attention(self.encoder)
+        targets = seen.teachers.attention(self.encoder)
         losses = [
-            attention_alignment_loss(*step.attention[path], target)
+            attention_alignment_loss(*seen.attention[path], target)
             for path, target in zip(self.attentions, targets, strict=True)
         ]
         return torch.stack(losses).mean()
@@ -125,23 +123,23 @@ class AttentionAlignmentTerm(AuxiliaryLoss):
         return {**super().describe(), "encoder": self.encoder, "teacher_layers": list(self.teacher_layers)}
 
 
-def default_attentions(objective: REPAObjective, most: int, exactly: bool) -> list[str]:
-    """Paths of the self-attentions that HASTE reads by default, see `AttentionAlignmentTerm`.
+def default_attentions(host: LossHost, most: int, exactly: bool) -> list[str]:
+    """Paths of the self-attentions that HASTE reads by default, see `AttentionAlignmentLoss`.
 
     Args:
-        objective: Its network, and the block that it aligns.
+        host: Its network, and the block that it aligns.
         most: How many at most.
         exactly: Refuse fewer.
 
     Raises:
         ValueError: If the network has fewer blocks up to the last.
     """
-    model = objective.network
+    model = host.network
     stack, depth = block_stack(model)
     last = LAST_BLOCK
     if depth <= LAST_BLOCK:
-        aligned = getattr(objective.terms["alignment"], "layer", "")
-        number = block_number(model, aligned)
+        aligned = getattr(host.losses["alignment"], "layers", ()) if "alignment" in host.losses else ()
+        number = block_number(model, aligned[0]) if aligned else None
         last = repa_depth(model) - 1 if number is None else number
     count = min(most, last + 1)
     if exactly and count < most:
@@ -162,4 +160,4 @@ def _attention_of(model: Any, block: str) -> str:
     )
 
 
-__all__ = ["AttentionAlignmentTerm", "attention_alignment_loss"]
+__all__ = ["AttentionAlignmentLoss", "attention_alignment_loss"]

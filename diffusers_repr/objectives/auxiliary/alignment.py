@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from diffusers_repr.denoiser import FeatureMap
 from diffusers_repr.denoiser.family import floating_dtype
-from diffusers_repr.heads.projector import Projector, ProjectorKind
+from diffusers_repr.heads.projector import Projector
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
+from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.cosine import mean_cosine
-from diffusers_repr.objectives.irepa import standardize_spatially
 from diffusers_repr.objectives.matching import (
     MatchGrid,
     check_grids,
@@ -22,10 +23,6 @@ from diffusers_repr.objectives.matching import (
     with_grid,
 )
 from diffusers_repr.objectives.saved_heads import encoder_mark
-from diffusers_repr.objectives.terms import AuxiliaryLoss, Step, full_precision, widen
-
-if TYPE_CHECKING:
-    from diffusers_repr.objectives.repa import REPAObjective
 
 
 def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
@@ -56,72 +53,76 @@ def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
         return -mean_cosine(projected, target)
 
 
-class AlignmentTerm(AuxiliaryLoss):
+class AlignmentLoss(AuxiliaryLoss):
     """Alignment of one layer with every encoder of the objective; the losses of the encoders are averaged.
 
     Args:
-        layer: Path of the layer.
-        weight: lambda; 0.5 in REPA, 1 in iREPA.
-        match_grid: What to do where the grids differ; None refuses.
+        layer: Path of the layer, such as `blocks.3`; `repa_layer(denoiser)` if None. Papers count blocks from 1, paths
+            from 0: REPA's encoder depth 8 is `blocks.7`.
+        weight: lambda.
+        match_grid: Where the token grids of layer and encoder differ: `resize_image` gives the encoder images of
+            another size, `pool_student` averages the layer's tokens, `interpolate_teacher` resizes the encoder's
+            features. None refuses.
         projector_dim: Hidden width of the projectors.
-        projector_kind: `mlp` (REPA) or `conv` (iREPA).
-        projector_kernel: Side of the convolution.
-        spatial_norm: gamma of iREPA's standardisation of the targets over the tokens; None: none.
-        stop_step: Step after which the term ends (HASTE).
+        stop_step: Optimizer steps after which the loss ends, as HASTE has it; None: never.
     """
 
     def __init__(
         self,
-        layer: str,
+        layer: str | None = None,
         weight: float = 0.5,
         match_grid: MatchGrid | None = None,
         projector_dim: int = 2048,
-        projector_kind: ProjectorKind = "mlp",
-        projector_kernel: int = 3,
-        spatial_norm: float | None = None,
+        *,
         stop_step: int | None = None,
     ) -> None:
         super().__init__("alignment", weight, stop_step)
         check_mode(match_grid)
-        self.layer, self.layers = layer, (layer,)
-        self.match_grid, self.spatial_norm = match_grid, spatial_norm
-        self.projector_settings: dict[str, Any] = {
-            "hidden_dim": projector_dim,
-            "kind": projector_kind,
-            "kernel_size": projector_kernel,
-        }
+        self.chosen, self.match_grid = layer, match_grid
+        self.projector: dict[str, Any] = {"hidden_dim": projector_dim, "kind": "mlp", "kernel_size": 3}
         self.projectors = nn.ModuleList()
         self.names: tuple[str, ...] = ()
         self.encoders: dict[str, Any] = {}
 
-    def attach(self, objective: REPAObjective) -> None:
-        """Check the grids, resize the encoders' input where asked for, and make a projector for each encoder."""
-        place = objective.place(self.layer)
-        size = objective.denoiser.image_size
-        for name, encoder in list(objective.encoders.items()):
+    @property
+    def layer(self) -> str:
+        """Path of the layer."""
+        return self.layers[0]
+
+    def attach(self, host: LossHost) -> None:
+        """Check the grids, resize the encoders' input where asked for, and make a projector for each encoder.
+
+        Raises:
+            ValueError: Without encoders, for grids that differ, or names that are one as folders.
+        """
+        if not host.encoders:
+            raise ValueError("Alignment needs a teacher; pass encoders.")
+        self.layers = (repa_layer(host.denoiser) if self.chosen is None else self.chosen,)
+        place = host.layer(self.layer)
+        size = host.denoiser.image_size
+        for name, encoder in list(host.encoders.items()):
             if self.match_grid == "resize_image" and encoder.grid_for(size) != place.grid:
-                encoder = objective.encoders[name] = with_grid(encoder, place.grid, size, self.layer)
+                encoder = host.encoders[name] = with_grid(encoder, place.grid, size, self.layer)
             check_grids(place.grid, encoder.grid_for(size), self.match_grid, self.layer, name)
-        self.names = tuple(objective.encoders)
-        self.encoders = objective.encoders
+        self.names = tuple(host.encoders)
+        self.encoders = host.encoders
         if len(self.head_modules()) < len(self.names):
             raise ValueError(f"The encoders' names {list(self.names)} are one as folders; pass {{name: encoder}}.")
         self.projectors.extend(
-            Projector(place.channels, encoder.dim, **self.projector_settings)
-            for encoder in objective.encoders.values()
+            Projector(place.channels, encoder.dim, **self.projector) for encoder in host.encoders.values()
         )
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, seen: Observation) -> Tensor:
         """Mean over encoders, samples and tokens."""
         losses = []
         for name, projector in zip(self.names, self.projectors, strict=True):
-            student, target = self.matched(step.layers[self.layer], step.teachers.tokens(name), name)
+            student, target = self.matched(seen.layers[self.layer], seen.teachers.tokens(name), name)
             dtype = floating_dtype(projector)  # a network in half precision, without autocast
             projected = projector(student.tokens().to(dtype), student.grid)
             if (token := student.class_token()) is not None:
                 own = projector(token.to(dtype)[:, None], (1, 1))
                 projected = torch.cat([projected, own], dim=1)
-                target = torch.cat([target, widen(step.teachers.global_features(name))[:, None]], dim=1)
+                target = torch.cat([target, widen(seen.teachers.global_features(name))[:, None]], dim=1)
             losses.append(alignment_loss(projected, target))
         return torch.stack(losses).mean()
 
@@ -132,10 +133,11 @@ class AlignmentTerm(AuxiliaryLoss):
             student = pool_tokens(student, teacher.grid)
         elif self.match_grid == "interpolate_teacher":
             teacher = interpolate_tokens(teacher, student.grid)
-        target = widen(teacher.tokens())
-        if self.spatial_norm is not None:
-            target = standardize_spatially(target, self.spatial_norm)
-        return student, target
+        return student, self.target(widen(teacher.tokens()))
+
+    def target(self, features: Tensor) -> Tensor:
+        """What the projected tokens are drawn to, of an encoder's features `(B, N, D)` on the common grid."""
+        return features
 
     def head_modules(self) -> dict[str, str]:
         """`projector-<encoder>`, with slashes and the like replaced."""
@@ -152,9 +154,9 @@ class AlignmentTerm(AuxiliaryLoss):
             **super().describe(),
             "encoders": list(self.names),
             "match_grid": self.match_grid,
-            "projector": dict(self.projector_settings),
-            "spatial_norm": self.spatial_norm,
+            "projector": dict(self.projector),
+            "spatial_norm": None,
         }
 
 
-__all__ = ["AlignmentTerm", "alignment_loss"]
+__all__ = ["AlignmentLoss", "alignment_loss"]

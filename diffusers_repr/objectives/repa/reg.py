@@ -16,12 +16,11 @@ from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.noise import add_noise, training_target
-from diffusers_repr.objectives.base import rebuild
-from diffusers_repr.objectives.diffusion import NoisyBatch
-from diffusers_repr.objectives.repa import REPAObjective
-from diffusers_repr.objectives.sra import SelfAlignmentTerm
+from diffusers_repr.objectives.artifacts import ModelArtifact
+from diffusers_repr.objectives.auxiliary.base import Observation, full_precision, widen
+from diffusers_repr.objectives.noisy import NoisyBatch
+from diffusers_repr.objectives.repa.objective import REPAObjective
 from diffusers_repr.objectives.teachers import Teachers
-from diffusers_repr.objectives.terms import Step, full_precision, widen
 
 
 class REGObjective(REPAObjective):
@@ -47,6 +46,7 @@ class REGObjective(REPAObjective):
     """
 
     trains_class_token = True
+    own_losses = (*REPAObjective.own_losses, "class_token")
     card = {
         **REPAObjective.card,
         "text": "The network was trained together with a class token of its teacher (REG, arXiv 2507.01467): "
@@ -59,17 +59,18 @@ class REGObjective(REPAObjective):
         denoiser: Denoiser,
         encoders: Sequence[Any] | Mapping[str, Any],
         layer: str | None = None,
-        coefficient: float = 0.5,
+        coefficient: float | None = None,
         *,
         class_weight: float = 0.03,
         **options: Any,
     ) -> None:
         if not encoders:
             raise ValueError("REG denoises the class token of a teacher; pass encoders.")
-        if options.get("projector_kind", "mlp") != "mlp":
+        alignment = options.get("alignment")
+        if alignment is not None and alignment.projector["kind"] != "mlp":
             raise ValueError("REG projects its class token as it does the others; take projector_kind='mlp'.")
-        if any(isinstance(term, SelfAlignmentTerm) for term in options.get("terms", ())):
-            raise ValueError("The teacher of self-alignment has no class token; drop REG or SRA.")
+        if any(loss.runs_network for loss in options.get("losses", ())):
+            raise ValueError("The network that self-alignment runs has no class token; drop REG or SRA.")
         if not 0 <= class_weight < float("inf"):
             raise ValueError(f"class_weight must be finite and not negative; got {class_weight}.")
         _check_network(denoiser)
@@ -86,7 +87,7 @@ class REGObjective(REPAObjective):
                 "pipe.register_modules(class_token=None)."
             )
 
-    def observe(self, noisy: NoisyBatch, teachers: Teachers | None = None) -> tuple[dict[str, Tensor], Step]:
+    def observe(self, noisy: NoisyBatch, teachers: Teachers | None = None) -> tuple[dict[str, Tensor], Observation]:
         """As `REPAObjective.observe`, with the class token in the sequence; adds its loss."""
         teachers = teachers or self.teachers_of(noisy)
         clean = widen(teachers.global_features(self.source))
@@ -95,13 +96,13 @@ class REGObjective(REPAObjective):
         entering = add_noise(clean, noisy.level, noise)
         token = self.class_token.enter(entering)
         noisy = replace(noisy, condition={**noisy.condition, "class_token": token})
-        losses, step = super().observe(noisy, teachers)
+        losses, seen = super().observe(noisy, teachers)
         state, self._state = self._state, None
         assert state is not None
         predicted = self.class_token.leave(state)
         with full_precision(clean.device):
             losses["class_token"] = F.mse_loss(widen(predicted), target)
-        return losses, step
+        return losses, seen
 
     def predict(self, noisy: NoisyBatch) -> Tensor:
         """As `DiffusionObjective.predict`; what became of the class token is kept for `observe`."""
@@ -121,13 +122,9 @@ class REGObjective(REPAObjective):
         """Without the class token."""
         return query[:, :, :-1], key[:, :, :-1]
 
-    def weights(self) -> dict[str, float]:
+    def loss_weights(self) -> dict[str, float]:
         """With that of the class token."""
-        return {**super().weights(), "class_token": self.class_weight}
-
-    def ema_modules(self) -> dict[str, nn.Module]:
-        """The network and the class token's head: both are sampled with."""
-        return {**super().ema_modules(), "class_token": self.class_token}
+        return {**super().loss_weights(), "class_token": self.class_weight}
 
     def networks(self) -> dict[str, nn.Module]:
         """The network alone: the head has no blocks and no attention."""
@@ -137,11 +134,9 @@ class REGObjective(REPAObjective):
         """With the weight of the class token."""
         return {**super().identity(), "class_weight": self.class_weight}
 
-    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
-        """As `REPAObjective`, with the class token's head as `class_token`."""
-        pipe = super().pipeline(state)
-        pipe.register_modules(class_token=rebuild(self.class_token, state, "class_token."))
-        return pipe
+    def trained_components(self) -> dict[str, ModelArtifact]:
+        """The network and the class token's head: both are sampled with, and averaged."""
+        return {**super().trained_components(), "class_token": ModelArtifact(self.class_token, "class_token")}
 
 
 def _check_network(denoiser: Denoiser) -> None:

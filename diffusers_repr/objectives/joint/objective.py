@@ -11,9 +11,9 @@ from torch import Tensor
 
 from diffusers_repr.data.transforms import augment
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.objectives.base import Batch, weighted_sum
-from diffusers_repr.objectives.diffusion import DiffusionObjective, NoisyBatch
-from diffusers_repr.objectives.times import TimeSampler
+from diffusers_repr.objectives.base import Batch
+from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.noisy import NoisyBatch
 
 # Labels (B,), each with its share in the target of a row.
 Targets = list[tuple[Tensor, float]]
@@ -40,7 +40,7 @@ class JointObjective(DiffusionObjective):
             1710.09412); 0: none.
         flip, rotation, shift, scale: Augmentation of the classified clean images on top of the data's own, as
             `training.transforms.augment` takes it.
-        time_sampling: How noise levels are drawn.
+        **options: `time_sampling`, `losses` and `encoders` of `DiffusionObjective`.
 
     Logs: `<output>_mse` or `<output>_l1` (`eps_mse` for a network that predicts epsilon), `ce`, `accuracy` of the
     labelled rows as they were trained on, `labelled`, their share; with `both`, `ce_noised`.
@@ -63,9 +63,12 @@ class JointObjective(DiffusionObjective):
         rotation: float = 0.0,
         shift: float = 0.0,
         scale: float = 0.0,
-        time_sampling: TimeSampler | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(denoiser, time_sampling=time_sampling, label_dropout=0.0)
+        output = denoiser.schedule.output
+        self.loss_name = f"{'eps' if output == 'epsilon' else output}_{'l1' if loss == 'l1' else 'mse'}"
+        self.own_losses = ("loss", self.loss_name, "ce", "ce_noised", "accuracy", "labelled")
+        super().__init__(denoiser, label_dropout=0.0, **options)
         if self.num_classes or denoiser.family.conditioning == "text":
             raise ValueError(
                 f"This {type(self.network).__name__} is told the class (or a text); a joint model finds it. Build it "
@@ -89,8 +92,6 @@ class JointObjective(DiffusionObjective):
             )
         self.loss, self.classify = loss, classify
         self.label_smoothing, self.mixup = label_smoothing, mixup
-        output = denoiser.schedule.output
-        self.loss_name = f"{'eps' if output == 'epsilon' else output}_{'l1' if loss == 'l1' else 'mse'}"
 
     # What a network defines
 
@@ -116,21 +117,28 @@ class JointObjective(DiffusionObjective):
         if self.classify != "noised":
             images, targets = self.clean_view(noisy.x0, labels)
             found["ce"] = self.classify_clean(images), targets
-        if self.classify == "clean":
-            prediction = self.predict(noisy)
-        else:
-            prediction, logits = self.denoise_and_classify(noisy)
+        with self.losses.recording() as recorded:
+            if self.classify == "clean":
+                prediction = self.predict(noisy)
+            else:
+                prediction, logits = self.denoise_and_classify(noisy)
+        if self.classify != "clean":
             found["ce_noised" if found else "ce"] = logits, [(labels, 1.0)]
         terms = {self.loss_name: LOSSES[self.loss](prediction, noisy.target)}
         terms |= {name: masked_cross_entropy(*pair, self.label_smoothing) for name, pair in found.items()}
-        factors = {name: self.weights["classification"] for name in found}
         labelled = (labels != UNLABELLED).float()
         hits = (found["ce"][0].argmax(1) == labels).float().sum()
         return {
-            **weighted_sum(terms, {self.loss_name: self.weights["generation"], **factors}),
+            **self.combine(terms, self.observation(noisy, prediction, recorded)),
             "accuracy": hits / labelled.sum().clamp(min=1),
             "labelled": labelled.mean(),
         }
+
+    def loss_weights(self) -> dict[str, float]:
+        """With those of both losses."""
+        classification = self.weights["classification"]
+        own = {self.loss_name: self.weights["generation"], "ce": classification, "ce_noised": classification}
+        return {**super().loss_weights(), **own}
 
     def clean_view(self, x0: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
         """The images to be classified, augmented and mixed, and their targets: labels, each with its share.
@@ -148,11 +156,12 @@ class JointObjective(DiffusionObjective):
     # Checks
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Labels must be there, each of a class or -1.
+        """Labels must be there, each of a class or -1; and what the encoders need.
 
         Raises:
-            ValueError: Naming the label and the allowed range.
+            ValueError: Naming the label and the allowed range, or what is missing.
         """
+        self.check_encoders(batch)
         labels = batch.get("class_labels")
         if labels is None:
             raise ValueError(
