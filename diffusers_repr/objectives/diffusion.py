@@ -17,6 +17,7 @@ from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.denoiser.vae import draw_latents
+from diffusers_repr.encoders import ImageEncoder
 from diffusers_repr.hub.own_pipelines import named_pipeline
 from diffusers_repr.noise import add_noise, training_target
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, PipelineArtifact
@@ -99,7 +100,7 @@ class DiffusionObjective(Objective):
         self.add_module("terms", AuxiliaryLosses(losses, self.own_losses))
         self.losses.attach(self)
         for name, encoder in self.encoders.items():
-            if hasattr(encoder, "encode_pixels"):
+            if isinstance(encoder, ImageEncoder):
                 self.freeze(f"encoder-{name}", encoder)
 
     @property

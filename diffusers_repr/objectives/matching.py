@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 
 from diffusers_repr.denoiser import FeatureMap
+from diffusers_repr.encoders import Encoder, EncoderInfo
 
 MatchGrid = Literal["resize_image", "pool_student", "interpolate_teacher"]
 MODES: tuple[MatchGrid, ...] = ("resize_image", "pool_student", "interpolate_teacher")
@@ -61,7 +61,7 @@ def interpolate_tokens(tokens: FeatureMap, grid: tuple[int, ...]) -> FeatureMap:
     return FeatureMap.from_map(resized)
 
 
-def with_grid(encoder: Any, grid: tuple[int, ...], size: tuple[int, int], layer: str) -> Any:
+def with_grid(encoder: EncoderInfo, grid: tuple[int, ...], size: tuple[int, int], layer: str) -> EncoderInfo:
     """An encoder that resizes its images such that its tokens lie on `grid`; shares the network with the given one.
 
     Args:
@@ -76,11 +76,9 @@ def with_grid(encoder: Any, grid: tuple[int, ...], size: tuple[int, int], layer:
     now = encoder.grid_for(size)
     if now == grid:
         return encoder
-    source = getattr(encoder, "source", None)
-    if source is not None and hasattr(source, "image_size"):
-        (h, w), resized = source.size(size), copy.copy(encoder)
-        resized.source = copy.copy(source)
-        resized.source.image_size = (h * grid[0] // now[0], w * grid[1] // now[1])
+    if isinstance(encoder, Encoder):
+        h, w = encoder.source.size(size)
+        resized = encoder.with_image_size((h * grid[0] // now[0], w * grid[1] // now[1]))
         if resized.grid_for(size) == grid:
             return resized
     raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import FeatureMap
+from diffusers_repr.encoders import EncoderInfo, ImageEncoder
 from diffusers_repr.objectives.base import Batch
 
 
@@ -38,7 +39,7 @@ class CachedFeatures:
         return dict(self.fingerprint_of or {"name": self.name, "dim": self.dim, "grid": list(self.grid)})
 
 
-def name_encoders(encoders: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+def name_encoders(encoders: Sequence[Any] | Mapping[str, Any]) -> dict[str, EncoderInfo]:
     """Encoders by name.
 
     Raises:
@@ -54,7 +55,7 @@ def name_encoders(encoders: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]
             raise ValueError(f"Two encoders are called {name!r}; pass them as {{name: encoder}}.")
         named[name] = encoder
     for name, encoder in named.items():
-        if not hasattr(encoder, "grid_for") or not hasattr(encoder, "dim"):
+        if not isinstance(encoder, EncoderInfo):
             raise TypeError(f"Encoder {name!r} is a {type(encoder).__name__}; expected an Encoder or CachedFeatures.")
     return named
 
@@ -133,9 +134,9 @@ class Teachers:
         return self._outputs[name]
 
 
-def missing(name: str, encoder: Any, batch: Mapping[str, Any]) -> str | None:
+def missing(name: str, encoder: EncoderInfo, batch: Mapping[str, Any]) -> str | None:
     """Why an encoder cannot be run on a batch; None if it can."""
-    if not hasattr(encoder, "encode_pixels"):
+    if not isinstance(encoder, ImageEncoder):
         there = sorted(batch.get("features", {}))
         return f"The batch has no cached features {name!r} (it has {there or 'none'}), and the encoder is not loaded."
     if batch.get("pixel_values") is None:

@@ -193,7 +193,7 @@ def test_bad_features():
         head({"a": features["a"], "c": features["c"]}, 1)
     with pytest.raises(ValueError, match=r"'a' as a map \(B, 12, h, w\); got \(2, 8, 4, 6\)"):
         head({**features, "a": features["b"]}, 1)
-    with pytest.raises(ValueError, match="`to_map`"):
+    with pytest.raises(ValueError, match=r"`denoiser.feature_map\(...\).as_map\(\)`"):
         head({**features, "a": torch.zeros(2, 6, 12)}, 1)
     with pytest.raises(ValueError, match="rows"):
         head({**features, "a": features["a"][:1]}, 1)
