@@ -27,7 +27,7 @@ quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	.ci/imports
 	$(BIN)/interrogate diffusers_repr pipelines schedulers_ext
 
 style: $(READY)

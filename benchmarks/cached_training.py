@@ -5,7 +5,7 @@ import time
 
 import torch
 from accelerate import Accelerator
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from transformers import Dinov2Config, Dinov2Model
 

@@ -19,7 +19,7 @@ from benchmarks.common import report
 from diffusers_repr import Denoiser, list_layers
 from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.sweep.select import select_features
+from diffusers_repr.sweep import select_features
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "digits-ddpm"

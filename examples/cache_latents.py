@@ -25,7 +25,8 @@ from diffusers_repr.config.recipe import parse_recipe, read_recipe, setting
 from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.latents import cache_latents
-from diffusers_repr.data.train_data import ImageTrainData, load_train_data
+from diffusers_repr.data.loading import load_train_data
+from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.encoders.feature_cache import cache_features

@@ -30,7 +30,7 @@ class Base:
         denoiser = Denoiser.from_pretrained(path, revision=revision)
         size = (resolution, resolution) if resolution else denoiser.image_size
         denoiser.check_size(size)
-        local, channels = Path(path).is_dir(), denoiser.family.channels(denoiser.config)
+        local, channels = Path(path).is_dir(), denoiser.family.channels()
         name, hub_id = (Path(path).resolve().name, None) if local else (path, path)
         return cls(name, hub_id, denoiser.schedule, channels, denoiser.image_channels, size, denoiser.stride,
                    denoiser.vae)  # fmt: skip

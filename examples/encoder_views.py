@@ -9,8 +9,7 @@ from torch import Tensor
 
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.data import TrainData
-from diffusers_repr.data.train_data import augmented
-from diffusers_repr.data.transforms import to_unit
+from diffusers_repr.data.base import augmented
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +105,8 @@ class ViewData(TrainData):
     def on_device(self, batch: dict) -> dict:
         """`views` (2, B, C, H, W) in [-1, 1]."""
         self.pixels = self.pixels.to(batch["index"].device)
-        images = to_unit(self.pixels[batch["index"]].repeat(2, 1, 1, 1))
-        views = view(augmented(images, self.data.config), self.config)
+        twice = {"pixel_values": self.pixels[batch["index"]].repeat(2, 1, 1, 1)}
+        views = view(augmented(twice, self.data.config)["pixel_values"], self.config)
         return {**batch, "views": views.unflatten(0, (2, -1))}
 
     def labelled(self) -> tuple[Tensor, Tensor]:

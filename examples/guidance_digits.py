@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
+from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 from digits_metrics import DigitsJudge, real_digits
 from PIL import Image
 from torch import Tensor

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import train_joint
 from diffusers import DDIMScheduler
-from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from digits_metrics import DigitsJudge, real_digits
 from guidance_digits import grid
 from torch import Tensor

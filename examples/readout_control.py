@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
+from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 from PIL import Image
 from recipe_data import load_split
 from torch import Tensor

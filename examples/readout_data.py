@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.data import TrainData
-from diffusers_repr.data.image_column import ImagePixels, raw_bytes
-from diffusers_repr.data.train_data import hashed
+from diffusers_repr.data.base import hashed
+from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.image_files import raw_bytes
 from diffusers_repr.data.transforms import draw_flips, to_unit
 from diffusers_repr.heads import sobel_edges
 

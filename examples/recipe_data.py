@@ -6,7 +6,7 @@ from accelerate.utils import parse_flag_from_env
 from digits import digits_split
 
 from diffusers_repr.data import DataConfig, load_train_data
-from diffusers_repr.data.image_data import open_split
+from diffusers_repr.data.splits import open_split
 
 
 def load_split(name: str, split: str) -> datasets.Dataset:

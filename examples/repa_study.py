@@ -29,7 +29,6 @@ from diffusers_repr.data import DataConfig
 from diffusers_repr.metrics import frechet_distance, precision_recall
 from diffusers_repr.objectives.repa.config import REPAConfig
 from diffusers_repr.sweep import measure_alignment
-from diffusers_repr.sweep.alignment_plot import draw_alignment
 from diffusers_repr.training import TrainingConfig
 
 
@@ -146,7 +145,7 @@ def main(argv: list[str]) -> None:
         folder = Path(args.work) / f"{method}-seed{args.seeds[0]}"
         alignment = sweep(evaluation, folder, args.levels, device)
         alignment.save(out / f"alignment_{method}", plot=False)
-        (out / f"alignment_{method}.png").write_bytes(draw_alignment(alignment))
+        (out / f"alignment_{method}.png").write_bytes(alignment.plot())
         shutil.copy(folder / "samples.png", out / f"samples_{method}.png")
     facts = {"judge_accuracy": accuracy, "distance_of_test_images": floor, "device": describe(device),
              "command": f"python examples/repa_study.py {' '.join(argv)}", "samples": args.samples}  # fmt: skip
@@ -155,7 +154,7 @@ def main(argv: list[str]) -> None:
 
 def sweep(evaluation: Evaluation, folder: Path, levels: list[float], device: torch.device):
     """CKNNA of every block at every level, of a finished run."""
-    from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+    from diffusers_repr.pipelines.sit import SiTPipeline
 
     pipe = SiTPipeline.from_pretrained(folder).to(device)
     blocks = [f"blocks.{place}" for place in range(pipe.transformer.config.num_layers)]

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser

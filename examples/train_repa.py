@@ -15,7 +15,7 @@ import warnings
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from recipe_data import load_recipe_data

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from diffusers_repr.capture.capture import Tape, Transform, recording, refuse_compiled
 from diffusers_repr.capture.names import check_layers
+from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.family_registry import family_of_or_base
 from diffusers_repr.denoiser.hooks import Hooks
 
 Heads = Literal["mean"] | None
@@ -24,9 +26,6 @@ Order = Literal["self", "cross", "image_text", "text_image", "unknown"]
 GIB = 2**30
 _SCRATCH = 2**24  # scores held at once by default: 64 MiB in float32
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-# Joint attention puts two streams side by side; which comes first is the processor's choice.
-_IMAGE_FIRST = ("JointAttnProcessor", "FusedJointAttnProcessor", "PAGJointAttnProcessor")
-_TEXT_FIRST = ("FluxAttnProcessor", "AuraFlowAttnProcessor", "FusedAuraFlowAttnProcessor")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class AttentionTokens:
     Attributes:
         order: `self`: rows and columns are the layer's own tokens (in FLUX's single-stream blocks text, then image).
             `cross`: rows are image tokens, columns text tokens. `image_text` (SD3) and `text_image` (FLUX): rows and
-            columns are both streams, one after the other. `unknown`: none of these.
+            columns are both streams, one after the other, as the network's family tells. `unknown`: none of these.
         image: Tokens of the layer's first input.
         text: Tokens of its second input; 0 for self-attention.
         heads: Attention heads.
@@ -174,20 +173,21 @@ def watching(tape: AttentionTape, model: nn.Module, modules: Mapping[str, nn.Mod
 
         return hook
 
+    family = family_of_or_base(model)
     with recording(tape, model) as hooks:
         for path, module in modules.items():
             hooks.before(module, before(path))
             hooks.after(module, after(path))
-        with _Watch(tape, keep):
+        with _Watch(tape, family, keep):
             yield hooks
 
 
 class _Watch(TorchFunctionMode):
     """Sees every call of `scaled_dot_product_attention`; those of a running named layer are kept."""
 
-    def __init__(self, tape: AttentionTape, keep: Keep) -> None:
+    def __init__(self, tape: AttentionTape, family: Family, keep: Keep) -> None:
         super().__init__()
-        self.tape, self.keep = tape, keep
+        self.tape, self.family, self.keep = tape, family, keep
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -201,13 +201,13 @@ class _Watch(TorchFunctionMode):
                     "scaled_dot_product_attention in a forward; which map is meant is not clear."
                 )
             call = {**dict(zip(_SDPA_ARGUMENTS, args, strict=False)), **kwargs}
-            self.keep(path, _tokens(module, own, other, call), call)
+            self.keep(path, _tokens(self.family, path, own, other, call), call)
         return func(*args, **kwargs)
 
 
 def attention_layers(model: nn.Module) -> list[str]:
     """Paths of the attention modules, in module order (not that of execution)."""
-    return [path for path, module in model.named_modules() if path and _is_attention(module)]
+    return [path for path, module in model.named_modules() if path and is_attention(module)]
 
 
 def check_attention_layers(model: nn.Module, layers: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -219,7 +219,7 @@ def check_attention_layers(model: nn.Module, layers: str | Sequence[str]) -> dic
     """
     modules = check_layers(model, layers)
     for path, module in modules.items():
-        if not _is_attention(module):
+        if not is_attention(module):
             known = attention_layers(model)
             near = [name for name in known if name.startswith(f"{path}.")][:3]
             near = near or difflib.get_close_matches(path, known, n=3, cutoff=0.3) or known[:3]
@@ -287,7 +287,8 @@ def _mask_rows(mask: Tensor | None, start: int, stop: int, rows: int) -> Tensor 
     return mask[..., start:stop, :]
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is built as diffusers' attention modules are."""
     return hasattr(module, "to_q") or hasattr(module, "to_qkv")
 
 
@@ -301,7 +302,7 @@ def _token_count(value: Any) -> int:
     return math.prod(value.shape[2:]) if value.ndim == 4 else value.shape[1]
 
 
-def _tokens(module: nn.Module, own: int, other: int, call: dict[str, Any]) -> AttentionTokens:
+def _tokens(family: Family, path: str, own: int, other: int, call: dict[str, Any]) -> AttentionTokens:
     heads, queries, keys = call["query"].shape[1], call["query"].shape[2], call["key"].shape[2]
     order: Order = "unknown"
     if other == 0 and queries == keys == own:
@@ -309,7 +310,7 @@ def _tokens(module: nn.Module, own: int, other: int, call: dict[str, Any]) -> At
     elif other and (queries, keys) == (own, other):
         order = "cross"
     elif other and queries == keys == own + other:
-        name = _processor(module)
-        order = "image_text" if name.startswith(_IMAGE_FIRST) else order
-        order = "text_image" if name.startswith(_TEXT_FIRST) else order
+        layout = family.layout_told(path)
+        if layout is not None and layout.text is not None:
+            order = "text_image" if layout.text == "first" else "image_text"
     return AttentionTokens(order, own, other, heads, queries, keys)

@@ -49,12 +49,10 @@ def attention_tokens(
     denoiser.check_size(size)
     model = on_meta(denoiser.model)
     modules = check_attention_layers(model, layers)
-    family, config = denoiser.family, denoiser.config
-    x_t = torch.empty(
-        1, family.channels(config), size[0] // denoiser.stride, size[1] // denoiser.stride, device="meta"
-    )
+    family, stride = denoiser.family, denoiser.stride
+    x_t = torch.empty(1, family.channels(), size[0] // stride, size[1] // stride, device="meta")
     level = denoiser.level(sum(denoiser.schedule.timestep_range) / 2)
-    inputs = family.inputs(config, x_t, level, family.example(config, 1, "meta"))
+    inputs = family.inputs(x_t, level, family.example(1, "meta"))
     tape = AttentionTape(list(modules))
 
     def keep(path: str, tokens: AttentionTokens, call: dict[str, Any]) -> None:

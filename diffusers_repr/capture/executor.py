@@ -27,7 +27,6 @@ class Executor:
     Args:
         model: The network.
         family: Its adapter.
-        config: Its config.
         lanes: All lanes that calls may ask for.
         observers: Key -> (path, function): what to keep of the arguments of a module, of the rows of the call.
     """
@@ -36,11 +35,10 @@ class Executor:
         self,
         model: nn.Module,
         family: Family,
-        config: Mapping[str, Any],
         lanes: Sequence[Lane] = (),
         observers: Mapping[str, tuple[str, Observer]] | None = None,
     ) -> None:
-        self.model, self.family, self.config = model, family, config
+        self.model, self.family = model, family
         self.lanes, self.observers = tuple(lanes), dict(observers or {})
         self.unbatched = UNBATCHED | set(family.unbatched)
         self._active: tuple[Lane, ...] = ()
@@ -94,7 +92,7 @@ class Executor:
         if not lanes:
             return inputs
         units = {self._unit_of(path) for lane in lanes for path in lane.modules}
-        if not self.family.joins_at(self.config, inputs, units):
+        if not self.family.joins_at(inputs, units):
             call.joined = ""
             return self._join(inputs)
         for name in self.family.late_inputs(units):

@@ -178,7 +178,7 @@ def _check_self_attention(path: str, module: Any) -> None:
 
 def _refuse_rotary(path: str) -> BeforeHook:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("image_rotary_emb") is not None:
+        if any(value is not None for name, value in kwargs.items() if "rotary" in name or name == "freqs_cis"):
             raise ValueError(
                 f"The attention {path!r} turns its queries and keys by rotary embeddings after their projection; its "
                 "logits are not known. Take a network without them."

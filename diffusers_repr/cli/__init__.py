@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import functools
 import importlib
 import os
 import select as waiting  # `select` here is one of the commands
@@ -14,12 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 import diffusers_repr
 from diffusers_repr.cli import options
 
-# Command -> one line of help. Each lives in cli/<command>.py with `arguments(parser)` and `run(args) -> int`.
+# Command -> one line of help. Each lives in cli/<command>.py with a dataclass `Settings` and `run(settings) -> int`.
 COMMANDS = {
     "layers": "print the layers of a model that can be read",
     "extract": "write features of a data set to a folder",
@@ -38,6 +37,14 @@ EXIT_CODES = """exit codes:
   1    not finished: no memory, a full disk, a part of a publish that failed, or an error that was not foreseen
   2    wrong use or input: arguments, files, models, data or a Hub that do not exist or do not fit
   130  interrupted (Ctrl-C)"""
+_EPILOG = f"{EXIT_CODES}\n\n--debug prints where an error arose, before its line."
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Exit codes in lines as they are, and every default."""
+
+
+_HELP: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": _HelpFormatter}
 _FORESEEN = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -45,49 +52,43 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: whatever goes wrong is one line on stderr and an exit code of `EXIT_CODES`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        "diffusers-repr",
-        description="Representations of diffusion models.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = argv[0] if argv and argv[0] in COMMANDS else _overview().parse_args(argv).command
+    debug = "--debug" in argv
+    with _plain_warnings(command):
+        return _guarded(command, debug, lambda: _run(command, [word for word in argv[1:] if word != "--debug"]))
+
+
+def _overview() -> argparse.ArgumentParser:
+    """The parser of what stands before a command: `--help`, `--version`, or what is no command."""
+    parser = argparse.ArgumentParser("diffusers-repr", description="Representations of diffusion models.", **_HELP)
     parser.add_argument("--version", action="version", version=f"diffusers-repr {diffusers_repr.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    chosen = argv[0] if argv and argv[0] in COMMANDS else None
     for name, text in COMMANDS.items():
-        sub = subparsers.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=EXIT_CODES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name == chosen:
-            code = _guarded(name, "--debug" in argv, functools.partial(_declare, name, sub))
-            if code:
-                return code
-    args = parser.parse_args(argv)
-    with _plain_warnings(args.command):
-        return _guarded(args.command, args.debug, lambda: _run(args))
+        subparsers.add_parser(name, help=text)
+    return parser
 
 
-def _declare(command: str, parser: argparse.ArgumentParser) -> None:
-    _module(command).arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="of an error, show where it arose")
+def read_settings(command: str, argv: Sequence[str]) -> Any:
+    """The `Settings` of a command from its flags and its recipe.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As `parse_recipe`.
+    """
+    from diffusers_repr.config.recipe import parse_recipe
+
+    kind = importlib.import_module(f"diffusers_repr.cli.{command}").Settings
+    return parse_recipe([kind], argv, COMMANDS[command], prog=f"diffusers-repr {command}", **_HELP)[0]
 
 
-def _module(command: str) -> ModuleType:
-    return importlib.import_module(f"diffusers_repr.cli.{command}")
-
-
-def _run(args: argparse.Namespace) -> int:
-    """Check the device and the folder to write to, then work."""
-    module = _module(args.command)
-    if hasattr(args, "out"):
-        options.check_out(args.out, module.OUT, overwrite=getattr(args, "overwrite", True))
-    if getattr(args, "device", None) is not None:
-        options.check_device(args.device)
-    code = module.run(args)
+def _run(command: str, argv: Sequence[str]) -> int:
+    """Read the settings, check the device and the folder to write to, then work."""
+    settings = read_settings(command, argv)
+    module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
+    if hasattr(settings, "out"):
+        options.check_out(settings.out, module.OUT, overwrite=getattr(settings, "overwrite", True))
+    if getattr(settings, "device", None) is not None:
+        options.check_device(settings.device)
+    code = module.run(settings)
     sys.stdout.flush()
     return code
 

@@ -2,59 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.encoders import Encoder
-    from diffusers_repr.sweep.alignment_result import Alignment
+    from diffusers_repr.sweep.alignment import Alignment
 
 
 OUT = options.Out("alignment", ("alignment.json",))
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", help="pipeline folder or Hub id")
-    parser.add_argument(
-        "encoder", help="folder or Hub id of a vision transformer, or MODEL:layer@timestep for a layer of a denoiser"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(options.ImageSettings):
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("model", "encoder", "dataset")
+
+    model: str = setting(REQUIRED, "pipeline folder or Hub id")
+    encoder: str = setting(
+        REQUIRED, "folder or Hub id of a vision transformer, or MODEL:layer@timestep for a layer of a denoiser"
     )
-    parser.add_argument("dataset", help="folder of images or Parquet files, a Parquet file, or a Hub id")
-    parser.add_argument("--out", default="alignment", help="folder for alignment.json and alignment.png")
-    parser.add_argument("--layers", nargs="+", help="full module paths; all layers if not given")
-    parser.add_argument("--timesteps", type=float, nargs="+", help="levels; five over the range if not given")
-    parser.add_argument(
-        "--metric", nargs="+", default=["cknna"], help="cknna, cka, linear, knn; the first decides which is best"
-    )
-    parser.add_argument("--k", type=int, default=10, help="neighbours of CKNNA")
-    parser.add_argument("--samples", type=int, help="as many images, drawn by the seed; all if not given")
-    parser.add_argument("--features", default="tokens", help="of the encoder: tokens (their mean) or global")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--test_split", help="on which linear and knn probes are measured")
-    parser.add_argument("--protocol", default="ridge", help="of the linear probe: ridge, lbfgs, repa, mae, ddae, adam")
-    parser.add_argument("--knn_k", type=int, default=20, help="neighbours of the knn probe")
-    parser.add_argument("--noise", default="per_image", help="per_image, shared, fresh or clean")
-    options.add_images(parser)
-    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and of the choice of samples")
-    parser.add_argument("--memory_gib", type=float, default=4.0, help="limit on the features held at a time")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    options.add_device(parser)
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--encoder_revision", help="branch, tag or commit of the encoder on the Hub")
-    parser.add_argument("--no_plot", action="store_true", help="do not draw the picture (it needs matplotlib)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    out: str = setting("alignment", "folder for alignment.json and alignment.png")
+    layers: list[str] | None = setting(None, "full module paths; all layers if not given")
+    timesteps: list[float] | None = setting(None, "levels; five over the range if not given")
+    metric: list[str] = setting(["cknna"], "cknna, cka, linear, knn; the first decides which is best")
+    k: int = setting(10, "neighbours of CKNNA")
+    samples: int | None = setting(None, "as many images, drawn by the seed; all if not given")
+    features: Literal["tokens", "global"] = setting("tokens", "of the encoder: tokens (their mean) or global")
+    split: str = setting("train", "of the data set")
+    test_split: str | None = setting(None, "on which linear and knn probes are measured")
+    protocol: str = setting("ridge", "of the linear probe: ridge, lbfgs, repa, mae, ddae, adam")
+    knn_k: int = setting(20, "neighbours of the knn probe")
+    noise: str = setting("per_image", "per_image, shared, fresh or clean")
+    batch_size: int = setting(64, "images a forward")
+    seed: int = setting(0, "of the noise and of the choice of samples")
+    memory_gib: float = setting(4.0, "limit on the features held at a time")
+    dtype: options.DType = setting("float32", "of the model")
+    device: str | None = setting(None, "cuda, cpu, ...; an accelerator if there is one")
+    revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
+    encoder_revision: str | None = setting(None, "branch, tag or commit of the encoder on the Hub")
+    no_plot: bool = setting(False, "do not draw the picture (it needs matplotlib)")
+    quiet: bool = setting(False, "no progress bar")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Measure, save and print."""
     from diffusers_repr.data.image_data import load_images
     from diffusers_repr.features.extraction import process_state
     from diffusers_repr.sweep.align import check_metrics, measure_alignment
-    from diffusers_repr.sweep.heatmap import require_matplotlib
+    from diffusers_repr.sweep.picture import require_matplotlib
 
     check_metrics(args.metric)
     if {"linear", "knn"} & set(args.metric) and args.test_split is None:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     from diffusers_repr.denoiser import Denoiser
 
-    device = str(state.device) if args.device is None else options.device(args)
+    device = str(state.device) if args.device is None else options.device(args.device)
     dtype = getattr(torch, args.dtype)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=dtype)
     denoiser.pipe.to(device)
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         denoiser,
         _encoder(args, denoiser, device),
         data,
-        None if args.timesteps is None else [int(t) if t.is_integer() else t for t in args.timesteps],
+        None if args.timesteps is None else options.numbers(args.timesteps),
         args.layers,
         metrics=args.metric,
         k=args.k,
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         prompt=args.prompt,
         class_labels=args.class_label,
-        image_size=options.image_size(args),
+        image_size=options.sides(args.image_size),
         batch_size=args.batch_size,
         memory_gib=args.memory_gib,
         progress=not args.quiet,
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _encoder(args: argparse.Namespace, denoiser: Any, device: str) -> Encoder:
+def _encoder(args: Settings, denoiser: Any, device: str) -> Encoder:
     """The encoder, or a layer of a denoiser: `MODEL:layer@timestep`."""
     import torch
 

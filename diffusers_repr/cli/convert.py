@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.models.convert import ConvertedCheckpoint
@@ -16,37 +17,36 @@ if TYPE_CHECKING:
 OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("checkpoint", help="a .pt file (read without running code in it) or .safetensors")
-    parser.add_argument(
-        "--out", required=True, help="folder to write; `SiTPipeline` (of HybViT `JointDiffusionPipeline`) loads it"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("checkpoint",)
+
+    checkpoint: str = setting(REQUIRED, "a .pt file (read without running code in it) or .safetensors")
+    out: str = setting(REQUIRED, "folder to write; `SiTPipeline` (of HybViT `JointDiffusionPipeline`) loads it")
+    weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
+        None, "which of those in the file; ema if there, else model"
     )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "model", "state_dict", "model_state_dict"),
-        help="which of those in the file; ema if there, else model",
+    architecture: Literal["sit", "dit", "hybvit"] | None = setting(
+        None,
+        "what the network predicts: a velocity (REPA too), noise, or noise and classes; needed where the file does "
+        "not tell",
     )
-    parser.add_argument(
-        "--architecture",
-        choices=("sit", "dit", "hybvit"),
-        help="what the network predicts: a velocity (REPA too), noise, or noise and classes; needed where the file "
-        "does not tell",
-    )
-    parser.add_argument(
-        "--config",
-        help="arguments of the network that shapes do not tell, JSON or a file with JSON or YAML: "
+    model_config: str | None = setting(
+        None,
+        "arguments of the network that shapes do not tell, JSON or a file with JSON or YAML: "
         "'{\"num_attention_heads\": 6}'",
     )
-    parser.add_argument("--path", choices=("linear", "cosine"), help="of a sit; linear if not given")
-    parser.add_argument("--sampler", choices=("sde", "ode"), help="of a sit, sde if not given; dit gets DDIM")
-    parser.add_argument(
-        "--vae", help="folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
+    path: Literal["linear", "cosine"] | None = setting(None, "of a sit; linear if not given")
+    sampler: Literal["sde", "ode"] | None = setting(None, "of a sit, sde if not given; dit gets DDIM")
+    vae: str | None = setting(
+        None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    overwrite: bool = setting(False, "replace the folder if it exists")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Convert, and print what was written."""
     from diffusers_repr.hub.files import atomic_folder
     from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
-    overrides = read_config(args.config)
+    overrides = read_config(args.model_config)
     weights, name = select_weights(read_checkpoint(args.checkpoint), args.weights)
     joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
     _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+def _refuse(args: Settings, names: tuple[str, ...], why: str) -> None:
     """Arguments that would do nothing for this network."""
     given = [f"--{name}" for name in names if getattr(args, name) is not None]
     if given:
@@ -96,18 +96,19 @@ def read_config(given: str | None) -> dict[str, Any]:
 
     if given is None:
         return {}
-    text, at = given, "--config"
+    text, at = given, "--model_config"
     if not given.lstrip().startswith("{"):
         path = Path(given)
         if len(given) > 4096 or not path.is_file():
-            raise FileNotFoundError(f"--config {shown(given)} is no file, and no JSON object either ({{...}}).")
+            raise FileNotFoundError(f"--model_config {shown(given)} is no file, and no JSON object either ({{...}}).")
         text, at = read_text(path), str(path)
     try:
         config = json.loads(text) if text.lstrip().startswith("{") else parse_yaml(text, at)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--config {shown(given)} is no JSON or YAML ({error}).") from error
+        raise ValueError(f"--model_config {shown(given)} is no JSON or YAML ({error}).") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--config {shown(given)} holds a {type(config).__name__}; an object of arguments is needed.")
+        kind = type(config).__name__
+        raise ValueError(f"--model_config {shown(given)} holds a {kind}; an object of arguments is needed.")
     config = {key: value for key, value in config.items() if not str(key).startswith("_")}
     names = listing(schema_text(1000), 1), mapping(schema_text(1000), 1)
     sizes = listing(integer(1, 1_000_000), 1, 8)
@@ -126,16 +127,18 @@ def checked(config: dict[str, Any], model: type) -> dict[str, Any]:
     known = set(inspect.signature(model.__init__).parameters) - {"self"}  # type: ignore[misc]
     unknown = sorted(set(config) - known)
     if unknown:
-        raise ValueError(f"--config has {', '.join(unknown)}; {model.__name__} takes {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"--model_config has {', '.join(unknown)}; {model.__name__} takes {', '.join(sorted(known))}."
+        )
     return config
 
 
-def _pipeline(converted: ConvertedCheckpoint, args: argparse.Namespace) -> Any:
+def _pipeline(converted: ConvertedCheckpoint, args: Settings) -> Any:
     from diffusers import DDIMScheduler
 
     from diffusers_repr.denoiser.loading import load_autoencoder
     from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
-    from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+    from diffusers_repr.pipelines.sit import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
     from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
@@ -160,7 +163,7 @@ def _joint_pipeline(converted: ConvertedCheckpoint) -> Any:
     from diffusers import DDPMScheduler
 
     from diffusers_repr.models import JointViTModel
-    from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+    from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
     return JointDiffusionPipeline(_network(JointViTModel, converted), DDPMScheduler(**converted.scheduler))
 

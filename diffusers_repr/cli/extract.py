@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+from typing import ClassVar, Literal
 
 from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 OUT = options.Out("store of features", ("manifest.json", "data"))
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", help="pipeline folder or Hub id")
-    parser.add_argument("dataset", help="folder of images or Parquet files, a .parquet file, or a Hub id")
-    parser.add_argument("--out", required=True, help="folder of the store; the same command resumes it")
-    parser.add_argument("--layers", nargs="+", required=True, help="full module paths (`diffusers-repr layers MODEL`)")
-    parser.add_argument("--timestep", nargs="+", type=_number, required=True, help="larger is noisier, e.g. 261")
-    parser.add_argument("--split", default="train", help="of the data set: train if not given")
-    parser.add_argument("--image_column", help="found by type if not given")
-    parser.add_argument("--label_column", help="class ids; found by type if not given")
-    parser.add_argument("--pooling", default="mean", help="mean (default), max, adaptive:P or none")
-    parser.add_argument("--noise", default="per_image", choices=("per_image", "shared", "clean"))
-    parser.add_argument("--where", default="output", choices=("output", "input", "residual"))
-    parser.add_argument("--ensemble_size", type=int, default=1, help="noise draws an image, averaged")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows of one forward, levels and draws counted")
-    parser.add_argument("--shard_size", type=int, help="rows of a file; at most 1000 and 256 MiB if not given")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="of the stored features")
-    parser.add_argument("--model_dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    options.add_image_size(parser)
-    parser.add_argument("--prompt", help="of text models; {label} stands for the class name")
-    parser.add_argument("--class_label", type=int, help="of class-conditional models; the null class if it has one")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--revision", help="of the model on the Hub")
-    parser.add_argument("--dataset_revision", help="of the data set on the Hub")
-    parser.add_argument("--limit", type=int, help="the first rows only")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("model", "dataset")
+
+    model: str = setting(REQUIRED, "pipeline folder or Hub id")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    out: str = setting(REQUIRED, "folder of the store; the same command resumes it")
+    layers: list[str] = setting(REQUIRED, "full module paths (`diffusers-repr layers MODEL`)")
+    timestep: list[float] = setting(REQUIRED, "larger is noisier, e.g. 261")
+    split: str = setting("train", "of the data set")
+    image_column: str | None = setting(None, "found by type if not given")
+    label_column: str | None = setting(None, "class ids; found by type if not given")
+    pooling: str = setting("mean", "mean, max, adaptive:P or none")
+    noise: Literal["per_image", "shared", "clean"] = setting("per_image", "whose noise is whose")
+    where: Literal["output", "input", "residual"] = setting("output", "what is read of a layer")
+    ensemble_size: int = setting(1, "noise draws an image, averaged")
+    batch_size: int = setting(32, "rows of one forward, levels and draws counted")
+    shard_size: int | None = setting(None, "rows of a file; at most 1000 and 256 MiB if not given")
+    dtype: Literal["float32", "float16"] = setting("float32", "of the stored features")
+    model_dtype: options.DType = setting("float32", "of the model")
+    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
+    prompt: str | None = setting(None, "of text models; {label} stands for the class name")
+    class_label: int | None = setting(None, "of class-conditional models; the null class if it has one")
+    seed: int = setting(0, "of the noise")
+    revision: str | None = setting(None, "of the model on the Hub")
+    dataset_revision: str | None = setting(None, "of the data set on the Hub")
+    limit: int | None = setting(None, "the first rows only")
+    quiet: bool = setting(False, "no progress bar")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Extract, and say where it is."""
     import torch
 
@@ -55,14 +61,14 @@ def run(args: argparse.Namespace) -> int:
     extractor = FeatureExtractor(
         denoiser,
         args.layers,
-        args.timestep,
+        options.numbers(args.timestep),
         noise=args.noise,
         ensemble_size=args.ensemble_size,
         pooling=None if args.pooling == "none" else args.pooling,
         batch_size=args.batch_size,
         seed=args.seed,
         where=args.where,
-        image_size=options.image_size(args),
+        image_size=options.sides(args.image_size),
     )
     store = extract_to_store(
         extractor,
@@ -82,11 +88,3 @@ def run(args: argparse.Namespace) -> int:
         for column in store.columns:
             print(f"  {column.name}  {' x '.join(map(str, column.shape))}")
     return 0
-
-
-def _number(text: str) -> int | float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; give timesteps such as 261") from None
-    return int(value) if value.is_integer() else value

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
+from typing import ClassVar, Literal
 
 from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", help="pipeline folder or Hub id; no weights are loaded")
-    options.add_image_size(parser)
-    parser.add_argument("--detail", choices=("blocks", "all"), default="blocks")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("model",)
+
+    model: str = setting(REQUIRED, "pipeline folder or Hub id; no weights are loaded")
+    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
+    detail: Literal["blocks", "all"] = setting("blocks", "blocks alone, or every module that gives an image")
+    revision: str | None = setting(None, "branch, tag or commit on the Hub")
+    json: bool = setting(False, "print JSON lines instead of a table")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Print the table."""
     from diffusers_repr.denoiser.layers import list_layers_from_config
 
-    layers = list_layers_from_config(args.model, options.image_size(args), args.detail, revision=args.revision)
+    layers = list_layers_from_config(args.model, options.sides(args.image_size), args.detail, revision=args.revision)
     if args.json:
         for layer in layers:
             print(json.dumps(layer.to_dict()))

@@ -1,20 +1,23 @@
-"""Options that several commands share."""
+"""Settings that several commands share, and checks of where a command works and writes."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from diffusers_repr.config.recipe import setting
+
+DType = Literal["float32", "bfloat16", "float16"]
 _ROOM = 2**20  # bytes that must be free where a result is to be written
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Out:
     """What a command writes to `--out`.
 
@@ -29,45 +32,41 @@ class Out:
     replaced: bool = False
 
 
-def add_image_size(parser: argparse.ArgumentParser) -> None:
-    """Declare `--image_size`."""
-    parser.add_argument("--image_size", type=int, nargs="+", help="pixels: one side, or height and width")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How labelled images are found, conditioned on and resized."""
+
+    image_column: str | None = setting(None, "found by type if not given")
+    label_column: str | None = setting(None, "class ids; found by type if not given")
+    prompt: str | None = setting(None, "one for all images")
+    class_label: int | None = setting(None, "condition of a class-conditional model, one for all images")
+    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
-    """Declare how labelled images are found, conditioned on and resized."""
-    parser.add_argument("--image_column", help="found by type if not given")
-    parser.add_argument("--label_column", help="class ids; found by type if not given")
-    parser.add_argument("--prompt", help="one for all images")
-    parser.add_argument("--class_label", type=int, help="condition of a class-conditional model, one for all images")
-    add_image_size(parser)
-
-
-def image_size(args: argparse.Namespace) -> tuple[int, int] | None:
-    """(H, W) as given; None if not.
+def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
+    """(H, W) of `--image_size`; None if not given.
 
     Raises:
         ValueError: For more than two numbers.
     """
-    given = args.image_size
-    if given is None:
+    if image_size is None:
         return None
-    if len(given) > 2:
-        raise ValueError(f"--image_size takes one side, or height and width; got {len(given)} numbers.")
-    return given[0], given[-1]
+    if len(image_size) > 2:
+        raise ValueError(f"--image_size takes one side, or height and width; got {len(image_size)} numbers.")
+    return image_size[0], image_size[-1]
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Declare `--device`."""
-    parser.add_argument("--device", help="cuda, cpu, ...; an accelerator if there is one")
+def numbers(values: Sequence[float]) -> list[int | float]:
+    """Timesteps as given: whole ones as int."""
+    return [int(value) if value.is_integer() else value for value in values]
 
 
-def device(args: argparse.Namespace) -> str:
+def device(given: str | None) -> str:
     """The device as given; the accelerator of this machine, or the CPU, if not."""
     import torch
 
-    if args.device is not None:
-        return args.device
+    if given is not None:
+        return given
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("probe", help="folder or Hub id of a probe")
-    parser.add_argument("images", nargs="+", help="image files, or folders that are searched for them")
-    parser.add_argument("--top", type=int, default=5, help="classes shown an image")
-    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
-    parser.add_argument("--base", help="folder or Hub id of the base model, if not the recorded one")
-    parser.add_argument("--base_revision", help="branch, tag or commit of --base")
-    parser.add_argument("--revision", help="branch, tag or commit of the probe")
-    parser.add_argument("--prompt", help="instead of the probe's own")
-    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    options.add_device(parser)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("probe", "images")
+
+    probe: str = setting(REQUIRED, "folder or Hub id of a probe")
+    images: list[str] = setting(REQUIRED, "image files, or folders that are searched for them")
+    top: int = setting(5, "classes shown an image")
+    json: bool = setting(False, "print JSON lines instead of a table")
+    base: str | None = setting(None, "folder or Hub id of the base model, if not the recorded one")
+    base_revision: str | None = setting(None, "branch, tag or commit of --base")
+    revision: str | None = setting(None, "branch, tag or commit of the probe")
+    prompt: str | None = setting(None, "instead of the probe's own")
+    batch_size: int = setting(64, "images a forward")
+    dtype: options.DType = setting("float32", "of the base model")
+    device: str | None = setting(None, "cuda, cpu, ...; an accelerator if there is one")
+
+    def __post_init__(self) -> None:
+        for name in ("top", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}.")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Load, predict and print, one line an image."""
-    for name in ("top", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1; got {getattr(args, name)}.")
     files = find_images(args.images)
 
     import torch
@@ -48,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         dtype=getattr(torch, args.dtype),
     )
-    probe.to(options.device(args))
+    probe.to(options.device(args.device))
     width = max(len(str(file)) for file in files)
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]

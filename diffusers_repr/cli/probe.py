@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 OUT = options.Out("probe", ("probe.json",), replaced=True)
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", help="pipeline folder or Hub id")
-    parser.add_argument("dataset", help="folder of images or Parquet files, a Parquet file, or a Hub id")
-    parser.add_argument("--out", required=True, help="folder for the probe")
-    parser.add_argument("--layers", nargs="+", help="full module paths; `diffusers-repr layers MODEL` shows them")
-    parser.add_argument("--timestep", type=float, nargs="+", help="larger is noisier; several are joined")
-    parser.add_argument("--selection", help="folder that `diffusers-repr select` wrote, instead of the two above")
-    parser.add_argument("--use", help="of the selection: best (the default), layers or levels")
-    parser.add_argument("--head", default="linear", help="linear, mlp or knn")
-    parser.add_argument("--protocol", help="lbfgs, ridge, adam, ddae, mae, repa or knn; the head's default if none")
-    parser.add_argument("--pooling", help="mean (the default), max or adaptive:P")
-    parser.add_argument("--noise", help="per_image (the default), shared, fresh or clean")
-    parser.add_argument("--ensemble_size", type=int, help="noise draws an image")
-    parser.add_argument("--train_split", default="train")
-    parser.add_argument("--validation_split", help="'validation' if there is one; else part of train tunes the head")
-    parser.add_argument("--test_split", help="measured once, at the end; 'test' if there is one")
-    options.add_images(parser)
-    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
-    parser.add_argument("--seed", type=int, help="of the noise and of fitting")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    options.add_device(parser)
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(options.ImageSettings):
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("model", "dataset")
+
+    model: str = setting(REQUIRED, "pipeline folder or Hub id")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    out: str = setting(REQUIRED, "folder for the probe")
+    layers: list[str] | None = setting(None, "full module paths; `diffusers-repr layers MODEL` shows them")
+    timestep: list[float] | None = setting(None, "larger is noisier; several are joined")
+    selection: str | None = setting(None, "folder that `diffusers-repr select` wrote, instead of the two above")
+    use: str | None = setting(None, "of the selection: best (the default), layers or levels")
+    head: str = setting("linear", "linear, mlp or knn")
+    protocol: str | None = setting(None, "lbfgs, ridge, adam, ddae, mae, repa or knn; the head's default if none")
+    pooling: str | None = setting(None, "mean (the default), max or adaptive:P")
+    noise: str | None = setting(None, "per_image (the default), shared, fresh or clean")
+    ensemble_size: int | None = setting(None, "noise draws an image")
+    train_split: str = setting("train", "of the data set")
+    validation_split: str | None = setting(None, "'validation' if there is one; else part of train tunes the head")
+    test_split: str | None = setting(None, "measured once, at the end; 'test' if there is one")
+    batch_size: int = setting(64, "images a forward")
+    seed: int | None = setting(None, "of the noise and of fitting")
+    dtype: options.DType = setting("float32", "of the model")
+    device: str | None = setting(None, "cuda, cpu, ...; an accelerator if there is one")
+    revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
+    quiet: bool = setting(False, "no progress bar")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Fit, measure, save and print."""
     settings = _settings(args)
 
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.heads import get_protocol
     from diffusers_repr.hub.schema import printable
-    from diffusers_repr.sweep.selection_result import Selection
+    from diffusers_repr.sweep.selection import Selection
     from diffusers_repr.tasks import Probe
 
     get_protocol(args.protocol, args.head)
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         if named is not None or _has_split(args.dataset, part):
             data[part] = load_images(args.dataset, named or part, *columns)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
-    denoiser.pipe.to(options.device(args))
+    denoiser.pipe.to(options.device(args.device))
     bar = None if args.quiet else _bar
     probe = Probe.fit(
         denoiser,
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(args: Settings) -> dict[str, Any]:
     """Settings of the extractor that were given."""
     if (args.selection is None) == (args.layers is None and args.timestep is None):
         raise ValueError("Give --layers and --timestep, or --selection, not both.")
@@ -101,10 +105,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, name) is not None
     }
     if args.timestep is not None:
-        steps = [int(t) if t.is_integer() else t for t in args.timestep]
+        steps = options.numbers(args.timestep)
         settings["timestep"] = steps if len(steps) > 1 else steps[0]
     if args.image_size is not None:
-        settings["image_size"] = options.image_size(args)
+        settings["image_size"] = options.sides(args.image_size)
     return settings
 
 

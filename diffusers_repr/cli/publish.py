@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.utils import logging
 
-from diffusers_repr.hub.publish import KINDS, Kind, Outcome, Publication, publish
+from diffusers_repr.config.recipe import REQUIRED, setting
+from diffusers_repr.hub.publish import KINDS, Outcome, Publication, publish
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("--namespace", required=True, help="user or organisation: repositories are NAMESPACE/<folder>")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="these kinds alone")
-    parser.add_argument(
-        "--folder",
-        nargs="+",
-        default=[],
-        help="more trained pipelines, models, heads or probes: a folder each, or a folder that holds such folders",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    namespace: str = setting(REQUIRED, "user or organisation: repositories are NAMESPACE/<folder>")
+    only: list[str] = setting(list(KINDS), f"these kinds alone, of {', '.join(KINDS)}")
+    folder: list[str] = setting(
+        [], "more trained pipelines, models, heads or probes: a folder each, or a folder that holds such folders"
     )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="check all, list the files that would go where, send nothing"
-    )
-    parser.add_argument("--private", action="store_true", help="make repositories private that are new")
+    dry_run: bool = setting(False, "check all, list the files that would go where, send nothing")
+    private: bool = setting(False, "make repositories private that are new")
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.only) - set(KINDS))
+        if unknown:
+            raise ValueError(f"--only takes {', '.join(KINDS)}; got {', '.join(unknown)}.")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Publish; 1 if anything failed, which is told at the end."""
     publications = find_publications(args.only, args.folder)
     with _quiet_client():
@@ -64,7 +67,7 @@ def _quiet_client() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def find_publications(kinds: list[Kind], folders: list[str]) -> list[Publication]:
+def find_publications(kinds: Sequence[str], folders: list[str]) -> list[Publication]:
     """What there is to publish, in the order of `KINDS`, each kind by name.
 
     Pipelines and schedulers are those of the package, in a clone and in an installation; trained models and heads are
@@ -145,7 +148,7 @@ def _is_head(class_name: str) -> bool:
     """Whether a class is one of `diffusers_repr.heads`, read and not imported: torch is not needed to publish."""
     import diffusers_repr
 
-    files = sorted((Path(diffusers_repr.__file__).parent / "heads").glob("*.py"))
+    files = sorted((Path(diffusers_repr.__file__).parent / "heads").rglob("*.py"))
     return any(f"\nclass {class_name}(" in file.read_text("utf-8") for file in files)
 
 

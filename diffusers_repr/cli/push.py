@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "folder", help="a probe, a store of features, a pipeline, a custom pipeline, a model or a head"
-    )
-    parser.add_argument("repo_id", help="user/name")
-    parser.add_argument("--repo_type", choices=("auto", "model", "dataset"), default="auto")
-    parser.add_argument("--dry_run", action="store_true", help="check all, list the files and sizes, send nothing")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
-    parser.add_argument("--revision", help="branch to push to")
-    parser.add_argument("--message", help="first line of the commit")
-    parser.add_argument("--base", help="of a probe: Hub id to write as its base model, where that was a folder")
-    parser.add_argument("--base_revision", help="branch, tag or commit of --base")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("folder", "repo_id")
+
+    folder: str = setting(REQUIRED, "a probe, a store of features, a pipeline, a custom pipeline, a model or a head")
+    repo_id: str = setting(REQUIRED, "user/name")
+    repo_type: Literal["auto", "model", "dataset"] = setting("auto", "of the repository; told by the folder")
+    dry_run: bool = setting(False, "check all, list the files and sizes, send nothing")
+    private: bool = setting(False, "make the repository private if it is new")
+    revision: str | None = setting(None, "branch to push to")
+    message: str | None = setting(None, "first line of the commit")
+    base: str | None = setting(None, "of a probe: Hub id to write as its base model, where that was a folder")
+    base_revision: str | None = setting(None, "branch, tag or commit of --base")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Push and print the commit's address."""
     from diffusers_repr.hub import push_folder
 
@@ -34,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.folder!r} is a {kind}, which goes to a {repo_type} repository, not {args.repo_type}.")
     if args.base is not None and kind != "probe":
         raise ValueError(f"--base is for probes; {args.folder!r} is a {kind}.")
-    options = {
+    options: dict[str, Any] = {
         "private": args.private,
         "revision": args.revision,
         "commit_message": args.message or f"Upload {kind} with diffusers-repr",

@@ -2,56 +2,56 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.data.image_data import ImageData
-    from diffusers_repr.sweep.selection_result import Selection
+    from diffusers_repr.sweep.selection import Selection
 
 
 OUT = options.Out("selection", ("selection.json",))
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("model", help="pipeline folder or Hub id")
-    parser.add_argument("dataset", help="folder of images or Parquet files, a Parquet file, or a Hub id")
-    parser.add_argument("--timesteps", type=float, nargs="+", required=True, help="levels to try; larger is noisier")
-    parser.add_argument("--out", required=True, help="folder for selection.json, selection.parquet and heatmap.png")
-    parser.add_argument("--layers", nargs="+", help="full module paths; all layers if not given")
-    parser.add_argument("--metric", default="accuracy", help="accuracy, balanced_accuracy, neg_brier, r2 or neg_mse")
-    parser.add_argument("--pooling", default="mean", help="mean, max or adaptive:P")
-    parser.add_argument(
-        "--noise", nargs="+", default=["per_image"], help="per_image, shared, fresh, clean; several: a third axis"
-    )
-    parser.add_argument("--criterion", default="ridge", help="ridge or lda")
-    parser.add_argument("--train_split", default="train")
-    parser.add_argument("--validation_split", help="'validation' if there is one; a test split is refused")
-    parser.add_argument(
-        "--validation_fraction", type=float, default=0.2, help="of train, if there is no validation split"
-    )
-    options.add_images(parser)
-    parser.add_argument("--batch_size", type=int, default=64, help="images a forward")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
-    parser.add_argument("--max_layers", type=int, default=3, help="largest set of layers")
-    parser.add_argument("--max_levels", type=int, default=2, help="largest set of levels")
-    parser.add_argument("--tolerance", type=float, default=0.005, help="least gain for which a set grows")
-    parser.add_argument("--memory_gib", type=float, default=4.0, help="limit on the running sums")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    options.add_device(parser)
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--no_heatmap", action="store_true", help="do not draw the picture (it needs matplotlib)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(options.ImageSettings):
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("model", "dataset")
+
+    model: str = setting(REQUIRED, "pipeline folder or Hub id")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    timesteps: list[float] = setting(REQUIRED, "levels to try; larger is noisier")
+    out: str = setting(REQUIRED, "folder for selection.json, selection.parquet and heatmap.png")
+    layers: list[str] | None = setting(None, "full module paths; all layers if not given")
+    metric: str = setting("accuracy", "accuracy, balanced_accuracy, neg_brier, r2 or neg_mse")
+    pooling: str = setting("mean", "mean, max or adaptive:P")
+    noise: list[str] = setting(["per_image"], "per_image, shared, fresh, clean; several: a third axis")
+    criterion: str = setting("ridge", "ridge or lda")
+    train_split: str = setting("train", "of the data set")
+    validation_split: str | None = setting(None, "'validation' if there is one; a test split is refused")
+    validation_fraction: float = setting(0.2, "of train, if there is no validation split")
+    batch_size: int = setting(64, "images a forward")
+    seeds: list[int] = setting([0, 1, 2], "of the noise")
+    max_layers: int = setting(3, "largest set of layers")
+    max_levels: int = setting(2, "largest set of levels")
+    tolerance: float = setting(0.005, "least gain for which a set grows")
+    memory_gib: float = setting(4.0, "limit on the running sums")
+    dtype: options.DType = setting("float32", "of the model")
+    device: str | None = setting(None, "cuda, cpu, ...; an accelerator if there is one")
+    revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
+    no_heatmap: bool = setting(False, "do not draw the picture (it needs matplotlib)")
+    quiet: bool = setting(False, "no progress bar")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Settings) -> int:
     """Select, save and print."""
-    from diffusers_repr.sweep.heatmap import require_matplotlib
-    from diffusers_repr.sweep.selection_data import refuse_test
+    from diffusers_repr.sweep.picture import require_matplotlib
+    from diffusers_repr.sweep.splits import refuse_test
 
     refuse_test(args.train_split)
     refuse_test(args.validation_split or "validation")
@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_repr.sweep.select import select_features
 
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
-    denoiser.pipe.to(options.device(args))
+    denoiser.pipe.to(options.device(args.device))
     selection = select_features(
         denoiser,
         train,
         validation,
-        [int(t) if t.is_integer() else t for t in args.timesteps],
+        options.numbers(args.timesteps),
         args.layers,
         args.metric,
         args.pooling,
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         criterion=args.criterion,
         prompt=args.prompt,
         class_labels=args.class_label,
-        image_size=options.image_size(args),
+        image_size=options.sides(args.image_size),
         seeds=args.seeds,
         max_layers=args.max_layers,
         max_levels=args.max_levels,
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _splits(args: argparse.Namespace) -> tuple[ImageData, ImageData]:
+def _splits(args: Settings) -> tuple[ImageData, ImageData]:
     from diffusers_repr.data.image_data import load_images
-    from diffusers_repr.sweep.selection_data import hold_out
+    from diffusers_repr.sweep.splits import hold_out
 
     columns = (args.image_column, args.label_column)
     train = load_images(args.dataset, args.train_split, *columns)

@@ -1,4 +1,4 @@
-"""Recipes: YAML files and command-line flags into settings dataclasses."""
+"""Recipes: YAML files and flags into settings dataclasses, for the scripts and for the commands."""
 
 from __future__ import annotations
 
@@ -28,19 +28,27 @@ from diffusers_repr.hub.schema import (
 from diffusers_repr.hub.schema import mapping as mapping_of
 from diffusers_repr.hub.yaml_text import import_yaml, read_yaml
 
+REQUIRED = dataclasses.MISSING  # as the default of a setting that must be given
+
 
 def setting(default: Any, help: str) -> Any:
     """A field of a settings dataclass, with its help text."""
+    if isinstance(default, list):
+        return HfArg(default_factory=lambda: list(default), help=help)
     return HfArg(default=default, help=help)
 
 
-def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | None = None) -> tuple[Any, ...]:
+def parse_recipe(
+    kinds: Sequence[type], argv: Sequence[str], description: str | None = None, **parser_options: Any
+) -> tuple[Any, ...]:
     """Settings from the recipe of `--config`, with the command line over it.
 
     Args:
-        kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe.
+        kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe. Fields
+            that the class attribute `POSITIONAL` names are given without a flag, in that order.
         argv: Flags, without the program's name.
         description: For `--help`.
+        **parser_options: Of `argparse.ArgumentParser`.
 
     Returns:
         One object of each kind.
@@ -54,11 +62,12 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", help="YAML recipe; flags win over it")
     known, flags = parser.parse_known_args(list(argv))
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    flags = _whole_switches(flags, [name for name, hint in hints.items() if hint is bool])
     given: list[str] = []
     empty: dict[str, list[Any]] = {}
     if known.config:
         recipe = read_recipe(known.config)
-        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
         check_keys(known.config, recipe, names)
         for key, value in recipe.items():
@@ -69,10 +78,35 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str], description: str | 
                 given += [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
             elif value is not None:  # null leaves the default
                 given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    full = HfArgumentParser(cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False)
+    full = HfArgumentParser(
+        cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False, **parser_options
+    )
     _check_flags(flags, list(full._option_string_actions))
     full.set_defaults(**empty)
+    for kind in kinds:
+        _add_positional(full, kind, [*given, *flags])
     return full.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)[: len(kinds)]
+
+
+def _add_positional(parser: argparse.ArgumentParser, kind: type, given: Sequence[str]) -> None:
+    """Declare the positional settings of a kind; their flags stay, unseen, for a recipe to say them by."""
+    for name in getattr(kind, "POSITIONAL", ()):
+        flag = parser._option_string_actions[f"--{name}"]  # argparse has no public way to an argument it was given
+        several, told = flag.nargs == "+", f"--{name}" in given
+        nargs = {(False, False): None, (False, True): "?", (True, False): "+", (True, True): "*"}[several, told]
+        parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, type=flag.type or str, help=flag.help)
+        flag.required, flag.default, flag.help = False, argparse.SUPPRESS, argparse.SUPPRESS
+
+
+def _whole_switches(flags: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Flags in which a switch without a value does not take what stands behind it for its value."""
+    switches = {f"--{spelled}" for name in names for spelled in (name, name.replace("_", "-"))}
+    values = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # as `HfArgumentParser` reads them
+    behind = [*flags, ""][1:]
+    return [
+        f"{flag}=true" if flag in switches and after.lower() not in values else flag
+        for flag, after in zip(flags, behind, strict=True)
+    ]
 
 
 def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:

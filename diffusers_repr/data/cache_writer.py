@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffusers_repr.data.train_data import TrainData
+from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.features.extraction import process_state
 from diffusers_repr.features.recipe import recipe_differences, recipe_hash

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.latents import open_latents
 from diffusers_repr.data.numpy_latents import NumpyLatents
-from diffusers_repr.data.train_data import ImageTrainData, TrainData
-from diffusers_repr.data.transforms import draw_flips, to_unit
+from diffusers_repr.data.train_data import ImageTrainData
+from diffusers_repr.data.transforms import Moves, move_annotations, to_unit
 from diffusers_repr.encoders.feature_cache import open_features
 from diffusers_repr.store.tensor_cache import INDEX, TensorCache
 
@@ -110,26 +111,25 @@ class CachedData(TrainData):
             sample.setdefault("features", {})[name] = stored["tokens"]
             if "global" in stored:
                 sample.setdefault("features_global", {})[name] = stored["global"]
-        if self.needs_pixels:
-            row, sample["pixel_values"] = self.images.images.read(index)
+        if self.needs_pixels or self.images.images.annotated:
+            row, tensors = self.images.images.sample(index)
+            sample |= {name: value for name, value in tensors.items() if self.needs_pixels or name != "pixel_values"}
         return {**sample, **self.images.annotations(row)}
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """As `TrainData.on_device`; with `random_flip`, `transforms.draw_flips(B)` is the one draw."""
         out = dict(batch)
         index = batch["index"]
-        mirrored = torch.zeros(len(index), dtype=torch.bool, device=index.device)
-        if self.images.config.random_flip:
-            mirrored = draw_flips(len(index), index.device)
+        moves = Moves.draw(len(index), index.device, self.images.config.random_flip, 0, 0, 0)
+        mirrored = torch.zeros_like(index, dtype=torch.bool) if moves.mirrored is None else moves.mirrored
         if "moments" in batch:
             out["moments"] = _chosen(batch["moments"], mirrored)
         for key in ("features", "features_global"):
             if key in batch:
                 out[key] = {name: _chosen(values, mirrored) for name, values in batch[key].items()}
         if "pixel_values" in batch:
-            pixels = to_unit(batch["pixel_values"])
-            out["pixel_values"] = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        return out
+            out["pixel_values"] = moves.images(to_unit(batch["pixel_values"]))
+        return out | move_annotations(batch, moves, self.images.images.size, self.images.config.ignore_index)
 
     def fingerprint(self) -> dict[str, Any]:
         """As `TrainData.fingerprint`, with the recipes of the caches."""

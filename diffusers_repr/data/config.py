@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from diffusers_repr.config.recipe import setting
-from diffusers_repr.data.transforms import CROPS
+from diffusers_repr.data.columns import Columns, choose_columns
+from diffusers_repr.data.masks import IGNORE_INDEX, MaskColumn
+from diffusers_repr.data.placement import CROPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,11 @@ class DataConfig:
     image_column: str | None = setting(None, "column that holds the images; default: the one there is")
     label_column: str | None = setting(None, "column of class ids; default: a ClassLabel; none: no labels")
     caption_column: str | None = setting(None, "column of texts; default: no texts")
+    mask_column: str | None = setting(None, "column of class ids of the pixels; default: no masks")
+    mask_names: list[str] | None = setting(None, "names of these classes; default: what the column knows")
+    ignore_index: int = setting(IGNORE_INDEX, "id of pixels of no class")
+    points_column: str | None = setting(None, "column of points: [x, y] or [x, y, visible] in pixels; default: none")
+    max_points: int | None = setting(None, "points of an image, the first; default: as many as the row with most")
     missing_labels: Literal["error", "keep"] = setting("error", "rows without a class; keep: their id is -1")
     resolution: int | None = setting(None, "side of the images, pixels; default: what the model takes")
     center_crop: Literal["adm", "fit"] = setting("adm", "ADM's crop, or the largest crop by Lanczos")
@@ -49,8 +57,15 @@ class DataConfig:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.random_scale >= 1:
             raise ValueError(f"`random_scale` is a share below 1, got {self.random_scale}.")
-        if self.resolution is not None and self.resolution < 1:
-            raise ValueError(f"`resolution` must be positive, got {self.resolution}.")
+        for name in ("resolution", "max_points"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        for name, column in (("mask_names", "mask_column"), ("max_points", "points_column")):
+            if getattr(self, name) is not None and getattr(self, column) is None:
+                raise ValueError(f"`{name}` is set, but no `{column}`; name the column.")
+        if self.streaming and self.points_column is not None and self.max_points is None:
+            raise ValueError("How many points the rows of a stream have is not known before; pass --max_points.")
         if self.shuffle_buffer < 1:
             raise ValueError(f"`shuffle_buffer` must be at least 1 (1: no shuffling), got {self.shuffle_buffer}.")
         cached = [name for name in ("cache_images", "latents_dir", "features_dir") if getattr(self, name)]
@@ -62,6 +77,19 @@ class DataConfig:
                 f"Cached latents and features know an image and its mirror only; {', '.join(moved)} cannot act. "
                 "Set them to 0, or train without the cache."
             )
+
+    def columns(self, features: Mapping[str, Any], name: str) -> Columns:
+        """The columns that are chosen, among those of a data set; see `choose_columns`."""
+        labelled = self.label_column != "none"
+        label = self.label_column if labelled else None
+        chosen = (self.image_column, label, self.caption_column, self.mask_column, self.points_column)
+        return choose_columns(features, *chosen, labelled=labelled, name=name)
+
+    def masks(self, features: Mapping[str, Any]) -> MaskColumn | None:
+        """What the column of masks holds; None without."""
+        if self.mask_column is None:
+            return None
+        return MaskColumn(features[self.mask_column], self.mask_names, self.ignore_index)
 
     def size(self, wanted: int | tuple[int, int] | None = None) -> tuple[int, int]:
         """(H, W) of the images: what the model takes, or `resolution`.

@@ -1,4 +1,4 @@
-"""The images of a column as uint8 tensors of one size; those that cannot be read are named, and skipped if asked."""
+"""Images of a data set as uint8 tensors of one size; those that cannot be read are named, and skipped if asked."""
 
 from __future__ import annotations
 
@@ -8,73 +8,22 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusers_repr.data.image_files import UnreadableImage, place_of, read_image, undecoded
-from diffusers_repr.data.transforms import Crop, check_crop, to_uint8
+from diffusers_repr.data.columns import Columns
+from diffusers_repr.data.image_files import UnreadableImage
+from diffusers_repr.data.masks import MaskColumn
+from diffusers_repr.data.placement import Crop
+from diffusers_repr.data.samples import SampleReader, TensorReader
 
 BadImages = Literal["error", "skip"]
 MAX_BAD_IN_A_ROW = 100
 _logger = logging.getLogger(__name__)
 
 
-class ImageReader:
-    """Rows of undecoded images to uint8 tensors.
-
-    Args:
-        feature: The `datasets.Image` of the column.
-        channels: 1 or 3.
-        size: (H, W).
-        crop: As `to_uint8`.
-    """
-
-    def __init__(self, feature: datasets.Image, channels: int, size: tuple[int, int], crop: Crop) -> None:
-        check_crop(crop, size)
-        if channels not in (1, 3):
-            raise ValueError(f"`model` has in_channels={channels}; images have 1 (grey) or 3 (RGB).")
-        self._mode = feature.mode
-        self.channels, self.size, self.crop = channels, size, crop
-
-    def open(self, value: Any, row: int) -> Image.Image:
-        """The decoded image of a row, turned as its EXIF data says.
-
-        Args:
-            value: Path and bytes, as `datasets.Image(decode=False)` gives them, or an image.
-            row: For the message.
-
-        Raises:
-            UnreadableImage: If there is none, or as `read_image`.
-        """
-        if value is None:
-            raise UnreadableImage(f"Row {row} has no image.")
-        return read_image(value, f"The image of row {row}", self._mode)
-
-    def read(self, value: Any, row: int) -> Tensor:
-        """uint8 `(C, H, W)` of a row; arguments and errors as `open`."""
-        image = self.open(value, row)
-        try:
-            return to_uint8(image, self.channels, self.size, self.crop)
-        except (ValueError, OSError) as error:
-            raise UnreadableImage(f"The image of row {row}{place_of(value)} cannot be used: {error}.") from error
-
-
-def raw_bytes(value: Any) -> bytes:
-    """What identifies an undecoded image: its file's bytes; its path where they are not at hand."""
-    if value is None:
-        return b""
-    if value["bytes"] is not None:
-        return value["bytes"]
-    try:
-        with open(value["path"], "rb") as file:
-            return file.read()
-    except OSError:
-        return str(value["path"]).encode()
-
-
 class ImagePixels(Dataset):
-    """The images of a column as uint8 CHW tensors of one size.
+    """The images of a column as uint8 CHW tensors of one size, with the masks and points of other columns.
 
     Args:
         data: Map-style data set.
@@ -85,6 +34,10 @@ class ImagePixels(Dataset):
         center_crop: As `to_uint8`.
         bad_images: What to do with one that cannot be read: `error`, or `skip`: the next readable row stands for it,
             whenever it is asked for, so that the order of a run stays a function of seed and place.
+        mask_column: Of class ids of the pixels; needs `masks`.
+        points_column: Of points.
+        masks: Of the column of masks.
+        max_points: Points of a row.
 
     Attributes:
         data: As given.
@@ -107,6 +60,10 @@ class ImagePixels(Dataset):
         cache: bool,
         center_crop: Crop = "fit",
         bad_images: BadImages = "error",
+        mask_column: str | None = None,
+        points_column: str | None = None,
+        masks: MaskColumn | None = None,
+        max_points: int = 1,
     ) -> None:
         if not isinstance(data.features.get(column), datasets.Image):
             found = {name: type(feature).__name__ for name, feature in data.features.items()}
@@ -119,14 +76,13 @@ class ImagePixels(Dataset):
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.mode = "L" if channels == 1 else "RGB"
         self.bad: dict[int, str] = {}
-        self._reader = ImageReader(data.features[column], channels, self.size, center_crop)
-        self._raw = undecoded(data.select_columns([column]), column)
-        self._cached: Tensor | None = None
+        rows = SampleReader(data.features, Columns(column, mask=mask_column, points=points_column), masks)
+        self._reader = TensorReader(rows, channels, self.size, center_crop, max_points)
+        self._raw = rows.undecoded(data.with_format(None).select_columns(rows.columns.used()))
+        self._cached: dict[str, Tensor] | None = None
         self._sources: Tensor | None = None
         if cache:
-            rows = [self.read(index) for index in range(len(data))]
-            self._sources = torch.tensor([row for row, _ in rows])
-            self._cached = torch.stack([pixels for _, pixels in rows])
+            self._sources, self._cached = self.gather(range(len(data)))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -135,7 +91,12 @@ class ImagePixels(Dataset):
         return self.read(index)[1]
 
     def read(self, index: int) -> tuple[int, Tensor]:
-        """`(row, pixels)`: `row` is `index`, or the next readable row where `bad_images` skips.
+        """`(row, pixels)`, as `sample`."""
+        row, tensors = self.sample(index)
+        return row, tensors["pixel_values"]
+
+    def sample(self, index: int) -> tuple[int, dict[str, Tensor]]:
+        """`(row, tensors)`: `row` is `index`, or the next readable row where `bad_images` skips; see `TensorReader`.
 
         Raises:
             UnreadableImage: See the class.
@@ -144,13 +105,13 @@ class ImagePixels(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"Row {index} of {len(self)} images.")
         if self._cached is not None and self._sources is not None:
-            return int(self._sources[index]), self._cached[index]
+            return int(self._sources[index]), {name: held[index] for name, held in self._cached.items()}
         for row in range(index, index + min(MAX_BAD_IN_A_ROW, len(self))):
             row %= len(self)
             if row in self.bad:
                 continue
             try:
-                return row, self._reader.read(self.raw(row), row)
+                return row, self._reader.read(self._raw[row], row)
             except UnreadableImage as error:
                 if self.bad_images == "error":
                     raise UnreadableImage(f"{error} Repair or drop it, or pass --bad_images skip.") from error
@@ -161,19 +122,32 @@ class ImagePixels(Dataset):
             f"{self.bad[index]}"
         )
 
-    def gather(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """As `read` for several rows at once, `(B,)` int64 and `(B, C, H, W)`; from memory where they are cached."""
+    def gather(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `sample` for several rows at once, the tensors joined; from memory where they are cached."""
         if self._cached is not None and self._sources is not None:
             places = torch.tensor(list(indices))
-            return self._sources[places], self._cached[places]
-        read = [self.read(index) for index in indices]
-        return torch.tensor([row for row, _ in read]), torch.stack([pixels for _, pixels in read])
+            return self._sources[places], {name: held[places] for name, held in self._cached.items()}
+        found = [self.sample(index) for index in indices]
+        return torch.tensor([row for row, _ in found]), _stacked([tensors for _, tensors in found])
 
     def paths(self) -> list[str | None]:
         """Of every row the file of its image; None where the data hold the image itself."""
         column = self._raw.with_format("arrow")[:].column(0)
         return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
 
+    @property
+    def annotated(self) -> bool:
+        """Whether samples have masks or points."""
+        return self._reader.rows.columns.used() != [self.column]
+
     def raw(self, row: int) -> dict[str, Any] | None:
         """Path and bytes of a row's image; None without one."""
-        return self._raw[row][self.column]
+        return self.stored(row)[self.column]
+
+    def stored(self, row: int) -> dict[str, Any]:
+        """A row as it is stored: images as path and bytes, points and masks of arrays as lists."""
+        return self._raw[row]
+
+
+def _stacked(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

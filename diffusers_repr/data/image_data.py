@@ -1,18 +1,19 @@
-"""Labelled images from a folder, Parquet files or the Hub, through `datasets`."""
+"""Images with what is known of them, from a folder, Parquet files or the Hub, through `datasets`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
 
-from diffusers_repr.data.edm_folder import open_edm_folder
-from diffusers_repr.data.image_files import UnreadableImage, read_image, undecoded
+from diffusers_repr.data.columns import Columns, choose_columns
+from diffusers_repr.data.image_files import UnreadableImage
+from diffusers_repr.data.masks import IGNORE_INDEX, MaskColumn
+from diffusers_repr.data.samples import Sample, SampleReader
+from diffusers_repr.data.splits import open_split
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,29 @@ class ImageData:
 
     Attributes:
         dataset: Rows, in a fixed order.
-        image_column: Column of images.
-        label_column: Column of class ids; None without labels.
+        columns: Which of its columns hold what.
         label_names: Name of each class id.
         name: Path or Hub id.
         split: Name of the split.
+        masks: Of the column of masks: names of the classes of pixels, and the id of those of none; None without masks.
     """
 
     dataset: datasets.Dataset
-    image_column: str
-    label_column: str | None
+    columns: Columns
     label_names: list[str] | None
     name: str
     split: str
+    masks: MaskColumn | None = None
+
+    @property
+    def image_column(self) -> str:
+        """Column of images."""
+        return self.columns.image
+
+    @property
+    def label_column(self) -> str | None:
+        """Column of class ids; None without labels."""
+        return self.columns.label
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -53,9 +64,7 @@ class ImageData:
 
     def select(self, rows: Sequence[int]) -> ImageData:
         """The data with these rows, in this order."""
-        return ImageData(
-            self.dataset.select(rows), self.image_column, self.label_column, self.label_names, self.name, self.split
-        )
+        return replace(self, dataset=self.dataset.select(rows))
 
     def batches(
         self, size: int, start: int = 0, stop: int | None = None
@@ -76,14 +85,47 @@ class ImageData:
             UnreadableImage: A ValueError that names the row, and the file where that is known.
         """
         if self._transformed:  # what the user's function makes is the image
-            return [self._checked(self.dataset[row][self.image_column], row) for row in rows]
-        mode = self.dataset.features[self.image_column].mode
-        found = zip(self._raw[list(rows)][self.image_column], rows, strict=True)
-        return [read_image(self._checked(value, row), self._row(row), mode) for value, row in found]
+            return [self._made(row) for row in rows]
+        found = zip(self._images[list(rows)][self.image_column], rows, strict=True)
+        return [self._reader.image(value, row) for value, row in found]
+
+    def samples(self, rows: Sequence[int]) -> list[Sample]:
+        """The images of these rows with their masks and points, each at the size it was stored in.
+
+        `Placement.of(size, image_size, "stretch")` takes masks and points where `to_pixels` takes the images.
+
+        Raises:
+            UnreadableImage: As `read`; for masks, too.
+            ValueError: If a mask or points do not fit their image.
+        """
+        if self._transformed:
+            raise ValueError(
+                f"{self.name} has a transform (`set_transform`), which masks and points would not follow; read the "
+                "data without it."
+            )
+        return [self._reader.read(self._raw[row], row) for row in rows]
+
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        """The texts of these rows, empty where there is none.
+
+        Raises:
+            ValueError: If no column of texts was chosen.
+        """
+        if self.columns.caption is None:
+            raise ValueError(f"{self.name} was opened without texts; columns are named by caption_column.")
+        return [text or "" for text in self.dataset.with_format(None)[list(rows)][self.columns.caption]]
+
+    @cached_property
+    def _reader(self) -> SampleReader:
+        return SampleReader(self.dataset.features, self.columns, self.masks, f"{self.name} (split {self.split!r})")
 
     @cached_property
     def _raw(self) -> datasets.Dataset:
-        return undecoded(self.dataset.select_columns([self.image_column]), self.image_column)
+        return self._reader.undecoded(self.dataset.with_format(None))
+
+    @cached_property
+    def _images(self) -> datasets.Dataset:
+        return self._raw.select_columns([self.image_column])
 
     @cached_property
     def _classes(self) -> datasets.Dataset:
@@ -93,13 +135,11 @@ class ImageData:
     def _transformed(self) -> bool:
         return self.dataset.format["type"] == "custom"
 
-    def _checked(self, value: Any, row: int) -> Any:
-        if value is None:
-            raise UnreadableImage(f"{self._row(row)} has no image.")
-        return value
-
-    def _row(self, row: int) -> str:
-        return f"Row {row} of {self.name} (split {self.split!r})"
+    def _made(self, row: int) -> Any:
+        made = self.dataset[row][self.image_column]
+        if made is None:
+            raise UnreadableImage(f"Row {row} of {self.name} (split {self.split!r}) has no image.")
+        return made
 
     def _whole(self, values: Iterable[Any], start: int = 0) -> list[int]:
         labels = list(values)
@@ -117,6 +157,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     revision: str | None = None,
+    **annotations: Any,
 ) -> ImageData:
     """Open a split of images.
 
@@ -124,16 +165,17 @@ def load_images(
         path: Folder (of images, one subfolder a class, or with classes in a `dataset.json` as EDM and REPA write them;
             of Parquet files; or of `save_to_disk`), a Parquet file, or a Hub id.
         split: Name of the split.
-        image_column: The column of type `datasets.Image` if None.
+        image_column: The column of type `datasets.Image`, that of masks apart, if None.
         label_column: The column of type `ClassLabel`, or an integer column named `label`, if None.
         revision: Of a Hub id.
+        annotations: `caption_column`, `mask_column`, `points_column`, `mask_names`, `ignore_index`, as
+            `from_dataset` takes them.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
         ValueError: If a column or the split is not there, a column holds something else, or there are no rows.
     """
-    dataset = open_split(path, split, revision)
-    return from_dataset(dataset, image_column, label_column, path, split)
+    return from_dataset(open_split(path, split, revision), image_column, label_column, path, split, **annotations)
 
 
 def from_dataset(
@@ -142,113 +184,34 @@ def from_dataset(
     label_column: str | None = None,
     name: str = "dataset",
     split: str = "train",
+    *,
+    caption_column: str | None = None,
+    mask_column: str | None = None,
+    points_column: str | None = None,
+    mask_names: Sequence[str] | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
 ) -> ImageData:
-    """As `load_images`, from a `datasets.Dataset`."""
-    image_column, label_column = choose_columns(dataset.features, image_column, label_column, name)
-    if not len(dataset):
-        raise ValueError(f"{name} (split {split!r}) has no rows.")
-    names = getattr(dataset.features[label_column], "names", None) if label_column else None
-    dataset = dataset.select_columns([image_column, *([label_column] if label_column else [])])
-    return ImageData(dataset, image_column, label_column, names, name, split)
-
-
-def choose_columns(
-    features: Mapping[str, Any],
-    image_column: str | None = None,
-    label_column: str | None = None,
-    name: str = "dataset",
-) -> tuple[str, str | None]:
-    """Columns of images and of class ids (None: there are no labels); see `load_images` for the choice.
+    """As `load_images`, from a `datasets.Dataset`.
 
     Args:
-        features: Type of each column, as `datasets` has them.
+        dataset: The split.
         image_column: As in `load_images`.
         label_column: As in `load_images`.
-        name: Of the data set, for messages.
-
-    Raises:
-        ValueError: If a column is not there or holds something else.
+        name: Of the data set, for messages and records.
+        split: Likewise.
+        caption_column: Texts; none if None.
+        mask_column: Class ids of pixels, as images or arrays `(H, W)`; none if None.
+        points_column: Lists of `[x, y]` or `[x, y, visible]` in pixels; none if None.
+        mask_names: Name of each class of pixels; what the column knows if None.
+        ignore_index: Id of pixels of no class.
     """
-    images = [k for k, v in features.items() if isinstance(v, datasets.Image)]
-    if not images:
-        raise ValueError(
-            f"{name} has no column of images; its columns are {list(features)}. A column of files or of their bytes "
-            "becomes one by `dataset.cast_column(column, datasets.Image())`."
-        )
-    if image_column is None and len(images) > 1:
-        raise ValueError(f"{name} has several columns of images: {images}. Choose one by image_column.")
-    image_column = image_column or images[0]
-    if image_column not in features:
-        raise ValueError(f"{name} has no column {image_column!r}; columns are {list(features)}, images are {images}.")
-    if image_column not in images:
-        raise ValueError(
-            f"Column {image_column!r} of {name} holds {features[image_column]}, not images; images: {images}."
-        )
-    if label_column is not None and label_column not in features:
-        raise ValueError(f"{name} has no column {label_column!r}; columns are {list(features)}.")
-    if label_column is None:
-        classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
-        plain = [k for k in ("label",) if k in features and str(getattr(features[k], "dtype", "")).startswith("int")]
-        found = classes or plain
-        label_column = found[0] if found else None
-    if label_column is not None and not _is_label(features[label_column]):
-        raise ValueError(
-            f"Column {label_column!r} of {name} holds {features[label_column]}, not class ids. Use whole numbers or a "
-            f"ClassLabel (`dataset.class_encode_column({label_column!r})` makes one)."
-        )
-    return image_column, label_column
-
-
-def _is_label(feature: Any) -> bool:
-    return isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
-
-
-def open_split(path: str, split: str, revision: str | None = None, streaming: bool = False) -> Any:
-    """A split of a folder, Parquet file or Hub id with all its columns.
-
-    Args:
-        path: As in `load_images`.
-        split: Name of the split.
-        revision: Of a Hub id.
-        streaming: Give a `datasets.IterableDataset`, read as it is used, instead of a `datasets.Dataset`.
-
-    Raises:
-        FileNotFoundError: If the path does not exist or the id cannot be reached.
-        ValueError: If the split is not there, or a revision is given with a local path.
-    """
-    local = Path(path)
-    if local.exists() and revision is not None:
-        raise ValueError(f"revision={revision!r} was given with the local path {path!r}, which has no revisions.")
-    if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
-        raise FileNotFoundError(f"No file or folder {path!r}. Pass a folder, a .parquet file or a Hub id 'user/name'.")
-    try:
-        found = _load(local, path, split, revision, streaming)
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, pyarrow.ArrowException) as error:
-        raise FileNotFoundError(
-            f"Could not open {path!r} as a data set: {error}. Pass a folder with images (one subfolder a class) or "
-            "Parquet files, a .parquet file, or a Hub id that can be reached."
-        ) from error
-    if not isinstance(found, dict):  # `Dataset.save_to_disk`: one split, without a name
-        return found
-    if split not in found:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}.")
-    return found[split]
-
-
-def _load(local: Path, path: str, split: str, revision: str | None, streaming: bool) -> Any:
-    if local.is_file():
-        if local.suffix != ".parquet":
-            raise ValueError(
-                f"{path} is a {local.suffix or 'plain'} file; pass a .parquet file, a folder or a Hub id."
-            )
-        return datasets.load_dataset("parquet", data_files={split: str(local)}, streaming=streaming)
-    if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
-        if streaming:
-            raise ValueError(
-                f"{path} was written by `save_to_disk`, which is memory-mapped already; leave streaming out."
-            )
-        return datasets.load_from_disk(path)
-    preprocessed = open_edm_folder(local, split) if local.is_dir() else None
-    if preprocessed is not None:
-        return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in preprocessed.items()}
-    return datasets.load_dataset(path, revision=revision, streaming=streaming)
+    columns = choose_columns(
+        dataset.features, image_column, label_column, caption_column, mask_column, points_column, name=name
+    )
+    if not len(dataset):
+        raise ValueError(f"{name} (split {split!r}) has no rows.")
+    if mask_names is not None and mask_column is None:
+        raise ValueError("mask_names is given, but no mask_column; name the column.")
+    names = getattr(dataset.features[columns.label], "names", None) if columns.label else None
+    masks = None if mask_column is None else MaskColumn(dataset.features[mask_column], mask_names, ignore_index)
+    return ImageData(dataset.select_columns(columns.used()), columns, names, name, split, masks)

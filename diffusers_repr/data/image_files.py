@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +35,22 @@ def read_image(value: Any, what: str, mode: str | None = None) -> Image.Image:
     Raises:
         UnreadableImage: If it is none, is damaged or too large, or has a mode that `as_mode` refuses.
     """
+    image = read_decoded(value, what)
+    try:
+        check_mode(image)
+        if mode in ("L", "RGB"):
+            return as_mode(image, 1 if mode == "L" else 3)
+        return image if mode in (None, image.mode) else image.convert(mode)
+    except (ValueError, OSError) as error:
+        raise UnreadableImage(f"{what}{place_of(value)} cannot be used: {error}.") from error
+
+
+def read_decoded(value: Any, what: str) -> Image.Image:
+    """As `read_image`, of whatever mode the file is: a mask's values are no colours."""
     what += place_of(value)
     _set_bound()
     try:
-        image = _opened(value) if isinstance(value, Path) else datasets.Image().decode_example(value)
+        return _opened(value) if isinstance(value, Path) else datasets.Image().decode_example(value)
     except (ConnectionError, TimeoutError, MemoryError):  # says nothing of the image
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -51,18 +64,29 @@ def read_image(value: Any, what: str, mode: str | None = None) -> Image.Image:
         ) from error
     except Exception as error:  # PIL tells broken files by many kinds
         raise UnreadableImage(f"{what} cannot be read: {error or type(error).__name__}.") from error
-    try:
-        check_mode(image)
-        if mode in ("L", "RGB"):
-            return as_mode(image, 1 if mode == "L" else 3)
-        return image if mode in (None, image.mode) else image.convert(mode)
-    except (ValueError, OSError) as error:
-        raise UnreadableImage(f"{what} cannot be used: {error}.") from error
 
 
 def undecoded(data: Any, column: str) -> Any:
     """The data set (map-style or stream) with that column as path and bytes."""
     return data.with_format(None).cast_column(column, datasets.Image(decode=False))
+
+
+def raw_bytes(value: Any) -> bytes:
+    """What identifies what is stored in a row.
+
+    Of an undecoded image its file's bytes, or its path where they are not at hand; of lists the numbers.
+    """
+    if value is None:
+        return b""
+    if not isinstance(value, Mapping):
+        return json.dumps(value).encode()
+    if value["bytes"] is not None:
+        return value["bytes"]
+    try:
+        with open(value["path"], "rb") as file:
+            return file.read()
+    except OSError:
+        return str(value["path"]).encode()
 
 
 def place_of(value: Any) -> str:

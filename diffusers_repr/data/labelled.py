@@ -1,8 +1,8 @@
-"""Images with labels, in the forms that selection and probes take."""
+"""Images, read when asked for, with or without targets: the forms that measures, selection and probes take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,45 +11,93 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData, from_dataset
+from diffusers_repr.denoiser.images import to_pixels
 
 Source: TypeAlias = ImageData | datasets.Dataset | tuple[Any, Any]
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Images, read when asked for, with their targets.
+class ImageRows:
+    """Images of a data set, a few at a time, by their places.
 
     Attributes:
-        images: `ImageData`, or a sequence of images.
-        targets: Class ids `(n,)`, or numbers `(n,)` or `(n, K)`, on the CPU.
-        name: Of the data set.
-        split: Of it.
-        label_names: Name of each class id, if known.
+        images: `ImageData` or a sequence of images (a tensor too).
+        name: What it is called in records.
     """
 
     images: Any
-    targets: Tensor
     name: str
-    split: str
-    label_names: list[str] | None = None
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.images)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self, rows: Sequence[int]) -> Any:
+        """The images at these places."""
+        if isinstance(self.images, ImageData):
+            return self.images.read(rows)
+        if isinstance(self.images, Tensor):
+            return self.images[torch.as_tensor(rows)]
+        return [self.images[row] for row in rows]
+
+    def pixels(
+        self,
+        size: int,
+        channels: int,
+        image_size: int | tuple[int, int] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """`(rows, pixels)`, `size` images at a time, as `to_pixels` gives them.
+
+        Args:
+            size: Images a batch.
+            channels: Of the pixels.
+            image_size: Resize to (H, W) or a square.
+            rows: Which images; all if None.
+
+        Raises:
+            ValueError: If an image has another size than those before it; as `to_pixels`.
+        """
+        rows, before = range(len(self)) if rows is None else rows, None
+        for start in range(0, len(rows), size):
+            places = rows[start : start + size]
+            pixels = to_pixels(self.read(places), channels, image_size, places)
+            found = tuple(pixels.shape[2:])
+            if before not in (None, found):
+                raise ValueError(
+                    f"Image {places[0]} of {self} is {found} (H, W), those before it are {before}; pass "
+                    "image_size=(H, W) to resize them."
+                )
+            before = found
+            yield places, pixels
+
+
+@dataclass(frozen=True)
+class Labelled(ImageRows):
+    """Images with their targets.
+
+    Attributes:
+        images: `ImageData`, or a sequence of images.
+        name: Of the data set.
+        targets: Class ids `(n,)`, or numbers `(n,)` or `(n, K)`, on the CPU.
+        split: Of the data set.
+        label_names: Name of each class id, if known.
+    """
+
+    targets: Tensor
+    split: str
+    label_names: list[str] | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.split})"
 
     def batches(self, size: int) -> Iterator[tuple[slice, Any]]:
         """`(rows, images)`, `size` at a time."""
-        if isinstance(self.images, ImageData):
-            start = 0
-            for images, _ in self.images.batches(size):
-                yield slice(start, start + len(images)), images
-                start += len(images)
-            return
         for start in range(0, len(self), size):
             rows = slice(start, min(start + size, len(self)))
-            yield rows, self.images[rows]
+            yield rows, self.read(range(rows.start, rows.stop))
 
     def class_ids(self, hint: str = "") -> Tensor:
         """The targets as int64.
@@ -69,6 +117,30 @@ class Labelled:
         return targets.long()
 
 
+def open_images(data: Any, role: str) -> ImageRows:
+    """Bring images to one form.
+
+    Args:
+        data: `ImageData`, a `datasets.Dataset` with a column of images, or a sequence of images as `to_pixels` takes
+            them: a list, an array or a tensor `(N, C, H, W)`.
+        role: What it is for, for errors and names.
+
+    Raises:
+        TypeError: For anything else.
+        ValueError: Without images.
+    """
+    data = _opened(data, role)
+    sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, dict))
+    if not (sequence or isinstance(data, ImageData)):
+        raise TypeError(
+            f"{role} must be ImageData, a datasets.Dataset, or a list, array or tensor of images; got "
+            f"{type(data).__name__}."
+        )
+    if not len(data):
+        raise ValueError(f"{role} has no images.")
+    return ImageRows(data, f"{data.name} ({data.split})" if isinstance(data, ImageData) else role)
+
+
 def open_labelled(data: Any, role: str) -> Labelled:
     """Bring labelled images to one form.
 
@@ -81,10 +153,9 @@ def open_labelled(data: Any, role: str) -> Labelled:
         TypeError: For anything else.
         ValueError: Without images or labels, with another number of labels, or labels that are no numbers.
     """
-    if isinstance(data, datasets.Dataset):
-        data = from_dataset(data, name=data.info.dataset_name or "dataset", split=str(data.split or role))
+    data = _opened(data, role)
     if isinstance(data, ImageData):
-        return Labelled(data, torch.tensor(data.labels()), data.name, data.split, data.label_names)
+        return Labelled(data, data.name, torch.tensor(data.labels()), data.split, data.label_names)
     if isinstance(data, dict):
         raise TypeError(
             f"{role} is a dictionary of splits ({', '.join(map(str, data))}); pass one split, e.g. data['{role}']."
@@ -108,7 +179,13 @@ def open_labelled(data: Any, role: str) -> Labelled:
         targets = torch.as_tensor(labels).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"The labels of {role} are no numbers, or some are missing: {error}.") from error
-    return Labelled(images, targets, "images", role)
+    return Labelled(images, "images", targets, role)
 
 
-__all__ = ["Labelled", "Source", "open_labelled"]
+def _opened(data: Any, role: str) -> Any:
+    if isinstance(data, datasets.Dataset):
+        return from_dataset(data, name=data.info.dataset_name or "dataset", split=str(data.split or role))
+    return data
+
+
+__all__ = ["ImageRows", "Labelled", "Source", "open_images", "open_labelled"]

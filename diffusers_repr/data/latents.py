@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.cache_writer import CacheSettings, process_state, write_cache
 from diffusers_repr.data.numpy_latents import NumpyLatents, is_numpy_latents
-from diffusers_repr.data.train_data import ImageTrainData, TrainData
+from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.denoiser.vae import encode_moments
 from diffusers_repr.hub.identity import config_hash, weights_hash
 from diffusers_repr.store.tensor_cache import TensorCache

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.base import hashed
 from diffusers_repr.data.edm_folder import LABELS, NoLabelsFile, files_below, read_labels_file, shard_and_number
-from diffusers_repr.data.train_data import ImageTrainData, hashed
+from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.denoiser.vae import encode_moments
 from diffusers_repr.store.tensor_cache import INDEX, MANIFEST, CacheLayout

@@ -14,12 +14,11 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
+from diffusers_repr.data.base import augmented, geometry, hashed
 from diffusers_repr.data.config import DataConfig
-from diffusers_repr.data.image_column import ImageReader, raw_bytes
-from diffusers_repr.data.image_files import UnreadableImage, undecoded
+from diffusers_repr.data.image_files import UnreadableImage, raw_bytes
 from diffusers_repr.data.label_column import class_names
-from diffusers_repr.data.train_data import augmented, find_columns, geometry, hashed
-from diffusers_repr.data.transforms import to_unit
+from diffusers_repr.data.samples import SampleReader, TensorReader
 from diffusers_repr.hub.schema import anything, integer, mapping, optional, record
 
 MAX_BAD_IN_A_ROW = 100
@@ -55,6 +54,8 @@ class StreamData(IterableDataset):
 
     Attributes:
         config: As given.
+        columns: Which columns are read.
+        masks: Names of the classes of pixels; None without masks.
         bad: Number of images skipped in this process.
 
     Raises:
@@ -83,11 +84,11 @@ class StreamData(IterableDataset):
         if dataset.features is None:
             dataset = dataset._resolve_features()
         features = dict(dataset.features)
-        self._image_column, self._label_column = find_columns(features, config, name)
-        self._names = None if self._label_column is None else _names_of(features, self._label_column, name)
-        self._reader = ImageReader(features[self._image_column], channels, size, config.center_crop)
-        columns = [self._image_column, self._label_column, config.caption_column]
-        self._whole = undecoded(dataset.select_columns([c for c in columns if c is not None]), self._image_column)
+        self.columns, self.masks = config.columns(features, name), config.masks(features)
+        self._names = None if self.columns.label is None else _names_of(features, self.columns.label, name)
+        rows = SampleReader(features, self.columns, self.masks)
+        self._reader = TensorReader(rows, channels, size, config.center_crop, config.max_points or 1)
+        self._whole = rows.undecoded(dataset.select_columns(self.columns.used()))
         self._source = split_dataset_by_node(self._whole, rank, world_size) if world_size > 1 else self._whole
         self.config, self.bad = config, 0
         self._seed, self._rank, self._world_size, self._title = seed, rank, world_size, name
@@ -143,7 +144,7 @@ class StreamData(IterableDataset):
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """As `TrainData.on_device`."""
-        return {**batch, "pixel_values": augmented(to_unit(batch["pixel_values"]), self.config)}
+        return augmented(batch, self.config)
 
     def fingerprint(self) -> dict[str, Any]:
         """As `TrainData.fingerprint`: the number of shards and the first image stand for the data."""
@@ -153,11 +154,14 @@ class StreamData(IterableDataset):
                 raise ValueError(f"{self._title} has no rows.")
             self._fingerprint = {
                 "shards": self._whole.num_shards,
-                "images": hashed([raw_bytes(first[self._image_column])]),
+                "images": hashed([raw_bytes(first[self.columns.image])]),
                 "classes": self._names,
                 "captions": self.config.caption_column,
                 **geometry(self.config, self._reader.channels, self._reader.size),
             }
+            for kind, column in (("masks", self.columns.mask), ("points", self.columns.points)):
+                if column is not None:
+                    self._fingerprint[kind] = hashed([raw_bytes(first[column])])
         return dict(self._fingerprint)
 
     @property
@@ -231,13 +235,13 @@ class StreamData(IterableDataset):
 
     def _sample(self, number: int, row: Mapping[str, Any]) -> dict[str, Any] | UnreadableImage:
         try:
-            sample: dict[str, Any] = {"pixel_values": self._reader.read(row[self._image_column], number)}
+            sample: dict[str, Any] = dict(self._reader.read(row, number))
         except UnreadableImage as error:
             return error
-        if self._label_column is not None:
-            sample["class_labels"] = torch.tensor(self._label(row[self._label_column], number))
-        if self.config.caption_column is not None:
-            sample["caption"] = row[self.config.caption_column] or ""
+        if self.columns.label is not None:
+            sample["class_labels"] = torch.tensor(self._label(row[self.columns.label], number))
+        if self.columns.caption is not None:
+            sample["caption"] = row[self.columns.caption] or ""
         return sample
 
     def _label(self, value: int | None, number: int) -> int:
@@ -246,7 +250,7 @@ class StreamData(IterableDataset):
             return label
         if not 0 <= label < self.num_classes:
             raise ValueError(
-                f"Row {number} of the stream has the class {value} in {self._label_column!r}, which has "
+                f"Row {number} of the stream has the class {value} in {self.columns.label!r}, which has "
                 f"{self.num_classes} classes; leave it out, pass --missing_labels keep for rows without a class, or "
                 "--label_column none to train without labels."
             )

@@ -1,64 +1,24 @@
-"""Training data behind one interface: image folders, `datasets` ids, Parquet, in memory, streamed or from a cache."""
+"""Images with what is known of them, to train on: from a folder, `datasets` ids, Parquet, or held in memory."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
+from diffusers_repr.data.base import TrainData, augmented, geometry, hashed
 from diffusers_repr.data.config import DataConfig
-from diffusers_repr.data.image_column import ImagePixels, raw_bytes
-from diffusers_repr.data.image_data import choose_columns, open_split
+from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.image_files import raw_bytes
 from diffusers_repr.data.label_column import read_labels
-from diffusers_repr.data.transforms import augment, check_crop, to_unit
-
-if TYPE_CHECKING:
-    from diffusers_repr.data.stream import StreamData
+from diffusers_repr.data.points import most_points
+from diffusers_repr.data.transforms import check_crop
 
 _SAMPLED = 64  # images whose bytes enter a fingerprint
-
-
-class TrainData(Dataset, ABC):
-    """Map-style training data; sample n of a run is `permutation(seed, epoch)[n mod N]`, see `order.batch_indices`.
-
-    `data[i]` is a dict of CPU tensors that `torch.utils.data.default_collate` joins; `on_device` brings the joined
-    batch, once it is on the device, to what an objective takes.
-    """
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch as objectives take it, in a dict of its own.
-
-        `pixel_values` are float32 in [-1, 1], augmented by draws from the global generator of the batch's device.
-        """
-
-    @abstractmethod
-    def fingerprint(self) -> dict[str, Any]:
-        """What the data are, as JSON: equal for equal data, wherever they lie; no setting of the augmentation."""
-
-    @property
-    @abstractmethod
-    def class_names(self) -> list[str] | None:
-        """Name of each class id; None without labels."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 without labels."""
-        return 0 if self.class_names is None else len(self.class_names)
 
 
 class ImageTrainData(TrainData):
@@ -74,9 +34,11 @@ class ImageTrainData(TrainData):
     Attributes:
         images: The uint8 pixels.
         config: As given.
+        masks: Names of the classes of pixels; None without masks.
 
     A sample has `pixel_values` (uint8, C, H, W), `index` (place in the data set, int64), and, where the data have
-    them, `class_labels` (int64, -1 for none) and `caption` (str, empty for none).
+    them, `class_labels` (int64, -1 for none), `caption` (str, empty for none), `masks` (int32, H, W), and `points`
+    (float32, P, 2, as x and y) with `visible` (bool, P).
 
     Raises:
         ValueError: For columns that are not there or hold something else, missing labels, a crop that does not fit.
@@ -91,27 +53,26 @@ class ImageTrainData(TrainData):
         name: str = "the data set",
     ) -> None:
         check_crop(config.center_crop, size)
-        image_column, label_column = find_columns(dataset.features, config, name)
-        labels = None if label_column is None else read_labels(dataset, label_column, config.missing_labels)
-        self.config = config
+        columns = config.columns(dataset.features, name)
+        self._labels = None if columns.label is None else read_labels(dataset, columns.label, config.missing_labels)
+        self._captions = None if columns.caption is None else dataset.with_format(None).select_columns(columns.caption)
+        self.config, self.masks = config, config.masks(dataset.features)
+        most = config.max_points or (1 if columns.points is None else most_points(dataset, columns.points))
         self.images = ImagePixels(
-            dataset, image_column, channels, size, config.cache_images, config.center_crop, config.bad_images
-        )
-        self._labels = labels
-        self._captions = None
-        if config.caption_column is not None:
-            self._captions = dataset.with_format(None).select_columns([config.caption_column])
+            dataset, columns.image, channels, size, config.cache_images, config.center_crop, config.bad_images,
+            columns.mask, columns.points, self.masks, most,
+        )  # fmt: skip
         self._fingerprint: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, pixels = self.images.read(index)
-        return {"pixel_values": pixels, **self.annotations(row)}
+        row, tensors = self.images.sample(index)
+        return {**tensors, **self.annotations(row)}
 
     def annotations(self, row: int) -> dict[str, Any]:
-        """A sample without its image: `index`, and `class_labels` and `caption` where there are such."""
+        """A sample without what lies on its image: `index`, and `class_labels` and `caption` where there are such."""
         sample: dict[str, Any] = {"index": torch.tensor(row)}
         if self._labels is not None:
             sample["class_labels"] = torch.tensor(self._labels.ids[row])
@@ -121,21 +82,24 @@ class ImageTrainData(TrainData):
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """See `TrainData`; the draws are those of `transforms.augment`."""
-        return {**batch, "pixel_values": augmented(to_unit(batch["pixel_values"]), self.config)}
+        return augmented(batch, self.config)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `TrainData`: number of rows, hashes of evenly spread images and of all labels, geometry."""
         if self._fingerprint is None:
-            rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int))
+            rows = [int(row) for row in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int))]
             labels = None if self._labels is None else hashed([self._labels.ids.tobytes()])
             self._fingerprint = {
                 "rows": len(self),
-                "images": hashed(raw_bytes(self.images.raw(int(row))) for row in rows),
+                "images": hashed(raw_bytes(self.images.raw(row)) for row in rows),
                 "labels": labels,
                 "classes": self.class_names,
                 "captions": self.config.caption_column,
                 **geometry(self.config, len(self.images.mode), self.images.size),
             }
+            for kind, column in (("masks", self.config.mask_column), ("points", self.config.points_column)):
+                if column is not None:
+                    self._fingerprint[kind] = hashed(raw_bytes(self.images.stored(row)[column]) for row in rows)
         return json.loads(json.dumps(self._fingerprint))
 
     @property
@@ -154,107 +118,10 @@ class InMemoryTrainData(ImageTrainData):
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """What joining `self[i]` for each of `indices` gives."""
-        rows, pixels = self.images.gather(indices)
-        batch: dict[str, Any] = {"pixel_values": pixels, "index": rows}
+        rows, tensors = self.images.gather(indices)
+        batch: dict[str, Any] = {**tensors, "index": rows}
         if self._labels is not None:
             batch["class_labels"] = torch.from_numpy(self._labels.ids[rows.numpy()])
         if self._captions is not None:
             batch["caption"] = [self.annotations(int(row))["caption"] for row in rows]
         return batch
-
-
-def load_train_data(
-    config: DataConfig,
-    channels: int,
-    size: int | tuple[int, int] | None = None,
-    dataset: datasets.Dataset | datasets.IterableDataset | None = None,
-    *,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    vae: Any = None,
-    encoders: Sequence[Any] = (),
-    needs_pixels: bool = False,
-) -> TrainData | StreamData:
-    """The training data of a run: images, a stream of them, or a cache over them.
-
-    Args:
-        config: See `DataConfig`.
-        channels: Of the images: 1 (grey) or 3 (RGB).
-        size: (H, W) that the model, its VAE included, takes; `config.resolution` if None.
-        dataset: The split itself, in place of `config.dataset_name`.
-        seed: Of a stream's order; map-style data are ordered by the loop.
-        rank: This process, for a stream.
-        world_size: Number of processes, for a stream.
-        num_workers: Threads that decode the images of a stream; other data leave it to the loader.
-        vae: The run's VAE; a latent cache must have been made with it.
-        encoders: The run's teachers; a feature cache must have been made with them.
-        needs_pixels: Load images even where latents are cached, for a teacher that is not.
-
-    Raises:
-        FileNotFoundError: If the data set or a cache is not there.
-        ValueError: If columns or settings do not fit, or a cache was made otherwise or is not finished.
-    """
-    height_width = config.size(size)
-    name = config.dataset_name or "the data set"
-    if dataset is None:
-        if config.dataset_name is None:
-            raise ValueError("No data set; pass --dataset_name, a folder, a .parquet file or a Hub id.")
-        dataset = open_split(config.dataset_name, config.dataset_split, config.dataset_revision, config.streaming)
-    if isinstance(dataset, datasets.IterableDataset):
-        from diffusers_repr.data.stream import StreamData
-
-        if config.latents_dir or config.features_dir:
-            raise ValueError("A stream has no places in the data set to keep latents or features by.")
-        return StreamData(dataset, config, channels, height_width, seed, rank, world_size, num_workers, name)
-    if config.streaming:
-        raise ValueError(f"`streaming` is set, but {name} was given as a map-style data set; leave it out.")
-    kind = InMemoryTrainData if config.cache_images else ImageTrainData
-    images = kind(dataset, config, channels, height_width, name)
-    if not (config.latents_dir or config.features_dir):
-        return images
-    from diffusers_repr.data.cached import CachedData
-
-    return CachedData.open(images, vae=vae, encoders=encoders, needs_pixels=needs_pixels)
-
-
-def find_columns(features: Mapping[str, Any], config: DataConfig, name: str) -> tuple[str, str | None]:
-    """Columns of images and of class ids (None: no labels) that a configuration chooses.
-
-    Args:
-        features: Type of each column, as `datasets` has them.
-        config: Names of columns, or none.
-        name: Of the data set, for messages.
-
-    Raises:
-        ValueError: For columns, that of texts included, that are not there or hold something else.
-    """
-    without_labels = config.label_column == "none"
-    images, labels = choose_columns(
-        features, config.image_column, None if without_labels else config.label_column, name
-    )
-    if config.caption_column is not None:
-        kinds = {column: getattr(kind, "dtype", type(kind).__name__) for column, kind in features.items()}
-        if kinds.get(config.caption_column) not in ("string", "large_string"):
-            raise ValueError(f"No column {config.caption_column!r} of texts in {name}; its columns are {kinds}.")
-    return images, None if without_labels else labels
-
-
-def augmented(pixels: Tensor, config: DataConfig) -> Tensor:
-    """`transforms.augment` of pixels in [-1, 1] by a configuration's settings."""
-    return augment(pixels, config.random_flip, config.random_rotation, config.random_shift, config.random_scale)
-
-
-def geometry(config: DataConfig, channels: int, size: tuple[int, int]) -> dict[str, Any]:
-    """How images become pixels, as JSON."""
-    return {"channels": channels, "size": list(size), "center_crop": config.center_crop}
-
-
-def hashed(parts: Any) -> str:
-    """A short hash of byte strings, told apart by their lengths."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffusers_repr.data.placement import CROPS, Crop, adm_sizes, on_image
 from diffusers_repr.denoiser.images import as_mode
-
-CROPS = ("adm", "fit")
-Crop = Literal["adm", "fit"]
 
 
 def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -31,10 +31,10 @@ def adm_center_crop(image: Image.Image, size: int) -> Image.Image:
         >>> adm_center_crop(Image.new("RGB", (101, 67)), 32).size
         (32, 32)
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    *halves, last = adm_sizes(image.size, size)
+    for half in halves:
+        image = image.resize(half, Image.Resampling.BOX)
+    image = image.resize(last, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -89,6 +89,71 @@ def draw_flips(batch: int, device: torch.device | str) -> Tensor:
     return torch.rand(batch, device=device) < 0.5
 
 
+@dataclass(frozen=True)
+class Moves:
+    """What the augmentation does to each of B images, drawn once for images, masks and points.
+
+    Attributes:
+        mirrored: `(B,)` which are mirrored; None: none.
+        affine: `(B, 2, 3)` from places of the result to places of the mirrored image, as `affine_grid` takes them
+            (the sides span [-1, 1]); None: they stay.
+    """
+
+    mirrored: Tensor | None = None
+    affine: Tensor | None = None
+
+    @classmethod
+    def draw(
+        cls, batch: int, device: torch.device | str, flip: bool, rotation: float, shift: float, scale: float
+    ) -> Moves:
+        """Draws from the device's global generator; settings and their order as `augment` tells."""
+        mirrored = draw_flips(batch, device) if flip else None
+        if not (rotation or shift or scale):
+            return cls(mirrored)
+        # Rows 0 to 3 are used; five are drawn so that numbers recorded from runs without mirroring stay what they are.
+        angle, across, down, zoom, _ = torch.rand(5, batch, device=device) * 2 - 1
+        angle, zoom = angle * math.radians(rotation), 1 + zoom * scale
+        cos, sin = zoom * angle.cos(), zoom * angle.sin()
+        # affine_grid's coordinates span [-1, 1]: a share of the side is twice that share
+        rows = [cos, -sin, 2 * shift * across, sin, cos, 2 * shift * down]
+        return cls(mirrored, torch.stack(rows, dim=1).view(-1, 2, 3))
+
+    def images(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1], moved by a bilinear filter; what enters is black."""
+        images = self._mirror(images)
+        return images if self.affine is None else _sample(images + 1, self.affine, "bilinear") - 1
+
+    def masks(self, masks: Tensor, ignore_index: int) -> Tensor:
+        """(B, H, W) class ids, moved to the nearest pixel; what enters is ignored."""
+        masks = self._mirror(masks)
+        if self.affine is None:
+            return masks
+        away = (masks - ignore_index).float()[:, None]  # what enters is zero; float32 holds ids up to 2**24
+        return _sample(away, self.affine, "nearest")[:, 0].to(masks.dtype) + ignore_index
+
+    def points(self, points: Tensor, visible: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(B, P, 2) as (x, y) on images of `size` (H, W), and (B, P) which are visible: none off the image."""
+        side = points.new_tensor([size[1], size[0]])
+        if self.mirrored is not None:
+            flipped = torch.stack([side[0] - 1 - points[..., 0], points[..., 1]], dim=-1)
+            points = torch.where(self.mirrored.view(-1, 1, 1), flipped, points)
+        if self.affine is not None:
+            away = (2 * points + 1) / side - 1 - self.affine[:, None, :, 2].to(points.dtype)
+            unit = torch.linalg.solve(self.affine[:, :, :2].to(points.dtype), away.mT).mT
+            points = ((unit + 1) * side - 1) / 2
+        return points, visible & on_image(points, size)
+
+    def _mirror(self, values: Tensor) -> Tensor:
+        if self.mirrored is None:
+            return values
+        return torch.where(self.mirrored.view(-1, *[1] * (values.ndim - 1)), values.flip(-1), values)
+
+
+def _sample(values: Tensor, affine: Tensor, mode: str) -> Tensor:
+    grid = F.affine_grid(affine, list(values.shape), align_corners=False)
+    return F.grid_sample(values, grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+
 def augment(images: Tensor, flip: bool, rotation: float, shift: float, scale: float) -> Tensor:
     """Mirror, turn, move and scale each of (B, C, H, W) in [-1, 1] by its own draw; what enters is black.
 
@@ -102,16 +167,16 @@ def augment(images: Tensor, flip: bool, rotation: float, shift: float, scale: fl
         shift: Share of the side; uniform up to it, either way.
         scale: Share by which the zoom departs from 1; uniform up to it, either way.
     """
-    if flip:
-        mirrored = draw_flips(len(images), images.device)
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    if not (rotation or shift or scale):
-        return images
-    # Rows 0 to 3 are used; five are drawn so that numbers recorded from runs without mirroring stay what they are.
-    angle, across, down, zoom, _ = torch.rand(5, len(images), device=images.device) * 2 - 1
-    angle, zoom = angle * math.radians(rotation), 1 + zoom * scale
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    # affine_grid's coordinates span [-1, 1]: a share of the side is twice that share
-    rows = [cos, -sin, 2 * shift * across, sin, cos, 2 * shift * down]
-    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, padding_mode="zeros", align_corners=False) - 1
+    return Moves.draw(len(images), images.device, flip, rotation, shift, scale).images(images)
+
+
+def move_annotations(
+    batch: Mapping[str, Any], moves: Moves, size: tuple[int, int], ignore_index: int
+) -> dict[str, Any]:
+    """The `masks`, int64, and the `points` and `visible` of a batch of images of `size` (H, W), moved with them."""
+    moved: dict[str, Any] = {}
+    if "masks" in batch:
+        moved["masks"] = moves.masks(batch["masks"].long(), ignore_index)
+    if "points" in batch:
+        moved["points"], moved["visible"] = moves.points(batch["points"], batch["visible"], size)
+    return moved

@@ -1,19 +1,26 @@
 """The Denoiser: a diffusers model, its scheduler, its VAE and its conditioning as one object."""
 
+from diffusers_repr.denoiser import families
+from diffusers_repr.denoiser.attention_layouts import AttentionLayout
 from diffusers_repr.denoiser.block_outputs import register_block_output
 from diffusers_repr.denoiser.condition import Condition
+from diffusers_repr.denoiser.default_layers import LayerDefault
 from diffusers_repr.denoiser.denoiser import Denoiser
-from diffusers_repr.denoiser.family import Family, GenericFamily, register_family
+from diffusers_repr.denoiser.family import Family, GenericFamily
+from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
 
 __all__ = [
+    "AttentionLayout",
     "Condition",
     "Denoiser",
     "Family",
     "FeatureMap",
     "GenericFamily",
     "Layer",
+    "LayerDefault",
+    "families",
     "layer_table",
     "list_layers",
     "list_layers_from_config",

@@ -1,4 +1,4 @@
-"""Which element of a module's output is the image: one table, by class name."""
+"""Which element of a module's output is the image: one table, by class name, that families add to."""
 
 from __future__ import annotations
 
@@ -8,28 +8,10 @@ from torch import Tensor, nn
 
 # Blocks that return several tensors -> index of the image stream.
 _IMAGE_INDEX: dict[str, int] = {
-    # U-Net stages: (hidden_states, residuals)
-    "DownBlock2D": 0,
-    "AttnDownBlock2D": 0,
-    "CrossAttnDownBlock2D": 0,
-    "SimpleCrossAttnDownBlock2D": 0,
-    "ResnetDownsampleBlock2D": 0,
-    "SkipDownBlock2D": 0,
-    "AttnSkipDownBlock2D": 0,
-    "KDownBlock2D": 0,
-    "KCrossAttnDownBlock2D": 0,
-    "SkipUpBlock2D": 0,
-    "AttnSkipUpBlock2D": 0,
     # (sample,)
     "Transformer2DModel": 0,
     # two-stream attention: (image, text)
     "Attention": 0,
-    "JointAttention": 0,
-    "FluxAttention": 0,
-    # two-stream blocks: (text, image)
-    "JointTransformerBlock": 1,
-    "FluxTransformerBlock": 1,
-    "FluxSingleTransformerBlock": 1,
 }
 
 

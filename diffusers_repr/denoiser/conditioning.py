@@ -5,23 +5,40 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.denoiser.condition import Condition, first_call, forward_names, merge_rows
-
-if TYPE_CHECKING:
-    from diffusers_repr.denoiser.denoiser import Denoiser
+from diffusers_repr.denoiser.family import Family
 
 Cache = MutableMapping[Any, dict[str, Any]]
 _PROMPTS_KEPT = 256  # encoded prompts that are kept between calls
 _CACHES = threading.Lock()  # for changing them
 
 
+class Conditioned(Protocol):
+    """What a condition is made of: a network, its family and the pipeline that encodes for it. A `Denoiser` is one."""
+
+    model: nn.Module
+    pipe: Any
+    family: Family
+    prompts: Cache | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's."""
+        ...
+
+
 def from_prompts(
-    denoiser: Denoiser,
+    denoiser: Conditioned,
     prompt: str | Sequence[str] | None,
     negative: str | None,
     batch: int | None,
@@ -61,7 +78,9 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
     return prompts
 
 
-def _encoded(denoiser: Denoiser, text: str, size: tuple[int, int] | None, cache: Cache, null: bool) -> dict[str, Any]:
+def _encoded(
+    denoiser: Conditioned, text: str, size: tuple[int, int] | None, cache: Cache, null: bool
+) -> dict[str, Any]:
     extra = denoiser.family.null_arguments if null else {}
     # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
     key = (text, size, null and bool(extra), denoiser.device, denoiser.dtype)
@@ -72,14 +91,16 @@ def _encoded(denoiser: Denoiser, text: str, size: tuple[int, int] | None, cache:
     return found
 
 
-def from_labels(denoiser: Denoiser, class_labels: int | Sequence[int] | Tensor | None, batch: int | None) -> Condition:
+def from_labels(
+    denoiser: Conditioned, class_labels: int | Sequence[int] | Tensor | None, batch: int | None
+) -> Condition:
     """Class ids, checked by the family."""
     labels = None
     if class_labels is not None:
         labels = _labels(class_labels)
         if not len(labels):
             raise ValueError("class_labels is empty; pass one id, or one per image.")
-    inputs = denoiser.family.from_class_labels(denoiser.config, labels)
+    inputs = denoiser.family.from_class_labels(labels)
     return rows_of(denoiser, {k: v.to(denoiser.device) for k, v in inputs.items()}, batch, "class_labels")
 
 
@@ -96,7 +117,7 @@ def _labels(class_labels: int | Sequence[int] | Tensor) -> Tensor:
 
 
 def from_embeddings(
-    denoiser: Denoiser, embeddings: Mapping[str, Any], batch: int | None, size: tuple[int, int] | None
+    denoiser: Conditioned, embeddings: Mapping[str, Any], batch: int | None, size: tuple[int, int] | None
 ) -> Condition:
     """Ready inputs, by the network's names or, through the pipeline's call, by the pipeline's."""
     names = forward_names(denoiser.model)
@@ -111,7 +132,7 @@ def from_embeddings(
     return rows_of(denoiser, placed, batch, "rows of embeddings")
 
 
-def _takes_any(denoiser: Denoiser) -> bool:
+def _takes_any(denoiser: Conditioned) -> bool:
     parameters = inspect.signature(type(denoiser.model).forward).parameters.values()
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
@@ -122,7 +143,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def rows_of(denoiser: Denoiser, inputs: Mapping[str, Any], batch: int | None, what: str) -> Condition:
+def rows_of(denoiser: Conditioned, inputs: Mapping[str, Any], batch: int | None, what: str) -> Condition:
     """A condition of inputs that have one row, or one per sample."""
     unbatched = denoiser.family.unbatched
     rows = max((_rows(name, value, unbatched) for name, value in inputs.items()), default=1)
@@ -145,7 +166,7 @@ def _count(given: int, batch: int | None, what: str) -> int:
     return batch
 
 
-def pipeline_inputs(denoiser: Denoiser, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
     """What the pipeline of a denoiser gives its network in a call with these arguments.
 
     Raises:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from diffusers_repr import noise as process
 from diffusers_repr.denoiser import conditioning
 from diffusers_repr.denoiser.condition import Condition, eval_mode
-from diffusers_repr.denoiser.family import Family, family_of, floating_dtype
+from diffusers_repr.denoiser.default_layers import LayerDefault, Method
+from diffusers_repr.denoiser.family import Family, Grid, floating_dtype
+from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
@@ -64,7 +66,7 @@ class Denoiser:
         if schedule is None and scheduler is None:
             raise TypeError("Denoiser needs a scheduler, or a NoiseSchedule(...) by `schedule=`.")
         self.model, self.scheduler, self.vae, self.pipe = model, scheduler, vae, pipe
-        self.family = family or family_of(model)
+        self.family = family_of(model) if family is None else family.bound_to(self.config)
         self.schedule = schedule or NoiseSchedule.from_scheduler(scheduler)
         self.name, self.revision = name, revision
         self.prompts: MutableMapping[Any, dict[str, Any]] | None = None  # set a dict to keep encoded prompts
@@ -139,28 +141,32 @@ class Denoiser:
     @property
     def multiple(self) -> int:
         """Image height and width must be multiples of this, in pixels."""
-        return self.stride * self.family.multiple(self.config)
+        return self.stride * self.family.multiple()
 
     @property
     def image_channels(self) -> int:
         """Channels of an image: those of x_0 for pixel models, those of the VAE's input else."""
         if self.vae is not None:
             return int(self.vae.config.get("in_channels", 3))
-        return self.family.channels(self.config)
+        return self.family.channels()
 
     @property
     def image_size(self) -> tuple[int, int]:
         """The image size (H, W) the network was configured for."""
-        h, w = self.family.size(self.config)
+        h, w = self.family.size()
         return h * self.stride, w * self.stride
 
-    def token_grid(self, path: str, tokens: int, size: tuple[int, int]) -> tuple[tuple[int, int], int] | None:
+    def token_grid(self, path: str, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """Where the image lies in a sequence of `tokens` that the layer at `path` gives, for x_0 of `size` (H, W).
 
         Returns:
-            `((h, w), text)` as `Family.grid`; None if the layer or the sequence is no image.
+            `((h, w), start)` as `Family.grid`; None if the layer or the sequence is no image.
         """
-        return self.family.grid(self.config, tokens, size) if self.family.is_image(path) else None
+        return self.family.grid(tokens, size) if self.family.is_image(path) else None
+
+    def default_layers(self, method: Method) -> LayerDefault:
+        """Layers that a method takes in this network unless told otherwise; see `Family.default_layers`."""
+        return self.family.default_layers(method, self.model)
 
     def feature_map(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """What the layer at `path` gave for x_0 of `size` (H, W), differentiably.
@@ -194,7 +200,7 @@ class Denoiser:
                 f"Images are {h} x {w} (H x W); {type(self.model).__name__} takes multiples of {self.multiple}. "
                 f"Pass image_size={good} to resize."
             )
-        if self.family.square(self.config) and h != w:
+        if self.family.square() and h != w:
             raise ValueError(
                 f"{type(self.model).__name__} takes square images only (its forward assumes a square token grid); "
                 f"got {h} x {w}. Crop, or pass image_size={min(h, w)}."
@@ -298,7 +304,7 @@ class Denoiser:
 
     def network_inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword inputs of the network's forward for `x_t` at a resolved level."""
-        return self.family.inputs(self.config, x_t, level, condition)
+        return self.family.inputs(x_t, level, condition)
 
     def predict(
         self, x_t: Tensor, level: NoiseLevel | float | Tensor, condition: Condition | Mapping[str, Any] | None = None
@@ -317,7 +323,7 @@ class Denoiser:
             )
         inputs = condition.kwargs() if isinstance(condition, Condition) else condition
         raw = self.model(**self.network_inputs(x_t, level, inputs))
-        return Prediction(self.family.output(self.config, raw, x_t), x_t, level, self.schedule)
+        return Prediction(self.family.output(raw, x_t), x_t, level, self.schedule)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -1,30 +1,20 @@
-"""What differs between architectures: one small adapter a model class, in a registry that users can extend."""
+"""`Family`: all that is known of one architecture; one small adapter a model class."""
 
 from __future__ import annotations
 
-import importlib
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser.family_layers import FamilyLayers
 from diffusers_repr.noise import NoiseLevel
 
-# Model class -> module of its adapter; imported when first asked for.
-_BUILTIN = {
-    "UNet2DModel": "unet2d",
-    "UNet2DConditionModel": "unet2d_condition",
-    "DiTTransformer2DModel": "dit",
-    "PixArtTransformer2DModel": "pixart",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-    "SanaTransformer2DModel": "sana",
-    "SiTTransformer2DModel": "sit",
-    "JointViTModel": "joint_vit",
-}
-_REGISTRY: dict[str, type[Family]] = {}
+# Cells along each axis, two for an image and three for a video (hence `Any`, which fits both), and the first token.
+Grid = tuple[tuple[Any, ...], int]
 
 
 @dataclass(frozen=True)
@@ -40,10 +30,14 @@ class BatchLanes:
     null: slice | None = None
 
 
-class Family:
-    """How one architecture is called and read. Subclass, override what differs, `@register_family("ModelClass")`.
+class Family(FamilyLayers):
+    """All that is known of one architecture. Subclass, override what differs, `@register_family("ModelClass")`.
 
-    The defaults fit a U-Net that takes `(sample, timestep, **condition)`.
+    The defaults fit a U-Net that takes `(sample, timestep, **condition)`. `FamilyLayers` says what there is to tell of
+    blocks, attention and default layers.
+
+    Args:
+        config: Of the network it is bound to; a `Denoiser` binds its family.
 
     Attributes:
         conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
@@ -68,26 +62,37 @@ class Family:
     pipeline_arguments: Mapping[str, Any] = {}
     null_arguments: Mapping[str, Any] = {}
 
-    def channels(self, config: Mapping[str, Any]) -> int:
-        """Channels of x_0, the pixel or latent tensor."""
-        return int(config["in_channels"])
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        self.config: Mapping[str, Any] = {} if config is None else config
 
-    def size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    def bound_to(self, config: Mapping[str, Any]) -> Self:
+        """The same adapter for the network of this config."""
+        bound = copy.copy(self)
+        bound.config = config
+        return bound
+
+    # How it is called
+
+    def channels(self) -> int:
+        """Channels of x_0, the pixel or latent tensor."""
+        return int(self.config["in_channels"])
+
+    def size(self) -> tuple[int, int]:
         """(H, W) of x_0 that the network was configured for.
 
         Raises:
             ValueError: If the config does not tell.
         """
-        size = config.get("sample_size")
+        size = self.config.get("sample_size")
         if size is None:
             raise ValueError("The model's config has no sample_size; pass image_size=(H, W).")
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
-    def multiple(self, config: Mapping[str, Any]) -> int:
+    def multiple(self) -> int:
         """Height and width of x_0 must be multiples of this."""
         return 1
 
-    def square(self, config: Mapping[str, Any]) -> bool:
+    def square(self) -> bool:
         """Whether only square inputs are right."""
         return False
 
@@ -99,41 +104,39 @@ class Family:
         whole = not value.is_floating_point() or (looked and bool((value == value.round()).all()))
         return (value.long() if whole else value.float()).to(x_t.device).expand(x_t.shape[0])
 
-    def inputs(
-        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword inputs of the network's forward."""
         return {"sample": x_t, "timestep": self.timestep(level, x_t), **condition}
 
-    def output(self, config: Mapping[str, Any], raw: Any, x_t: Tensor) -> Tensor:
+    def output(self, raw: Any, x_t: Tensor) -> Tensor:
         """The prediction `(B, C, H, W)` in what forward returned; a learned variance is split off."""
         out = raw if isinstance(raw, Tensor) else raw[0]
         return out[:, : x_t.shape[1]]
 
-    def sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
+    def sample(self, inputs: Mapping[str, Any]) -> Tensor:
         """x_t `(B, C, H, W)` in the inputs of a call, without the further channels of inpainting."""
         value = inputs[self.sample_name]
-        return value[:, : self.sample_channels(config, value)]
+        return value[:, : self.sample_channels(value)]
 
-    def with_sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
+    def with_sample(self, inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
         """The inputs of a call with another x_t."""
         extra = inputs[self.sample_name][:, x_t.shape[1] :]
         return {**inputs, self.sample_name: torch.cat([x_t, extra], 1) if extra.shape[1] else x_t}
 
-    def sample_channels(self, config: Mapping[str, Any], value: Tensor) -> int:
+    def sample_channels(self, value: Tensor) -> int:
         """Channels of x_t in the network's input: as many as it predicts, at most."""
-        return min(value.shape[1], int(config.get("out_channels") or value.shape[1]))
+        return min(value.shape[1], int(self.config.get("out_channels") or value.shape[1]))
 
-    def with_output(self, config: Mapping[str, Any], raw: Tensor, prediction: Tensor) -> Tensor:
+    def with_output(self, raw: Tensor, prediction: Tensor) -> Tensor:
         """The network's output tensor with another prediction `(B, C, H, W)`; a learned variance stays."""
         extra = raw[:, prediction.shape[1] :]
         return torch.cat([prediction, extra], 1) if extra.shape[1] else prediction
 
-    def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
+    def training_timestep(self, told: Tensor) -> Tensor:
         """The training timestep, from what the network is told: the inverse of `timestep`."""
         return told
 
-    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+    def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Whether lanes may join at the first of these top-level modules, in a call with these inputs."""
         return self.joins
 
@@ -141,12 +144,11 @@ class Family:
         """Inputs that the network's own forward adds to the image after lanes have joined at one of `units`."""
         return ()
 
-    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+    def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
         """Which rows of a call of `pipe` are conditional and which null.
 
         Args:
             pipe: The running pipeline, or None for a loop without one.
-            config: The network's.
             inputs: Keyword inputs of the call.
 
         Raises:
@@ -171,16 +173,16 @@ class Family:
             )
         return null_first(rows)
 
-    def grid(
-        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
-        """Token grid of a sequence of `tokens`, for x_0 of `size` (H, W).
+    # Where the image is
+
+    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
+        """Token grid of a sequence of `tokens`, for x_0 of `size` (H, W), or (frames, H, W) of a video.
 
         Returns:
-            `((h, w), text)`, `text` being the number of text tokens that stand before the image's; None if the
-            sequence is no image.
+            `((h, w), start)` or `((frames, h, w), start)`: the image's tokens are those from `start` on, as many as
+            the grid has cells; what stands before and after is text. None if the sequence is no image.
         """
-        h, w = size
+        h, w = size[-2:]
         while True:
             if h * w == tokens:
                 return (h, w), 0
@@ -192,11 +194,21 @@ class Family:
         """Whether the module at `path` may carry the image."""
         return not any(part in self.not_image for part in path.split("."))
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    # Conditions
+
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """Condition inputs of the right shapes for `batch` samples, for the layer table."""
         return {}
 
-    def from_class_labels(self, config: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+    def classes(self) -> tuple[int, int | None]:
+        """Number of classes that the network is told of (0: none), and the id of its null class.
+
+        The id is None where the config does not tell: then the number counts all ids, the null's among them.
+        """
+        count = int(self.config.get("num_classes") or 0) if self.conditioning == "class" else 0
+        return count, count or None
+
+    def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Condition inputs from class labels `(B,)`; None asks for the null class."""
         if labels is not None:
             raise ValueError(f"{type(self).__name__} takes no class_labels.")
@@ -220,18 +232,17 @@ class GenericFamily(Family):
         timestep: str = "timestep",
         channels: int = 3,
         timestep_fn: Callable[[NoiseLevel], Any] | None = None,
-        grid_fn: Callable[[int, tuple[int, int]], tuple[int, int] | None] | None = None,
+        grid_fn: Callable[[int, tuple[int, ...]], tuple[int, ...] | None] | None = None,
     ) -> None:
+        super().__init__()
         self.sample_name, self.timestep_name, self._channels = sample, timestep, channels
         self._timestep_fn, self._grid_fn = timestep_fn, grid_fn
 
-    def channels(self, config: Mapping[str, Any]) -> int:
+    def channels(self) -> int:
         """As given."""
         return self._channels
 
-    def inputs(
-        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Under the names given."""
         if self._timestep_fn is None:
             told = self.timestep(level, x_t)
@@ -239,12 +250,10 @@ class GenericFamily(Family):
             told = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
         return {self.sample_name: x_t, self.timestep_name: told, **condition}
 
-    def grid(
-        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
+    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """By `grid_fn`, else as a U-Net's."""
         if self._grid_fn is None:
-            return super().grid(config, tokens, size)
+            return super().grid(tokens, size)
         found = self._grid_fn(tokens, size)
         return None if found is None else (found, 0)
 
@@ -276,21 +285,17 @@ class PatchTransformerFamily(Family):
         "norm_k",
     )
 
-    def multiple(self, config: Mapping[str, Any]) -> int:
+    def multiple(self) -> int:
         """The patch size."""
-        return int(config[self.patch_key])
+        return int(self.config[self.patch_key])
 
-    def inputs(
-        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Under the names of diffusers' transformers."""
         return {"hidden_states": x_t, "timestep": self.timestep(level, x_t), **condition}
 
-    def grid(
-        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
+    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """One grid for the whole depth."""
-        patch = self.multiple(config)
+        patch = self.multiple()
         h, w = size[0] // patch, size[1] // patch
         return ((h, w), 0) if tokens == h * w else None
 
@@ -306,57 +311,6 @@ def null_first(rows: int) -> BatchLanes:
     return BatchLanes(slice(rows // 2, rows), slice(0, rows // 2))
 
 
-def register_family(*class_names: str) -> Callable[[type[Family]], type[Family]]:
-    """Register an adapter for model classes, by name.
-
-    Raises:
-        ValueError: If a class has an adapter already.
-    """
-
-    def register(cls: type[Family]) -> type[Family]:
-        for name in class_names:
-            builtin = f"{__package__}.families.{_BUILTIN.get(name)}"
-            if name in _REGISTRY or (name in _BUILTIN and cls.__module__ != builtin):
-                raise ValueError(f"{name} has a family adapter already. Known: {', '.join(list_families())}.")
-            _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def list_families() -> list[str]:
-    """Model classes with an adapter."""
-    return sorted({*_BUILTIN, *_REGISTRY})
-
-
-def family_by_name(*class_names: str) -> Family | None:
-    """The adapter of the first class name that has one."""
-    for name in class_names:
-        if name not in _REGISTRY and name in _BUILTIN:
-            importlib.import_module(f"{__package__}.families.{_BUILTIN[name]}")
-        if name in _REGISTRY:
-            return _REGISTRY[name]()
-    return None
-
-
-def family_of(model: nn.Module) -> Family:
-    """The adapter of a model, by its class or a parent class.
-
-    Raises:
-        TypeError: If there is none; says how to add one.
-    """
-    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    family = family_by_name(*(cls.__name__ for cls in type(inner).__mro__))
-    if family is None:
-        name = type(inner).__name__
-        raise TypeError(
-            f"No family adapter for {name}. Known: {', '.join(list_families())}. "
-            f"Write one (docs/adding_a_family.md):\n    @register_family({name!r})\n    class MyFamily(Family): ...\n"
-            "or call any nn.Module through Denoiser(model, scheduler, family=GenericFamily(sample='x', timestep='t'))."
-        )
-    return family
-
-
 def floating_dtype(model: nn.Module) -> torch.dtype:
     """Floating dtype of a model's parameters; float32 for a model without any."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -368,10 +322,6 @@ __all__ = [
     "GenericFamily",
     "PatchTransformerFamily",
     "equal_halves",
-    "family_by_name",
-    "family_of",
     "floating_dtype",
-    "list_families",
     "null_first",
-    "register_family",
 ]

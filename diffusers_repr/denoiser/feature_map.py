@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Place = tuple[tuple[int, ...], int]
-"""Where the image lies in a sequence: its grid, and how many tokens of text stand in front."""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureMap:
@@ -19,7 +16,8 @@ class FeatureMap:
     Attributes:
         values: As the layer gave them: tokens `(..., N, C)`, or a map `(..., C, *grid)`.
         grid: `(h, w)`; of a video `(frames, h, w)`. Tokens lie frame by frame, row by row.
-        text_tokens: Tokens in front of the image's: of text, or a vision transformer's class and register tokens.
+        start: First token of the image; what stands in front and behind is text, or a vision transformer's class and
+            register tokens.
         class_at: Which token of the sequence is the class token (0, or -1 for one behind the image's); None: none.
         is_map: Whether `values` is a map.
 
@@ -28,14 +26,14 @@ class FeatureMap:
 
     Example:
         >>> import torch
-        >>> found = FeatureMap(torch.zeros(2, 7 + 24, 8), grid=(4, 6), text_tokens=7)
+        >>> found = FeatureMap(torch.zeros(2, 7 + 24, 8), grid=(4, 6), start=7)
         >>> found.as_map().shape, found.tokens().shape
         (torch.Size([2, 8, 4, 6]), torch.Size([2, 24, 8]))
     """
 
     values: Tensor
     grid: tuple[int, ...]
-    text_tokens: int = 0
+    start: int = 0
     class_at: int | None = None
     is_map: bool = False
 
@@ -44,13 +42,13 @@ class FeatureMap:
         fits = (
             shape[-len(self.grid) :] == self.grid
             if self.is_map
-            else len(shape) > 1 and shape[-2] == self.text_tokens + math.prod(self.grid) + (self.class_at == -1)
+            else len(shape) > 1 and shape[-2] >= self.start + math.prod(self.grid) + (self.class_at == -1)
         )
         if not fits:
             what = "A map" if self.is_map else "Tokens"
             raise ValueError(
-                f"{what} {shape} do not fit {self.text_tokens} text tokens and a grid of "
-                f"{' x '.join(map(str, self.grid))}."
+                f"{what} {shape} do not fit a grid of {' x '.join(map(str, self.grid))}"
+                + (f" from token {self.start} on." if self.start else ".")
             )
 
     @classmethod
@@ -66,8 +64,7 @@ class FeatureMap:
         """The image's tokens `(..., h * w, C)`, row by row, a view; tokens of text and class are left out."""
         if self.is_map:
             return self.values.flatten(-len(self.grid)).transpose(-1, -2)
-        first = self.text_tokens
-        return self.values[..., first : first + math.prod(self.grid), :]
+        return self.values[..., self.start : self.start + math.prod(self.grid), :]
 
     def class_token(self) -> Tensor | None:
         """`(..., C)`, or None where the sequence has none."""
@@ -82,7 +79,7 @@ class FeatureMap:
         return replace(found, values=sequence, class_at=-1, is_map=False)
 
     def __repr__(self) -> str:
-        return f"FeatureMap({tuple(self.values.shape)}, grid={self.grid}, text_tokens={self.text_tokens})"
+        return f"FeatureMap({tuple(self.values.shape)}, grid={self.grid}, start={self.start})"
 
 
-__all__ = ["FeatureMap", "Place"]
+__all__ = ["FeatureMap"]

@@ -37,7 +37,7 @@ class Layer:
         path: Full module path, as `capture` takes it.
         kind: `map` (B, C, H, W) or `tokens` (B, N, C).
         channels: C.
-        grid: (H, W) of the map, or of the image tokens.
+        grid: (H, W) of the map, or of the image tokens; (frames, H, W) of a video's.
         stride: Image pixels per cell along the height.
         flops_share: Share of the forward's FLOPs that are spent when the layer is done, 0 to 1.
         text_tokens: Tokens of text that stand before the image's in `tokens`.
@@ -47,7 +47,7 @@ class Layer:
     path: str
     kind: Literal["map", "tokens"]
     channels: int
-    grid: tuple[int, int]
+    grid: tuple[Any, ...]
     stride: float
     flops_share: float
     text_tokens: int
@@ -84,9 +84,7 @@ def list_layers(
     size = (size, size) if isinstance(size, int) else size
     denoiser.check_size(size)
     small = (size[0] // denoiser.stride, size[1] // denoiser.stride)
-    return layer_table(
-        on_meta(denoiser.model), denoiser.family, denoiser.config, small, denoiser.stride, denoiser.schedule, detail
-    )
+    return layer_table(on_meta(denoiser.model), denoiser.family, small, denoiser.stride, denoiser.schedule, detail)
 
 
 def list_layers_from_config(
@@ -165,7 +163,6 @@ def _scheduler(cls: Any, config: Mapping[str, Any], at: str) -> Any:
 def layer_table(
     model: nn.Module,
     family: Family,
-    config: Mapping[str, Any],
     size: tuple[int, int],
     stride: int,
     schedule: NoiseSchedule | None = None,
@@ -173,9 +170,9 @@ def layer_table(
 ) -> list[Layer]:
     """As `list_layers`, for a network that is on the meta device; `size` is x_0's (H, W), `stride` the VAE's."""
     batch = 2
-    x_t = torch.empty(batch, family.channels(config), *size, device="meta")
+    x_t = torch.empty(batch, family.channels(), *size, device="meta")
     level = _example_level(schedule)
-    inputs = family.inputs(config, x_t, level, family.example(config, batch, "meta"))
+    inputs = family.inputs(x_t, level, family.example(batch, "meta"))
     inputs = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
     wanted = dict(_blocks(model)) if detail == "blocks" else {n: m for n, m in model.named_modules() if n}
     done: dict[str, tuple[Tensor, int]] = {}
@@ -189,7 +186,7 @@ def layer_table(
         total = max(flops.get_total_flops(), 1)
     layers = []
     for path, (out, spent) in done.items():
-        place = None if path in repeated else _place(out, family, config, size)
+        place = None if path in repeated else _place(out, family, size)
         if place is not None:
             kind, channels, grid, text = place
             layers.append(
@@ -198,7 +195,7 @@ def layer_table(
                     kind,
                     channels,
                     grid,
-                    stride * size[0] / grid[0],
+                    stride * size[-2] / grid[-2],
                     spent / total,
                     text,
                     type(wanted[path]).__name__,
@@ -224,14 +221,14 @@ def _recorder(
 
 
 def _place(
-    out: Tensor, family: Family, config: Mapping[str, Any], size: tuple[int, int]
-) -> tuple[Literal["map", "tokens"], int, tuple[int, int], int] | None:
+    out: Tensor, family: Family, size: tuple[int, int]
+) -> tuple[Literal["map", "tokens"], int, tuple[Any, ...], int] | None:
     if out.shape[0] != 2 or not out.is_floating_point():
         return None
     if out.ndim == 4:
         return "map", out.shape[1], (out.shape[2], out.shape[3]), 0
     if out.ndim == 3:
-        found = family.grid(config, out.shape[1], size)
+        found = family.grid(out.shape[1], size)
         if found is not None:
             return "tokens", out.shape[2], found[0], found[1]
     return None

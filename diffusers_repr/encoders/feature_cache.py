@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.cache_writer import CacheSettings, process_state, write_cache
 from diffusers_repr.data.latents import image_fingerprint
-from diffusers_repr.data.train_data import ImageTrainData, TrainData
+from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.store.tensor_cache import MANIFEST, TensorCache
 
 KIND = "features"

@@ -16,7 +16,7 @@ from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
-from diffusers_repr.denoiser.feature_map import Place
+from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.hooks import Turn
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
@@ -161,7 +161,7 @@ class FeatureExtractor:
         """As a call, from `(B, C, H, W)` in [-1, 1] as `to_pixels` gives it; `image_size` is not applied."""
         early = is_linear(self.pooling)  # pool at once where that equals pooling the ensemble's mean
         sums = _Sums(len(self.levels) * len(pixels), self.output_device or self.denoiser.device)
-        places: dict[str, Place] = {}
+        places: dict[str, Grid] = {}
         with self.reading():
             for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
                 size = (batch.x_t.shape[2], batch.x_t.shape[3])
@@ -299,7 +299,7 @@ class FeatureExtractor:
                 "image. `list_layers(denoiser)` shows the layers that do."
             )
 
-    def _place(self, feature: Tensor, path: str, size: tuple[int, int], places: dict[str, Place]) -> None:
+    def _place(self, feature: Tensor, path: str, size: tuple[int, int], places: dict[str, Grid]) -> None:
         if feature.ndim == 3 and path not in places:
             found = self.denoiser.token_grid(path, feature.shape[1], size)
             if found is not None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from diffusers_repr.denoiser.feature_map import FeatureMap, Place
+from diffusers_repr.denoiser.family import Grid
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -19,13 +20,13 @@ class FeatureOutput:
         features: Layer path -> float32 tensor: a map `(B, C, H, W)`, tokens `(B, N, C)`, or `(B, D)` if pooled. With a
             list of timesteps, one more dimension in front: `(T, B, ...)`.
         level: The resolved noise level; the list of them with a list of timesteps.
-        places: Layer path -> `((H, W), text_tokens)` for layers of tokens.
+        places: Layer path -> `((H, W), start)` for layers of tokens: grid and first token of the image.
         pooling: As asked for.
     """
 
     features: Mapping[str, Tensor]
     level: NoiseLevel | list[NoiseLevel]
-    places: Mapping[str, Place]
+    places: Mapping[str, Grid]
     pooling: str | None = None
 
     def __getitem__(self, layer: str) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusers_repr.denoiser.feature_map import FeatureMap, Place
+from diffusers_repr.denoiser.family import Grid
+from diffusers_repr.denoiser.feature_map import FeatureMap
 
 POOLINGS = "None, 'mean', 'max' or 'adaptive:P' with a whole number P, e.g. 'adaptive:2'"
 
@@ -24,6 +26,11 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, ...], text_tokens: int = 0) -
     Raises:
         ValueError: If the count does not fit the grid.
     """
+    if tokens.ndim != 3 or tokens.shape[1] != text_tokens + math.prod(grid):
+        raise ValueError(
+            f"Tokens {tuple(tokens.shape)} do not fit {text_tokens} text tokens and a grid of "
+            f"{' x '.join(map(str, grid))}."
+        )
     return FeatureMap(tokens, tuple(grid), text_tokens).as_map()
 
 
@@ -50,7 +57,7 @@ def pooled_size(pooling: str | None) -> int:
     return int(pooling.split(":")[1]) ** 2 if pooling.startswith("adaptive") else 1
 
 
-def pool(feature: Tensor, pooling: str | None, place: Place | None = None) -> Tensor:
+def pool(feature: Tensor, pooling: str | None, place: Grid | None = None) -> Tensor:
     """Pool a map `(B, C, H, W)` or tokens `(B, N, C)` in float32.
 
     Args:
@@ -58,8 +65,8 @@ def pool(feature: Tensor, pooling: str | None, place: Place | None = None) -> Te
         pooling: `mean` and `max` over positions give `(B, C)`; `adaptive:P` averages over P x P cells and gives
             `(B, C * P * P)`, channel by channel (a grid with fewer than P cells a side repeats them); None returns
             the feature as it is.
-        place: For tokens, `((H, W), text_tokens)`; text tokens are left out. A video's grid is `(frames, H, W)`, and
-            the cells of `adaptive:P` reach over all frames.
+        place: For tokens, `((H, W), start)`: grid and first token of the image; others are left out. A video's grid is
+            `(frames, H, W)`, and the cells of `adaptive:P` reach over all frames.
 
     Raises:
         ValueError: For an unknown pooling, tokens without a place, or a shape that is neither map nor tokens.

@@ -150,8 +150,9 @@ def _check_inputs(weaker: nn.Module, denoiser: Denoiser) -> None:
                 f"The weaker {names[0]} has {key}={other.get(key)!r}, the {names[1]} {mine.get(key)!r}; it must take "
                 "the same inputs."
             )
-    channels = denoiser.family.channels(mine)
-    if denoiser.family.channels(other) != channels or _predicted(other, channels) != _predicted(mine, channels):
+    channels = denoiser.family.channels()
+    theirs = denoiser.family.bound_to(other).channels()
+    if theirs != channels or _predicted(other, channels) != _predicted(mine, channels):
         raise ValueError(
             f"The weaker {names[0]} predicts {_predicted(other, channels)} channels, the {names[1]} "
             f"{_predicted(mine, channels)}."

@@ -153,7 +153,7 @@ def _check_range(labels: Tensor, classes: int) -> None:
 
 def _channels(denoiser: Denoiser) -> int:
     """Of x_0; the input of inpainting networks has more, the output of those with a learned variance too."""
-    channels = denoiser.family.channels(denoiser.config)
+    channels = denoiser.family.channels()
     return min(channels, int(denoiser.config.get("out_channels") or channels))
 
 

@@ -143,7 +143,7 @@ class DepthTerm(EnergyTerm):
     def _prior_level(config: DepthGuidance) -> NoiseLevel:
         prior = config.prior
         assert prior is not None
-        channels, own = prior.family.channels(prior.config), int(config.strong.config["out_channels"])
+        channels, own = prior.family.channels(), int(config.strong.config["out_channels"])
         if prior.vae is not None or channels != own:
             raise ValueError(
                 f"The prior takes {channels} channels{' of a VAE' if prior.vae is not None else ''}; the strong head "
@@ -174,7 +174,7 @@ class DepthTerm(EnergyTerm):
         low, high = self.config.strong.range
         maps = 2 * (depth - low) / (high - low) - 1
         if prior.config.get("sample_size") is not None:
-            size = prior.family.size(prior.config)
+            size = prior.family.size()
             maps = functional.interpolate(maps, size, mode="bilinear") if maps.shape[-2:] != size else maps
         return maps.to(prior.device)
 

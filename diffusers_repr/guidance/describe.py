@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.default_layers import Method
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG
-from diffusers_repr.guidance.defaults import LayerDefault, pag_layers, sag_layer, self_attentions
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.sag import SAG
 
@@ -79,17 +78,18 @@ def describe(target: Any) -> GuidanceDescription:
     denoiser = target if isinstance(target, Denoiser) else Denoiser.from_pipe(target)
     methods = [
         MethodDescription("CFG", CFG().scale, (), "in place of the pipeline's own guidance_scale"),
-        _method(denoiser, PAG(), pag_layers),
-        _method(denoiser, SAG(), sag_layer),
+        _method(denoiser, PAG(), "pag"),
+        _method(denoiser, SAG(), "sag"),
     ]
-    return GuidanceDescription(type(denoiser.model).__name__, tuple(methods), tuple(self_attentions(denoiser.model)))
+    attentions = denoiser.family.self_attentions(denoiser.model)
+    return GuidanceDescription(type(denoiser.model).__name__, tuple(methods), tuple(attentions))
 
 
-def _method(denoiser: Denoiser, config: Guidance, default: Callable[[Denoiser], LayerDefault]) -> MethodDescription:
+def _method(denoiser: Denoiser, config: Guidance, method: Method) -> MethodDescription:
     name = type(config).__name__
     try:
         config.bind(denoiser)
-        found = default(denoiser)
+        found = denoiser.default_layers(method)
     except ValueError as error:
         return MethodDescription(name, config.scale, (), str(error), works=False)
     return MethodDescription(name, config.scale, found.layers, found.source)

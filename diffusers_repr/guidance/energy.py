@@ -127,7 +127,7 @@ def conditional_inputs(denoiser: Denoiser, call: NetworkCall, x: Tensor) -> dict
     """Keyword inputs of the network for the conditional rows of a call, made from `x`."""
     family = denoiser.family
     inputs = index_batch(call.inputs, call.rows, call.batch.cond, UNBATCHED | set(family.unbatched))
-    return family.with_sample(denoiser.config, inputs, x)
+    return family.with_sample(inputs, x)
 
 
 def check_update(update: str) -> None:

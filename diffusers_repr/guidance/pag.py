@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import Lane, NetworkCall
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.guidance.attention.layers import resolve_layers
 from diffusers_repr.guidance.attention.perturbations import PERTURBATIONS, Drop, Identity, Perturbation, perturbed
-from diffusers_repr.guidance.attention.projections import Kind, Needs, check_supported, kind_of, named_arguments
+from diffusers_repr.guidance.attention.projections import Needs, check_supported, named_arguments
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm
-from diffusers_repr.guidance.defaults import pag_layers, resolve_layers
 from diffusers_repr.guidance.engine.step import GuidedStep
 
 
@@ -84,25 +85,30 @@ class PAGTerm(GuidanceTerm):
 
     def __init__(self, config: PAG, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
-        model = denoiser.model
-        self.layers = pag_layers(denoiser).layers if config.layers is None else resolve_layers(model, config.layers)
+        told = config.layers
+        self.layers = denoiser.default_layers("pag").layers if told is None else resolve_layers(denoiser, told)
         named = config.perturbation
         self.perturbation: Any = PERTURBATIONS[named]() if isinstance(named, str) else named
         needs: Needs = "values" if isinstance(self.perturbation, Identity | Drop) else "queries"
-        for path in self.layers:
-            check_supported(model.get_submodule(path), path, needs)
+        model, family = denoiser.model, denoiser.family
+        self._layouts = {path: check_supported(family, model.get_submodule(path), path, needs) for path in self.layers}
         self.lane = Lane(self.key, {path: self._of(path) for path in self.layers})
 
     def _of(self, path: str) -> Any:
+        layout, family = self._layouts[path], self.denoiser.family
+        unbatched = UNBATCHED | set(family.unbatched)
+
         def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: NetworkCall) -> Any:
             arguments = named_arguments(module, args, kwargs)
-            hidden = arguments["hidden_states"]
+            hidden = arguments.get("hidden_states", next(iter(arguments.values())))
             if hidden.ndim == 4:
-                return perturbed(module, arguments, self.perturbation, (hidden.shape[2], hidden.shape[3]))
+                return perturbed(module, layout, arguments, self.perturbation, (hidden.shape[2], hidden.shape[3]))
             found = self.denoiser.token_grid(path, hidden.shape[1], call.size)
-            # In single-stream attention the text comes first; what else is there are images, references too.
-            text = call.inputs["encoder_hidden_states"].shape[1] if kind_of(module) is Kind.SINGLE else 0
-            return perturbed(module, arguments, self.perturbation, found[0] if found is not None else None, text)
+            image = None
+            if layout.single:
+                inputs = index_batch(call.inputs, call.rows, call.batch.cond, unbatched)
+                image = family.image_tokens(layout, inputs, hidden.shape[1])
+            return perturbed(module, layout, arguments, self.perturbation, found[0] if found else None, image)
 
         return run
 

@@ -14,9 +14,10 @@ from torch.nn import functional
 from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.attention.projections import Kind, attention_received, check_supported, named_arguments
+from diffusers_repr.guidance.attention.layers import resolve_layers
+from diffusers_repr.guidance.attention.projections import check_supported, named_arguments
+from diffusers_repr.guidance.attention.received import attention_received
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm, check_finite
-from diffusers_repr.guidance.defaults import resolve_layers, sag_layer
 from diffusers_repr.guidance.engine.step import GuidedStep
 from diffusers_repr.noise import expand
 
@@ -100,15 +101,7 @@ def blur_default(denoiser: Denoiser) -> BlurDefault:
         Sigma 9 with kernel 31 from 256 pixels on and sigma 3 with kernel 31 from 128 on (the paper's code); sigma 1
         with kernel 9 for smaller images (no published default) and latent models (diffusers' Stable Diffusion SAG).
     """
-    size = denoiser.config.get("sample_size")
-    if type(denoiser.family).__name__ == "UNet2DFamily" and size is not None:
-        shorter = size if isinstance(size, int) else min(size)
-        if shorter >= 256:
-            return BlurDefault(9.0, 31, "ImageNet 256 configuration of the paper's code")
-        if shorter >= 128:
-            return BlurDefault(3.0, 31, "ImageNet 128 configuration of the paper's code")
-        return BlurDefault(1.0, 9, "as for latents; no published default for small images (ours)")
-    return BlurDefault(1.0, 9, "diffusers' Stable Diffusion SAG pipeline")
+    return BlurDefault(*denoiser.family.sag_blur())
 
 
 class _Tapped(NamedTuple):
@@ -124,20 +117,21 @@ class SAGTerm(GuidanceTerm):
     def __init__(self, config: SAG, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
         model = denoiser.model
-        layers = sag_layer(denoiser).layers if config.layers is None else resolve_layers(model, config.layers)
+        told = config.layers
+        layers = denoiser.default_layers("sag").layers if told is None else resolve_layers(denoiser, told)
         if len(layers) != 1:
             raise ValueError(
                 f"SAG reads the attention of one layer; {config.layers!r} matches {len(layers)}: "
                 f"{', '.join(layers[:4])}{', ...' if len(layers) > 4 else ''}. Take one of them."
             )
         self.layers = layers
-        kind = check_supported(model.get_submodule(layers[0]), layers[0], "queries")
-        if kind is not Kind.SELF:
+        layout = check_supported(denoiser.family, model.get_submodule(layers[0]), layers[0], "queries")
+        if layout.text is not None:
             raise ValueError(
-                f"Layer {layers[0]!r} of {type(model).__name__} is {kind.value}: image tokens attend to text in the "
-                "same softmax, and SAG is defined for attention among image tokens alone. Use PAG for this network."
+                f"Layer {layers[0]!r} of {type(model).__name__} is {layout.name}: image tokens attend to text in "
+                "the same softmax, and SAG is defined for attention among image tokens alone. Use PAG for it."
             )
-        blur = blur_default(denoiser)
+        self._layout, blur = layout, blur_default(denoiser)
         self.blur_sigma = blur.sigma if config.blur_sigma is None else float(config.blur_sigma)
         self.kernel_size = blur.kernel_size if config.kernel_size is None else config.kernel_size
         self.threshold, self.clip = config.threshold, config.clip
@@ -161,7 +155,7 @@ class SAGTerm(GuidanceTerm):
                 )
             grid = found[0]
         with torch.no_grad():
-            received = attention_received(module, arguments)
+            received = attention_received(module, self._layout, arguments)
         return _Tapped(received.unflatten(1, grid)[:, None], null is not None)
 
     def correction(self, step: GuidedStep) -> Tensor:

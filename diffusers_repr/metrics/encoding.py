@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import datasets
 import torch
 from torch import Tensor
 
-from diffusers_repr.data.image_data import ImageData, from_dataset
-from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.data.labelled import ImageRows, open_images
 from diffusers_repr.encoders import Encoder, EncoderOutput
 from diffusers_repr.features.noise_policy import pixel_keys
 from diffusers_repr.metrics.checks import check_whole
@@ -30,55 +28,6 @@ def check_which(which: str) -> str:
     if which not in get_args(Which):
         raise ValueError(f"An encoder gives 'global' features, or 'tokens' (their mean is taken); got {which!r}.")
     return which
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """Images of a data set, a few at a time, by their places.
-
-    Attributes:
-        images: `ImageData` or a sequence of images (a tensor too).
-        name: What it is called in records.
-    """
-
-    images: Any
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, rows: Sequence[int]) -> Any:
-        """The images at these places."""
-        if isinstance(self.images, ImageData):
-            return self.images.read(rows)
-        if isinstance(self.images, Tensor):
-            return self.images[torch.as_tensor(rows)]
-        return [self.images[row] for row in rows]
-
-
-def open_images(data: Any, role: str) -> ImageRows:
-    """Images in the forms that measures take.
-
-    Args:
-        data: `ImageData`, a `datasets.Dataset` with a column of images, or a sequence of images as `to_pixels` takes
-            them: a list, an array or a tensor `(N, C, H, W)`.
-        role: What it is for, for errors and names.
-
-    Raises:
-        TypeError: For anything else.
-        ValueError: Without images.
-    """
-    if isinstance(data, datasets.Dataset):
-        data = from_dataset(data, name=data.info.dataset_name or "dataset", split=str(data.split or role))
-    sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, dict))
-    if not (sequence or isinstance(data, ImageData)):
-        raise TypeError(
-            f"{role} must be ImageData, a datasets.Dataset, or a list, array or tensor of images; got "
-            f"{type(data).__name__}."
-        )
-    if not len(data):
-        raise ValueError(f"{role} has no images.")
-    return ImageRows(data, f"{data.name} ({data.split})" if isinstance(data, ImageData) else role)
 
 
 @dataclass(frozen=True)
@@ -133,11 +82,9 @@ def read_shared(
     digests: list[list[int]] = []
     sizes: list[tuple[int, int]] = []
     with failing_together():
-        for start in range(0, len(mine), batch_size):
-            places = [rows[at] for at in mine[start : start + batch_size]]
-            pixels = to_pixels(images.read(places), channels, image_size, places)
+        places = [rows[at] for at in mine]
+        for _, pixels in images.pixels(batch_size, channels, image_size, places):
             sizes += [(pixels.shape[2], pixels.shape[3])] * len(pixels)
-            _refuse_mixed(images, set(sizes))
             if like is not None and like[1] != sizes[-1]:
                 raise ValueError(
                     f"{images.name} are {sizes[-1][0]} x {sizes[-1][1]} (H x W), {like[0]} are {like[1][0]} x "
@@ -156,17 +103,13 @@ def read_shared(
 
     made = {name: whole(torch.cat(parts) if parts else torch.zeros(0)) for name, parts in kept.items()}
     every = {(h, w) for h, w in whole(torch.tensor(sizes, dtype=torch.int64).view(-1, 2)).tolist()}
-    _refuse_mixed(images, every)
+    if len(every) > 1:  # those of one process were equal
+        raise ValueError(
+            f"{images.name}: images of mixed sizes (H, W) {sorted(every)}; pass image_size=(H, W) to resize them."
+        )
     keys = tuple(map(bytes, whole(torch.tensor(digests, dtype=torch.uint8).view(-1, 16)).tolist()))
     total = hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
     return SharedRead(made, every.pop(), total, keys)
-
-
-def _refuse_mixed(images: ImageRows, sizes: set[tuple[int, int]]) -> None:
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{images.name}: images of mixed sizes (H, W) {sorted(sizes)}; pass image_size=(H, W) to resize them."
-        )
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,21 @@ def gather_rows(values: Tensor, index: Tensor, count: int) -> Tensor:
     return rows[order[first]].to(values.device)
 
 
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of every process's tensor, of one shape, on the device of `values`; with one process the tensor itself.
+
+    Example:
+        >>> sum_over_processes(torch.ones(2))
+        tensor([1., 1.])
+    """
+    from accelerate.utils import reduce
+
+    state = process_state()
+    if state.num_processes == 1:
+        return values
+    return reduce(values.to(state.device, copy=True), "sum").to(values.device)
+
+
 def _check_index(values: Tensor, index: Tensor) -> None:
     if index.ndim != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise ValueError(f"index must be whole numbers (n,); got {tuple(index.shape)} {index.dtype}.")

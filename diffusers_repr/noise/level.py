@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from diffusers_repr.noise.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +25,7 @@ class NoiseLevel:
         half_log_snr: `log(alpha / sigma)`, falls as noise grows.
         alpha, sigma: Coefficients of the forward process; known after resolution.
         alpha_dot, sigma_dot: Their derivatives per unit time in [0, 1]; known after resolution.
-        schedule: The process it was resolved for; None for a request and for a level put together by hand.
+        schedule: The `NoiseSchedule` it was resolved for; None for a request and for a level put together by hand.
 
     Values are floats for one level, or float32 tensors `(B,)` for one level per sample.
 
@@ -44,7 +41,7 @@ class NoiseLevel:
     sigma: Any = None
     alpha_dot: Any = None
     sigma_dot: Any = None
-    schedule: NoiseSchedule | None = field(default=None, repr=False)
+    schedule: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (self.alpha is None) != (self.sigma is None):

@@ -12,7 +12,6 @@ from diffusers_repr.objectives.auxiliary import (
     alignment_loss,
 )
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
-from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
@@ -45,6 +44,5 @@ __all__ = [
     "alignment_loss",
     "build_repa",
     "load_heads",
-    "repa_layer",
     "weighted_sum",
 ]

@@ -182,7 +182,7 @@ class DiffusionObjective(Objective):
         x_t = noisy.x_t.to(floating_dtype(self.network))  # a network kept in half precision takes halves
         inputs = self.denoiser.network_inputs(x_t, noisy.level, noisy.condition)
         raw = self.network(**inputs)
-        return self.denoiser.family.output(self.denoiser.config, raw, noisy.x_t).float()
+        return self.denoiser.family.output(raw, noisy.x_t).float()
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """`loss`: the mean squared error over all elements; with further losses their weighted sum, and each."""
@@ -349,7 +349,7 @@ class DiffusionObjective(Objective):
 
 def label_input(denoiser: Denoiser) -> str:
     """Name of the network's input of class ids."""
-    made = denoiser.family.from_class_labels(denoiser.config, torch.zeros(1, dtype=torch.long))
+    made = denoiser.family.from_class_labels(torch.zeros(1, dtype=torch.long))
     names = [name for name, value in made.items() if isinstance(value, Tensor) and value.dtype == torch.long]
     return names[0] if len(names) == 1 else "class_labels"
 
@@ -360,18 +360,10 @@ def classes_of(denoiser: Denoiser, null_label: int | None) -> tuple[int, int | N
     `UNet2DModel` does not tell which of its ids is null: the last one, unless `null_label` says otherwise; -1 says
     that there is none.
     """
-    config, family = denoiser.config, denoiser.family
-    if family.conditioning != "class":
-        return 0, None
-    if config.get("num_class_embeds"):
-        count = int(config["num_class_embeds"])
-        if null_label == -1:
-            return count, None
-        return count - 1, count - 1 if null_label is None else null_label
-    for key in ("num_classes", "num_embeds_ada_norm"):
-        if config.get(key):
-            return int(config[key]), int(config[key])
-    return 0, None
+    count, null = denoiser.family.classes()
+    if not count or null is not None:
+        return count, null
+    return (count, None) if null_label == -1 else (count - 1, count - 1 if null_label is None else null_label)
 
 
 __all__ = ["DiffusionObjective", "classes_of"]

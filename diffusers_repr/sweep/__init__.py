@@ -1,20 +1,39 @@
 """Levels and layers compared: by what a task needs, by nearness to an encoder; and probes of features."""
 
 from diffusers_repr.sweep.align import measure_alignment
-from diffusers_repr.sweep.alignment_result import Alignment, AlignmentCell
+from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
+from diffusers_repr.sweep.held import Held, HeldMeasure
+from diffusers_repr.sweep.measure import Bench, Measure, Piece, Score, Split, Tally, register_measure
 from diffusers_repr.sweep.probes import FewShotScore, ProbeScore, few_shot_probe, knn_probe, linear_probe
 from diffusers_repr.sweep.select import select_features
-from diffusers_repr.sweep.selection_result import Selection
+from diffusers_repr.sweep.selection import Selection, SelectionCell
+from diffusers_repr.sweep.similarity import CKA, CKNNA, KNNAccuracy, LinearAccuracy
+from diffusers_repr.sweep.splits import hold_out
 
 __all__ = [
+    "CKA",
+    "CKNNA",
     "Alignment",
     "AlignmentCell",
+    "Bench",
     "FewShotScore",
+    "Held",
+    "HeldMeasure",
+    "KNNAccuracy",
+    "LinearAccuracy",
+    "Measure",
+    "Piece",
     "ProbeScore",
+    "Score",
     "Selection",
+    "SelectionCell",
+    "Split",
+    "Tally",
     "few_shot_probe",
+    "hold_out",
     "knn_probe",
     "linear_probe",
     "measure_alignment",
+    "register_measure",
     "select_features",
 ]

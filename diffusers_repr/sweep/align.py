@@ -9,23 +9,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from diffusers_repr.capture import check_layers
-from diffusers_repr.data.labelled import open_labelled
+from diffusers_repr.data.labelled import open_images, open_labelled
+from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.features.extraction import process_state
-from diffusers_repr.features.extractor import FeatureExtractor, Timestep
+from diffusers_repr.features.extractor import Timestep
+from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.identity import fingerprint
 from diffusers_repr.metrics.checks import check_whole
-from diffusers_repr.metrics.encoding import Which, check_which, open_images
+from diffusers_repr.metrics.encoding import SharedRead, Which, check_which, pick
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.sweep.alignment_read import Reader, SetFeatures, choose_layers, plan_passes
-from diffusers_repr.sweep.alignment_result import Alignment, AlignmentCell
-from diffusers_repr.sweep.alignment_sweep import METRICS, PROBES, Samples, Settings, Sweep
+from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
+from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
+from diffusers_repr.sweep.measure import Bench, Key, Measure, Score, Split, make_measure
+from diffusers_repr.sweep.reader import Progress, Reader
+from diffusers_repr.sweep.run import Sweep
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise range, where no levels are given
 
@@ -37,7 +40,7 @@ def measure_alignment(
     timesteps: Sequence[Timestep] | None = None,
     layers: Sequence[str] | str | None = None,
     *,
-    metrics: Sequence[str] | str = ("cknna",),
+    metrics: Sequence[str | Measure] | str | Measure = ("cknna",),
     k: int = 10,
     samples: int | None = None,
     features: Which = "tokens",
@@ -68,7 +71,8 @@ def measure_alignment(
         data: Images (`ImageData`, a `datasets.Dataset`, a list, array or tensor), or `(images, labels)`.
         timesteps: Levels; five over the training range if None. Larger is noisier.
         layers: Full module paths; those of `list_layers(denoiser)` if None.
-        metrics: Of `cknna`, `cka` (unbiased) and, on labelled data, `linear` and `knn`; the first decides `best`.
+        metrics: Of `cknna`, `cka` (unbiased) and, on labelled data, `linear` and `knn`, or any other registered
+            `Measure`, or one of your own; the first decides `best`.
         k: Neighbours of CKNNA.
         samples: As many images, drawn by the seed; all if None. Scores of unequal numbers do not compare.
         features: The encoder's: `tokens` (their mean) or `global`.
@@ -83,7 +87,7 @@ def measure_alignment(
         class_labels: One class id for all images instead of the null class.
         image_size: Resize to (H, W) or a square.
         batch_size: Images a forward.
-        memory_gib: Features held at a time; beyond it, levels are read one after another.
+        memory_gib: Features held at a time; beyond it, levels, then layers, are read one after another.
         progress: Show a bar.
 
     Raises:
@@ -94,96 +98,108 @@ def measure_alignment(
     require_denoiser(denoiser)
     if not isinstance(encoder, Encoder):
         raise TypeError(f"encoder must be an Encoder; got {type(encoder).__name__}. See Encoder.from_pretrained.")
-    metrics = check_metrics(metrics)
+    measures = make_measures(
+        metrics,
+        k=k,
+        knn_k=knn_k,
+        protocol=get_protocol(protocol, "linear"),
+        symmetric=symmetric,
+        clamp_quantile=clamp_quantile,
+        seed=seed,
+    )
     check_which(features)
     check_whole("batch_size", batch_size, 1)
-    chosen = get_protocol(protocol, "linear")
-    probing = bool(set(metrics) & set(PROBES))
-    if probing and test is None:
+    labelled = any(measure.needs_labels for measure in measures)
+    scored = any("held" in measure.roles for measure in measures)
+    if scored and test is None:
         raise ValueError("Probes are measured on images they were not fitted on; pass test=(images, labels).")
-    train = _open(data, "data", probing, samples, seed)
-    held = _open(test, "test", True, None, seed) if probing else None
-    count = len(train.rows)
-    if "cknna" in metrics:
-        check_whole("k", k, 1, count - 1)
-    if "knn" in metrics:
-        check_whole("knn_k", knn_k, 1, count)
-    levels = _levels(denoiser, timesteps)
-    if layers is not None:
-        check_layers(denoiser.model, layers)
-    first = to_pixels(train.images.read(train.rows[:1]), denoiser.image_channels, image_size)
-    size = (first.shape[2], first.shape[3])
-    table = choose_layers(denoiser, layers, size)
-    extractor = FeatureExtractor(
-        denoiser,
-        list(table),
-        levels,
-        noise,
-        pooling="mean",
-        batch_size=batch_size,
-        output_device="cpu",
-        seed=seed,
-        image_size=image_size,
+    splits = {"train": _open(data, "data", labelled, samples, seed)}
+    if scored:
+        splits["held"] = _open(test, "test", labelled, None, seed)
+    levels = sorted(
+        resolve_levels(denoiser, default_levels(denoiser) if timesteps is None else timesteps),
+        key=lambda level: (float(level.nsr), float(level.timestep)),
     )
-    passes = plan_passes(table, len(levels), count + (len(held.rows) if held else 0), memory_gib * 2**30)
-    bar = _Bar(progress, len(passes) * sum(-(-len(part.rows) // batch_size) for part in (train, held) if part))
+    first = to_pixels(splits["train"].images.read(splits["train"].rows[:1]), denoiser.image_channels, image_size)
+    size = (first.shape[2], first.shape[3])
+    grid = Grid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
+
+    def encode(pixels: Tensor) -> Tensor:
+        return pick(encoder.encode_pixels(pixels), features)
+
+    bench = Bench(splits, grid.device, encode)
+    for measure in measures:
+        measure.check(bench)
     condition = {"prompt": prompt, "class_labels": class_labels}
-    reader = Reader(extractor, encoder, features, condition, batch_size, bar.step)
-    settings = Settings(metrics, k, knn_k, chosen, symmetric, clamp_quantile, seed)
-    sweep = Sweep(reader, settings, train, held, levels)
-    try:
-        scores, own = sweep.run(passes)
-    finally:
-        bar.close()
-    for (metric, why), paths in sweep.undefined.items():
-        warnings.warn(f"No {metric} for {', '.join(paths)}: {why}", stacklevel=2)
+    reads: dict[str, SharedRead] = {}
+
+    def read(role: str, found: SharedRead) -> None:
+        reads[role] = found
+        if role == "held":
+            tell_overlap(reads["train"].keys, found.keys, "data", "test")
+
+    with Progress(progress, "alignment") as bar:
+        sweep = Sweep(measures, bench, Reader(batch_size, condition, image_size, bar), memory_gib * 2**30)
+        scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
+    _warn_undefined(scores)
+    names = tuple(measure.name for measure in measures)
     cells = tuple(
         AlignmentCell(
-            path, order, _plain(level.timestep), float(level.nsr), layer.channels, layer.flops_share, scores[path, at]
+            **place,
+            dim=grid.layers[place["layer"]].channels,
+            scores={name: scores[at, place["layer"]][name].value for name in names},
         )
-        for at, level in enumerate(levels)
-        for order, (path, layer) in enumerate(table.items())
+        for at, place in grid.places()
     )
-    return Alignment(cells, metrics, own, _recipe(sweep, condition, size))
+    resized = encoder.source.size(reads["train"].image_size)
+    recipe = {
+        "model": {
+            "name": denoiser.name,
+            "revision": denoiser.revision,
+            "class": type(getattr(denoiser.model, "_orig_mod", denoiser.model)).__name__,
+            "weights": fingerprint(denoiser.model, denoiser.vae),
+        },
+        "encoder": encoder.fingerprint(),
+        "features": features,
+        "data": _described(splits["train"], reads["train"]),
+        "test": _described(splits["held"], reads["held"]) if scored else None,
+        "resize": f"{size[0]}x{size[1]} to {resized[0]}x{resized[1]} for the encoder",
+        "image_size": list(size),
+        "noise": noise,
+        "sample_posterior": False,
+        "seed": seed,
+        "k": k,
+        "settings": {measure.name: measure.describe() for measure in measures},
+        **condition,
+        "backend": {"name": "diffusers-repr", "version": _our_version()},
+    }
+    recipe = json.loads(json.dumps(recipe))  # lists for tuples, as it will be read back
+    return Alignment(cells, names, bench.reference_scores, recipe)
 
 
-class _Bar:
-    """A bar over batches of images, on the main process; silent if not wanted."""
+def make_measures(metrics: Sequence[str | Measure] | str | Measure, **settings: Any) -> list[Measure]:
+    """The measures of names, each once.
 
-    def __init__(self, shown: bool, total: int) -> None:
-        from tqdm.auto import tqdm
-
-        state = process_state()
-        total = -(-total // state.num_processes)
-        self.bar = tqdm(total=total, desc="alignment", unit="batch", disable=not (shown and state.is_main_process))
-
-    def step(self) -> None:
-        self.bar.update(1)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
-    """The metrics, if they are some.
+    Args:
+        metrics: Names, or measures.
+        **settings: Of those that are named.
 
     Raises:
         ValueError: For an unknown name, none, or one twice.
     """
-    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    for metric in metrics:
-        if metric not in METRICS:
-            raise ValueError(f"Unknown metric {metric!r}; expected one of {', '.join(METRICS)}.")
-    if not metrics or len(set(metrics)) < len(metrics):
-        raise ValueError(f"metrics must name at least one of {', '.join(METRICS)}, each once; got {list(metrics)}.")
-    return metrics
+    asked = [metrics] if isinstance(metrics, (str, Measure)) else list(metrics)
+    measures = [make_measure(metric, **settings) for metric in asked]
+    names = [measure.name for measure in measures]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"metrics must name at least one measure, each once; got {names}.")
+    return measures
 
 
-def _open(data: Any, role: str, labelled: bool, samples: int | None, seed: int) -> Samples:
+def _open(data: Any, role: str, labelled: bool, samples: int | None, seed: int) -> Split:
     labels = None
     if labelled or (isinstance(data, tuple) and len(data) == 2):
         opened = open_labelled(data, role)
-        labels = opened.class_ids("Probes tell classes apart.") if labelled else None
+        labels = opened.class_ids("Probes tell classes apart.") if labelled else opened.targets
         images = open_images(opened.images, role)
     else:
         images = open_images(data, role)
@@ -192,23 +208,7 @@ def _open(data: Any, role: str, labelled: bool, samples: int | None, seed: int) 
         check_whole("samples", samples, 1, len(images))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         rows = sorted(order[:samples].tolist())
-    return Samples(images, rows, None if labels is None else labels[torch.tensor(rows)])
-
-
-def _levels(denoiser: Denoiser, timesteps: Sequence[Timestep] | None) -> list[NoiseLevel]:
-    """Resolved, the least noisy first."""
-    if timesteps is None:
-        timesteps = default_levels(denoiser)
-    if isinstance(timesteps, (int, float, str, NoiseLevel)) or not isinstance(timesteps, Sequence):
-        raise TypeError(f"timesteps must be a list of levels, e.g. [100, 500]; got {timesteps!r}.")
-    if not timesteps:
-        raise ValueError("No timesteps: the list is empty.")
-    levels = [denoiser.level(t) for t in timesteps]
-    told = [float(level.timestep) for level in levels]
-    for at, timestep in enumerate(told):
-        if timestep in told[:at]:
-            raise ValueError(f"Timestep {timestep:g} is given twice.")
-    return sorted(levels, key=lambda level: (float(level.nsr), float(level.timestep)))
+    return Split(images, rows, images.name, None if labels is None else labels[torch.tensor(rows)])
 
 
 def default_levels(denoiser: Denoiser) -> list[Timestep]:
@@ -220,44 +220,21 @@ def default_levels(denoiser: Denoiser) -> list[Timestep]:
     return [round(share * schedule.num_train_timesteps) for share in _SHARES]
 
 
-def _plain(timestep: Any) -> int | float:
-    value = float(timestep)
-    return int(value) if value.is_integer() else value
+def _warn_undefined(scores: dict[Key, dict[str, Score]]) -> None:
+    undefined: dict[tuple[str, str], dict[str, None]] = {}  # (metric, why) -> layers
+    for (_, path), named in scores.items():
+        for metric, score in named.items():
+            if score.value is None:
+                undefined.setdefault((metric, score.why or ""), {})[path] = None
+    for (metric, why), paths in undefined.items():
+        warnings.warn(f"No {metric} for {', '.join(paths)}: {why}", stacklevel=3)
 
 
-def _recipe(sweep: Sweep, condition: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def _described(split: Split, read: SharedRead) -> dict[str, Any]:
+    return {"name": split.images.name, "samples": len(split), "images_hash": read.images_hash}
+
+
+def _our_version() -> str:
     from diffusers_repr import __version__
 
-    reader, read, settings = sweep.reader, sweep.read, sweep.settings
-    assert read is not None
-    denoiser, encoder = reader.denoiser, reader.encoder
-    resized = encoder.source.size(read.image_size)
-    recipe = {
-        "model": {
-            "name": denoiser.name,
-            "revision": denoiser.revision,
-            "class": type(getattr(denoiser.model, "_orig_mod", denoiser.model)).__name__,
-            "weights": fingerprint(denoiser.model, denoiser.vae),
-        },
-        "encoder": encoder.fingerprint(),
-        "features": reader.which,
-        "data": _described(sweep.train, read),
-        "test": None if sweep.held is None or sweep.read_held is None else _described(sweep.held, sweep.read_held),
-        "resize": f"{size[0]}x{size[1]} to {resized[0]}x{resized[1]} for the encoder",
-        "image_size": list(size),
-        "noise": reader.extractor.noise.policy,
-        "sample_posterior": False,
-        "seed": settings.seed,
-        "k": settings.k,
-        "settings": {metric: settings.of(metric) for metric in settings.metrics},
-        **condition,
-        "backend": {"name": "diffusers-repr", "version": __version__},
-    }
-    return json.loads(json.dumps(recipe))  # lists for tuples, as it will be read back
-
-
-def _described(samples: Samples, read: SetFeatures) -> dict[str, Any]:
-    return {"name": samples.images.name, "samples": len(samples.rows), "images_hash": read.images_hash}
-
-
-__all__ = ["METRICS", "check_metrics", "default_levels", "measure_alignment"]
+    return __version__

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.data.labelled import Labelled, open_labelled
-from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
 from diffusers_repr.features.noise_policy import pixel_keys
 
@@ -54,18 +53,10 @@ def read_features(
         ValueError: If images of several sizes come and the extractor has no `image_size`.
     """
     table: Tensor | None = None
-    size, bar = extractor.image_size, None if progress_bar is None else progress_bar(total=len(data))
+    bar = None if progress_bar is None else progress_bar(total=len(data))
     try:
-        for rows, images in data.batches(batch_size):
-            numbers = range(rows.start, rows.stop)
-            pixels = to_pixels(images, extractor.denoiser.image_channels, extractor.image_size, numbers)
-            found = (pixels.shape[2], pixels.shape[3])
-            if size is not None and found != size:
-                raise ValueError(
-                    f"Image {rows.start} of {data} is {found} (H, W), those before it are {size}; pass "
-                    "image_size=(H, W) to resize them."
-                )
-            size = found
+        channels = extractor.denoiser.image_channels
+        for rows, pixels in data.pixels(batch_size, channels, extractor.image_size):
             found_keys = pixel_keys(pixels)
             if keys is not None:
                 keys += found_keys
@@ -73,12 +64,11 @@ def read_features(
             features = join(output, extractor.layers)
             if table is None:
                 table = torch.empty(len(data), features.shape[1])
-            table[rows] = features.cpu()
+            table[rows[0] : rows[-1] + 1] = features.cpu()
             if bar is not None:
                 bar.update(len(features))
     finally:
         if bar is not None:
             bar.close()
     assert table is not None
-    assert size is not None
-    return table, output, size
+    return table, output, (pixels.shape[2], pixels.shape[3])

@@ -15,7 +15,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.heads import PooledHead
 from diffusers_repr.heads.fitting.protocols import Protocol
 from diffusers_repr.hub.places import public_name
-from diffusers_repr.sweep.selection_result import Selection
+from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.tasks import probe_files
 from diffusers_repr.tasks.base import check_features
 from diffusers_repr.tasks.images import class_data, join, read_features

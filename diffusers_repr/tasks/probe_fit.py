@@ -20,8 +20,8 @@ from diffusers_repr.hub.base_record import Level
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.hub.schema import MAX_ITEMS
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.sweep.selection_data import refuse_one_class
-from diffusers_repr.sweep.selection_result import Selection
+from diffusers_repr.sweep.selection import Selection
+from diffusers_repr.sweep.splits import refuse_one_class
 from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, read_features
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_repr.encoders import AttentionEncoder, Encoder, EncoderOutput, ImageEncoder
 from diffusers_repr.testing.checks import expect, expect_close, leaving_alone
@@ -27,7 +27,7 @@ def check_encoder(encoder: ImageEncoder, images: Tensor) -> None:
     expect(not members, f"{name} lacks {', '.join(members)}.")
     expect(isinstance(encoder, ImageEncoder), f"{name} does not follow the protocol ImageEncoder.")
     given, size = images.clone(), (images.shape[2], images.shape[3])
-    network = [encoder.module] if isinstance(getattr(encoder, "module", None), nn.Module) else []
+    network = [encoder.module] if isinstance(encoder, Encoder) else []
     with leaving_alone(f"encode_pixels of {name}", *network):
         found = encoder.encode_pixels(images)
     expect(torch.equal(images, given), f"encode_pixels of {name} changes the images it is given.")

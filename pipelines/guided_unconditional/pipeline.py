@@ -18,7 +18,7 @@ from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_
 from torch import Tensor
 
 from diffusers_repr.denoiser import sampling
-from diffusers_repr.denoiser.family import family_of
+from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.guidance import Guidance
 from diffusers_repr.guidance.pipeline import GuidedPipelineMixin
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
@@ -171,16 +171,16 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
                 raise TypeError(f"class_labels are whole numbers, one or one a sample; got {given!r}.")
             labels = labels.reshape(1) if labels.ndim == 0 else labels
             labels = labels.long() if table else labels.to(self.unet.dtype)
-        inputs = family_of(self.unet).from_class_labels(self.unet.config, labels)
+        inputs = family_of(self.unet).from_class_labels(labels)
         return inputs["class_labels"].to(self._execution_device) if inputs else None
 
     def _noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
         """Noise to start from, `(B, C, H, W)`, before the scheduler's scale."""
         config, device, dtype = self.unet.config, self._execution_device, self.unet.dtype
         if latents is None:
-            shape = (batch_size, config.in_channels, *family_of(self.unet).size(config))
+            shape = (batch_size, config.in_channels, *family_of(self.unet).size())
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        sampling.check_latents(latents, config.in_channels, multiple=family_of(self.unet).multiple(config))
+        sampling.check_latents(latents, config.in_channels, multiple=family_of(self.unet).multiple())
         return latents.to(device, dtype)
 
     def _predict(self, latents: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from diffusers_repr.capture.unet_halves import encode_partial
 from diffusers_repr.denoiser import Denoiser, sampling
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.denoiser.family import family_of
+from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.guidance import EnergyGuidance, guide
 from diffusers_repr.guidance.activations import NORMALIZATIONS, Steering, steer
 from diffusers_repr.heads.joint import JointHead
@@ -365,11 +365,11 @@ class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffusi
         """Standard normal noise `(B, C, H, W)`, in the network's dtype drawn and float32 or wider kept."""
         config, device, dtype = self.unet.config, self._execution_device, self.unet.dtype
         if latents is None:
-            shape = (count, config.in_channels, *family_of(self.unet).size(config))
+            shape = (count, config.in_channels, *family_of(self.unet).size())
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         else:
-            fixed = family_of(self.unet).size(config) if self.classifier is None else None  # a JointViTModel's
-            sampling.check_latents(latents, config.in_channels, fixed, family_of(self.unet).multiple(config))
+            fixed = family_of(self.unet).size() if self.classifier is None else None  # a JointViTModel's
+            sampling.check_latents(latents, config.in_channels, fixed, family_of(self.unet).multiple())
         return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
 
 

@@ -1,1 +1,5 @@
 """SiT."""
+
+from diffusers_repr.pipelines.sit.pipeline import SiTPipeline, SiTPipelineOutput
+
+__all__ = ["SiTPipeline", "SiTPipelineOutput"]

@@ -52,7 +52,7 @@ def _inputs_of(name, rows):
     denoiser = denoiser_of(name)
     size, draw = SIZES[name], torch.Generator().manual_seed(0)
     h, w = (side // denoiser.stride for side in size)
-    x = torch.randn(rows, denoiser.family.channels(denoiser.config), h, w, generator=draw)
+    x = torch.randn(rows, denoiser.family.channels(), h, w, generator=draw)
     with torch.no_grad():
         condition = denoiser.condition(**CONDITIONS[name], batch=rows, size=size).kwargs()
     if "class_labels" in condition:
@@ -73,7 +73,7 @@ def inputs_of(name, rows):
 
 
 def call_of(denoiser, inputs, rows, batch=None):
-    x = denoiser.family.sample(denoiser.config, inputs)
+    x = denoiser.family.sample(inputs)
     return NetworkCall(inputs, rows, batch or BatchLanes(slice(0, rows)), x, denoiser.level(300))
 
 
@@ -101,7 +101,7 @@ def forward(model, inputs):
 
 def together(denoiser, call, lanes, which=None, taps=(), all_taps=None):
     """`(rows of the call, lane -> its rows)`, in one pass."""
-    executor = Executor(denoiser.model, denoiser.family, denoiser.config, lanes, all_taps)
+    executor = Executor(denoiser.model, denoiser.family, lanes, all_taps)
     before = hook_count(denoiser.model)
     with ExitStack() as stack:
         executor.install(stack)

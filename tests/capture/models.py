@@ -23,7 +23,7 @@ def inputs_of(denoiser, name):
     level = denoiser.level(round(low + 0.261 * (high - low)))
     with torch.no_grad():
         condition = denoiser.condition(**CONDITIONS[name], batch=2, size=size)
-    shape = (2, denoiser.family.channels(denoiser.config), size[0] // stride, size[1] // stride)
+    shape = (2, denoiser.family.channels(), size[0] // stride, size[1] // stride)
     x_t = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return denoiser.network_inputs(x_t, level, condition.kwargs())
 

@@ -64,7 +64,7 @@ def test_what_lies_before_is_computed_once(name, layer):
     denoiser = denoiser_of(name)
     call = call_of(denoiser, inputs_of(name, 4), 4, BatchLanes(slice(2, 4), slice(0, 2)))
     lanes = [lane("a", [layer], 0.0), lane("b", [layer], 0.5)]
-    executor = Executor(denoiser.model, denoiser.family, denoiser.config, lanes)
+    executor = Executor(denoiser.model, denoiser.family, lanes)
     with ExitStack() as stack:
         executor.install(stack)
         given = executor.begin(call, slice(0, 4), lanes)
@@ -164,7 +164,7 @@ def test_containers_that_a_network_empties():
     inputs = inputs_of("sd", 2)
     inputs["cross_attention_kwargs"] = {"scale": 1.0, "list": [torch.ones(2, 1)]}
     call = call_of(denoiser, inputs, 2)
-    executor = Executor(denoiser.model, denoiser.family, denoiser.config, [])
+    executor = Executor(denoiser.model, denoiser.family, [])
     for _ in range(2):
         given = executor.begin(call, slice(0, 2))
         given["cross_attention_kwargs"].pop("scale")
@@ -179,7 +179,7 @@ def test_after_a_failed_pass_the_next_one_is_clean():
     call = call_of(denoiser, inputs_of("sd", 2), 2)
     mid = LAYERS["sd"][1]
     lanes = [lane("a", [mid], 0.0)]
-    executor = Executor(denoiser.model, denoiser.family, denoiser.config, lanes)
+    executor = Executor(denoiser.model, denoiser.family, lanes)
 
     def fail(module, args):
         raise KeyboardInterrupt

@@ -1,18 +1,15 @@
 """What the command `publish` finds, with and without a clone, and how it tells of it; see also tests/hub."""
 
-import argparse
 import json
 
 import pytest
 
-from diffusers_repr.cli import publish
+from diffusers_repr.cli import publish, read_settings
 from diffusers_repr.tasks.probe_files import push_saved
 
 
 def command(*words):
-    parser = argparse.ArgumentParser()
-    publish.arguments(parser)
-    return publish.run(parser.parse_args(["--namespace", "user", "--dry_run", *words]))
+    return publish.run(read_settings("publish", ["--namespace", "user", "--dry_run", *words]))
 
 
 @pytest.fixture
@@ -29,9 +26,7 @@ def folder(root, name, config="config.json", content=None, card="---\nlicense: m
 
 
 def found(*words):
-    parser = argparse.ArgumentParser()
-    publish.arguments(parser)
-    args = parser.parse_args(["--namespace", "user", *words])
+    args = read_settings("publish", ["--namespace", "user", *words])
     return {item.name: item.kind for item in publish.find_publications(args.only, args.folder)}
 
 

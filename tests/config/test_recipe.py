@@ -1,12 +1,13 @@
 import dataclasses
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 import yaml
 
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.config.recipe import check_keys, mapping, read_recipe, setting, to_yaml
+from diffusers_repr.config.recipe import REQUIRED, check_keys, mapping, read_recipe, setting, to_yaml
 from diffusers_repr.data import DataConfig
 from diffusers_repr.training import TrainingConfig, recipe_of
 from diffusers_repr.training.logs import read_log
@@ -172,3 +173,32 @@ def test_the_log_of_a_killed_run(tmp_path):
     assert read_log(tmp_path / "none.jsonl", 5) == []
     (tmp_path / "loss.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
     assert read_log(tmp_path / "loss.jsonl", 4) == [{"step": 2}, {"step": 4}]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Settings of a command."""
+
+    POSITIONAL: ClassVar = ("model", "images")
+
+    model: str = setting(REQUIRED, "a folder")
+    images: list[str] = setting(REQUIRED, "files")
+    quiet: bool = setting(False, "no progress bar")
+    layers: list[str] = setting(["mid"], "paths")
+
+
+def test_what_stands_without_a_flag(tmp_path, capsys):
+    recipe = write(tmp_path, model="r", images=["x", "y"], quiet=True)
+    for argv, wanted in (
+        (["m", "a", "b"], Command(model="m", images=["a", "b"])),
+        (["--quiet", "m", "a"], Command(model="m", images=["a"], quiet=True)),  # "m" is no value of the switch
+        (["m", "a", "--quiet", "false", "--layers", "u", "v"], Command(model="m", images=["a"], layers=["u", "v"])),
+        (recipe, Command(model="r", images=["x", "y"], quiet=True)),
+        ([*recipe, "m"], Command(model="m", images=["x", "y"], quiet=True)),
+        ([*recipe, "m", "a", "--quiet=false"], Command(model="m", images=["a"])),
+    ):
+        assert parse_recipe([Command], argv) == (wanted,), argv
+    for argv in ([], ["m"], write(tmp_path, images=["x"])):
+        with pytest.raises(SystemExit, match="2"):
+            parse_recipe([Command], argv)
+        assert "required: model" in capsys.readouterr().err or argv == ["m"]

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.latents import cache_latents
-from diffusers_repr.data.train_data import load_train_data
+from diffusers_repr.data.loading import load_train_data
 from tests.data.data_cases import rows
 
 ROWS = 11  # prime: shards of 4 leave a short one

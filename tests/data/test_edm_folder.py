@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_repr.data.image_data import load_images, open_split
+from diffusers_repr.data.image_data import load_images
+from diffusers_repr.data.splits import open_split
 
 
 def write(folder, labels, shard=2, name="img{:08d}.png", written=True):

@@ -249,3 +249,21 @@ def test_a_vae_that_gives_nan(tmp_path):
         vae.quant_conv.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="AutoencoderKL.*NaN"):
         make(tmp_path / "out", vae=vae)
+
+
+def test_masks_and_points_beside_latents_are_flipped_alike(tmp_path):
+    """A run from the cache carries what a run without it carries."""
+    plain = rows(ROWS, ((24, 31), (17, 16), (40, 40)))
+    ids = [(torch.arange(h * w).view(h, w) % 7).tolist() for h, w in (image.size[::-1] for image in plain["image"])]
+    points = datasets.List(datasets.List(datasets.Value("float32")))
+    data = plain.add_column("mask", ids).add_column("points", [[[3.0, 5.0]]] * ROWS, feature=points)
+    make(tmp_path / "out", load(data))
+    kept = {"mask_column": "mask", "points_column": "points", "random_flip": True}
+    cached = load(data, vae=make_vae(), latents_dir=str(tmp_path / "out"), **kept)
+    found = {}
+    for name, source in (("images", load(data, **kept)), ("cache", cached)):
+        torch.manual_seed(0)
+        found[name] = source.on_device(default_collate([source[i] for i in range(ROWS)]))
+    assert "pixel_values" not in found["cache"]
+    for key in ("masks", "points", "visible", "class_labels"):
+        assert torch.equal(found["cache"][key], found["images"][key])

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import default_collate
 
 from diffusers_repr.data.config import DataConfig
-from diffusers_repr.data.train_data import load_train_data
+from diffusers_repr.data.loading import load_train_data
 from diffusers_repr.denoiser.vae import draw_latents
 from tests.data.latent_cases import load, make, make_vae
 from tests.data.test_edm_folder import write

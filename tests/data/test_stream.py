@@ -11,9 +11,9 @@ from datasets import Dataset, Features
 from torch.utils.data import DataLoader
 
 from diffusers_repr.data.config import DataConfig
-from diffusers_repr.data.image_column import UnreadableImage
+from diffusers_repr.data.image_files import UnreadableImage
+from diffusers_repr.data.loading import load_train_data
 from diffusers_repr.data.stream import StreamData
-from diffusers_repr.data.train_data import load_train_data
 from tests.data.data_cases import NAMES, rows, with_broken
 from tests.testers.marks import slow, slow_but
 

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import HfArgumentParser
 
 from diffusers_repr.data.config import DataConfig
-from diffusers_repr.data.image_column import ImagePixels, UnreadableImage
-from diffusers_repr.data.train_data import load_train_data
+from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.image_files import UnreadableImage
+from diffusers_repr.data.loading import load_train_data
 from diffusers_repr.data.transforms import adm_center_crop, as_mode, augment, draw_flips, fit_center_crop, to_unit
 from tests.data.data_cases import NAMES, picture, rows, with_broken
 

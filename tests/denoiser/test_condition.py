@@ -69,7 +69,7 @@ def test_equals_what_the_pipeline_passes(name):
     denoiser = Denoiser.from_pipe(build(name))
     size = SIZES[name] if "prompt" in CONDITIONS[name] else denoiser.image_size
     condition = denoiser.condition(**CONDITIONS[name], size=size)
-    x_t = torch.randn(1, denoiser.family.channels(denoiser.config), *(side // denoiser.stride for side in size))
+    x_t = torch.randn(1, denoiser.family.channels(), *(side // denoiser.stride for side in size))
     told = theirs["timestep"].flatten()[0].item()
     step = told * 1000 if "flux" in name else told / denoiser.config.get("timestep_scale", 1.0)
     ours = denoiser.network_inputs(x_t, denoiser.level(step), condition.kwargs())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from diffusers_repr.denoiser import Denoiser, Family, GenericFamily, register_family
-from diffusers_repr.denoiser.family import _REGISTRY, list_families
+from diffusers_repr.denoiser.family_registry import _REGISTRY, list_families
 from diffusers_repr.noise import NoiseSchedule
 from tests.testers.marks import slow_but
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, saved, unet2d
@@ -23,7 +23,7 @@ def start(name, dtype=torch.float32, batch=2):
     denoiser = Denoiser.from_pipe(build(name).to(dtype=dtype))
     h, w = SIZES[name]
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, denoiser.family.channels(denoiser.config), h // denoiser.stride, w // denoiser.stride)
+    shape = (batch, denoiser.family.channels(), h // denoiser.stride, w // denoiser.stride)
     x_t = torch.randn(shape, generator=generator).to(dtype)
     condition = denoiser.condition(**CONDITIONS[name], batch=batch, size=(h, w))
     return denoiser, x_t, condition

@@ -16,7 +16,7 @@ from tests.testers.models import build
 def test_each_token_has_its_place(grid, lead):
     count = torch.Size(grid).numel()
     sequence = torch.randn(*lead, 5 + count + 1, 7)
-    found = FeatureMap(sequence, grid, text_tokens=5, class_at=-1)
+    found = FeatureMap(sequence, grid, start=5, class_at=-1)
     maps, tokens = found.as_map(), found.tokens()
     assert maps.shape == (*lead, 7, *grid)
     for at, place in enumerate(torch.cartesian_prod(*map(torch.arange, grid)).tolist()):
@@ -32,7 +32,7 @@ def test_each_token_has_its_place(grid, lead):
 
 
 def test_another_map_keeps_the_class_token():
-    found = FeatureMap(torch.randn(2, 1 + 6, 3), (2, 3), text_tokens=1, class_at=0)
+    found = FeatureMap(torch.randn(2, 1 + 6, 3), (2, 3), start=1, class_at=0)
     small = torch.randn(2, 3, 1, 2)
     resized = found.with_map(small)
     assert resized.grid == (1, 2)
@@ -44,14 +44,15 @@ def test_another_map_keeps_the_class_token():
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
-        ((2, 24, 3), {"grid": (4, 5)}),
+        ((2, 24, 3), {"grid": (5, 5)}),
+        ((2, 24, 3), {"grid": (4, 6), "start": 1}),
         ((2, 24, 3), {"grid": (4, 6), "class_at": -1}),
         ((24,), {"grid": (4, 6)}),
         ((2, 3, 4, 6), {"grid": (4, 5), "is_map": True}),
     ],
 )
 def test_what_does_not_fit_its_grid(shape, settings):
-    with pytest.raises(ValueError, match=r"do not fit 0 text tokens and a grid of 4 x"):
+    with pytest.raises(ValueError, match=r"do not fit a grid of 4 x"):
         FeatureMap(torch.zeros(shape), **settings)
 
 
@@ -66,7 +67,7 @@ def test_layers_of_a_denoiser():
         denoiser.feature_map("blocks.0", torch.zeros(1, 23, 1), (12, 8))
     flux = Denoiser.from_pipe(build("flux"))
     block = flux.feature_map("single_transformer_blocks.0", torch.arange(70.0).view(1, 70, 1), (16, 16))
-    assert (block.grid, block.text_tokens) == ((8, 8), 6)
+    assert (block.grid, block.start) == ((8, 8), 6)
     assert block.tokens()[0, 0] == 6  # behind six tokens of text
 
 

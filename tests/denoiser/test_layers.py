@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers_repr.capture import capture
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser, GenericFamily, layer_table, list_layers
-from diffusers_repr.denoiser.family import family_by_name
+from diffusers_repr.denoiser.family_registry import family_by_name
 from diffusers_repr.denoiser.layers import list_layers_from_config
 from diffusers_repr.models.weights import build_on_meta
 from tests.denoiser.test_denoiser import Blob, start
@@ -51,7 +51,7 @@ def test_every_listed_place_is_what_capture_reads(name, detail):
             assert feature.shape[0] == 2, layer
             assert feature.shape[2] == layer.channels, layer
             assert (feature.shape[1] > h * w) == (layer.text_tokens > 0), layer
-            place = denoiser.family.grid(denoiser.config, feature.shape[1], tuple(x_t.shape[2:]))
+            place = denoiser.family.grid(feature.shape[1], tuple(x_t.shape[2:]))
             assert place is not None, layer
             assert place[0] == layer.grid, layer
             assert place[1] == feature.shape[1] - h * w, layer
@@ -190,7 +190,7 @@ SDXL = {
 
 def table(cls, config, size, stride):
     model = build_on_meta(cls, config)
-    layers = layer_table(model, family_by_name(cls.__name__), model.config, (size, size), stride)
+    layers = layer_table(model, family_by_name(cls.__name__).bound_to(model.config), (size, size), stride)
     assert all(p.is_meta for p in [*model.parameters(), *model.buffers()])
     return {layer.path: layer for layer in layers}
 

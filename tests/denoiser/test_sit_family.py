@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 from diffusers_repr import CFG, PAG, SAG, Denoiser, FeatureExtractor, guide, list_layers
 from diffusers_repr.capture import capture, capture_attention
-from diffusers_repr.denoiser.family import BatchLanes, family_by_name, list_families
-from diffusers_repr.guidance.defaults import pag_layers, self_attentions
+from diffusers_repr.denoiser.family import BatchLanes
+from diffusers_repr.denoiser.family_registry import family_by_name, list_families
 from diffusers_repr.models import SiTTransformer2DModel
 
 SCHEDULERS = {
@@ -263,7 +263,8 @@ def test_vector_condition():
 
 def test_pag_with_qk_norm_equals_its_own_mask():
     """Queries and keys are normed in a perturbation too: a mask that takes nothing away changes nothing."""
-    from diffusers_repr.guidance.attention.perturbations import Mask, perturbed
+    from diffusers_repr.guidance.attention.perturbations import Mask
+    from tests.guidance.attention_cases import perturbed
 
     attn, tokens = network(qk_norm=True).blocks[0].attn, torch.randn(2, 6, 16)
     torch.testing.assert_close(perturbed(attn, {"hidden_states": tokens}, Mask(ratio=0.0)), attn(tokens))
@@ -271,8 +272,8 @@ def test_pag_with_qk_norm_equals_its_own_mask():
 
 def test_default_layers():
     denoiser = Denoiser.from_pipe(pipeline())
-    assert self_attentions(denoiser.model) == [f"blocks.{at}.attn" for at in range(3)]
-    assert pag_layers(denoiser).layers == (LAYER,)
+    assert denoiser.family.self_attentions(denoiser.model) == [f"blocks.{at}.attn" for at in range(3)]
+    assert denoiser.default_layers("pag").layers == (LAYER,)
     pipe = pipeline()
     with guide(pipe, [PAG(1.0), SAG(0.5)]) as handle:
         sample(pipe, torch.tensor([1]), steps=2)
@@ -318,10 +319,10 @@ class _Foreign:
     ],
 )
 def test_lanes_of_other_pipelines(labels, cond, null):
-    family, config = family_by_name("SiTTransformer2DModel"), {"num_classes": 10, "in_channels": 3}
+    family = family_by_name("SiTTransformer2DModel").bound_to({"num_classes": 10, "in_channels": 3})
     x = torch.randn(2, 3, 8, 8).repeat(2, 1, 1, 1)
     inputs = {"hidden_states": x, "class_labels": torch.tensor(labels)}
-    assert family.lanes(_Foreign(), config, inputs) == BatchLanes(cond, null)
-    assert family.lanes(None, config, inputs) == BatchLanes(slice(0, 4))
+    assert family.lanes(_Foreign(), inputs) == BatchLanes(cond, null)
+    assert family.lanes(None, inputs) == BatchLanes(slice(0, 4))
     unequal = {**inputs, "hidden_states": torch.randn(4, 3, 8, 8)}
-    assert family.lanes(_Foreign(), config, unequal) == BatchLanes(slice(0, 4))
+    assert family.lanes(_Foreign(), unequal) == BatchLanes(slice(0, 4))

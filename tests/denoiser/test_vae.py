@@ -35,7 +35,7 @@ def test_encode_gives_the_latents_that_the_pipeline_decodes(name):
     h, w = SIZES[name]
     images = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))
     x0 = denoiser.encode(images)
-    assert x0.shape[1:] == (denoiser.family.channels(denoiser.config), h // denoiser.stride, w // denoiser.stride)
+    assert x0.shape[1:] == (denoiser.family.channels(), h // denoiser.stride, w // denoiser.stride)
     config = pipe.vae.config
     raw = x0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
     want = (pipe.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)

@@ -12,7 +12,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.latents import cache_latents
-from diffusers_repr.data.train_data import load_train_data
+from diffusers_repr.data.loading import load_train_data
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.encoders.feature_cache import cache_features, encoder_folder, list_features
 from diffusers_repr.models import SiTTransformer2DModel

@@ -7,7 +7,7 @@ import pytest
 import readout_control
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
-from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
+from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 from PIL import Image
 from scipy.ndimage import correlate
 

@@ -9,7 +9,7 @@ import torch
 import train_joint
 import yaml
 from diffusers import DDIMScheduler
-from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from digits_metrics import DigitsClassifier, DigitsJudge
 from safetensors.torch import load_file
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from digits import load_digits_splits
 from PIL import Image
 from train_repa import ModelConfig, main

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel, EDMEulerScheduler, U
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.capture import capture
-from diffusers_repr.denoiser.family import family_by_name
+from diffusers_repr.denoiser.family_registry import family_by_name
 from diffusers_repr.denoiser.layers import layer_table
 from diffusers_repr.features.presets import FAMILIES, edm_sigma, list_presets, presets
 from diffusers_repr.models.weights import build_on_meta
@@ -122,7 +122,7 @@ TABLES = {
 def table(family):
     cls, config, side, stride = NETWORKS[family]
     model = build_on_meta(cls, config)
-    layers = layer_table(model, family_by_name(cls.__name__), model.config, (side, side), stride)
+    layers = layer_table(model, family_by_name(cls.__name__).bound_to(model.config), (side, side), stride)
     return {layer.path: layer for layer in layers}
 
 
@@ -143,7 +143,7 @@ def test_odise_reads_inputs_after_the_skip_is_joined():
     model = build_on_meta(UNet2DConditionModel, SD)
     family = family_by_name("UNet2DConditionModel")
     x_t = torch.empty(1, 4, 64, 64, device="meta")
-    inputs = family.example(model.config, 1, "meta")
+    inputs = family.example(1, "meta")
     with torch.no_grad(), capture(model, presets("odise").layers, "input") as tape:
         model(x_t, torch.zeros(1, device="meta"), **inputs)
     assert [tuple(f.shape[1:]) for f in tape.features.values()] == [

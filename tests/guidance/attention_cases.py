@@ -14,11 +14,13 @@ from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
 )
 
-from diffusers_repr.guidance.attention.projections import (
-    finish,
-    merge_heads,
-    project,
-)
+from diffusers_repr.denoiser import Family
+from diffusers_repr.denoiser.families.flux import FluxFamily
+from diffusers_repr.denoiser.families.sana import SanaFamily
+from diffusers_repr.denoiser.families.sd3 import SD3Family
+from diffusers_repr.denoiser.families.sit import SiTFamily
+from diffusers_repr.guidance.attention import perturbations, projections
+from diffusers_repr.guidance.attention.projections import finish, merge_heads
 
 GRID, TEXT, WIDTH = (2, 8), 5, 16
 TOKENS = GRID[0] * GRID[1]
@@ -114,13 +116,48 @@ def case(name, dtype=torch.float64):
     return module.to(dtype), cast, TEXT if "single" in name else 0
 
 
+def supported(module, path=None, needs="queries"):
+    """The layout of a module that stands alone, as the family has it whose network holds such modules."""
+    family, where = Family(), "x"
+    name = type(module.processor).__name__ if hasattr(module, "processor") else ""
+    if isinstance(module, FluxAttention):
+        stack = "single_transformer_blocks" if module.added_kv_proj_dim is None else "transformer_blocks"
+        family, where = FluxFamily(), f"{stack}.0.attn"
+    elif "Joint" in name and "PAG" not in name:
+        joined = getattr(module, "add_q_proj", None) is not None
+        family, where = SD3Family(), f"transformer_blocks.0.{'attn' if joined else 'attn2'}"
+    elif "SanaLinear" in name:
+        family, where = SanaFamily(), "transformer_blocks.0.attn1"
+    elif name.startswith("SiT"):
+        family, where = SiTFamily(), "blocks.0.attn"
+    return projections.check_supported(family, module, path or where, needs)
+
+
+def project(module, arguments, text_tokens=0):
+    """`projections.project` of a module that stands alone."""
+    return projections.project(module, supported(module), arguments, image_of(module, arguments, text_tokens))
+
+
+def perturbed(module, arguments, perturbation, grid=None, text_tokens=0):
+    """`perturbations.perturbed` of a module that stands alone."""
+    layout = supported(module, needs="values")
+    image = image_of(module, arguments, text_tokens) if layout.single else None
+    return perturbations.perturbed(module, layout, arguments, perturbation, grid, image)
+
+
+def image_of(module, arguments, text_tokens):
+    """The image tokens of a single stream that begins with text; None of others."""
+    single = isinstance(module, FluxAttention) and module.added_kv_proj_dim is None
+    return slice(text_tokens, arguments["hidden_states"].shape[1]) if single else None
+
+
 def with_probabilities(module, arguments, text_tokens, change=lambda scores, image: scores):
     """The module's output by the full matrix of scores, changed by `change(scores, image)`."""
     calls = project(module, arguments, text_tokens)
     scores = calls.query @ calls.key.transpose(-1, -2) * calls.scale
     scores = scores if calls.mask is None else scores + calls.mask
     weights = change(scores, calls.image).softmax(-1)
-    return finish(module, arguments, merge_heads(weights @ calls.value), calls.image)
+    return finish(module, supported(module), arguments, merge_heads(weights @ calls.value), calls.image)
 
 
 def identity_by_mask(scores, image):

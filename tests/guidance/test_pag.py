@@ -16,9 +16,9 @@ from peft import LoraConfig
 
 from diffusers_repr import CFG, PAG, Denoiser, guide
 from diffusers_repr.guidance import Blur, Drop, Identity, Mask
-from diffusers_repr.guidance.attention.perturbations import perturbed
 from diffusers_repr.guidance.attention.projections import named_arguments
 from tests.capture.lane_cases import denoiser_of, inputs_of
+from tests.guidance.attention_cases import perturbed
 from tests.testers.cases import pairs, some
 from tests.testers.models import CONDITIONS, SIZES, WIDTH, build
 

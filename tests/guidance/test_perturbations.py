@@ -20,12 +20,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from peft import LoraConfig, inject_adapter_in_model
 
-from diffusers_repr.guidance.attention.perturbations import Blur, Drop, Identity, Mask, _blur_matrix, perturbed
-from diffusers_repr.guidance.attention.projections import (
-    Kind,
-    check_supported,
-    kind_of,
-)
+from diffusers_repr.guidance.attention.perturbations import Blur, Drop, Identity, Mask, _blur_matrix
 from tests.guidance.attention_cases import (
     CASES,
     GRID,
@@ -40,10 +35,12 @@ from tests.guidance.attention_cases import (
     identity_by_mask,
     inputs,
     joint,
+    perturbed,
     plain,
     randomised,
     rotary,
     same,
+    supported,
     with_probabilities,
 )
 
@@ -90,7 +87,7 @@ def test_sana_identity_equals_diffusers_pag(dtype):
         module.to_out[0].weight.data *= 40
     expected = PAGIdentitySanaLinearAttnProcessor2_0()(module, torch.cat([hidden, hidden])).chunk(2)[1]
     found = perturbed(module, {"hidden_states": hidden}, Identity())
-    assert kind_of(module) is Kind.LINEAR
+    assert supported(module, needs="values").linear
     assert torch.equal(found, expected)
     if dtype == torch.float16:
         assert found.abs().max() == 65504
@@ -264,7 +261,7 @@ def with_image_prompt(kind):
 @pytest.mark.parametrize("kind", ["joint", "self", "flux"])
 def test_an_image_prompt_stays(kind):
     module, arguments = with_image_prompt(kind)
-    assert check_supported(module, "x") in (Kind.JOINT, Kind.SELF, Kind.DUAL)
+    assert not supported(module).linear
     own = module(**arguments)
     for nearly_none in (Mask(0.0), Blur(1e-3)):
         assert same(perturbed(module, arguments, nearly_none, GRID), own, 1e-12)
@@ -296,7 +293,7 @@ def test_the_image_prompts_own_attention_is_perturbed_too():
 def test_bad_calls():
     module, arguments, _ = case("flux single")
     for text in (0, -1, TOKENS + TEXT):
-        with pytest.raises(ValueError, match="21 tokens.*text_tokens"):
+        with pytest.raises(ValueError, match="21 tokens.*the image's must be told"):
             perturbed(module, arguments, Identity(), None, text)
     with pytest.raises(ValueError, match="needs the token grid.*16 image tokens"):
         perturbed(module, arguments, Blur(1.0), (3, 5), TEXT)

@@ -16,15 +16,11 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 
-from diffusers_repr.guidance.attention.perturbations import Identity, Mask, perturbed
-from diffusers_repr.guidance.attention.projections import (
-    Kind,
-    attention_received,
-    check_supported,
-    kind_of,
-    named_arguments,
-    project,
-)
+from diffusers_repr import Denoiser
+from diffusers_repr.guidance.attention import perturbations
+from diffusers_repr.guidance.attention.perturbations import Identity, Mask
+from diffusers_repr.guidance.attention.projections import check_supported, named_arguments
+from diffusers_repr.guidance.attention.received import attention_received
 from tests.guidance.attention_cases import (
     CASES,
     PLAIN,
@@ -32,9 +28,12 @@ from tests.guidance.attention_cases import (
     case,
     flux,
     inputs,
+    perturbed,
     plain,
+    project,
     randomised,
     same,
+    supported,
     with_probabilities,
 )
 from tests.testers.models import CONDITIONS, SIZES, build
@@ -61,7 +60,7 @@ def test_xformers_processors_with_its_definition_of_attention(name, monkeypatch)
     if name == "self":
         module.norm_q = module.norm_k = randomised(torch.nn.LayerNorm(8)).double()  # which it leaves out
     module.set_processor(XFormersJointAttnProcessor() if name == "joint" else XFormersAttnProcessor())
-    check_supported(module, "x")
+    supported(module)
     assert same(with_probabilities(module, arguments, 0), module(**arguments), 1e-12)
 
 
@@ -93,7 +92,7 @@ def test_attention_received_is_the_column_sum(name, chunk):
     calls = project(module, arguments)
     scores = calls.query.double() @ calls.key.double().mT * calls.scale
     full = (scores if calls.mask is None else scores + calls.mask).softmax(-1).mean(1).sum(1)
-    found = attention_received(module, arguments, chunk)
+    found = attention_received(module, supported(module), arguments, chunk)
     assert found.dtype == torch.float32
     assert (found - full).abs().max() < 1e-6 * 4  # sums of 16 terms up to 4
     assert (found.mean(1) - 1).abs().max() < 1e-6
@@ -102,30 +101,31 @@ def test_attention_received_is_the_column_sum(name, chunk):
 
 def test_attention_received_in_half_precision_is_float32():
     module, arguments, _ = case("spatial", torch.bfloat16)
-    found = attention_received(module, arguments)
+    found = attention_received(module, supported(module), arguments)
     assert found.dtype == torch.float32
     assert (found.mean(1) - 1).abs().max() < 1e-6
+    module, arguments, _ = case("joint")
     with pytest.raises(ValueError, match="self-attention; this is joint"):
-        attention_received(*case("joint")[:2])
+        attention_received(module, supported(module), arguments)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "sd", "sdxl", "dit", "pixart", "sd3", "flux"])
 def test_the_calls_of_whole_networks_are_understood(name):
     """Every attention among image tokens of a network, in a pipeline's own run, with the arguments it gets there."""
     pipe, seen, text, paths = build(name), {}, [], []
-    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    model, family, layouts = Denoiser.from_pipe(pipe).model, Denoiser.from_pipe(pipe).family, {}
 
     def compare(module, args, kwargs, output):
-        calls = named_arguments(module, args, kwargs)
-        text_tokens = text[0] if kind_of(module) is Kind.SINGLE else 0
-        seen[module] = same(perturbed(module, calls, Mask(0.0), None, text_tokens), output, 1e-5)
+        calls, layout = named_arguments(module, args, kwargs), layouts[module]
+        image = slice(text[0], calls["hidden_states"].shape[1]) if layout.single else None
+        seen[module] = same(perturbations.perturbed(module, layout, calls, Mask(0.0), None, image), output, 1e-5)
 
     def note(module, args, kwargs):
         text.append(kwargs["encoder_hidden_states"].shape[1])
 
     for path, module in model.named_modules():
         if hasattr(module, "to_q") and not getattr(module, "is_cross_attention", False):
-            check_supported(module, path, "queries")
+            layouts[module] = check_supported(family, module, path, "queries")
             paths.append(path)
             module.register_forward_hook(compare, with_kwargs=True)
     if name == "flux":
@@ -140,20 +140,20 @@ def test_the_calls_of_whole_networks_are_understood(name):
 
 def test_kinds_in_whole_networks():
     networks = {
-        "ddpm": ("mid_block.attentions.0", Kind.SELF),
-        "sd": ("mid_block.attentions.0.transformer_blocks.0.attn1", Kind.SELF),
-        "sdxl": ("up_blocks.0.attentions.0.transformer_blocks.1.attn1", Kind.SELF),
-        "dit": ("transformer_blocks.1.attn1", Kind.SELF),
-        "pixart": ("transformer_blocks.1.attn1", Kind.SELF),
-        "sd3": ("transformer_blocks.1.attn", Kind.JOINT),
-        "flux": ("transformer_blocks.1.attn", Kind.DUAL),
-        "sana": ("transformer_blocks.0.attn1", Kind.LINEAR),
+        "ddpm": ("mid_block.attentions.0", "self-attention"),
+        "sd": ("mid_block.attentions.0.transformer_blocks.0.attn1", "self-attention"),
+        "sdxl": ("up_blocks.0.attentions.0.transformer_blocks.1.attn1", "self-attention"),
+        "dit": ("transformer_blocks.1.attn1", "self-attention"),
+        "pixart": ("transformer_blocks.1.attn1", "self-attention"),
+        "sd3": ("transformer_blocks.1.attn", "joint attention, image first"),
+        "flux": ("transformer_blocks.1.attn", "joint attention, text first"),
+        "sana": ("transformer_blocks.0.attn1", "linear self-attention"),
     }
     for name, (path, kind) in networks.items():
-        pipe = build(name)
-        model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-        assert check_supported(model.get_submodule(path), path, "values") is kind
-    assert check_supported(flux(single=True), "single", "queries") is Kind.SINGLE
+        denoiser = Denoiser.from_pipe(build(name))
+        found = check_supported(denoiser.family, denoiser.model.get_submodule(path), path, "values")
+        assert found.name == kind
+    assert supported(flux(single=True)).name == "single-stream attention"
 
 
 class Hidden:
@@ -167,30 +167,30 @@ def test_what_is_refused():
     unet = build("sd").unet
     path = "mid_block.attentions.0.transformer_blocks.0.attn2"
     with pytest.raises(ValueError, match=rf"Layer '{path}' is cross-attention.*attn1"):
-        check_supported(unet.get_submodule(path), path)
+        supported(unet.get_submodule(path), path)
     with pytest.raises(ValueError, match="'a.conv' is a Conv2d"):
-        check_supported(unet.conv_in, "a.conv")
+        supported(unet.conv_in, "a.conv")
     with pytest.raises(ValueError, match="added_kv_proj_dim"):
-        check_supported(plain(added_kv_proj_dim=WIDTH), "x")
+        supported(plain(added_kv_proj_dim=WIDTH))
     with pytest.raises(ValueError, match=r"processor Hidden, which hides q and k.*set_default_attn_processor\(\)"):
-        check_supported(plain(processor=Hidden()), "x", "values")
+        supported(plain(processor=Hidden()))
     with pytest.raises(ValueError, match="PAGIdentitySelfAttnProcessor2_0"):
-        check_supported(plain(processor=PAGIdentitySelfAttnProcessor2_0()), "x")
+        supported(plain(processor=PAGIdentitySelfAttnProcessor2_0()))
     with pytest.raises(ValueError, match="FusedAttnProcessor2_0.*unfuse_qkv_projections"):
-        check_supported(plain(processor=FusedAttnProcessor2_0()), "x")
+        supported(plain(processor=FusedAttnProcessor2_0()))
     fused = flux()
     fused.fuse_projections()
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
-        check_supported(fused, "x")
+        supported(fused)
     fused.unfuse_projections()
-    assert check_supported(fused, "x") is Kind.DUAL
+    assert supported(fused).name == "joint attention, text first"
     linear = plain(processor=SanaLinearAttnProcessor2_0())
     with pytest.raises(ValueError, match="linear attention.*values only"):
-        check_supported(linear, "x", "queries")
+        supported(linear, needs="queries")
     parallel = flux()
     parallel.processor._parallel_config = object()
     with pytest.raises(ValueError, match="context parallelism"):
-        check_supported(parallel, "x")
+        supported(parallel)
 
 
 def test_unfused_unet_is_accepted_again():
@@ -198,10 +198,10 @@ def test_unfused_unet_is_accepted_again():
     path = "mid_block.attentions.0.transformer_blocks.0.attn1"
     unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
-        check_supported(unet.get_submodule(path), path)
+        supported(unet.get_submodule(path), path)
     unet.unfuse_qkv_projections()
     module = unet.get_submodule(path)
-    assert check_supported(module, path) is Kind.SELF
+    assert supported(module, path).name == "self-attention"
     hidden = torch.randn(2, 12, 16)
     assert same(with_probabilities(module, {"hidden_states": hidden}, 0), module(hidden), 1e-5)
 

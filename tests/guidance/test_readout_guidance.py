@@ -412,7 +412,7 @@ def test_every_family_with_a_reference(name):
     head = readout(denoiser, "appearance")
     plain = images(pipe, name, 2, steps=2)
     size = {"ddpm": (16, 16), "sdxl": (8, 12), "sana": (8, 16)}.get(name, (16, 24))
-    x0 = torch.randn(denoiser.family.channels(denoiser.config), *size, generator=torch.Generator().manual_seed(2))
+    x0 = torch.randn(denoiser.family.channels(), *size, generator=torch.Generator().manual_seed(2))
     with guide(pipe, ReadoutGuidance(head, reference=x0, scale=0.1)) as handle:
         guided = images(pipe, name, 2, steps=2)
     assert guided.isfinite().all()

@@ -14,8 +14,9 @@ from diffusers import (
 from torch.nn import functional
 
 from diffusers_repr import CFG, PAG, SAG, Denoiser, guide
+from diffusers_repr.denoiser.attention_layouts import SELF
 from diffusers_repr.guidance import sag
-from diffusers_repr.guidance.attention.projections import attention_received
+from diffusers_repr.guidance.attention.received import attention_received
 from diffusers_repr.guidance.sag import gaussian_blur
 from tests.guidance.sag_cases import (
     SD_MID,
@@ -105,7 +106,7 @@ def test_attention_received_by_chunks_is_that_of_the_full_map():
     module, hidden = model.mid_block.attentions[0], noise(2, 16, 4, 6)
     expected = full_map(module, hidden).mean(1).sum(1)
     for chunk in (1, 5, 24, None):
-        received = attention_received(module, {"hidden_states": hidden}, chunk)
+        received = attention_received(module, SELF, {"hidden_states": hidden}, chunk)
         torch.testing.assert_close(received, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(received.mean(1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
@@ -114,8 +115,8 @@ def test_attention_received_by_chunks_is_that_of_the_full_map():
 def test_attention_is_read_once_a_step_for_the_base_rows_alone(monkeypatch, guidance_scale, name):
     seen = []
 
-    def spy(module, arguments, chunk=None):
-        received = attention_received(module, arguments, chunk)
+    def spy(module, layout, arguments, chunk=None):
+        received = attention_received(module, layout, arguments, chunk)
         seen.append(received)
         return received
 

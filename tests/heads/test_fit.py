@@ -8,9 +8,9 @@ import torch
 from sklearn.linear_model import Ridge
 
 from diffusers_repr.heads import PROTOCOLS, LinearHead, MLPHead, fit_head, get_protocol
+from diffusers_repr.heads.fitting.closed_form import calibrate, fit_ridge
 from diffusers_repr.heads.fitting.logistic import fit_logistic_path
 from diffusers_repr.heads.fitting.minibatch import LARS, learning_rate, train_head
-from diffusers_repr.heads.fitting.ridge import calibrate, fit_ridge
 
 
 def planted(rows, size=10, classes=4, seed=0, noise=1.0):

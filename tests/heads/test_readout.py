@@ -218,9 +218,7 @@ def test_every_family(name):
     head = ReadoutHead.for_base(denoiser, image_size=size, **SMALL)
     weak = DepthHead.for_base(denoiser, depth_layers(denoiser.model)[1], size, hidden=(4,), time_width=8)
     torch.manual_seed(0)
-    x_t = torch.randn(
-        2, denoiser.family.channels(denoiser.config), size[0] // denoiser.stride, size[1] // denoiser.stride
-    )
+    x_t = torch.randn(2, denoiser.family.channels(), size[0] // denoiser.stride, size[1] // denoiser.stride)
     null = 9 if name == "class_unet" else None  # its config tells none
     condition = denoiser.condition(batch=2, size=size, class_labels=null)
     features = read_features(denoiser, x_t, 300, condition, layers)

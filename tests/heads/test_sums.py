@@ -7,7 +7,14 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from diffusers_repr.heads.fitting.sums import PENALTIES, Moments, check_penalties, lda_path, ridge_path, standardise
+from diffusers_repr.heads.fitting.closed_form import (
+    PENALTIES,
+    Moments,
+    check_penalties,
+    lda_path,
+    ridge_path,
+    standardise,
+)
 
 ROWS, DIM, CLASSES = 90, 12, 3
 

@@ -1,5 +1,6 @@
 """The command when things go wrong: one line, a known exit code, and no work lost."""
 
+import dataclasses
 import errno
 import functools
 import importlib
@@ -13,8 +14,8 @@ import torch
 
 from diffusers_repr.cli import EXIT_CODES, layers, main, options
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.sweep.select import select_features
-from diffusers_repr.sweep.selection_result import Selection
+from diffusers_repr.sweep import select_features
+from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.tasks import Probe
 from tests.tasks.planted import dataset, fitted, images, pipeline
 from tests.testers.disk import mounted
@@ -82,11 +83,13 @@ def test_no_exception_reaches_the_shell(monkeypatch, capsys, raised, code, told)
 
 
 def test_a_command_that_cannot_be_declared(monkeypatch, capsys):
-    def arguments(parser):
-        raise ImportError("No module named 'x'")
+    @dataclasses.dataclass
+    class Settings:
+        def __post_init__(self):
+            raise ImportError("No module named 'x'")
 
-    monkeypatch.setattr(layers, "arguments", arguments)
-    assert main(["layers", "model"]) == 2
+    monkeypatch.setattr(layers, "Settings", Settings)
+    assert main(["layers"]) == 2
     assert capsys.readouterr().err == "diffusers-repr layers: No module named 'x'\n"
 
 

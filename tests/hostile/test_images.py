@@ -19,8 +19,7 @@ from diffusers_repr.data.image_files import MAX_PIXELS_VARIABLE, UnreadableImage
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extraction import extract_to_store
-from diffusers_repr.sweep import measure_alignment
-from diffusers_repr.sweep.select import select_features
+from diffusers_repr.sweep import measure_alignment, select_features
 from diffusers_repr.tasks import Probe
 from tests.sweep.selection_models import Rows, planted, striped
 from tests.testers.models import build

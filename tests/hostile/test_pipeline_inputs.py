@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers_repr.pipelines.feature_extraction.pipeline import FeatureExtractionPipeline
-from diffusers_repr.pipelines.guided_dit.pipeline import GuidedDiTPipeline
-from diffusers_repr.pipelines.guided_stable_diffusion.pipeline import GuidedStableDiffusionPipeline
-from diffusers_repr.pipelines.guided_stable_diffusion_xl.pipeline import GuidedStableDiffusionXLPipeline
-from diffusers_repr.pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
-from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+from diffusers_repr.pipelines.feature_extraction import FeatureExtractionPipeline
+from diffusers_repr.pipelines.guided_dit import GuidedDiTPipeline
+from diffusers_repr.pipelines.guided_stable_diffusion import GuidedStableDiffusionPipeline
+from diffusers_repr.pipelines.guided_stable_diffusion_xl import GuidedStableDiffusionXLPipeline
+from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 from diffusers_repr.heads import JointHead

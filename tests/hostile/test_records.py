@@ -13,8 +13,8 @@ from diffusers_repr.cli.convert import read_config
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
 from diffusers_repr.metrics import MetricRecord
-from diffusers_repr.sweep.alignment_result import Alignment, AlignmentCell
-from diffusers_repr.sweep.selection_result import Cell, FeatureSet, Selection
+from diffusers_repr.sweep import Alignment, AlignmentCell, Selection, SelectionCell
+from diffusers_repr.sweep.selection import FeatureSet
 from diffusers_repr.training import TrainingConfig
 from diffusers_repr.training import checkpoints as saved
 from diffusers_repr.training.logs import read_log
@@ -22,8 +22,15 @@ from tests.hostile.corrupt import STRANGE, changed, sweep
 from tests.testers.disk import mounted
 
 
+def place(layer, order):
+    return {"layer": layer, "order": order, "timestep": 7, "nsr": 0.5, "flops_share": 0.5, "dim": 8}
+
+
 def selection():
-    cells = tuple(Cell(layer, i, 7, "per_image", 0.5, 0.9 - i / 10, 0.1, 0.5, 8) for i, layer in enumerate("ab"))
+    cells = tuple(
+        SelectionCell(**place(layer, i), noise="per_image", score=0.9 - i / 10, penalty=0.1)
+        for i, layer in enumerate("ab")
+    )
     best = dataclasses.replace(cells[0], mean=0.9, std=0.0, seed_scores=(0.9,))
     sets = {"layers": FeatureSet(("a", "b"), (7,), "per_image", 0.95, 0.1, 16, (("a", 0.9), ("b", 0.95)), ("a", "b"))}
     recipe = {"model": "m", "pooling": "mean", "batch_size": 8, "image_size": [8, 8], "classes": [0, 1]}
@@ -31,7 +38,7 @@ def selection():
 
 
 def alignment():
-    cells = tuple(AlignmentCell(name, i, 7, 0.5, 8, 0.5, {"cka": 0.5 + i / 4}) for i, name in enumerate("ab"))
+    cells = tuple(AlignmentCell(**place(name, i), scores={"cka": 0.5 + i / 4}) for i, name in enumerate("ab"))
     data = {"name": "pets", "samples": 9, "images_hash": "ab"}
     recipe = {
         "model": {"name": "m", "revision": None},

@@ -13,17 +13,15 @@ from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.testers.models import saved
 
 PREPARE = """
-import argparse, contextlib, io, json, os, shutil, sys
+import contextlib, io, json, os, shutil, sys
 from pathlib import Path
-from diffusers_repr.cli import publish
+from diffusers_repr.cli import publish, read_settings
 
 work, report = Path(os.environ["WORK"]), {}
 def command(*words):
-    parser = argparse.ArgumentParser()
-    publish.arguments(parser)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = publish.run(parser.parse_args(words))
+        code = publish.run(read_settings("publish", words))
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 """
 
@@ -56,7 +54,7 @@ for name, model in json.loads(os.environ["MODELS"]).items():
     report[name] = type(pipe).__name__
 
 # a model of ours, whole, by the package and by the published file
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 pipe = SiTPipeline.from_pretrained("user/sit-model")
 call = {"class_labels": 1, "num_inference_steps": 2, "output_type": "latent"}
 want = pipe(**call, generator=torch.Generator().manual_seed(0)).images

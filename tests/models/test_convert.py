@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from safetensors.torch import save_file
 
 from diffusers_repr import Denoiser
 from diffusers_repr.cli import convert as command
+from diffusers_repr.cli import read_settings
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.models.convert import HEADS, convert_state_dict, read_checkpoint, select_weights
@@ -214,9 +215,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 def run(*words):
-    parser = argparse.ArgumentParser()
-    command.arguments(parser)
-    return command.run(parser.parse_args([str(word) for word in words]))
+    return command.run(read_settings("convert", [str(word) for word in words]))
 
 
 def saved(tmp_path, **changes):
@@ -232,7 +231,7 @@ def saved(tmp_path, **changes):
 
 def test_convert_repa(tmp_path, capsys):
     official, (x, t, y) = saved(tmp_path, z_dims=(6, 9)), inputs()
-    assert run(tmp_path / "c.pt", "--out", tmp_path / "out", "--config", json.dumps(TWO)) == 0
+    assert run(tmp_path / "c.pt", "--out", tmp_path / "out", "--model_config", json.dumps(TWO)) == 0
     told = capsys.readouterr().out
     assert "weights 'ema'" in told
     assert "2 blocks of width 16 with 2 heads, patch 2, 10 classes" in told
@@ -262,7 +261,7 @@ def test_convert_reg(tmp_path, capsys):
     weights = {**official.state_dict(), **token}
     weights["pos_embed"] = torch.cat([torch.zeros(1, 1, 16), weights["pos_embed"]], 1)
     torch.save({"ema": weights}, tmp_path / "c.pt")
-    assert run(tmp_path / "c.pt", "--out", tmp_path / "out", "--config", json.dumps(TWO)) == 0
+    assert run(tmp_path / "c.pt", "--out", tmp_path / "out", "--model_config", json.dumps(TWO)) == 0
     pipe = SiTPipeline.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(
         outputs(pipe.transformer, x, t, y), outputs(official, x, t / 1000, y), rtol=1e-5, atol=1e-5
@@ -284,7 +283,7 @@ def test_convert_reg(tmp_path, capsys):
 def test_convert_dit(tmp_path, capsys):
     official, (x, t, y) = saved(tmp_path, learn_sigma=True), inputs()
     (tmp_path / "config.yaml").write_text("num_attention_heads: 2\nclass_dropout_prob: 0.2\n")
-    words = (tmp_path / "c.pt", "--out", tmp_path / "out", "--config", tmp_path / "config.yaml")
+    words = (tmp_path / "c.pt", "--out", tmp_path / "out", "--model_config", tmp_path / "config.yaml")
     with pytest.raises(ValueError, match="--architecture"):
         run(*words)
     assert not (tmp_path / "out").exists()
@@ -304,7 +303,7 @@ def test_convert_dit(tmp_path, capsys):
 
 def test_weights_and_sampler_by_name(tmp_path):
     saved(tmp_path)
-    words = (tmp_path / "c.pt", "--out", tmp_path / "out", "--config", json.dumps(TWO))
+    words = (tmp_path / "c.pt", "--out", tmp_path / "out", "--model_config", json.dumps(TWO))
     run(*words, "--weights", "model", "--path", "cosine", "--sampler", "ode")
     pipe = SiTPipeline.from_pretrained(tmp_path / "out")
     assert not any(parameter.any() for parameter in pipe.transformer.parameters())
@@ -318,7 +317,7 @@ def test_weights_and_sampler_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"heads": 2}', "--config has heads; SiTTransformer2DModel takes class_dropout_prob"),
+        ('{"heads": 2}', "--model_config has heads; SiTTransformer2DModel takes class_dropout_prob"),
         ('{"num_attention_heads": 2', "is no JSON or YAML"),
         ("missing.json", "is no file"),
         ('{"num_attention_heads": 2, "num_classes": 3}', "size mismatch for label_embed.weight"),
@@ -327,5 +326,5 @@ def test_weights_and_sampler_by_name(tmp_path):
 def test_bad_configs(tmp_path, config, message):
     saved(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
-        run(tmp_path / "c.pt", "--out", tmp_path / "out", "--config", config)
+        run(tmp_path / "c.pt", "--out", tmp_path / "out", "--model_config", config)
     assert not (tmp_path / "out").exists()

@@ -1,14 +1,13 @@
 """Checkpoints of HybViT: the converted network gives what a plain network in their names gives."""
 
-import argparse
-
 import pytest
 import torch
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
 from diffusers_repr.cli import convert as command
+from diffusers_repr.cli import read_settings
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.models.convert_joint import convert_joint_vit, is_joint_vit
-from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.models.official_hybvit import OfficialHybViT, diffusion_state
 from tests.models.official_sit import OfficialSiT
 
@@ -52,23 +51,21 @@ def test_the_command(tmp_path, capsys):
     kept = {"model_state_dict": state, "epoch": 3, "optimizer_state_dict": {"state": {0: {"step": torch.ones(1)}}},
             "scheduler": {"last_epoch": 4}}  # fmt: skip
     torch.save(kept, tmp_path / "ema_checkpoint.pth")
-    parser = argparse.ArgumentParser()
-    command.arguments(parser)
     words = [str(tmp_path / "ema_checkpoint.pth"), "--out", str(tmp_path / "out")]
 
     def run(*more):
-        return command.run(parser.parse_args([*words, *more]))
+        return command.run(read_settings("convert", [*words, *more]))
 
     for flags, message in (
         (("--architecture", "dit"), "no checkpoint of DiT, SiT or REPA"),
         (("--vae", "some/vae"), "network of pixels"),
         (("--sampler", "sde", "--path", "linear"), "drop --path, --sampler"),
-        (("--config", '{"class_dropout_prob": 0.1}'), "JointViTModel takes dropout, form"),
+        (("--model_config", '{"class_dropout_prob": 0.1}'), "JointViTModel takes dropout, form"),
     ):
         with pytest.raises(ValueError, match=message):
             run(*flags)
     assert not (tmp_path / "out").exists()
-    assert run("--config", '{"id2label": ["a", "b", "c", "d", "e"]}') == 0
+    assert run("--model_config", '{"id2label": ["a", "b", "c", "d", "e"]}') == 0
     told = capsys.readouterr().out
     assert "weights 'model_state_dict'" in told
     assert "hybvit, 2 blocks of width 24 with 12 heads, patch 2, 5 classes" in told

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives.joint.hybvit import HybViTObjective
-from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.objectives.test_jdm import batch, digits, moved
 from tests.testers.models import unet2d
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
 from diffusers_repr.capture import encode_partial
 from diffusers_repr.denoiser import Denoiser
@@ -11,7 +12,6 @@ from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives.joint.jdm import JDMObjective, clean_inputs
 from diffusers_repr.objectives.joint.objective import masked_cross_entropy
-from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.testers.models import unet2d
 
 CLASSIFY = ("clean", "noised", "both")

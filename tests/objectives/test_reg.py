@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from torch import nn

@@ -4,7 +4,7 @@ import math
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 from diffusers_repr.models.sit import SiTTransformer2DModel

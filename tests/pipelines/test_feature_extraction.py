@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers_repr.pipelines.feature_extraction import FeatureExtractionPipeline
 from PIL import Image
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.noise import NoiseLevel
-from pipelines.feature_extraction.pipeline import FeatureExtractionPipeline
 from tests.testers.models import CONDITIONS, PIPELINES, build, saved
 
 IMAGES = [Image.fromarray(np.random.default_rng(at).integers(0, 255, (32, 48, 3), dtype=np.uint8)) for at in range(2)]

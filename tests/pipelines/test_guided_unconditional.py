@@ -20,9 +20,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback
+from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 
 from diffusers_repr import CFG, PAG, guide
-from pipelines.guided_unconditional.pipeline import GuidedUnconditionalPipeline
 from tests.testers.models import build, saved, unet2d
 
 

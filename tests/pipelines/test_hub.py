@@ -23,7 +23,7 @@ from diffusers_repr import PAG, guide, hub
 from diffusers_repr.denoiser import Denoiser, list_layers
 from diffusers_repr.denoiser.layers import list_layers_from_config
 from diffusers_repr.features import FeatureExtractor
-from diffusers_repr.pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from tests.pipelines.guided_cases import GUIDED, arguments, run
 
 work, report = Path(os.environ["WORK"]), {}

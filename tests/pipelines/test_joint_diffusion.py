@@ -17,6 +17,7 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 from diffusers_repr.capture import encode_partial
@@ -24,7 +25,6 @@ from diffusers_repr.guidance.activations import steer
 from diffusers_repr.heads import JointHead
 from diffusers_repr.hub import check_pipeline_file
 from diffusers_repr.models import JointViTModel
-from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.testers.models import unet2d
 
 ROOT = Path(__file__).parents[2]

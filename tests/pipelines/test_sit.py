@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 

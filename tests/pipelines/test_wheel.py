@@ -34,12 +34,10 @@ def test_the_wheel_has_every_module(tmp_path):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "site")
     code = """
-import argparse, diffusers_repr
-from diffusers_repr.cli import publish
+import diffusers_repr
+from diffusers_repr.cli import main
 print(diffusers_repr.__file__)
-parser = argparse.ArgumentParser()
-publish.arguments(parser)
-raise SystemExit(publish.run(parser.parse_args(["--namespace", "user", "--dry_run"])))
+raise SystemExit(main(["publish", "--namespace", "user", "--dry_run"]))
 """
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     run = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)

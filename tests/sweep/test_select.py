@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from diffusers_repr import Denoiser, FeatureExtractor, list_layers
-from diffusers_repr.sweep.select import select_features
+from diffusers_repr.sweep import select_features
 from tests.sweep.selection_models import Rows, planted, striped
 
 LEVELS = [5, 10, 20]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diffusers_repr.data.image_data import from_dataset
-from diffusers_repr.sweep.select import hold_out, select_features
+from diffusers_repr.sweep import hold_out, select_features
 from tests.sweep.selection_models import Rows, planted, striped
 
 BASE = {"timesteps": [10], "progress": False, "seeds": (0,), "max_layers": 1, "max_levels": 1}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor, list_layers
 from diffusers_repr.cli import main
-from diffusers_repr.sweep.select import Selection, select_features
+from diffusers_repr.sweep import Selection, select_features
 from tests.sweep.selection_models import Rows, planted, striped
 from tests.sweep.test_selection_data import rows
 from tests.testers.cases import some
@@ -97,7 +97,7 @@ def test_extractor_reads_what_was_selected(selection, model):
 def test_every_family(name):
     denoiser = Denoiser.from_pipe(build(name))
     height, width = SIZES[name]
-    size = (height, height) if denoiser.family.square(denoiser.config) else (height, width)
+    size = (height, height) if denoiser.family.square() else (height, width)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(12, denoiser.image_channels, *size, generator=generator)
     images[::2] *= 0.5

@@ -19,7 +19,7 @@ from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.sweep.select import select_features
+from diffusers_repr.sweep import select_features
 from diffusers_repr.tasks import Probe, ProbeRecipe, Score
 from tests.tasks.planted import LAYERS, NAMES, dataset, fitted, images, pipeline
 from tests.testers.models import CONDITIONS, build

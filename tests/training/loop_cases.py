@@ -7,7 +7,7 @@ import signal
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers_repr.pipelines.sit.pipeline import SiTPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from safetensors.torch import load_file
 

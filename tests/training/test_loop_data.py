@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from datasets import ClassLabel
 
 from diffusers_repr.data import DataConfig, load_train_data
-from diffusers_repr.data.image_column import UnreadableImage
+from diffusers_repr.data.image_files import UnreadableImage
 from diffusers_repr.training import make_accelerator, train
 from diffusers_repr.training.sharding import check_sharding
 from tests.data.data_cases import NAMES, rows, with_broken

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
@@ -11,7 +12,6 @@ from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives import DiffusionObjective, Objective
 from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from diffusers_repr.training.lora import add_lora
-from pipelines.joint_diffusion.pipeline import JointDiffusionPipeline
 from tests.training.loop_cases import (
     Numbers,
     assert_same,

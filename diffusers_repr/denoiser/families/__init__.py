@@ -1,1 +1,15 @@
-"""One adapter a file; imported when a model of its class first comes."""
+"""One adapter a file; importing this registers ours."""
+
+from diffusers_repr.denoiser.families import (
+    dit,
+    flux,
+    joint_vit,
+    pixart,
+    sana,
+    sd3,
+    sit,
+    unet2d,
+    unet2d_condition,
+)
+
+__all__ = ["dit", "flux", "joint_vit", "pixart", "sana", "sd3", "sit", "unet2d", "unet2d_condition"]

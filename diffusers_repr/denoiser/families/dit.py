@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, equal_halves, register_family
+from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, equal_halves
+from diffusers_repr.denoiser.family_registry import register_family
 
 
 @register_family("DiTTransformer2DModel")
@@ -18,30 +19,34 @@ class DiTFamily(PatchTransformerFamily):
     conditioning = "class"
     joins = True
 
-    def square(self, config: Mapping[str, Any]) -> bool:
+    def square(self) -> bool:
         """Its forward un-patches by the square root of the token count."""
         return True
 
-    def from_class_labels(self, config: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+    def classes(self) -> tuple[int, int | None]:
+        """`num_embeds_ada_norm`, and the id after them."""
+        return int(self.config["num_embeds_ada_norm"]), int(self.config["num_embeds_ada_norm"])
+
+    def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Ids 0 to `num_embeds_ada_norm`, the last being null; None gives null."""
-        null = int(config["num_embeds_ada_norm"])
+        null = int(self.config["num_embeds_ada_norm"])
         if labels is None:
             return {"class_labels": torch.tensor([null])}
         if bool(((labels < 0) | (labels > null)).any()):
             raise ValueError(f"class_labels must lie in 0..{null} ({null} is the null class); got {labels.tolist()}.")
         return {"class_labels": labels}
 
-    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+    def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
         """The pipeline puts the condition first, and the null class in the second half."""
         labels, rows = inputs.get("class_labels"), inputs["hidden_states"].shape[0]
         half = rows // 2
-        null = int(config["num_embeds_ada_norm"])
+        null = int(self.config["num_embeds_ada_norm"])
         if labels is None or pipe is None or rows % 2 or not bool((labels[half:] == null).all()):
             return BatchLanes(slice(0, rows))
         if not equal_halves(inputs["hidden_states"]):
             return BatchLanes(slice(0, rows))
         return BatchLanes(slice(0, half), slice(half, rows))
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """Label 0."""
         return {"class_labels": torch.zeros(batch, dtype=torch.long, device=device)}

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, register_family
+from diffusers_repr.denoiser.attention_layouts import SINGLE_TEXT_FIRST, TEXT_FIRST, ProcessorRule
+from diffusers_repr.denoiser.family import BatchLanes, Grid, PatchTransformerFamily
+from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
+
+_PROCESSORS = {
+    "FluxAttnProcessor": ProcessorRule(rotary=True, fused=True),
+    "FluxIPAdapterAttnProcessor": ProcessorRule(rotary=True, fused=True, image_prompt="beside"),
+}
 
 
 @register_family("FluxTransformer2DModel")
@@ -21,16 +29,22 @@ class FluxFamily(PatchTransformerFamily):
     joins = True
     unbatched = ("img_ids", "txt_ids")
     not_image = (*PatchTransformerFamily.not_image, "pos_embed")
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    block_outputs = {"FluxTransformerBlock": 1, "FluxSingleTransformerBlock": 1, "FluxAttention": 0}
+    attentions = {
+        "transformer_blocks.*.attn": replace(TEXT_FIRST, processors=_PROCESSORS),
+        "single_transformer_blocks.*.attn": replace(SINGLE_TEXT_FIRST, processors=_PROCESSORS),
+    }
 
-    def channels(self, config: Mapping[str, Any]) -> int:
+    def channels(self) -> int:
         """A token holds 2 x 2 latent pixels."""
-        return int(config["in_channels"]) // 4
+        return int(self.config["in_channels"]) // 4
 
-    def size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """1024 pixels: the config has no size, the pipeline takes 128 latent pixels."""
         return 128, 128
 
-    def multiple(self, config: Mapping[str, Any]) -> int:
+    def multiple(self) -> int:
         """The packing."""
         return 2
 
@@ -39,9 +53,7 @@ class FluxFamily(PatchTransformerFamily):
         told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
         return told.to(x_t.dtype).expand(x_t.shape[0]) / 1000
 
-    def inputs(
-        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Packed latents; image position ids for the input's own size if the condition holds none."""
         tokens = functional.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2)
         inputs = {"hidden_states": tokens, "timestep": self.timestep(level, x_t), **condition}
@@ -55,51 +67,49 @@ class FluxFamily(PatchTransformerFamily):
             )
         return inputs
 
-    def output(self, config: Mapping[str, Any], raw: Any, x_t: Tensor) -> Tensor:
+    def output(self, raw: Any, x_t: Tensor) -> Tensor:
         """Unpacked to `(B, C, H, W)`; tokens of reference images are left out."""
         tokens = raw if isinstance(raw, Tensor) else raw[0]
         return _unpacked(tokens, x_t.shape[2] // 2, x_t.shape[3] // 2)
 
-    def sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
+    def sample(self, inputs: Mapping[str, Any]) -> Tensor:
         """Unpacked to `(B, C, H, W)`, of the size that the position ids tell, without reference images."""
-        tokens = inputs["hidden_states"][..., : int(config.get("out_channels") or config["in_channels"])]
+        tokens = inputs["hidden_states"][..., : int(self.config.get("out_channels") or self.config["in_channels"])]
         return _unpacked(tokens, *_token_size(inputs["img_ids"]))
 
-    def with_sample(self, config: Mapping[str, Any], inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
+    def with_sample(self, inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
         """Packed; further channels of the tokens (inpainting) and tokens of reference images stay."""
         return {**inputs, "hidden_states": _replaced(inputs["hidden_states"], x_t)}
 
-    def with_output(self, config: Mapping[str, Any], raw: Tensor, prediction: Tensor) -> Tensor:
+    def with_output(self, raw: Tensor, prediction: Tensor) -> Tensor:
         """Packed; tokens of reference images stay."""
         return _replaced(raw, prediction)
 
-    def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
+    def training_timestep(self, told: Tensor) -> Tensor:
         """Times 1000."""
         return told * 1000
 
-    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+    def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Not with ControlNet, whose residuals the forward adds between blocks."""
         return inputs.get("controlnet_block_samples") is None and inputs.get("controlnet_single_block_samples") is None
 
-    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+    def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
         """One condition a call; true classifier-free guidance is a second call."""
         return BatchLanes(slice(0, inputs["hidden_states"].shape[0]))
 
-    def grid(
-        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
+    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """Longer sequences are text first, then image."""
         h, w = size[0] // 2, size[1] // 2
         return ((h, w), tokens - h * w) if tokens >= h * w else None
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """512 text tokens, the pooled CLIP vector and, for guidance-distilled models, the guidance vector."""
         inputs = {
-            "encoder_hidden_states": torch.zeros(batch, 512, config["joint_attention_dim"], device=device),
-            "pooled_projections": torch.zeros(batch, config["pooled_projection_dim"], device=device),
+            "encoder_hidden_states": torch.zeros(batch, 512, self.config["joint_attention_dim"], device=device),
+            "pooled_projections": torch.zeros(batch, self.config["pooled_projection_dim"], device=device),
             "txt_ids": torch.zeros(512, 3, device=device),
         }
-        if config.get("guidance_embeds"):
+        if self.config.get("guidance_embeds"):
             inputs["guidance"] = torch.zeros(batch, device=device)
         return inputs
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+from diffusers_repr.denoiser.family import Grid, PatchTransformerFamily
+from diffusers_repr.denoiser.family_registry import register_family
 
 
 @register_family("JointViTModel")
@@ -14,12 +12,10 @@ class JointViTFamily(PatchTransformerFamily):
 
     not_image = (*PatchTransformerFamily.not_image, "classifier", "modulation")
 
-    def grid(
-        self, config: Mapping[str, Any], tokens: int, size: tuple[int, int]
-    ) -> tuple[tuple[int, int], int] | None:
+    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """With or without the class token."""
-        found = super().grid(config, tokens, size)
+        found = super().grid(tokens, size)
         if found is not None:
             return found
-        found = super().grid(config, tokens - 1, size)
+        found = super().grid(tokens - 1, size)
         return None if found is None else (found[0], 1)

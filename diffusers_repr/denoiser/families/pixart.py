@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from diffusers_repr.denoiser.default_layers import SECOND_BLOCK
 from diffusers_repr.denoiser.family import (
     BatchLanes,
     PatchTransformerFamily,
     equal_halves,
     null_first,
-    register_family,
 )
+from diffusers_repr.denoiser.family_registry import register_family
 
 
 @register_family("PixArtTransformer2DModel")
@@ -22,11 +23,12 @@ class PixArtFamily(PatchTransformerFamily):
 
     conditioning = "text"
     joins = True
+    layer_defaults = {"pag": SECOND_BLOCK}
     early_rows = {"adaln_single": 1}
     # Binning would move the input to the nearest trained aspect ratio.
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
 
-    def lanes(self, pipe: Any, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> BatchLanes:
+    def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
         """The pipeline does not tell whether it guides: a batch of two equal halves is null and condition.
 
         Not to be asked where its own guidance is known to be off: samples that start from equal latents would be
@@ -37,11 +39,11 @@ class PixArtFamily(PatchTransformerFamily):
             return null_first(value.shape[0])
         return BatchLanes(slice(0, value.shape[0]))
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """300 text tokens; resolution and aspect ratio where the model takes them (alpha at 1024)."""
-        use = config.get("use_additional_conditions")
+        use = self.config.get("use_additional_conditions")
         if use is None:
-            use = config["sample_size"] == 128
+            use = self.config["sample_size"] == 128
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if use:
             added = {
@@ -49,6 +51,6 @@ class PixArtFamily(PatchTransformerFamily):
                 "aspect_ratio": torch.zeros(batch, 1, device=device),
             }
         return {
-            "encoder_hidden_states": torch.zeros(batch, 300, config["caption_channels"], device=device),
+            "encoder_hidden_states": torch.zeros(batch, 300, self.config["caption_channels"], device=device),
             "added_cond_kwargs": added,
         }

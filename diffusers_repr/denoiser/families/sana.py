@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.denoiser.family import PatchTransformerFamily, register_family
+from diffusers_repr.denoiser.attention_layouts import AttentionLayout, ProcessorRule
+from diffusers_repr.denoiser.family import PatchTransformerFamily
+from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -17,24 +19,27 @@ class SanaFamily(PatchTransformerFamily):
     """Linear attention on the latents of a 32-fold autoencoder; cross-attention to text."""
 
     conditioning = "text"
+    attentions = {
+        "transformer_blocks.*.attn1": AttentionLayout(
+            "linear self-attention", linear=True, processors={"SanaLinearAttnProcessor2_0": ProcessorRule()}
+        )
+    }
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
     null_arguments = {"complex_human_instruction": None}  # the pipeline puts its instruction before prompts only
 
-    def inputs(
-        self, config: Mapping[str, Any], x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """The timestep is multiplied by the model's own `timestep_scale`."""
-        inputs = super().inputs(config, x_t, level, condition)
-        inputs["timestep"] = inputs["timestep"] * config.get("timestep_scale", 1.0)
+        inputs = super().inputs(x_t, level, condition)
+        inputs["timestep"] = inputs["timestep"] * self.config.get("timestep_scale", 1.0)
         return inputs
 
-    def training_timestep(self, config: Mapping[str, Any], told: Tensor) -> Tensor:
+    def training_timestep(self, told: Tensor) -> Tensor:
         """Divided by the model's `timestep_scale`."""
-        return told / config.get("timestep_scale", 1.0)
+        return told / self.config.get("timestep_scale", 1.0)
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """300 text tokens."""
-        inputs = {"encoder_hidden_states": torch.zeros(batch, 300, config["caption_channels"], device=device)}
-        if config.get("guidance_embeds"):
+        inputs = {"encoder_hidden_states": torch.zeros(batch, 300, self.config["caption_channels"], device=device)}
+        if self.config.get("guidance_embeds"):
             inputs["guidance"] = torch.zeros(batch, device=device)
         return inputs

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from diffusers_repr.denoiser.family import Family, register_family
+from diffusers_repr.denoiser.families.unet2d import UNET_BLOCKS, UNET_DEFAULTS
+from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.family_registry import register_family
 
 
 @register_family("UNet2DConditionModel")
@@ -16,9 +18,11 @@ class UNet2DConditionFamily(Family):
 
     conditioning = "text"
     joins = True
+    block_outputs = UNET_BLOCKS
+    layer_defaults = UNET_DEFAULTS
     pipeline_arguments = {"guidance_scale": 1.0}
 
-    def joins_at(self, config: Mapping[str, Any], inputs: Mapping[str, Any], units: Collection[str]) -> bool:
+    def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Where the forward adds nothing to a part of the image that has not joined: ControlNet, T2I adapters."""
         if all(unit.startswith("up_blocks") for unit in units):
             return True
@@ -32,20 +36,20 @@ class UNet2DConditionFamily(Family):
         """ControlNet's residual of the middle block."""
         return ("mid_block_additional_residual",) if "mid_block" in units else ()
 
-    def example(self, config: Mapping[str, Any], batch: int, device: str) -> dict[str, Any]:
+    def example(self, batch: int, device: str) -> dict[str, Any]:
         """77 text tokens; for SDXL also the pooled text and the six size numbers."""
-        width = config["cross_attention_dim"]
+        width = self.config["cross_attention_dim"]
         width = width[0] if isinstance(width, (list, tuple)) else width
-        if config.get("encoder_hid_dim"):
-            width = config["encoder_hid_dim"]
+        if self.config.get("encoder_hid_dim"):
+            width = self.config["encoder_hid_dim"]
         inputs: dict[str, Any] = {"encoder_hidden_states": torch.zeros(batch, 77, width, device=device)}
-        if config.get("addition_embed_type") == "text_time":
-            time_dim = config["addition_time_embed_dim"]
-            text = config["projection_class_embeddings_input_dim"] - 6 * time_dim
+        if self.config.get("addition_embed_type") == "text_time":
+            time_dim = self.config["addition_time_embed_dim"]
+            text = self.config["projection_class_embeddings_input_dim"] - 6 * time_dim
             inputs["added_cond_kwargs"] = {
                 "text_embeds": torch.zeros(batch, text, device=device),
                 "time_ids": torch.zeros(batch, 6, device=device),
             }
-        if config.get("time_cond_proj_dim"):
-            inputs["timestep_cond"] = torch.zeros(batch, config["time_cond_proj_dim"], device=device)
+        if self.config.get("time_cond_proj_dim"):
+            inputs["timestep_cond"] = torch.zeros(batch, self.config["time_cond_proj_dim"], device=device)
         return inputs

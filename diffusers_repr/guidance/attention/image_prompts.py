@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.guidance.attention.projections import Projections, merge_heads
+from diffusers_repr.denoiser.attention_layouts import AttentionLayout
+from diffusers_repr.guidance.attention.projections import Projections, merge_heads, rule_of
 
 
-def has_image_prompt(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Whether the module's processor adds an image prompt to this call."""
+def image_prompt(
+    module: nn.Module, layout: AttentionLayout, arguments: Mapping[str, Any]
+) -> Literal["inside", "beside"] | None:
+    """Where the module's processor adds an image prompt to this call; None where it adds none."""
     processor: Any = module.processor
-    if isinstance(processor, FluxIPAdapterAttnProcessor):
-        return arguments.get("encoder_hidden_states") is not None
-    return (
-        isinstance(processor, SD3IPAdapterJointAttnProcessor2_0)
-        and processor.scale != 0
-        and arguments.get("ip_hidden_states") is not None
-    )
+    where = rule_of(module, layout).image_prompt
+    if where == "beside":
+        return where if arguments.get("encoder_hidden_states") is not None else None
+    return where if where and processor.scale != 0 and arguments.get("ip_hidden_states") is not None else None
 
 
-def flux_image_prompt(module: Any, arguments: Mapping[str, Any]) -> Tensor:
+def prompt_beside(module: Any, arguments: Mapping[str, Any]) -> Tensor:
     """What FLUX's image queries take from the image prompts: `(B, T, C)`, the third output of its attention.
 
     It holds no attention among image tokens, so no perturbation touches it. Queries are normed, not rotated.
@@ -44,7 +42,7 @@ def flux_image_prompt(module: Any, arguments: Mapping[str, Any]) -> Tensor:
     return out
 
 
-def sd3_image_prompt(module: Any, arguments: Mapping[str, Any]) -> Projections:
+def prompt_inside(module: Any, arguments: Mapping[str, Any]) -> Projections:
     """The second attention of SD3's image queries, over the image tokens and the image prompt's.
 
     Its image-image part is perturbed as that of the first one: the prompt's tokens stand where text tokens stand, but

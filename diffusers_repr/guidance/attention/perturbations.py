@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.guidance.attention.image_prompts import flux_image_prompt, has_image_prompt, sd3_image_prompt
+from diffusers_repr.denoiser.attention_layouts import AttentionLayout
+from diffusers_repr.guidance.attention.image_prompts import image_prompt, prompt_beside, prompt_inside
+from diffusers_repr.guidance.attention.interception import intercepted
 from diffusers_repr.guidance.attention.projections import (
-    Kind,
     Needs,
     Projections,
     finish,
-    kind_of,
     merge_heads,
     project,
     project_values,
@@ -46,18 +44,23 @@ class Identity:
         """The weighted sum `(B, T, C)` of self-attention from its values alone: the values."""
         return value
 
-    def attend(self, calls: Projections, grid: tuple[int, int] | None = None) -> Tensor:
+    def attend(self, calls: Projections, grid: tuple[int, ...] | None = None) -> Tensor:
         """The weighted sum `(B, heads, S, D)`, from `1 + text` scores an image query; no mask is made."""
         query, own_key, own_value = (part[:, :, calls.image] for part in (calls.query, calls.key, calls.value))
         batch, heads, tokens, _ = query.shape
         wide = torch.promote_types(query.dtype, torch.float32)
         keys, values = calls.key[:, :, calls.text].to(wide).transpose(-1, -2), calls.value[:, :, calls.text]
+        mask = _rows_of_mask(calls, calls.image)
+        bias = None if mask is None else mask[..., calls.text]
         own = (query.to(wide) * own_key.to(wide)).sum(-1, keepdim=True)
         step = max(1, _SCRATCH // (batch * heads * (1 + keys.shape[-1])))
         parts = []
         for start in range(0, tokens, step):
             rows = slice(start, start + step)
             scores = torch.cat([own[:, :, rows], query[:, :, rows].to(wide) @ keys], dim=-1) * calls.scale
+            if bias is not None:
+                at = rows if bias.shape[-2] > 1 else slice(None)
+                scores = torch.cat([scores[..., :1], scores[..., 1:] + bias[..., at, :].to(wide)], dim=-1)
             weights = scores.softmax(-1).to(query.dtype)
             parts.append(weights[..., :1] * own_value[:, :, rows] + weights[..., 1:] @ values)
         return _with_text(calls, torch.cat(parts, dim=2))
@@ -77,7 +80,7 @@ class Drop:
         """The weighted sum `(B, T, C)` of self-attention: zeros."""
         return torch.zeros_like(value)
 
-    def attend(self, calls: Projections, grid: tuple[int, int] | None = None) -> Tensor:
+    def attend(self, calls: Projections, grid: tuple[int, ...] | None = None) -> Tensor:
         """The weighted sum `(B, heads, S, D)`: zeros for image tokens."""
         return _with_text(calls, torch.zeros_like(calls.value[:, :, calls.image]))
 
@@ -103,28 +106,29 @@ class Blur:
         if not _is_number(self.sigma) or not self.sigma > 0:
             raise ValueError(f"sigma must be above 0 (in tokens; math.inf for the mean query); got {self.sigma!r}.")
 
-    def attend(self, calls: Projections, grid: tuple[int, int] | None = None) -> Tensor:
+    def attend(self, calls: Projections, grid: tuple[int, ...] | None = None) -> Tensor:
         """The weighted sum `(B, heads, S, D)` with blurred image queries."""
-        query = calls.query[:, :, calls.image]
+        query, mask = calls.query[:, :, calls.image], _rows_of_mask(calls, calls.image)
         wide = torch.promote_types(query.dtype, torch.float32)
         if math.isinf(self.sigma):
             tokens = query.shape[2]
             query = query.to(wide).mean(2, keepdim=True).to(query.dtype)
-            if calls.mask is None or calls.mask.shape[-2] == 1:  # one query: one row, for all
-                return _with_text(calls, _softmax(query, calls, calls.mask).expand(-1, -1, tokens, -1))
+            if mask is None or mask.shape[-2] == 1:  # one query: one row, for all
+                return _with_text(calls, _softmax(query, calls, mask).expand(-1, -1, tokens, -1))
             query = query.expand(-1, -1, tokens, -1)
         else:
             query = self._blurred(query.to(wide), grid).to(query.dtype)
-        return _with_text(calls, _softmax(query, calls, calls.mask))
+        return _with_text(calls, _softmax(query, calls, mask))
 
-    def _blurred(self, query: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def _blurred(self, query: Tensor, grid: tuple[int, ...] | None) -> Tensor:
         if grid is None or math.prod(grid) != query.shape[2]:
             raise ValueError(
                 f"Blur(sigma={self.sigma}) needs the token grid (h, w) of {query.shape[2]} image tokens; got {grid}. "
                 "Blur(math.inf) works without one."
             )
-        height, width = (_blur_matrix(length, self.sigma, query.device, query.dtype) for length in grid)
-        return torch.einsum("ij,kl,bhjld->bhikd", height, width, query.unflatten(2, grid)).flatten(2, 3)
+        blurs = [_blur_matrix(length, self.sigma, query.device, query.dtype) for length in grid]
+        product = "ij,kl,bhjld->bhikd" if len(grid) == 2 else "ij,kl,mn,bhjlnd->bhikmd"  # of a video with its frames
+        return torch.einsum(product, *blurs, query.unflatten(2, grid)).flatten(2, -2)
 
 
 @dataclass(frozen=True)
@@ -153,14 +157,15 @@ class Mask:
         """Which pairs stay: `(tokens, tokens)`, boolean, rows are queries."""
         return _kept(tokens, self.ratio, self.seed, torch.device(device))
 
-    def attend(self, calls: Projections, grid: tuple[int, int] | None = None) -> Tensor:
+    def attend(self, calls: Projections, grid: tuple[int, ...] | None = None) -> Tensor:
         """The weighted sum `(B, heads, S, D)` under the mask."""
         query = calls.query[:, :, calls.image]
         kept = self.kept(query.shape[2], query.device)
         text = calls.text.stop - calls.text.start
         if text:
             kept = functional.pad(kept, (text, 0) if calls.text.start == 0 else (0, text), value=True)
-        mask = kept if calls.mask is None else calls.mask.masked_fill(~kept, -math.inf)
+        own = _rows_of_mask(calls, calls.image)
+        mask = kept if own is None else own.masked_fill(~kept, -math.inf)
         return _with_text(calls, _softmax(query, calls, mask))
 
 
@@ -170,10 +175,11 @@ PERTURBATIONS: Mapping[str, type] = {"identity": Identity, "drop": Drop, "blur":
 
 def perturbed(
     module: nn.Module,
+    layout: AttentionLayout,
     arguments: Mapping[str, Any],
     perturbation: Perturbation,
-    grid: tuple[int, int] | None = None,
-    text_tokens: int = 0,
+    grid: tuple[int, ...] | None = None,
+    image: slice | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """The output of an attention module under a perturbation, for the rows given.
 
@@ -182,38 +188,49 @@ def perturbed(
 
     Args:
         module: Attention that `check_supported` accepts.
+        layout: What it returned.
         arguments: The call's arguments by name, for these rows only.
         perturbation: What is done to the attention.
         grid: Token grid `(h, w)` of the image tokens; for `Blur` with a finite sigma.
-        text_tokens: Text tokens at the start of `hidden_states`, in single-stream attention.
+        image: Where the image tokens lie in `hidden_states`, in single-stream attention: a slice, or places `(B, N)`.
 
     Returns:
         As the module's own forward: `(B, T, C)` or `(B, C, h, w)`; `(image, text)` where the text is a second input,
         `(image, text, image prompt)` in FLUX with an IP-Adapter.
 
     Raises:
-        ValueError: A grid that is missing or does not fit, text tokens that are not told.
+        ValueError: A grid that is missing or does not fit, a single stream whose image tokens are not told.
 
     Example:
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from diffusers_repr.denoiser.attention_layouts import SELF
         >>> layer, tokens = Attention(8, heads=2, dim_head=4), torch.ones(1, 6, 8)
-        >>> out = perturbed(layer, {"hidden_states": tokens}, Identity())
+        >>> out = perturbed(layer, SELF, {"hidden_states": tokens}, Identity())
         >>> torch.equal(out, layer.to_out[0](layer.to_v(tokens)))
         True
     """
-    prompted = has_image_prompt(module, arguments)
-    if kind_of(module) in (Kind.SELF, Kind.LINEAR) and isinstance(perturbation, Identity | Drop) and not prompted:
-        return finish(module, arguments, perturbation.of_values(project_values(module, arguments)))
-    calls = project(module, arguments, text_tokens)
+    if not layout.processors:
+        return intercepted(module, layout, arguments, functools.partial(perturbation.attend, grid=grid), image)
+    assert not isinstance(image, Tensor)
+    prompted = image_prompt(module, layout, arguments)
+    if layout.text is None and isinstance(perturbation, Identity | Drop) and prompted is None:
+        return finish(module, layout, arguments, perturbation.of_values(project_values(module, layout, arguments)))
+    calls = project(module, layout, arguments, image)
     attended = perturbation.attend(calls, grid)
-    if prompted and isinstance(module, Attention):
-        prompt = perturbation.attend(sd3_image_prompt(module, arguments), grid) * module.processor.scale
+    if prompted == "inside":
+        prompt = perturbation.attend(prompt_inside(module, arguments), grid) * module.processor.scale  # type: ignore[union-attr, operator]
         attended = attended + functional.pad(prompt, (0, 0, 0, attended.shape[2] - prompt.shape[2]))
-    out = finish(module, arguments, merge_heads(attended), calls.image)
-    return (*out, flux_image_prompt(module, arguments)) if prompted and isinstance(module, FluxAttention) else out
+    out = finish(module, layout, arguments, merge_heads(attended), calls.image)
+    return (*out, prompt_beside(module, arguments)) if prompted == "beside" else out
 
 
 def _softmax(query: Tensor, calls: Projections, mask: Tensor | None = None) -> Tensor:
     return functional.scaled_dot_product_attention(query, calls.key, calls.value, attn_mask=mask, scale=calls.scale)
+
+
+def _rows_of_mask(calls: Projections, queries: slice) -> Tensor | None:
+    """The mask's rows for some queries; one row that serves all stays."""
+    return calls.mask if calls.mask is None or calls.mask.shape[-2] == 1 else calls.mask[..., queries, :]
 
 
 def _with_text(calls: Projections, image: Tensor) -> Tensor:
@@ -221,7 +238,7 @@ def _with_text(calls: Projections, image: Tensor) -> Tensor:
     query = calls.query[:, :, calls.text]
     if not query.shape[2]:
         return image
-    text = _softmax(query, calls)
+    text = _softmax(query, calls, _rows_of_mask(calls, calls.text))
     return torch.cat([text, image] if calls.text.start == 0 else [image, text], dim=2)
 
 

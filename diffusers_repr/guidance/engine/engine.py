@@ -76,7 +76,7 @@ class Engine:
         observers = {key: observer for term in terms for key, observer in term.observers.items()}
         requests = [term.gradient for term in terms if term.gradient is not None]
         layers = dict.fromkeys(path for request in requests for path in request.layers)
-        self._executor = Executor(self.model, denoiser.family, denoiser.config, lanes, observers)
+        self._executor = Executor(self.model, denoiser.family, lanes, observers)
         self._tape = GradientTape(self.model, list(layers))
         self._unbatched = UNBATCHED | set(denoiser.family.unbatched)
         self._names = forward_names(self.model)
@@ -231,7 +231,7 @@ class Engine:
         if self._between.shift is None:
             return inputs
         x = call.x + self._between.shift.to(call.x.dtype)
-        return self.denoiser.family.with_sample(self.denoiser.config, inputs, x)
+        return self.denoiser.family.with_sample(inputs, x)
 
     # Gradients
 
@@ -269,7 +269,7 @@ class Engine:
             if rows is not None:
                 x[rows] += shift
         call.x = x.to(call.x.dtype)
-        call.inputs = self.denoiser.family.with_sample(self.denoiser.config, call.inputs, call.x)
+        call.inputs = self.denoiser.family.with_sample(call.inputs, call.x)
         self._between.move(shift, call.scale)
 
     # After the network
@@ -295,7 +295,7 @@ class Engine:
         return with_first(output, changed)
 
     def _after_call(self, running: _Running, raw: Tensor) -> Tensor:
-        call, stats, family, config = running.call, running.stats, self.denoiser.family, self.denoiser.config
+        call, stats, family = running.call, running.stats, self.denoiser.family
         gradient = running.gradient
         if gradient is not None and running.in_pass:
             self._tape.finish(raw)
@@ -314,7 +314,7 @@ class Engine:
         x = call.x[call.batch.cond]
 
         def read(value: Tensor) -> Tensor:
-            return widened(family.output(config, value, x))
+            return widened(family.output(value, x))
 
         step = GuidedStep(
             self.denoiser,
@@ -358,7 +358,7 @@ class Engine:
         return sum(parts[1:], parts[0]) if parts else None
 
     def _compose(self, step: GuidedStep, raws: dict[str, Tensor], total: Tensor | None, cfg_weight: float) -> Tensor:
-        family, config, batch = self.denoiser.family, self.denoiser.config, step.call.batch
+        family, batch = self.denoiser.family, step.call.batch
         cond, null = step.cond, step.null
         waits = False
         if self.cfg is not None:
@@ -382,11 +382,11 @@ class Engine:
         if batch.null is not None and null is not None:
             parts.append((batch.null, null, raws.get("null", raws["cond"])))
         parts.sort(key=lambda part: part[0].start)
-        return torch.cat([family.with_output(config, raw, value.to(raw.dtype)) for _, value, raw in parts])
+        return torch.cat([family.with_output(raw, value.to(raw.dtype)) for _, value, raw in parts])
 
     def _after_follower(self, running: _Running, raw: Tensor) -> Tensor:
-        family, config, call = self.denoiser.family, self.denoiser.config, running.call
-        value, between = widened(family.output(config, raw, call.x)), self._between
+        family, call = self.denoiser.family, running.call
+        value, between = widened(family.output(raw, call.x)), self._between
         if self.cfg is not None and between.waits and between.cond is not None:
             combined = self.cfg.combine(between.cond, value, self.cfg.weight(call.level))
             self.record.note(self.cfg.label, combined - between.cond)
@@ -394,7 +394,7 @@ class Engine:
             between.waits = False
         if between.correction is None:
             return raw
-        return family.with_output(config, raw, (value + between.correction).to(raw.dtype))
+        return family.with_output(raw, (value + between.correction).to(raw.dtype))
 
     # Shared
 

@@ -93,7 +93,7 @@ class EpsGradient:
             modules=self._modules(),
         )
         usable = {name: _without_inference(value) for name, value in inputs.items()}
-        return self.denoiser.family.with_sample(self.denoiser.config, usable, x)
+        return self.denoiser.family.with_sample(usable, x)
 
     def compute_direct(self) -> None:
         """The gradient of energies that do not read the network."""
@@ -124,7 +124,7 @@ class EpsGradient:
         maps = {path: self._as_map(path, value) for path, value in features.items()}
         x0 = None
         if output is not None:
-            read = self.denoiser.family.output(self.denoiser.config, output, x)
+            read = self.denoiser.family.output(output, x)
             x0 = Prediction(read, x, self.call.level, self.schedule).x0
         total = torch.zeros((), device=x.device, dtype=x.dtype)
         for (term, weight), request in zip(self.wanted, self.requests, strict=True):

@@ -65,12 +65,12 @@ class CallParser:
             ValueError: If its lanes or its noise level cannot be told; if the network caches activations.
             RuntimeError: If the network or a part of it is compiled.
         """
-        family, config = self.denoiser.family, self.denoiser.config
+        family = self.denoiser.family
         given = inputs[family.sample_name]
         rows = given.shape[0]
         level, scale = self._level(inputs)
         self._check_network(level)
-        call = NetworkCall(inputs, rows, BatchLanes(slice(0, rows)), family.sample(config, inputs), level, scale)
+        call = NetworkCall(inputs, rows, BatchLanes(slice(0, rows)), family.sample(inputs), level, scale)
         if first is not None and first.is_followed_by(call, given):
             return call, True
         if rows not in self._batches:
@@ -88,12 +88,12 @@ class CallParser:
         self._nsr = nsr
 
     def _lanes(self, inputs: dict[str, Any]) -> BatchLanes:
-        family, config = self.denoiser.family, self.denoiser.config
+        family = self.denoiser.family
         caller = calling_pipeline(self.denoiser.model)
         alone = BatchLanes(slice(0, inputs[family.sample_name].shape[0]))
         off = caller is not None and is_off(caller, self.denoiser.model)
         if caller is not None and self.pipe is None:
-            lanes = alone if off else family.lanes(caller, config, inputs)
+            lanes = alone if off else family.lanes(caller, inputs)
             if lanes.null is not None or getattr(caller, "do_classifier_free_guidance", False):
                 raise ValueError(
                     f"guide was given a Denoiser, but a {type(caller).__name__} calls its network: guide(pipe, ...)."
@@ -104,14 +104,14 @@ class CallParser:
             if getattr(caller, "do_perturbed_attention_guidance", False):
                 raise ValueError(f"{type(caller).__name__} perturbs attention by itself; call it with pag_scale=0.")
             self.rescale = float(getattr(caller, "guidance_rescale", 0) or 0)
-            return alone if off else family.lanes(caller, config, inputs)
+            return alone if off else family.lanes(caller, inputs)
         if self.pipe is not None and family.conditioning == "text" and equal_halves(inputs[family.sample_name]):
             raise ValueError(
                 f"A loop of your own calls the network of the guided {type(self.pipe).__name__} with two equal "
                 "halves; which rows have the condition is not known. Use guide(Denoiser.from_pipe(pipe), null=...), "
                 "and call the network with the conditional rows only."
             )
-        return family.lanes(None if family.conditioning == "text" else self.pipe, config, inputs)
+        return family.lanes(None if family.conditioning == "text" else self.pipe, inputs)
 
     def refuse_rescale(self) -> None:
         """Raise ValueError if the running pipeline rescales what its own guidance makes."""
@@ -127,7 +127,7 @@ class CallParser:
         told = torch.as_tensor(inputs[family.timestep_name])
         if told.numel() > 1 and self.pipe is None and not bool((told == told.flatten()[0]).all()):
             raise ValueError(f"Guidance needs one noise level for the whole batch; got timesteps {told.tolist()}.")
-        told = family.training_timestep(self.denoiser.config, told.flatten()[0])
+        told = family.training_timestep(told.flatten()[0])
         if self.scheduler is None:
             return self.schedule.resolve(float(told)), 1.0
         where = sampler_level(self.scheduler, told, self.schedule)

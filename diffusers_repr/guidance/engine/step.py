@@ -80,18 +80,18 @@ class GuidedStep:
         Returns:
             The prediction `(rows, C, H, W)` in float32 or wider.
         """
-        call, family, config = self.call, self.denoiser.family, self.denoiser.config
+        call, family = self.call, self.denoiser.family
         unbatched = UNBATCHED | set(family.unbatched)
         inputs = index_batch(call.inputs, call.rows, rows, unbatched)
         own = call.x[rows]
         if condition is not None:
             inputs = {**inputs, **condition}
         if x is not None:
-            inputs = family.with_sample(config, inputs, x.to(own.dtype))
+            inputs = family.with_sample(inputs, x.to(own.dtype))
         raw = self._forward(self.denoiser.model if model is None else model, inputs)
         self._stats.passes += 1
         self._stats.lanes += 1
-        return widened(family.output(config, raw, own))
+        return widened(family.output(raw, own))
 
     def difference(self, output: Tensor, other: Tensor, offset: Tensor) -> Tensor:
         """Change of `output` equal to `eps(x) - eps(x~)`, `other` being the prediction at `x~ = x + alpha offset`."""

@@ -9,37 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.capture import capture, check_layers
-from diffusers_repr.denoiser import Condition, Denoiser
+from diffusers_repr.denoiser import Condition, Denoiser, Family
 from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.denoiser.family_registry import family_of_or_base
 from diffusers_repr.denoiser.layers import list_layers
 from diffusers_repr.noise import NoiseLevel
 
-_STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")  # in the order in which they run
-_STRONG, _WEAK = (2, 4, 5, 6, 7), 6  # decoder blocks of Depth-Aware Guidance, counted from 0
-
 
 def readout_layers(model: nn.Module) -> list[str]:
-    """Layers a readout head takes unless told otherwise, in execution order.
-
-    U-Nets: the residual branch of every up-block's residual block, `up_blocks.i.resnets.j.conv2`, before the shortcut
-    is added (Luo et al. 2024, Readout Guidance; 12 maps for Stable Diffusion 1). Transformers: every block of the
-    second half (no published choice).
+    """Layers a readout head takes unless told otherwise, in execution order; see `Family.default_layers`.
 
     Raises:
         TypeError: If `model` is no network, but a `Denoiser` or a pipeline.
         ValueError: If the network has neither up-blocks nor a list of transformer blocks.
     """
-    blocks = _decoder_blocks(model)
-    if blocks[0].startswith("up_blocks."):
-        return [f"{path}.conv2" for path in blocks]
-    return blocks[len(blocks) // 2 :]
+    return list(_family(model).default_layers("readout", model).layers)
 
 
 def depth_layers(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Layers of the strong and of the weak depth head unless told otherwise (Kim et al. 2022, DAG).
-
-    U-Nets: decoder blocks 2, 4, 5, 6, 7 and 6, counted from 0 over `up_blocks.i.resnets.j`; where there are fewer
-    than eight, all but the first, and the one before the last. Transformers: as `readout_layers`, and its middle one.
+    """Layers of the strong and of the weak depth head unless told otherwise; see `Family.default_layers`.
 
     Returns:
         `(strong, weak)`, full module paths.
@@ -47,33 +35,15 @@ def depth_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     Raises:
         TypeError, ValueError: As `readout_layers`.
     """
-    blocks = _decoder_blocks(model)
-    if not blocks[0].startswith("up_blocks."):
-        strong = blocks[len(blocks) // 2 :]
-        return strong, [strong[len(strong) // 2]]
-    if len(blocks) > max(_STRONG):
-        return [blocks[at] for at in _STRONG], [blocks[_WEAK]]
-    return blocks[1:] or blocks, [blocks[-2] if len(blocks) > 1 else blocks[-1]]
+    family = _family(model)
+    strong, weak = (family.default_layers(method, model).layers for method in ("depth_strong", "depth_weak"))
+    return list(strong), list(weak)
 
 
-def _decoder_blocks(model: nn.Module) -> list[str]:
+def _family(model: nn.Module) -> Family:
     if not isinstance(model, nn.Module):
         raise TypeError(f"The network is needed, such as `denoiser.model`; got {type(model).__name__}.")
-    model = getattr(model, "_orig_mod", model)
-    found = [
-        f"up_blocks.{i}.resnets.{j}"
-        for i, stage in enumerate(getattr(model, "up_blocks", ()))
-        for j, block in enumerate(getattr(stage, "resnets", ()))
-        if hasattr(block, "conv2")
-    ]
-    if not found:
-        found = [f"{name}.{i}" for name in _STACKS for i in range(len(getattr(model, name, ())))]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has neither up_blocks with residual blocks nor a list of transformer blocks "
-            f"({', '.join(_STACKS)}); name the layers. `list_layers(denoiser)` shows them."
-        )
-    return found
+    return family_of_or_base(model)
 
 
 def tap_channels(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.heads.base import head_class
+from diffusers_repr.heads.fitting.closed_form import LinearFit, calibrate, fit_ridge
 from diffusers_repr.heads.fitting.logistic import LogisticFit, fit_logistic_path
 from diffusers_repr.heads.fitting.minibatch import train_head
 from diffusers_repr.heads.fitting.protocols import (
@@ -22,7 +23,6 @@ from diffusers_repr.heads.fitting.protocols import (
     RidgeProtocol,
     get_protocol,
 )
-from diffusers_repr.heads.fitting.ridge import LinearFit, calibrate, fit_ridge
 from diffusers_repr.heads.pooled.base import PooledHead
 from diffusers_repr.heads.pooled.knn import KNNHead
 from diffusers_repr.heads.pooled.linear import LinearHead

@@ -12,7 +12,6 @@ from diffusers_repr.denoiser import FeatureMap
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
-from diffusers_repr.objectives.blocks import repa_layer
 from diffusers_repr.objectives.cosine import mean_cosine
 from diffusers_repr.objectives.matching import (
     MatchGrid,
@@ -57,8 +56,8 @@ class AlignmentLoss(AuxiliaryLoss):
     """Alignment of one layer with every encoder of the objective; the losses of the encoders are averaged.
 
     Args:
-        layer: Path of the layer, such as `blocks.3`; `repa_layer(denoiser)` if None. Papers count blocks from 1, paths
-            from 0: REPA's encoder depth 8 is `blocks.7`.
+        layer: Path of the layer, such as `blocks.3`; that of `denoiser.default_layers("repa")` if None. Papers count
+            blocks from 1, paths from 0: REPA's encoder depth 8 is `blocks.7`.
         weight: lambda.
         match_grid: Where the token grids of layer and encoder differ: `resize_image` gives the encoder images of
             another size, `pool_student` averages the layer's tokens, `interpolate_teacher` resizes the encoder's
@@ -97,7 +96,7 @@ class AlignmentLoss(AuxiliaryLoss):
         """
         if not host.encoders:
             raise ValueError("Alignment needs a teacher; pass encoders.")
-        self.layers = (repa_layer(host.denoiser) if self.chosen is None else self.chosen,)
+        self.layers = (host.denoiser.default_layers("repa").layers[0] if self.chosen is None else self.chosen,)
         place = host.layer(self.layer)
         size = host.denoiser.image_size
         for name, encoder in list(host.encoders.items()):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
-from diffusers_repr.objectives.blocks import block_path, block_stack
 
 
 def dispersive_loss(hidden: Tensor, temperature: float = 0.5) -> Tensor:
@@ -55,8 +54,8 @@ class DispersiveLoss(AuxiliaryLoss):
     def attach(self, host: LossHost) -> None:
         """Find the layer."""
         if self.layer is None:
-            model = host.network
-            self.layer = block_path(model, max(1, block_stack(model)[1] // 4))
+            blocks = host.denoiser.family.stack(host.network)
+            self.layer = blocks[max(1, len(blocks) // 4) - 1]
         host.layer(self.layer)
         self.layers = (self.layer,)
 

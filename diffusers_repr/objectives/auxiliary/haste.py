@@ -11,9 +11,7 @@ from torch import Tensor
 
 from diffusers_repr.encoders import AttentionEncoder
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
-from diffusers_repr.objectives.blocks import block_number, block_path, block_stack, repa_depth
 
-ATTENTION_NAMES = ("attn", "attn1", "self_attn")
 PAIRS = 4
 LAST_BLOCK = 7  # from 0: the paper's code takes 4 to 7, whatever the depth of the network and of the alignment
 
@@ -135,29 +133,28 @@ def default_attentions(host: LossHost, most: int, exactly: bool) -> list[str]:
     Raises:
         ValueError: If the network has fewer blocks up to the last.
     """
-    model = host.network
-    stack, depth = block_stack(model)
-    last = LAST_BLOCK
-    if depth <= LAST_BLOCK:
-        aligned = getattr(host.losses["alignment"], "layers", ()) if "alignment" in host.losses else ()
-        number = block_number(model, aligned[0]) if aligned else None
-        last = repa_depth(model) - 1 if number is None else number
+    model, denoiser = host.network, host.denoiser
+    blocks, last = denoiser.family.stack(model), LAST_BLOCK
+    if len(blocks) <= LAST_BLOCK:
+        aligned = next(iter(getattr(host.losses["alignment"], "layers", ())), "") if "alignment" in host.losses else ""
+        (default,) = denoiser.default_layers("repa").layers
+        last = blocks.index(next((block for block in blocks if f"{aligned}.".startswith(f"{block}.")), default))
     count = min(most, last + 1)
     if exactly and count < most:
         raise ValueError(
-            f"{most} teacher_layers, and {count} blocks up to {stack}.{last}; name as many `layers` as teacher_layers."
+            f"{most} teacher_layers, and {count} blocks up to {blocks[last]}; name as many `layers` as teacher_layers."
         )
-    return [_attention_of(model, block_path(model, at + 1)) for at in range(last - count + 1, last + 1)]
+    attentions = denoiser.family.self_attentions(model)
+    return [_attention_of(model, block, attentions) for block in blocks[last - count + 1 : last + 1]]
 
 
-def _attention_of(model: Any, block: str) -> str:
-    module = model.get_submodule(block)
-    for name in ATTENTION_NAMES:
-        if hasattr(module, name):
-            return f"{block}.{name}"
+def _attention_of(model: Any, block: str, attentions: Sequence[str]) -> str:
+    for path in attentions:
+        if path.startswith(f"{block}."):
+            return path
     raise ValueError(
-        f"Block {block!r} ({type(module).__name__}) has no self-attention named {' or '.join(ATTENTION_NAMES)}; name "
-        "the layers. `attention_layers(model)` lists them."
+        f"Block {block!r} ({type(model.get_submodule(block)).__name__}) has no self-attention that is known; name the "
+        "layers. `attention_layers(model)` lists them."
     )
 
 

@@ -15,7 +15,6 @@ from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
-from diffusers_repr.objectives.blocks import block_path, block_stack, repa_layer
 
 TEACHER_DEPTH = 20 / 28  # block 20 of SiT-XL
 
@@ -82,9 +81,11 @@ class SelfAlignmentLoss(AuxiliaryLoss):
     def attach(self, host: LossHost) -> None:
         """Find the layers, build the projector, and keep a frozen copy of the network as the teacher."""
         model = host.network
-        self.layer = repa_layer(host.denoiser) if self.layer is None else self.layer
+        if self.layer is None:
+            (self.layer,) = host.denoiser.default_layers("repa").layers
         if self.teacher_layer is None:
-            self.teacher_layer = block_path(model, max(1, round(TEACHER_DEPTH * block_stack(model)[1])))
+            blocks = host.denoiser.family.stack(model)
+            self.teacher_layer = blocks[max(1, round(TEACHER_DEPTH * len(blocks))) - 1]
         student, teacher = host.layer(self.layer), host.layer(self.teacher_layer)
         if student.grid != teacher.grid or (not self.projector_dim and student.channels != teacher.channels):
             raise ValueError(

@@ -109,7 +109,7 @@ class REGObjective(REPAObjective):
         x_t = noisy.x_t.to(floating_dtype(self.network))
         raw = self.network(**self.denoiser.network_inputs(x_t, noisy.level, noisy.condition))
         self._state = raw.class_token
-        return self.denoiser.family.output(self.denoiser.config, raw, noisy.x_t).float()
+        return self.denoiser.family.output(raw, noisy.x_t).float()
 
     def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """The class token is set apart from the image's tokens."""

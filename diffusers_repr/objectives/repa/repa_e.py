@@ -99,7 +99,7 @@ class REPAEObjective(REPAObjective):
         self.vae_weights = self_weights
         self.frozen.pop("vae")
         self.vae = denoiser.vae.requires_grad_(True)
-        self.latent_norm = LatentNorm(denoiser.family.channels(denoiser.config))
+        self.latent_norm = LatentNorm(denoiser.family.channels())
         self.latent_norm.set_statistics(*latent_statistics(self.vae))
         self.adversarial = adversarial
         if perceptual is not None:

@@ -1,0 +1,95 @@
+"""Segmentation masks of a column: class ids of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from diffusers_repr.data.columns import innermost
+from diffusers_repr.data.image_files import UnreadableImage, place_of, read_decoded
+
+IGNORE_INDEX = 255
+
+
+class MaskColumn:
+    """The class ids of pixels, with what they are called.
+
+    Args:
+        feature: Type of the column: `datasets.Image`, or arrays of whole numbers.
+        names: Name of each class; those of a `ClassLabel` inside the arrays if None, else not known.
+        ignore_index: Id of pixels that belong to no class; None: there are none.
+
+    Attributes:
+        names: Name of each class id, if known.
+        ignore_index: As given.
+
+    Raises:
+        ValueError: If `ignore_index` is one of the named classes.
+    """
+
+    def __init__(
+        self, feature: Any, names: Sequence[str] | None = None, ignore_index: int | None = IGNORE_INDEX
+    ) -> None:
+        own = getattr(innermost(feature)[0], "names", None)
+        self.names = list(names or own or []) or None
+        self.ignore_index = ignore_index
+        self._is_image = isinstance(feature, datasets.Image)
+        if self.names and ignore_index is not None and 0 <= ignore_index < len(self.names):
+            raise ValueError(
+                f"ignore_index={ignore_index} is the class {self.names[ignore_index]!r} of {len(self.names)}; pass an "
+                "id that no class has, such as -100."
+            )
+
+    def read(self, value: Any, what: str, size: tuple[int, int]) -> np.ndarray:
+        """`(H, W)` int32 class ids of a row.
+
+        Args:
+            value: Path and bytes of an image, a PIL image, or an array.
+            what: Names it in messages: `The mask of row 3`.
+            size: (H, W) of its image.
+
+        Raises:
+            UnreadableImage: If there is none, or its file cannot be read.
+            ValueError: If it has another size than its image, colours, or ids that are no classes.
+        """
+        if value is None:
+            raise UnreadableImage(f"{what} is missing.")
+        ids = _of_image(value, what) if self._is_image else _of_array(value, what)
+        what += place_of(value)
+        if ids.shape != size:
+            raise ValueError(f"{what} is {ids.shape} (H, W), its image {size}; a mask has the size of its image.")
+        last = np.iinfo(np.int32).max if self.names is None else len(self.names) - 1
+        wrong = (ids < 0) | (ids > last)
+        if self.ignore_index is not None:
+            wrong &= ids != self.ignore_index
+        if wrong.any():
+            y, x = np.argwhere(wrong)[0]
+            allowed = "from 0 on" if self.names is None else f"0 to {last}"
+            raise ValueError(
+                f"{what} has the class {ids[y, x]} at x={x}, y={y}; classes are {allowed}, and "
+                f"ignore_index={self.ignore_index} where there is none."
+            )
+        return ids.astype(np.int32)
+
+
+def _of_image(value: Any, what: str) -> np.ndarray:
+    image = read_decoded(value, what)
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise ValueError(
+            f"{what}{place_of(value)} is an image of mode {image.mode!r}, which shows colours; a mask holds class "
+            "ids: store it as 'L', 'P' (the numbers of the palette are the ids), 'I;16' or 'I', or as an array."
+        )
+    return np.asarray(image).astype(np.int64)
+
+
+def _of_array(value: Any, what: str) -> np.ndarray:
+    try:
+        ids = np.asarray(value)
+    except ValueError:  # rows of unequal length
+        ids = np.empty(0, dtype=object)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{what} is no rectangle of whole numbers (H, W); got {ids.dtype} of shape {ids.shape}.")
+    return ids.astype(np.int64)

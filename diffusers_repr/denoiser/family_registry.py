@@ -1,0 +1,73 @@
+"""The registry of families: which adapter serves which model class; users add theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from diffusers_repr.denoiser.block_outputs import register_block_output
+from diffusers_repr.denoiser.family import Family
+
+_REGISTRY: dict[str, type[Family]] = {}  # model class -> adapter; `families` fills it with ours
+
+
+def register_family(*class_names: str) -> Callable[[type[Family]], type[Family]]:
+    """Register an adapter for model classes, by name.
+
+    Raises:
+        ValueError: If a class has an adapter already, or another family reads the output of a block otherwise.
+    """
+
+    def register(cls: type[Family]) -> type[Family]:
+        for name in class_names:
+            if name in _REGISTRY:
+                raise ValueError(f"{name} has a family adapter already. Known: {', '.join(list_families())}.")
+        for block, index in cls.block_outputs.items():
+            register_block_output(block, index)
+        _REGISTRY.update(dict.fromkeys(class_names, cls))
+        return cls
+
+    return register
+
+
+def list_families() -> list[str]:
+    """Model classes with an adapter."""
+    return sorted(_REGISTRY)
+
+
+def family_by_name(*class_names: str) -> Family | None:
+    """The adapter of the first class name that has one, bound to no config."""
+    for name in class_names:
+        if name in _REGISTRY:
+            return _REGISTRY[name]()
+    return None
+
+
+def family_of(model: nn.Module) -> Family:
+    """The adapter of a model, by its class or a parent class, bound to its config.
+
+    Raises:
+        TypeError: If there is none; says how to add one.
+    """
+    inner: Any = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    family = family_by_name(*(cls.__name__ for cls in type(inner).__mro__))
+    if family is None:
+        name = type(inner).__name__
+        raise TypeError(
+            f"No family adapter for {name}. Known: {', '.join(list_families())}. "
+            f"Write one (docs/adding_a_family.md):\n    @register_family({name!r})\n    class MyFamily(Family): ...\n"
+            "or call any nn.Module through Denoiser(model, scheduler, family=GenericFamily(sample='x', timestep='t'))."
+        )
+    return family.bound_to(getattr(inner, "config", {}))
+
+
+def family_of_or_base(model: nn.Module) -> Family:
+    """The adapter of a model; the base class, which knows what the module tree tells, where there is none."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    family = family_by_name(*(cls.__name__ for cls in type(inner).__mro__)) or Family()
+    return family.bound_to(getattr(inner, "config", {}))
+
+
+__all__ = ["family_by_name", "family_of", "family_of_or_base", "list_families", "register_family"]

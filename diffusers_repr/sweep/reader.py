@@ -1,0 +1,173 @@
+"""The reader of a sweep: one forward an image batch and level serves all layers and all measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.capture import capture
+from diffusers_repr.features.extraction import process_state
+from diffusers_repr.features.extractor import FeatureExtractor
+from diffusers_repr.features.pooling import pool, tokens_to_map
+from diffusers_repr.metrics.encoding import SharedRead, read_shared
+from diffusers_repr.metrics.gather import own_rows
+from diffusers_repr.sweep.grid import Grid
+from diffusers_repr.sweep.measure import Piece, Split, Tally
+
+
+class Progress:
+    """A bar that counts forwards, on the main process; silent if not wanted.
+
+    Args:
+        shown: Whether to draw it.
+        name: What is going on.
+    """
+
+    def __init__(self, shown: bool, name: str) -> None:
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=0, desc=name, unit="forward", disable=not (shown and process_state().is_main_process))
+        self.forwards = 0
+
+    def expect(self, stage: str, forwards: int) -> None:
+        """Announce a stage."""
+        self.bar.set_description(stage)
+        self.bar.total += forwards
+        self.bar.refresh()
+
+    def step(self) -> None:
+        """Count one forward."""
+        self.forwards += 1
+        self.bar.update(1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How images become features; the same for every stage of a sweep.
+
+    Attributes:
+        batch_size: Images, or pairs of image and level, a forward.
+        condition: `prompt` and `class_labels`, as in `FeatureExtractor`.
+        image_size: As in `FeatureExtractor`.
+        progress: Counts forwards.
+    """
+
+    batch_size: int
+    condition: Mapping[str, Any]
+    image_size: tuple[int, int] | int | None
+    progress: Progress
+
+    def forwards(self, split: Split, levels: int) -> int:
+        """Forwards that `read` makes on this process."""
+        full, rest = divmod(len(own_rows(len(split))), self.batch_size)
+        return full * levels + -(-rest * levels // self.batch_size)
+
+    def read(
+        self,
+        grid: Grid,
+        role: str,
+        split: Split,
+        tallies: Sequence[Tally],
+        poolings: Sequence[str | None],
+        noise: str,
+        seed: int,
+    ) -> SharedRead:
+        """Let the images of a split stream by: each process reads a share of them and tells its tallies.
+
+        Args:
+            grid: Every layer is read at every level.
+            role: Of the split, as the tallies know it.
+            split: The images.
+            tallies: Are told of every batch of images (`begin`, `end`) and of every level of it (`add`).
+            poolings: The features that they take: pooled vectors `(n, D)`; of None, maps `(n, C, H, W)`.
+            noise: Policy.
+            seed: Of the noise.
+
+        Raises:
+            ValueError: For images that differ in size or do not suit the model, on every process.
+        """
+        denoiser = grid.denoiser
+        extractor = FeatureExtractor(
+            denoiser,
+            list(grid.layers),
+            list(grid.levels),
+            noise,
+            batch_size=self.batch_size,
+            seed=seed,
+            image_size=self.image_size,
+        )
+        places = torch.tensor(own_rows(len(split)), dtype=torch.int64)
+        done = 0
+
+        def make(pixels: Tensor) -> dict[str, Tensor]:
+            nonlocal done
+            at = places[done : done + len(pixels)]
+            done += len(pixels)
+            for tally in tallies:
+                tally.begin(role, at, pixels)
+            for level, part, features in self._stream(extractor, pixels, poolings):
+                for tally in tallies:
+                    tally.add(role, Piece(at[part], level, part, features))
+            for tally in tallies:
+                tally.end(role, at)
+            return {}
+
+        with torch.no_grad(), denoiser.evaluating():
+            return read_shared(
+                split.images,
+                split.rows,
+                make,
+                (),
+                channels=denoiser.image_channels,
+                image_size=self.image_size,
+                batch_size=self.batch_size,
+            )
+
+    def _stream(
+        self, extractor: FeatureExtractor, pixels: Tensor, poolings: Sequence[str | None]
+    ) -> Iterator[tuple[int, slice, dict[str | None, dict[str, Tensor]]]]:
+        denoiser, count = extractor.denoiser, len(pixels)
+        for batch in extractor.batches(pixels, **self.condition):
+            size = (batch.x_t.shape[2], batch.x_t.shape[3])
+
+            def pooled(
+                feature: Tensor, path: str, size: tuple[int, int] = size, rows: int = len(batch.cells)
+            ) -> dict[str | None, Tensor]:
+                if feature.ndim < 2 or len(feature) != rows:
+                    raise ValueError(
+                        f"Layer {path!r} gave shape {tuple(feature.shape)} for a batch of {rows}: it holds no feature "
+                        "per image."
+                    )
+                place = denoiser.token_grid(path, feature.shape[1], size) if feature.ndim == 3 else None
+                made = {pooling: pool(feature, pooling, place) for pooling in poolings}
+                if None in made:  # copied: it may be the layer's own memory, which later layers may write to
+                    made[None] = (feature if place is None else tokens_to_map(feature, *place)).float().clone()
+                return made
+
+            with extractor.reading(), capture(denoiser.model, extractor.layers, transform=pooled) as tape:
+                denoiser.predict(batch.x_t, batch.level, batch.condition)
+            self.progress.step()
+            for level, part, at in _levels(batch.cells, count):
+                made = tape.features.items()
+                yield level, part, {p: {path: by_pooling[p][at] for path, by_pooling in made} for p in poolings}
+
+
+def _levels(cells: Sequence[int], count: int) -> Iterator[tuple[int, slice, slice]]:
+    """`(level, images, rows)` for each run of one level among the rows of a forward (`level * count + image`)."""
+    start = 0
+    while start < len(cells):
+        level, first = divmod(cells[start], count)
+        length = min(len(cells) - start, count - first)
+        yield level, slice(first, first + length), slice(start, start + length)
+        start += length

@@ -1,0 +1,124 @@
+"""What every sweep returns: cells with scores, one of them the best; a table, files, a picture."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from diffusers_repr.hub import read_json
+from diffusers_repr.hub.files import atomic_files, json_text
+from diffusers_repr.hub.schema import Check, anything, integer, number, text
+
+R = TypeVar("R", bound="SweepResult")
+
+NAME = text(1000)
+CELL: dict[str, Check] = {
+    "layer": NAME,
+    "order": integer(0, 100_000),
+    "timestep": number(),
+    "nsr": number(0),
+    "flops_share": number(0, 1.001),
+    "dim": integer(1, 1 << 31),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One layer at one noise level.
+
+    Attributes:
+        layer: Full module path.
+        order: Place of the layer in execution order, from 0.
+        timestep: As the network is told.
+        nsr: Noise-to-signal ratio of the level.
+        flops_share: Share of the forward's FLOPs spent when the layer is done.
+        dim: Length of the feature.
+    """
+
+    layer: str
+    order: int
+    timestep: float
+    nsr: float
+    flops_share: float
+    dim: int
+
+
+class SweepResult(ABC):
+    """Base of what sweeps return; frozen dataclasses below it.
+
+    Attributes:
+        cells: Every cell.
+        recipe: Everything else that was asked for or found.
+    """
+
+    cells: tuple[Any, ...]
+    recipe: Mapping[str, Any]
+
+    kind: ClassVar[str]  # in messages and in the name of the file
+    fields: ClassVar[Check]  # of the file, besides its format
+
+    @classmethod
+    def format(cls) -> str:
+        """What the file says it is."""
+        return f"diffusers_repr.{cls.kind}/1"
+
+    def table(self) -> list[dict[str, Any]]:
+        """One flat dictionary a cell, in the order of `cells`, for a data frame."""
+        return [asdict(cell) for cell in self.cells]
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+
+    @classmethod
+    @abstractmethod
+    def _from_dict(cls: type[R], data: dict[str, Any], at: str) -> R:
+        """The result of what the schema has let through; `at` is the file."""
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        more: Mapping[str, bytes],
+        picture: tuple[str, Callable[[], bytes]] | None,
+    ) -> Path:
+        folder = Path(folder)
+        name = f"{self.kind}.json"
+        files: dict[str, bytes | str] = {name: json_text(self.to_dict(), folder / name), **more}
+        missing: ImportError | None = None
+        if picture is not None:
+            try:
+                files[picture[0]] = picture[1]()
+            except ImportError as error:
+                missing = error
+        atomic_files(folder, files)
+        if missing is not None:
+            raise missing
+        return folder
+
+    @classmethod
+    def load(cls: type[R], folder: str | os.PathLike[str]) -> R:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If its JSON file is not there.
+            ValueError: If it is none of this format, or says what cannot be; names file and field.
+        """
+        path = Path(folder) / f"{cls.kind}.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"No {cls.kind} in {str(folder)!r}: it has no {path.name}.")
+        data = read_json(path)
+        if not isinstance(data, dict) or data.get("format") != cls.format():
+            raise ValueError(f"{str(path)!r} is no {cls.kind} of format {cls.format()!r}; make it again.")
+        cls.fields(anything(finite=True)(data, str(path)), str(path))
+        return cls._from_dict(data, str(path))
+
+
+def tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return (
+        tuple(tuples(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    )

@@ -1,0 +1,254 @@
+"""What a selection returns: a table of all cells, the best one, sets of layers and levels; saved and read back."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.extractor import FeatureExtractor
+from diffusers_repr.features.noise_policy import Policy
+from diffusers_repr.hub.components import MAX_SIDE
+from diffusers_repr.hub.schema import (
+    Check,
+    anything,
+    either,
+    integer,
+    listing,
+    mapping,
+    number,
+    one_of,
+    optional,
+    record,
+    text,
+)
+from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.sweep.picture import Panel, draw_sweep
+from diffusers_repr.sweep.result import CELL, NAME, Cell, SweepResult, tuples
+
+_TITLES = {
+    "accuracy": "validation accuracy (%)",
+    "balanced_accuracy": "validation accuracy, mean over classes (%)",
+    "neg_brier": "negative squared distance to the one-hot label, validation",
+    "r2": "validation R²",
+    "neg_mse": "negative mean squared error on validation",
+}
+
+
+def _step(value: Any, at: str) -> list[Any]:
+    """`[what was added, score with it]`."""
+    added, score = listing(anything(1), 2, 2)(value, at)
+    return [NAME(added, f"{at}[0]"), number()(score, f"{at}[1]")]
+
+
+_CELL = record(
+    {**CELL, "noise": one_of(*get_args(Policy)), "score": number(), "penalty": number(0)},
+    {"mean": optional(number()), "std": optional(number(0)), "seed_scores": optional(listing(number(), 1, 10_000))},
+)
+_SET = record(
+    {
+        "layers": listing(NAME, 1, 10_000, distinct=True),
+        "timesteps": listing(number(), 1, 10_000, distinct=True),
+        "noise": one_of(*get_args(Policy)),
+        "score": number(),
+        "penalty": number(0),
+        "dim": CELL["dim"],
+        "steps": listing(_step, 1, 10_000),
+        "candidates": listing(NAME, 1, 10_000),
+    }
+)
+_RECIPE = record(
+    {
+        "pooling": optional(text(100)),
+        "batch_size": integer(1, 1_000_000),
+        "image_size": optional(either(integer(1, MAX_SIDE), listing(integer(1, MAX_SIDE), 2, 2))),
+    },
+    others=True,
+)
+_SCHEMA = record(
+    {
+        "format": text(100),
+        "metric": text(100),
+        "seeds": listing(integer(-(2**63), 2**64), 1, 10_000, distinct=True),
+        "best": _CELL,
+        "sets": mapping(_SET, 0, 100),
+        "finalists": listing(_CELL, 1, 100_000),
+        "recipe": _RECIPE,
+        "cells": listing(_CELL, 1),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionCell(Cell):
+    """One layer at one noise level, with its score.
+
+    Attributes:
+        noise: Policy.
+        score: On validation, with the first noise seed, of the best penalty where there are some; larger is better.
+        penalty: That gave it; 0 where nothing is fitted in closed form.
+        mean: Mean score over the noise seeds; None for cells that are no finalists.
+        std: Standard deviation of it (n - 1); 0 with one seed.
+        seed_scores: Score of each noise seed.
+    """
+
+    noise: str
+    score: float
+    penalty: float
+    mean: float | None = None
+    std: float | None = None
+    seed_scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of several layers or levels, side by side.
+
+    Attributes:
+        layers: Paths.
+        timesteps: Levels; every layer is read at every one.
+        noise: Policy.
+        score: On validation.
+        penalty: Ridge penalty that gave it.
+        dim: Length of the joined feature.
+        steps: `(what was added, score with it)`, in order.
+        candidates: What was to choose from.
+    """
+
+    layers: tuple[str, ...]
+    timesteps: tuple[float, ...]
+    noise: str
+    score: float
+    penalty: float
+    dim: int
+    steps: tuple[tuple[str, float], ...]
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Selection(SweepResult):
+    """The result of `select_features`.
+
+    Attributes:
+        cells: Every cell: noise policy by level by layer.
+        best: The best cell.
+        finalists: The best few, scored with every noise seed, best first.
+        sets: `layers`: greedy set at the best level; `levels`: greedy set of levels for these layers.
+        metric: Name.
+        seeds: Of the noise.
+        recipe: Everything else that was asked for or found: model, data, pooling, classes, forwards, ...
+    """
+
+    cells: tuple[SelectionCell, ...]
+    best: SelectionCell
+    finalists: tuple[SelectionCell, ...]
+    sets: Mapping[str, FeatureSet]
+    metric: str
+    seeds: tuple[int, ...]
+    recipe: Mapping[str, Any]
+
+    kind: ClassVar[str] = "selection"
+    fields: ClassVar[Check] = _SCHEMA
+
+    def extractor(self, denoiser: Denoiser, use: str = "best", **changes: Any) -> FeatureExtractor:
+        """A `FeatureExtractor` for what was selected, with the pooling and noise of the selection.
+
+        Args:
+            denoiser: The same model.
+            use: `best` (one layer, one level), `layers` or `levels` (the greedy sets).
+            **changes: Other settings of `FeatureExtractor`.
+
+        Raises:
+            ValueError: For another `use`.
+        """
+        if use == "best":
+            layers, timesteps, noise = [self.best.layer], [self.best.timestep], self.best.noise
+        elif use in self.sets:
+            found = self.sets[use]
+            layers, timesteps, noise = list(found.layers), list(found.timesteps), found.noise
+        else:
+            raise ValueError(f"use={use!r}; expected one of {', '.join(('best', *self.sets))}.")
+        levels = [NoiseLevel(timestep=t) for t in timesteps]
+        settings: dict[str, Any] = {
+            "pooling": self.recipe["pooling"],
+            "batch_size": self.recipe["batch_size"],
+            "seed": self.seeds[0],
+            "image_size": self.recipe["image_size"],
+        }
+        level = levels[0] if len(levels) == 1 else levels
+        return FeatureExtractor(denoiser, layers, level, noise, **{**settings, **changes})
+
+    def heatmap(self) -> bytes:
+        """PNG of score by layer (rows, in execution order) and noise level, a panel each policy; needs matplotlib.
+
+        A frame marks the best cell.
+        """
+        factor, (digits, unit) = (100, (1, " %")) if "accuracy" in self.metric else (1, (3, ""))
+        best = self.best
+        policies = list(dict.fromkeys(cell.noise for cell in self.cells))
+        panels = [
+            Panel(
+                f"noise: {policy}" if len(policies) > 1 else "",
+                {(c.layer, c.timestep): factor * c.score for c in self.cells if c.noise == policy},
+                (best.layer, best.timestep) if best.noise == policy else None,
+                clean=policy == "clean",
+            )
+            for policy in policies
+        ]
+        value = f"{factor * best.score:.{digits}f}{unit}"
+        if best.mean is not None and best.std is not None and len(self.seeds) > 1:
+            value = f"{factor * best.mean:.{digits}f} ± {factor * best.std:.{digits}f}{unit}"
+            value += f" over {len(self.seeds)} noise seeds"
+        title = f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {value}"
+        style = "{:.1f}" if factor == 100 else "{:.2f}"
+        return draw_sweep(self.cells, panels, title, _TITLES.get(self.metric, self.metric), style)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "format": self.format(),
+            "metric": self.metric,
+            "seeds": list(self.seeds),
+            "best": asdict(self.best),
+            "sets": {name: asdict(found) for name, found in self.sets.items()},
+            "finalists": [asdict(cell) for cell in self.finalists],
+            "recipe": dict(self.recipe),
+            "cells": self.table(),
+        }
+
+    def save(self, folder: str | Path, heatmap: bool = True) -> Path:
+        """Write `selection.json`, `selection.parquet` (the cells) and `heatmap.png` into a folder.
+
+        If it fails, the folder is as it was, and the selection can be saved to another place.
+
+        Args:
+            folder: Made if missing; files of these names are replaced together, when all are whole.
+            heatmap: Whether to draw the picture.
+
+        Raises:
+            ImportError: If matplotlib is missing; the other two files are written before.
+            OSError: If the disk is full; what was in the folder stays as it was, and saving again may succeed.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self.table()), buffer)
+        more = {"selection.parquet": buffer.getvalue()}
+        return self._save(folder, more, ("heatmap.png", self.heatmap) if heatmap else None)
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any], at: str) -> Selection:
+        sets = {name: FeatureSet(**_plain(found)) for name, found in data["sets"].items()}
+        cells, finalists = (tuple(SelectionCell(**_plain(c)) for c in data[key]) for key in ("cells", "finalists"))
+        best = SelectionCell(**_plain(data["best"]))
+        if best not in cells:
+            raise ValueError(f"{at!r}: best is none of the cells; select again.")
+        return cls(cells, best, finalists, sets, data["metric"], tuple(data["seeds"]), data["recipe"])
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuples(value) for name, value in values.items()}
