@@ -22,6 +22,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, pool
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import NoiseLevel
 
 Timestep = int | float | NoiseLevel
@@ -105,8 +106,8 @@ class FeatureExtractor:
         self.layers = list(check_layers(denoiser.model, layers))
         self.levels, self.many = _resolve(denoiser, timestep)
         self.noise = NoiseSource(noise, seed)
-        self.ensemble_size = _whole("ensemble_size", ensemble_size)
-        self.batch_size = None if batch_size is None else _whole("batch_size", batch_size)
+        self.ensemble_size = check_whole("ensemble_size", ensemble_size)
+        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
         if noise == "clean" and self.ensemble_size > 1:
             raise ValueError(f"ensemble_size={ensemble_size} with noise='clean' would average equal features; use 1.")
         if where not in get_args(Where):
@@ -361,19 +362,13 @@ def _resolve(denoiser: Denoiser, timestep: Any) -> tuple[list[NoiseLevel], bool]
     return levels, many
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-        raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
-    return int(value)
-
-
 def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     values = (size, size) if isinstance(size, int) else tuple(size)
     if len(values) != 2:
         raise ValueError(f"image_size must be one side or (height, width); got {size!r}.")
-    return _whole("image_size", values[0]), _whole("image_size", values[1])
+    return check_whole("image_size", values[0]), check_whole("image_size", values[1])
 
 
 __all__ = ["Batch", "FeatureExtractor", "Timestep"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusers_repr.capture.unet_halves import UNetFeatures, encode_partial
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.heads.base import Head, register_head
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.layers import CastBatchNorm1d, CastLayerNorm, CastLinear
 from diffusers_repr.models.outputs import ClassifierOutput, packed
@@ -72,9 +73,7 @@ class JointHead(Head, ModelMixin, ConfigMixin):
         super().__init__()
         self.gradient_checkpointing = False
         width = max(1, in_features // 2) if hidden_features is None else hidden_features
-        for name, value in (("in_features", in_features), ("num_classes", num_classes), ("hidden_features", width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+        check_sizes(in_features=in_features, num_classes=num_classes, hidden_features=width)
         if norm not in NORMS:
             raise ValueError(f"norm={norm!r}; expected one of {', '.join(NORMS)}.")
         if not 0 <= dropout < 1 or not time_divisor > 0:

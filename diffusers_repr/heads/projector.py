@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.heads.base import Head, register_head
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.outputs import SampleOutput, packed
 
 ProjectorKind = Literal["mlp", "conv"]
@@ -49,10 +50,7 @@ class Projector(Head, ModelMixin, ConfigMixin):
         encoder: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim, "kernel_size": kernel_size}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+        check_sizes(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, kernel_size=kernel_size)
         if kind not in KINDS:
             raise ValueError(f"Projector kind {kind!r}; expected one of {', '.join(KINDS)}.")
         if kernel_size % 2 == 0:

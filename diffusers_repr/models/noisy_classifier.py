@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
 from diffusers_repr.hub.base_record import BaseRecord, Dependent, ProcessRecord, check_inputs, check_process
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.hub.schema import listing, number, optional, record, text
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.layers import CastLinear, keeping_weights
@@ -108,7 +109,7 @@ class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
         id2label: Mapping[Any, str] | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        _check_whole(
+        check_sizes(
             in_channels=in_channels,
             num_classes=num_classes,
             layers_per_block=layers_per_block,
@@ -266,12 +267,6 @@ def describe_process(schedule: NoiseSchedule) -> dict[str, Any]:
 def _recorded(steps: int, told: Mapping[str, Any]) -> ProcessRecord:
     sigmas = {name: told[name] for name in _SIGMAS if name in told}
     return ProcessRecord(told["kind"], steps, tuple(told.get("half_log_snr", ())), sigmas)
-
-
-def _check_whole(**values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
 
 
 def _check_blocks(channels: list[int], kinds: list[str], head: int, groups: int, last_attends: bool) -> None:

@@ -20,8 +20,8 @@ from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.identity import fingerprint
-from diffusers_repr.metrics.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead, Which, check_which, pick
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell

@@ -100,6 +100,9 @@ def test_an_encoder_that_cannot_be_resized():
         def grid_for(self, size):
             return (3, 3)
 
+        def fingerprint(self):
+            return {}
+
     with pytest.raises(ValueError, match=r"'fixed' cannot be given images such that its grid is 4 x 4"):
         REPAObjective(sit(), [Fixed()], "blocks.1", match_grid="resize_image", **SMALL)
     assert with_grid(Fixed(), (3, 3), (8, 8), "x").name == "fixed"

@@ -13,6 +13,7 @@ from diffusers_repr.heads.base import Head
 from diffusers_repr.heads.dense.features import readout_layers, tap_channels
 from diffusers_repr.heads.dense.parts import timestep_vector
 from diffusers_repr.heads.dense.record import RECORD, check_base, describe_base
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.layers import wide_dtype
 from diffusers_repr.models.outputs import SampleOutput, packed
 
@@ -39,9 +40,7 @@ class MapHead(Head):
                 f"{len(channels)} channels ({channels})."
             )
         sizes = {**widths, **{f"channels of {k!r}": c for k, c in zip(layers, channels, strict=True)}}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+        check_sizes(**sizes)
         for name in ("label_range", "timestep_range", "level_range"):
             low, high = self.config[name]
             if not low < high:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.heads.base import Head
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.layers import CastLinear
 from diffusers_repr.models.outputs import ClassifierOutput, packed
 
@@ -36,9 +37,7 @@ class PooledHead(Head):
         Raises:
             ValueError: If a size is not a whole number from 1.
         """
-        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+        check_sizes(in_features=in_features, num_classes=num_classes)
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("std", torch.ones(in_features))
 
