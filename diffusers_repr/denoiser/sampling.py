@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from diffusers_repr.hub.checks import check_whole
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
