@@ -30,7 +30,7 @@ class SamplingMixin:
 
     @property
     def num_timesteps(self) -> int:
-        """Network calls of the newest call; the last step that a callback is told of is one less."""
+        """Network calls of the newest call; the last step that a callback hears of is one less."""
         return self._num_timesteps
 
     @property
@@ -47,6 +47,41 @@ class SamplingMixin:
     def interrupt(self) -> bool:
         """Whether the rest of the steps is left out: a callback may set `pipe._interrupt = True`."""
         return self._interrupt
+
+    def _denoise(
+        self: Any,
+        timesteps: Tensor,
+        tensors: dict[str, Any],
+        predict: Callable[[int, Tensor, dict[str, Any]], Mapping[str, Tensor]],
+        schedulers: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        callback: Callable[..., dict[str, Any] | None] | None,
+        names: Sequence[str],
+    ) -> dict[str, Any]:
+        """The sampling loop: every timestep is predicted, stepped and told to the callback.
+
+        Args:
+            timesteps: Of the sampler, one a network call.
+            tensors: All that a callback may see or change, by name; those that are stepped keep their dtype.
+            predict: `(step, timestep, tensors)` to what the samplers step with, by the names of `schedulers`.
+            schedulers: Name of a tensor -> the sampler that steps it.
+            extra: Further arguments of `step`, as `step_arguments` gives them.
+            callback: After each step, or None.
+            names: Of the tensors it gets.
+
+        Returns:
+            The tensors at the end.
+        """
+        dtypes = {name: tensors[name].dtype for name in schedulers}
+        for step, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                continue
+            outputs = predict(step, t, tensors)
+            for name, scheduler in schedulers.items():
+                stepped = scheduler.step(outputs[name], t, tensors[name], return_dict=False, **extra)[0]
+                tensors[name] = stepped.to(dtypes[name])
+            tensors = call_back(callback, self, step, t, tensors, names)
+        return tensors
 
 
 # Numbers
@@ -101,11 +136,11 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     return number
 
 
-def count_samples(**told: Any) -> int:
+def count_samples(**given: Any) -> int:
     """Number of samples, on which all that is given one a sample must agree; 1 if nothing tells it.
 
     Args:
-        **told: By its name. `batch_size` is a number, `generator` tells where it is a list, `latents` by their
+        **given: By its name. `batch_size` is a number, `generator` tells where it is a list, `latents` by their
             length, and all else too unless it is one for all: of length 1. None tells nothing.
 
     Raises:
@@ -117,7 +152,7 @@ def count_samples(**told: Any) -> int:
         2
     """
     counts: dict[str, int] = {}
-    for name, value in told.items():
+    for name, value in given.items():
         if name == "batch_size" and value is not None:
             counts[name] = check_whole(f"How many samples? {name}", value)
         elif name == "generator":
