@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, HunyuanDiTPAGPipeline
 
-from diffusers_repr import CFG, PAG, SAG, guide
+from diffusers_repr import CFG, PAG, SAG, EnergyGuidance, guide
 from diffusers_repr.denoiser import Denoiser
 from tests.guidance.test_pag_pipelines import of_parts
 from tests.testers.families import network_calls, network_of, two_lanes
@@ -134,3 +134,18 @@ def test_sag_over_the_image_alone():
     with guide(pipe, SAG(0.75)):
         found = latents(pipe, "hunyuan_dit", **FAMILIES["hunyuan_dit"].off)
     assert (found - plain).abs().max() > 1e-3
+
+
+def dark(features, x0, condition):
+    return 100 * x0.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize(("update", "scale"), [("eps", 5.0), ("latent_sign", 0.3)])
+@pytest.mark.parametrize("name", ["chroma", "lumina2", "z_image"])
+def test_an_energy_pulls_the_right_way(name, update, scale):
+    """Down, for packed latents and where the network's velocity has the other sign: prediction and latents alike."""
+    pipe = lively(name)
+    plain = latents(pipe, name, **FAMILIES[name].off)
+    with guide(pipe, EnergyGuidance(dark, x0=True, scale=scale, update=update)):
+        found = latents(pipe, name, **FAMILIES[name].off)
+    assert found.mean() < plain.mean() - 0.1
