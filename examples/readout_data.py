@@ -3,11 +3,11 @@
 import dataclasses
 
 import datasets
-from readout_args import ReadoutConfig
 
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.data.groups import GroupData
 from diffusers_repr.heads import sobel_edges
+from diffusers_repr.objectives import ReadoutConfig
 
 # Field of `RowsConfig` with the column of each image in a row, for each kind of head.
 IMAGES = {

@@ -27,7 +27,7 @@ from diffusers_repr import Denoiser, Encoder
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
 from diffusers_repr.metrics import frechet_distance, precision_recall
-from diffusers_repr.objectives.repa_config import REPAConfig
+from diffusers_repr.objectives.repa.config import REPAConfig
 from diffusers_repr.sweep import measure_alignment
 from diffusers_repr.training import TrainingConfig
 

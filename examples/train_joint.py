@@ -25,8 +25,8 @@ from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.data import DataConfig
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
-from diffusers_repr.objectives.hybvit import HybViTObjective
-from diffusers_repr.objectives.jdm import JDMObjective
+from diffusers_repr.objectives.joint.hybvit import HybViTObjective
+from diffusers_repr.objectives.joint.jdm import JDMObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 METHODS = {"jdm": (UNet2DModel, JDMObjective), "hybvit": (JointViTModel, HybViTObjective)}

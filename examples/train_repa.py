@@ -28,7 +28,7 @@ from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import load_heads
-from diffusers_repr.objectives.repa_config import REPAConfig, build_repa
+from diffusers_repr.objectives.repa.config import REPAConfig, build_repa
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 SCHEDULERS = {"ode": FlowMatchODEScheduler, "sde": FlowMatchSDEScheduler}

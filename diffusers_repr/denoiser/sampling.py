@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+
+from diffusers_repr.hub.checks import check_whole
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -85,31 +86,6 @@ class SamplingMixin:
 
 
 # Numbers
-
-
-def check_whole(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """A whole number from `low` to `high`, both included.
-
-    Raises:
-        TypeError: For what is no whole number; `True` and 2.0 are none.
-        ValueError: Outside of the range.
-
-    Example:
-        >>> check_whole("num_inference_steps", 0)
-        Traceback (most recent call last):
-        ...
-        ValueError: num_inference_steps is a whole number, 1 or more; got 0.
-    """
-    allowed = f"{name} is a whole number, " + (f"{low} or more" if high is None else f"from {low} to {high}")
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        whole = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{allowed}; got {value!r} ({type(value).__name__}).") from None
-    if whole < low or (high is not None and whole > high):
-        raise ValueError(f"{allowed}; got {whole}.")
-    return whole
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
@@ -392,7 +368,6 @@ __all__ = [
     "check_number",
     "check_output_type",
     "check_process",
-    "check_whole",
     "count_samples",
     "dynamic_mu",
     "pack_images",

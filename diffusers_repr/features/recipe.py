@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from diffusers_repr.data.image_data import ImageData
+from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.features.extractor import FeatureExtractor
-from diffusers_repr.hub.identity import fingerprint
 
 
 def recipe_of(
@@ -31,15 +31,15 @@ def recipe_of(
         prompt: As given; may hold `{label}`.
         class_label: One for all images.
     """
-    denoiser = extractor.denoiser
+    base = base_record(extractor.denoiser, weights=True)
     return {
         "model": {
-            "name": _plain_path(denoiser.name),
-            "revision": denoiser.revision,
-            "class": type(getattr(denoiser.model, "_orig_mod", denoiser.model)).__name__,
-            "dtype": str(denoiser.dtype).removeprefix("torch."),
-            "noise_process": denoiser.schedule.kind,
-            "weights": fingerprint(denoiser.model, denoiser.vae),
+            "name": _plain_path(base.name),
+            "revision": base.revision,
+            "class": base.model_class,
+            "dtype": base.dtype,
+            "noise_process": extractor.denoiser.schedule.kind,
+            "weights": base.weights,
         },
         "data": {
             "name": _plain_path(data.name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from functools import cache
 from pathlib import Path
@@ -76,10 +77,30 @@ def own_pipeline_class(
         FileNotFoundError, ValueError, HubError: As `load_json_config`.
     """
     name = load_json_config(folder_or_id, "model_index.json", revision, token, **where).get("_class_name")
-    file = _own_pipelines().get(name) if isinstance(name, str) else None
-    if file is None:
-        return None
-    return getattr(importlib.import_module(f"diffusers_repr.pipelines.{file.parent.name}.pipeline"), str(name))
+    return named_pipeline(name) if is_own_pipeline(name) else None
+
+
+def named_pipeline(name: str) -> Any:
+    """The class of a pipeline of this package, or else of diffusers, imported only now.
+
+    Args:
+        name: Of the class, as `model_index.json` has it.
+
+    Raises:
+        ValueError: If there is none of this name.
+
+    Example:
+        >>> named_pipeline("DDPMPipeline").__module__
+        'diffusers.pipelines.ddpm.pipeline_ddpm'
+    """
+    file = _own_pipelines().get(name)
+    if file is not None:
+        return getattr(importlib.import_module(f"diffusers_repr.pipelines.{file.parent.name}.pipeline"), name)
+    diffusers = importlib.import_module("diffusers")
+    if not name.endswith("Pipeline") or not hasattr(diffusers, name):
+        near = difflib.get_close_matches(name, [*_own_pipelines(), *dir(diffusers)], n=3)
+        raise ValueError(f"No pipeline {name!r} in this package or in diffusers. Closest: {near}.")
+    return getattr(diffusers, name)
 
 
 def is_own_pipeline(name: Any) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.objectives.artifacts import Artifact, trained_parts
+
 Batch = dict[str, Any]
 
 
 class Objective(nn.Module):
-    """Base of training methods. Subclass, register what is trained as submodules, write `forward`.
+    """Base of training methods. Subclass, register what is trained as submodules, write `forward` and `artifacts`.
 
     A batch is a dict: `pixel_values` (B, C, H, W) float32 in [-1, 1]; and, where the data have them, `class_labels`
     (B,) int64, `caption` (list of str), `moments` (B, 2c, h, w), mean and standard deviation of the VAE's posterior,
@@ -24,14 +26,12 @@ class Objective(nn.Module):
 
     Attributes:
         phases: What `forward` is called with in turn in each step; one optimizer each. One phase for most methods.
-        needs_pixels: Whether a batch must bring `pixel_values` (a data set of cached latents may leave them out).
         card: What the card calls the result (`kind`), and its `library_name`, `pipeline_tag`, `tags` and `base_model`
             on the Hub; `text`, Markdown below the first paragraph, in which `{folder}` becomes the result's Hub id or
             folder; `metrics`, name of a measured number -> arguments of its `hub.Metric`.
     """
 
     phases: tuple[str, ...] = ("main",)
-    needs_pixels: bool = True
     card: Mapping[str, Any] = {
         "kind": "diffusion model",
         "library_name": "diffusers",
@@ -65,9 +65,13 @@ class Objective(nn.Module):
     def on_step_end(self, step: int, ema: Any) -> None:
         """Called after every optimizer step; `step` counts from 1, `ema` is the moving average or None."""
 
+    def artifacts(self) -> list[Artifact]:
+        """What is saved; the first is the result itself, which `train` samples from and measures."""
+        raise NotImplementedError
+
     def ema_modules(self) -> dict[str, nn.Module]:
-        """Submodules whose moving average is kept and saved, by their path in this module."""
-        return {name: child for name, child in self.named_children()}
+        """Submodules whose moving average is kept, by their path in this module: what is saved averaged."""
+        return {part.path: part.module for part in trained_parts(self.artifacts()) if part.averaged}
 
     def networks(self) -> dict[str, nn.Module]:
         """Those of `ema_modules` that have parameters: what can be compiled, checkpointed and given adapters."""
@@ -87,55 +91,35 @@ class Objective(nn.Module):
         """Numbers that belong on the card of the result."""
         return {}
 
-    # What is saved
+    # The result
 
-    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
-        """The diffusers pipeline of the trained network.
+    def result(self, state: Mapping[str, Tensor]) -> Any:
+        """The first of `artifacts`: what `preview` and `evaluate` of `train` get.
 
         Args:
             state: Names as in `state_dict` -> CPU tensors; the moving average where there is one.
 
         Raises:
-            TypeError: If the method yields no pipeline.
+            TypeError: If it cannot be made.
         """
-        raise TypeError(f"{type(self).__name__} yields no pipeline.")
-
-    def heads(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Trained models besides the pipeline's (projectors, classifiers), by name, with the weights of `state`."""
-        return {}
-
-    def head_modules(self) -> dict[str, nn.Module]:
-        """The models of `heads` as they are in training, by the same names: what `load_heads` writes into."""
-        return {}
-
-    def head_config(self, name: str) -> dict[str, Any]:
-        """Entries of a head's saved config that tell what it was trained with."""
-        return {}
+        return self.artifacts()[0].build(state)
 
     def save_pretrained(self, folder: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Write the pipeline into `folder`, and each of `heads` into `folder/heads/<name>`.
+        """Write each of `artifacts` into its place in `folder`.
 
         Args:
             folder: Where to.
-            state: As `pipeline`.
+            state: As `result`.
             dtype: Of the saved weights.
         """
-        pipe = self.pipeline(state)
-        frozen = {id(part) for part in self.frozen.values()}
-        for part in pipe.components.values():  # what was not trained keeps its dtype
-            if isinstance(part, nn.Module) and id(part) not in frozen:
-                nn.Module.to(part, dtype)
-        pipe.save_pretrained(folder)
-        for name, head in self.heads(state).items():
-            nn.Module.to(head, dtype)
-            head.register_to_config(**self.head_config(name))
-            head.save_pretrained(Path(folder) / "heads" / name)
+        for artifact in self.artifacts():
+            artifact.save(Path(folder), state, dtype)
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """`count` PIL images from the pipeline.
 
         Args:
-            pipe: What `pipeline` gave.
+            pipe: What `result` gave.
             count: How many.
             generator: On the CPU.
             steps: Sampling steps.
@@ -186,43 +170,6 @@ class Objective(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k in trained or k not in fixed}
 
 
-def rebuild(module: Any, state: Mapping[str, Tensor], prefix: str) -> Any:
-    """A fresh model of the same class and config on the CPU, with weights out of `state`.
-
-    Args:
-        module: A diffusers model (`ModelMixin`), maybe sharded or compiled.
-        state: Full tensors by name.
-        prefix: Path of `module` in `state`, with the dot at its end.
-
-    Raises:
-        KeyError: If `state` lacks one of its tensors.
-    """
-    inner = getattr(module, "_orig_mod", module)
-    cls = model_class(inner)
-    config = {k: v for k, v in inner.config.items() if not k.startswith("_")}
-    with torch.random.fork_rng(devices=[]):
-        fresh = cls(**config)
-    own = {k: state.get(prefix + k, v).detach().to("cpu") for k, v in inner.state_dict().items()}
-    fresh.load_state_dict({k: v.clone() for k, v in merge_lora(own).items()})
-    return fresh.eval()
-
-
-def merge_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with peft's adapters of factor 1 added in, under the names they had without adapters."""
-    merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-    for key, down in state.items():
-        if key.endswith(".lora_A.default.weight"):
-            layer = key.removesuffix(".lora_A.default.weight")
-            up = state[f"{layer}.lora_B.default.weight"]
-            merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + (up @ down).to(merged[f"{layer}.weight"].dtype)
-    return merged
-
-
-def model_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a model as it was before FSDP gave it another."""
-    return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
-
-
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
     """`loss` as the weighted sum of the terms, and the detached terms themselves.
 
@@ -239,4 +186,4 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> d
     return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
 
-__all__: Sequence[str] = ["Batch", "Objective", "model_class", "rebuild", "weighted_sum"]
+__all__ = ["Batch", "Objective", "weighted_sum"]

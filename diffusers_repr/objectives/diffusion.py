@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.capture.names import check_layers
+from diffusers_repr.denoiser import Denoiser, FeatureMap, list_layers
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
+from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.denoiser.vae import draw_latents
-from diffusers_repr.noise import NoiseLevel, add_noise, training_target
-from diffusers_repr.objectives.base import Batch, Objective, rebuild
+from diffusers_repr.encoders import ImageEncoder
+from diffusers_repr.hub.own_pipelines import named_pipeline
+from diffusers_repr.noise import add_noise, training_target
+from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, PipelineArtifact
+from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, Observation
+from diffusers_repr.objectives.auxiliary.losses import AuxiliaryLosses
+from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.objectives.noisy import NoisyBatch
+from diffusers_repr.objectives.teachers import Teachers, missing, name_encoders
 from diffusers_repr.objectives.times import TimeSampler
-
-
-@dataclass
-class NoisyBatch:
-    """One micro-batch on its way through the network.
-
-    Attributes:
-        x0: Clean pixels or latents (B, c, h, w), float32.
-        noise: Standard normal, as `x0`.
-        level: Resolved, one a sample.
-        x_t: `alpha x0 + sigma noise`.
-        target: What the network should return.
-        condition: Its further inputs by name, labels already dropped.
-        batch: The batch it came from.
-    """
-
-    x0: Tensor
-    noise: Tensor
-    level: NoiseLevel
-    x_t: Tensor
-    target: Tensor
-    condition: dict[str, Any]
-    batch: Batch = field(repr=False)
 
 
 class DiffusionObjective(Objective):
@@ -53,6 +37,10 @@ class DiffusionObjective(Objective):
 
     Args:
         denoiser: From `Denoiser.from_pipe(pipe)`, so that the result can be saved as this pipeline, or from parts.
+        losses: Losses beside the denoising loss, read in the same forward: `AlignmentLoss`, `DispersiveLoss`,
+            `AttentionAlignmentLoss`, `SelfAlignmentLoss`, or an `AuxiliaryLoss` of one's own.
+        encoders: Frozen teachers of these: `Encoder`s, or name -> `Encoder`; `CachedFeatures` where all features lie
+            in a cache.
         time_sampling: How noise levels are drawn.
         label_dropout: Probability that a sample's class (or caption) becomes null, one draw a sample
             (Ho and Salimans 2022, arXiv 2207.12598, alg. 1). With 1 data without captions will do.
@@ -60,18 +48,23 @@ class DiffusionObjective(Objective):
 
     Raises:
         ValueError: If labels are to be dropped and there is no null class; for a pipeline whose network denoises a
-            class token, which this method would not train.
+            class token, which this method would not train; for two losses of one name.
+        RuntimeError: If losses read layers and the network is compiled already.
 
     Attributes:
         trains_class_token: Whether the method trains the `class_token` of a pipeline (REG).
+        own_losses: Names of what the method itself logs.
     """
 
     trains_class_token: bool = False
+    own_losses: tuple[str, ...] = ("loss", "denoising")
 
     def __init__(
         self,
         denoiser: Denoiser,
         *,
+        losses: Sequence[AuxiliaryLoss] = (),
+        encoders: Sequence[Any] | Mapping[str, Any] = (),
         time_sampling: TimeSampler | None = None,
         label_dropout: float = 0.1,
         null_label: int | None = None,
@@ -101,6 +94,34 @@ class DiffusionObjective(Objective):
             for name, part in denoiser.pipe.components.items():
                 if isinstance(part, torch.nn.Module) and part is not self.network and part is not denoiser.vae:
                     self.freeze(name, part)
+        self.encoders = name_encoders(encoders)
+        self._layers: dict[str, Layer] | None = None
+        # "terms" is how checkpoints call the weights of these.
+        self.add_module("terms", AuxiliaryLosses(losses, self.own_losses))
+        self.losses.attach(self)
+        for name, encoder in self.encoders.items():
+            if isinstance(encoder, ImageEncoder):
+                self.freeze(f"encoder-{name}", encoder)
+
+    @property
+    def losses(self) -> AuxiliaryLosses:
+        """The auxiliary losses by name."""
+        return self._modules["terms"]  # type: ignore[return-value]
+
+    def layer(self, path: str) -> Layer:
+        """Channels and grid of a layer, measured without weights.
+
+        Raises:
+            ValueError: If it does not exist (names the closest), or gives no image.
+        """
+        check_layers(self.network, path)
+        if self._layers is None:
+            self._layers = {found.path: found for found in list_layers(self.denoiser, detail="all")}
+        if path not in self._layers:
+            raise ValueError(
+                f"Layer {path!r} gives no image of maps or tokens. `list_layers(denoiser)` shows the layers that do."
+            )
+        return self._layers[path]
 
     # Drawing
 
@@ -164,18 +185,92 @@ class DiffusionObjective(Objective):
         return self.denoiser.family.output(raw, noisy.x_t).float()
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
-        """`loss`: the mean squared error over all elements."""
-        noisy = self.noised(batch)
-        return {"loss": F.mse_loss(self.predict(noisy), noisy.target)}
+        """`loss`: the mean squared error over all elements; with further losses their weighted sum, and each."""
+        out = self.combine(*self.observe(self.noised(batch)))
+        return out if self.losses else {"loss": out["loss"]}
+
+    def observe(self, noisy: NoisyBatch, teachers: Teachers | None = None) -> tuple[dict[str, Tensor], Observation]:
+        """Run the network on a noisy batch.
+
+        Args:
+            noisy: From `noised`.
+            teachers: Of this batch, where the caller has them already.
+
+        Returns:
+            The losses that the network's output gives, unweighted, and what the others may look at.
+        """
+        with self.losses.recording() as recorded:
+            prediction = self.predict(noisy)
+        seen = self.observation(noisy, prediction, recorded, teachers)
+        return {"denoising": F.mse_loss(prediction, noisy.target)}, seen
+
+    def observation(
+        self, noisy: NoisyBatch, prediction: Tensor, recorded: Mapping[str, Any], teachers: Teachers | None = None
+    ) -> Observation:
+        """What the auxiliary losses look at.
+
+        Args:
+            noisy: What the network got.
+            prediction: What it returned.
+            recorded: Of `losses.recording()`, in which it ran.
+            teachers: Of this batch, where the caller has them already.
+        """
+        size, capture = noisy.size, self.losses.capture
+        layers, attentions = ((), ()) if capture is None else (capture.layers, capture.attentions)
+        return Observation(
+            noisy,
+            prediction,
+            {path: self.layer_tokens(path, recorded[path], size) for path in layers},
+            {path: self.queries_and_keys(*recorded[path]) for path in attentions},
+            teachers or self.teachers_of(noisy),
+        )
+
+    def teachers_of(self, noisy: NoisyBatch) -> Teachers:
+        """The encoders' features for a batch."""
+        (height, width), stride = noisy.size, self.denoiser.stride
+        size = (height * stride, width * stride)
+        return Teachers(self.encoders, noisy.batch, size, noisy.x0.device, self.losses.teacher_attentions())
+
+    def combine(self, losses: dict[str, Tensor], seen: Observation) -> dict[str, Tensor]:
+        """Add the auxiliary losses, and weigh all: the loss is exactly the weighted sum of what is logged."""
+        return self.losses.combine(losses, seen, self.loss_weights())
+
+    def loss_weights(self) -> dict[str, float]:
+        """Factor of each loss; 1 for those left out."""
+        return {name: loss.weight for name, loss in self.losses.each.items()}
+
+    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
+        """What a layer returned, as tokens of the image."""
+        return self.denoiser.feature_map(path, value, size)
+
+    def queries_and_keys(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the image's tokens, `(B, heads, N, d)`."""
+        return query, key
+
+    def on_step_end(self, step: int, ema: Any) -> None:
+        """Tell every auxiliary loss."""
+        for loss in self.losses.each.values():
+            loss.on_step_end(step, ema)
+
+    def identity(self) -> dict[str, Any]:
+        """Settings of every auxiliary loss, and the fingerprints of the encoders."""
+        if not self.losses:
+            return super().identity()
+        return {
+            **super().identity(),
+            "terms": {name: loss.describe() for name, loss in self.losses.each.items()},
+            "encoders": {name: encoder.fingerprint() for name, encoder in self.encoders.items()},
+        }
 
     # Checks
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Labels must be there, and in range; captions too, unless `label_dropout` is 1.
+        """Labels must be there, and in range; captions too, unless `label_dropout` is 1; what the encoders need.
 
         Raises:
-            ValueError: Naming the label and the allowed range.
+            ValueError: Naming the label and the allowed range, or what is missing.
         """
+        self.check_encoders(batch)
         if self.denoiser.family.conditioning == "text" and "caption" not in batch and self.label_dropout < 1:
             raise ValueError(
                 f"{type(self.network).__name__} is conditioned on text and the data have no captions; name a column "
@@ -197,16 +292,25 @@ class DiffusionObjective(Objective):
                 "the model with as many classes as the data have."
             )
 
+    def check_encoders(self, batch: Mapping[str, Any]) -> None:
+        """Features of every encoder must be there, or images to make them from.
+
+        Raises:
+            ValueError: Naming what is missing.
+        """
+        live = any(loss.reads_pixels for loss in self.losses.each.values())
+        for name, encoder in self.encoders.items():
+            if live or name not in batch.get("features", {}):
+                problem = missing(name, encoder, batch)
+                if problem:
+                    raise ValueError(problem)
+
     def check_data(self, data: Any) -> None:
         """The classes of the data must be those of the model.
 
         Raises:
             ValueError: Naming both numbers.
-            TypeError: If there is no pipeline that the result could be saved as.
         """
-        mine = type(self).pipeline is DiffusionObjective.pipeline
-        if self.denoiser.pipe is None and mine and type(self).save_pretrained is Objective.save_pretrained:
-            self.pipeline({})
         classes = getattr(data, "num_classes", None)
         if self.num_classes and classes is not None and classes != self.num_classes:
             raise ValueError(
@@ -215,34 +319,23 @@ class DiffusionObjective(Objective):
                 f"{classes}."
             )
 
-    def ema_modules(self) -> dict[str, torch.nn.Module]:
-        """The network."""
-        return {"network": self.network}
+    # The result
 
-    # Saving
+    def artifacts(self) -> list[Artifact]:
+        """The denoiser's pipeline with the trained network in it, and the heads of the losses."""
+        return [PipelineArtifact(self.denoiser.pipe, self.trained_components()), *self.losses.artifacts("terms")]
 
-    def pipeline(self, state: Mapping[str, Tensor]) -> Any:
-        """The denoiser's pipeline with the trained network in it.
-
-        Raises:
-            TypeError: If the denoiser was not built from a pipeline.
-        """
+    def trained_components(self) -> dict[str, ModelArtifact]:
+        """What is trained of the pipeline, by its name there."""
         pipe = self.denoiser.pipe
-        if pipe is None:
-            raise TypeError("The denoiser has no pipeline to be saved as; build it by Denoiser.from_pipe(pipe).")
-        slot = next(name for name in COMPONENTS if getattr(pipe, name, None) is self.network)
-        result = copy.copy(pipe)
-        result.__dict__["_internal_dict"] = copy.deepcopy(pipe._internal_dict)
-        setattr(result, slot, rebuild(self.network, state, "network."))
-        return result
+        slot = next((name for name in COMPONENTS if pipe and getattr(pipe, name, None) is self.network), "network")
+        return {slot: ModelArtifact(self.network, "network")}
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """Samples; of class-conditional models the classes in turn, rows of 8 a class."""
         if self.num_classes and "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
             # diffusers has no pipeline that tells a `UNet2DModel` a class.
-            from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
-
-            pipe = GuidedUnconditionalPipeline(pipe.unet, pipe.scheduler)
+            pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
         given: dict[str, Any] = {"generator": generator, "num_inference_steps": steps}
         if self.num_classes:
@@ -273,4 +366,4 @@ def classes_of(denoiser: Denoiser, null_label: int | None) -> tuple[int, int | N
     return (count, None) if null_label == -1 else (count - 1, count - 1 if null_label is None else null_label)
 
 
-__all__ = ["DiffusionObjective", "NoisyBatch", "classes_of"]
+__all__ = ["DiffusionObjective", "classes_of"]

@@ -15,7 +15,8 @@ from torch import nn
 
 from diffusers_repr.hub import read_json, resolve_folder
 from diffusers_repr.hub.identity import config_hash
-from diffusers_repr.objectives.base import Objective, model_class
+from diffusers_repr.objectives.artifacts import ModelArtifact, model_class
+from diffusers_repr.objectives.base import Objective
 
 _logger = logging.getLogger(__name__)
 _FILES = ("model_index.json", "heads/*/config.json", "heads/*/*.safetensors")
@@ -46,21 +47,21 @@ def load_heads(
         ValueError: For a head that cannot be read, or holds weights that are not finite.
         HubError: If the Hub cannot be read.
     """
-    modules = objective.head_modules()
-    if not modules:
+    heads = _heads(objective)
+    if not heads:
         return {}
     folder = resolve_folder(id_or_folder, revision, token, allow_patterns=_FILES) / "heads"
     there = {path.parent.name for path in folder.glob("*/config.json")}
-    sources = {name: name for name in modules} | _numbered(objective, there)
+    sources = {name: name for name in heads} | _numbered(heads, there)
     fresh: dict[str, str] = {}
-    for name, module in modules.items():
+    for name, head in heads.items():
         problem: str | None = "none was saved"
         if sources[name] in there:
-            problem = _difference(folder / sources[name], module, objective.head_config(name))
+            problem = _difference(folder / sources[name], head.module, head.config)
         if problem:
             fresh[name] = problem
             continue
-        _load(folder / sources[name], module)
+        _load(folder / sources[name], head.module)
         _logger.info("%s goes on from %s.", name, folder / sources[name])
     if fresh:
         told = "; ".join(f"{name}: {why}" for name, why in fresh.items())
@@ -73,9 +74,15 @@ def encoder_mark(encoder: Any) -> str:
     return config_hash({k: v for k, v in encoder.fingerprint().items() if k not in ("name", "revision")})
 
 
-def _numbered(objective: Objective, there: set[str]) -> dict[str, str]:
+def _heads(objective: Objective) -> dict[str, ModelArtifact]:
+    """What lies in `heads/` of a result, by name."""
+    found = [part for part in objective.artifacts() if isinstance(part, ModelArtifact)]
+    return {part.name: part for part in found if part.folder.startswith("heads/")}
+
+
+def _numbered(heads: Mapping[str, ModelArtifact], there: set[str]) -> dict[str, str]:
     """The numbered head of each projector of an encoder; none unless all heads there are numbered."""
-    names = [name for name in objective.head_modules() if "encoder" in objective.head_config(name)]
+    names = [name for name, head in heads.items() if "encoder" in head.config]
     wanted = [f"projector-{at}" for at in range(len(names))]
     if set(wanted) != there or not all(_NUMBERED.fullmatch(name) for name in there):
         return {}

@@ -86,7 +86,7 @@ class Column:
     level: int
     timestep: float
     shape: tuple[int, ...]
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     text_tokens: int = 0
 
 

@@ -16,12 +16,12 @@ from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
-from diffusers_repr.hub.identity import fingerprint
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead, Which, check_which, pick
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
@@ -151,13 +151,9 @@ def measure_alignment(
         for at, place in grid.places()
     )
     resized = encoder.source.size(reads["train"].image_size)
+    base = base_record(denoiser, weights=True)
     recipe = {
-        "model": {
-            "name": denoiser.name,
-            "revision": denoiser.revision,
-            "class": type(getattr(denoiser.model, "_orig_mod", denoiser.model)).__name__,
-            "weights": fingerprint(denoiser.model, denoiser.vae),
-        },
+        "model": {"name": base.name, "revision": base.revision, "class": base.model_class, "weights": base.weights},
         "encoder": encoder.fingerprint(),
         "features": features,
         "data": _described(splits["train"], reads["train"]),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Layer
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.features.extractor import FeatureExtractor
-from diffusers_repr.features.pooling import pool, tokens_to_map
+from diffusers_repr.features.pooling import pool
 from diffusers_repr.metrics.encoding import SharedRead, read_shared
 from diffusers_repr.metrics.gather import own_rows
 from diffusers_repr.store.processes import process_state
@@ -188,7 +189,7 @@ class Sweep:
                 place = denoiser.token_grid(path, feature.shape[1], size) if feature.ndim == 3 else None
                 made = {pooling: pool(feature, pooling, place) for pooling in poolings}
                 if None in made:  # copied: it may be the layer's own memory, which later layers may write to
-                    made[None] = (feature if place is None else tokens_to_map(feature, *place)).float().clone()
+                    made[None] = (feature if place is None else FeatureMap(feature, *place).as_map()).float().clone()
                 return made
 
             with extractor.reading(), capture(denoiser.model, extractor.layers, transform=pooled) as tape:

@@ -19,7 +19,7 @@ from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
 from diffusers_repr.features.pooling import check_pooling
 from diffusers_repr.heads.fitting.closed_form import PENALTIES
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead
 from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels

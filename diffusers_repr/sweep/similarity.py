@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, Protocol
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.cka import cka
 from diffusers_repr.metrics.cknna import NeighbourGraph, compare_graphs, neighbour_graph
 from diffusers_repr.sweep.measure import Bench, Held, Measure, register_measure

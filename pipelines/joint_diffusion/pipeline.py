@@ -33,7 +33,7 @@ from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.labels import Labels, class_ids
 from diffusers_repr.noise import NoiseSchedule, sampler_level
-from diffusers_repr.objectives.jdm import clean_inputs
+from diffusers_repr.objectives.joint.jdm import clean_inputs
 
 
 @dataclass

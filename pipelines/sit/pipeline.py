@@ -21,13 +21,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-
-# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
 from diffusers_repr.denoiser import sampling
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.sit import SiTTransformer2DModel
@@ -244,7 +245,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         if interval[0] > interval[1] >= 0:
             raise ValueError(f"guidance_interval={tuple(interval)} is the wrong way round: give (low, high).")
         if channels is not None:
-            sampling.check_whole("guidance_channels", channels, 1, self.transformer.config.in_channels)
+            check_whole("guidance_channels", channels, 1, self.transformer.config.in_channels)
         if scale > 1 and self.null_label is None and self.transformer.config.condition_dim is None:
             raise ValueError(
                 f"guidance_scale={scale} needs a model with classes or a vector condition; this "
@@ -327,7 +328,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         size = []
         for name, pixels, own in zip(("height", "width"), (height, width), trained, strict=True):
             pixels = own * stride if pixels is None else pixels
-            if sampling.check_whole(name, pixels) % (stride * config.patch_size):
+            if check_whole(name, pixels) % (stride * config.patch_size):
                 raise ValueError(
                     f"{name}={pixels} is no multiple of {stride * config.patch_size}, the pixels of a patch."
                 )

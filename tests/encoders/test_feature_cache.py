@@ -18,7 +18,7 @@ from diffusers_repr.encoders import Encoder
 from diffusers_repr.encoders.feature_cache import cache_features
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.noise import NoiseSchedule
-from diffusers_repr.objectives.repa import REPAObjective
+from diffusers_repr.objectives.repa.objective import REPAObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from tests.data.data_cases import rows
 from tests.data.latent_cases import make_vae

@@ -10,7 +10,7 @@ from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.models import JointViTModel
-from diffusers_repr.objectives.hybvit import HybViTObjective
+from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from tests.objectives.test_jdm import batch, digits, moved
 from tests.testers.models import unet2d
 

@@ -10,8 +10,8 @@ from diffusers_repr.capture import encode_partial
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
-from diffusers_repr.objectives.jdm import JDMObjective, clean_inputs
-from diffusers_repr.objectives.joint import masked_cross_entropy
+from diffusers_repr.objectives.joint.jdm import JDMObjective, clean_inputs
+from diffusers_repr.objectives.joint.objective import masked_cross_entropy
 from tests.testers.models import unet2d
 
 CLASSIFY = ("clean", "noised", "both")

@@ -10,9 +10,9 @@ from torch import nn
 from diffusers_repr import Denoiser
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents
 from diffusers_repr.models import SiTTransformer2DModel
-from diffusers_repr.objectives.latent_norm import LatentNorm
-from diffusers_repr.objectives.repa_e import REPAEObjective
-from diffusers_repr.objectives.vae_statistics import latent_statistics, write_statistics
+from diffusers_repr.objectives.repa.latent_norm import LatentNorm
+from diffusers_repr.objectives.repa.repa_e import REPAEObjective
+from diffusers_repr.objectives.repa.vae_statistics import latent_statistics, write_statistics
 from tests.objectives.cases import LINEAR, SMALL, batch, shake, sit, teacher
 from tests.testers.models import autoencoder, build
 
@@ -58,7 +58,7 @@ def test_each_phase_reaches_its_own_part():
         objective.zero_grad()
         objective(data, phase=phase)["loss"].backward()
         assert {name: nonzero(part) for name, part in parts.items()} == {name: name == phase for name in parts}
-        assert nonzero(objective.terms) == (phase == "main")
+        assert nonzero(objective.losses) == (phase == "main")
         norm = objective.latent_norm.training
         assert (objective.network.training, norm, objective.vae.training) == (*[phase == "main"] * 2, phase == "vae")
 

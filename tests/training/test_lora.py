@@ -10,7 +10,7 @@ from torch import nn
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives import DiffusionObjective, Objective
-from diffusers_repr.objectives.hybvit import HybViTObjective
+from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from diffusers_repr.training.lora import add_lora
 from tests.training.loop_cases import (
     Numbers,

@@ -18,7 +18,7 @@ from diffusers_repr.capture.gradient import (
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.features.pooling import tokens_to_map
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.noise import NoiseSchedule, Prediction, eps_shift_to_output, expand
 
@@ -118,8 +118,7 @@ class EpsGradient:
         found = self.denoiser.token_grid(path, value.shape[1], self.call.size)
         if found is None:
             return value
-        grid, text = found
-        return tokens_to_map(value[:, text : text + grid[0] * grid[1]], grid)
+        return FeatureMap(value, *found).as_map()
 
 
 def _check_loss(loss: Any, rows: int, label: str) -> None:

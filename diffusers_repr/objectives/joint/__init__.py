@@ -1,0 +1,6 @@
+"""One network that denoises and classifies: JDM and HybViT."""
+
+from diffusers_repr.objectives.joint.hybvit import HybViTObjective
+from diffusers_repr.objectives.joint.jdm import JDMObjective
+
+__all__ = ["HybViTObjective", "JDMObjective"]
