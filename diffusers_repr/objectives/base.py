@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Objective(nn.Module):
     def on_step_end(self, step: int, ema: Any) -> None:
         """Called after every optimizer step; `step` counts from 1, `ema` is the moving average or None."""
 
-    def artifacts(self) -> list[Artifact]:
+    def artifacts(self) -> Sequence[Artifact]:
         """What is saved; the first is the result itself, which `train` samples from and measures."""
         raise NotImplementedError
 
