@@ -152,6 +152,7 @@ class Objective(nn.Module):
         """Frozen modules move with this one, but keep their dtype's own choice of `fn`.
 
         They do not follow to the meta device, where FSDP puts what it is about to shard and to load again.
+        `nn.Module._apply` is what `to`, `half` and `cuda` all call; if it goes, frozen parts stay where they were.
         """
         super()._apply(fn, recurse)
         if fn(torch.empty(0)).is_meta:
