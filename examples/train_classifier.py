@@ -13,26 +13,21 @@ the card. The loop, its checkpoints and its settings: docs/training.md.
 import dataclasses
 import inspect
 import sys
-from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from classifier_base import Base, timesteps_at
 from recipe_data import load_recipe_data
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.data import DataConfig, TrainData
-from diffusers_repr.denoiser.vae import encode_latents, scale_latents
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.models import NoisyClassifier
-from diffusers_repr.noise import add_noise
-from diffusers_repr.objectives.base import Batch, Objective, rebuild
+from diffusers_repr.objectives import ClassifierObjective
+from diffusers_repr.objectives.classifier import ClassifierBase
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 from diffusers_repr.training.seeds import reseed
 
@@ -70,61 +65,6 @@ class ClassifierConfig:
         object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
 
 
-class ClassifierObjective(Objective):
-    """Cross-entropy at noise levels drawn uniformly, one a sample (Dhariwal and Nichol 2021, section 4.1)."""
-
-    def __init__(self, config: ClassifierConfig, base: Base, class_names: list[str]) -> None:
-        super().__init__()
-        self.base, self.bins = base, config.noise_bins
-        classes = {"num_classes": len(class_names), "id2label": class_names}
-        self.classifier = NoisyClassifier(**classes, **base.config(), **config.model)
-        if base.vae is not None:
-            self.freeze("vae", base.vae)
-
-    def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
-        labels = batch["class_labels"]
-        places = torch.rand(len(labels), device=labels.device)
-        losses, correct = self.classify(self.classifier, batch, places)
-        parts = (places * self.bins).long().clamp(max=self.bins - 1)
-        told = {"accuracy": correct.mean()}
-        for name, values in (("loss", losses.detach()), ("accuracy", correct)):
-            both = torch.stack([values, torch.ones_like(values)])
-            sums, counts = values.new_zeros(2, self.bins).index_add_(1, parts, both)
-            told |= {f"{name}_{part}": mean for part, mean in enumerate(sums / counts)}  # NaN, not counted, if empty
-        return {"loss": losses.mean(), **told}
-
-    def classify(self, model: nn.Module, batch: Batch, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and correctness (0 or 1), both (B,) float32, of x_t with noise at `places` of the process."""
-        x0, labels = self.clean(batch), batch["class_labels"]
-        timesteps = timesteps_at(self.base.schedule, places)
-        x_t = add_noise(x0, self.base.schedule.resolve(timesteps), torch.randn_like(x0))
-        logits = model(x_t, timesteps)
-        return F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(1) == labels).float()
-
-    def clean(self, batch: Batch) -> Tensor:
-        """x_0, float32: pixels, or the means of the VAE's posterior."""
-        if self.base.vae is None:
-            return batch["pixel_values"].float()
-        if "moments" in batch:
-            return scale_latents(self.base.vae, batch["moments"].float().chunk(2, dim=1)[0])
-        with torch.autocast(batch["pixel_values"].device.type, enabled=False):  # a VAE may overflow in fp16
-            return encode_latents(self.base.vae, batch["pixel_values"]).float()
-
-    def identity(self) -> dict[str, Any]:
-        return {"base": self.base.config()}
-
-    def pipeline(self, state: Mapping[str, Tensor]) -> NoisyClassifier:
-        """The classifier by itself."""
-        return rebuild(self.classifier, state, "classifier.")
-
-    def save_pretrained(self, folder: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        nn.Module.to(self.pipeline(state), dtype).save_pretrained(folder)
-
-    def edges(self) -> list[float]:
-        """The timesteps at which the parts of the noise begin, and that at which the last one ends."""
-        return timesteps_at(self.base.schedule, torch.arange(self.bins + 1) / self.bins).tolist()
-
-
 class Accuracy:
     """Loss and accuracy of a classifier on every image of a split, once in each part of the noise levels."""
 
@@ -150,7 +90,9 @@ class Accuracy:
         return found
 
 
-def open_data(config: TrainingConfig, data_config: DataConfig, base: Base, split: str | None) -> tuple[Any, Any]:
+def open_data(
+    config: TrainingConfig, data_config: DataConfig, base: ClassifierBase, split: str | None
+) -> tuple[Any, Any]:
     """Training data, and those that measure or None."""
     unused = [name for name in ("caption_column", "features_dir") if getattr(data_config, name)]
     unused += ["missing_labels"] if data_config.missing_labels == "keep" else []
@@ -212,10 +154,10 @@ def main(argv: list[str]) -> None:
     if config.lora_rank:
         raise ValueError("`lora_rank` adapts a trained network, and this one is new; drop it.")
     config = dataclasses.replace(config, eval_batch_size=0)  # a classifier has no samples
-    base = Base.load(classifier.pretrained_model_name_or_path, classifier.revision, data_config.resolution)
+    base = ClassifierBase.load(classifier.pretrained_model_name_or_path, classifier.revision, data_config.resolution)
     data, held_out = open_data(config, data_config, base, classifier.eval_split)
     torch.manual_seed(config.seed)
-    objective = ClassifierObjective(classifier, base, data.class_names)
+    objective = ClassifierObjective(base, data.class_names, classifier.model, noise_bins=classifier.noise_bins)
     objective.card = card_of(objective, data_config.dataset_name, classifier.eval_split)
     accuracy = None if held_out is None else Accuracy(objective, held_out, config.train_batch_size, config.seed)
     train(objective, data, config, recipe=recipe_of(config, data_config, classifier), evaluate=accuracy)

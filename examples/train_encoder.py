@@ -10,24 +10,18 @@ k-NN and linear-probe accuracy next to those of the untrained network and of raw
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from encoder_views import ViewConfig, ViewData
 from recipe_data import load_recipe_data
-from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
+from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.data import DataConfig
 from diffusers_repr.data.transforms import to_unit
-from diffusers_repr.encoders.preprocessing import preprocess
-from diffusers_repr.hub.files import write_json
-from diffusers_repr.objectives import Objective
+from diffusers_repr.data.views import ViewConfig, ViewData
+from diffusers_repr.objectives import SimCLRObjective
 from diffusers_repr.sweep import knn_probe, linear_probe
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
@@ -54,75 +48,12 @@ class EncoderConfig:
         object.__setattr__(self, "model", arguments)
 
 
-def nt_xent(one: Tensor, two: Tensor, temperature: float) -> Tensor:
-    """SimCLR's loss (eq. 1): of all other views, those of all processes included, which is of the same image?
-
-    `one` and `two` are (B, D), row b of both being views of the same image.
-    """
-    own = F.normalize(torch.cat([one, two]).float(), dim=-1)
-    everyone, first = own, 0
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = torch.cat(all_gather(own))  # gradients of all processes come back
-        first = dist.get_rank() * len(own)
-    rows = torch.arange(len(own), device=own.device)
-    with torch.autocast(own.device.type, enabled=False):
-        logits = own @ everyone.T / temperature
-    logits = logits.index_put((rows, first + rows), logits.new_tensor(-torch.inf))
-    return F.cross_entropy(logits, first + (rows + len(one)) % len(own))
-
-
-class SimCLRObjective(Objective):
-    """The loss of class tokens and that of mean patch tokens, halved; the encoder's moving average is saved."""
-
-    card = {"kind": "`ViTModel`", "library_name": "transformers", "pipeline_tag": "image-feature-extraction",
-            "tags": ["vision", "simclr"]}  # fmt: skip
-
-    def __init__(self, config: EncoderConfig, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.config, self.mean, self.std = config, mean, std
-        self.encoder = ViTModel(ViTConfig(**config.model), add_pooling_layer=False)
-        width = self.encoder.config.hidden_size
-        self.projector = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, config.projection_dim)
-        )
-
-    def forward(self, batch: dict, phase: str = "main") -> dict[str, Tensor]:
-        tokens = self.tokens(self.encoder, batch["views"].flatten(0, 1))
-        pairs = (self.projector(part).chunk(2) for part in (tokens[:, 0], tokens[:, 1:].mean(1)))
-        of_class, of_patches = (nt_xent(one, two, self.config.temperature) for one, two in pairs)
-        loss = (of_class + of_patches) / 2
-        return {"loss": loss, "class_loss": of_class.detach(), "patch_loss": of_patches.detach()}
-
-    def ema_modules(self) -> dict[str, nn.Module]:
-        return {"encoder": self.encoder}
-
-    def pipeline(self, state: dict) -> ViTModel:
-        """The encoder by itself."""
-        with torch.random.fork_rng(devices=[]):
-            model = ViTModel(ViTConfig.from_dict(self.encoder.config.to_dict()), add_pooling_layer=False)
-        model.load_state_dict({key: state[f"encoder.{key}"] for key in model.state_dict()})
-        return model.eval()
-
-    def save_pretrained(self, folder: str | Path, state: dict, dtype: torch.dtype) -> None:
-        self.pipeline(state).to(dtype).save_pretrained(folder)
-        side = dict.fromkeys(("height", "width"), self.config.model["image_size"])
-        write_json(Path(folder) / "preprocessor_config.json",
-                   {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": side, "resample": 3,
-                    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                    "image_mean": self.mean, "image_std": self.std})  # fmt: skip
-
-    def tokens(self, encoder: ViTModel, images: Tensor) -> Tensor:
-        """(B, 1 + N, D) of images (B, C, H, W) in [-1, 1]."""
-        pixels = preprocess(images, (images.shape[2], images.shape[3]), self.mean, self.std)
-        return encoder(pixel_values=pixels).last_hidden_state
-
-
 class Accuracy:
     """k-NN and linear-probe accuracy on the test set of the encoder, the untrained one and the pixels."""
 
     def __init__(self, objective: SimCLRObjective, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]):
         self.objective, self.sets = objective, (train_set, test_set)  # uint8 images and labels
-        self.untrained = objective.pipeline({k: v.clone() for k, v in objective.state_dict().items()})
+        self.untrained = objective.result({k: v.clone() for k, v in objective.state_dict().items()})
 
     @torch.no_grad()
     def features(self, encoder: ViTModel | None, images: Tensor) -> dict[str, Tensor]:
@@ -159,7 +90,12 @@ def main(argv: list[str]) -> None:
     if test is not None and not (test.num_classes and data.data.num_classes):
         raise ValueError("`eval_split` measures by labels, and the data have none; name --label_column or drop it.")
     torch.manual_seed(config.seed)
-    objective = SimCLRObjective(encoder_config, *data.statistics())
+    objective = SimCLRObjective(
+        encoder_config.model,
+        *data.statistics(),
+        projection_dim=encoder_config.projection_dim,
+        temperature=encoder_config.temperature,
+    )
     accuracy = None if test is None else Accuracy(objective, data.labelled(), ViewData(test, views).labelled())
     train(objective, data, config, recipe=recipe_of(config, data_config, views, encoder_config), evaluate=accuracy)
 

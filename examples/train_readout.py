@@ -20,15 +20,14 @@ import dataclasses
 import sys
 
 import torch
-from readout_args import ReadoutConfig
 from readout_data import ReadoutRows, RowsConfig
-from readout_objective import ReadoutObjective
 from recipe_data import load_split
 from torch import nn
 from torch.utils.data import DataLoader
 
 from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.objectives import ReadoutConfig, ReadoutObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 from diffusers_repr.training.batches import to_device
 from diffusers_repr.training.seeds import reseed
@@ -86,7 +85,7 @@ def main(argv: list[str]) -> None:
     denoiser = load_base(readout)
     rows, errors = load_rows(rows_config, readout, denoiser), None
     torch.manual_seed(config.seed)
-    objective = ReadoutObjective(readout, denoiser, rows.size)
+    objective = ReadoutObjective(denoiser, rows.size, readout)
     if readout.eval_split:
         held_out = dataclasses.replace(rows_config, dataset_split=readout.eval_split, random_flip=False)
         errors = ReadoutErrors(objective, load_rows(held_out, readout, denoiser), config.seed)

@@ -138,6 +138,22 @@ class Family(FamilyLayers):
         """A tensor that the pipeline gives its scheduler (prediction or latents) with another value `(B, C, H, W)`."""
         return self.with_output(given, value)
 
+    def stacked(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a call with a tensor where the network takes a list of rows, so that rows can be taken."""
+        return dict(inputs)
+
+    def listed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `stacked`: as the network takes them."""
+        return dict(inputs)
+
+    def stacked_output(self, raw: Any) -> Any:
+        """The network's output as one tensor, where it gives a list of rows."""
+        return raw
+
+    def listed_output(self, raw: Tensor) -> Any:
+        """The inverse of `stacked_output`."""
+        return raw
+
     def training_timestep(self, told: Tensor) -> Tensor:
         """The training timestep, from what the network is told: the inverse of `timestep`."""
         return told

@@ -31,7 +31,7 @@ class SamplingMixin:
 
     @property
     def num_timesteps(self) -> int:
-        """Network calls of the newest call; the last step that a callback is told of is one less."""
+        """Network calls of the newest call; the last step that a callback hears of is one less."""
         return self._num_timesteps
 
     @property
@@ -112,11 +112,11 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     return number
 
 
-def count_samples(**told: Any) -> int:
+def count_samples(**given: Any) -> int:
     """Number of samples, on which all that is given one a sample must agree; 1 if nothing tells it.
 
     Args:
-        **told: By its name. `batch_size` is a number, `generator` tells where it is a list, `latents` by their
+        **given: By its name. `batch_size` is a number, `generator` tells where it is a list, `latents` by their
             length, and all else too unless it is one for all: of length 1. None tells nothing.
 
     Raises:
@@ -128,7 +128,7 @@ def count_samples(**told: Any) -> int:
         2
     """
     counts: dict[str, int] = {}
-    for name, value in told.items():
+    for name, value in given.items():
         if name == "batch_size" and value is not None:
             counts[name] = check_whole(f"How many samples? {name}", value)
         elif name == "generator":

@@ -12,10 +12,13 @@ from diffusers_repr.objectives.auxiliary import (
     alignment_loss,
 )
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
+from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
+from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
 from diffusers_repr.objectives.saved_heads import load_heads
+from diffusers_repr.objectives.simclr import SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
 
@@ -26,6 +29,8 @@ __all__ = [
     "AuxiliaryLoss",
     "Batch",
     "CachedFeatures",
+    "ClassifierBase",
+    "ClassifierObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "FixedArtifact",
@@ -38,7 +43,10 @@ __all__ = [
     "REPAConfig",
     "REPAEObjective",
     "REPAObjective",
+    "ReadoutConfig",
+    "ReadoutObjective",
     "SelfAlignmentLoss",
+    "SimCLRObjective",
     "SpatialAlignmentLoss",
     "TimeSampler",
     "alignment_loss",

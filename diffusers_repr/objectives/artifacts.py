@@ -34,6 +34,15 @@ class Artifact:
     def check(self) -> None:
         """Raise TypeError for what cannot be made; called before the first step."""
 
+    def __str__(self) -> str:
+        """What it is, and where."""
+        return f"{self.kind} in {self.folder or 'the folder itself'}"
+
+    @property
+    def kind(self) -> str:
+        """Class of what is saved."""
+        return type(self).__name__
+
     def build(self, state: State) -> Any:
         """The object itself, on the CPU.
 
@@ -77,6 +86,11 @@ class ModelArtifact(Artifact):
         return (self,)
 
     @property
+    def kind(self) -> str:
+        """Class of the model."""
+        return model_class(getattr(self.module, "_orig_mod", self.module)).__name__
+
+    @property
     def name(self) -> str:
         """Last part of the folder."""
         return self.folder.rpartition("/")[2]
@@ -111,6 +125,11 @@ class PipelineArtifact(Artifact):
     def parts(self) -> tuple[ModelArtifact, ...]:
         """The trained components."""
         return tuple(part for part in self.components.values() if isinstance(part, ModelArtifact))
+
+    @property
+    def kind(self) -> str:
+        """Class of the pipeline."""
+        return self.pipeline if isinstance(self.pipeline, str) else type(self.pipeline).__name__
 
     def check(self) -> None:
         """See `Artifact.check`.
@@ -154,6 +173,11 @@ class FixedArtifact(Artifact):
     """
 
     thing: Any
+
+    @property
+    def kind(self) -> str:
+        """Class of the thing."""
+        return type(self.thing).__name__
 
     def build(self, state: State) -> Any:
         """The thing."""

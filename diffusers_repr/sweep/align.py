@@ -27,7 +27,7 @@ from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.measure import Bench, Key, Measure, Score, Split, make_measure
-from diffusers_repr.sweep.run import Progress, Sweep
+from diffusers_repr.sweep.run import Sweep, progress_bar
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise range, where no levels are given
 
@@ -137,7 +137,7 @@ def measure_alignment(
         if role == "held":
             tell_overlap(reads["train"].keys, found.keys, "data", "test")
 
-    with Progress(progress, "alignment") as bar:
+    with progress_bar(progress, "alignment") as bar:
         sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, image_size, bar)
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     _warn_undefined(scores)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import Layer
+from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.heads.fitting.closed_form import CRITERIA, PENALTIES, LinearPath, Moments, check_penalties
 from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.sweep.grid import Grid
@@ -29,7 +30,8 @@ class LinearSums(Measure):
     penalties: tuple[float, ...] = PENALTIES
 
     def __post_init__(self) -> None:
-        """The grid in ascending order."""
+        """The grid in ascending order; maps have to be pooled."""
+        pooled_size(self.pooling)
         object.__setattr__(self, "penalties", check_penalties(self.penalties))
 
     def check(self, bench: Bench) -> None:

@@ -70,9 +70,10 @@ class SweepResult(ABC):
         """One flat dictionary a cell, in the order of `cells`, for a data frame."""
         return [asdict(cell) for cell in self.cells]
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON; the cells, of which there are many, come last."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {"format": self.format(), **{k: v for k, v in values.items() if k != "cells"}, "cells": values["cells"]}
 
     @classmethod
     @abstractmethod

@@ -22,41 +22,14 @@ from diffusers_repr.sweep.held import HeldTally
 from diffusers_repr.sweep.measure import Bench, Key, Measure, Piece, Score, Tally
 
 
-class Progress:
-    """A bar that counts forwards, on the main process; silent if not wanted.
+def progress_bar(shown: bool, name: str) -> Any:
+    """A bar of forwards, on the main process; silent if not wanted."""
+    from tqdm.auto import tqdm
 
-    Args:
-        shown: Whether to draw it.
-        name: What is going on.
-    """
-
-    def __init__(self, shown: bool, name: str) -> None:
-        from tqdm.auto import tqdm
-
-        shown = shown and process_state().is_main_process
-        self.bar = tqdm(total=0, desc=name, unit="forward", disable=not shown)
-        self.forwards = 0
-
-    def expect(self, stage: str, forwards: int) -> None:
-        """Announce a stage."""
-        self.bar.set_description(stage)
-        self.bar.total += forwards
-        self.bar.refresh()
-
-    def step(self) -> None:
-        """Count one forward."""
-        self.forwards += 1
-        self.bar.update(1)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
+    return tqdm(total=0, desc=name, unit="forward", disable=not (shown and process_state().is_main_process))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sweep:
     """What stays the same for every stage of a sweep.
 
@@ -67,7 +40,8 @@ class Sweep:
         batch_size: Images, or pairs of image and level, a forward.
         condition: `prompt` and `class_labels`, as in `FeatureExtractor`.
         image_size: As in `FeatureExtractor`.
-        progress: Counts forwards.
+        bar: Of `progress_bar`.
+        forwards: That were made, on this process.
     """
 
     measures: Sequence[Measure]
@@ -76,7 +50,8 @@ class Sweep:
     batch_size: int
     condition: Mapping[str, Any]
     image_size: tuple[int, int] | int | None
-    progress: Progress
+    bar: Any
+    forwards: int = 0
 
     def run(
         self,
@@ -134,9 +109,11 @@ class Sweep:
 
     def expect(self, stage: str, roles: Sequence[str], levels: int) -> None:
         """Announce the forwards that reading these splits at so many levels makes on this process."""
+        self.bar.set_description(stage)
         for role in roles:
             full, rest = divmod(len(own_rows(len(self.bench.splits[role]))), self.batch_size)
-            self.progress.expect(stage, full * levels + -(-rest * levels // self.batch_size))
+            self.bar.total += full * levels + -(-rest * levels // self.batch_size)
+        self.bar.refresh()
 
     def read(
         self,
@@ -217,7 +194,8 @@ class Sweep:
 
             with extractor.reading(), capture(denoiser.model, extractor.layers, transform=pooled) as tape:
                 denoiser.predict(batch.x_t, batch.level, batch.condition)
-            self.progress.step()
+            self.forwards += 1
+            self.bar.update(1)
             for level, part, at in _levels(batch.cells, count):
                 made = tape.features.items()
                 yield level, part, {p: {path: by_pooling[p][at] for path, by_pooling in made} for p in poolings}

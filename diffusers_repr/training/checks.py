@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from huggingface_hub import get_token
 
 from diffusers_repr.hub import HubError
+from diffusers_repr.objectives import Objective, PipelineArtifact
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.run import Progress
 
@@ -25,6 +26,26 @@ def check_config(config: TrainingConfig) -> None:
         raise HubError("`push_to_hub` needs a token: log in with `hf auth login`, or set HF_TOKEN.")
     if Path(config.output_dir).is_file():
         raise NotADirectoryError(f"--output_dir {config.output_dir} is a file; name a folder.")
+
+
+def check_result(objective: Objective, config: TrainingConfig) -> None:
+    """What will be saved, and sampled from, must be there at the end.
+
+    Raises:
+        TypeError: If an artifact cannot be made.
+        ValueError: If the objective saves nothing, two of its artifacts lie in one folder, or samples are asked of one
+            that makes none.
+    """
+    artifacts = objective.artifacts()
+    for artifact in artifacts:
+        artifact.check()
+    method, folders = type(objective).__name__, [artifact.folder for artifact in artifacts]
+    doubled = sorted({folder for folder in folders if folders.count(folder) > 1} - {""})
+    if not artifacts or doubled:
+        raise ValueError(f"`{method}.artifacts` names {f'{doubled} twice' if doubled else 'nothing to be saved'}.")
+    own_samples = type(objective).preview is not Objective.preview
+    if config.eval_batch_size and not own_samples and not isinstance(artifacts[0], PipelineArtifact):
+        raise ValueError(f"{method} yields no pipeline to sample from; set eval_batch_size to 0 (samples.png).")
 
 
 def check_accumulation(accelerator: Accelerator) -> None:

@@ -30,7 +30,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step")
     max_train_steps: int = setting(1000, "optimizer steps")
     learning_rate: float = setting(1e-4, "peak learning rate")
-    lr_scheduler: Literal["constant", "cosine"] = setting("constant", "shape after the warm-up")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = setting("constant", "shape after the warm-up")
     lr_warmup_steps: int = setting(0, "steps of linear warm-up")
     adam_beta1: float = setting(0.9, "AdamW's beta1")
     adam_beta2: float = setting(0.999, "AdamW's beta2")

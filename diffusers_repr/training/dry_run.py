@@ -34,7 +34,9 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
     moving = 16 * _count(trained) + 4 * _count(averaged)
     lines = [to_yaml(dict(recipe)).rstrip()]
     for name, child in objective.named_children():
-        lines.append(f"# {name}: {_count(child.parameters()):,} parameters ({type(child).__name__})")
+        if count := _count(child.parameters()):
+            lines.append(f"# {name}: {count:,} parameters ({type(child).__name__})")
+    lines += [f"# saved: {artifact}" for artifact in objective.artifacts()]
     lines.append(f"# trained: {_count(trained):,} parameters; frozen: {_count(frozen):,}")
     lines.append(
         f"# weights, gradients, optimizer and average: {_size(moving)}; frozen parts: {_size(_bytes(frozen))}"

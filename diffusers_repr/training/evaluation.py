@@ -1,4 +1,4 @@
-"""A look at a run while it goes on: a grid of samples, and whatever numbers the user measures."""
+"""Validation of a run while it goes on: a grid of samples, and whatever numbers the user measures."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Evaluations:
             self.accelerator.log(numbers, step=step)
 
 
-def look(run: Run, evaluations: Evaluations, picture: str) -> None:
+def validate(run: Run, evaluations: Evaluations, picture: str) -> None:
     """Write a PNG grid of samples of the averaged weights, in rows of 8, and measure; every process must call it.
 
     Args:
@@ -67,7 +67,7 @@ def look(run: Run, evaluations: Evaluations, picture: str) -> None:
         return
     state = run.result()
     if run.accelerator.is_main_process:
-        pipe = run.objective.pipeline(state)
+        pipe = run.objective.result(state)
         pipe.to(run.accelerator.device)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)

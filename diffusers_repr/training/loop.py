@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from diffusers_repr.objectives import Objective
 from diffusers_repr.training.batches import gather_streams, make_batches
 from diffusers_repr.training.checkpoints import drop_partial, find_checkpoint
-from diffusers_repr.training.checks import check_accumulation, check_config, check_place, warn_of_skipped
+from diffusers_repr.training.checks import check_accumulation, check_config, check_place, check_result, warn_of_skipped
 from diffusers_repr.training.config import TrainingConfig, recipe_of
 from diffusers_repr.training.dry_run import describe_run
-from diffusers_repr.training.evaluation import Evaluate, Evaluations, look
+from diffusers_repr.training.evaluation import Evaluate, Evaluations, validate
 from diffusers_repr.training.logs import Log
 from diffusers_repr.training.lora import add_lora
 from diffusers_repr.training.result import save_result, write_card
@@ -36,7 +36,7 @@ class TrainResult:
     """What a run came to.
 
     Attributes:
-        output_dir: The pipeline folder.
+        output_dir: The folder of the result.
         step: Optimizer steps done.
         log: Lines of `loss.jsonl`.
         evaluations: Lines of `evaluation.jsonl`.
@@ -59,7 +59,7 @@ def train(
     accelerator: Accelerator | None = None,
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
-    """Train an objective and save its pipeline, projectors and heads.
+    """Train an objective and save its artifacts: a pipeline, a network, heads.
 
     The same call again goes on from the newest whole checkpoint, bit for bit on a CPU: sample n of the run is
     `permutation(seed, epoch)[n mod N]`, all randomness of a step is one of (seed, step, rank), and checkpoints lie
@@ -71,15 +71,18 @@ def train(
         config: Settings of the loop.
         recipe: All settings of the run, for the card and for telling one run from another; those of `config` if None.
         accelerator: Of accelerate; made from `config` if None, and the process group is ended with the run then.
-        evaluate: `(pipeline, step) -> {name: number}`, called on the main process with the averaged weights every
-            `validation_steps` and at the end; its numbers go to `evaluation.jsonl`, the trackers and the card.
+        evaluate: `(result, step) -> {name: number}`, `result` being `objective.result`, mostly a pipeline; called on
+            the main process with the averaged weights every `validation_steps` and at the end; its numbers go to
+            `evaluation.jsonl`, the trackers and the card.
 
     Returns:
-        A `TrainResult`; the folder `config.output_dir` holds the pipeline, `heads/`, `loss.jsonl`, `samples.png`,
-        `recipe.yaml` and a card. A dry run prints and writes nothing.
+        A `TrainResult`; the folder `config.output_dir` holds the artifacts, `loss.jsonl`, `samples.png`, `recipe.yaml`
+        and a card. A dry run prints and writes nothing.
 
     Raises:
-        ValueError: For data that do not fit the objective, or a checkpoint of another run.
+        ValueError: For data that do not fit the objective, a checkpoint of another run, or samples asked of a method
+            that makes none.
+        TypeError: If the result cannot be saved.
         CheckpointError: If no checkpoint is whole.
         FloatingPointError: If losses stay infinite or NaN.
         ImportError: For a tracker that is not installed.
@@ -90,6 +93,7 @@ def train(
         ImportError: For a tracker that is not installed.
     """
     check_config(config)
+    check_result(objective, config)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
@@ -120,11 +124,11 @@ def train(
         drop_partial(config.output_dir)
     log = Log(config, run.progress.step, accelerator, recipe)
     evaluations = Evaluations(config, run.progress.step, accelerator, evaluate)
-    go_on(run, data, state.get("streams"), log, evaluations)
+    train_loop(run, data, state.get("streams"), log, evaluations)
 
     settings = recipe or dataclasses.asdict(config)
     save_result(run, settings)
-    look(run, evaluations, "samples.png")
+    validate(run, evaluations, "samples.png")
     write_card(run, data, log.lines, settings, evaluations.last)
     progress = run.progress
     warn_of_skipped(progress)
@@ -135,8 +139,8 @@ def train(
     return TrainResult(Path(config.output_dir), progress.step, log.lines, evaluations.lines, progress.skipped)
 
 
-def go_on(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluations) -> None:
-    """Step to the end, with lines of the log, checkpoints and looks on the way."""
+def train_loop(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluations) -> None:
+    """Step to the end, with lines of the log, checkpoints and validation on the way."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
     batches = make_batches(data, config, accelerator, progress.step, streams, run.objective)
     images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
@@ -168,7 +172,7 @@ def go_on(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluations)
         if step % config.checkpointing_steps == 0 or last:
             run.save(gather_streams(data, accelerator))
         if config.validation_steps and step % config.validation_steps == 0 and not last:
-            look(run, evaluations, f"samples/step-{step:08d}.png")
+            validate(run, evaluations, f"samples/step-{step:08d}.png")
             since = time.perf_counter(), step
     bar.close()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers.optimization import get_scheduler
 
 from diffusers_repr.training.config import TrainingConfig
 
@@ -16,10 +19,19 @@ def reseed(seed: int, step: int, rank: int) -> None:
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to zero; `step` counts from 0."""
-    if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    if config.lr_scheduler == "constant":
-        return config.learning_rate
-    share = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
-    return config.learning_rate * (1 + math.cos(math.pi * share)) / 2
+    """Linear warm-up, then diffusers' schedule `config.lr_scheduler`; `step` counts from 0.
+
+    The first step of the warm-up trains already, with a share of `1 / lr_warmup_steps`; diffusers gives it 0.
+    """
+    warmup = config.lr_warmup_steps
+    share = _schedule(config.lr_scheduler, warmup, config.max_train_steps)
+    return config.learning_rate * share(step + 1 if step < warmup else step)
+
+
+@cache
+def _schedule(name: str, warmup: int, steps: int) -> Callable[[int], float]:
+    """Share of the peak by step. diffusers makes it for an optimizer, which is none of the run's here."""
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    kind = "constant_with_warmup" if name == "constant" else name
+    schedule: Any = get_scheduler(kind, stand_in, num_warmup_steps=warmup, num_training_steps=steps)
+    return schedule.lr_lambdas[0]

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifier_base import Base
 from recipe_data import load_recipe_data
 from torch.utils.data import DataLoader
-from train_classifier import Accuracy, ClassifierConfig, ClassifierObjective
+from train_classifier import Accuracy, ClassifierConfig
 
 from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
@@ -16,6 +15,7 @@ from diffusers_repr.data import DataConfig
 from diffusers_repr.data.transforms import augment
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
+from diffusers_repr.objectives import ClassifierBase, ClassifierObjective
 from diffusers_repr.training import TrainingConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,7 +33,9 @@ def test_the_model_of_the_digits():
     model.check_base(base.schedule, 1)
     flags = ["--config", str(DIGITS_RECIPE), "--pretrained_model_name_or_path", str(DIGITS_MODEL)]
     config, _, settings = parse_recipe((TrainingConfig, DataConfig, ClassifierConfig), flags)
-    objective = ClassifierObjective(settings, Base.load(str(DIGITS_MODEL)), model.labels)
+    objective = ClassifierObjective(
+        ClassifierBase.load(str(DIGITS_MODEL)), model.labels, settings.model, noise_bins=settings.noise_bins
+    )
     measure = Accuracy(objective, digits("test"), config.train_batch_size, config.seed)
     scores = measure(model, config.max_train_steps)
     told = json.loads((DIGITS_CLASSIFIER / "evaluation.json").read_text())

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from classifier_base import Base, timesteps_at
 from huggingface_hub import ModelCard
 from PIL import Image
 from recipe_data import load_recipe_data
 from safetensors.torch import load_file
-from train_classifier import Accuracy, ClassifierConfig, ClassifierObjective, main
+from train_classifier import Accuracy, ClassifierConfig, main
 
 from diffusers_repr import Denoiser, NoiseSchedule
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
 from diffusers_repr.denoiser.vae import encode_moments
 from diffusers_repr.models import NoisyClassifier
+from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective, timesteps_at
 from diffusers_repr.training import TrainingConfig
 from tests.testers.models import build, saved
 from tests.training.loop_cases import forget_accelerate
@@ -262,8 +262,7 @@ def test_images_without_a_class(tmp_path):
 
 def tiny_objective(bins: int = 3) -> ClassifierObjective:
     torch.manual_seed(0)
-    config = ClassifierConfig(str(DIGITS_MODEL), model=TINY, noise_bins=bins)
-    return ClassifierObjective(config, Base.load(str(DIGITS_MODEL)), DIGITS)
+    return ClassifierObjective(ClassifierBase.load(str(DIGITS_MODEL)), DIGITS, TINY, noise_bins=bins)
 
 
 def plain_scores(objective: ClassifierObjective, image, label: int, place: float, noise) -> tuple[float, float]:
@@ -337,8 +336,8 @@ def test_the_evaluation_is_that_of_a_plain_loop(tmp_path):
 def test_cached_moments_give_the_latents_of_the_images():
     pipe = build("sd3")
     denoiser = Denoiser.from_pipe(pipe)
-    base = Base("sd3", None, denoiser.schedule, 4, 3, (16, 16), denoiser.stride, pipe.vae)
-    objective = ClassifierObjective(ClassifierConfig("sd3", model=TINY), base, ["cat", "dog"])
+    base = ClassifierBase("sd3", None, denoiser.schedule, 4, 3, (16, 16), denoiser.stride, pipe.vae)
+    objective = ClassifierObjective(base, ["cat", "dog"], TINY)
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     cached = objective.clean({"moments": encode_moments(pipe.vae, pixels)})
     with torch.autocast("cpu", torch.bfloat16):  # mixed precision is the classifier's, not the VAE's

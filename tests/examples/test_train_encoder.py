@@ -10,14 +10,16 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from encoder_views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from huggingface_hub import ModelCard
 from recipe_data import load_recipe_data
-from train_encoder import Accuracy, EncoderConfig, SimCLRObjective, main, nt_xent
+from train_encoder import Accuracy, EncoderConfig, main
 from transformers import ViTModel
 
 from diffusers_repr.data import DataConfig
+from diffusers_repr.data.views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from diffusers_repr.encoders import Encoder
+from diffusers_repr.objectives import SimCLRObjective
+from diffusers_repr.objectives.simclr import nt_xent
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = {
@@ -166,7 +168,7 @@ def test_recipes_parse(name, capsys):
     kinds = (TrainingConfig, DataConfig, ViewConfig, EncoderConfig)
     config, _, _, encoder = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
     assert config.max_train_steps > 100
-    SimCLRObjective(encoder, [0.5], [0.5])
+    SimCLRObjective(encoder.model, [0.5], [0.5])
 
 
 @pytest.mark.slow
@@ -206,7 +208,7 @@ def test_nt_xent_of_equal_views_of_unlike_images_is_near_its_least():
 def test_training_pulls_views_together():
     """Both losses fall on a fixed batch, and both reach the encoder."""
     torch.manual_seed(0)
-    objective = SimCLRObjective(EncoderConfig(MODEL, projection_dim=8), [0.3], [0.4])
+    objective = SimCLRObjective(MODEL, [0.3], [0.4], projection_dim=8)
     images = torch.rand(6, 1, 8, 8) * 2 - 1
     batch = {"views": torch.stack([images, (images + 0.1 * torch.randn(6, 1, 8, 8)).clamp(-1, 1)])}
     optimizer = torch.optim.AdamW(objective.parameters(), 3e-3)
@@ -319,7 +321,7 @@ def test_view_data_gives_two_views_of_the_same_images():
 def test_accuracy_on_pixels_that_are_the_label():
     labels = torch.arange(40) % 2
     images = (labels * 200).byte().view(-1, 1, 1, 1).expand(-1, 1, 8, 8) + torch.randint(0, 9, (40, 1, 8, 8)).byte()
-    objective = SimCLRObjective(EncoderConfig(MODEL, projection_dim=8), [0.3], [0.4])
+    objective = SimCLRObjective(MODEL, [0.3], [0.4], projection_dim=8)
     accuracy = Accuracy(objective, (images, labels), (images, labels))(objective.encoder.eval(), 1)
     assert (accuracy["pixels_knn"], accuracy["pixels_linear"]) == (1.0, 1.0)
     assert accuracy["trained_patch_mean_knn"] == accuracy["untrained_patch_mean_knn"]  # nothing was trained

@@ -112,7 +112,6 @@ class Captioned(nn.Module):
 
 class CaptionedFamily(Family):
     attentions = {"blocks.*": replace(SINGLE_TEXT_FIRST, name="captioned attention")}
-    joins = True
 
     def channels(self):
         return 1
@@ -156,7 +155,7 @@ def test_pag_of_a_family_of_ones_own_equals_a_loop_of_two_calls():
     with guide(denoiser, PAG(2.0), scheduler=scheduler) as handle:
         got = model(x, scheduler.timesteps[:1].expand(3), **given)[0]
         scheduler.step(got, scheduler.timesteps[0], x)
-    assert handle.stats.steps[0].acted == ("PAG",)
+    assert handle.stats.steps[0].acted == ["PAG"]
     t = scheduler.timesteps[:1].expand(3)
     plain = model(x, t, **given)[0]
     assert denoiser.default_layers("pag").layers == ("blocks.1",)

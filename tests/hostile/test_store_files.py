@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict
+from operator import methodcaller
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from diffusers_repr.store import ImageKey, ImageStore, write_assignments, write_images
 from diffusers_repr.store.card import store_card
 from diffusers_repr.store.feature_layout import Column, FeatureLayout
 from diffusers_repr.store.feature_store import FeatureStore
@@ -279,6 +282,27 @@ def test_every_value_of_a_caches_manifest(cache):
         )
         > 20
     )
+
+
+@pytest.mark.parametrize("kind", ["images", "assignments"])
+def test_every_value_of_the_manifest_of_other_kinds(tmp_path, kind):
+    """What is not refused reads the very files that were written."""
+    if kind == "images":
+        keys = [ImageKey("m", 4, 4, steps=1, seed=seed) for seed in range(3)]
+        made = write_images(
+            tmp_path / "out", keys, lambda k: [Image.new("L", (4, 4))] * len(k), shard_size=2, progress=False
+        )
+        read = ImageStore.image_keys
+    else:
+        made = write_assignments(
+            tmp_path / "out", 3, lambda start, stop: {"class_id": np.arange(start, stop)}, shard_size=2,
+            assigner={"kind": "rows"}, data={"name": "pets"}, num_classes=3, progress=False,
+        )  # fmt: skip
+        read = methodcaller("array", "class_id")
+    path = made.folder / "manifest.json"
+    good = json.loads(path.read_text())
+    refused = sweep(good, path.write_text, lambda: read(type(made).open(made.folder)), "manifest.json", ".parquet")
+    assert refused > 15
 
 
 def test_the_links_of_the_hubs_cache_are_followed(good_store, good_cache, tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from diffusers_repr import Denoiser, Family
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import DiffusionObjective, Objective
-from diffusers_repr.objectives.base import merge_lora, rebuild
+from diffusers_repr.objectives.artifacts import merge_lora, rebuild
 from diffusers_repr.objectives.times import TimeSampler
 from tests.objectives.cases import COSINE, LINEAR, batch, sit
 from tests.testers.models import build
@@ -300,10 +300,10 @@ def test_what_a_method_must_define():
     objective = Objective()
     with pytest.raises(NotImplementedError):
         objective({})
-    with pytest.raises(TypeError, match="Objective yields no pipeline"):
-        objective.pipeline({})
+    with pytest.raises(NotImplementedError):
+        objective.artifacts()
     with pytest.raises(TypeError, match="build it by Denoiser.from_pipe"):
-        DiffusionObjective(sit()).pipeline({})
+        DiffusionObjective(sit()).result({})
 
 
 def test_class_inputs_of_another_name():

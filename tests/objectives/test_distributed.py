@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusers_repr.objectives import AttentionAlignmentLoss, DispersiveLoss, REPAObjective, SelfAlignmentLoss
+from diffusers_repr.objectives import (
+    AlignmentLoss,
+    AttentionAlignmentLoss,
+    DispersiveLoss,
+    REPAObjective,
+    SelfAlignmentLoss,
+)
 from tests.objectives.cases import SMALL, attention_teacher, backward, batch, sit
 from tests.objectives.test_reg import reg
 from tests.objectives.test_repa_e import repa_e
@@ -25,7 +31,9 @@ def all_of_it():
         SelfAlignmentLoss(projector_dim=8),
     ]
     torch.manual_seed(0)
-    return REPAObjective(sit(), [attention_teacher()], "blocks.1", stop_step=1, terms=terms, **SMALL)
+    return REPAObjective(
+        sit(), [attention_teacher()], alignment=AlignmentLoss("blocks.1", stop_step=1, **SMALL), losses=terms
+    )
 
 
 @pytest.mark.usefixtures("group")
@@ -33,14 +41,14 @@ def all_of_it():
 def test_every_parameter_gets_a_gradient(make):
     objective = make().train()
     wanted = [backward(objective, batch())[1]]
-    for term in objective.terms.values():
+    for term in objective.losses.values():
         term.step = 1
     wanted.append(backward(objective, batch())[1])
-    for term in objective.terms.values():
+    for term in objective.losses.values():
         term.step = 0
     wrapped = DistributedDataParallel(objective, find_unused_parameters=False)
     for step, grads in enumerate(wanted):
-        for term in objective.terms.values():
+        for term in objective.losses.values():
             term.step = step
         _, got = backward(wrapped, batch())
         assert got.keys() == {f"module.{name}" for name in grads}

@@ -7,7 +7,7 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from safetensors.torch import load_file
 
 from diffusers_repr import Denoiser
-from diffusers_repr.objectives import REGObjective, REPAEObjective, REPAObjective, SelfAlignmentLoss
+from diffusers_repr.objectives import AlignmentLoss, REGObjective, REPAEObjective, REPAObjective, SelfAlignmentLoss
 from tests.objectives.cases import SMALL, sit, teacher
 from tests.objectives.test_reg import class_teacher
 from tests.testers.models import autoencoder
@@ -27,8 +27,8 @@ class Coloured(Numbers):
 def repa():
     torch.manual_seed(0)
     pipe = SiTPipeline(sit().model, FlowMatchODEScheduler())
-    terms = [SelfAlignmentLoss(projector_dim=8, weight=1.0)]
-    return REPAObjective(Denoiser.from_pipe(pipe), [teacher()], "blocks.1", stop_step=3, terms=terms, **SMALL)
+    alignment, own = AlignmentLoss("blocks.1", stop_step=3, **SMALL), SelfAlignmentLoss(projector_dim=8, weight=1.0)
+    return REPAObjective(Denoiser.from_pipe(pipe), [teacher()], alignment=alignment, losses=[own])
 
 
 def reg():

@@ -68,7 +68,7 @@ def test_every_mode_in_the_objective():
         _, step = objective.observe(objective.noised(data))
         student, features = step.layers["blocks.1"], encoder.encode_pixels(data["pixel_values"])
         wanted = FeatureMap(features.tokens, features.grid)
-        projector = objective.terms["alignment"].projectors[0]
+        projector = objective.losses["alignment"].projectors[0]
         if mode == "pool_student":
             projected = projector(looped_average(student, (2, 2)), (2, 2)).double()
             target = wanted.values.double()

@@ -17,6 +17,7 @@ from diffusers_repr.objectives import (
     REPAConfig,
     REPAObjective,
     SelfAlignmentLoss,
+    SpatialAlignmentLoss,
     build_repa,
 )
 from tests.objectives.cases import COSINE, LINEAR, SMALL, TinyTeacher, backward, batch, shake, sit, teacher
@@ -101,7 +102,7 @@ def test_the_losses_by_hand(schedule):
     assert out["denoising"].item() == pytest.approx((predicted - wanted).square().mean().item(), abs=1e-4)
     own = (objective.class_token.read(state) - target).square().mean()
     assert out["class_token"].item() == pytest.approx(own.item(), abs=1e-4)
-    projected = objective.terms["alignment"].projectors[0].layers(states[1])
+    projected = objective.losses["alignment"].projectors[0].layers(states[1])
     targets = torch.cat([features.tokens, z[:, None]], 1)
     cosine = nn.functional.cosine_similarity(projected, targets, dim=-1).mean()
     assert out["alignment"].item() == pytest.approx(-cosine.item(), abs=1e-5)
@@ -122,7 +123,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_attention_is_aligned_without_the_class_token():
     encoder = class_teacher()
     term = AttentionAlignmentLoss(None, ["blocks.0.attn"], (0,))
-    objective = REGObjective(sit(), [TinyTeacher(encoder.source, "teacher")], "blocks.1", terms=[term], **SMALL)
+    objective = REGObjective(sit(), [TinyTeacher(encoder.source, "teacher")], "blocks.1", losses=[term], **SMALL)
     assert math.isfinite(objective(batch())["attention"].item())
 
 
@@ -225,9 +226,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="pass encoders"):
         REGObjective(sit(), [])
     with pytest.raises(ValueError, match="projector_kind='mlp'"):
-        reg(projector_kind="conv")
+        reg(alignment=SpatialAlignmentLoss("blocks.1"))
     with pytest.raises(ValueError, match="drop REG or SRA"):
-        reg(terms=[SelfAlignmentLoss()])
+        reg(losses=[SelfAlignmentLoss()])
     with pytest.raises(ValueError, match="class_weight must be finite"):
         reg(class_weight=-1.0)
     with pytest.raises(TypeError, match="got UNet2DModel"):

@@ -96,7 +96,7 @@ def test_blocks_after_the_layer_get_no_gradient_from_the_alignment():
     objective = REPAObjective(sit(), [teacher()], "blocks.1", **SMALL)
     noisy = objective.noised(batch())
     losses, step = objective.observe(noisy)
-    objective.terms["alignment"](step).backward()
+    objective.losses["alignment"](step).backward()
     for name, parameter in objective.network.named_parameters():
         late = name.startswith(("blocks.2", "blocks.3", "norm_out", "proj_out"))
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -104,7 +104,7 @@ def test_blocks_after_the_layer_get_no_gradient_from_the_alignment():
 
 
 def test_the_loss_is_the_weighted_sum_of_what_is_logged():
-    objective = REPAObjective(sit(), [teacher()], "blocks.1", 0.5, terms=[Summed("blocks.2", 0.25)], **SMALL)
+    objective = REPAObjective(sit(), [teacher()], "blocks.1", 0.5, losses=[Summed("blocks.2", 0.25)], **SMALL)
     out = objective(batch())
     total = out["denoising"] + 0.5 * out["alignment"] + 0.25 * out["summed"]
     assert sorted(out) == ["alignment", "denoising", "loss", "summed"]
@@ -128,7 +128,7 @@ def test_the_loss_by_hand_with_two_encoders():
     none = torch.zeros(3, dtype=torch.bool)
     cut(x_t, data["time"], data["class_labels"], drop_mask=none)
     losses = []
-    for encoder, projector in zip(encoders, objective.terms["alignment"].projectors, strict=True):
+    for encoder, projector in zip(encoders, objective.losses["alignment"].projectors, strict=True):
         losses.append(looped(projector(kept[0], (4, 4)).detach(), encoder.encode_pixels(data["pixel_values"]).tokens))
     assert out["alignment"].item() == pytest.approx(sum(losses) / 2, abs=1e-5)
     predicted = objective.network(x_t, data["time"], data["class_labels"], drop_mask=none).sample
@@ -137,7 +137,7 @@ def test_the_loss_by_hand_with_two_encoders():
 
 
 def test_the_default_layer_is_that_of_the_paper():
-    assert REPAObjective(sit(layers=12), [teacher()], **SMALL).terms["alignment"].layer == "blocks.3"
+    assert REPAObjective(sit(layers=12), [teacher()], **SMALL).losses["alignment"].layer == "blocks.3"
 
 
 def test_the_alignment_can_be_learnt():
@@ -229,7 +229,6 @@ def test_cached_features_give_the_same_loss():
 def test_an_encoder_that_is_not_loaded():
     stand_in = CachedFeatures("teacher", 6, (4, 4))
     objective = REPAObjective(sit(), [stand_in], "blocks.1", **SMALL)
-    assert not objective.needs_pixels
     data = {**batch(), "features": {"teacher": torch.randn(3, 16, 6)}}
     objective.check_batch(data)
     assert math.isfinite(objective(data)["loss"].item())
@@ -240,7 +239,7 @@ def test_an_encoder_that_is_not_loaded():
 def test_the_features_of_an_encoder_do_not_depend_on_autocast():
     objective = REPAObjective(sit(), [teacher()], "blocks.1", **SMALL)
     seen = []
-    objective.terms["alignment"].matched = lambda student, target, name: (
+    objective.losses["alignment"].matched = lambda student, target, name: (
         seen.append(target.values) or (student, target.values)
     )
     objective(batch())
@@ -265,11 +264,11 @@ def test_a_generator_decides_everything():
 def test_projectors_are_saved_apart(tmp_path):
     objective = REPAObjective(sit(), {"dino/v2": teacher(), "b@3.5": teacher(dim=4)}, "blocks.1", **SMALL)
     state = {name: value + 1 for name, value in objective.trained_state().items()}
-    heads = objective.heads(state)
+    heads = {head.name: head.build(state) for head in objective.artifacts()[1:]}
     assert list(heads) == ["projector-dino-v2", "projector-b-3.5"]
     heads["projector-b-3.5"].save_pretrained(tmp_path)
     again = Projector.from_pretrained(tmp_path)
-    own = objective.terms["alignment"].projectors[1]
+    own = objective.losses["alignment"].projectors[1]
     assert all(torch.equal(value + 1, again.state_dict()[key]) for key, value in own.state_dict().items())
     assert not any("projector" in name for name, _ in objective.network.named_modules())
     assert list(objective.ema_modules()) == ["network"]
@@ -342,10 +341,9 @@ def test_a_unet_has_no_default_layer():
     [
         ({"coefficient": -1.0}, "must be finite and not negative"),
         ({"match_grid": "nearest"}, "match_grid='nearest'; expected None or one of"),
-        ({"projector_kind": "linear"}, "Projector kind 'linear'"),
-        ({"terms": [AlignmentLoss("blocks.0")]}, "Two losses are called 'alignment'"),
+        ({"losses": [AlignmentLoss("blocks.0")]}, "Two losses are called 'alignment'"),
         ({"label_dropout": 2.0}, "label_dropout is a probability"),
-        ({"stop_step": -1}, "counts optimizer steps"),
+        ({"alignment": AlignmentLoss()}, "has its own settings; give it layer, projector_dim"),
     ],
 )
 def test_bad_settings(options, message):

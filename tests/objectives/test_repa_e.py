@@ -58,7 +58,7 @@ def test_each_phase_reaches_its_own_part():
         objective.zero_grad()
         objective(data, phase=phase)["loss"].backward()
         assert {name: nonzero(part) for name, part in parts.items()} == {name: name == phase for name in parts}
-        assert nonzero(objective.terms) == (phase == "main")
+        assert nonzero(objective.losses) == (phase == "main")
         norm = objective.latent_norm.training
         assert (objective.network.training, norm, objective.vae.training) == (*[phase == "main"] * 2, phase == "vae")
 

@@ -9,7 +9,7 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from safetensors.torch import load_file, save_file
 
 from diffusers_repr import Denoiser, Projector
-from diffusers_repr.objectives import REPAObjective, SelfAlignmentLoss, load_heads
+from diffusers_repr.objectives import REPAObjective, SelfAlignmentLoss, SpatialAlignmentLoss, load_heads
 from tests.objectives.cases import SMALL, batch, shake, sit, teacher
 
 
@@ -17,7 +17,8 @@ def repa(encoders=None, **options):
     pipe = SiTPipeline(sit().model, FlowMatchODEScheduler())
     terms = [SelfAlignmentLoss(projector_dim=8)]
     given = [teacher()] if encoders is None else encoders
-    return REPAObjective(Denoiser.from_pipe(pipe), given, "blocks.1", terms=terms, **{**SMALL, **options})
+    own = {} if "alignment" in options else {"layer": "blocks.1", **SMALL}
+    return REPAObjective(Denoiser.from_pipe(pipe), given, losses=terms, **{**own, **options})
 
 
 def losses(objective):
@@ -29,7 +30,7 @@ def losses(objective):
 def saved(tmp_path_factory):
     """A run's folder, and its losses."""
     folder, objective = tmp_path_factory.mktemp("run"), repa()
-    for term in objective.terms.values():
+    for term in objective.losses.values():
         shake(term, 5)
     objective.save_pretrained(folder, objective.trained_state(), torch.float32)
     return folder, losses(objective)
@@ -50,7 +51,12 @@ def test_all_heads_go_on(saved):
     ("encoders", "options", "name", "why"),
     [
         (None, {"projector_dim": 8}, "projector-teacher", "hidden_dim=16, this run 8"),
-        (None, {"projector_kind": "conv"}, "projector-teacher", "kind='mlp', this run 'conv'"),
+        (
+            None,
+            {"alignment": SpatialAlignmentLoss("blocks.1", projector_dim=16)},
+            "projector-teacher",
+            "kind='mlp', this run 'conv'",
+        ),
         ([teacher(dim=5)], {}, "projector-teacher", "out_dim=6, this run 5"),
         ([teacher(seed=9)], {}, "projector-teacher", "another encoder of this name"),
         ([teacher(name="other")], {}, "projector-other", "none was saved"),
@@ -58,10 +64,10 @@ def test_all_heads_go_on(saved):
 )
 def test_heads_that_do_not_fit_start_anew_and_are_named(saved, encoders, options, name, why):
     objective = repa(encoders, **options)
-    before = {key: value.clone() for key, value in objective.terms["alignment"].state_dict().items()}
+    before = {key: value.clone() for key, value in objective.losses["alignment"].state_dict().items()}
     with pytest.warns(UserWarning, match=rf"start anew \({name}: .*{why}"):
         assert list(load_heads(objective, saved[0])) == [name]
-    after = objective.terms["alignment"].state_dict()
+    after = objective.losses["alignment"].state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
@@ -71,7 +77,7 @@ def test_numbered_projectors_of_a_converted_checkpoint(tmp_path):
     objective = repa({"dino": teacher(), "clip": teacher(dim=4)})
     with pytest.warns(UserWarning, match=r"start anew \(projector-self-alignment: none was saved\)"):
         load_heads(objective, tmp_path)
-    for at, projector in enumerate(objective.terms["alignment"].projectors):
+    for at, projector in enumerate(objective.losses["alignment"].projectors):
         wanted = Projector.from_pretrained(tmp_path / "heads" / f"projector-{at}").state_dict()
         assert all(torch.equal(value, wanted[key]) for key, value in projector.state_dict().items())
     with pytest.warns(UserWarning, match="projector-dino: none was saved"):  # one encoder, two projectors: whose?

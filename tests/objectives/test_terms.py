@@ -12,12 +12,13 @@ from diffusers_repr.capture import capture, capture_attention
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import (
-    IREPA,
+    AlignmentLoss,
     AttentionAlignmentLoss,
     DispersiveLoss,
     REPAConfig,
     REPAObjective,
     SelfAlignmentLoss,
+    SpatialAlignmentLoss,
     build_repa,
 )
 from diffusers_repr.objectives.auxiliary.dispersive import dispersive_loss
@@ -50,8 +51,8 @@ def test_standardised_targets():
 
 
 def test_irepa_as_an_option():
-    objective = REPAObjective(sit(), [teacher()], "blocks.1", **IREPA)
-    term = objective.terms["alignment"]
+    objective = REPAObjective(sit(), [teacher()], alignment=SpatialAlignmentLoss("blocks.1"))
+    term = objective.losses["alignment"]
     assert (term.weight, term.spatial_norm) == (1.0, 0.6)
     assert isinstance(term.projectors[0].layers, nn.Conv2d)
     assert term.projectors[0].layers.kernel_size == (3, 3)
@@ -102,12 +103,12 @@ def test_two_points_are_pushed_apart_along_their_difference():
 
 
 def test_the_dispersive_term_needs_no_teacher():
-    objective = REPAObjective(sit(layers=8), terms=[DispersiveLoss()])
-    assert objective.terms["dispersive"].layer == "blocks.1"
+    objective = REPAObjective(sit(layers=8), losses=[DispersiveLoss()])
+    assert objective.losses["dispersive"].layer == "blocks.1"
     out, grads = backward(objective, batch())
     assert out["loss"].item() == pytest.approx((out["denoising"] + 0.5 * out["dispersive"]).item(), abs=1e-6)
     assert grads["network.blocks.0.ff.net.2.weight"].abs().max() > 0
-    unet = REPAObjective(Denoiser.from_pipe(build("ddim")), terms=[DispersiveLoss("mid_block")])
+    unet = REPAObjective(Denoiser.from_pipe(build("ddim")), losses=[DispersiveLoss("mid_block")])
     assert unet(batch(2, 16))["dispersive"].item() < 0
 
 
@@ -135,19 +136,18 @@ def test_attention_loss_equals_the_loop_and_is_least_at_the_target():
 
 def haste(stop=None, **changes):
     term = AttentionAlignmentLoss(None, None, (0, 1), stop_step=stop)
-    return REPAObjective(
-        sit(layers=6, **changes), [attention_teacher()], None, 0.5, stop_step=stop, terms=[term], **SMALL
-    )
+    alignment = AlignmentLoss(stop_step=stop, **SMALL)
+    return REPAObjective(sit(layers=6, **changes), [attention_teacher()], alignment=alignment, losses=[term])
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_attention_that_is_aligned_is_the_networks_own(qk_norm):
     objective = haste(qk_norm=qk_norm)
-    assert objective.capture.attentions == ("blocks.0.attn", "blocks.1.attn")
+    assert objective.losses.capture.attentions == ("blocks.0.attn", "blocks.1.attn")
     noisy = objective.noised(batch())
     _, step = objective.observe(noisy)
     inputs = objective.denoiser.network_inputs(noisy.x_t, noisy.level, noisy.condition)
-    with capture_attention(objective.network, list(objective.capture.attentions), heads=None) as tape:
+    with capture_attention(objective.network, list(objective.losses.capture.attentions), heads=None) as tape:
         objective.network(**inputs)
     for path, (query, key) in step.attention.items():
         own = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
@@ -167,9 +167,9 @@ def test_the_attention_that_is_aligned_is_the_networks_own(qk_norm):
     ],
 )
 def test_which_attentions_are_paired_by_default(depth, layer, blocks, taught):
-    (term,) = REPAConfig(encoder=["x"], haste_weight=0.5).terms()
-    objective = REPAObjective(sit(layers=depth), [attention_teacher()], layer, terms=[term], **SMALL)
-    assert objective.capture.attentions == tuple(f"blocks.{at}.attn" for at in blocks)
+    (term,) = REPAConfig(encoder=["x"], haste_weight=0.5).losses()
+    objective = REPAObjective(sit(layers=depth), [attention_teacher()], layer, losses=[term], **SMALL)
+    assert objective.losses.capture.attentions == tuple(f"blocks.{at}.attn" for at in blocks)
     assert term.teacher_layers == taught == objective.teachers_of(objective.noised(batch())).attentions["teacher"]
     assert math.isfinite(objective(batch())["attention"].item())
 
@@ -197,7 +197,7 @@ def test_haste_ends_both_losses():
 def test_attention_of_other_families():
     term = AttentionAlignmentLoss(None, ["transformer_blocks.1.attn1"], (0,))
     denoiser = Denoiser.from_pipe(build("dit"))
-    objective = REPAObjective(denoiser, [attention_teacher(4)], "transformer_blocks.1", terms=[term], **SMALL)
+    objective = REPAObjective(denoiser, [attention_teacher(4)], "transformer_blocks.1", losses=[term], **SMALL)
     with pytest.raises(ValueError, match="over 64 tokens, the teacher over 16"):
         objective(batch(2, 32))
     with pytest.raises(ValueError, match="cannot be aligned: it joins two streams"):
@@ -206,20 +206,24 @@ def test_attention_of_other_families():
             [attention_teacher()],
             "transformer_blocks.0",
             match_grid="interpolate_teacher",
-            terms=[AttentionAlignmentLoss(None, ["transformer_blocks.0.attn"], (0,))],
+            losses=[AttentionAlignmentLoss(None, ["transformer_blocks.0.attn"], (0,))],
         )
 
 
 def test_attention_needs_a_teacher_with_as_many_layers():
     with pytest.raises(ValueError, match="no encoder None among none"):
-        REPAObjective(sit(), terms=[AttentionAlignmentLoss()])
+        REPAObjective(sit(), losses=[AttentionAlignmentLoss()])
     with pytest.raises(ValueError, match=r"1 layers .* and 2 teacher_layers"):
         REPAObjective(
-            sit(), [attention_teacher()], terms=[AttentionAlignmentLoss(None, ["blocks.0.attn"], (0, 1))], **SMALL
+            sit(), [attention_teacher()], losses=[AttentionAlignmentLoss(None, ["blocks.0.attn"], (0, 1))], **SMALL
         )
     with pytest.raises(ValueError, match=r"4 teacher_layers, and 2 blocks up to blocks\.1"):
         REPAObjective(
-            sit(), [attention_teacher()], "blocks.1", terms=[AttentionAlignmentLoss(None, None, (0, 1, 2, 3))], **SMALL
+            sit(),
+            [attention_teacher()],
+            "blocks.1",
+            losses=[AttentionAlignmentLoss(None, None, (0, 1, 2, 3))],
+            **SMALL,
         )
     objective = haste()
     with pytest.raises(ValueError, match="neither pixel_values"):
@@ -237,7 +241,7 @@ def averaged(objective, change=0.0):
 
 def test_self_alignment_is_0_with_itself():
     term = SelfAlignmentLoss("blocks.1", "blocks.1", max_shift=0.0, projector_dim=0)
-    objective = REPAObjective(sit(), terms=[term])
+    objective = REPAObjective(sit(), losses=[term])
     assert objective(batch())["self_alignment"].item() < 1e-10
     objective.on_step_end(1, averaged(objective))
     assert objective(batch())["self_alignment"].item() < 1e-10
@@ -248,7 +252,7 @@ def test_self_alignment_is_0_with_itself():
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_self_alignment_by_hand(schedule):
     term = SelfAlignmentLoss("blocks.0", "blocks.2", projector_dim=8)
-    objective = REPAObjective(sit(schedule), terms=[term], label_dropout=0.5)
+    objective = REPAObjective(sit(schedule), losses=[term], label_dropout=0.5)
     objective.on_step_end(1, averaged(objective, 0.05))
     torch.manual_seed(3)
     noisy = objective.noised(batch())
@@ -272,8 +276,8 @@ def test_self_alignment_by_hand(schedule):
 
 
 def test_the_teacher_is_the_average_and_no_part_of_the_state():
-    objective = REPAObjective(sit(), terms=[SelfAlignmentLoss(projector_dim=8)])
-    term = objective.terms["self_alignment"]
+    objective = REPAObjective(sit(), losses=[SelfAlignmentLoss(projector_dim=8)])
+    term = objective.losses["self_alignment"]
     assert (term.layer, term.teacher_layer) == ("blocks.0", "blocks.2")
     assert not [key for key in objective.state_dict() if "teacher" in key]
     frozen = objective.frozen["self-alignment-teacher"]
@@ -304,7 +308,7 @@ def test_less_noisy_times():
     with pytest.raises(ValueError, match="no time in"):
         less_noisy(EDM.resolve(0.2), EDM, 0.2)
     with pytest.raises(ValueError, match="no time in"):
-        REPAObjective(sit(EDM), terms=[SelfAlignmentLoss(projector_dim=8)])
+        REPAObjective(sit(EDM), losses=[SelfAlignmentLoss(projector_dim=8)])
 
 
 # The recipe
@@ -317,8 +321,8 @@ def test_the_recipe_builds_all_of_it():
         time_sampling="lognormal", label_dropout=0.3,
     )  # fmt: skip
     objective = build_repa(sit(), [attention_teacher()], config)
-    assert list(objective.terms) == ["alignment", "dispersive", "attention", "self_alignment"]
-    assert {name: term.stop_step for name, term in objective.each_term()} == {
+    assert list(objective.losses) == ["alignment", "dispersive", "attention", "self_alignment"]
+    assert {name: term.stop_step for name, term in objective.losses.each.items()} == {
         "alignment": 7, "dispersive": None, "attention": 7, "self_alignment": None,
     }  # fmt: skip
     assert objective.label_dropout == 0.3
@@ -326,7 +330,7 @@ def test_the_recipe_builds_all_of_it():
     out, _ = backward(objective, batch())
     weights = {"denoising": 1, "alignment": 0.5, "dispersive": 0.25, "attention": 0.5, "self_alignment": 0.1}
     assert out["loss"].item() == pytest.approx(sum(weights[k] * out[k].item() for k in weights), abs=1e-5)
-    assert list(build_repa(sit(), []).terms) == []
+    assert list(build_repa(sit(), []).losses) == []
 
 
 def test_the_recipe_is_read_by_the_parser():
@@ -362,7 +366,7 @@ def test_haste_with_a_real_teacher(tmp_path):
     Dinov2Model(config).save_pretrained(tmp_path)
     encoder = Encoder.from_pretrained(tmp_path, image_size=16, name="dino")
     term = AttentionAlignmentLoss()  # two blocks up to REPA's, so the last two of the teacher's three
-    objective = REPAObjective(sit(), [encoder], "blocks.1", terms=[term], **SMALL)
+    objective = REPAObjective(sit(), [encoder], "blocks.1", losses=[term], **SMALL)
     calls = []
     handle = encoder.module.register_forward_hook(lambda *_: calls.append(1))
     out, grads = backward(objective, batch())
@@ -377,6 +381,6 @@ def test_haste_with_a_real_teacher(tmp_path):
             sit(),
             [encoder],
             "blocks.1",
-            terms=[AttentionAlignmentLoss(None, ["blocks.0.attn"] * 2, (-4, 3))],
+            losses=[AttentionAlignmentLoss(None, ["blocks.0.attn"] * 2, (-4, 3))],
             **SMALL,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffusers_repr.denoiser.attention_layouts import SINGLE_IMAGE_FIRST, AttentionLayout
-from diffusers_repr.denoiser.family import BatchLanes, Grid, PatchTransformerFamily
+from diffusers_repr.denoiser.family import BatchLanes, Grid, PatchTransformerFamily, equal_halves
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
 
@@ -69,10 +69,10 @@ class ZImageFamily(PatchTransformerFamily):
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """One frame `(C, 1, H, W)` and one caption a row."""
-        return self.called({"x": x_t, "t": self.timestep(level, x_t), **condition})
+        return self.listed({"x": x_t, "t": self.timestep(level, x_t), **condition})
 
-    def called(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Lists, as the network takes them, of inputs by rows."""
+    def listed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Lists of frames and of captions."""
         listed = {name: value for name, value in inputs.items() if name != _LENGTHS}
         listed["x"] = list(inputs["x"].unsqueeze(2).unbind(0))
         if isinstance(inputs["cap_feats"], Tensor):
@@ -80,22 +80,55 @@ class ZImageFamily(PatchTransformerFamily):
             listed["cap_feats"] = [row[:length] for row, length in zip(inputs["cap_feats"], lengths, strict=True)]
         return listed
 
+    def stacked(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Frames and captions as tensors.
+
+        Raises:
+            ValueError: For a call with several images a row.
+        """
+        if isinstance(inputs["x"][0], list):
+            raise ValueError(
+                "The network is called with several images a row (Z-Image-Omni), of which one is made; guidance is "
+                "known for one image a row."
+            )
+        stacked = self.condition_rows(inputs)
+        return {**stacked, "x": self.sample(inputs), self.timestep_name: inputs[self.timestep_name]}
+
+    def stacked_output(self, raw: Any) -> Any:
+        """`(B, C, 1, H, W)`."""
+        return torch.stack(raw) if isinstance(raw, list) else raw
+
+    def listed_output(self, raw: Tensor) -> Any:
+        """Frames `(C, 1, H, W)`."""
+        return list(raw.unbind(0))
+
     def output(self, raw: Any, x_t: Tensor) -> Tensor:
         """The negative of what the network gives, as the pipeline takes it."""
         raw = raw if isinstance(raw, (list, Tensor)) else raw[0]
-        return -(raw if isinstance(raw, Tensor) else torch.stack(raw)).squeeze(2)
+        return -self.stacked_output(raw).squeeze(2)
+
+    def with_output(self, raw: Tensor, prediction: Tensor) -> Tensor:
+        """The negative again, as frames."""
+        return -prediction.unsqueeze(2)
+
+    def sampler_value(self, given: Tensor, value: Tensor) -> Tensor:
+        """The pipeline has turned the sign before its scheduler sees it."""
+        return value
 
     def sample(self, inputs: Mapping[str, Any]) -> Tensor:
         """The frames as a batch."""
-        return torch.stack(list(inputs["x"])).squeeze(2)
+        x = inputs["x"]
+        return x if isinstance(x, Tensor) else torch.stack(list(x)).squeeze(2)
 
     def with_sample(self, inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
-        """As frames again."""
-        return {**inputs, "x": list(x_t.unsqueeze(2).unbind(0))}
+        """As frames again where the inputs have them."""
+        return {**inputs, "x": x_t if isinstance(inputs["x"], Tensor) else list(x_t.unsqueeze(2).unbind(0))}
 
     def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
-        """The condition in the first half, the null one in the second."""
-        rows = len(inputs["x"])
+        """The condition in the first half, the null one in the second; without it where the pipeline leaves it out."""
+        x, rows = self.sample(inputs), len(inputs["x"])
+        if getattr(pipe, "do_classifier_free_guidance", False) and equal_halves(x):
+            return BatchLanes(slice(0, rows // 2), slice(rows // 2, rows))
         return BatchLanes(slice(0, rows))
 
     def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
@@ -106,7 +139,7 @@ class ZImageFamily(PatchTransformerFamily):
 
     def image_tokens(self, layout: AttentionLayout, inputs: Mapping[str, Any], tokens: int) -> slice:
         """The first; what fills them up to a multiple of 32 counts as text, as does the caption."""
-        height, width = inputs["x"][0].shape[-2:]
+        height, width = self.sample(inputs).shape[-2:]
         return slice(0, height * width // self.multiple() ** 2)
 
     def example(self, batch: int, device: str) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class AlignmentLoss(AuxiliaryLoss):
         """
         if not host.encoders:
             raise ValueError("Alignment needs a teacher; pass encoders.")
-        self.layers = (host.denoiser.default_layers("repa").layers[0] if self.chosen is None else self.chosen,)
+        self.layers = tuple(host.denoiser.default_layers("repa").layers) if self.chosen is None else (self.chosen,)
         place = host.layer(self.layer)
         size = host.denoiser.image_size
         for name, encoder in list(host.encoders.items()):

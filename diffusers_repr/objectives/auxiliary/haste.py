@@ -136,7 +136,7 @@ def default_attentions(host: LossHost, most: int, exactly: bool) -> list[str]:
     model, denoiser = host.network, host.denoiser
     blocks, last = denoiser.family.stack(model), LAST_BLOCK
     if len(blocks) <= LAST_BLOCK:
-        aligned = next(iter(getattr(host.losses["alignment"], "layers", ())), "") if "alignment" in host.losses else ""
+        aligned = getattr(host.losses["alignment"], "layers", ("",))[0] if "alignment" in host.losses else ""
         (default,) = denoiser.default_layers("repa").layers
         last = blocks.index(next((block for block in blocks if f"{aligned}.".startswith(f"{block}.")), default))
     count = min(most, last + 1)

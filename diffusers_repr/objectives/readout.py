@@ -1,16 +1,24 @@
 """`ReadoutObjective`: heads that read maps out of a frozen denoiser's features, and their losses."""
 
+from __future__ import annotations
+
+import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from readout_args import HEADS, ReadoutConfig
 from torch import Tensor, nn
 
-from diffusers_repr import Denoiser
+from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import (
+    DepthHead,
+    MapHead,
+    ReadoutHead,
     appearance_triplet_loss,
     correspondence_loss,
     depth_layers,
@@ -20,16 +28,77 @@ from diffusers_repr.heads import (
 )
 from diffusers_repr.hub import is_repo_id
 from diffusers_repr.hub.places import without_places
-from diffusers_repr.objectives import Objective
-from diffusers_repr.objectives.base import rebuild, weighted_sum
+from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
+from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 
 TERMS = {"spatial": "mse", "depth": "l1", "appearance": "triplet", "correspondence": "cross_entropy"}
+HEADS: dict[str, type[MapHead]] = {
+    "spatial": ReadoutHead,
+    "depth": DepthHead,
+    "appearance": ReadoutHead,
+    "correspondence": ReadoutHead,
+}
+# Arguments of a head that base and data decide.
+GIVEN = ("layers", "channels", "kind", "target", "level_range", "label_range", "timestep_range", "base_model",
+         "base_class", "base_config", "base_fingerprint", "noise_kind", "noise_fingerprint")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadoutConfig:
+    """The frozen base, the head and its levels."""
+
+    pretrained_model_name_or_path: str | None = setting(None, "pipeline folder or Hub id of the frozen base")
+    revision: str | None = setting(None, "branch, tag or commit of the base on the Hub")
+    base_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the frozen base")
+    class_label: int | None = setting(None, "null class of a base whose config tells none")
+    kind: Literal["spatial", "depth", "appearance", "correspondence"] = setting("spatial", "what is read")
+    target: str = setting("edges", "edges (computed from the images), or what --label_column shows")
+    head: dict | str | None = setting(
+        None, "widths: arguments of ReadoutHead or DepthHead, a mapping (JSON in a flag)"
+    )
+    layers: list[str] | None = setting(None, "full module paths; default: the paper's")
+    weak_layers: list[str] | None = setting(None, "of the weak depth head, which is trained beside it")
+    label_range: list[float] | None = setting(None, "black and white of the label column, as numbers; default: -1 1")
+    level_range: list[float] | None = setting(None, "timesteps to train at; default: all, of depth the lower 80 %%")
+    eval_split: str | None = setting(None, "split to measure spatial and depth heads on; none: no measurement")
+
+    def __post_init__(self) -> None:
+        if self.pretrained_model_name_or_path is None:
+            raise ValueError("No base; pass --pretrained_model_name_or_path, a pipeline folder or a Hub id.")
+        arguments = mapping("head", self.head)
+        allowed = [name for name in inspect.signature(HEADS[self.kind].__init__).parameters if name not in GIVEN]
+        check_keys("`head`", arguments, allowed)
+        object.__setattr__(self, "head", arguments)
+        if self.label_range is None:
+            object.__setattr__(self, "label_range", [-1.0, 1.0])
+        for name in ("label_range", "level_range"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 2 or not value[0] < value[1]):
+                raise ValueError(f"`{name}` must be low and high with low < high, got {value}.")
+        if self.weak_layers is not None and self.kind != "depth":
+            raise ValueError(f"`weak_layers` is for kind: depth, got kind: {self.kind}.")
+        if self.eval_split is not None and not self.reads_labels:
+            raise ValueError(f"`eval_split` compares with labels, and kind: {self.kind} has none; drop it.")
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the head reads a map that an image can be labelled with."""
+        return self.kind in ("spatial", "depth")
 
 
 class ReadoutObjective(Objective):
-    """The heads, by the folder each is saved in, and the sum of their losses; the denoiser is frozen."""
+    """The loss of a readout head, or the sum of those of a strong and a weak depth head; the denoiser is frozen.
 
-    def __init__(self, config: ReadoutConfig, denoiser: Denoiser, size: tuple[int, int]) -> None:
+    A batch has `images` (K, B, C, H, W) in [-1, 1], kind after kind (of a triplet, of a pair), and `label`
+    (B, c, H, W) or `points` (one tensor (B, P, 2) of [y, x] an image) and `valid` (B, P).
+
+    Args:
+        denoiser: The base, from a pipeline.
+        size: (H, W) of the images.
+        config: The heads, and what they read.
+    """
+
+    def __init__(self, denoiser: Denoiser, size: tuple[int, int], config: ReadoutConfig) -> None:
         super().__init__()
         self.config, self.denoiser, self.size = config, denoiser, size
         denoiser.prompts = {}  # the empty prompt is encoded once
@@ -48,7 +117,8 @@ class ReadoutObjective(Objective):
         self.level_range = tuple(options["level_range"])
         self.card = self.about()
 
-    def head_options(self) -> dict:
+    def head_options(self) -> dict[str, Any]:
+        """Arguments of the heads, their layers aside."""
         config, (low, high) = self.config, self.denoiser.schedule.timestep_range
         default = [low, low + 0.8 * (high - low)] if config.kind == "depth" else [low, high]
         options = {**config.head, "level_range": config.level_range or default, "label_range": config.label_range}
@@ -58,9 +128,10 @@ class ReadoutObjective(Objective):
             options["target"] = config.target
         return options
 
-    def about(self) -> dict:
+    def about(self) -> dict[str, Any]:
+        """What the card tells."""
         config, name = self.config, HEADS[self.config.kind].__name__
-        base, (low, high) = config.pretrained_model_name_or_path, self.level_range
+        base, (low, high) = str(config.pretrained_model_name_or_path), self.level_range
         text = f"It reads {config.target if config.reads_labels else config.kind} from the features of "
         text += f"`{without_places(base)}` at timesteps {low:g} to {high:g}, in the layers "
         text += f"{', '.join(f'`{path}`' for path in self.layers)}; `{name}.from_pretrained` of "
@@ -73,7 +144,7 @@ class ReadoutObjective(Objective):
 
     # Loss
 
-    def forward(self, batch: dict, phase: str = "main") -> dict[str, Tensor]:
+    def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """A batch of `ReadoutRows`; its `time` (B,), in timesteps, and `noise` are taken instead of drawn ones."""
         timestep = batch["time"] if "time" in batch else self.draw_timesteps(batch["images"].shape[1])
         features, timestep = self.features(batch["images"], timestep, batch.get("noise"))
@@ -88,7 +159,9 @@ class ReadoutObjective(Objective):
         return low + (high - low) * torch.rand(count)
 
     @torch.no_grad()
-    def features(self, images: Tensor, timestep: Tensor, noise: Tensor | None = None) -> tuple[dict, Tensor]:
+    def features(
+        self, images: Tensor, timestep: Tensor, noise: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Maps and timesteps of images (K, B, C, H, W), kind after kind, the images of one row at the same level."""
         kinds, count = images.shape[:2]
         level = self.denoiser.level(timestep.expand(count).repeat(kinds))
@@ -98,7 +171,7 @@ class ReadoutObjective(Objective):
         condition = self.denoiser.condition(class_labels=self.config.class_label, batch=len(x0), size=size)
         return read_features(self.denoiser, x_t, level, condition, self.layers), level.timestep
 
-    def loss(self, read: Tensor, batch: dict) -> Tensor:
+    def loss(self, read: Tensor, batch: Batch) -> Tensor:
         """That of a readout (K * B, c, h, w)."""
         if self.config.kind == "appearance":
             return appearance_triplet_loss(*read.chunk(3))
@@ -109,7 +182,7 @@ class ReadoutObjective(Objective):
         error = F.l1_loss if self.config.kind == "depth" else F.mse_loss
         return error(read, self.label(batch, read))
 
-    def label(self, batch: dict, read: Tensor) -> Tensor:
+    def label(self, batch: Batch, read: Tensor) -> Tensor:
         """The label at the size of a readout, averaged over areas."""
         return F.interpolate(batch["label"], tuple(read.shape[2:]), mode="area")
 
@@ -119,14 +192,16 @@ class ReadoutObjective(Objective):
 
     # What is saved
 
-    def ema_modules(self) -> dict[str, nn.Module]:
-        return {f"readouts.{name}": head for name, head in self.readouts.items()}
+    def artifacts(self) -> list[Artifact]:
+        """The head as the folder itself, the weak one inside."""
+        return [
+            ModelArtifact(head, f"readouts.{name}", folder="weak" if name == "weak" else "")
+            for name, head in self.readouts.items()
+        ]
 
-    def pipeline(self, state: Mapping[str, Tensor]) -> nn.ModuleDict:
-        """The heads by themselves."""
-        return nn.ModuleDict({name: rebuild(head, state, f"readouts.{name}.") for name, head in self.readouts.items()})
+    def result(self, state: Mapping[str, Tensor]) -> nn.ModuleDict:
+        """The heads, by name."""
+        return nn.ModuleDict({part.path.removeprefix("readouts."): part.build(state) for part in self.artifacts()})
 
-    def save_pretrained(self, folder: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Each head as a folder, the weak one inside the strong one's."""
-        for name, head in self.pipeline(state).items():
-            nn.Module.to(head, dtype).save_pretrained(Path(folder) / name if name == "weak" else folder)
+
+__all__ = ["ReadoutConfig", "ReadoutObjective"]

@@ -1,0 +1,187 @@
+"""Every method and auxiliary loss by the contract testers of the package; and that these find what is wrong."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+from torch import nn
+
+from diffusers_repr import Denoiser
+from diffusers_repr.heads import JointHead
+from diffusers_repr.models import JointViTModel
+from diffusers_repr.objectives import (
+    AlignmentLoss,
+    AttentionAlignmentLoss,
+    AuxiliaryLoss,
+    ClassifierBase,
+    ClassifierObjective,
+    DiffusionObjective,
+    DispersiveLoss,
+    ModelArtifact,
+    Objective,
+    ReadoutConfig,
+    ReadoutObjective,
+    REGObjective,
+    REPAEObjective,
+    REPAObjective,
+    SelfAlignmentLoss,
+    SimCLRObjective,
+    SpatialAlignmentLoss,
+)
+from diffusers_repr.objectives.joint import HybViTObjective, JDMObjective
+from diffusers_repr.testing import check_auxiliary_loss, check_objective
+from tests.objectives.cases import SMALL, attention_teacher, batch, shake, sit, teacher
+from tests.objectives.test_reg import class_teacher
+from tests.testers.models import autoencoder, build, unet2d
+
+VIT = {"image_size": 8, "patch_size": 2, "num_channels": 3, "hidden_size": 16, "num_hidden_layers": 1,
+       "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+WIDTHS = {"width": 8, "bottleneck": 4, "output_widths": [8, 4], "time_width": 16}
+
+
+def piped(vae=None):
+    return Denoiser.from_pipe(SiTPipeline(sit().model, FlowMatchODEScheduler(), vae))
+
+
+def jdm():
+    unet = unet2d(3, sample_size=8)
+    head = JointHead.for_unet(unet, 5)
+    return JDMObjective(Denoiser.from_pipe(JointDiffusionPipeline(unet, DDPMScheduler(), head)), head)
+
+
+def hybvit():
+    vit = shake(JointViTModel(sample_size=8, in_channels=3, num_layers=2, hidden_size=16, num_attention_heads=2,
+                              patch_size=2, num_classes=5))  # fmt: skip
+    losses = [DispersiveLoss("blocks.0")]
+    return HybViTObjective(Denoiser.from_pipe(JointDiffusionPipeline(vit, DDPMScheduler())), losses=losses)
+
+
+def classifier():
+    pipe = build("ddim")
+    denoiser = Denoiser.from_pipe(pipe)
+    base = ClassifierBase("ddim", None, denoiser.schedule, 3, 3, (8, 8), 1, None)
+    tiny = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 8}
+    return ClassifierObjective(base, list("abcde"), tiny)
+
+
+def readout():
+    config = ReadoutConfig("base", kind="depth", head={"hidden": [8], "time_width": 8}, layers=["mid_block"],
+                           weak_layers=["down_blocks.0"])  # fmt: skip
+    return ReadoutObjective(Denoiser.from_pipe(build("ddim")), (16, 16), config)
+
+
+METHODS = {
+    "plain": lambda: DiffusionObjective(piped()),
+    "plain with losses": lambda: DiffusionObjective(
+        piped(), losses=[AlignmentLoss("blocks.1", **SMALL), SelfAlignmentLoss(projector_dim=8)], encoders=[teacher()]
+    ),
+    "repa": lambda: REPAObjective(piped(), [teacher()], "blocks.1", **SMALL),
+    "reg": lambda: REGObjective(piped(), [class_teacher()], "blocks.1", **SMALL),
+    "repa-e": lambda: REPAEObjective(
+        piped(autoencoder((8,), latent_channels=3, scaling_factor=0.7, sample_size=8)),
+        [teacher()],
+        "blocks.1",
+        **SMALL,
+    ),
+    "jdm": jdm,
+    "hybvit with a loss": hybvit,
+    "classifier": classifier,
+    "readout": readout,
+    "simclr": lambda: SimCLRObjective(VIT, [0.5] * 3, [0.5] * 3, projection_dim=4),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name):
+    torch.manual_seed(0)
+    data = batch()
+    if name == "readout":
+        data = {"images": torch.rand(1, 2, 3, 16, 16), "label": torch.rand(2, 1, 16, 16)}
+    if name == "simclr":
+        data = {"views": torch.rand(2, 3, 3, 8, 8)}
+    check_objective(METHODS[name](), data)
+
+
+@pytest.mark.parametrize(
+    ("loss", "encoders"),
+    [
+        (AlignmentLoss("blocks.2", **SMALL), [teacher()]),
+        (SpatialAlignmentLoss("blocks.1"), [teacher(), teacher(dim=4, name="other")]),
+        (AttentionAlignmentLoss(None, ["blocks.0.attn"], (0,)), [attention_teacher()]),
+        (DispersiveLoss(), []),
+        (SelfAlignmentLoss(projector_dim=8), []),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_losses(loss, encoders):
+    check_auxiliary_loss(loss, encoders=encoders)
+
+
+# What is wrong is found
+
+
+class Regression(Objective):
+    """Right by itself; each of the tests below spoils one thing."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = JointHead(4, 2)
+        self.teacher = None
+        self.freeze("teacher", nn.Linear(3, 2))
+
+    def forward(self, batch, phase="main"):
+        return {"loss": sum(p.square().sum() for p in self.head.parameters())}
+
+    def artifacts(self):
+        return [ModelArtifact(self.head, "head")]
+
+
+def logged_with_its_graph(objective):
+    loss = objective.forward
+    objective.forward = lambda *given, **named: (out := loss(*given, **named)) | {"same": out["loss"] * 1}
+    return "detach it"
+
+
+def unreached(objective):
+    objective.forward = lambda *a, **k: {"loss": next(objective.head.parameters()).square().sum()}
+    return "which it trains"
+
+
+def teacher_as_submodule(objective):
+    objective.teacher = objective.frozen["teacher"]
+    return "are parameters of the objective|which it trains|in training mode"
+
+
+def not_json(objective):
+    objective.identity = lambda: {"net": objective.head}
+    return "not JSON serializable"
+
+
+def another_path(objective):
+    objective.artifacts = lambda: [ModelArtifact(objective.head, "teacher")]
+    return "says that it lies at|has no attribute"
+
+
+@pytest.mark.parametrize("spoil", [logged_with_its_graph, unreached, teacher_as_submodule, not_json, another_path])
+def test_broken_methods(spoil):
+    objective = Regression()
+    check_objective(Regression(), {})
+    message = spoil(objective)
+    with pytest.raises((AssertionError, TypeError, AttributeError), match=message):
+        check_objective(objective, {})
+
+
+def test_a_loss_that_changes_the_prediction_is_found():
+    class Meddling(AuxiliaryLoss):
+        def attach(self, host):
+            self.layers = ("blocks.1",)
+            host.network.register_forward_pre_hook(lambda module, args: None)
+            host.network.proj_out.register_forward_hook(lambda module, args, out: 2 * out)
+
+        def forward(self, seen):
+            return seen.layers["blocks.1"].values.square().mean()
+
+    with pytest.raises(AssertionError, match="changes what the network returns"):
+        check_auxiliary_loss(Meddling("meddling", 1.0))
