@@ -27,8 +27,7 @@ from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.measure import Bench, Key, Measure, Score, Split, make_measure
-from diffusers_repr.sweep.reader import Progress, Reader
-from diffusers_repr.sweep.run import Sweep
+from diffusers_repr.sweep.run import Progress, Sweep
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise range, where no levels are given
 
@@ -139,7 +138,7 @@ def measure_alignment(
             tell_overlap(reads["train"].keys, found.keys, "data", "test")
 
     with Progress(progress, "alignment") as bar:
-        sweep = Sweep(measures, bench, Reader(batch_size, condition, image_size, bar), memory_gib * 2**30)
+        sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, image_size, bar)
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     _warn_undefined(scores)
     names = tuple(measure.name for measure in measures)

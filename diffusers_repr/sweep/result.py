@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -119,6 +119,4 @@ class SweepResult(ABC):
 
 def tuples(value: Any) -> Any:
     """Lists as tuples, all the way down."""
-    return (
-        tuple(tuples(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    )
+    return tuple(map(tuples, value)) if isinstance(value, list) else value

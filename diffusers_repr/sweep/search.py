@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +13,12 @@ from diffusers_repr.heads.fitting.closed_form import LinearPath
 from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.sweep.grid import Grid
 from diffusers_repr.sweep.linear import LinearSums, Scorer, comparable, fit_targets
-from diffusers_repr.sweep.measure import Bench, Key, Piece, Tally, not_finite
-from diffusers_repr.sweep.reader import Reader
+from diffusers_repr.sweep.measure import Key, Piece, Tally, not_finite
+from diffusers_repr.sweep.run import Sweep
 
 
-@dataclass(frozen=True)
-class Addition:
-    """One unit that greedy selection took.
-
-    Attributes:
-        added: Name of the unit.
-        score: Of the set with it.
-        penalty: That gave the score.
-        dim: Length of the set's features.
-    """
+class Addition(NamedTuple):
+    """A unit that was added, and the set with it: its score, the penalty that gave it, the length of its features."""
 
     added: str
     score: float
@@ -40,16 +32,14 @@ class Greedy:
 
     Attributes:
         measure: How a set is scored.
-        bench: The two splits.
-        reader: Makes features.
+        sweep: Reads the two splits.
         noise: Policy.
         seeds: Of the noise, by split.
         tolerance: Least gain.
     """
 
     measure: LinearSums
-    bench: Bench
-    reader: Reader
+    sweep: Sweep
     noise: str
     seeds: Mapping[str, int]
     tolerance: float
@@ -80,14 +70,14 @@ class Greedy:
             return steps
         columns, total = self._columns(grid, [cell for unit in units.values() for cell in unit])
         index = {name: torch.cat([columns[cell] for cell in unit]) for name, unit in units.items()}
-        train, held = self.bench.splits["train"], self.bench.splits["held"]
-        moments = self.measure.moments(total, 1, self.bench)
+        bench = self.sweep.bench
+        train, held = bench.splits["train"], bench.splits["held"]
+        moments = self.measure.moments(total, 1, bench)
 
         def stream(role: str, use: Callable[[Tensor, Tensor], None]) -> None:
-            split = self.bench.splits[role]
-            self.reader.progress.expect(stage, self.reader.forwards(split, len(grid.levels)))
-            tally = _Joint(columns, total, self.measure.pooling, self.bench.device, use)
-            self.reader.read(grid, role, split, [tally], [self.measure.pooling], self.noise, self.seeds[role])
+            self.sweep.expect(stage, [role], len(grid.levels))
+            tally = _Joint(columns, total, self.measure.pooling, bench.device, use)
+            self.sweep.read(grid, role, [tally], [self.measure.pooling], self.noise, self.seeds[role])
 
         stream("train", lambda at, matrix: moments.add(matrix, fit_targets(train, at)))
         moments.reduce(sum_over_processes)
@@ -98,7 +88,7 @@ class Greedy:
                 if name not in taken:
                     chosen = torch.cat([index[member] for member in (*taken, name)])
                     fitted[name] = (chosen, self.measure.fit(moments.take(chosen)))
-            scorers = {name: self.measure.scorer(self.bench) for name in fitted}
+            scorers = {name: self.measure.scorer(bench) for name in fitted}
 
             def predict(
                 at: Tensor,
@@ -110,16 +100,15 @@ class Greedy:
                     scorers[name].add(path.predict(matrix[:, chosen.to(matrix.device)]), held.targets[at])
 
             stream("held", predict)
-            scores = {}
-            for name, scorer in scorers.items():
-                scores[name] = scorer.best(self.measure.penalties)
-                if scores[name] is None:
-                    raise not_finite(name, grid.levels[0], held.name)
-            best = min(scores, key=lambda name: (-comparable(scores[name].value), cost(name)))
-            gain = comparable(scores[best].value - steps[-1].score)
+            scores = {
+                name: scorer.best(self.measure.penalties, not_finite(name, grid.levels[0], held.name))
+                for name, scorer in scorers.items()
+            }
+            best = min(scores, key=lambda name: (-comparable(scores[name][0]), cost(name)))
+            gain = comparable(scores[best][0] - steps[-1].score)
             if gain < self.tolerance or gain <= 0:
                 break
-            steps.append(Addition(best, scores[best].value, scores[best].penalty, len(fitted[best][0])))
+            steps.append(Addition(best, *scores[best], len(fitted[best][0])))
         return steps
 
     def _columns(self, grid: Grid, cells: Sequence[Key]) -> tuple[dict[Key, Tensor], int]:

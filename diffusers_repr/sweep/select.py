@@ -16,7 +16,7 @@ from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
-from diffusers_repr.features.pooling import check_pooling, pooled_size
+from diffusers_repr.features.pooling import check_pooling
 from diffusers_repr.heads.fitting.closed_form import PENALTIES
 from diffusers_repr.metrics.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead
@@ -24,8 +24,7 @@ from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.linear import LinearSums, comparable
 from diffusers_repr.sweep.measure import Bench, Measure, Score, make_measure
-from diffusers_repr.sweep.reader import Progress, Reader
-from diffusers_repr.sweep.run import Sweep
+from diffusers_repr.sweep.run import Progress, Sweep
 from diffusers_repr.sweep.search import Addition, Greedy
 from diffusers_repr.sweep.selection import FeatureSet, Selection, SelectionCell
 from diffusers_repr.sweep.splits import make_task
@@ -132,8 +131,8 @@ def select_features(
     bench = Bench(splits, grid.device)
     measure.check(bench)
     with Progress(progress, "selection") as bar:
-        reader = Reader(batch_size, {"prompt": prompt, "class_labels": class_labels}, image_size, bar)
-        sweep = Sweep([measure], bench, reader, int(memory_gib * 2**30))
+        condition = {"prompt": prompt, "class_labels": class_labels}
+        sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, image_size, bar)
         stages = _Stages(grid, sweep, measure, policies, seeds)
         cells = stages.score_all()
         ranked = stages.spread(cells, finalists)
@@ -178,8 +177,8 @@ def _check(
         raise ValueError(f"{measure.name!r} compares with an encoder; see `measure_alignment`.")
     if not isinstance(measure, LinearSums) and (max_layers, max_levels) != (1, 1):
         raise ValueError(
-            f"Sets are grown from the sums of linear heads, which {measure.name!r} does not keep; pass max_layers=1 and "
-            "max_levels=1 to score cells alone."
+            f"Sets are grown from the sums of linear heads, which {measure.name!r} does not keep; pass max_layers=1 "
+            "and max_levels=1 to score cells alone."
         )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be at least one whole number, each once; got {list(seeds)}.")
@@ -227,8 +226,7 @@ class _Stages:
         for policy in self.policies:
             scores = self.run(self.grid, policy, self.seeds[0], f"all cells, {policy}")
             for at, place in self.grid.places():
-                score, layer = scores[at, place["layer"]], self.grid.layers[place["layer"]]
-                dim = layer.channels * (1 if self.measure.pooling is None else pooled_size(self.measure.pooling))
+                score, dim = scores[at, place["layer"]], self.measure.dim(self.grid.layers[place["layer"]])
                 assert score.value is not None
                 cells.append(SelectionCell(**place, dim=dim, noise=policy, score=score.value, penalty=score.penalty))
         return cells
@@ -274,12 +272,10 @@ class _Stages:
         """The greedy set of layers at the best level, and of levels for these layers."""
         if not isinstance(self.measure, LinearSums):
             return {}
-        bench, reader, memory = self.sweep.bench, self.sweep.reader, self.sweep.memory
-        seeds = _seeds(best.noise, self.seeds[0])
-        greedy = Greedy(self.measure, bench, reader, best.noise, seeds, tolerance)
+        greedy = Greedy(self.measure, self.sweep, best.noise, _seeds(best.noise, self.seeds[0]), tolerance)
 
         def fits(dim: int, measure: LinearSums = self.measure) -> bool:
-            return measure.bytes_of_sums(dim, bench) <= memory
+            return measure.bytes_of_sums(dim, self.sweep.bench) <= self.sweep.memory
 
         rivals = [c for c in cells if (c.timestep, c.noise) == (best.timestep, best.noise)]
         near = _candidates(rivals, best, count, fits) if max_layers > 1 else []

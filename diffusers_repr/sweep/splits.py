@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData
-from diffusers_repr.data.labelled import Labelled, Source, open_images, open_labelled
-from diffusers_repr.sweep.linear import VALUE_METRICS
+from diffusers_repr.data.labelled import Labelled, Source, open_labelled
+from diffusers_repr.sweep.linear import VALUE_METRICS, LinearSums
 from diffusers_repr.sweep.measure import Measure, Split
 
 
@@ -34,10 +34,7 @@ class Task:
     def splits(self) -> dict[str, Split]:
         """As measures take them: `train` and `held`."""
         roles = {"train": self.train, "held": self.validation}
-        return {
-            role: Split(open_images(data.images, role), range(len(data)), str(data), data.targets)
-            for role, data in roles.items()
-        }
+        return {role: Split(data, range(len(data)), str(data), data.targets) for role, data in roles.items()}
 
 
 def make_task(train: Source, validation: Source, measure: Measure) -> Task:
@@ -54,7 +51,8 @@ def make_task(train: Source, validation: Source, measure: Measure) -> Task:
     _refuse_same(fit.images, score.images)
     if measure.name in VALUE_METRICS:
         return _values(fit, score, measure.name)
-    return _classes(fit, score, measure.name) if measure.needs_labels else Task(fit, score, None)
+    classes = measure.needs_labels or isinstance(measure, LinearSums)
+    return _classes(fit, score, measure.name) if classes else Task(fit, score, None)
 
 
 def _values(fit: Labelled, score: Labelled, metric: str) -> Task:
