@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from encoder_views import ViewConfig, ViewData
 from recipe_data import load_recipe_data
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
@@ -25,6 +24,7 @@ from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.data import DataConfig
 from diffusers_repr.data.transforms import to_unit
+from diffusers_repr.data.views import ViewConfig, ViewData
 from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.hub.files import write_json
 from diffusers_repr.objectives import Objective

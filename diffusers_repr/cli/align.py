@@ -54,7 +54,7 @@ class Settings(options.ImageSettings):
 def run(args: Settings) -> int:
     """Measure, save and print."""
     from diffusers_repr.data.image_data import load_images
-    from diffusers_repr.features.extraction import process_state
+    from diffusers_repr.store.processes import process_state
     from diffusers_repr.sweep.align import make_measures, measure_alignment
     from diffusers_repr.sweep.picture import require_matplotlib
 

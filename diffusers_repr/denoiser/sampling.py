@@ -48,6 +48,41 @@ class SamplingMixin:
         """Whether the rest of the steps is left out: a callback may set `pipe._interrupt = True`."""
         return self._interrupt
 
+    def _denoise(
+        self: Any,
+        timesteps: Tensor,
+        tensors: dict[str, Any],
+        predict: Callable[[int, Tensor, dict[str, Any]], Mapping[str, Tensor]],
+        schedulers: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        callback: Callable[..., dict[str, Any] | None] | None,
+        names: Sequence[str],
+    ) -> dict[str, Any]:
+        """The sampling loop: every timestep is predicted, stepped and told to the callback.
+
+        Args:
+            timesteps: Of the sampler, one a network call.
+            tensors: All that a callback may see or change, by name; those that are stepped keep their dtype.
+            predict: `(step, timestep, tensors)` to what the samplers step with, by the names of `schedulers`.
+            schedulers: Name of a tensor -> the sampler that steps it.
+            extra: Further arguments of `step`, as `step_arguments` gives them.
+            callback: After each step, or None.
+            names: Of the tensors it gets.
+
+        Returns:
+            The tensors at the end.
+        """
+        dtypes = {name: tensors[name].dtype for name in schedulers}
+        for step, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                continue
+            outputs = predict(step, t, tensors)
+            for name, scheduler in schedulers.items():
+                stepped = scheduler.step(outputs[name], t, tensors[name], return_dict=False, **extra)[0]
+                tensors[name] = stepped.to(dtypes[name])
+            tensors = call_back(callback, self, step, t, tensors, names)
+        return tensors
+
 
 # Numbers
 

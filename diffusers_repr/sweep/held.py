@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusers_repr.features.extraction import process_state
 from diffusers_repr.metrics.checks import UndefinedScoreError
 from diffusers_repr.metrics.gather import failing_together, gather_rows, own_rows
+from diffusers_repr.store.processes import process_state
 from diffusers_repr.sweep.grid import Grid
 from diffusers_repr.sweep.measure import Bench, Held, Key, Measure, Piece, Score, Tally, not_finite
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Layer
-from diffusers_repr.features.extraction import process_state
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.pooling import pool, tokens_to_map
 from diffusers_repr.metrics.encoding import SharedRead, read_shared
 from diffusers_repr.metrics.gather import own_rows
+from diffusers_repr.store.processes import process_state
 from diffusers_repr.sweep.grid import Grid, plan_passes
 from diffusers_repr.sweep.held import HeldTally
 from diffusers_repr.sweep.measure import Bench, Key, Measure, Piece, Score, Tally

@@ -10,11 +10,11 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, default_collate
 
-from diffusers_repr.data import cache_writer
 from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.cached import CachedData
 from diffusers_repr.data.latents import open_latents
 from diffusers_repr.denoiser.vae import draw_latents, encode_latents, encode_moments
+from diffusers_repr.store import write
 from diffusers_repr.store.tensor_cache import TensorCache
 from tests.data.data_cases import rows, with_broken
 from tests.data.latent_cases import ROWS, SIZE, contents, load, make, make_vae
@@ -80,9 +80,9 @@ def test_half_precision(tmp_path):
 
 
 def test_shard_size_follows_from_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 5 * 2 * 512 * 4)  # five rows of 2 x 8 x 8 x 8 floats
+    monkeypatch.setattr(write, "SHARD_BYTES", 5 * 2 * 512 * 4)  # five rows of 2 x 8 x 8 x 8 floats
     assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5
-    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 2**20)
+    monkeypatch.setattr(write, "SHARD_BYTES", 2**20)
     assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5  # what the folder has
 
 
@@ -117,7 +117,7 @@ def test_another_recipe_in_the_folder(tmp_path):
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is no cache .it holds thesis.txt."):
+    with pytest.raises(FileExistsError, match="is no cache with this recipe .it holds thesis.txt."):
         make(tmp_path / "mine")
     with pytest.raises(FileExistsError, match="is a file"):
         make(tmp_path / "mine/thesis.txt")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_repr.data import cache_writer
+from diffusers_repr.store import write
 from diffusers_repr.store.tensor_cache import TensorCache
 from tests.data.latent_cases import ROWS, contents, make
 from tests.testers.disk import mounted
@@ -25,7 +25,7 @@ def test_the_same_call_again_does_nothing(tmp_path, monkeypatch):
     make(tmp_path / "out")
     before = contents(tmp_path / "out")
     stamps = {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()}
-    monkeypatch.setattr(cache_writer, "_write_one", lambda *a: pytest.fail("a whole shard was written again"))
+    monkeypatch.setattr(write, "_write_one", lambda *a: pytest.fail("a whole shard was written again"))
     make(tmp_path / "out", verify=True)
     assert contents(tmp_path / "out") == before
     assert {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()} == stamps
@@ -34,7 +34,7 @@ def test_the_same_call_again_does_nothing(tmp_path, monkeypatch):
 def test_resumes_byte_for_byte_after_a_stop_anywhere(tmp_path, monkeypatch):
     make(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
-    write = cache_writer.write_shard
+    write_shard = write.write_shard
     for stop in range(3):
         out, calls = tmp_path / f"stopped{stop}", []
 
@@ -42,15 +42,15 @@ def test_resumes_byte_for_byte_after_a_stop_anywhere(tmp_path, monkeypatch):
             calls.append(1)
             if len(calls) > stop:
                 raise KeyboardInterrupt
-            write(*args)
+            return write_shard(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cache_writer, "write_shard", interrupted)
+            patch.setattr(write, "write_shard", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 make(out)
         assert len(list((out / "data").glob("*.safetensors"))) == stop
         shards = min(4 * stop, ROWS)
-        with pytest.raises(ValueError, match=f"not finished: {shards} of 11 images .{stop} of 3 shards.*keeps whole"):
+        with pytest.raises(ValueError, match=f"not finished: {shards} of 11 rows .{stop} of 3 shards.*keeps whole"):
             TensorCache.open(out, "latents")
         make(out, batch_size=1)
         got = contents(out)
@@ -107,16 +107,16 @@ def test_a_damaged_shard_is_written_anew(tmp_path, caplog):
 
 
 def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
-    write, calls = cache_writer.write_shard, []
+    write_shard, calls = write.write_shard, []
 
     def full(*args):
         calls.append(1)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(*args)
+        return write_shard(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "write_shard", full)
+        patch.setattr(write, "write_shard", full)
         with pytest.raises(OSError, match="disk is full.*1 of 3 shards.*are whole") as info:
             make(tmp_path / "out")
     assert info.value.errno == errno.ENOSPC

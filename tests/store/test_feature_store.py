@@ -16,12 +16,11 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.data.image_data import from_dataset
-from diffusers_repr.features import extraction
 from diffusers_repr.features.extraction import extract_to_store
-from diffusers_repr.features.recipe import recipe_differences
 from diffusers_repr.hub.identity import fingerprint
-from diffusers_repr.store import shards
+from diffusers_repr.store import parquet, write
 from diffusers_repr.store.feature_store import FeatureStore
+from diffusers_repr.store.manifest import recipe_differences
 from tests.testers.disk import mounted
 from tests.testers.models import build
 
@@ -168,9 +167,9 @@ def test_manifest_and_card(tmp_path):
 
 
 def test_shard_size_follows_from_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "_SHARD_BYTES", 5 * 4 * 64)  # five rows of 2 x (16 + 16) floats
+    monkeypatch.setattr(write, "SHARD_BYTES", 5 * 4 * 64)  # five rows of 2 x (16 + 16) floats
     assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5
-    monkeypatch.setattr(extraction, "_SHARD_BYTES", 2**20)
+    monkeypatch.setattr(write, "SHARD_BYTES", 2**20)
     assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5  # what the folder has
 
 
@@ -181,7 +180,7 @@ def test_the_same_call_again_does_nothing(tmp_path, monkeypatch):
     make(tmp_path / "out")
     before = contents(tmp_path / "out")
     stamps = {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()}
-    monkeypatch.setattr(extraction, "_write_one", lambda *a: pytest.fail("a whole shard was written again"))
+    monkeypatch.setattr(write, "_write_one", lambda *a: pytest.fail("a whole shard was written again"))
     make(tmp_path / "out")
     assert contents(tmp_path / "out") == before
     assert {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()} == stamps
@@ -189,22 +188,24 @@ def test_the_same_call_again_does_nothing(tmp_path, monkeypatch):
 
 def test_resumes_bit_for_bit_after_a_stop_anywhere(tmp_path, monkeypatch):
     whole = contents(make(tmp_path / "whole").folder)
-    write = shards.ShardWriter.write
+    table_of = parquet.table_of
     for stop in (1, 4):  # within a shard, and between two
         out, calls = tmp_path / f"stopped{stop}", []
 
-        def interrupted(self, *args, calls=calls, stop=stop):
+        def interrupted(*args, calls=calls, stop=stop):
             calls.append(1)
             if len(calls) > stop:
                 raise KeyboardInterrupt
-            write(self, *args)
+            return table_of(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(shards.ShardWriter, "write", interrupted)
+            patch.setattr(parquet, "table_of", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 make(out)
         assert not list((out / "data").glob(".*"))
-        with pytest.raises(ValueError, match="not finished: . of 3 shards.*same `diffusers-repr extract` command"):
+        with pytest.raises(
+            ValueError, match="not finished: . of 11 rows .. of 3 shards.*same `diffusers-repr extract` command"
+        ):
             FeatureStore.open(out)
         make(out)
         assert contents(out) == whole
@@ -330,7 +331,7 @@ def test_a_lost_manifest_is_made_again(tmp_path):
     make(tmp_path / "out")
     assert contents(tmp_path / "out") == before
     (tmp_path / "out/manifest.json").unlink()
-    with pytest.raises(FileExistsError, match="no feature store with this recipe"):
+    with pytest.raises(FileExistsError, match="no store of features with this recipe"):
         make(tmp_path / "out", seed=1)
 
 
@@ -369,15 +370,15 @@ def test_two_runs_at_once(tmp_path):
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     whole = contents(make(tmp_path / "whole").folder)
-    write = shards.ShardWriter.write
+    table_of = parquet.table_of
 
-    def full(self, start, *args):
-        if start >= 6:
+    def full(rows, schema):
+        if rows["row"][0] >= 6:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, start, *args)
+        return table_of(rows, schema)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "write", full)
+        patch.setattr(parquet, "table_of", full)
         with pytest.raises(
             OSError, match=r"disk is full.*train-00001.*1 of 3 shards.*are whole.*same command"
         ) as info:
@@ -452,7 +453,7 @@ def test_unknown_columns_and_folders(tmp_path):
     with pytest.raises(FileNotFoundError):
         FeatureStore.open(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no feature store.*it holds nothing"):
+    with pytest.raises(FileNotFoundError, match="no store of features.*it holds nothing"):
         FeatureStore.open(tmp_path / "empty")
 
 

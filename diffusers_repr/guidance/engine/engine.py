@@ -174,7 +174,8 @@ class Engine:
         self._recover()
         self._busy = True
         try:
-            return (), self._plan({**dict(zip(self._names, args, strict=False)), **kwargs})
+            family, given = self.denoiser.family, {**dict(zip(self._names, args, strict=False)), **kwargs}
+            return (), family.listed(self._plan(family.stacked(given)))
         except BaseException:
             self._abandon()
             raise
@@ -185,7 +186,8 @@ class Engine:
         call, follows = self._reader.read(inputs, self._between.first)
         step = StepStats(call.level)
         if not self.stats.steps:
-            self.stats.example = Example(self.model, index_batch(inputs, call.rows, call.batch.cond, self._unbatched))
+            own = index_batch(inputs, call.rows, call.batch.cond, self._unbatched)
+            self.stats.example = Example(self.model, self.denoiser.family.listed(own))
         self.stats.steps.append(step)
         self.stats.calls += 1
         self.record.levels.append(call.level)
@@ -281,7 +283,8 @@ class Engine:
         if output is None:
             self._abandon()
             return None
-        raw = output if isinstance(output, Tensor) else output[0]
+        family = self.denoiser.family
+        raw = family.stacked_output(output if isinstance(output, Tensor) else output[0])
         self._busy = True
         try:
             changed = self._after_follower(running, raw) if running.follows else self._after_call(running, raw)
@@ -292,7 +295,7 @@ class Engine:
                 self._abandon()
             self._executor.end()
             self._tape.end()
-        return with_first(output, changed)
+        return with_first(output, family.listed_output(changed))
 
     def _after_call(self, running: _Running, raw: Tensor) -> Tensor:
         call, stats, family = running.call, running.stats, self.denoiser.family
@@ -399,5 +402,7 @@ class Engine:
     # Shared
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        output = model.forward(**inputs) if model is self.model else model(**inputs)
-        return output if isinstance(output, Tensor) else output[0]
+        family = self.denoiser.family
+        called = family.listed(inputs)
+        output = model.forward(**called) if model is self.model else model(**called)
+        return family.stacked_output(output if isinstance(output, Tensor) else output[0])

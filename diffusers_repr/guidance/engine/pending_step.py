@@ -49,10 +49,10 @@ class PendingStep:
         family = denoiser.family
         if self.replacement is not None:
             given = arguments["model_output"]
-            arguments["model_output"] = family.with_output(given, self.replacement).to(given.dtype)
+            arguments["model_output"] = family.sampler_value(given, self.replacement).to(given.dtype)
         if self.moved is not None:
             sample, rows = arguments["sample"], self.moved.shape[0]
             still = torch.zeros_like(sample[:rows], dtype=self.moved.dtype)
-            moved = family.with_output(still, self.moved)  # in the scheduler's layout: Flux has tokens
+            moved = family.sampler_value(still, self.moved)  # in the scheduler's layout: Flux has tokens
             arguments["sample"] = sample + torch.cat([moved] * (sample.shape[0] // rows)).to(sample.dtype)
         return arguments
