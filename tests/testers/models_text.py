@@ -59,7 +59,7 @@ class FamilyCase:
 
     Attributes:
         make: A new one.
-        size: An image size (H, W), H != W.
+        size: An image size (H, W), H != W; of a video (frames, H, W).
         call: Arguments of the pipeline's call that make its condition.
         null: Those of the null condition, for a guided call.
         off: What switches its own guidance off.
@@ -68,7 +68,7 @@ class FamilyCase:
     """
 
     make: Callable[[], DiffusionPipeline]
-    size: tuple[int, int]
+    size: tuple[int, ...]
     call: dict[str, Any]
     null: dict[str, Any]
     off: dict[str, Any]
@@ -81,7 +81,7 @@ SCALE = {"off": {"guidance_scale": 1.0}, "guided": {"guidance_scale": 4.0}}
 PROMPT = {"call": {"prompt": "a photo of a cat"}, "null": {"negative_prompt": "a dog"}}
 
 
-def _register(name: str, size: tuple[int, int], **facts):
+def register_case(name: str, size: tuple[int, ...], **facts):
     """Register a builder: it runs once a process, seeded; each call after gives a copy."""
 
     def register(function: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
@@ -134,7 +134,7 @@ def gemma_encoder(tokenizer) -> Gemma2Model:
     )
 
 
-@_register("kolors", size=(32, 48), **{
+@register_case("kolors", size=(32, 48), **{
     "call": {"prompt_embeds": embeds(1, 12, 24), "pooled_prompt_embeds": embeds(1, 24, seed=1)},
     "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2), "negative_pooled_prompt_embeds": embeds(1, 24)},
     "stacks": ("down_blocks", "up_blocks"),
@@ -166,7 +166,7 @@ def kolors() -> DiffusionPipeline:
     return KolorsPipeline(autoencoder((8, 8, 16), scaling_factor=0.13025), None, None, unet, scheduler)
 
 
-@_register("hunyuan_dit", size=(64, 96), stacks=("blocks",),
+@register_case("hunyuan_dit", size=(64, 96), stacks=("blocks",),
            off={"guidance_scale": 1.0, "use_resolution_binning": False},
            guided={"guidance_scale": 4.0, "use_resolution_binning": False})  # fmt: skip
 def hunyuan_dit() -> HunyuanDiTPipeline:
@@ -206,7 +206,7 @@ def hunyuan_dit() -> HunyuanDiTPipeline:
     )
 
 
-@_register("aura_flow", size=(32, 48), stacks=("joint_transformer_blocks", "single_transformer_blocks"))
+@register_case("aura_flow", size=(32, 48), stacks=("joint_transformer_blocks", "single_transformer_blocks"))
 def aura_flow() -> AuraFlowPipeline:
     """Two streams, then one; eight register tokens before the text."""
     tokenizer = t5_tokenizer()
@@ -226,7 +226,7 @@ def aura_flow() -> AuraFlowPipeline:
     )
 
 
-@_register("lumina2", size=(64, 96), stacks=("noise_refiner", "layers"),
+@register_case("lumina2", size=(64, 96), stacks=("noise_refiner", "layers"),
            guided={"guidance_scale": 4.0, "cfg_normalization": False})  # fmt: skip
 def lumina2() -> Lumina2Pipeline:
     """One stream over caption and image, grouped queries; time runs from noise to image."""
@@ -253,7 +253,7 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
-@_register("cogview4", size=(32, 48), **{
+@register_case("cogview4", size=(32, 48), **{
     "call": {"prompt_embeds": embeds(1, 16, 24)}, "null": {"negative_prompt_embeds": embeds(1, 16, 24, seed=2)},
 })  # fmt: skip
 def cogview4() -> CogView4Pipeline:
@@ -277,7 +277,7 @@ def cogview4() -> CogView4Pipeline:
     return CogView4Pipeline(None, None, vae, transformer, scheduler)
 
 
-@_register("chroma", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"))
+@register_case("chroma", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"))
 def chroma() -> ChromaPipeline:
     """As FLUX, with modulation from one small network and a mask over the text's padding."""
     tokenizer = t5_tokenizer()
@@ -302,7 +302,7 @@ def chroma() -> ChromaPipeline:
     )
 
 
-@_register("qwen_image", size=(32, 48), **{
+@register_case("qwen_image", size=(32, 48), **{
     "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2)},
     "off": {"true_cfg_scale": 1.0}, "guided": {"true_cfg_scale": 4.0},
 })  # fmt: skip
@@ -329,7 +329,7 @@ def qwen_image() -> QwenImagePipeline:
     return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
 
 
-@_register("hunyuan_image", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
+@register_case("hunyuan_image", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
     "call": {
         "prompt_embeds": embeds(1, 9, 24), "prompt_embeds_mask": torch.tensor([[1] * 7 + [0] * 2]),
         "prompt_embeds_2": embeds(1, 6, 20, seed=1), "prompt_embeds_mask_2": torch.tensor([[1] * 4 + [0] * 2]),
@@ -376,7 +376,7 @@ def hunyuan_image() -> HunyuanImagePipeline:
     )
 
 
-@_register("flux2", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
+@register_case("flux2", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
     "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {}, "off": {}, "guided": {},
 })  # fmt: skip
 def flux2() -> Flux2Pipeline:
@@ -402,7 +402,7 @@ def flux2() -> Flux2Pipeline:
     return Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
 
 
-@_register("z_image", size=(32, 48), stacks=("noise_refiner", "layers"), **{
+@register_case("z_image", size=(32, 48), stacks=("noise_refiner", "layers"), **{
     "call": {"prompt_embeds": [embeds(9, 24)]}, "null": {"negative_prompt_embeds": [embeds(40, 24, seed=2)]},
     "off": {"guidance_scale": 0.0}, "guided": {"guidance_scale": 3.0},
 })  # fmt: skip
