@@ -6,6 +6,7 @@ from diffusers import AdaptiveProjectedMixGuidance, PerturbedAttentionGuidance
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser, list_layers
+from diffusers_repr.denoiser.layers import list_layers_from_config
 from diffusers_repr.denoiser.vae import encode_moments
 from tests.capture.test_capture import full_forward, same
 from tests.denoiser.test_condition import assert_same_inputs
@@ -225,3 +226,10 @@ def test_defaults(name):
         assert found.layers, method
         for path in found.layers:
             denoiser.model.get_submodule(path)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_image", "qwen_image", "z_image"])
+def test_layers_from_configs_alone(name, tmp_path):
+    pipe, size = family_pipeline(name), FAMILIES[name].size
+    pipe.save_pretrained(tmp_path)
+    assert list_layers_from_config(tmp_path, size) == list_layers(Denoiser.from_pipe(pipe), size)

@@ -119,7 +119,7 @@ class PAGGuider(Guider):
         def run(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
             x = whole.family.sample(inputs)
-            rows = inputs[whole.family.sample_name].shape[0]
+            rows = x.shape[0]
             call = NetworkCall(inputs, rows, BatchLanes(slice(0, rows)), x, _LEVEL)
             left = set(lane.modules)
 
