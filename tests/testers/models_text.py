@@ -49,7 +49,7 @@ LATENT = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor":
 
 
 def kolors_class(module: str, name: str) -> type[DiffusionPipeline]:
-    """A pipeline of Kolors without sentencepiece, which the file of its tokenizer imports; no tokenizer is made here."""
+    """A pipeline of Kolors without sentencepiece, which the file of its tokenizer imports: none is made here."""
     missing = importlib.util.find_spec("sentencepiece") is None
     if missing:
         sys.modules["sentencepiece"] = types.SimpleNamespace(SentencePieceProcessor=None)  # type: ignore[assignment]
