@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 # Keys of a config that do not change what the network computes.
-_FREE = ("_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "architectures")
+_FREE = (
+    "_name_or_path",
+    "_use_default_values",
+    "transformers_version",
+    "_diffusers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+)
 _SAMPLED = 64  # values of each weight that enter a fingerprint
 _MARKED, _VALUES = 8, 4  # parameters of which a record keeps the first values, and how many
 

@@ -77,7 +77,7 @@ def own_pipeline_class(
         FileNotFoundError, ValueError, HubError: As `load_json_config`.
     """
     name = load_json_config(folder_or_id, "model_index.json", revision, token, **where).get("_class_name")
-    return named_pipeline(name) if is_own_pipeline(name) else None
+    return named_pipeline(str(name)) if is_own_pipeline(name) else None
 
 
 def named_pipeline(name: str) -> Any:

@@ -151,7 +151,8 @@ class PipelineArtifact(Artifact):
         if isinstance(self.pipeline, str):
             return named_pipeline(self.pipeline)(**made)
         pipe = copy.copy(self.pipeline)
-        pipe.__dict__["_internal_dict"] = copy.deepcopy(pipe._internal_dict)  # a copy shares its config otherwise
+        # Of diffusers' ConfigMixin: a copy would share its config, and the user's pipeline be told of our components.
+        pipe.__dict__["_internal_dict"] = copy.deepcopy(pipe._internal_dict)
         pipe.register_modules(**made)
         return pipe
 

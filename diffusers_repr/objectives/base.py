@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Objective(nn.Module):
     def on_step_end(self, step: int, ema: Any) -> None:
         """Called after every optimizer step; `step` counts from 1, `ema` is the moving average or None."""
 
-    def artifacts(self) -> list[Artifact]:
+    def artifacts(self) -> Sequence[Artifact]:
         """What is saved; the first is the result itself, which `train` samples from and measures."""
         raise NotImplementedError
 
@@ -152,6 +152,7 @@ class Objective(nn.Module):
         """Frozen modules move with this one, but keep their dtype's own choice of `fn`.
 
         They do not follow to the meta device, where FSDP puts what it is about to shard and to load again.
+        `nn.Module._apply` is what `to`, `half` and `cuda` all call; if it goes, frozen parts stay where they were.
         """
         super()._apply(fn, recurse)
         if fn(torch.empty(0)).is_meta:

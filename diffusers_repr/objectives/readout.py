@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from diffusers_repr.heads import (
 )
 from diffusers_repr.hub import is_repo_id
 from diffusers_repr.hub.places import without_places
-from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
+from diffusers_repr.objectives.artifacts import ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 
 TERMS = {"spatial": "mse", "depth": "l1", "appearance": "triplet", "correspondence": "cross_entropy"}
@@ -121,7 +121,11 @@ class ReadoutObjective(Objective):
         """Arguments of the heads, their layers aside."""
         config, (low, high) = self.config, self.denoiser.schedule.timestep_range
         default = [low, low + 0.8 * (high - low)] if config.kind == "depth" else [low, high]
-        options = {**config.head, "level_range": config.level_range or default, "label_range": config.label_range}
+        options = {
+            **mapping("head", config.head),
+            "level_range": config.level_range or default,
+            "label_range": config.label_range,
+        }
         if config.kind != "depth":
             options["kind"] = config.kind
         if config.reads_labels:
@@ -174,7 +178,7 @@ class ReadoutObjective(Objective):
     def loss(self, read: Tensor, batch: Batch) -> Tensor:
         """That of a readout (K * B, c, h, w)."""
         if self.config.kind == "appearance":
-            return appearance_triplet_loss(*read.chunk(3))
+            return appearance_triplet_loss(*read.chunk(3))  # type: ignore[arg-type]
         if self.config.kind == "correspondence":
             pairs = zip(read.chunk(2), batch["points"], strict=True)
             first, second = (sample_points(maps, points, self.size) for maps, points in pairs)
@@ -192,7 +196,7 @@ class ReadoutObjective(Objective):
 
     # What is saved
 
-    def artifacts(self) -> list[Artifact]:
+    def artifacts(self) -> Sequence[ModelArtifact]:
         """The head as the folder itself, the weak one inside."""
         return [
             ModelArtifact(head, f"readouts.{name}", folder="weak" if name == "weak" else "")

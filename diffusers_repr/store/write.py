@@ -199,7 +199,9 @@ def _write_all(plan: Plan, todo: Sequence[int], state: Any) -> None:
 def _write_one(plan: Plan, shard: int, batches: Iterator[Mapping[str, Any]], rows: int, bar: Any) -> None:
     with write_shard(plan.out, plan.layout, shard) as append:
         while rows > 0:
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise RuntimeError(f"The rows ended {rows} before the end of {plan.layout.path(shard)}.")
             append(batch)
             count = len(next(iter(batch.values())))
             rows -= count

@@ -69,6 +69,8 @@ class Update:
         finite = self._finite(norm, loss)
         if self.waits and not finite:
             return norm, finite
+        # `grad_scale` and `found_inf` are torch's own way from its GradScaler into a fused optimizer, which divides by
+        # the one and skips by the other; no argument is public. If they go, steps are neither clipped nor skipped.
         if self.max_grad_norm is not None:
             self.inner.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0).to(torch.float32)
         if not self.waits:

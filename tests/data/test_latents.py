@@ -14,7 +14,6 @@ from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.cached import CachedData
 from diffusers_repr.data.latents import open_latents
 from diffusers_repr.denoiser.vae import draw_latents, encode_latents, encode_moments
-from diffusers_repr.store import write
 from diffusers_repr.store.tensor_cache import TensorCache
 from tests.data.data_cases import rows, with_broken
 from tests.data.latent_cases import ROWS, SIZE, contents, load, make, make_vae
@@ -77,13 +76,6 @@ def test_half_precision(tmp_path):
         vae.quant_conv.bias.fill_(1e6)
     with pytest.raises(ValueError, match="'moments' reach 1.*e.06, more than float16 holds.*float32"):
         make(tmp_path / "over", vae=vae, dtype="float16")
-
-
-def test_shard_size_follows_from_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "SHARD_BYTES", 5 * 2 * 512 * 4)  # five rows of 2 x 8 x 8 x 8 floats
-    assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5
-    monkeypatch.setattr(write, "SHARD_BYTES", 2**20)
-    assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5  # what the folder has
 
 
 def test_unreadable_images_are_stood_for_by_the_next(tmp_path):

@@ -185,4 +185,5 @@ def test_hashes_do_not_depend_on_names_versions_or_places():
     assert weights_hash(one) == weights_hash(two)
     assert weights_hash(one) != weights_hash(one.bfloat16())
     assert config_hash({"a": 1, "transformers_version": "4"}) == config_hash({"_name_or_path": "x", "a": 1})
+    assert config_hash({"a": 1, "_use_default_values": ["b"]}) == config_hash({"a": 1})  # in chance order
     assert config_hash({"a": 1}) != config_hash({"a": 2})

@@ -21,6 +21,7 @@ from diffusers_repr.objectives import (
     DispersiveLoss,
     ModelArtifact,
     Objective,
+    PipelineArtifact,
     ReadoutConfig,
     ReadoutObjective,
     REGObjective,
@@ -32,6 +33,7 @@ from diffusers_repr.objectives import (
 )
 from diffusers_repr.objectives.joint import HybViTObjective, JDMObjective
 from diffusers_repr.testing import check_auxiliary_loss, check_objective
+from diffusers_repr.training import TrainingConfig, train
 from tests.objectives.cases import SMALL, attention_teacher, batch, shake, sit, teacher
 from tests.objectives.test_reg import class_teacher
 from tests.testers.models import autoencoder, build, unet2d
@@ -138,6 +140,36 @@ class Regression(Objective):
         return [ModelArtifact(self.head, "head")]
 
 
+class Named(DiffusionObjective):
+    """Names the class of its pipeline, which it builds from parts."""
+
+    def artifacts(self):
+        parts = {"transformer": ModelArtifact(self.network, "network"), "scheduler": FlowMatchODEScheduler()}
+        return [PipelineArtifact("SiTPipeline", parts)]
+
+
+def test_a_pipeline_by_name(tmp_path):
+    objective = Named(sit())
+    check_objective(objective, batch())
+    objective.save_pretrained(tmp_path, objective.state_dict(), torch.float32)
+    assert SiTPipeline.from_pretrained(tmp_path)(class_labels=[1], num_inference_steps=1).images[0].size == (8, 8)
+    objective.artifacts = lambda: [PipelineArtifact("SitPipeline", {})]
+    with pytest.raises(ValueError, match=r"No pipeline 'SitPipeline' .*Closest: \['SiTPipeline'"):
+        objective.result({})
+
+
+def test_what_is_saved_is_checked_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="set eval_batch_size to 0"):
+        train(Regression(), None, TrainingConfig(str(tmp_path / "out")))
+    with pytest.raises(TypeError, match="build it by Denoiser.from_pipe"):
+        train(DiffusionObjective(sit()), None, TrainingConfig(str(tmp_path / "out")))
+    twice = Regression()
+    twice.artifacts = lambda: [ModelArtifact(twice.head, "head", folder="heads/a")] * 2
+    with pytest.raises(ValueError, match=r"names \['heads/a'\] twice"):
+        train(twice, None, TrainingConfig(str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def logged_with_its_graph(objective):
     loss = objective.forward
     objective.forward = lambda *given, **named: (out := loss(*given, **named)) | {"same": out["loss"] * 1}
@@ -161,7 +193,7 @@ def not_json(objective):
 
 def another_path(objective):
     objective.artifacts = lambda: [ModelArtifact(objective.head, "teacher")]
-    return "says that it lies at|has no attribute"
+    return "is not an nn.Module"
 
 
 @pytest.mark.parametrize("spoil", [logged_with_its_graph, unreached, teacher_as_submodule, not_json, another_path])

@@ -321,7 +321,7 @@ def test_class_inputs_of_another_name():
     class NamedFamily(Family):
         conditioning = "class"
 
-        def from_class_labels(self, config, labels):
+        def from_class_labels(self, labels):
             return {"kind": torch.full((1,), 3) if labels is None else labels}
 
     denoiser = Denoiser(Named(), DDPMScheduler(), family=NamedFamily())

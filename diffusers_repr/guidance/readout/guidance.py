@@ -70,6 +70,7 @@ class ReadoutGuidance(Guidance):
         ValueError: For what its kind does not take or lacks, and values out of range.
 
     Example:
+        >>> import torch
         >>> from diffusers_repr.heads import ReadoutHead
         >>> small = {"width": 8, "bottleneck": 4, "output_widths": (4, 4), "time_width": 8}
         >>> head = ReadoutHead(["up_blocks.0.resnets.0.conv2"], [16], **small)

@@ -50,7 +50,7 @@ class FitResult:
 
 
 @dataclass(frozen=True)
-class Task:
+class _Inputs:
     """What a protocol is given: checked data, the source of its draws, and the head's kind and options."""
 
     features: Tensor
@@ -120,7 +120,7 @@ def fit_head(
     _check_options(head, options)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    task = Task(features, labels, num_classes, validation, generator, options, head)
+    task = _Inputs(features, labels, num_classes, validation, generator, options, head)
     with torch.no_grad():
         fitted, notes = _FITS[type(chosen)](chosen, task)
         fitted.eval()
@@ -192,7 +192,7 @@ def _held_out(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 def _tune(
     protocol: RidgeProtocol | LBFGSProtocol,
-    task: Task,
+    task: _Inputs,
     make: Callable[[Tensor, Tensor, Sequence[float]], list[LinearFit]],
     scale: Callable[[Tensor, Tensor], float],
 ) -> tuple[LinearFit, float, float]:
@@ -226,7 +226,7 @@ def _tune(
     return fit, l2, factor
 
 
-def _linear_head(fit: LinearFit, factor: float, task: Task) -> LinearHead:
+def _linear_head(fit: LinearFit, factor: float, task: _Inputs) -> LinearHead:
     if not task.options.get("bias", True):
         raise ValueError("bias=False is for minibatch protocols; closed forms and L-BFGS have a bias.")
     head = LinearHead(fit.weight.shape[1], task.num_classes).to(task.features.device)
@@ -236,7 +236,7 @@ def _linear_head(fit: LinearFit, factor: float, task: Task) -> LinearHead:
     return head
 
 
-def _fit_ridge(protocol: RidgeProtocol, task: Task) -> tuple[PooledHead, dict[str, Any]]:
+def _fit_ridge(protocol: RidgeProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     def make(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearFit]:
         return fit_ridge(x, y, task.num_classes, penalties, _ROWS)
 
@@ -244,7 +244,7 @@ def _fit_ridge(protocol: RidgeProtocol, task: Task) -> tuple[PooledHead, dict[st
     return _linear_head(fit, factor, task), {"l2": l2, "calibration": factor}
 
 
-def _fit_lbfgs(protocol: LBFGSProtocol, task: Task) -> tuple[PooledHead, dict[str, Any]]:
+def _fit_lbfgs(protocol: LBFGSProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     reached: dict[int, LogisticFit] = {}
 
     def make(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearFit]:
@@ -273,7 +273,7 @@ def _fit_lbfgs(protocol: LBFGSProtocol, task: Task) -> tuple[PooledHead, dict[st
     return _linear_head(fit, factor, task), {"l2": l2, **notes}
 
 
-def _fit_minibatch(protocol: MinibatchProtocol, task: Task) -> tuple[PooledHead, dict[str, Any]]:
+def _fit_minibatch(protocol: MinibatchProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     features = task.features
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are not used
         head = head_class(task.kind, PooledHead)(features.shape[1], task.num_classes, **task.options)
@@ -285,7 +285,7 @@ def _fit_minibatch(protocol: MinibatchProtocol, task: Task) -> tuple[PooledHead,
     return head, {"final_loss": losses[-1]}
 
 
-def _fit_knn(protocol: KNNProtocol, task: Task) -> tuple[PooledHead, dict[str, Any]]:
+def _fit_knn(protocol: KNNProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     features = task.features
     k = min(protocol.k, len(features))
     head = KNNHead(features.shape[1], task.num_classes, len(features), k, protocol.temperature, protocol.metric)

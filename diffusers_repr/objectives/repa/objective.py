@@ -68,7 +68,12 @@ class REPAObjective(DiffusionObjective):
         losses: Sequence[AuxiliaryLoss] = (),
         **options: Any,
     ) -> None:
-        own = {"layer": layer, "weight": coefficient, "match_grid": match_grid, "projector_dim": projector_dim}
+        own: dict[str, Any] = {
+            "layer": layer,
+            "weight": coefficient,
+            "match_grid": match_grid,
+            "projector_dim": projector_dim,
+        }
         given = {name: value for name, value in own.items() if value is not None}
         if alignment is not None and given:
             raise ValueError(f"`alignment` has its own settings; give it {', '.join(given)}.")
