@@ -11,7 +11,8 @@ from diffusers_repr.denoiser.vae import encode_moments
 from tests.capture.test_capture import full_forward, same
 from tests.denoiser.test_condition import assert_same_inputs
 from tests.testers.families import network_calls
-from tests.testers.models_text import FAMILIES, embeds, family_pipeline
+from tests.testers.family_cases import embeds
+from tests.testers.models_text import FAMILIES, family_pipeline
 
 NAMES = list(FAMILIES)
 
