@@ -12,7 +12,6 @@ import dataclasses
 import sys
 
 import torch
-from encoder_views import ViewConfig, ViewData
 from recipe_data import load_recipe_data
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
@@ -21,6 +20,7 @@ from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.data import DataConfig
 from diffusers_repr.data.transforms import to_unit
+from diffusers_repr.data.views import ViewConfig, ViewData
 from diffusers_repr.objectives import SimCLRObjective
 from diffusers_repr.sweep import knn_probe, linear_probe
 from diffusers_repr.training import TrainingConfig, recipe_of, train

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-# Names that diffusers' caches register their hooks under, one for each kind that is there.
+# Names that diffusers' caches register their hooks under, one for each kind that is there. Private, like the attribute
+# `_diffusers_hook` that holds them: of a cache set by its function diffusers tells nothing else. One that is renamed
+# is not refused, and lanes mix.
 _CACHES = (
     "faster_cache",
     "fbc",

@@ -40,7 +40,7 @@ class Executor:
     ) -> None:
         self.model, self.family = model, family
         self.lanes, self.observers = tuple(lanes), dict(observers or {})
-        self.unbatched = UNBATCHED | set(family.unbatched)
+        self.unbatched = (UNBATCHED | set(family.unbatched)) - set(family.batched)
         self._active: tuple[Lane, ...] = ()
         self._observed: frozenset[str] = frozenset()
         self._call: NetworkCall | None = None

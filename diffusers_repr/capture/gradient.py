@@ -224,6 +224,8 @@ def refuse_inference_mode() -> None:
 def refuse_swapped_weights(model: nn.Module) -> None:
     """Raise ValueError for weights that are exchanged while the network runs: the backward pass would find others."""
     for path, module in model.named_modules():
+        # Private: diffusers does not say whether weights are swapped. If it is renamed, the backward pass meets the
+        # error of torch about tensors that were freed or changed in place of this one.
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         found = next((name for name in ("group_offloading", "layerwise_casting") if name in hooks), None)
         if found is not None:
@@ -237,6 +239,7 @@ def refuse_swapped_weights(model: nn.Module) -> None:
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Inside, no parameter requires its gradient; by name, since offloading puts other tensors in their place."""
+    # torch's own dict of a module, private: the public `named_parameters` gives tensors and not where they are held.
     flagged = [
         (part, name)
         for module in modules
@@ -280,6 +283,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 def check_checkpointing(model: nn.Module) -> None:
     """Raise ValueError unless activations can be recomputed."""
+    # diffusers has no public question for it; without it `enable_gradient_checkpointing` says the same less clearly.
     if not getattr(model, "_supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing; leave checkpoint=False.")
 

@@ -16,7 +16,9 @@ _READERS: WeakKeyDictionary[nn.Module, list[Turn]] = WeakKeyDictionary()  # a tu
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate or diffusers may move weights while the model runs."""
-    # By the instance's own dict: `hasattr` of what a module lacks is slow, and this is asked for every forward.
+    # Both marks are private; accelerate and diffusers have no question for it. Without them weights stay on the device
+    # after a forward that was left early. By the instance's own dict: `hasattr` of what a module lacks is slow, and
+    # this is asked for every forward.
     return any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in model.modules())
 
 
@@ -25,6 +27,8 @@ def send_back(model: nn.Module) -> None:
 
     Both systems do it after a module has returned, which a module that is left by an exception never does.
     """
+    # Private ground of both: neither has a call that takes weights back after an exception. If it goes, they stay
+    # where the forward was left, until the next whole one.
     from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 
     for module in model.modules():

@@ -155,6 +155,7 @@ def _records_in_checkpoints(model: nn.Module) -> AbstractContextManager[Any]:
     """
     if getattr(model, "_compiled_call_impl", None) is None or not getattr(model, "gradient_checkpointing", False):
         return nullcontext()
+    # Private settings of torch's compiler: without this one each such block is compiled by itself, which is slower.
     import torch._dynamo.config as settings
 
     name = "skip_fwd_side_effects_in_bwd_under_checkpoint"

@@ -54,12 +54,12 @@ class Settings(options.ImageSettings):
 def run(args: Settings) -> int:
     """Measure, save and print."""
     from diffusers_repr.data.image_data import load_images
-    from diffusers_repr.features.extraction import process_state
-    from diffusers_repr.sweep.align import check_metrics, measure_alignment
+    from diffusers_repr.store.processes import process_state
+    from diffusers_repr.sweep.align import make_measures, measure_alignment
     from diffusers_repr.sweep.picture import require_matplotlib
 
-    check_metrics(args.metric)
-    if {"linear", "knn"} & set(args.metric) and args.test_split is None:
+    measures = make_measures(args.metric)
+    if args.test_split is None and any("held" in measure.roles for measure in measures):
         raise ValueError("--metric linear and knn need a --test_split.")
     if not args.no_plot:
         require_matplotlib()  # before the work, not after

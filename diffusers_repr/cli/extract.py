@@ -49,8 +49,9 @@ def run(args: Settings) -> int:
 
     from diffusers_repr.data.image_data import load_images
     from diffusers_repr.denoiser import Denoiser
-    from diffusers_repr.features.extraction import extract_to_store, process_state
+    from diffusers_repr.features.extraction import extract_to_store
     from diffusers_repr.features.extractor import FeatureExtractor
+    from diffusers_repr.store.processes import process_state
 
     state = process_state()
     with state.main_process_first():  # the others find it in the cache

@@ -1,4 +1,4 @@
-"""`diffusers-repr push FOLDER user/name`: push a probe, a feature store, a pipeline or a model to the Hub."""
+"""`diffusers-repr push FOLDER user/name`: push a probe, a store, a pipeline or a model to the Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Settings:
 
     POSITIONAL: ClassVar = ("folder", "repo_id")
 
-    folder: str = setting(REQUIRED, "a probe, a store of features, a pipeline, a custom pipeline, a model or a head")
+    folder: str = setting(REQUIRED, "a probe, a store, a pipeline, a custom pipeline, a model or a head")
     repo_id: str = setting(REQUIRED, "user/name")
     repo_type: Literal["auto", "model", "dataset"] = setting("auto", "of the repository; told by the folder")
     dry_run: bool = setting(False, "check all, list the files and sizes, send nothing")
@@ -58,10 +58,10 @@ def run(args: Settings) -> int:
 
 def _check(folder: str, kind: str) -> None:
     """That what is pushed can be loaded again."""
-    if kind == "store of features":
-        from diffusers_repr.store.feature_store import FeatureStore
+    if kind.startswith("store of "):
+        from diffusers_repr.store import STORES
 
-        FeatureStore.open(folder).verify()
+        STORES[kind].open(folder).verify()
     code = Path(folder) / "pipeline.py"
     if kind in ("custom pipeline", "pipeline") and code.is_file():
         from diffusers_repr.hub import check_pipeline_file

@@ -1,14 +1,10 @@
-"""From a data set to a `TensorCache`: bounded memory, several processes, and a resume by the same call."""
+"""From images to a `TensorCache`: which rows there are; how they are written, `store/write.py` says."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +14,13 @@ from torch.utils.data import DataLoader
 
 from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.transforms import to_unit
-from diffusers_repr.features.extraction import process_state
-from diffusers_repr.features.recipe import recipe_differences, recipe_hash
-from diffusers_repr.hub import write_json
-from diffusers_repr.hub.files import only_writer
-from diffusers_repr.store.cache_manifest import read_manifest
-from diffusers_repr.store.manifest import MANIFEST
-from diffusers_repr.store.tensor_cache import (
-    DTYPES,
-    CacheLayout,
-    TensorCache,
-    shard_problem,
-    write_shard,
-)
+from diffusers_repr.store.manifest import recipe_hash
+from diffusers_repr.store.processes import process_state
+from diffusers_repr.store.tensor_cache import TensorCache
+from diffusers_repr.store.tensors import DTYPES, INDEX, TensorLayout
+from diffusers_repr.store.write import Plan, Spans, check_folder, choose_shard_size, write_store
 
 Compute = Callable[[Tensor], dict[str, Tensor]]
-_COMMAND = "examples/cache_latents.py"
-_SHARD_BYTES = 256 * 2**20  # of a shard without shard_size, at most
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,32 +59,6 @@ class CacheSettings:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """One cache, the same on every process."""
-
-    out: Path
-    data: TrainData
-    compute: Compute
-    layout: CacheLayout
-    recipe: dict[str, Any]
-    about: dict[str, Any]
-    settings: CacheSettings
-    device: torch.device
-
-    def manifest(self, complete: bool) -> dict[str, Any]:
-        """What `manifest.json` holds."""
-        packages = ("diffusers-repr", "torch", "diffusers", "transformers", "datasets")
-        return {
-            "format": 1,
-            "complete": complete,
-            "layout": self.layout.to_dict(),
-            "recipe": self.recipe,
-            "about": self.about,
-            "versions": {name: version(name) for name in packages},
-        }
-
-
 def write_cache(
     out: str | os.PathLike[str],
     kind: str,
@@ -128,153 +87,36 @@ def write_cache(
         ValueError: If values are not finite or overflow the dtype, or an image cannot be read.
         OSError: If the disk is full; what is written stays valid.
     """
-    from accelerate.utils import gather_object
-
-    state = process_state()
-    plan = _plan(Path(out), kind, data, compute, recipe, settings, about or {}, state.device)
-    with only_writer(plan.out, _COMMAND) if state.is_main_process else nullcontext():
-        error: Exception | None = None
-        if state.is_main_process:
-            try:
-                _prepare(plan)
-            except (OSError, ValueError) as caught:
-                error = caught
-        told = [text for text in gather_object([str(error) if error else None]) if text]
-        if error is not None:
-            raise error
-        if told:
-            raise RuntimeError(f"Process 0 stopped: {told[0]}")
-        mine = range(state.process_index, plan.layout.shards, state.num_processes)
-        todo = sorted(gather_object([shard for shard in mine if _is_to_do(plan, shard)]))
-        todo = todo[state.process_index :: state.num_processes]
-        _write_all(plan, todo, settings.progress and state.is_main_process, state.num_processes)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            write_json(plan.out / MANIFEST, plan.manifest(True))
-        state.wait_for_everyone()
-    return TensorCache.open(plan.out, kind)
-
-
-def _plan(
-    out: Path,
-    kind: str,
-    data: TrainData,
-    compute: Compute,
-    recipe: dict[str, Any],
-    settings: CacheSettings,
-    about: dict[str, Any],
-    device: torch.device,
-) -> _Plan:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{str(out)!r} is a file; give a folder for the cache.")
-    device = device if settings.device is None else torch.device(settings.device)
+    folder = Path(out)
+    check_folder(folder)
+    device = process_state().device if settings.device is None else torch.device(settings.device)
     recipe = {**recipe, "mirrors": 2 if settings.both_mirrors else 1, "dtype": settings.dtype}
     one = _computed(compute, data[0]["pixel_values"][None], settings, device)
+    row_bytes = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
+    size = choose_shard_size(TensorCache, folder, len(data), row_bytes, settings.shard_size)
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in one.items()}
-    size = settings.shard_size or _earlier_shard_size(out)
-    if size is None:
-        row = sum(tensor.numel() * tensor.element_size() for tensor in one.values())
-        size = max(1, min(len(data), _SHARD_BYTES // row))
-    layout = CacheLayout(kind, len(data), size, shapes, settings.dtype, recipe_hash(recipe))
-    return _Plan(out, data, compute, layout, recipe, about, settings, device)
+    layout = TensorLayout(len(data), size, recipe_hash(recipe), kind, shapes, settings.dtype)
 
+    def rows(spans: Spans) -> Iterator[dict[str, Tensor]]:
+        """A batch of images at a time; the workers of the loader live through all shards."""
+        step = settings.batch_size
+        batches = [list(range(at, min(at + step, stop))) for start, stop in spans for at in range(start, stop, step)]
+        for batch in DataLoader(data, batch_sampler=batches, num_workers=settings.num_workers):
+            yield {INDEX: batch["index"], **_computed(compute, batch["pixel_values"], settings, device)}
 
-def _earlier_shard_size(out: Path) -> int | None:
-    if not (out / MANIFEST).is_file():
-        return None
-    return read_manifest(out)["layout"]["shard_size"]
-
-
-# The folder
-
-
-def _prepare(plan: _Plan) -> None:
-    """Refuse what is another's, clear what a kill left, say what will be here."""
-    shards = sorted((plan.out / "data").glob("*.safetensors"))
-    if (plan.out / MANIFEST).is_file():
-        _check_same(plan, read_manifest(plan.out), bool(shards))
-    else:
-        strangers = [p.name for p in plan.out.iterdir() if not p.name.startswith(".") and p.name != "data"]
-        if strangers:
-            raise FileExistsError(
-                f"{str(plan.out)!r} is not empty and is no cache (it holds {', '.join(sorted(strangers)[:8])}); "
-                "nothing was changed. Give another folder."
-            )
-    for leftover in (plan.out / "data").glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-    todo = any(not (plan.out / plan.layout.path(shard)).is_file() for shard in range(plan.layout.shards))
-    if todo or not (plan.out / MANIFEST).is_file():
-        write_json(plan.out / MANIFEST, plan.manifest(False))
-
-
-def _check_same(plan: _Plan, manifest: dict[str, Any], shards: bool) -> None:
-    """A recipe binds once a shard of it is there."""
-    layout = CacheLayout.from_dict(manifest["layout"])
-    old = {**manifest["recipe"], "kind": layout.kind, "shard_size": layout.shard_size}
-    new = {**plan.recipe, "kind": plan.layout.kind, "shard_size": plan.layout.shard_size}
-    differences = recipe_differences(old, new)
-    if shards and differences:
-        raise FileExistsError(
-            f"{str(plan.out)!r} holds a cache of another recipe; nothing was changed. What differs (there -> now): "
-            f"{'; '.join(differences)}. Run the old command to finish it, or give another folder."
-        )
-
-
-def _is_to_do(plan: _Plan, shard: int) -> bool:
-    """Whether a shard is to be written; says so of one that is there but not whole."""
-    problem = shard_problem(plan.out, plan.layout, shard, plan.settings.verify)
-    if problem not in (None, "is missing"):
-        _logger.warning("%s %s; it is written anew.", plan.layout.path(shard), problem)
-    return problem is not None
-
-
-# The work
-
-
-def _write_all(plan: _Plan, todo: Sequence[int], progress: bool, processes: int) -> None:
-    from tqdm.auto import tqdm
-
-    spans = [plan.layout.span(shard) for shard in todo]
-    what = plan.layout.kind if processes == 1 else f"{plan.layout.kind} (1 of {processes} processes)"
-    total = sum(stop - start for start, stop in spans)
-    batches = _batches(plan, spans)
-    with tqdm(total=total, unit=" images", desc=what, disable=not (progress and todo)) as bar:
-        for shard, (start, stop) in zip(todo, spans, strict=True):
-            try:
-                _write_one(plan, shard, batches, stop - start, bar)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                done = sum((plan.out / plan.layout.path(n)).is_file() for n in range(plan.layout.shards))
-                raise OSError(
-                    error.errno,
-                    f"The disk is full while {plan.layout.path(shard)} is written. {done} of {plan.layout.shards} "
-                    f"shards in {str(plan.out)!r} are whole and stay. Free space, then run the same command again",
-                ) from error
-
-
-def _batches(plan: _Plan, spans: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """The images of the shards in turn; no batch lies in two of them, and the workers live through all."""
-    size = plan.settings.batch_size
-    rows = [list(range(at, min(at + size, stop))) for start, stop in spans for at in range(start, stop, size)]
-    loader = DataLoader(plan.data, batch_sampler=rows, num_workers=plan.settings.num_workers)
-    return iter(loader)
-
-
-def _write_one(plan: _Plan, shard: int, batches: Iterator[dict[str, Any]], rows: int, bar: Any) -> None:
-    dtype = DTYPES[plan.layout.dtype]
-    tensors = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in plan.layout.tensors.items()}
-    index = torch.empty(rows, dtype=torch.int64)
-    at = 0
-    while at < rows:
-        batch = next(batches)
-        stop = at + len(batch["index"])
-        index[at:stop] = batch["index"]
-        for name, values in _computed(plan.compute, batch["pixel_values"], plan.settings, plan.device).items():
-            tensors[name][at:stop] = values
-        bar.update(stop - at)
-        at = stop
-    write_shard(plan.out, plan.layout, shard, tensors, index)
+    plan = Plan(
+        TensorCache,
+        folder,
+        layout,
+        recipe,
+        rows,
+        about or {},
+        whole=settings.verify,
+        progress=settings.progress,
+        what=kind,
+    )
+    write_store(plan)
+    return TensorCache.open(folder, kind)
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from torch import Tensor
 from diffusers_repr.data.base import TrainData
 from diffusers_repr.data.latents import open_latents
 from diffusers_repr.data.numpy_latents import NumpyLatents
+from diffusers_repr.data.teacher_features import open_features
 from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.data.transforms import Moves, move_annotations, to_unit
-from diffusers_repr.encoders.feature_cache import open_features
-from diffusers_repr.store.tensor_cache import INDEX, TensorCache
+from diffusers_repr.store.tensor_cache import TensorCache
+from diffusers_repr.store.tensors import INDEX
 
 
 class CachedData(TrainData):

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_repr.data.base import TrainData
-from diffusers_repr.data.cache_writer import CacheSettings, process_state, write_cache
+from diffusers_repr.data.cache_writer import CacheSettings, write_cache
 from diffusers_repr.data.numpy_latents import NumpyLatents, is_numpy_latents
 from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.denoiser.vae import encode_moments
 from diffusers_repr.hub.identity import config_hash, weights_hash
-from diffusers_repr.store.tensor_cache import TensorCache
+from diffusers_repr.store.processes import process_state
+from diffusers_repr.store.tensor_cache import LATENTS, TensorCache
 
-KIND = "latents"
 _IMAGES = ("rows", "images", "channels", "size", "center_crop")  # of a fingerprint, what decides the pixels
 
 
@@ -55,7 +55,7 @@ def cache_latents(
 
     recipe = {"vae": vae_fingerprint(vae), "data": image_fingerprint(data)}
     about = {"vae": plain_name(vae.config.get("_name_or_path")), "revision": revision}
-    return write_cache(out, KIND, data, moments, recipe, settings, about)
+    return write_cache(out, LATENTS, data, moments, recipe, settings, about)
 
 
 def open_latents(
@@ -75,7 +75,7 @@ def open_latents(
     """
     if is_numpy_latents(folder):
         return NumpyLatents(folder, data, vae, flip)
-    cache = TensorCache.open(folder, KIND)
+    cache = TensorCache.open(folder, LATENTS)
     cache.check({"data": image_fingerprint(data), "vae": vae_fingerprint(vae)}, 2 if flip else 1)
     return cache
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from diffusers_repr.data.edm_folder import LABELS, NoLabelsFile, files_below, re
 from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.denoiser.vae import encode_moments
-from diffusers_repr.store.tensor_cache import INDEX, MANIFEST, CacheLayout
+from diffusers_repr.store.manifest import MANIFEST
+from diffusers_repr.store.tensor_cache import LATENTS
+from diffusers_repr.store.tensors import INDEX, TensorLayout
 
 _SAMPLED = 64  # files whose bytes enter the fingerprint
 _APART = 0.1  # of the mean size of a latent: GPUs and half precision are nearer, another range of pixels is not
@@ -54,11 +57,11 @@ class NumpyLatents:
         row, pixels = data.images.read(0)
         with torch.no_grad():
             own = encode_moments(vae, to_unit(pixels[None]).to(next(vae.parameters()).device)).float().cpu()[0]
-        self.layout = CacheLayout("latents", len(self._files), 1, {"moments": (1, *own.shape)}, "float32", "")
+        self.layout = TensorLayout(len(self._files), 1, "", LATENTS, {"moments": (1, *own.shape)}, "float32")
         self._check_vae(row, own)
         rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int))
         parts = [*(str(len(self)).encode(),), *((self.folder / self._files[row]).read_bytes() for row in rows)]
-        self.layout = CacheLayout(**{**vars(self.layout), "recipe": hashed(parts)})
+        self.layout = replace(self.layout, recipe=hashed(parts))
 
     def __len__(self) -> int:
         return len(self._files)

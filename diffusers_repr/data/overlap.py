@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-
-from diffusers_repr.data.labelled import Labelled
+from collections.abc import Collection, Iterable
 
 
 def tell_overlap(train: Iterable[object], held: Collection[object], train_name: str, held_name: str) -> int:
@@ -42,32 +39,3 @@ def tell_overlap(train: Iterable[object], held: Collection[object], train_name: 
             stacklevel=3,
         )
     return shared
-
-
-@dataclass
-class Overlap:
-    """Collects the keys of two splits while they are read for the first time.
-
-    Attributes:
-        keys: By split, in the order of its rows.
-        told: Whether `tell` has spoken.
-    """
-
-    keys: dict[int, list[str]] = field(default_factory=dict)
-    told: bool = False
-
-    def add(self, data: Labelled, rows: slice, keys: Sequence[str]) -> None:
-        """Keep the keys of these rows, if they are the next that are not known."""
-        if self.told:
-            return
-        known = self.keys.setdefault(id(data), [])
-        if rows.start == len(known):
-            known += keys
-
-    def tell(self, train: Labelled, held: Labelled) -> None:
-        """`tell_overlap`, once both have been read whole; the keys are let go then."""
-        if self.told or any(len(self.keys.get(id(data), ())) != len(data) for data in (train, held)):
-            return
-        self.told = True
-        tell_overlap(self.keys[id(train)], self.keys[id(held)], str(train), str(held))
-        self.keys.clear()

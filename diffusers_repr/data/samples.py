@@ -127,6 +127,8 @@ class TensorReader:
         except (ValueError, OSError) as error:
             place = place_of(row[self.rows.columns.image])
             raise UnreadableImage(f"The image of row {number}{place} cannot be used: {error}.") from error
+        if sample.mask is None and sample.points is None:
+            return tensors
         placement = Placement.of((sample.image.height, sample.image.width), self.size, self.crop)
         if sample.mask is not None:
             tensors["masks"] = torch.from_numpy(placement.mask(sample.mask))

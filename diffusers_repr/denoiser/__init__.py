@@ -8,6 +8,7 @@ from diffusers_repr.denoiser.default_layers import LayerDefault
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family, GenericFamily
 from diffusers_repr.denoiser.family_registry import register_family
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Condition",
     "Denoiser",
     "Family",
+    "FeatureMap",
     "GenericFamily",
     "Layer",
     "LayerDefault",

@@ -86,9 +86,11 @@ def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> tuple[di
         "generator": torch.Generator("cpu").manual_seed(0),
     }
     arguments = {**{k: v for k, v in defaults.items() if k in accepted}, **call}
-    # The call writes attributes on the pipeline and steps into its scheduler: both are copies here.
+    # The call writes attributes on the pipeline and steps into its scheduler and guiders: all are copies here.
     shadow = copy.copy(pipe)
-    shadow.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
+    for name in ("scheduler", "guider", "ocr_guider"):
+        if name in pipe.__dict__:
+            shadow.__dict__[name] = copy.deepcopy(pipe.__dict__[name])
     shadow.__dict__["_progress_bar_config"] = {"disable": True}
     try:
         with _ONE_AT_A_TIME, _untouched(pipe), _stopped_at(model), torch.no_grad():

@@ -81,11 +81,14 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
 def _encoded(
     denoiser: Conditioned, text: str, size: tuple[int, int] | None, cache: Cache, null: bool
 ) -> dict[str, Any]:
-    extra = denoiser.family.null_arguments if null else {}
+    family = denoiser.family
     # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
-    key = (text, size, null and bool(extra), denoiser.device, denoiser.dtype)
+    key = (text, size, null and family.has_null_call, denoiser.device, denoiser.dtype)
     kept = denoiser.prompts if denoiser.prompts is not None else cache
-    found = cache.get(key) or kept.get(key) or pipeline_inputs(denoiser, {"prompt": text, **extra}, size)
+    found = cache.get(key) or kept.get(key)
+    if not found:
+        call = family.null_call(denoiser.pipe, text) if null else {"prompt": text}
+        found = pipeline_inputs(denoiser, call, size)
     with _CACHES:
         kept[key] = cache[key] = found
     return found
@@ -128,6 +131,8 @@ def from_embeddings(
         raise ValueError(
             f"{type(denoiser.model).__name__} takes no input {unknown[0]!r}. It takes: {', '.join(names[1:])}."
         )
+    else:
+        embeddings = denoiser.family.condition_rows(embeddings)
     placed = {name: _to_device(value, denoiser.device) for name, value in embeddings.items()}
     return rows_of(denoiser, placed, batch, "rows of embeddings")
 
@@ -189,7 +194,7 @@ def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[
             f"takes {held}; set `pipeline_arguments = {off}` in {type(denoiser.family).__name__} (see "
             "docs/adding_a_family.md), or pass them with the embeddings."
         )
-    return inputs
+    return denoiser.family.condition_rows(inputs)
 
 
 def _asked(call: Mapping[str, Any]) -> int | None:

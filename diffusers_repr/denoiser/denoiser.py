@@ -16,6 +16,7 @@ from diffusers_repr.denoiser.condition import Condition, eval_mode
 from diffusers_repr.denoiser.default_layers import LayerDefault, Method
 from diffusers_repr.denoiser.family import Family, Grid, floating_dtype
 from diffusers_repr.denoiser.family_registry import family_of
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
@@ -166,6 +167,27 @@ class Denoiser:
     def default_layers(self, method: Method) -> LayerDefault:
         """Layers that a method takes in this network unless told otherwise; see `Family.default_layers`."""
         return self.family.default_layers(method, self.model)
+
+    def feature_map(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
+        """What the layer at `path` gave for x_0 of `size` (H, W), differentiably.
+
+        Args:
+            path: Full module path.
+            value: A map `(B, C, h, w)` or tokens `(B, N, C)`.
+            size: Of x_0; of x_t, which is as large.
+
+        Raises:
+            ValueError: If it is no image.
+        """
+        if value.ndim == 2 + len(size):
+            return FeatureMap.from_map(value, len(size))
+        place = self.token_grid(path, value.shape[1], size) if value.ndim == 3 else None
+        if place is None:
+            raise ValueError(
+                f"Layer {path!r} gave {tuple(value.shape)} for x_0 of {' x '.join(map(str, size))}, which is no image "
+                "of maps or tokens. `list_layers(denoiser)` shows the layers that are."
+            )
+        return FeatureMap(value, *place)
 
     # Images and latents
 

@@ -42,6 +42,7 @@ class Family(FamilyLayers):
     Attributes:
         conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
         unbatched: Names of condition inputs without a batch dimension (position ids).
+        batched: Names that mean no batch elsewhere (`image_rotary_emb`) and have a row a sample in its modules.
         not_image: Parts of paths whose modules give no image: text, time, single heads.
         pipeline_arguments: What is passed to the pipeline's call besides the prompt and the size.
         null_arguments: What is passed on top where the prompt is a negative one.
@@ -58,6 +59,7 @@ class Family(FamilyLayers):
     early_rows: Mapping[str, int] = {}
     joins: bool = False
     unbatched: tuple[str, ...] = ()
+    batched: tuple[str, ...] = ()
     not_image: tuple[str, ...] = ("time_proj", "time_embedding", "time_embed", "class_embedding", "add_embedding")
     pipeline_arguments: Mapping[str, Any] = {}
     null_arguments: Mapping[str, Any] = {}
@@ -132,6 +134,26 @@ class Family(FamilyLayers):
         extra = raw[:, prediction.shape[1] :]
         return torch.cat([prediction, extra], 1) if extra.shape[1] else prediction
 
+    def sampler_value(self, given: Tensor, value: Tensor) -> Tensor:
+        """A tensor that the pipeline gives its scheduler (prediction or latents) with another value `(B, C, H, W)`."""
+        return self.with_output(given, value)
+
+    def stacked(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a call with a tensor where the network takes a list of rows, so that rows can be taken."""
+        return dict(inputs)
+
+    def listed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `stacked`: as the network takes them."""
+        return dict(inputs)
+
+    def stacked_output(self, raw: Any) -> Any:
+        """The network's output as one tensor, where it gives a list of rows."""
+        return raw
+
+    def listed_output(self, raw: Tensor) -> Any:
+        """The inverse of `stacked_output`."""
+        return raw
+
     def training_timestep(self, told: Tensor) -> Tensor:
         """The training timestep, from what the network is told: the inverse of `timestep`."""
         return told
@@ -195,6 +217,19 @@ class Family(FamilyLayers):
         return not any(part in self.not_image for part in path.split("."))
 
     # Conditions
+
+    @property
+    def has_null_call(self) -> bool:
+        """Whether the pipeline encodes a negative prompt otherwise than a prompt."""
+        return bool(self.null_arguments) or type(self).null_call is not Family.null_call
+
+    def null_call(self, pipe: Any, text: str) -> dict[str, Any]:
+        """Arguments of the pipeline's call whose condition is the null one of the negative prompt `text`."""
+        return {"prompt": text, **self.null_arguments}
+
+    def condition_rows(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Condition inputs as the pipeline gives them, with rows where the network takes lists."""
+        return dict(inputs)
 
     def example(self, batch: int, device: str) -> dict[str, Any]:
         """Condition inputs of the right shapes for `batch` samples, for the layer table."""

@@ -19,8 +19,8 @@ class FamilyLayers:
     Attributes:
         stacks: Paths of the lists of transformer blocks in the order in which they run; those that are there count.
         block_outputs: Class of a block that returns several tensors -> index of the image.
-        attentions: Pattern of module paths -> layout of the attention there; the first that fits counts. Others are
-            read by their class: diffusers' `Attention` as self-attention.
+        attentions: Pattern of module paths, in which `*` stops at dots -> layout of the attention there; the first
+            that fits counts. Others are read by their class: diffusers' `Attention` as self-attention.
         other_attentions: Patterns of paths of attention that is not among image tokens, where the module itself does
             not tell: cross-attention, attention among text tokens.
         layer_defaults: Method (`pag`, `sag`, `repa`, ...) -> its layers and where the choice comes from; rules on the
@@ -64,7 +64,12 @@ class FamilyLayers:
         """The layout that `attentions` tells for a path; None where it tells none."""
         if _fits(path, self.other_attentions):
             return None
-        return next((layout for pattern, layout in self.attentions.items() if _fits(path, (pattern,))), None)
+        parts = path.split(".")
+        for pattern, layout in self.attentions.items():
+            wanted = pattern.split(".")
+            if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
+                return layout
+        return None
 
     def image_tokens(self, layout: AttentionLayout, inputs: Mapping[str, Any], tokens: int) -> slice | Tensor:
         """Where the image lies in a single-stream sequence, whose text and image are one input.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+
+from diffusers_repr.hub.checks import check_whole
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -30,7 +31,7 @@ class SamplingMixin:
 
     @property
     def num_timesteps(self) -> int:
-        """Network calls of the newest call; the last step that a callback is told of is one less."""
+        """Network calls of the newest call; the last step that a callback hears of is one less."""
         return self._num_timesteps
 
     @property
@@ -48,33 +49,43 @@ class SamplingMixin:
         """Whether the rest of the steps is left out: a callback may set `pipe._interrupt = True`."""
         return self._interrupt
 
+    def _denoise(
+        self: Any,
+        timesteps: Tensor,
+        tensors: dict[str, Any],
+        predict: Callable[[int, Tensor, dict[str, Any]], Mapping[str, Tensor]],
+        schedulers: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        callback: Callable[..., dict[str, Any] | None] | None,
+        names: Sequence[str],
+    ) -> dict[str, Any]:
+        """The sampling loop: every timestep is predicted, stepped and told to the callback.
+
+        Args:
+            timesteps: Of the sampler, one a network call.
+            tensors: All that a callback may see or change, by name; those that are stepped keep their dtype.
+            predict: `(step, timestep, tensors)` to what the samplers step with, by the names of `schedulers`.
+            schedulers: Name of a tensor -> the sampler that steps it.
+            extra: Further arguments of `step`, as `step_arguments` gives them.
+            callback: After each step, or None.
+            names: Of the tensors it gets.
+
+        Returns:
+            The tensors at the end.
+        """
+        dtypes = {name: tensors[name].dtype for name in schedulers}
+        for step, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                continue
+            outputs = predict(step, t, tensors)
+            for name, scheduler in schedulers.items():
+                stepped = scheduler.step(outputs[name], t, tensors[name], return_dict=False, **extra)[0]
+                tensors[name] = stepped.to(dtypes[name])
+            tensors = call_back(callback, self, step, t, tensors, names)
+        return tensors
+
 
 # Numbers
-
-
-def check_whole(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """A whole number from `low` to `high`, both included.
-
-    Raises:
-        TypeError: For what is no whole number; `True` and 2.0 are none.
-        ValueError: Outside of the range.
-
-    Example:
-        >>> check_whole("num_inference_steps", 0)
-        Traceback (most recent call last):
-        ...
-        ValueError: num_inference_steps is a whole number, 1 or more; got 0.
-    """
-    allowed = f"{name} is a whole number, " + (f"{low} or more" if high is None else f"from {low} to {high}")
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        whole = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{allowed}; got {value!r} ({type(value).__name__}).") from None
-    if whole < low or (high is not None and whole > high):
-        raise ValueError(f"{allowed}; got {whole}.")
-    return whole
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
@@ -101,11 +112,11 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     return number
 
 
-def count_samples(**told: Any) -> int:
+def count_samples(**given: Any) -> int:
     """Number of samples, on which all that is given one a sample must agree; 1 if nothing tells it.
 
     Args:
-        **told: By its name. `batch_size` is a number, `generator` tells where it is a list, `latents` by their
+        **given: By its name. `batch_size` is a number, `generator` tells where it is a list, `latents` by their
             length, and all else too unless it is one for all: of length 1. None tells nothing.
 
     Raises:
@@ -117,7 +128,7 @@ def count_samples(**told: Any) -> int:
         2
     """
     counts: dict[str, int] = {}
-    for name, value in told.items():
+    for name, value in given.items():
         if name == "batch_size" and value is not None:
             counts[name] = check_whole(f"How many samples? {name}", value)
         elif name == "generator":
@@ -357,7 +368,6 @@ __all__ = [
     "check_number",
     "check_output_type",
     "check_process",
-    "check_whole",
     "count_samples",
     "dynamic_mu",
     "pack_images",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # For casting the weights of an autoencoder, which all threads share.
 _CASTING = threading.RLock()
@@ -23,6 +24,8 @@ def config_stride(config: Mapping[str, Any]) -> int:
     """As `vae_stride`, from the autoencoder's config alone."""
     if config.get("spatial_compression_ratio") is not None:
         return int(config["spatial_compression_ratio"])
+    if _takes_frames(config):
+        return 2 ** len(config["temperal_downsample"])
     # AutoencoderDC and AutoencoderTiny tell encoder and decoder apart.
     stages = config.get("encoder_block_out_channels") or config["block_out_channels"]
     return 2 ** (len(stages) - 1)
@@ -49,6 +52,7 @@ def encode_latents(
         raise ValueError(f"{type(vae).__name__} has no posterior to sample from; use its deterministic code.")
     else:
         latents = _code(out)
+    latents = latents.squeeze(2) if _takes_frames(vae.config) else latents
     _check_finite(vae, dtype, latents)
     return scale_latents(vae, latents)
 
@@ -69,6 +73,7 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
     mean = out.latent_dist.mean if hasattr(out, "latent_dist") else _code(out)
     std = out.latent_dist.std if hasattr(out, "latent_dist") else torch.zeros_like(mean)
     moments = torch.cat([mean.float(), std.float()], dim=1)
+    moments = moments.squeeze(2) if _takes_frames(vae.config) else moments
     _check_finite(vae, dtype, moments)
     return moments
 
@@ -103,14 +108,22 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     mean, std = _statistics(vae, latents)
     factor, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
     latents = latents * std / factor + mean if mean is not None and std is not None else latents / factor + shift
+    frames = _takes_frames(vae.config)
     with _encoding_dtype(vae) as dtype, torch.no_grad():
-        return vae.decode(latents.to(dtype)).sample
+        pixels = vae.decode((latents.unsqueeze(2) if frames else latents).to(dtype)).sample
+    return pixels.squeeze(2) if frames else pixels
 
 
 def _encode(vae: Any, pixels: Tensor) -> tuple[Any, torch.dtype]:
     """What `vae.encode` returns, and the dtype it ran in."""
+    pixels = pixels.unsqueeze(2) if _takes_frames(vae.config) else pixels
     with _encoding_dtype(vae) as dtype, torch.no_grad():
         return vae.encode(pixels.to(dtype)), dtype
+
+
+def _takes_frames(config: Mapping[str, Any]) -> bool:
+    """Whether it is a video's autoencoder, to which an image is one frame: `(B, C, 1, H, W)`."""
+    return config.get("temperal_downsample") is not None  # as diffusers spells it
 
 
 def _code(out: Any) -> Tensor:
@@ -127,7 +140,15 @@ def _check_finite(vae: Any, dtype: torch.dtype, latents: Tensor) -> None:
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Per-channel latent mean and std, where the VAE's config has them."""
+    """Per-channel latent mean and std, where the VAE's config has them; of 2 x 2 latent pixels by a batch norm."""
+    norm = getattr(vae, "bn", None)
+    if norm is not None:
+        std = torch.sqrt(norm.running_var + vae.config["batch_norm_eps"])
+        tiles = (1, 1, like.shape[2] // 2, like.shape[3] // 2)
+        return tuple(  # type: ignore[return-value]
+            functional.pixel_shuffle(value.view(1, -1, 1, 1).to(like.device, like.dtype), 2).repeat(tiles)
+            for value in (norm.running_mean, std)
+        )
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
         return None, None

@@ -3,5 +3,15 @@
 from diffusers_repr.encoders.encoder import Encoder
 from diffusers_repr.encoders.family import EncoderFamily, list_encoder_families, register_encoder_family
 from diffusers_repr.encoders.output import EncoderOutput
+from diffusers_repr.encoders.protocol import AttentionEncoder, EncoderInfo, ImageEncoder
 
-__all__ = ["Encoder", "EncoderFamily", "EncoderOutput", "list_encoder_families", "register_encoder_family"]
+__all__ = [
+    "AttentionEncoder",
+    "Encoder",
+    "EncoderFamily",
+    "EncoderInfo",
+    "EncoderOutput",
+    "ImageEncoder",
+    "list_encoder_families",
+    "register_encoder_family",
+]

@@ -73,9 +73,9 @@ class DenoiserSource(Source):
 
     def read(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """The layer's features; text tokens are left out."""
-        maps = self.extractor.from_pixels(pixels, **self.condition).as_map(self.layer)
-        tokens = maps.flatten(2).transpose(1, 2)
-        return tokens.mean(1), tokens, (maps.shape[2], maps.shape[3])
+        found = self.extractor.from_pixels(pixels, **self.condition).feature_map(self.layer)
+        tokens, (height, width) = found.tokens(), found.grid
+        return tokens.mean(1), tokens, (height, width)
 
     def describe(self) -> dict[str, Any]:
         """Class, config, layer, level, condition and seed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffusers_repr.encoders.output import EncoderOutput
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import Source, device_of
 from diffusers_repr.encoders.transformer import load_transformer
+from diffusers_repr.hub.base_record import BaseRecord
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.noise import NoiseLevel
 
@@ -182,6 +184,13 @@ class Encoder:
         """Token grid (h, w) of images of `size` (H, W)."""
         return self.source.grid(self.source.size((size[0], size[1])))
 
+    def with_image_size(self, image_size: tuple[int, int]) -> Encoder:
+        """The same network, which images of (H, W) are resized for; nothing is copied but the settings."""
+        resized = copy.copy(self)
+        resized.source = copy.copy(self.source)
+        resized.source.image_size = image_size
+        return resized
+
     def __call__(self, images: Any, batch_size: int | None = None) -> EncoderOutput:
         """Features of images.
 
@@ -210,8 +219,7 @@ class Encoder:
     @property
     def num_blocks(self) -> int | None:
         """Blocks of the network whose attention `encode_with_attention` can give; None where that is not known."""
-        paths = getattr(self.source, "paths", None)
-        return None if paths is None else len(paths)
+        return self.source.num_blocks
 
     def encode_with_attention(self, pixels: Tensor, layers: Sequence[int]) -> tuple[EncoderOutput, list[Tensor]]:
         """Features, and attention probabilities among the patch tokens of some blocks, in one forward.
@@ -239,20 +247,31 @@ class Encoder:
             )
         return output, attention
 
+    def record(self) -> BaseRecord:
+        """What there is to remember of the network; `weights` hashes all tensors as they are."""
+        return BaseRecord(
+            name=self.name,
+            revision=self.revision,
+            model_class=type(self.module).__name__,
+            dtype=str(self.dtype).removeprefix("torch."),
+            weights=weights_hash(self.module),
+        )
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides the features, as JSON values: equal for encoders whose features are the same.
 
         `weights` hashes the tensors as they are, so an encoder in bfloat16 is another one than in float32.
         """
+        record = self.record()
         return {
             "encoder": type(self.source).__name__.removesuffix("Source").lower(),
-            "name": self.name,
-            "revision": self.revision,
+            "name": record.name,
+            "revision": record.revision,
             **self.source.describe(),
             "mean": list(self.source.mean),
             "std": list(self.source.std),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "weights": weights_hash(self.module),
+            "dtype": record.dtype,
+            "weights": record.weights,
         }
 
     def __repr__(self) -> str:

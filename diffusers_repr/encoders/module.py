@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.family import floating_dtype
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.source import Source, check_pooling, device_of, pair
+from diffusers_repr.hub.checks import check_sizes
 
 
 class ModuleSource(Source):
@@ -45,8 +47,7 @@ class ModuleSource(Source):
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"An nn.Module is needed; got {type(module).__name__}. Pass a method of it by `forward=`.")
-        if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
-            raise ValueError(f"patch_size must be a whole number from 1; got {patch_size!r}.")
+        check_sizes(patch_size=patch_size)
         self.module, self.patch, self.prefix, self.channels = module, patch_size, prefix_tokens, channels
         self.forward = module if forward is None else forward
         self.mean, self.std = (
@@ -94,7 +95,7 @@ class ModuleSource(Source):
         output = self.forward(pixels.to(floating_dtype(self.module)))
         sequence = getattr(output, "last_hidden_state", output)
         if isinstance(sequence, Tensor) and sequence.ndim == 4:
-            sequence = sequence.flatten(2).transpose(1, 2)
+            sequence = FeatureMap.from_map(sequence).tokens()
         shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else type(sequence).__name__
         if (
             not isinstance(sequence, Tensor)

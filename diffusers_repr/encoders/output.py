@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffusers_repr.denoiser.feature_map import FeatureMap
+
 
 @dataclass(frozen=True, repr=False)
 class EncoderOutput:
@@ -32,4 +34,8 @@ class EncoderOutput:
 
     def as_map(self) -> Tensor:
         """The tokens as `(B, D, h, w)`."""
-        return self.tokens.transpose(1, 2).unflatten(2, self.grid)
+        return self.feature_map().as_map()
+
+    def feature_map(self) -> FeatureMap:
+        """The tokens with their grid."""
+        return FeatureMap(self.tokens, self.grid)

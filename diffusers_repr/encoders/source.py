@@ -21,6 +21,7 @@ class Source:
         dim: Channels of its tokens, D.
         mean: Of pixels in [0, 1], one number or one a channel.
         std: As `mean`.
+        image_size: (H, W) that images are resized to; None leaves it to `size`.
     """
 
     module: nn.Module
@@ -28,6 +29,12 @@ class Source:
     dim: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks whose attention `recording_attention` gives; None where that is not known."""
+        return None
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) that images of `size` (H, W) are resized to."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.attention import recording_attention
 from diffusers_repr.encoders.family import EncoderFamily, encoder_family
 from diffusers_repr.encoders.preprocessing import Statistics, check_processor, statistics_from_processor
@@ -75,6 +76,11 @@ class TransformerSource(Source):
         self.layer = None if layer is None else self._block(layer)
         self._config = config_hash(config)
 
+    @property
+    def num_blocks(self) -> int:
+        """All of them."""
+        return len(self.paths)
+
     def _block(self, layer: int) -> int:
         count = len(self.paths)
         if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer < count:
@@ -114,13 +120,14 @@ class TransformerSource(Source):
             with capture(self.module, path, stop_early=not whole) as tape:
                 output = self.module(**inputs)
             sequence = tape[path]
-        tokens = sequence[:, self.family.prefix(self.module.config) :]
+        grid, prefix = self.grid((pixels.shape[2], pixels.shape[3])), self.family.prefix(self.module.config)
+        tokens = FeatureMap(sequence, grid, prefix).tokens()
         if whole and self.pooling is None:
             pooled = self.family.global_features(output)
         if pooled is None:
             cls = self.family.class_token and self.pooling != "mean"
             pooled = sequence[:, 0] if cls else tokens.float().mean(1)
-        return pooled, tokens, self.grid((pixels.shape[2], pixels.shape[3]))
+        return pooled, tokens, grid
 
     def recording_attention(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
         """Recomputed from queries and keys; see `recording_attention` of the module."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusers_repr.capture.attention import GIB, AttentionTokens, Heads, capture_attention, too_much
 from diffusers_repr.capture.attention_memory import attention_memory
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import FeatureExtractor, Timestep
 from diffusers_repr.noise import NoiseLevel
@@ -52,8 +53,7 @@ class AttentionOutput:
             raise KeyError(f"Layer {layer!r} was not read; there are {', '.join(self.maps)}.")
         if layer not in self.grids:
             raise ValueError(f"Where the image lies among the tokens of {layer!r} is not known: {self.tokens[layer]}.")
-        rows = self.maps[layer][..., self.image_queries[layer], :]
-        return rows.transpose(-1, -2).unflatten(-1, self.grids[layer])
+        return FeatureMap(self.maps[layer], self.grids[layer], self.image_queries[layer].start).as_map()
 
 
 @torch.no_grad()

@@ -16,11 +16,13 @@ from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.hooks import Turn
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
-from diffusers_repr.features.pooling import Place, check_pooling, is_linear, pool
+from diffusers_repr.features.pooling import check_pooling, is_linear, pool
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import NoiseLevel
 
 Timestep = int | float | NoiseLevel
@@ -104,8 +106,8 @@ class FeatureExtractor:
         self.layers = list(check_layers(denoiser.model, layers))
         self.levels, self.many = _resolve(denoiser, timestep)
         self.noise = NoiseSource(noise, seed)
-        self.ensemble_size = _whole("ensemble_size", ensemble_size)
-        self.batch_size = None if batch_size is None else _whole("batch_size", batch_size)
+        self.ensemble_size = check_whole("ensemble_size", ensemble_size)
+        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
         if noise == "clean" and self.ensemble_size > 1:
             raise ValueError(f"ensemble_size={ensemble_size} with noise='clean' would average equal features; use 1.")
         if where not in get_args(Where):
@@ -160,7 +162,7 @@ class FeatureExtractor:
         """As a call, from `(B, C, H, W)` in [-1, 1] as `to_pixels` gives it; `image_size` is not applied."""
         early = is_linear(self.pooling)  # pool at once where that equals pooling the ensemble's mean
         sums = _Sums(len(self.levels) * len(pixels), self.output_device or self.denoiser.device)
-        places: dict[str, Place] = {}
+        places: dict[str, Grid] = {}
         with self.reading():
             for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
                 size = (batch.x_t.shape[2], batch.x_t.shape[3])
@@ -298,7 +300,7 @@ class FeatureExtractor:
                 "image. `list_layers(denoiser)` shows the layers that do."
             )
 
-    def _place(self, feature: Tensor, path: str, size: tuple[int, int], places: dict[str, Place]) -> None:
+    def _place(self, feature: Tensor, path: str, size: tuple[int, int], places: dict[str, Grid]) -> None:
         if feature.ndim == 3 and path not in places:
             found = self.denoiser.token_grid(path, feature.shape[1], size)
             if found is not None:
@@ -360,19 +362,13 @@ def _resolve(denoiser: Denoiser, timestep: Any) -> tuple[list[NoiseLevel], bool]
     return levels, many
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-        raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
-    return int(value)
-
-
 def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     values = (size, size) if isinstance(size, int) else tuple(size)
     if len(values) != 2:
         raise ValueError(f"image_size must be one side or (height, width); got {size!r}.")
-    return _whole("image_size", values[0]), _whole("image_size", values[1])
+    return check_whole("image_size", values[0]), check_whole("image_size", values[1])
 
 
 __all__ = ["Batch", "FeatureExtractor", "Timestep"]

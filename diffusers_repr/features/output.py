@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from diffusers_repr.features.pooling import Place, tokens_to_map
+from diffusers_repr.denoiser.family import Grid
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -19,13 +20,13 @@ class FeatureOutput:
         features: Layer path -> float32 tensor: a map `(B, C, H, W)`, tokens `(B, N, C)`, or `(B, D)` if pooled. With a
             list of timesteps, one more dimension in front: `(T, B, ...)`.
         level: The resolved noise level; the list of them with a list of timesteps.
-        places: Layer path -> `((H, W), text_tokens)` for layers of tokens.
+        places: Layer path -> `((H, W), start)` for layers of tokens: grid and first token of the image.
         pooling: As asked for.
     """
 
     features: Mapping[str, Tensor]
     level: NoiseLevel | list[NoiseLevel]
-    places: Mapping[str, Place]
+    places: Mapping[str, Grid]
     pooling: str | None = None
 
     def __getitem__(self, layer: str) -> Tensor:
@@ -40,8 +41,8 @@ class FeatureOutput:
         """Layer paths, in the order asked for."""
         return list(self.features)
 
-    def as_map(self, layer: str) -> Tensor:
-        """The layer as `(B, C, H, W)`, text tokens dropped; `(T, B, C, H, W)` with a list of timesteps.
+    def feature_map(self, layer: str) -> FeatureMap:
+        """The layer with its grid; with a list of timesteps, `(T, B, ...)`.
 
         Raises:
             KeyError: For a layer that was not asked for.
@@ -52,14 +53,20 @@ class FeatureOutput:
         if self.pooling is not None:
             raise ValueError(f"Features were pooled ({self.pooling}); extract with pooling=None for maps.")
         feature = self.features[layer]
-        if layer not in self.places:
-            if feature.ndim - isinstance(self.level, list) != 4:
-                raise ValueError(
-                    f"Layer {layer!r} gave {tuple(feature.shape)}: neither a map nor tokens of a known grid."
-                )
-            return feature
-        flat = feature.flatten(0, -3) if feature.ndim > 3 else feature
-        return tokens_to_map(flat, *self.places[layer]).unflatten(0, feature.shape[:-2])
+        if layer in self.places:
+            return FeatureMap(feature, *self.places[layer])
+        axes = feature.ndim - isinstance(self.level, list) - 2
+        if axes < 2:
+            raise ValueError(f"Layer {layer!r} gave {tuple(feature.shape)}: neither a map nor tokens of a known grid.")
+        return FeatureMap.from_map(feature, axes)
+
+    def as_map(self, layer: str) -> Tensor:
+        """The layer as `(B, C, H, W)`, text tokens dropped; `(T, B, C, H, W)` with a list of timesteps.
+
+        Raises:
+            KeyError, ValueError: As `feature_map`.
+        """
+        return self.feature_map(layer).as_map()
 
     def per_level(self) -> Iterator[tuple[NoiseLevel, FeatureOutput]]:
         """One output a level, for a list of timesteps."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Place = tuple[tuple[int, int], int]
+from diffusers_repr.denoiser.family import Grid
+from diffusers_repr.denoiser.feature_map import FeatureMap
+
 POOLINGS = "None, 'mean', 'max' or 'adaptive:P' with a whole number P, e.g. 'adaptive:2'"
 
 
-def tokens_to_map(tokens: Tensor, grid: tuple[int, int], text_tokens: int = 0) -> Tensor:
-    """`(B, T + H*W, C)` to `(B, C, H, W)`.
+def tokens_to_map(tokens: Tensor, grid: tuple[int, ...], text_tokens: int = 0) -> Tensor:
+    """`(B, T + H*W, C)` to `(B, C, H, W)`; see `FeatureMap`, which this is a short word for.
 
     Args:
         tokens: Rows of the image one after another, after `text_tokens` tokens of text.
@@ -23,10 +26,12 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int], text_tokens: int = 0) -
     Raises:
         ValueError: If the count does not fit the grid.
     """
-    h, w = grid
-    if tokens.ndim != 3 or tokens.shape[1] != text_tokens + h * w:
-        raise ValueError(f"Tokens {tuple(tokens.shape)} do not fit {text_tokens} text tokens and a grid of {h} x {w}.")
-    return tokens[:, text_tokens:].transpose(1, 2).unflatten(2, (h, w))
+    if tokens.ndim != 3 or tokens.shape[1] != text_tokens + math.prod(grid):
+        raise ValueError(
+            f"Tokens {tuple(tokens.shape)} do not fit {text_tokens} text tokens and a grid of "
+            f"{' x '.join(map(str, grid))}."
+        )
+    return FeatureMap(tokens, tuple(grid), text_tokens).as_map()
 
 
 def check_pooling(pooling: str | None) -> str | None:
@@ -52,7 +57,7 @@ def pooled_size(pooling: str | None) -> int:
     return int(pooling.split(":")[1]) ** 2 if pooling.startswith("adaptive") else 1
 
 
-def pool(feature: Tensor, pooling: str | None, place: Place | None = None) -> Tensor:
+def pool(feature: Tensor, pooling: str | None, place: Grid | None = None) -> Tensor:
     """Pool a map `(B, C, H, W)` or tokens `(B, N, C)` in float32.
 
     Args:
@@ -60,7 +65,8 @@ def pool(feature: Tensor, pooling: str | None, place: Place | None = None) -> Te
         pooling: `mean` and `max` over positions give `(B, C)`; `adaptive:P` averages over P x P cells and gives
             `(B, C * P * P)`, channel by channel (a grid with fewer than P cells a side repeats them); None returns
             the feature as it is.
-        place: For tokens, `((H, W), text_tokens)`; text tokens are left out.
+        place: For tokens, `((H, W), start)`: grid and first token of the image; others are left out. A video's grid is
+            `(frames, H, W)`, and the cells of `adaptive:P` reach over all frames.
 
     Raises:
         ValueError: For an unknown pooling, tokens without a place, or a shape that is neither map nor tokens.
@@ -79,15 +85,17 @@ def pool(feature: Tensor, pooling: str | None, place: Place | None = None) -> Te
     if feature.ndim == 3:
         if place is None:
             raise ValueError(f"Pooling tokens {tuple(feature.shape)} needs their grid; none is known for this layer.")
-        feature = tokens_to_map(feature, *place)
-    if feature.ndim != 4:
+        feature = FeatureMap(feature, *place).as_map()
+    elif feature.ndim != 4:
         raise ValueError(f"Cannot pool a feature of shape {tuple(feature.shape)}; expected (B, C, H, W) or (B, N, C).")
+    axes = tuple(range(2, feature.ndim))
     if pooling == "mean":
-        return feature.mean(dim=(2, 3))
+        return feature.mean(dim=axes)
     if pooling == "max":
-        return feature.amax(dim=(2, 3))
+        return feature.amax(dim=axes)
     assert pooling is not None
-    return functional.adaptive_avg_pool2d(feature, int(pooling.split(":")[1])).flatten(1)
+    cells = feature if feature.ndim == 4 else feature.mean(dim=2)
+    return functional.adaptive_avg_pool2d(cells, int(pooling.split(":")[1])).flatten(1)
 
 
 def concatenate(features: list[Tensor]) -> Tensor:

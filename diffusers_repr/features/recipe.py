@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers_repr.data.image_data import ImageData
+from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.features.extractor import FeatureExtractor
-from diffusers_repr.hub.identity import fingerprint
 
 
 def recipe_of(
@@ -34,15 +31,15 @@ def recipe_of(
         prompt: As given; may hold `{label}`.
         class_label: One for all images.
     """
-    denoiser = extractor.denoiser
+    base = base_record(extractor.denoiser, weights=True)
     return {
         "model": {
-            "name": _plain_path(denoiser.name),
-            "revision": denoiser.revision,
-            "class": type(getattr(denoiser.model, "_orig_mod", denoiser.model)).__name__,
-            "dtype": str(denoiser.dtype).removeprefix("torch."),
-            "noise_process": denoiser.schedule.kind,
-            "weights": fingerprint(denoiser.model, denoiser.vae),
+            "name": _plain_path(base.name),
+            "revision": base.revision,
+            "class": base.model_class,
+            "dtype": base.dtype,
+            "noise_process": extractor.denoiser.schedule.kind,
+            "weights": base.weights,
         },
         "data": {
             "name": _plain_path(data.name),
@@ -69,30 +66,6 @@ def recipe_of(
 
 
 _LEVEL = ("timestep", "alpha", "sigma")
-
-
-def recipe_hash(recipe: Mapping[str, Any]) -> str:
-    """A short name of a recipe; every shard carries it.
-
-    Example:
-        >>> recipe_hash({"a": 1, "b": 2}) == recipe_hash({"b": 2, "a": 1})
-        True
-    """
-    text = json.dumps(recipe, sort_keys=True, allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def recipe_differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """Lines `place: old -> new` for all that differs.
-
-    Example:
-        >>> recipe_differences({"seed": 0, "data": {"rows": 5}}, {"seed": 1, "data": {"rows": 5}})
-        ['seed: 0 -> 1']
-    """
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in recipe_differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
-    return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
 def _plain_path(name: str | None) -> str | None:

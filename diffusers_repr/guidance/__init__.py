@@ -2,7 +2,7 @@
 
 from diffusers_repr.guidance.attention.perturbations import Blur, Drop, Identity, Mask
 from diffusers_repr.guidance.auto import AutoGuidance
-from diffusers_repr.guidance.base import Guidance
+from diffusers_repr.guidance.base import Guidance, GuidanceTerm
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.classifier import ClassifierGuidance
 from diffusers_repr.guidance.depth import DepthGuidance
@@ -10,16 +10,20 @@ from diffusers_repr.guidance.describe import GuidanceDescription, MethodDescript
 from diffusers_repr.guidance.energy import EnergyGuidance
 from diffusers_repr.guidance.engine.stats import GuidanceStats, StepStats
 from diffusers_repr.guidance.guide import GuidanceHandle, guide, is_guided, unguide
+from diffusers_repr.guidance.modular import AutoGuidanceGuider, CFGGuider, PAGGuider
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.readout.guidance import ReadoutGuidance
 from diffusers_repr.guidance.sag import SAG
+from diffusers_repr.guidance.step import GuidedStep
 
 __all__ = [
     "CFG",
     "PAG",
     "SAG",
     "AutoGuidance",
+    "AutoGuidanceGuider",
     "Blur",
+    "CFGGuider",
     "ClassifierGuidance",
     "DepthGuidance",
     "Drop",
@@ -28,9 +32,12 @@ __all__ = [
     "GuidanceDescription",
     "GuidanceHandle",
     "GuidanceStats",
+    "GuidanceTerm",
+    "GuidedStep",
     "Identity",
     "Mask",
     "MethodDescription",
+    "PAGGuider",
     "ReadoutGuidance",
     "StepStats",
     "describe",

@@ -160,7 +160,7 @@ def total_gradients(
     Args:
         classifier: `(hidden, skips, timestep) -> logits (B, K)`.
         activations: The middle block's output and the skips, in one graph.
-        timestep: What the network was told.
+        timestep: What the network was called with.
         labels: `(B,)`.
 
     Returns:

@@ -16,7 +16,7 @@ from diffusers_repr.denoiser.condition import eval_mode, forward_names
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm
-from diffusers_repr.guidance.engine.step import GuidedStep
+from diffusers_repr.guidance.step import GuidedStep
 
 # What networks must have in common to be called with the same inputs and to mean the same by their outputs.
 _SHARED = (
@@ -73,31 +73,13 @@ class AutoGuidance(Guidance):
         """
         return AutoGuidanceTerm(self, denoiser)
 
-    def as_guider(self, cfg: Any = 1.0) -> Any:
-        """As a guider of diffusers' modular pipelines, beside classifier-free guidance of scale `cfg` (1 is off).
-
-        That the weaker model has the same noise process is not checked: a guider is not told the pipeline's.
-
-        Raises:
-            ValueError: For an interval of noise levels without timesteps: a guider is told the timestep alone.
-        """
-        from diffusers_repr.guidance.guiders import AutoGuidanceGuider, cfg_settings, timesteps
-
-        return AutoGuidanceGuider(
-            **cfg_settings(cfg),
-            weaker_model=_network(self.weaker_model),
-            auto_scale=self.scale,
-            auto_interval=timesteps(self.interval),
-            auto_adaptive=self.adaptive,
-        )
-
 
 class AutoGuidanceTerm(GuidanceTerm):
     """The difference between the model's prediction and the weaker one's."""
 
     def __init__(self, config: AutoGuidance, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
-        self.weaker = _network(config.weaker_model)
+        self.weaker = network_of(config.weaker_model)
         if self.weaker is denoiser.model:
             raise ValueError("weaker_model is the guided network itself: the two predictions would be equal.")
         _check_process(config.weaker_model, denoiser)
@@ -110,7 +92,8 @@ class AutoGuidanceTerm(GuidanceTerm):
             return step.cond - step.run(step.call.batch.cond, model=self.weaker)
 
 
-def _network(holder: Any) -> nn.Module:
+def network_of(holder: Any) -> nn.Module:
+    """The weaker network: itself, or that of a pipeline or `Denoiser`."""
     if isinstance(holder, nn.Module):
         return holder
     for name in ("model", *COMPONENTS):

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffusers_repr.capture.lanes import Lane, NetworkCall, Observer
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
-
-if TYPE_CHECKING:
-    from diffusers_repr.guidance.engine.step import GuidedStep
 
 _KEYS = itertools.count()
 
@@ -61,20 +59,38 @@ class Guidance:
         raise NotImplementedError
 
     def as_guider(self, *args: Any, **kwargs: Any) -> Any:
-        """As a guider of diffusers' modular pipelines, `pipe.update_components(guider=...)`, where that is possible.
+        """As a guider of diffusers' modular pipelines: `pipe.update_components(guider=PAG(3.0).as_guider(cfg=5.0))`.
+
+        Its predictions are one network call each, as the pipelines' loops have it: nothing is shared.
+
+        Args:
+            *args: As `cfg=`.
+            **kwargs: For `PAG` and `AutoGuidance` `cfg=`: classifier-free guidance beside it, a scale (1 is off) or a
+                `CFG`. That a weaker model has the same noise process is not checked: a guider does not know it.
 
         Raises:
-            NotImplementedError: For all but `CFG`, `PAG` and `AutoGuidance`.
+            NotImplementedError: For all but `CFG`, `PAG`, `AutoGuidance` and kinds registered with `make_guider`.
+            ValueError: For an interval of noise levels without timesteps: a guider gets the timestep alone.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} cannot be a guider of a modular pipeline: a guider combines predictions of one "
-            "input, made without gradient; it can ask neither for a gradient nor for a pass whose input follows from "
-            "a prediction, nor can it move the latents. Use guide(pipe, ...) on a classic pipeline."
-        )
+        return make_guider(self, *args, **kwargs)
 
     def replace(self, **changes: Any) -> Any:
         """The same settings with some changed."""
         return dataclasses.replace(self, **changes)
+
+
+@functools.singledispatch
+def make_guider(config: Guidance, *args: Any, **kwargs: Any) -> Any:
+    """The guider of a guidance, by its kind: `@make_guider.register(MyGuidance)` adds one (`modular/guiders.py`).
+
+    Raises:
+        NotImplementedError: For a kind that none is registered for.
+    """
+    raise NotImplementedError(
+        f"{type(config).__name__} cannot be a guider of a modular pipeline: a guider combines predictions of one "
+        "input, made without gradient; it can ask neither for a gradient nor for a pass whose input follows from "
+        "a prediction, nor can it move the latents. Use guide(pipe, ...) on a classic pipeline."
+    )
 
 
 class GuidanceTerm:
@@ -207,8 +223,3 @@ def nsr_bounds(interval: Interval | None, schedule: NoiseSchedule) -> tuple[floa
     if low > high:
         raise ValueError(_reversed(*interval))
     return low, high
-
-
-def widened(value: Tensor) -> Tensor:
-    """In float32, or float64 if it is that."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))

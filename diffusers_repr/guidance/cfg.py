@@ -50,16 +50,6 @@ class CFG(Guidance):
         """
         return CFGTerm(self, denoiser)
 
-    def as_guider(self) -> Any:
-        """As a guider of diffusers' modular pipelines: `pipe.update_components(guider=CFG(5.0).as_guider())`.
-
-        Raises:
-            ValueError: For an interval of noise levels without timesteps: a guider is told the timestep alone.
-        """
-        from diffusers_repr.guidance.guiders import CFGGuider, cfg_settings
-
-        return CFGGuider(**cfg_settings(self))
-
 
 class CFGTerm(GuidanceTerm):
     """The rule by which the conditional and the null prediction become one."""

@@ -14,7 +14,7 @@ from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import GradientRequest, Guidance, Level, check_finite
 from diffusers_repr.guidance.energy import EnergyTerm, check_update
-from diffusers_repr.guidance.readout.head_reading import check_head, read_head, seen_levels
+from diffusers_repr.guidance.readout.base import check_head, read_head, seen_levels
 from diffusers_repr.heads import MapHead
 from diffusers_repr.noise import NoiseLevel, add_noise
 

@@ -15,8 +15,9 @@ from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG, CFGTerm
+from diffusers_repr.guidance.engine.callers import calling_pipeline, check_plain, refuse_own_guidance
 from diffusers_repr.guidance.engine.engine import Engine
-from diffusers_repr.guidance.engine.network_call import calling_pipeline, check_plain, refuse_own_guidance
+from diffusers_repr.guidance.engine.guided_call import GuidedModel
 from diffusers_repr.guidance.engine.scheduler_hooks import SchedulerWatcher, watch_scheduler
 from diffusers_repr.guidance.engine.stats import GuidanceStats
 from diffusers_repr.noise import NoiseSchedule
@@ -83,8 +84,8 @@ def guide(
         raise ValueError(f"{moving[0].label} moves the latents, in the scheduler's step: pass scheduler=.")
     _number(active)
     inputs = null.kwargs() if isinstance(null, Condition) else null
-    engine = Engine(denoiser, active, cfgs[0] if cfgs else None, pipe, inputs)
-    return GuidanceHandle(engine, pipe, scheduler)
+    guided = GuidedModel(denoiser, active, cfgs[0] if cfgs else None, pipe, inputs)
+    return GuidanceHandle(Engine(guided), scheduler)
 
 
 class GuidanceHandle(SchedulerWatcher):
@@ -94,15 +95,15 @@ class GuidanceHandle(SchedulerWatcher):
         stats: Lanes, passes and backward passes of the newest run, step by step.
     """
 
-    def __init__(self, engine: Engine, pipe: Any, scheduler: Any) -> None:
-        self._engine, self._pipe = engine, pipe
+    def __init__(self, engine: Engine, scheduler: Any) -> None:
+        self._engine, self._pipe = engine, engine.guided.pipe
         self._stack, self._watch = ExitStack(), ExitStack()
         self._warned: set[str] = set()
         self._on = True
-        if not engine.terms and engine.cfg is None:
+        if not self._guidances:
             return  # everything is off: no hook, the stock pipeline
         try:
-            self._install(pipe.scheduler if pipe is not None else scheduler)
+            self._install(scheduler if self._pipe is None else self._pipe.scheduler)
         except BaseException:
             self._stack.close()
             raise
@@ -126,6 +127,12 @@ class GuidanceHandle(SchedulerWatcher):
         """Cost of the newest run."""
         return self._engine.stats
 
+    @property
+    def _guidances(self) -> list[str]:
+        """Labels of what is on."""
+        guided = self._engine.guided
+        return [term.label for term in guided.terms] + (["CFG"] if guided.cfg else [])
+
     def __enter__(self) -> Self:
         if not self._on:
             raise RuntimeError("This guidance was removed; make another: guide(...).")
@@ -143,8 +150,10 @@ class GuidanceHandle(SchedulerWatcher):
         self._check_idle()
         self._end()
         if was_on:
-            self._judge(finished=not getattr(self._pipe, "_interrupt", False))  # a callback may end a run early
-        if not self.stats.calls and (self._engine.terms or self._engine.cfg):
+            # `_interrupt`, private in diffusers, is what a callback sets to end a run early; most pipelines have no
+            # public `interrupt`. Without it a run that was ended before an interval would raise.
+            self._judge(finished=not getattr(self._pipe, "_interrupt", False))
+        if not self.stats.calls and self._guidances:
             raise RuntimeError(
                 "Nothing was guided: the network was not called inside the block (or called by `model.forward`, which "
                 "no hook sees)."
@@ -174,15 +183,14 @@ class GuidanceHandle(SchedulerWatcher):
 
     def _judge(self, *, finished: bool) -> None:
         whole = self._engine.is_whole(finished=finished)
-        for label in self._engine.record.without_effect() if whole else ():
+        for label in self._engine.run.without_effect() if whole else ():
             if label not in self._warned:
                 self._warned.add(label)
                 warnings.warn(f"{label} changed nothing in a whole run: its correction was zero.", stacklevel=3)
         self._engine.judge(finished=finished)
 
     def __repr__(self) -> str:
-        names = [term.label for term in self._engine.terms] + (["CFG"] if self._engine.cfg else [])
-        return f"GuidanceHandle({', '.join(names) or 'all off'}{'' if self._on else ', removed'})"
+        return f"GuidanceHandle({', '.join(self._guidances) or 'all off'}{'' if self._on else ', removed'})"
 
     # The scheduler
 
@@ -191,13 +199,15 @@ class GuidanceHandle(SchedulerWatcher):
             return
         caller = calling_pipeline(self._engine.model)  # may be another one that has the same network
         scheduler = (self._pipe if caller is None else caller).scheduler
-        if scheduler is not self._engine.scheduler:
+        if scheduler is not self._engine.run.scheduler:
             self._judge(finished=False)
             self._follow(scheduler)
             self._engine.new_run()
 
     def _follow(self, scheduler: Any) -> None:
-        schedule = self._engine.denoiser.schedule if self._pipe is None else NoiseSchedule.from_scheduler(scheduler)
+        schedule = (
+            self._engine.guided.denoiser.schedule if self._pipe is None else NoiseSchedule.from_scheduler(scheduler)
+        )
         self._watch.close()
         self._watch.callback(watch_scheduler(scheduler, self))
         self._engine.step_by(scheduler, schedule)
@@ -245,7 +255,7 @@ def unguide(target: Any) -> None:
 
 def _network(target: Any) -> nn.Module:
     if isinstance(target, nn.Module):
-        return getattr(target, "_orig_mod", target)
+        return getattr(target, "_orig_mod", target)  # private in torch; see `component_of`
     if isinstance(target, Denoiser):
         return target.model
     for name in COMPONENTS if hasattr(target, "components") else ():

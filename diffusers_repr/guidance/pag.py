@@ -15,7 +15,7 @@ from diffusers_repr.guidance.attention.layers import resolve_layers
 from diffusers_repr.guidance.attention.perturbations import PERTURBATIONS, Drop, Identity, Perturbation, perturbed
 from diffusers_repr.guidance.attention.projections import Needs, check_supported, named_arguments
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm
-from diffusers_repr.guidance.engine.step import GuidedStep
+from diffusers_repr.guidance.step import GuidedStep
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,14 @@ class PAG(Guidance):
         """
         return PAGTerm(self, denoiser)
 
-    def as_guider(self, cfg: Any = 1.0) -> Any:
-        """As a guider of diffusers' modular pipelines: `pipe.update_components(guider=PAG(3.0).as_guider(cfg=5.0))`.
-
-        Its three predictions are one network call each, as the pipelines' loops have it: nothing is shared.
-
-        Args:
-            cfg: Classifier-free guidance beside it, a scale (1 is off) or a `CFG`.
-
-        Raises:
-            ValueError: For an interval of noise levels without timesteps: a guider is told the timestep alone.
-        """
-        from diffusers_repr.guidance.guiders import PAGGuider, cfg_settings, timesteps
-
-        return PAGGuider(
-            **cfg_settings(cfg),
-            pag_scale=self.scale,
-            pag_layers=self.layers,
-            perturbation=self.perturbation,
-            pag_interval=timesteps(self.interval),
-            pag_adaptive=self.adaptive,
-        )
-
 
 class PAGTerm(GuidanceTerm):
     """The perturbed lane, and its difference from the conditional one."""
 
     def __init__(self, config: PAG, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
-        told = config.layers
-        self.layers = denoiser.default_layers("pag").layers if told is None else resolve_layers(denoiser, told)
+        chosen = config.layers
+        self.layers = denoiser.default_layers("pag").layers if chosen is None else resolve_layers(denoiser, chosen)
         named = config.perturbation
         self.perturbation: Any = PERTURBATIONS[named]() if isinstance(named, str) else named
         needs: Needs = "values" if isinstance(self.perturbation, Identity | Drop) else "queries"

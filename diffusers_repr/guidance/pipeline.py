@@ -15,6 +15,7 @@ from diffusers_repr.denoiser import sampling
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.engine.stats import GuidanceStats
 from diffusers_repr.guidance.guide import guide
+from diffusers_repr.hub.checks import check_whole
 
 _ENTRY = """    guidance (`Guidance` or a list of them, *optional*):
         What `diffusers_repr.guide` takes, such as `[PAG(3.0), SAG(0.75)]`; None or an empty list is the stock call.
@@ -116,7 +117,7 @@ def check_call(pipe: Any, given: Mapping[str, Any]) -> None:
     network = getattr(pipe, "unet", None) or pipe.transformer
     for name in ("num_inference_steps", "num_images_per_prompt", "height", "width"):
         if given.get(name) is not None:
-            sampling.check_whole(name, given[name])
+            check_whole(name, given[name])
     if given.get("guidance_scale") is not None:
         sampling.check_number("guidance_scale", given["guidance_scale"])
     for name in ("eta", "guidance_rescale", "denoising_end"):
@@ -136,7 +137,7 @@ def _check_labels(labels: Any, classes: int) -> None:
     if isinstance(labels, str) or not hasattr(labels, "__len__") or not len(labels):
         raise TypeError(f"class_labels is a list of class ids, one a sample; got {labels!r}.")
     for label in labels:
-        sampling.check_whole("A class label", label, 0, classes)
+        check_whole("A class label", label, 0, classes)
 
 
 def _configs(guidance: Any) -> list[Guidance]:

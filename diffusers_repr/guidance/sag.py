@@ -18,7 +18,7 @@ from diffusers_repr.guidance.attention.layers import resolve_layers
 from diffusers_repr.guidance.attention.projections import check_supported, named_arguments
 from diffusers_repr.guidance.attention.received import attention_received
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm, check_finite
-from diffusers_repr.guidance.engine.step import GuidedStep
+from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import expand
 
 
@@ -117,8 +117,8 @@ class SAGTerm(GuidanceTerm):
     def __init__(self, config: SAG, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
         model = denoiser.model
-        told = config.layers
-        layers = denoiser.default_layers("sag").layers if told is None else resolve_layers(denoiser, told)
+        chosen = config.layers
+        layers = denoiser.default_layers("sag").layers if chosen is None else resolve_layers(denoiser, chosen)
         if len(layers) != 1:
             raise ValueError(
                 f"SAG reads the attention of one layer; {config.layers!r} matches {len(layers)}: "

@@ -1,19 +1,20 @@
 """From features to predictions: heads, and how they are fitted."""
 
-from diffusers_repr.heads.base import Head
+from diffusers_repr.heads.base import Head, head_class, list_heads, register_head, unregister_head
+from diffusers_repr.heads.dense.base import MapHead
 from diffusers_repr.heads.dense.depth import DepthHead
-from diffusers_repr.heads.dense.features import depth_layers, read_features, readout_layers, to_map
+from diffusers_repr.heads.dense.features import depth_layers, read_features, readout_layers
 from diffusers_repr.heads.dense.losses import (
     appearance_triplet_loss,
     correspondence_loss,
     sample_points,
     sobel_edges,
 )
-from diffusers_repr.heads.dense.parts import MapHead
 from diffusers_repr.heads.dense.readout import ReadoutHead
 from diffusers_repr.heads.fitting.fit import FitResult, fit_head
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
 from diffusers_repr.heads.joint import JointHead
+from diffusers_repr.heads.pooled.base import PooledHead
 from diffusers_repr.heads.pooled.knn import KNNHead
 from diffusers_repr.heads.pooled.linear import LinearHead
 from diffusers_repr.heads.pooled.mlp import MLPHead
@@ -29,6 +30,7 @@ __all__ = [
     "LinearHead",
     "MLPHead",
     "MapHead",
+    "PooledHead",
     "Projector",
     "ReadoutHead",
     "appearance_triplet_loss",
@@ -36,9 +38,12 @@ __all__ = [
     "depth_layers",
     "fit_head",
     "get_protocol",
+    "head_class",
+    "list_heads",
     "read_features",
     "readout_layers",
+    "register_head",
     "sample_points",
     "sobel_edges",
-    "to_map",
+    "unregister_head",
 ]

@@ -1,95 +1,102 @@
-"""What every head shares: standardisation as part of the state, float32 inside, saving and loading by diffusers."""
+"""What all heads are: diffusers models with checked files, float32 inside, in an open registry."""
 
 from __future__ import annotations
 
-import torch
-from diffusers import ConfigMixin, ModelMixin
-from torch import Tensor, nn
+import inspect
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
-from diffusers_repr.models.layers import CastLinear
+from diffusers import ConfigMixin, ModelMixin
+
 from diffusers_repr.models.mixin import ReprModelMixin
-from diffusers_repr.models.outputs import ClassifierOutput, packed
 
 
 class Head(ReprModelMixin, ModelMixin, ConfigMixin):
-    """Base of heads: pooled features `(B, in_features)` to logits `(B, num_classes)` in float32.
+    """Base of all heads: features to a prediction, float32 or wider whatever the dtype of weights and features.
 
-    `mean` and `std` are buffers: features enter as `(x - mean) / std`, so a saved head holds its own preprocessing.
-    A subclass registers its arguments with `register_to_config`, calls `make_statistics` and writes `classify`.
+    Subclass `PooledHead` for a head on a vector an image, `MapHead` for one on maps of named layers, and register it
+    by `register_head`: then it is fitted by its name, and what was saved with it loads.
+
+    Attributes:
+        kind: The name it is registered by.
     """
 
     _no_split_modules: list[str] = []
 
-    mean: Tensor
-    std: Tensor
-
-    def make_statistics(self, in_features: int, num_classes: int) -> None:
-        """Make the buffers `mean` (zeros) and `std` (ones).
-
-        Raises:
-            ValueError: If a size is not a whole number from 1.
-        """
-        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
-        self.register_buffer("mean", torch.zeros(in_features))
-        self.register_buffer("std", torch.ones(in_features))
-
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Set what features are standardised by, both `(in_features,)`; a std of 0 becomes 1."""
-        std = torch.where(std > 0, std, torch.ones_like(std))
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-
-    def standardize(self, features: Tensor) -> Tensor:
-        """`(x - mean) / std` in float32.
-
-        Raises:
-            ValueError: If `features` is not `(B, in_features)`.
-        """
-        if features.ndim != 2 or features.shape[1] != self.mean.shape[0]:
-            raise ValueError(
-                f"{type(self).__name__} takes features (B, {self.mean.shape[0]}); got {tuple(features.shape)}."
-                + (" Pool maps and tokens first." if features.ndim > 2 else "")
-            )
-        return (features.to(self.mean.device).float() - self.mean.float()) / self.std.float()
-
-    def check_values(self) -> None:
-        """Refuse a `std` that is not above 0."""
-        if not self.std.is_meta and not bool((self.std > 0).all()):
-            raise ValueError(f"The std of this {type(self).__name__} has values that are not above 0.")
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of standardised features."""
-        raise NotImplementedError
-
-    def forward(self, features: Tensor, return_dict: bool | None = None) -> Tensor | ClassifierOutput | tuple[Tensor]:
-        """Logits `(B, num_classes)`, float32 whatever the dtype of head and features.
-
-        Args:
-            features: `(B, in_features)`.
-            return_dict: None for the logits themselves, True for an output with `logits`, False for a tuple.
-        """
-        with torch.autocast(features.device.type, enabled=False):
-            logits = self.classify(self.standardize(features)).float()
-        return packed(logits, ClassifierOutput, return_dict)
+    kind: ClassVar[str | None] = None
 
 
-def init_linear(layer: nn.Linear, generator: torch.Generator | None = None) -> None:
-    """Torch's own initialisation of a linear layer, U(-1/sqrt(in), 1/sqrt(in)), drawn from `generator`."""
-    bound = layer.in_features**-0.5
-    with torch.no_grad():
-        layer.weight.uniform_(-bound, bound, generator=generator)
-        if layer.bias is not None:
-            layer.bias.uniform_(-bound, bound, generator=generator)
+H = TypeVar("H", bound=type[Head])
+_HEADS: dict[str, type[Head]] = {}
 
 
-def empty_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """A linear layer of zeros, in the dtype of its input; draws no random number."""
-    # Where modules are made now: of a config that is only checked, on the meta device.
-    device = torch.get_default_device()
-    layer = nn.utils.skip_init(CastLinear, in_features, out_features, bias=bias, device=device)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.zero_()
-    return layer
+def register_head(kind: str) -> Callable[[H], H]:
+    """Make a class of heads known by a name.
+
+    Files name a head by its class alone, never by a place of code: only a registered class is ever loaded.
+
+    Args:
+        kind: What `Probe.fit(head=...)` and `fit_head(head=...)` call it.
+
+    Raises:
+        ValueError: If the name, or the name of the class, is taken by another class.
+        TypeError: If the class is no `Head`.
+
+    Example:
+        >>> from diffusers_repr.heads import LinearHead
+        >>> @register_head("centred")
+        ... class CentredHead(LinearHead):
+        ...     def classify(self, features):
+        ...         return super().classify(features - features.mean(1, keepdim=True))
+        >>> head_class("centred").__name__
+        'CentredHead'
+        >>> unregister_head("centred")
+    """
+
+    def add(cls: H) -> H:
+        if not (inspect.isclass(cls) and issubclass(cls, Head)):
+            raise TypeError(f"A head is a subclass of Head (PooledHead, MapHead); got {cls!r}.")
+        for name, other in _HEADS.items():
+            if name == kind or other.__name__ == cls.__name__:
+                raise ValueError(
+                    f"register_head({kind!r}) of {cls.__module__}.{cls.__name__}: {name!r} is the head "
+                    f"{other.__module__}.{other.__name__} already. Choose another name for kind and class."
+                )
+        _HEADS[kind] = cls
+        cls.kind = kind
+        return cls
+
+    return add
+
+
+def unregister_head(kind: str) -> None:
+    """Forget a head; what was saved with it no longer loads."""
+    del _HEADS[kind]
+
+
+def list_heads(base: type[Head] = Head) -> dict[str, type[Head]]:
+    """The registered heads by name, of a subclass of `Head` if one is given.
+
+    Example:
+        >>> from diffusers_repr.heads import PooledHead
+        >>> list(list_heads(PooledHead))
+        ['knn', 'linear', 'mlp']
+    """
+    return {kind: cls for kind, cls in sorted(_HEADS.items()) if issubclass(cls, base)}
+
+
+def head_class(kind: str, base: type[Head] = Head) -> type[Head]:
+    """The class of a name.
+
+    Raises:
+        ValueError: With the names there are.
+    """
+    known = list_heads(base)
+    if kind not in known:
+        raise ValueError(
+            f"Unknown head {kind!r}; expected one of {', '.join(known)}. `register_head` adds one of your own."
+        )
+    return known[kind]
+
+
+__all__ = ["Head", "head_class", "list_heads", "register_head", "unregister_head"]

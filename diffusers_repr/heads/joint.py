@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.unet_halves import UNetFeatures, encode_partial
 from diffusers_repr.denoiser.condition import eval_mode
+from diffusers_repr.heads.base import Head, register_head
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.layers import CastBatchNorm1d, CastLayerNorm, CastLinear
-from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.outputs import ClassifierOutput, packed
 
 NORMS = ("layer", "batch", "none")
 
 
-class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
+@register_head("joint")
+class JointHead(Head, ModelMixin, ConfigMixin):
     """Class logits from all levels of the encoder that denoises (Deja et al. 2023, arXiv 2301.13622, section 4).
 
     The middle block's output and every skip are averaged over space and joined: norm, dropout, a linear layer, leaky
@@ -54,7 +56,6 @@ class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True  # so that it goes along with its network; nothing is worth recomputing
-    _no_split_modules: list[str] = []
 
     @register_to_config
     def __init__(
@@ -72,9 +73,7 @@ class JointHead(ReprModelMixin, ModelMixin, ConfigMixin):
         super().__init__()
         self.gradient_checkpointing = False
         width = max(1, in_features // 2) if hidden_features is None else hidden_features
-        for name, value in (("in_features", in_features), ("num_classes", num_classes), ("hidden_features", width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+        check_sizes(in_features=in_features, num_classes=num_classes, hidden_features=width)
         if norm not in NORMS:
             raise ValueError(f"norm={norm!r}; expected one of {', '.join(NORMS)}.")
         if not 0 <= dropout < 1 or not time_divisor > 0:

@@ -8,14 +8,17 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.denoiser.feature_map import FeatureMap
+from diffusers_repr.heads.base import Head, register_head
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.outputs import SampleOutput, packed
 
 ProjectorKind = Literal["mlp", "conv"]
 KINDS: tuple[ProjectorKind, ...] = ("mlp", "conv")
 
 
-class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
+@register_head("projector")
+class Projector(Head, ModelMixin, ConfigMixin):
     """Tokens `(B, N, in_dim)` to tokens `(B, N, out_dim)`.
 
     Args:
@@ -36,8 +39,6 @@ class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
         torch.Size([2, 6, 5])
     """
 
-    _no_split_modules: list[str] = []
-
     @register_to_config
     def __init__(
         self,
@@ -49,10 +50,7 @@ class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
         encoder: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim, "kernel_size": kernel_size}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+        check_sizes(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, kernel_size=kernel_size)
         if kind not in KINDS:
             raise ValueError(f"Projector kind {kind!r}; expected one of {', '.join(KINDS)}.")
         if kernel_size % 2 == 0:
@@ -97,7 +95,7 @@ class Projector(ReprModelMixin, ModelMixin, ConfigMixin):
         if self.config["kind"] == "mlp":
             projected = self.layers(tokens)
         else:
-            projected = self.layers(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+            projected = FeatureMap.from_map(self.layers(FeatureMap(tokens, grid).as_map())).tokens()
         return packed(projected, SampleOutput, return_dict)
 
 

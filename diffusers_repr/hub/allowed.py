@@ -42,9 +42,12 @@ class Kind:
     pipeline: bool = False
 
 
+_STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
-    "store of features": Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet")),
+    "store of features": _STORE,
+    "store of images": _STORE,
+    "store of assignments": _STORE,
     "cache of latents": Kind("dataset", (*_CARD, "manifest.json", "data/*.safetensors")),
     "training result": Kind(
         "model",
@@ -94,7 +97,11 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
-        return "cache of latents" if isinstance(manifest, dict) and "layout" in manifest else "store of features"
+        layout = manifest.get("layout") if isinstance(manifest, dict) else None
+        if layout is None:
+            return "store of features"
+        kind = layout.get("kind") if isinstance(layout, dict) else None
+        return f"store of {kind}" if kind in ("images", "assignments") else "cache of latents"
     if has("recipe.yaml") and (has("model_index.json") or has("config.json")):
         return "training result"
     if has("model_index.json"):

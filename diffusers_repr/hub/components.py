@@ -13,7 +13,7 @@ from typing import Any
 from diffusers_repr.hub import schema
 from diffusers_repr.hub.files import read_json
 
-# Class of ours that a pipeline may have as a component -> its module.
+# Class of ours that a pipeline may have as a component -> its module; of heads, all that are registered.
 OWN_COMPONENTS = {
     "ClassTokenHead": "diffusers_repr.models.class_token",
     "DepthHead": "diffusers_repr.heads.dense.depth",
@@ -21,6 +21,9 @@ OWN_COMPONENTS = {
     "FlowMatchSDEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_sde",
     "JointHead": "diffusers_repr.heads.joint",
     "JointViTModel": "diffusers_repr.models.joint_vit",
+    "KNNHead": "diffusers_repr.heads.pooled.knn",
+    "LinearHead": "diffusers_repr.heads.pooled.linear",
+    "MLPHead": "diffusers_repr.heads.pooled.mlp",
     "NoisyClassifier": "diffusers_repr.models.noisy_classifier",
     "Projector": "diffusers_repr.heads.projector",
     "ReadoutHead": "diffusers_repr.heads.dense.readout",

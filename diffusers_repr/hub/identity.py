@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # Keys of a config that do not change what the network computes.
-_FREE = ("_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "architectures")
+_FREE = (
+    "_name_or_path",
+    "_use_default_values",
+    "transformers_version",
+    "_diffusers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+)
 _SAMPLED = 64  # values of each weight that enter a fingerprint
+_MARKED, _VALUES = 8, 4  # parameters of which a record keeps the first values, and how many
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of plain values.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -63,6 +82,24 @@ def fingerprint(*modules: nn.Module | None) -> str | None:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_some_bytes(tensor))
     return digest.hexdigest()
+
+
+def weight_marks(model: nn.Module, like: Mapping[str, Sequence[float]] | None = None) -> dict[str, list[float]]:
+    """The first values of a few weights, evenly spread over the network, by which other weights are noticed.
+
+    Args:
+        model: The network.
+        like: Marks of another: the same number of values of the same parameters, of those that can be read here.
+    """
+    usable = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta}
+    if like is not None:
+        counts = {name: len(values) for name, values in like.items() if name in usable}
+    else:
+        names = [name for name, p in usable.items() if p.ndim > 1]
+        counts = dict.fromkeys(names[:: max(len(names) // _MARKED, 1)][:_MARKED], _VALUES)
+    return {
+        name: [round(float(v), 8) for v in usable[name].detach().flatten()[:count]] for name, count in counts.items()
+    }
 
 
 def _some_bytes(tensor: Tensor) -> bytes:

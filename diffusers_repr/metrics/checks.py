@@ -51,19 +51,6 @@ def check_varied(features: Tensor, name: str) -> None:
         raise UndefinedScoreError(f"All {len(features)} rows of {name} are alike; nothing can be compared with them.")
 
 
-def check_whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    """The value as an int.
-
-    Raises:
-        ValueError: Unless it is a whole number from `low` to `high`.
-    """
-    whole = not isinstance(value, bool) and hasattr(value, "__index__")
-    if not whole or int(value) < low or (high is not None and int(value) > high):  # type: ignore[call-overload]
-        upper = "" if high is None else f" to {high}"
-        raise ValueError(f"{name} must be a whole number from {low}{upper}; got {value!r}.")
-    return int(value)  # type: ignore[call-overload]
-
-
 def working(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The features in float64 for up to 2000 rows, else in float32 (float64 stays); or in `dtype`.
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.checks import (
     UndefinedScoreError,
     check_pair,
     check_varied,
-    check_whole,
     clamp_outliers,
     working,
 )

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.checks import (
     UndefinedScoreError,
     check_pair,
     check_rows,
     check_varied,
-    check_whole,
     clamp_outliers,
     working,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusers_repr.data.labelled import ImageRows, open_images
 from diffusers_repr.encoders import Encoder, EncoderOutput
 from diffusers_repr.features.noise_policy import pixel_keys
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.gather import failing_together, gather_rows, own_rows
 
 Which = Literal["global", "tokens"]

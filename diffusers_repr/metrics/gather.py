@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from diffusers_repr.features.extraction import process_state
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.store.processes import process_state
 
 
 def own_rows(count: int) -> list[int]:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_repr.metrics.checks import check_rows, check_whole, working
+from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.metrics.checks import check_rows, working
 
 _BLOCK = 2**24  # distances that are held at a time
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.features.recipe import recipe_differences
 from diffusers_repr.hub import read_json, write_json
 from diffusers_repr.hub.schema import anything, integer, mapping, number, one_of, optional, shown, text
 from diffusers_repr.hub.schema import record as fields_of
+from diffusers_repr.store.manifest import recipe_differences
 
 FORMAT = "diffusers_repr.metric/1"
 _TEXT = optional(text())

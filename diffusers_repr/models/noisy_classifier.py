@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,16 +13,19 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
+from diffusers_repr.hub.base_record import BaseRecord, Dependent, ProcessRecord, check_inputs, check_process
+from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.hub.schema import listing, number, optional, record, text
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.layers import CastLinear, keeping_weights
 from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.outputs import ClassifierOutput, packed
+from diffusers_repr.noise import NoiseSchedule
+from diffusers_repr.noise.process_record import process_record
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 POOLINGS = ("attention", "mean")
 _SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
-_POINTS = 9  # timesteps at which two tables of a process are compared
 
 
 _PROCESS = record(
@@ -107,7 +109,7 @@ class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
         id2label: Mapping[Any, str] | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        _check_whole(
+        check_sizes(
             in_channels=in_channels,
             num_classes=num_classes,
             layers_per_block=layers_per_block,
@@ -231,73 +233,40 @@ class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
                 "This NoisyClassifier's config does not tell the noise process it was trained on, so it cannot be "
                 "checked against the base. Make it with NoisyClassifier(..., **describe_process(schedule))."
             )
-        mine = {"num_train_timesteps": config["num_train_timesteps"], "noise_schedule": dict(config["noise_schedule"])}
-        theirs = describe_process(schedule)
-        trained = f"The classifier was trained {_of_base(config['base_model'])}"
-        if not _same_process(mine, theirs):
-            raise ValueError(
-                f"{trained} on the process {_brief(mine)}; the base has {_brief(theirs)}: its timesteps mean another "
-                "noise. Use a classifier trained for this base (examples/train_classifier.py)."
-            )
-        if channels != config["in_channels"]:
-            raise ValueError(f"{trained} on x_0 of {config['in_channels']} channels; that of the base has {channels}.")
-        known = config["latent_scale"]
-        if latent_scale is not None and (known is None or not math.isclose(latent_scale, known, rel_tol=1e-5)):
-            where = "pixels" if known is None else f"latents scaled by {known:g}"
-            raise ValueError(f"{trained} on {where}; those of the base are latents scaled by {latent_scale:g}.")
+        process = _recorded(config["num_train_timesteps"], config["noise_schedule"])
+        was = BaseRecord(
+            config["base_model"], process=process, channels=config["in_channels"], latent_scale=config["latent_scale"]
+        )
+        came = BaseRecord(process=process_record(schedule), channels=channels, latent_scale=latent_scale)
+        check_process(_CLASSIFIER, was, came)
+        check_inputs(_CLASSIFIER, was, came)
 
 
-def describe_process(schedule: Any) -> dict[str, Any]:
+_REMEDY = "Use a classifier trained for this base (examples/train_classifier.py)."
+_CLASSIFIER = Dependent("NoisyClassifier", "classifier", "trained", _REMEDY)
+
+
+def describe_process(schedule: NoiseSchedule) -> dict[str, Any]:
     """A forward process as the config of a `NoisyClassifier` keeps it; what the network predicts is no part of it.
 
     Args:
-        schedule: A `NoiseSchedule`, or anything with its `kind`, `num_train_timesteps` and `log_alpha_bar`.
+        schedule: The process.
 
     Returns:
         `num_train_timesteps` and `noise_schedule`: `kind`, for `vp` `half_log_snr` at timesteps evenly spread over
         the table (None where the signal is gone), for `edm` and `ve` their sigmas.
     """
-    described: dict[str, Any] = {"kind": schedule.kind}
-    if schedule.kind == "vp":
-        table = schedule.log_alpha_bar.double()
-        table = table[torch.linspace(0, len(table) - 1, _POINTS).round().long()]
-        values = (0.5 * (table - torch.log(-torch.expm1(table)))).tolist()
-        described["half_log_snr"] = [value if math.isfinite(value) else None for value in values]
-    elif schedule.kind not in ("flow", "cosine_flow"):
-        described |= {name: float(getattr(schedule, name)) for name in _SIGMAS}
-    return {"num_train_timesteps": int(schedule.num_train_timesteps), "noise_schedule": described}
+    found = process_record(schedule)
+    points = {"half_log_snr": list(found.half_log_snr)} if found.half_log_snr else {}
+    return {
+        "num_train_timesteps": found.num_train_timesteps,
+        "noise_schedule": {"kind": found.kind, **points, **found.sigmas},
+    }
 
 
-def _same_process(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    first, second = a["noise_schedule"], b["noise_schedule"]
-    if a["num_train_timesteps"] != b["num_train_timesteps"] or first["kind"] != second["kind"]:
-        return False
-    one, two = ([v for k, v in side.items() if k in _SIGMAS] for side in (first, second))
-    one, two = one + list(first.get("half_log_snr", ())), two + list(second.get("half_log_snr", ()))
-    return len(one) == len(two) and all(
-        x is y if x is None or y is None else math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-3)
-        for x, y in zip(one, two, strict=True)
-    )
-
-
-def _brief(process: dict[str, Any]) -> str:
-    told = process["noise_schedule"]
-    text = f"{told['kind']} of {process['num_train_timesteps']} timesteps"
-    if values := told.get("half_log_snr"):
-        ends = ["-inf" if values[i] is None else f"{values[i]:.3f}" for i in (0, len(values) // 2, -1)]
-        return f"{text} (log(alpha/sigma) from {ends[0]} over {ends[1]} to {ends[2]})"
-    sigmas = ", ".join(f"{name} {told[name]:g}" for name in _SIGMAS if name in told)
-    return f"{text} ({sigmas})" if sigmas else text
-
-
-def _of_base(name: str | None) -> str:
-    return f"for {name!r}" if name else "for an unnamed base"
-
-
-def _check_whole(**values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
+def _recorded(steps: int, told: Mapping[str, Any]) -> ProcessRecord:
+    sigmas = {name: told[name] for name in _SIGMAS if name in told}
+    return ProcessRecord(told["kind"], steps, tuple(told.get("half_log_snr", ())), sigmas)
 
 
 def _check_blocks(channels: list[int], kinds: list[str], head: int, groups: int, last_attends: bool) -> None:

@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_repr.capture.names import check_layers
-from diffusers_repr.denoiser import Denoiser, list_layers
+from diffusers_repr.denoiser import Denoiser, FeatureMap, list_layers
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.denoiser.vae import draw_latents
+from diffusers_repr.encoders import ImageEncoder
 from diffusers_repr.hub.own_pipelines import named_pipeline
 from diffusers_repr.noise import add_noise, training_target
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, PipelineArtifact
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, Observation
 from diffusers_repr.objectives.auxiliary.losses import AuxiliaryLosses
 from diffusers_repr.objectives.base import Batch, Objective
-from diffusers_repr.objectives.matching import Tokens, layer_tokens
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.teachers import Teachers, missing, name_encoders
 from diffusers_repr.objectives.times import TimeSampler
@@ -100,7 +100,7 @@ class DiffusionObjective(Objective):
         self.add_module("terms", AuxiliaryLosses(losses, self.own_losses))
         self.losses.attach(self)
         for name, encoder in self.encoders.items():
-            if hasattr(encoder, "encode_pixels"):
+            if isinstance(encoder, ImageEncoder):
                 self.freeze(f"encoder-{name}", encoder)
 
     @property
@@ -239,9 +239,9 @@ class DiffusionObjective(Objective):
         """Factor of each loss; 1 for those left out."""
         return {name: loss.weight for name, loss in self.losses.each.items()}
 
-    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
+    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """What a layer returned, as tokens of the image."""
-        return layer_tokens(self.denoiser, path, value, size)
+        return self.denoiser.feature_map(path, value, size)
 
     def queries_and_keys(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the image's tokens, `(B, heads, N, d)`."""

@@ -2,65 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser import FeatureMap
+from diffusers_repr.encoders import Encoder, EncoderInfo
 
 MatchGrid = Literal["resize_image", "pool_student", "interpolate_teacher"]
 MODES: tuple[MatchGrid, ...] = ("resize_image", "pool_student", "interpolate_teacher")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Features on a grid.
-
-    Attributes:
-        values: `(B, h * w, D)`, row by row.
-        grid: `(h, w)`.
-        class_token: `(B, D)`, where the sequence has one besides (REG).
-    """
-
-    values: Tensor
-    grid: tuple[int, int]
-    class_token: Tensor | None = None
-
-    def as_map(self) -> Tensor:
-        """`(B, D, h, w)`."""
-        return self.values.transpose(1, 2).unflatten(2, self.grid)
-
-    @classmethod
-    def from_map(cls, value: Tensor) -> Tokens:
-        """From `(B, D, h, w)`."""
-        return cls(value.flatten(2).transpose(1, 2), (value.shape[2], value.shape[3]))
-
-
-def layer_tokens(denoiser: Denoiser, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
-    """What a layer returned, as tokens of the image; text tokens in front of them are left out.
-
-    Args:
-        denoiser: Whose layer.
-        path: Of the layer.
-        value: `(B, C, h, w)` or `(B, N, C)`.
-        size: (H, W) of x_0.
-
-    Raises:
-        ValueError: If it is no image.
-    """
-    if value.ndim == 4:
-        return Tokens.from_map(value)
-    place = denoiser.token_grid(path, value.shape[1], size) if value.ndim == 3 else None
-    if place is None:
-        raise ValueError(
-            f"Layer {path!r} gave {tuple(value.shape)} for x_0 of {size[0]} x {size[1]}, which is no image of maps or "
-            "tokens. `list_layers(denoiser)` shows the layers that are."
-        )
-    grid, text = place
-    return Tokens(value[:, text : text + grid[0] * grid[1]], grid)
 
 
 def check_mode(mode: str | None) -> None:
@@ -70,7 +20,7 @@ def check_mode(mode: str | None) -> None:
 
 
 def check_grids(
-    student: tuple[int, int], teacher: tuple[int, int], mode: str | None, layer: str, encoder: str
+    student: tuple[int, ...], teacher: tuple[int, ...], mode: str | None, layer: str, encoder: str
 ) -> None:
     """Raise ValueError if the grids differ and `mode` does not bring them together."""
     if student == teacher:
@@ -90,29 +40,28 @@ def check_grids(
         )
 
 
-def pool_tokens(tokens: Tokens, grid: tuple[int, int]) -> Tokens:
+def pool_tokens(tokens: FeatureMap, grid: tuple[int, ...]) -> FeatureMap:
     """Averages over the cells of a coarser grid; where it does not divide the finer one, cells overlap by a token.
 
     Example:
         >>> import torch
-        >>> pool_tokens(Tokens(torch.tensor([[[1.0], [3.0]]]), (1, 2)), (1, 1)).values
+        >>> pool_tokens(FeatureMap(torch.tensor([[[1.0], [3.0]]]), (1, 2)), (1, 1)).tokens()
         tensor([[[2.]]])
     """
     if tokens.grid == grid:
         return tokens
-    pooled = Tokens.from_map(F.adaptive_avg_pool2d(tokens.as_map(), grid))
-    return replace(pooled, class_token=tokens.class_token)
+    return tokens.with_map(F.adaptive_avg_pool2d(tokens.as_map(), (grid[0], grid[1])))
 
 
-def interpolate_tokens(tokens: Tokens, grid: tuple[int, int]) -> Tokens:
+def interpolate_tokens(tokens: FeatureMap, grid: tuple[int, ...]) -> FeatureMap:
     """Bilinear resize of features to another grid, with antialiasing where it is coarser."""
     if tokens.grid == grid:
         return tokens
     resized = F.interpolate(tokens.as_map().float(), size=grid, mode="bilinear", align_corners=False, antialias=True)
-    return Tokens.from_map(resized)
+    return FeatureMap.from_map(resized)
 
 
-def with_grid(encoder: Any, grid: tuple[int, int], size: tuple[int, int], layer: str) -> Any:
+def with_grid(encoder: EncoderInfo, grid: tuple[int, ...], size: tuple[int, int], layer: str) -> EncoderInfo:
     """An encoder that resizes its images such that its tokens lie on `grid`; shares the network with the given one.
 
     Args:
@@ -127,11 +76,9 @@ def with_grid(encoder: Any, grid: tuple[int, int], size: tuple[int, int], layer:
     now = encoder.grid_for(size)
     if now == grid:
         return encoder
-    source = getattr(encoder, "source", None)
-    if source is not None and hasattr(source, "image_size"):
-        (h, w), resized = source.size(size), copy.copy(encoder)
-        resized.source = copy.copy(source)
-        resized.source.image_size = (h * grid[0] // now[0], w * grid[1] // now[1])
+    if isinstance(encoder, Encoder):
+        h, w = encoder.source.size(size)
+        resized = encoder.with_image_size((h * grid[0] // now[0], w * grid[1] // now[1]))
         if resized.grid_for(size) == grid:
             return resized
     raise ValueError(
@@ -143,11 +90,9 @@ def with_grid(encoder: Any, grid: tuple[int, int], size: tuple[int, int], layer:
 
 __all__ = [
     "MatchGrid",
-    "Tokens",
     "check_grids",
     "check_mode",
     "interpolate_tokens",
-    "layer_tokens",
     "pool_tokens",
     "with_grid",
 ]

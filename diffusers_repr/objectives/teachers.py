@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.denoiser import FeatureMap
+from diffusers_repr.encoders import EncoderInfo, ImageEncoder
 from diffusers_repr.objectives.base import Batch
-from diffusers_repr.objectives.matching import Tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class CachedFeatures:
         return dict(self.fingerprint_of or {"name": self.name, "dim": self.dim, "grid": list(self.grid)})
 
 
-def name_encoders(encoders: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+def name_encoders(encoders: Sequence[Any] | Mapping[str, Any]) -> dict[str, EncoderInfo]:
     """Encoders by name.
 
     Raises:
@@ -54,7 +55,7 @@ def name_encoders(encoders: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]
             raise ValueError(f"Two encoders are called {name!r}; pass them as {{name: encoder}}.")
         named[name] = encoder
     for name, encoder in named.items():
-        if not hasattr(encoder, "grid_for") or not hasattr(encoder, "dim"):
+        if not isinstance(encoder, EncoderInfo):
             raise TypeError(f"Encoder {name!r} is a {type(encoder).__name__}; expected an Encoder or CachedFeatures.")
     return named
 
@@ -82,7 +83,7 @@ class Teachers:
         self.attentions = attentions or {}
         self._outputs: dict[str, tuple[Any, list[Tensor]]] = {}
 
-    def tokens(self, name: str) -> Tokens:
+    def tokens(self, name: str) -> FeatureMap:
         """Features on the encoder's grid, without a graph.
 
         Raises:
@@ -91,7 +92,7 @@ class Teachers:
         cached = self.batch.get("features", {}).get(name)
         if cached is None:
             output = self._output(name)
-            return Tokens(output.tokens, output.grid)
+            return FeatureMap(output.tokens, output.grid)
         encoder = self.encoders[name]
         grid = encoder.grid_for(self.size)
         if cached.ndim != 3 or cached.shape[1:] != (grid[0] * grid[1], encoder.dim):
@@ -99,7 +100,7 @@ class Teachers:
                 f"The cached features {name!r} are {tuple(cached.shape)}; expected (B, {grid[0]} * {grid[1]}, "
                 f"{encoder.dim}) for images of {self.size[0]} x {self.size[1]}. Make the cache anew with this encoder."
             )
-        return Tokens(cached.to(self.device), grid)
+        return FeatureMap(cached.to(self.device), grid)
 
     def global_features(self, name: str) -> Tensor:
         """One vector an image, `(B, D)`."""
@@ -133,9 +134,9 @@ class Teachers:
         return self._outputs[name]
 
 
-def missing(name: str, encoder: Any, batch: Mapping[str, Any]) -> str | None:
+def missing(name: str, encoder: EncoderInfo, batch: Mapping[str, Any]) -> str | None:
     """Why an encoder cannot be run on a batch; None if it can."""
-    if not hasattr(encoder, "encode_pixels"):
+    if not isinstance(encoder, ImageEncoder):
         there = sorted(batch.get("features", {}))
         return f"The batch has no cached features {name!r} (it has {there or 'none'}), and the encoder is not loaded."
     if batch.get("pixel_values") is None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from diffusers_repr.hub import push_folder, resolve_folder
-from diffusers_repr.store.manifest import MANIFEST, check_manifest, layout_of, read_manifest
-from diffusers_repr.store.shards import Column, header_problem, read_shard, shard_problem, to_labels, to_numpy
+from diffusers_repr.hub.schema import Check
+from diffusers_repr.store.card import store_card
+from diffusers_repr.store.feature_layout import SCHEMA, Column, FeatureLayout, to_labels
+from diffusers_repr.store.manifest import count_shards
+from diffusers_repr.store.parquet import to_numpy
+from diffusers_repr.store.parquet_store import ParquetStore
+from diffusers_repr.store.shards import with_tuples
 
-REMEDY = "Run the same `diffusers-repr extract` command again: it keeps whole shards and writes the others anew."
 
-
-class FeatureStore:
+class FeatureStore(ParquetStore):
     """A folder of Parquet shards with a `manifest.json`; made by `extract_to_store` or `diffusers-repr extract`.
 
     Attributes:
@@ -27,44 +28,65 @@ class FeatureStore:
         manifest: Recipe, layout and versions, as written.
         layout: Rows, shards and columns.
 
-    `datasets.load_dataset(folder)` reads it too, here or from the Hub.
+    `datasets.load_dataset(folder)` reads it too, here or from the Hub: `row`, `image_hash`, `label` and the feature
+    columns.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, check_manifest(manifest)
-        self.layout = layout_of(manifest)
+    noun: ClassVar[str] = "store of features"
+    command: ClassVar[str] = "diffusers-repr extract"
+    elsewhere: ClassVar[str] = "another --out"
+    schema: ClassVar[Check] = staticmethod(SCHEMA)
+
+    layout: FeatureLayout
 
     @classmethod
-    def open(cls, folder_or_id: str | os.PathLike[str], revision: str | None = None) -> FeatureStore:
-        """Open a finished store.
+    def layout_of(cls, manifest: Mapping[str, Any]) -> FeatureLayout:
+        """See `Store`."""
+        label = manifest["label"]
+        kind = None
+        if label is not None:
+            kind = datasets.ClassLabel(names=label["names"]) if label["names"] else datasets.Value("int64")
+        return FeatureLayout(
+            split=manifest["recipe"]["data"]["split"],
+            rows=manifest["rows"],
+            shard_size=manifest["shard_size"],
+            recipe=manifest["recipe_hash"],
+            columns=tuple(Column(**with_tuples(column)) for column in manifest["columns"]),
+            dtype=manifest["recipe"]["features"]["dtype"],
+            label=kind,
+        )
 
-        Args:
-            folder_or_id: A local folder, or a data set on the Hub (downloaded whole).
-            revision: Of a Hub id.
+    @classmethod
+    def describe(cls, layout: FeatureLayout, recipe: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Store`."""
+        return {
+            "recipe_hash": layout.recipe,
+            **{name: getattr(layout, name) for name in ("rows", "shard_size", "shards")},
+            "label": None if layout.label is None else {"names": getattr(layout.label, "names", None)},
+            "columns": [asdict(column) for column in layout.columns],
+            "recipe": dict(recipe),
+        }
 
-        Raises:
-            FileNotFoundError: If there is no such folder, or it is no feature store.
-            ValueError: If the extraction is not finished, a shard is missing, or the manifest is damaged.
-        """
-        folder = resolve_folder(folder_or_id, revision, repo_type="dataset")
-        if not (folder / MANIFEST).is_file():
-            inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise FileNotFoundError(
-                f"{str(folder_or_id)!r} is no feature store: it has no {MANIFEST} (it holds {inside}). "
-                "`diffusers-repr extract MODEL DATASET ... --out DIR` makes one."
-            )
-        store = cls(folder, read_manifest(folder))
-        there = {f"data/{file.name}" for file in (folder / "data").glob("*.parquet")}
-        done = sum(store.layout.path(n) in there for n in range(store.layout.shards)) if there else 0
-        if done < store.layout.shards or not store.manifest["complete"]:
-            raise ValueError(
-                f"The feature store {str(folder_or_id)!r} is not finished: {done} of {store.layout.shards} shards, "
-                f"{store.layout.path(0)} and so on, are there. {REMEDY}"
-            )
-        return store
+    @classmethod
+    def agrees(cls, manifest: dict[str, Any], at: str) -> None:
+        """See `Store`."""
+        count_shards(manifest, at)
+        data, features = manifest["recipe"]["data"], manifest["recipe"]["features"]
+        if data["rows"] != manifest["rows"]:
+            raise ValueError(f"{at}: rows is {manifest['rows']}, recipe.data.rows is {data['rows']}.")
+        if (data["label_column"] is None) != (manifest["label"] is None):
+            raise ValueError(f"{at}: label and recipe.data.label_column do not tell the same.")
+        names = [column["name"] for column in manifest["columns"]]
+        if len({*names, "row", "image_hash", "label"}) != len(names) + 3:
+            raise ValueError(f"{at}: columns have a name that stands twice, or is 'row', 'image_hash' or 'label'.")
+        for index, column in enumerate(manifest["columns"]):
+            if column["layer"] not in features["layers"] or column["level"] >= len(features["levels"]):
+                raise ValueError(f"{at}: columns[{index}] is of a layer or level that recipe.features does not name.")
 
-    def __len__(self) -> int:
-        return self.layout.rows
+    @classmethod
+    def card(cls, manifest: dict[str, Any]) -> str:
+        """See `Store`."""
+        return store_card(manifest)
 
     def __repr__(self) -> str:
         columns = ", ".join(f"{c.name} {c.shape}" for c in self.columns)
@@ -74,11 +96,6 @@ class FeatureStore:
     def columns(self) -> tuple[Column, ...]:
         """Feature columns."""
         return self.layout.columns
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What was extracted, from which model and data."""
-        return self.manifest["recipe"]
 
     def column(self, layer: str, timestep: float | None = None) -> Column:
         """The column of a layer at a timestep.
@@ -97,32 +114,6 @@ class FeatureStore:
             raise KeyError(f"{asked} {what}. Columns: {', '.join(c.name for c in self.columns)}.")
         return found[0]
 
-    def verify(self) -> None:
-        """Read every shard and check it against checksums, recipe and row numbers.
-
-        Raises:
-            ValueError: For the first shard that is not whole; names the file and the remedy.
-        """
-        for shard in range(self.layout.shards):
-            problem = shard_problem(self.folder, self.layout, shard)
-            if problem is not None:
-                raise self._broken(shard, problem)
-
-    def load(self) -> datasets.Dataset:
-        """The store as a `datasets.Dataset`: `row`, `image_hash`, `label` and the feature columns.
-
-        Raises:
-            ValueError: If a shard is corrupted.
-        """
-        self._check_headers()
-        files = [str(self.folder / self.layout.path(n)) for n in range(self.layout.shards)]
-        try:
-            loaded = datasets.load_dataset("parquet", data_files={self.layout.split: files}, split=self.layout.split)
-        except (datasets.exceptions.DatasetsError, pa.ArrowException):
-            self.verify()
-            raise
-        return loaded
-
     def arrays(self, layer: str, timestep: float | None = None, batch_rows: int = 1024) -> Iterator[np.ndarray]:
         """The features of a layer in order, `(at most batch_rows, *shape)` at a time.
 
@@ -140,18 +131,12 @@ class FeatureStore:
             An iterator of arrays in the stored dtype.
         """
         column = self.column(layer, timestep)
-        return (batch for _, batch in self._read(column.name, batch_rows, partial(_features, column)))
+        return self._read(column.name, batch_rows, partial(_features, column))
 
     def array(self, layer: str, timestep: float | None = None) -> np.ndarray:
         """All features of a layer, `(rows, *shape)`; see `arrays` for data that does not fit into memory."""
         column = self.column(layer, timestep)
-        self._check_headers()
-        whole = np.empty((len(self), *column.shape), self.layout.dtype)
-        at = 0
-        for part in self.arrays(layer, timestep):
-            whole[at : at + len(part)] = part
-            at += len(part)
-        return whole
+        return self._whole(column.shape, self.layout.dtype, self.arrays(layer, timestep))
 
     def labels(self) -> np.ndarray:
         """Class id of every row, int64.
@@ -161,53 +146,12 @@ class FeatureStore:
         """
         if self.layout.label is None:
             raise ValueError(f"This store has no labels: the data set {self.recipe['data']['name']!r} had none.")
-        found = np.concatenate(
-            [batch for _, batch in self._read("label", 65536, partial(to_labels, self.label_names))]
-        )
-        return found.astype(np.int64, copy=False)
+        return self._whole((), "int64", self._read("label", 65536, partial(to_labels, self.label_names)))
 
     @property
     def label_names(self) -> list[str] | None:
         """Name of each class id, where the data set had them."""
         return getattr(self.layout.label, "names", None)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the store as a data set repository; returns the address of the commit.
-
-        Args:
-            repo_id: `"user/name"`.
-            private: Whether a repository made here is private.
-            token: As in `diffusers_repr.hub.push_folder`.
-        """
-        return push_folder(
-            self.folder, repo_id, kind="store of features", repo_type="dataset", private=private, token=token
-        )
-
-    def _read(
-        self, name: str, batch_rows: int, convert: Callable[[pa.Array], np.ndarray]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """`(shard, values)` of a column, checked."""
-        for shard in range(self.layout.shards):
-            self._check_header(shard)
-            try:
-                for batch in read_shard(self.folder, self.layout, shard, name, batch_rows):
-                    yield shard, convert(batch)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                problem = shard_problem(self.folder, self.layout, shard) or f"cannot be read ({error})"
-                raise self._broken(shard, problem) from error
-
-    def _check_headers(self) -> None:
-        """Refuse shards of other columns or rows before memory is taken for them."""
-        for shard in range(self.layout.shards):
-            self._check_header(shard)
-
-    def _check_header(self, shard: int) -> None:
-        problem = header_problem(self.folder, self.layout, shard)
-        if problem is not None:
-            raise self._broken(shard, problem)
-
-    def _broken(self, shard: int, problem: str) -> ValueError:
-        return ValueError(f"Shard {str(self.folder / self.layout.path(shard))!r} {problem}. {REMEDY}")
 
 
 def _features(column: Column, values: pa.Array) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 from diffusers_repr.sweep.align import measure_alignment
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
-from diffusers_repr.sweep.held import Held, HeldMeasure
-from diffusers_repr.sweep.measure import Bench, Measure, Piece, Score, Split, Tally, register_measure
+from diffusers_repr.sweep.measure import Bench, Held, Measure, Piece, Score, Split, Tally, register_measure
 from diffusers_repr.sweep.probes import FewShotScore, ProbeScore, few_shot_probe, knn_probe, linear_probe
 from diffusers_repr.sweep.select import select_features
 from diffusers_repr.sweep.selection import Selection, SelectionCell
@@ -18,7 +17,6 @@ __all__ = [
     "Bench",
     "FewShotScore",
     "Held",
-    "HeldMeasure",
     "KNNAccuracy",
     "LinearAccuracy",
     "Measure",

@@ -16,19 +16,18 @@ from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
-from diffusers_repr.hub.identity import fingerprint
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead, Which, check_which, pick
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.measure import Bench, Key, Measure, Score, Split, make_measure
-from diffusers_repr.sweep.reader import Progress, Reader
-from diffusers_repr.sweep.run import Sweep
+from diffusers_repr.sweep.run import Sweep, progress_bar
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise range, where no levels are given
 
@@ -138,8 +137,8 @@ def measure_alignment(
         if role == "held":
             tell_overlap(reads["train"].keys, found.keys, "data", "test")
 
-    with Progress(progress, "alignment") as bar:
-        sweep = Sweep(measures, bench, Reader(batch_size, condition, image_size, bar), memory_gib * 2**30)
+    with progress_bar(progress, "alignment") as bar:
+        sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, image_size, bar)
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     _warn_undefined(scores)
     names = tuple(measure.name for measure in measures)
@@ -152,13 +151,9 @@ def measure_alignment(
         for at, place in grid.places()
     )
     resized = encoder.source.size(reads["train"].image_size)
+    base = base_record(denoiser, weights=True)
     recipe = {
-        "model": {
-            "name": denoiser.name,
-            "revision": denoiser.revision,
-            "class": type(getattr(denoiser.model, "_orig_mod", denoiser.model)).__name__,
-            "weights": fingerprint(denoiser.model, denoiser.vae),
-        },
+        "model": {"name": base.name, "revision": base.revision, "class": base.model_class, "weights": base.weights},
         "encoder": encoder.fingerprint(),
         "features": features,
         "data": _described(splits["train"], reads["train"]),

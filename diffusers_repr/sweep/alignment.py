@@ -192,15 +192,8 @@ class Alignment(SweepResult):
         return draw_sweep(self.cells, panels, title, curves=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "format": self.format(),
-            "metrics": list(self.metrics),
-            "best": asdict(self.best) if self._any(self.metrics[0]) else None,
-            "encoder_scores": dict(self.encoder_scores),
-            "recipe": dict(self.recipe),
-            "cells": [asdict(cell) for cell in self.cells],
-        }
+        """As of every sweep, with the best cell."""
+        return {"best": asdict(self.best) if self._any(self.metrics[0]) else None, **super().to_dict()}
 
     def save(self, folder: str | os.PathLike[str], plot: bool = True) -> Path:
         """Write `alignment.json` and `alignment.png` into a folder.

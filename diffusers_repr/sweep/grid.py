@@ -160,8 +160,8 @@ def plan_passes(
         if size > memory:
             raise ValueError(
                 f"What is kept of layer {path!r} ({layers[path].channels} channels) at one level takes "
-                f"{size / 2**30:.3g} GiB, more than memory_gib={memory / 2**30:.3g}; raise memory_gib, leave the layer "
-                "out, or take a smaller pooling or fewer images."
+                f"{size / 2**30:.3g} GiB, more than memory_gib={memory / 2**30:.3g}; raise memory_gib, leave the "
+                "layer out, or take a smaller pooling or fewer images."
             )
         if sum(sizes[p] for p in parts[-1]) + size > memory:
             parts.append([])

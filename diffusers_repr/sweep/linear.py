@@ -29,13 +29,9 @@ class LinearSums(Measure):
     criterion: str = "ridge"
     penalties: tuple[float, ...] = PENALTIES
 
-    @property
-    def needs_labels(self) -> bool:
-        """Whether the metric is one of classes."""
-        return self.name not in VALUE_METRICS
-
     def __post_init__(self) -> None:
-        """The grid in ascending order."""
+        """The grid in ascending order; maps have to be pooled."""
+        pooled_size(self.pooling)
         object.__setattr__(self, "penalties", check_penalties(self.penalties))
 
     def check(self, bench: Bench) -> None:
@@ -44,10 +40,6 @@ class LinearSums(Measure):
             raise ValueError(f"Unknown criterion {self.criterion!r}; expected one of {', '.join(CRITERIA)}.")
         if self.name == "neg_brier" and self.criterion != "ridge":
             raise ValueError(f"metric='neg_brier' measures the ridge's own loss; got criterion={self.criterion!r}.")
-
-    def dim(self, layer: Layer) -> int:
-        """Length of the pooled feature of a layer."""
-        return layer.channels * pooled_size(self.pooling)
 
     def bytes_of(self, layer: Layer, bench: Bench) -> int:
         """Of the float64 sums."""
@@ -117,16 +109,11 @@ class _SumsTally(Tally):
         self.scorers = {cell: self.measure.scorer(self.bench) for cell in cells}
 
     def scores(self) -> dict[Key, dict[str, Score]]:
-        found = {}
+        found, penalties, held = {}, self.measure.penalties, self.bench.splits["held"].name
         for (at, path), scorer in self.scorers.items():
-            found[at, path] = {self.measure.name: self._score(scorer, path, at)}
+            best = scorer.best(penalties, not_finite(path, self.grid.levels[at], held))
+            found[at, path] = {self.measure.name: Score(*best)}
         return found
-
-    def _score(self, scorer: Scorer, path: str, at: int) -> Score:
-        score = scorer.best(self.measure.penalties)
-        if score is None:
-            raise not_finite(path, self.grid.levels[at], self.bench.splits["held"].name)
-        return score
 
 
 class Scorer:
@@ -177,20 +164,19 @@ class Scorer:
         variance = self.sums[1] / self.seen - (self.sums[0] / self.seen) ** 2
         return (1 - mse / variance).mean(1)
 
-    def best(self, penalties: Sequence[float]) -> Score | None:
-        """The best score and its penalty, over the rows of all processes; None after outputs that are not finite.
+    def best(self, penalties: Sequence[float], broken: Exception) -> tuple[float, float]:
+        """The best score over the rows of all processes, and its penalty; `broken` is raised for NaN and infinities.
 
         Equal scores go to the larger penalty.
         """
-        self.seen, self.hits, self.sums, bad = map(
-            sum_over_processes, (self.seen, self.hits, self.sums, torch.tensor(not self.finite).double())
-        )
+        bad = torch.tensor(not self.finite).double()
+        self.seen, self.hits, self.sums, bad = map(sum_over_processes, (self.seen, self.hits, self.sums, bad))
         if bool(bad):
-            return None
+            raise broken
         scores = self.scores().tolist()
-        top = max(scores, key=comparable)
-        at = max(at for at, score in enumerate(scores) if comparable(score) == comparable(top))
-        return Score(scores[at], penalties[at])
+        top = comparable(max(scores, key=comparable))
+        at = max(at for at, score in enumerate(scores) if comparable(score) == top)
+        return scores[at], penalties[at]
 
 
 def comparable(score: float) -> float:

@@ -1,24 +1,25 @@
 """What a sweep measures of every cell: the contract, and the registry of names.
 
-A `Measure` is a frozen dataclass of its settings. It makes a `Tally` for every pass over the images, which is told of
-features as they stream by, keeps what it needs (sums, counts, the features themselves) and gives a `Score` for every
-cell in the end. Measures that want vectors `(n, D)` name a pooling, dense ones (correspondence, segmentation) take maps
-`(n, C, H, W)`. Where keeping pooled features is cheap, `HeldMeasure` asks for one function only.
+A `Measure` is a frozen dataclass of its settings. The simple kind is one function of the pooled features of all
+images, which the sweep keeps for it: it overrides `score`. The other kind keeps something smaller than features (sums,
+counts) while they stream by, pooled or as maps: it overrides `bytes_of` and `tally`. `sweep/similarity.py` has the
+one, `sweep/linear.py` the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffusers_repr.data.labelled import ImageRows
 from diffusers_repr.denoiser import Layer
+from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.grid import Grid
 
@@ -46,36 +47,12 @@ class Split:
         return len(self.rows)
 
 
-@dataclass(frozen=True)
-class Score:
-    """What was measured of a cell.
-
-    Attributes:
-        value: The number, larger being better; None where it is undefined.
-        penalty: Of the fit that gave it; 0 where nothing is fitted.
-        why: Why it is undefined.
-    """
+class Score(NamedTuple):
+    """What was measured of a cell: None where it is undefined, and `why`; the penalty of the fit that gave it."""
 
     value: float | None
     penalty: float = 0.0
     why: str | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Features of some images at one level.
-
-    Attributes:
-        at: `(n,)`, places of the images in their split.
-        level: Index of the level in the grid of the pass.
-        part: Which of the batch of images these are.
-        features: Pooling -> path -> features.
-    """
-
-    at: Tensor
-    level: int
-    part: slice
-    features: Mapping[str | None, Mapping[str, Tensor]]
 
 
 @dataclass
@@ -99,8 +76,25 @@ class Bench:
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
+class Held(NamedTuple):
+    """Features of one cell, `(N, D)` float32 of `train` and `(M, D)` of `held` where it is read."""
+
+    train: Tensor
+    held: Tensor | None
+    bench: Bench
+
+
+class Piece(NamedTuple):
+    """Features of some images at one level."""
+
+    at: Tensor  # (n,), places of the images in their split
+    level: int  # index in the grid of the pass
+    part: slice  # which of the batch of images these are
+    features: Mapping[str | None, Mapping[str, Tensor]]  # pooling -> path -> features
+
+
 class Tally:
-    """What a measure keeps of one pass. Every process is told of its own share of the images."""
+    """What is kept in one pass over the images. Every process is told of its own share of them."""
 
     def begin(self, role: str, at: Tensor, pixels: Tensor) -> None:
         """A batch of images `(n, C, H, W)` in [-1, 1] comes; `at` are their places in the split."""
@@ -120,13 +114,14 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Measure(ABC):
-    """One number of a cell; larger is better. Subclass it, or `HeldMeasure`, and `register_measure` it.
+class Measure(ABC):  # noqa: B024 - one of `score` and `tally` is overridden
+    """One number of a cell; larger is better. Subclass it and `register_measure` it.
 
     Attributes:
         name: As in tables and files.
-        pooling: Of the features it takes; None takes maps `(n, C, H, W)` float32.
+        pooling: Of the features it takes; None takes maps `(n, C, H, W)` float32, for measures with a `tally`.
         roles: Splits that it reads, in order.
+        needs_labels: Whether it needs class ids, one an image, as targets of its splits.
         needs_encoder: Whether it compares with an encoder.
     """
 
@@ -134,14 +129,10 @@ class Measure(ABC):
     pooling: str | None = "mean"
 
     roles: ClassVar[tuple[str, ...]] = ("train", "held")
+    needs_labels: ClassVar[bool] = False
     needs_encoder: ClassVar[bool] = False
 
-    @property
-    def needs_labels(self) -> bool:
-        """Whether it needs class ids, one an image, as targets of its splits."""
-        return False
-
-    def check(self, bench: Bench) -> None:
+    def check(self, bench: Bench) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ValueError, before the first forward, for what cannot be measured."""
 
     def describe(self) -> dict[str, Any]:
@@ -149,13 +140,21 @@ class Measure(ABC):
         fields = dataclasses.fields(self)
         return {f.name: getattr(self, f.name) for f in fields if f.name not in ("name", "pooling")}
 
-    @abstractmethod
-    def bytes_of(self, layer: Layer, bench: Bench) -> int:
-        """Bytes that a tally keeps of one layer at one level."""
+    def score(self, cell: Held) -> float:
+        """The number of a cell; raises `UndefinedScoreError` where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} has neither a score nor a tally of its own.")
 
-    @abstractmethod
-    def tally(self, grid: Grid, bench: Bench) -> Tally:
-        """A tally of these layers and levels."""
+    def dim(self, layer: Layer) -> int:
+        """Length of the feature of a layer; its channels where it is a map."""
+        return layer.channels * (1 if self.pooling is None else pooled_size(self.pooling))
+
+    def bytes_of(self, layer: Layer, bench: Bench) -> int:
+        """Bytes that are kept of one layer at one level: float32 features of every image."""
+        return 4 * sum(map(len, bench.splits.values())) * layer.channels * pooled_size(self.pooling)
+
+    def tally(self, grid: Grid, bench: Bench) -> Tally | None:
+        """What it keeps of these layers and levels; None: features, which all such measures share."""
+        return None
 
 
 MEASURES: dict[str, type[Measure]] = {}

@@ -1,4 +1,4 @@
-"""The picture of a sweep: score by layer and noise level as a heat map, with curves beside it where they are wanted."""
+"""The picture of a sweep: score by layer and noise level as a heat map, and curves beside it where wanted."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusers_repr.heads.base import Head
 from diffusers_repr.heads.fitting.fit import accuracy_of, check_features, fit_head
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, KNNProtocol, Protocol
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 
 
 @dataclass(frozen=True)

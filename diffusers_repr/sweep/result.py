@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -70,9 +70,10 @@ class SweepResult(ABC):
         """One flat dictionary a cell, in the order of `cells`, for a data frame."""
         return [asdict(cell) for cell in self.cells]
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON; the cells, of which there are many, come last."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {"format": self.format(), **{k: v for k, v in values.items() if k != "cells"}, "cells": values["cells"]}
 
     @classmethod
     @abstractmethod
@@ -119,6 +120,4 @@ class SweepResult(ABC):
 
 def tuples(value: Any) -> Any:
     """Lists as tuples, all the way down."""
-    return (
-        tuple(tuples(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    )
+    return tuple(map(tuples, value)) if isinstance(value, list) else value

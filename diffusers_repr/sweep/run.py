@@ -1,37 +1,57 @@
-"""One sweep: measures of every cell of a grid, as few passes over the images as memory allows."""
+"""One sweep: one forward an image batch and level serves all layers and all measures, on all processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Layer
-from diffusers_repr.metrics.encoding import SharedRead
+from diffusers_repr.denoiser.feature_map import FeatureMap
+from diffusers_repr.features.extractor import FeatureExtractor
+from diffusers_repr.features.pooling import pool
+from diffusers_repr.metrics.encoding import SharedRead, read_shared
+from diffusers_repr.metrics.gather import own_rows
+from diffusers_repr.store.processes import process_state
 from diffusers_repr.sweep.grid import Grid, plan_passes
-from diffusers_repr.sweep.held import HeldMeasure, HeldTally
-from diffusers_repr.sweep.measure import Bench, Key, Measure, Score, Tally
-from diffusers_repr.sweep.reader import Reader
+from diffusers_repr.sweep.held import HeldTally
+from diffusers_repr.sweep.measure import Bench, Key, Measure, Piece, Score, Tally
 
 
-@dataclass(frozen=True)
+def progress_bar(shown: bool, name: str) -> Any:
+    """A bar of forwards, on the main process; silent if not wanted."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=0, desc=name, unit="forward", disable=not (shown and process_state().is_main_process))
+
+
+@dataclass
 class Sweep:
     """What stays the same for every stage of a sweep.
 
     Attributes:
-        measures: What is measured; their features come from the same forwards.
+        measures: What is measured.
         bench: What measures are given besides features.
-        reader: Makes features.
         memory: Bytes that may be kept.
+        batch_size: Images, or pairs of image and level, a forward.
+        condition: `prompt` and `class_labels`, as in `FeatureExtractor`.
+        image_size: As in `FeatureExtractor`.
+        bar: Of `progress_bar`.
+        forwards: That were made, on this process.
     """
 
     measures: Sequence[Measure]
     bench: Bench
-    reader: Reader
     memory: float
-
-    def roles(self) -> list[str]:
-        """Splits that any of the measures reads."""
-        return [role for role in self.bench.splits if any(role in measure.roles for measure in self.measures)]
+    batch_size: int
+    condition: Mapping[str, Any]
+    image_size: tuple[int, int] | int | None
+    bar: Any
+    forwards: int = 0
 
     def run(
         self,
@@ -39,54 +59,153 @@ class Sweep:
         noise: str,
         seeds: Mapping[str, int],
         stage: str,
-        read: Callable[[str, SharedRead], None] = lambda role, read: None,
+        told: Callable[[str, SharedRead], None],
     ) -> dict[Key, dict[str, Score]]:
-        """Every measure of every cell.
+        """Every measure of every cell, in as few passes over the images as memory allows.
 
         Args:
             grid: The cells.
             noise: Policy.
             seeds: Of the noise, by split.
             stage: For the progress bar.
-            read: Called with what is known of a split after it has been read, for the first time alone.
+            told: Called with a split's role and what is known of it, once it has been read for the first time.
 
         Raises:
             ValueError: If one layer at one level does not fit in memory; for images that do not suit.
             FloatingPointError: For features that are not finite.
         """
-        splits, roles = self.bench.splits, self.roles()
+        roles = [role for role in self.bench.splits if any(role in measure.roles for measure in self.measures)]
+        poolings = list(dict.fromkeys(measure.pooling for measure in self.measures))
         passes = plan_passes(grid.layers, len(grid.levels), self._bytes_of, self.memory)
-        forwards = [self.reader.forwards(splits[role], len(part.levels)) for part in passes for role in roles]
-        self.reader.progress.expect(stage, sum(forwards))
+        self.expect(stage, roles, sum(len(part.levels) for part in passes))
         scores: dict[Key, dict[str, Score]] = {}
         for number, part in enumerate(passes):
             cells = grid.part(part.layers, part.levels)
             tallies = self._tallies(cells)
-            poolings = list(dict.fromkeys(measure.pooling for measure in self.measures))
             for role in roles:
-                found = self.reader.read(cells, role, splits[role], tallies, poolings, noise, seeds[role])
+                found = self.read(cells, role, tallies, poolings, noise, seeds[role])
                 for tally in tallies:
                     tally.close(role)
                 if not number:
-                    read(role, found)
+                    told(role, found)
             for tally in tallies:
                 for (at, path), named in tally.scores().items():
                     scores.setdefault((part.levels[at], path), {}).update(named)
         return scores
 
-    def _held(self) -> dict[str | None, list[HeldMeasure]]:
-        """Measures that keep features, by the pooling of what they keep: it is kept once for all of them."""
-        held: dict[str | None, list[HeldMeasure]] = {}
-        for measure in self.measures:
-            if isinstance(measure, HeldMeasure):
-                held.setdefault(measure.pooling, []).append(measure)
-        return held
-
     def _tallies(self, grid: Grid) -> list[Tally]:
-        held = [HeldTally(together, grid, self.bench) for together in self._held().values()]
-        return [*held, *(m.tally(grid, self.bench) for m in self.measures if not isinstance(m, HeldMeasure))]
+        own = {measure: measure.tally(grid, self.bench) for measure in self.measures}
+        held: dict[str | None, list[Measure]] = {}
+        for measure in self.measures:
+            if own[measure] is None:
+                held.setdefault(measure.pooling, []).append(measure)
+        kept = [HeldTally(measures, grid, self.bench) for measures in held.values()]
+        return [*kept, *(tally for tally in own.values() if tally is not None)]
 
     def _bytes_of(self, layer: Layer) -> int:
-        held = [together[0] for together in self._held().values()]
-        streaming = [measure for measure in self.measures if not isinstance(measure, HeldMeasure)]
-        return sum(measure.bytes_of(layer, self.bench) for measure in (*held, *streaming))
+        """What is kept of a layer; features of one pooling are kept once for all measures without a tally."""
+        kept = {m.pooling if type(m).tally is Measure.tally else m: m for m in self.measures}
+        return sum(measure.bytes_of(layer, self.bench) for measure in kept.values())
+
+    def expect(self, stage: str, roles: Sequence[str], levels: int) -> None:
+        """Announce the forwards that reading these splits at so many levels makes on this process."""
+        self.bar.set_description(stage)
+        for role in roles:
+            full, rest = divmod(len(own_rows(len(self.bench.splits[role]))), self.batch_size)
+            self.bar.total += full * levels + -(-rest * levels // self.batch_size)
+        self.bar.refresh()
+
+    def read(
+        self,
+        grid: Grid,
+        role: str,
+        tallies: Sequence[Tally],
+        poolings: Sequence[str | None],
+        noise: str,
+        seed: int,
+    ) -> SharedRead:
+        """Let the images of a split stream by: each process reads a share of them and tells its tallies.
+
+        Args:
+            grid: Every layer is read at every level.
+            role: Of the split.
+            tallies: Are told of every batch of images (`begin`, `end`) and of every level of it (`add`).
+            poolings: The features that they take: pooled vectors `(n, D)`; of None, maps `(n, C, H, W)`.
+            noise: Policy.
+            seed: Of the noise.
+
+        Raises:
+            ValueError: For images that differ in size or do not suit the model, on every process.
+        """
+        denoiser, split = grid.denoiser, self.bench.splits[role]
+        extractor = FeatureExtractor(
+            denoiser,
+            list(grid.layers),
+            list(grid.levels),
+            noise,
+            batch_size=self.batch_size,
+            seed=seed,
+            image_size=self.image_size,
+        )
+        places = iter(torch.tensor(own_rows(len(split)), dtype=torch.int64).split(self.batch_size))
+
+        def make(pixels: Tensor) -> dict[str, Tensor]:
+            at = next(places)
+            for tally in tallies:
+                tally.begin(role, at, pixels)
+            for level, part, features in self._stream(extractor, pixels, poolings):
+                for tally in tallies:
+                    tally.add(role, Piece(at[part], level, part, features))
+            for tally in tallies:
+                tally.end(role, at)
+            return {}
+
+        with torch.no_grad(), denoiser.evaluating():
+            return read_shared(
+                split.images,
+                split.rows,
+                make,
+                (),
+                channels=denoiser.image_channels,
+                image_size=self.image_size,
+                batch_size=self.batch_size,
+            )
+
+    def _stream(
+        self, extractor: FeatureExtractor, pixels: Tensor, poolings: Sequence[str | None]
+    ) -> Iterator[tuple[int, slice, dict[str | None, dict[str, Tensor]]]]:
+        denoiser, count = extractor.denoiser, len(pixels)
+        for batch in extractor.batches(pixels, **self.condition):
+            size, rows = (batch.x_t.shape[2], batch.x_t.shape[3]), len(batch.cells)
+
+            def pooled(
+                feature: Tensor, path: str, size: tuple[int, int] = size, rows: int = rows
+            ) -> dict[str | None, Tensor]:
+                if feature.ndim < 2 or len(feature) != rows:
+                    raise ValueError(
+                        f"Layer {path!r} gave shape {tuple(feature.shape)} for a batch of {rows}: it holds no feature "
+                        "per image."
+                    )
+                place = denoiser.token_grid(path, feature.shape[1], size) if feature.ndim == 3 else None
+                made = {pooling: pool(feature, pooling, place) for pooling in poolings}
+                if None in made:  # copied: it may be the layer's own memory, which later layers may write to
+                    made[None] = (feature if place is None else FeatureMap(feature, *place).as_map()).float().clone()
+                return made
+
+            with extractor.reading(), capture(denoiser.model, extractor.layers, transform=pooled) as tape:
+                denoiser.predict(batch.x_t, batch.level, batch.condition)
+            self.forwards += 1
+            self.bar.update(1)
+            for level, part, at in _levels(batch.cells, count):
+                made = tape.features.items()
+                yield level, part, {p: {path: by_pooling[p][at] for path, by_pooling in made} for p in poolings}
+
+
+def _levels(cells: Sequence[int], count: int) -> Iterator[tuple[int, slice, slice]]:
+    """`(level, images, rows)` for each run of one level among the rows of a forward (`level * count + image`)."""
+    start = 0
+    while start < len(cells):
+        level, first = divmod(cells[start], count)
+        length = min(len(cells) - start, count - first)
+        yield level, slice(first, first + length), slice(start, start + length)
+        start += length

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +12,14 @@ from diffusers_repr.heads.fitting.closed_form import LinearPath
 from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.sweep.grid import Grid
 from diffusers_repr.sweep.linear import LinearSums, Scorer, comparable, fit_targets
-from diffusers_repr.sweep.measure import Bench, Key, Piece, Tally, not_finite
-from diffusers_repr.sweep.reader import Reader
+from diffusers_repr.sweep.measure import Key, Piece, Tally, not_finite
+from diffusers_repr.sweep.run import Sweep
+
+_Heads = Mapping[str, tuple[Tensor, LinearPath, Scorer]]
 
 
-@dataclass(frozen=True)
-class Addition:
-    """One unit that greedy selection took.
-
-    Attributes:
-        added: Name of the unit.
-        score: Of the set with it.
-        penalty: That gave the score.
-        dim: Length of the set's features.
-    """
+class Addition(NamedTuple):
+    """A unit that was added, and the set with it: its score, the penalty that gave it, the length of its features."""
 
     added: str
     score: float
@@ -34,101 +27,75 @@ class Addition:
     dim: int
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """Greedy forward selection: add the unit that gains most, until the gain is below `tolerance`.
+def grow(
+    sweep: Sweep,
+    grid: Grid,
+    units: Mapping[str, Sequence[Key]],
+    start: Addition,
+    most: int,
+    cost: Callable[[str], Any],
+    stage: str,
+    *,
+    noise: str,
+    seeds: Mapping[str, int],
+    tolerance: float,
+) -> list[Addition]:
+    """Greedy forward selection: add the unit that gains most, until the gain is below `tolerance`; the start first.
 
-    Attributes:
-        measure: How a set is scored.
-        bench: The two splits.
-        reader: Makes features.
+    One pass over `train` for the joint sums of all units, then one over `held` for each step.
+
+    Args:
+        sweep: Its one measure is a `LinearSums`, by which sets are scored.
+        grid: Layers and levels of the units.
+        units: Name -> cells that come with it.
+        start: The first unit, with its score.
+        most: Largest number of units.
+        cost: Sort key of a unit; of equal scores the smallest wins.
+        stage: For the progress bar.
         noise: Policy.
         seeds: Of the noise, by split.
         tolerance: Least gain.
     """
-
-    measure: LinearSums
-    bench: Bench
-    reader: Reader
-    noise: str
-    seeds: Mapping[str, int]
-    tolerance: float
-
-    def grow(
-        self,
-        grid: Grid,
-        units: Mapping[str, Sequence[Key]],
-        start: Addition,
-        most: int,
-        cost: Callable[[str], Any],
-        stage: str,
-    ) -> list[Addition]:
-        """What was added, the start first.
-
-        One pass over `train` for the joint sums of all units, then one over `held` for each step.
-
-        Args:
-            grid: Layers and levels of the units.
-            units: Name -> cells that come with it.
-            start: The first unit, with its score.
-            most: Largest number of units.
-            cost: Sort key of a unit; of equal scores the smallest wins.
-            stage: For the progress bar.
-        """
-        steps = [start]
-        if most < 2 or len(units) < 2:
-            return steps
-        columns, total = self._columns(grid, [cell for unit in units.values() for cell in unit])
-        index = {name: torch.cat([columns[cell] for cell in unit]) for name, unit in units.items()}
-        train, held = self.bench.splits["train"], self.bench.splits["held"]
-        moments = self.measure.moments(total, 1, self.bench)
-
-        def stream(role: str, use: Callable[[Tensor, Tensor], None]) -> None:
-            split = self.bench.splits[role]
-            self.reader.progress.expect(stage, self.reader.forwards(split, len(grid.levels)))
-            tally = _Joint(columns, total, self.measure.pooling, self.bench.device, use)
-            self.reader.read(grid, role, split, [tally], [self.measure.pooling], self.noise, self.seeds[role])
-
-        stream("train", lambda at, matrix: moments.add(matrix, fit_targets(train, at)))
-        moments.reduce(sum_over_processes)
-        while len(steps) < min(most, len(units)):
-            taken = [step.added for step in steps]
-            fitted: dict[str, tuple[Tensor, LinearPath]] = {}
-            for name in units:
-                if name not in taken:
-                    chosen = torch.cat([index[member] for member in (*taken, name)])
-                    fitted[name] = (chosen, self.measure.fit(moments.take(chosen)))
-            scorers = {name: self.measure.scorer(self.bench) for name in fitted}
-
-            def predict(
-                at: Tensor,
-                matrix: Tensor,
-                fitted: Mapping[str, tuple[Tensor, LinearPath]] = fitted,
-                scorers: Mapping[str, Scorer] = scorers,
-            ) -> None:
-                for name, (chosen, path) in fitted.items():
-                    scorers[name].add(path.predict(matrix[:, chosen.to(matrix.device)]), held.targets[at])
-
-            stream("held", predict)
-            scores = {}
-            for name, scorer in scorers.items():
-                scores[name] = scorer.best(self.measure.penalties)
-                if scores[name] is None:
-                    raise not_finite(name, grid.levels[0], held.name)
-            best = min(scores, key=lambda name: (-comparable(scores[name].value), cost(name)))
-            gain = comparable(scores[best].value - steps[-1].score)
-            if gain < self.tolerance or gain <= 0:
-                break
-            steps.append(Addition(best, scores[best].value, scores[best].penalty, len(fitted[best][0])))
+    steps = [start]
+    if most < 2 or len(units) < 2:
         return steps
+    measure, bench = sweep.measures[0], sweep.bench
+    assert isinstance(measure, LinearSums)
+    columns: dict[Key, Tensor] = {}
+    total = 0
+    for cell in (cell for unit in units.values() for cell in unit):
+        columns[cell] = torch.arange(total, total := total + measure.dim(grid.layers[cell[1]]))
+    index = {name: torch.cat([columns[cell] for cell in unit]) for name, unit in units.items()}
+    train, held = bench.splits["train"], bench.splits["held"]
+    moments = measure.moments(total, 1, bench)
 
-    def _columns(self, grid: Grid, cells: Sequence[Key]) -> tuple[dict[Key, Tensor], int]:
-        columns, total = {}, 0
-        for cell in cells:
-            dim = self.measure.dim(grid.layers[cell[1]])
-            columns[cell] = torch.arange(total, total + dim)
-            total += dim
-        return columns, total
+    def stream(role: str, use: Callable[[Tensor, Tensor], None]) -> None:
+        sweep.expect(stage, [role], len(grid.levels))
+        tally = _Joint(columns, total, measure.pooling, bench.device, use)
+        sweep.read(grid, role, [tally], [measure.pooling], noise, seeds[role])
+
+    stream("train", lambda at, matrix: moments.add(matrix, fit_targets(train, at)))
+    moments.reduce(sum_over_processes)
+    while len(steps) < min(most, len(units)):
+        taken = [step.added for step in steps]
+        rest = {name: torch.cat([index[m] for m in (*taken, name)]) for name in units if name not in taken}
+        heads = {
+            name: (chosen, measure.fit(moments.take(chosen)), measure.scorer(bench)) for name, chosen in rest.items()
+        }
+
+        def score(at: Tensor, matrix: Tensor, heads: _Heads = heads) -> None:
+            for chosen, path, scorer in heads.values():
+                scorer.add(path.predict(matrix[:, chosen.to(matrix.device)]), held.targets[at])
+
+        stream("held", score)
+        broken = {name: not_finite(name, grid.levels[0], held.name) for name in heads}
+        scores = {name: scorer.best(measure.penalties, broken[name]) for name, (_, _, scorer) in heads.items()}
+        best = min(scores, key=lambda name: (-comparable(scores[name][0]), cost(name)))
+        gain = comparable(scores[best][0] - steps[-1].score)
+        if gain < tolerance or gain <= 0:
+            break
+        steps.append(Addition(best, *scores[best], len(rest[best])))
+    return steps
 
 
 class _Joint(Tally):

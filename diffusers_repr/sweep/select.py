@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +17,18 @@ from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
-from diffusers_repr.features.pooling import check_pooling, pooled_size
+from diffusers_repr.features.pooling import check_pooling
 from diffusers_repr.heads.fitting.closed_form import PENALTIES
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead
 from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.linear import LinearSums, comparable
 from diffusers_repr.sweep.measure import Bench, Measure, Score, make_measure
-from diffusers_repr.sweep.reader import Progress, Reader
-from diffusers_repr.sweep.run import Sweep
-from diffusers_repr.sweep.search import Addition, Greedy
+from diffusers_repr.sweep.run import Sweep, progress_bar
+from diffusers_repr.sweep.search import Addition, grow
 from diffusers_repr.sweep.selection import FeatureSet, Selection, SelectionCell
-from diffusers_repr.sweep.splits import make_task
+from diffusers_repr.sweep.splits import open_splits
 
 
 def select_features(
@@ -124,30 +124,29 @@ def select_features(
     }.items():
         check_whole(name, value, 1)
     levels = resolve_levels(denoiser, timesteps)
-    task = make_task(train, validation, measure)
-    splits = task.splits()
+    splits, classes = open_splits(train, validation, measure)
     first = to_pixels(splits["train"].images.read([0]), denoiser.image_channels, image_size)
     table = resolve_layers(denoiser, layers, (first.shape[2], first.shape[3]))
     grid = Grid(denoiser, table, tuple(levels))
     bench = Bench(splits, grid.device)
     measure.check(bench)
-    with Progress(progress, "selection") as bar:
-        reader = Reader(batch_size, {"prompt": prompt, "class_labels": class_labels}, image_size, bar)
-        sweep = Sweep([measure], bench, reader, int(memory_gib * 2**30))
+    with progress_bar(progress, "selection") as bar:
+        condition = {"prompt": prompt, "class_labels": class_labels}
+        sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, image_size, bar)
         stages = _Stages(grid, sweep, measure, policies, seeds)
         cells = stages.score_all()
         ranked = stages.spread(cells, finalists)
         sets = stages.sets(cells, ranked[0], max_layers, max_levels, candidates, tolerance)
-        forwards = int(sum_over_processes(torch.tensor(bar.forwards)))
+        forwards = int(sum_over_processes(torch.tensor(sweep.forwards)))
     final = {_place(cell): cell for cell in ranked}
     cells = [final.get(_place(cell), cell) for cell in cells]
     recipe = {
         "model": denoiser.name,
         "revision": denoiser.revision,
         "model_class": type(denoiser.model).__name__,
-        "train": {"name": str(task.train), "rows": len(task.train)},
-        "validation": {"name": str(task.validation), "rows": len(task.validation)},
-        "classes": None if task.classes is None else list(task.classes),
+        "train": {"name": splits["train"].name, "rows": len(splits["train"])},
+        "validation": {"name": splits["held"].name, "rows": len(splits["held"])},
+        "classes": classes,
         "pooling": measure.pooling,
         "criterion": criterion,
         "penalties": sorted(float(penalty) for penalty in penalties),
@@ -178,8 +177,8 @@ def _check(
         raise ValueError(f"{measure.name!r} compares with an encoder; see `measure_alignment`.")
     if not isinstance(measure, LinearSums) and (max_layers, max_levels) != (1, 1):
         raise ValueError(
-            f"Sets are grown from the sums of linear heads, which {measure.name!r} does not keep; pass max_layers=1 and "
-            "max_levels=1 to score cells alone."
+            f"Sets are grown from the sums of linear heads, which {measure.name!r} does not keep; pass max_layers=1 "
+            "and max_levels=1 to score cells alone."
         )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be at least one whole number, each once; got {list(seeds)}.")
@@ -227,8 +226,7 @@ class _Stages:
         for policy in self.policies:
             scores = self.run(self.grid, policy, self.seeds[0], f"all cells, {policy}")
             for at, place in self.grid.places():
-                score, layer = scores[at, place["layer"]], self.grid.layers[place["layer"]]
-                dim = layer.channels * (1 if self.measure.pooling is None else pooled_size(self.measure.pooling))
+                score, dim = scores[at, place["layer"]], self.measure.dim(self.grid.layers[place["layer"]])
                 assert score.value is not None
                 cells.append(SelectionCell(**place, dim=dim, noise=policy, score=score.value, penalty=score.penalty))
         return cells
@@ -274,20 +272,19 @@ class _Stages:
         """The greedy set of layers at the best level, and of levels for these layers."""
         if not isinstance(self.measure, LinearSums):
             return {}
-        bench, reader, memory = self.sweep.bench, self.sweep.reader, self.sweep.memory
+        start = Addition(best.layer, best.score, best.penalty, best.dim)
         seeds = _seeds(best.noise, self.seeds[0])
-        greedy = Greedy(self.measure, bench, reader, best.noise, seeds, tolerance)
+        add = partial(grow, self.sweep, noise=best.noise, seeds=seeds, tolerance=tolerance)
 
         def fits(dim: int, measure: LinearSums = self.measure) -> bool:
-            return measure.bytes_of_sums(dim, bench) <= memory
+            return measure.bytes_of_sums(dim, self.sweep.bench) <= self.sweep.memory
 
         rivals = [c for c in cells if (c.timestep, c.noise) == (best.timestep, best.noise)]
         near = _candidates(rivals, best, count, fits) if max_layers > 1 else []
         cost: dict[str, Any] = {c.layer: (c.flops_share, c.dim, c.order) for c in rivals}
         part = self.grid.part([c.layer for c in near], [self.grid.level_of(best.timestep)])
-        start = Addition(best.layer, best.score, best.penalty, best.dim)
         units = {c.layer: [(0, c.layer)] for c in near}
-        steps = greedy.grow(part, units, start, max_layers, cost.__getitem__, "sets of layers")
+        steps = add(part, units, start, max_layers, cost.__getitem__, "sets of layers")
         added = {step.added for step in steps}
         chosen = tuple(path for path in self.grid.layers if path in added)
         sets = {"layers": _feature_set(chosen, (best.timestep,), best.noise, steps, list(units) or [best.layer])}
@@ -300,7 +297,7 @@ class _Stages:
         part = self.grid.part(chosen, [self.grid.level_of(c.timestep) for c in near])
         start = Addition(str(best.timestep), steps[-1].score, steps[-1].penalty, width)
         units = {str(c.timestep): [(at, path) for path in chosen] for at, c in enumerate(near)}
-        more = greedy.grow(part, units, start, max_levels, cost.__getitem__, "sets of levels")
+        more = add(part, units, start, max_levels, cost.__getitem__, "sets of levels")
         added = {step.added for step in more}
         timesteps = tuple(c.timestep for c in rivals if str(c.timestep) in added)
         sets["levels"] = _feature_set(chosen, timesteps, best.noise, more, list(units) or [start.added])

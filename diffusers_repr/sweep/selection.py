@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -205,19 +205,6 @@ class Selection(SweepResult):
         title = f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {value}"
         style = "{:.1f}" if factor == 100 else "{:.2f}"
         return draw_sweep(self.cells, panels, title, _TITLES.get(self.metric, self.metric), style)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "format": self.format(),
-            "metric": self.metric,
-            "seeds": list(self.seeds),
-            "best": asdict(self.best),
-            "sets": {name: asdict(found) for name, found in self.sets.items()},
-            "finalists": [asdict(cell) for cell in self.finalists],
-            "recipe": dict(self.recipe),
-            "cells": self.table(),
-        }
 
     def save(self, folder: str | Path, heatmap: bool = True) -> Path:
         """Write `selection.json`, `selection.parquet` (the cells) and `heatmap.png` into a folder.

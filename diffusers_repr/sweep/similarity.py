@@ -8,17 +8,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, Protocol
-from diffusers_repr.metrics.checks import check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.cka import cka
 from diffusers_repr.metrics.cknna import NeighbourGraph, compare_graphs, neighbour_graph
-from diffusers_repr.sweep.held import Held, HeldMeasure
-from diffusers_repr.sweep.measure import Bench, register_measure
+from diffusers_repr.sweep.measure import Bench, Held, Measure, register_measure
 from diffusers_repr.sweep.probes import knn_probe, linear_probe
 
 
 @register_measure("cknna")
 @dataclass(frozen=True)
-class CKNNA(HeldMeasure):
+class CKNNA(Measure):
     """See `diffusers_repr.metrics.cknna`; the encoder's neighbours are found once for all cells."""
 
     k: int = 10
@@ -45,7 +44,7 @@ class CKNNA(HeldMeasure):
 
 @register_measure("cka")
 @dataclass(frozen=True)
-class CKA(HeldMeasure):
+class CKA(Measure):
     """See `diffusers_repr.metrics.cka`."""
 
     clamp_quantile: float | None = None
@@ -63,13 +62,10 @@ class CKA(HeldMeasure):
 
 
 @dataclass(frozen=True)
-class _Probe(HeldMeasure):
+class _Probe(Measure):
     """Accuracy of a probe that is fitted on `train` and measured on `held`."""
 
-    @property
-    def needs_labels(self) -> bool:
-        """It tells classes apart."""
-        return True
+    needs_labels: ClassVar[bool] = True
 
     @staticmethod
     def data(cell: Held) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,59 +5,46 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData
-from diffusers_repr.data.labelled import Labelled, Source, open_images, open_labelled
-from diffusers_repr.sweep.linear import VALUE_METRICS
+from diffusers_repr.data.labelled import Labelled, Source, open_labelled
+from diffusers_repr.sweep.linear import VALUE_METRICS, LinearSums
 from diffusers_repr.sweep.measure import Measure, Split
 
 
-@dataclass(frozen=True)
-class Task:
-    """A train and a validation split of one task.
+def open_splits(train: Source, validation: Source, measure: Measure) -> tuple[dict[str, Split], list[int] | None]:
+    """Check both splits and bring them to the form that measures take.
 
-    Attributes:
-        train: Rows to fit on; class ids as indices into `classes`, values as `(n, K)` float64.
-        validation: Rows to score on, likewise.
-        classes: Class ids in ascending order; None for other targets.
-    """
-
-    train: Labelled
-    validation: Labelled
-    classes: tuple[int, ...] | None
-
-    def splits(self) -> dict[str, Split]:
-        """As measures take them: `train` and `held`."""
-        roles = {"train": self.train, "held": self.validation}
-        return {
-            role: Split(open_images(data.images, role), range(len(data)), str(data), data.targets)
-            for role, data in roles.items()
-        }
-
-
-def make_task(train: Source, validation: Source, measure: Measure) -> Task:
-    """Check both splits and bring them to one form.
+    Returns:
+        `train` and `held`, with class ids as indices into the second value, the class ids in ascending order; or, and
+        then it is None, with values `(n, K)` float64, or whatever targets there are.
 
     Raises:
         ValueError: A test split, equal splits, missing or unusable labels, too few rows.
         TypeError: For anything that is no split of labelled images.
     """
-    fit, score = open_labelled(train, "train"), open_labelled(validation, "validation")
-    for found in (fit, score):
+    fit, held = open_labelled(train, "train"), open_labelled(validation, "validation")
+    for found in (fit, held):
         if isinstance(found.images, ImageData):
             refuse_test(found.split)
-    _refuse_same(fit.images, score.images)
+    _refuse_same(fit.images, held.images)
+    classes = None
     if measure.name in VALUE_METRICS:
-        return _values(fit, score, measure.name)
-    return _classes(fit, score, measure.name) if measure.needs_labels else Task(fit, score, None)
+        fit, held = _values(fit, held, measure.name)
+    elif measure.needs_labels or isinstance(measure, LinearSums):
+        fit, held, classes = _classes(fit, held, measure.name)
+    splits = {
+        role: Split(data, range(len(data)), str(data), data.targets) for role, data in (("train", fit), ("held", held))
+    }
+    return splits, classes
 
 
-def _values(fit: Labelled, score: Labelled, metric: str) -> Task:
+def _values(fit: Labelled, score: Labelled, metric: str) -> tuple[Labelled, Labelled]:
     train, held = _as_values(fit), _as_values(score)
     if train.targets.shape[1] != held.targets.shape[1]:
         raise ValueError("train and validation have targets of unequal width.")
@@ -65,7 +52,7 @@ def _values(fit: Labelled, score: Labelled, metric: str) -> Task:
         raise ValueError("Too few rows: train and validation need at least 2 each.")
     if metric == "r2" and bool((held.targets == held.targets[0]).all(0).any()):
         raise ValueError("r2 is undefined: a validation target has the same value in all rows. Use metric='neg_mse'.")
-    return Task(train, held, None)
+    return train, held
 
 
 def _as_values(data: Labelled) -> Labelled:
@@ -77,7 +64,7 @@ def _as_values(data: Labelled) -> Labelled:
     return replace(data, targets=values.reshape(len(values), -1))
 
 
-def _classes(fit: Labelled, score: Labelled, metric: str) -> Task:
+def _classes(fit: Labelled, score: Labelled, metric: str) -> tuple[Labelled, Labelled, list[int]]:
     ids, held = _ids(fit, metric), _ids(score, metric)
     classes, counts = ids.unique(return_counts=True)
     if len(classes) < 2:
@@ -95,7 +82,7 @@ def _classes(fit: Labelled, score: Labelled, metric: str) -> Task:
         )
     refuse_one_class(held, str(score))
     parts = [replace(data, targets=torch.searchsorted(classes, y)) for data, y in ((fit, ids), (score, held))]
-    return Task(parts[0], parts[1], tuple(classes.tolist()))
+    return parts[0], parts[1], classes.tolist()
 
 
 def _ids(data: Labelled, metric: str) -> Tensor:

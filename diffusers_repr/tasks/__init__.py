@@ -1,6 +1,8 @@
-"""What features are for: probes."""
+"""What features are for: tasks, of which the probe is the first."""
 
+from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
-from diffusers_repr.tasks.recipe import BaseRecord, Level, ProbeRecipe, Score
+from diffusers_repr.tasks.recipe import ProbeRecipe, Score
+from diffusers_repr.tasks.task import Task
 
-__all__ = ["BaseRecord", "Level", "Probe", "ProbeOutput", "ProbeRecipe", "Score"]
+__all__ = ["BaseRecord", "Level", "Probe", "ProbeOutput", "ProbeRecipe", "Score", "Task"]

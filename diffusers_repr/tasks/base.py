@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
 import warnings
@@ -13,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.record import base_record, config_defaults, plain_module
 from diffusers_repr.hub import HubError, is_repo_id
+from diffusers_repr.hub import base_record as bases
+from diffusers_repr.hub.base_record import BaseRecord, Dependent, Level, called
 from diffusers_repr.hub.places import is_place, last_name
-from diffusers_repr.hub.schema import printable
-from diffusers_repr.tasks.recipe import BaseRecord, ProbeRecipe
+from diffusers_repr.tasks.recipe import ProbeRecipe
 
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
-_MARKED, _VALUES = 8, 4  # parameters looked at, and values of each
+_PROBE = Dependent(
+    "probe",
+    "probe",
+    "fitted",
+    "Pass the model it was fitted on as base=..., or fit a new probe.",
+)
 
 
 def record_base(
@@ -36,17 +40,16 @@ def record_base(
         name: Hub id or folder to write instead of the one it was loaded from.
         revision: Goes with `name`.
     """
-    model = _plain(denoiser)
-    commit = None
+    found, commit = base_record(denoiser), None
     if name is None:
-        name, revision = denoiser.name, denoiser.revision
+        name, revision = found.name, found.revision
         for path in (str(denoiser.config.get("_name_or_path", "")), name or ""):
-            found = _SNAPSHOT.search(path)
-            if found:
-                name, commit = found[1].replace("--", "/"), found[2]
+            snapshot = _SNAPSHOT.search(path)
+            if snapshot:
+                name, commit = snapshot[1].replace("--", "/"), snapshot[2]
     local = name is not None and (Path(name).expanduser().is_dir() or not is_repo_id(name))
     return BaseRecord(
-        name, local, revision, commit, type(model).__name__, _config(denoiser), dict(features), _marks(model)
+        name, local, revision, commit, found.model_class, found.config, features=dict(features), marks=found.marks
     )
 
 
@@ -141,120 +144,36 @@ def check_base(denoiser: Denoiser, recipe: ProbeRecipe) -> None:
         ValueError: If its class, its layers, their channels, or its noise schedule differ; says what came and what
             was recorded.
     """
-    base, model = recipe.base, _plain(denoiser)
-    name, was = _called(denoiser.name, "the given model"), _called(base.name, "a model without a name")
-    if type(model).__name__ != base.model_class:
-        raise ValueError(
-            f"Wrong base for this probe: {name} is a {type(model).__name__}; the probe was fitted on a "
-            f"{base.model_class} ({was}). Pass the model it was fitted on as base=..., or fit a new probe."
-        )
-    known = dict(model.named_modules(remove_duplicate=False))
-    missing = [layer for layer in recipe.layers if layer not in known]
-    if missing:
-        near = difflib.get_close_matches(missing[0], known, n=3, cutoff=0.4)
-        raise ValueError(
-            f"Wrong base for this probe: {name} has no layer {', '.join(map(repr, missing))} (closest: {near}); the "
-            f"probe reads {', '.join(recipe.layers)} of {was}. Pass that model as base=..., or fit a new "
-            "probe."
-        )
-    _check_levels(denoiser, recipe, name)
-    differing = _differing(base.config, _config(denoiser))
+    was, came = recipe.base, base_record(denoiser, marks=recipe.base.marks)
+    bases.check_class(_PROBE, was, came)
+    bases.check_layers(_PROBE, was, came, dict(plain_module(denoiser).named_modules(remove_duplicate=False)))
+    found = [Level({}, float(level.timestep), float(level.nsr)) for level in recipe.extractor(denoiser).levels]
+    bases.check_levels(_PROBE, was, came, recipe.levels, found)
+    name, old = called(came), called(was, "a model without a name")
+    differing = bases.config_differences(was, came, config_defaults(denoiser))
     if differing:
-        _check_channels(denoiser, recipe, name, differing)
-        _warn(f"{name} has another config than the probe's base ({was}): {'; '.join(differing)}.")
-    if not _same_weights(base.marks, model):
-        _warn(f"{name} has other weights than the probe's base ({was}).")
+        _measure(denoiser, recipe, "; ".join(differing))
+        _warn(f"{name} has another config than the probe's base ({old}): {'; '.join(differing)}.")
+    if not bases.same_marks(was, came):
+        _warn(f"{name} has other weights than the probe's base ({old}).")
 
 
 def _warn(what: str) -> None:
     warnings.warn(f"{what} Features may differ; evaluate the probe again before you rely on it.", stacklevel=5)
 
 
-def _check_levels(denoiser: Denoiser, recipe: ProbeRecipe, name: str) -> None:
-    for level, found in zip(recipe.levels, recipe.extractor(denoiser).levels, strict=True):
-        same = (level.nsr, level.timestep) == (float(found.nsr), float(found.timestep))
-        close = abs(float(found.nsr) - level.nsr) <= 1e-3 * abs(level.nsr) + 1e-9
-        if not same and not (close and abs(float(found.timestep) - level.timestep) <= 1e-2 * max(level.timestep, 1)):
-            raise ValueError(
-                f"Wrong base for this probe: {_shown(level.requested)} is timestep {float(found.timestep):g} (nsr "
-                f"{float(found.nsr):.4g}) for {name}, and was timestep {level.timestep:g} (nsr {level.nsr:.4g}) "
-                "when the probe was fitted: the noise schedules differ. Give the base its own scheduler, or fit a new "
-                "probe."
-            )
-
-
-def _check_channels(denoiser: Denoiser, recipe: ProbeRecipe, name: str, differing: list[str]) -> None:
+def _measure(denoiser: Denoiser, recipe: ProbeRecipe, differing: str) -> None:
     """Measure the features of one grey image: other configs may give features of other sizes."""
     grey = torch.full((1, denoiser.image_channels, *recipe.image_size), 0.5)
     try:
         output = recipe.extractor(denoiser)(grey, prompt=recipe.prompt, class_labels=recipe.class_labels)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"Wrong base for this probe: {name} does not take what the probe gives it ({error}). Its config differs "
-            f"from that of {_called(recipe.base.name, 'the recorded base')}: {'; '.join(differing)}. Pass the model "
-            "it was fitted on as base=..., or fit a new probe."
-        ) from error
+        has = f"does not take what the probe gives it ({error}): its config differs ({differing})"
+        on = f"a {recipe.base.model_class}"
+        raise _PROBE.refusal(BaseRecord(denoiser.name), has, on, recipe.base) from error
     check_features(recipe, {layer: feature.shape[-1] for layer, feature in output.features.items()}, denoiser.name)
 
 
 def check_features(recipe: ProbeRecipe, sizes: Mapping[str, int], name: str | None) -> None:
     """Raise ValueError unless each layer gives as many values as it gave when the probe was fitted."""
-    for layer, size in recipe.base.features.items():
-        if sizes[layer] != size:
-            came, was = _called(name, "the given model"), _called(recipe.base.name, "a model without a name")
-            raise ValueError(
-                f"Wrong base for this probe: layer {layer!r} of {came} gives {sizes[layer]} values with pooling "
-                f"{recipe.pooling!r}; the probe was fitted on {size} ({was}). Pass the model it was fitted on as "
-                "base=..., or fit a new probe."
-            )
-
-
-def _shown(requested: Mapping[str, float]) -> str:
-    return ", ".join(f"{key}={value:g}" for key, value in requested.items())
-
-
-def _called(name: str | None, otherwise: str) -> str:
-    return otherwise if name is None else repr(name)
-
-
-def _plain(denoiser: Denoiser) -> nn.Module:
-    return getattr(denoiser.model, "_orig_mod", denoiser.model)
-
-
-def _config(denoiser: Denoiser) -> dict[str, Any]:
-    """The network's config as JSON gives it back, without private keys."""
-    public = {k: v for k, v in denoiser.config.items() if not k.startswith("_") and k != "quantization_config"}
-    return json.loads(json.dumps(public, default=str, sort_keys=True))
-
-
-def _differing(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    keys = [k for k in sorted({*recorded, *found}) if recorded.get(k) != found.get(k)]
-    return [f"{printable(k)} is {_brief(found.get(k))}, was {_brief(recorded.get(k))}" for k in keys]
-
-
-def _brief(value: Any) -> str:
-    return printable(repr(value))[:200]
-
-
-def _marks(model: nn.Module) -> dict[str, list[float]]:
-    """The first values of a few weights, evenly spread over the network."""
-    usable = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and p.is_floating_point() and not p.is_meta]
-    step = max(len(usable) // _MARKED, 1)
-    chosen = usable[::step][:_MARKED]
-    return {name: [round(float(v), 8) for v in p.detach().flatten()[:_VALUES]] for name, p in chosen}
-
-
-def _same_weights(recorded: Mapping[str, Any], model: nn.Module) -> bool:
-    """Whether the marked values are those recorded, to the precision of bfloat16; True where they cannot be read."""
-    parameters = dict(model.named_parameters())
-    for name, values in recorded.items():
-        parameter = parameters.get(name)
-        if parameter is None or parameter.is_meta or not parameter.is_floating_point():
-            continue
-        expected = torch.tensor(list(values))
-        found = parameter.detach().flatten()[: len(expected)].float().cpu()
-        if found.shape != expected.shape:
-            return False
-        if not float((found - expected).abs().max()) <= 0.02 * float(expected.abs().max()):  # NaN is another weight
-            return False
-    return True
+    bases.check_sizes(_PROBE, recipe.base, BaseRecord(name), sizes)

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.heads import Head
+from diffusers_repr.heads import PooledHead
 from diffusers_repr.heads.fitting.protocols import Protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.tasks import probe_files
 from diffusers_repr.tasks.base import check_features
 from diffusers_repr.tasks.images import class_data, join, read_features
+from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_extractor
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
+from diffusers_repr.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ProbeOutput:
         ]
 
 
-class Probe:
+class Probe(Task):
     """A fitted head with its base model; call it with images.
 
     Made by `Probe.fit` or `Probe.from_pretrained`; `Probe(head, recipe, denoiser)` joins parts.
@@ -59,8 +61,11 @@ class Probe:
         batch_size: Images read at a time, and rows of one forward (ensemble members and levels counted).
     """
 
-    def __init__(self, head: Head, recipe: ProbeRecipe, denoiser: Denoiser, batch_size: int = 64) -> None:
-        self.head, self.recipe, self.denoiser, self.batch_size = head.eval(), recipe, denoiser, batch_size
+    head: PooledHead
+    recipe: ProbeRecipe
+
+    def __init__(self, head: PooledHead, recipe: ProbeRecipe, denoiser: Denoiser, batch_size: int = 64) -> None:
+        super().__init__(head, recipe, denoiser, batch_size)
         self.extractor = recipe.extractor(denoiser, batch_size=batch_size)
 
     @classmethod
@@ -101,7 +106,7 @@ class Probe:
             pooling: `mean` (if nothing is said), `max` or `adaptive:P`.
             selection: Take layers, levels, noise and pooling from `select_features` instead.
             use: What of the selection: `best`, `layers` or `levels`.
-            head: `linear`, `mlp` or `knn`.
+            head: `linear`, `mlp`, `knn`, or a head of your own by its name in `register_head`.
             protocol: How the head is fitted; see `diffusers_repr.heads.PROTOCOLS`.
             head_options: Arguments of the head's class.
             prompt: Prompt of every image.
@@ -316,14 +321,13 @@ class Probe:
         """Keep a score in the recipe; one of the same name, data set and split is replaced."""
         self.recipe = self.recipe.with_scores([score])
 
-    def to(self, device: str | torch.device) -> Probe:
-        """Move the base model and the head."""
-        target = self.denoiser.pipe if self.denoiser.pipe is not None else self.denoiser.model
-        target.to(device)
-        if self.denoiser.vae is not None:
-            self.denoiser.vae.to(device)
-        self.head.to(device)
-        return self
+    def card(self, title: str) -> str:
+        """The model card: how to use it, what it reads, how it was fitted and what was measured.
+
+        Args:
+            title: Heading; where it is a Hub id, the example loads it.
+        """
+        return probe_card(self.recipe, type(self.head).__name__, title)
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.timestep:g}" for level in self.recipe.levels)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.heads import Head
-from diffusers_repr.heads.fitting.fit import HEADS
+from diffusers_repr.heads import PooledHead, list_heads
 from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_json, resolve_folder, write_json
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base
@@ -25,7 +24,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PATTERNS = ["config.json", RECIPE, "*.safetensors", "*.safetensors.index.json", "README.md"]
 
 
-def save(head: Head, recipe: ProbeRecipe, folder: str | os.PathLike[str], title: str | None = None) -> None:
+def save(head: PooledHead, recipe: ProbeRecipe, folder: str | os.PathLike[str], title: str | None = None) -> None:
     """Write a probe, all or nothing.
 
     Raises:
@@ -42,7 +41,7 @@ def save(head: Head, recipe: ProbeRecipe, folder: str | os.PathLike[str], title:
         _write(head, recipe, fresh, title or Path(os.path.abspath(target)).name)
 
 
-def _write(head: Head, recipe: ProbeRecipe, folder: Path, title: str) -> None:
+def _write(head: PooledHead, recipe: ProbeRecipe, folder: Path, title: str) -> None:
     ProbeRecipe.from_dict(recipe.to_dict(), "This probe's recipe")  # what is written can be read
     head.save_pretrained(folder)
     write_json(folder / RECIPE, recipe.to_dict())
@@ -56,7 +55,7 @@ def load(
     base_revision: str | None,
     token: str | None,
     kwargs: dict[str, Any],
-) -> tuple[Head, ProbeRecipe, Denoiser]:
+) -> tuple[PooledHead, ProbeRecipe, Denoiser]:
     """Head, recipe and checked base of a probe; the head is read before the base, which may be large."""
     folder = resolve_folder(id_or_folder, revision, token, _PATTERNS)
     recipe = read_recipe(folder)
@@ -90,7 +89,7 @@ def read_recipe(folder: Path) -> ProbeRecipe:
     return ProbeRecipe.from_dict(read_json(path), f"{str(path)!r}")
 
 
-def read_head(folder: Path) -> Head:
+def read_head(folder: Path) -> PooledHead:
     """The head in a folder; every weight must be there.
 
     Raises:
@@ -99,11 +98,11 @@ def read_head(folder: Path) -> Head:
     """
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    classes = {cls.__name__: cls for cls in HEADS.values()}
+    classes = {cls.__name__: cls for cls in list_heads(PooledHead).values()}
     if not isinstance(name, str) or name not in classes:
         raise ValueError(
-            f"The head in {str(folder)!r} is of class {shown(name)}; this version knows {', '.join(classes)}. Upgrade "
-            "diffusers-repr, or check the folder."
+            f"The head in {str(folder)!r} is of class {shown(name)}; known are {', '.join(classes)}. Upgrade "
+            "diffusers-repr, import the module that registers the head (`register_head`), or check the folder."
         )
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{str(folder)!r} has no weights ({_WEIGHTS}). Save or download the probe again.")
@@ -123,7 +122,7 @@ def read_head(folder: Path) -> Head:
     return head.eval()
 
 
-def push(head: Head, recipe: ProbeRecipe, repo_id: str, **kwargs: Any) -> str:
+def push(head: PooledHead, recipe: ProbeRecipe, repo_id: str, **kwargs: Any) -> str:
     """Save to a temporary folder and upload it; warns where others could not find the base."""
     _warn_of_local_base(recipe)
     with tempfile.TemporaryDirectory() as temporary:

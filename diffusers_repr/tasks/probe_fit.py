@@ -14,8 +14,9 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import pooled_size
-from diffusers_repr.heads import Head, fit_head
+from diffusers_repr.heads import PooledHead, fit_head
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
+from diffusers_repr.hub.base_record import Level
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.hub.schema import MAX_ITEMS
 from diffusers_repr.noise import NoiseLevel
@@ -23,7 +24,7 @@ from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.sweep.splits import refuse_one_class
 from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, read_features
-from diffusers_repr.tasks.recipe import Level, ProbeRecipe, Score
+from diffusers_repr.tasks.recipe import ProbeRecipe, Score
 
 _PACKAGES = ("diffusers-repr", "diffusers", "torch", "transformers")
 
@@ -42,7 +43,7 @@ def fit_probe(
     batch_size: int,
     base: tuple[str | None, str | None],
     progress_bar: Callable[..., Any] | None,
-) -> tuple[Head, ProbeRecipe]:
+) -> tuple[PooledHead, ProbeRecipe]:
     """The work of `Probe.fit`, which has the arguments' meaning.
 
     Args:

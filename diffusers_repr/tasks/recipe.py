@@ -9,51 +9,12 @@ from typing import Any
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
+from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.recipe_schema import recipe_schema
+from diffusers_repr.tasks.recipe_schema import BASE, recipe_schema
 
 FORMAT = "diffusers_repr.probe/1"
-
-
-@dataclass(frozen=True)
-class BaseRecord:
-    """The model whose features a probe reads.
-
-    Attributes:
-        name: Hub id or folder, as it was given; None if it was built from parts.
-        local: Whether `name` is a folder.
-        revision: As it was given.
-        commit: Commit of a Hub id, so that the same files are loaded again.
-        model_class: Class of the network.
-        config: The network's config.
-        features: Layer -> values of its pooled feature at one noise level.
-        marks: Parameter -> its first values, by which other weights are noticed.
-    """
-
-    name: str | None
-    local: bool
-    revision: str | None
-    commit: str | None
-    model_class: str
-    config: Mapping[str, Any]
-    features: Mapping[str, int]
-    marks: Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Level:
-    """A noise level: what was asked for, and what it came to.
-
-    Attributes:
-        requested: `{"timestep": ...}`, `{"nsr": ...}` or `{"half_log_snr": ...}`.
-        timestep: As the network is told.
-        nsr: Noise-to-signal ratio; infinite for pure noise.
-    """
-
-    requested: Mapping[str, float]
-    timestep: float
-    nsr: float
 
 
 @dataclass(frozen=True)
@@ -153,7 +114,9 @@ class ProbeRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinity as the text `inf`."""
-        return {"format": FORMAT, **_finite(asdict(self))}
+        plain = asdict(self)
+        plain["base"] = {name: plain["base"][name] for name in BASE}
+        return {"format": FORMAT, **_finite(plain)}
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "probe.json") -> ProbeRecipe:

@@ -98,18 +98,18 @@ def _level(value: Any, at: str) -> dict[str, Any]:
     return {"requested": asked, "timestep": level["timestep"], "nsr": nsr}
 
 
-_BASE = record(
-    {
-        "name": optional(_NAME),
-        "local": boolean(),
-        "revision": optional(text(200, pattern=r"[^\x00-\x20\x7f]+", what="a branch, tag or commit")),
-        "commit": optional(text(40, pattern="[0-9a-f]{40}", what="a commit of 40 hexadecimal digits")),
-        "model_class": text(200, pattern=r"[A-Za-z_]\w*", what="the name of a class"),
-        "config": mapping(anything(12, 300_000), 0, 1000),
-        "features": mapping(integer(1, MAX_WIDTH), 1, MAX_LAYERS),
-        "marks": mapping(listing(number(), 1, 64), 0, 1000),
-    }
-)
+# What a probe keeps of its base.
+BASE: dict[str, Check] = {
+    "name": optional(_NAME),
+    "local": boolean(),
+    "revision": optional(text(200, pattern=r"[^\x00-\x20\x7f]+", what="a branch, tag or commit")),
+    "commit": optional(text(40, pattern="[0-9a-f]{40}", what="a commit of 40 hexadecimal digits")),
+    "model_class": text(200, pattern=r"[A-Za-z_]\w*", what="the name of a class"),
+    "config": mapping(anything(12, 300_000), 0, 1000),
+    "features": mapping(integer(1, MAX_WIDTH), 1, MAX_LAYERS),
+    "marks": mapping(listing(number(), 1, 64), 0, 1000),
+}
+_BASE = record(BASE)
 
 
 def _base(value: Any, at: str) -> dict[str, Any]:
@@ -143,4 +143,4 @@ def _train(value: Any, at: str) -> Mapping[str, Any]:
     return mapping(anything(4, 10_000), 0, 100)(value, at)
 
 
-__all__ = ["MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "recipe_schema"]
+__all__ = ["BASE", "MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "recipe_schema"]

@@ -171,7 +171,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.name} is damaged: {name}.safetensors cannot be read ({error}).") from error
 
 
-def check_tensors(path: Path, name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_same_tensors(path: Path, name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Refuse a file of a checkpoint whose tensors are not those of the run, before one of them is taken over.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusers_repr.objectives import Objective
 from diffusers_repr.training.checkpoints import (
     CheckpointError,
-    check_tensors,
+    check_same_tensors,
     read_state,
     read_tensors,
     save_checkpoint,
@@ -221,8 +221,8 @@ class Run:
             raise CheckpointError(f"{path.name} is damaged: its state.json has no {', '.join(missing)}.")
         own, trained = self.objective.state_dict(), self.objective.trained_state()
         model, ema, optimizer = (read_tensors(path, name) for name in ("model", "ema", "optimizer"))
-        check_tensors(path, "model", model, trained)
-        check_tensors(path, "ema", ema, self.ema.shadow)
+        check_same_tensors(path, "model", model, trained)
+        check_same_tensors(path, "ema", ema, self.ema.shadow)
         states = self._optimizer_states(path, optimizer)
         for name, value in model.items():
             put(own[name], value)

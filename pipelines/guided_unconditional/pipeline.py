@@ -133,13 +133,8 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
             self._num_timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, noise.device)
             noise = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
             tensors: dict[str, Any] = {"latents": noise, "class_labels": rows}
-            for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-                if self.interrupt:
-                    continue
-                output = self._predict(tensors["latents"], t, tensors["class_labels"])
-                stepped = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
-                tensors["latents"] = stepped.to(self.unet.dtype)
-                tensors = sampling.call_back(callback_on_step_end, self, step, t, tensors, names)
+            steps, samplers = self.scheduler.timesteps, {"latents": self.scheduler}
+            tensors = self._denoise(steps, tensors, self._predict, samplers, extra, callback_on_step_end, names)
 
         images = sampling.pack_images(tensors["latents"], output_type)
         self.maybe_free_model_hooks()
@@ -183,8 +178,9 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         sampling.check_latents(latents, config.in_channels, multiple=family_of(self.unet).multiple())
         return latents.to(device, dtype)
 
-    def _predict(self, latents: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _predict(self, step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Tensor]:
         """What the scheduler steps with, classifier-free guidance included."""
+        latents, class_labels = tensors["latents"], tensors["class_labels"]
         guided, null_label, channels = self.do_classifier_free_guidance, self.null_label, latents.shape[1]
         x = torch.cat([latents] * 2) if guided else latents
         if hasattr(self.scheduler, "scale_model_input"):
@@ -198,4 +194,5 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
             output = torch.cat([combined, output[len(latents) :, channels:]], 1)
         # Only this scheduler reads a learned variance, and only where its config says so.
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        return output if learned and isinstance(self.scheduler, DDPMScheduler) else output[:, :channels]
+        whole = learned and isinstance(self.scheduler, DDPMScheduler)
+        return {"latents": output if whole else output[:, :channels]}

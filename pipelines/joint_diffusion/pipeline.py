@@ -289,18 +289,19 @@ class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffusi
         tensors: dict[str, Any] = {"latents": latents, "class_labels": labels}
         with ExitStack() as guidance:
             steering = guidance.enter_context(self._guided(labels, scale, guidance_normalization))
-            for step, t in enumerate(self.progress_bar(timesteps)):
-                if self.interrupt:
-                    continue
+
+            def predict(step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Tensor]:
+                nonlocal labels, scale, steering
                 if self._guidance_scale != scale or tensors["class_labels"] is not labels:  # by a callback
                     guidance.close()
                     labels, scale = tensors["class_labels"], self._guidance_scale
                     steering = guidance.enter_context(self._guided(labels, scale, guidance_normalization))
                 if steering is not None and guidance_normalization == "sigma":
                     steering.scale = scale * sampler_level(self.scheduler, t, schedule).level.sigma
-                output = self._predict(tensors["latents"], t)
-                tensors["latents"] = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
-                tensors = sampling.call_back(callback_on_step_end, self, step, t, tensors, names)
+                return {"latents": self._predict(tensors["latents"], t)}
+
+            samplers = {"latents": self.scheduler}
+            tensors = self._denoise(timesteps, tensors, predict, samplers, extra, callback_on_step_end, names)
         images = sampling.pack_images(tensors["latents"], output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

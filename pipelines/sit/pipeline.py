@@ -8,7 +8,6 @@ folder or its Hub id>, trust_remote_code=True)`, where X is a folder or Hub id t
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +21,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-
-# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
 from diffusers_repr.denoiser import sampling
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.sit import SiTTransformer2DModel
@@ -204,27 +204,24 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         )
         token = self._token_noise(batch_size, generator, noise)
         tensors: dict[str, Any] = {"class_labels": labels, "condition": vectors, "class_token": token}
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        extra = sampling.step_arguments(self.scheduler, generator)
 
         with self._guiding(guidance_scale):
             tokens = noise.shape[2] * noise.shape[3] // self.transformer.config.patch_size**2
             self._num_timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, noise.device, tokens)
             inside = self._inside(guidance_interval)
             tensors["latents"] = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-            token_scheduler = None if token is None else copy.deepcopy(self.scheduler)  # a state of its own
-            for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-                if self.interrupt:
-                    continue
+            samplers = {"latents": self.scheduler}
+            if token is not None:
+                samplers["class_token"] = copy.deepcopy(self.scheduler)  # a state of its own
+
+            def predict(step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Tensor]:
                 if getattr(self.scheduler, "state_in_first_order", True):
                     self._guides_now = inside[step] and self.guidance_scale > 1
-                output, turn = self._predict(t, guidance_channels=guidance_channels, **tensors)
-                stepped = self.scheduler.step(output, t, tensors["latents"], return_dict=False, **extra)[0]
-                tensors["latents"] = stepped.to(noise.dtype)
-                if token_scheduler is not None:
-                    stepped = token_scheduler.step(turn, t, tensors["class_token"], return_dict=False, **extra)[0]
-                    tensors["class_token"] = stepped.to(noise.dtype)
-                tensors = sampling.call_back(callback_on_step_end, self, step, t, tensors, names)
+                return self._predict(t, guidance_channels=guidance_channels, **tensors)
+
+            steps = self.scheduler.timesteps
+            tensors = self._denoise(steps, tensors, predict, samplers, extra, callback_on_step_end, names)
 
         images = self._images(tensors["latents"], output_type)
         self.maybe_free_model_hooks()
@@ -248,7 +245,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         if interval[0] > interval[1] >= 0:
             raise ValueError(f"guidance_interval={tuple(interval)} is the wrong way round: give (low, high).")
         if channels is not None:
-            sampling.check_whole("guidance_channels", channels, 1, self.transformer.config.in_channels)
+            check_whole("guidance_channels", channels, 1, self.transformer.config.in_channels)
         if scale > 1 and self.null_label is None and self.transformer.config.condition_dim is None:
             raise ValueError(
                 f"guidance_scale={scale} needs a model with classes or a vector condition; this "
@@ -331,7 +328,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         size = []
         for name, pixels, own in zip(("height", "width"), (height, width), trained, strict=True):
             pixels = own * stride if pixels is None else pixels
-            if sampling.check_whole(name, pixels) % (stride * config.patch_size):
+            if check_whole(name, pixels) % (stride * config.patch_size):
                 raise ValueError(
                     f"{name}={pixels} is no multiple of {stride * config.patch_size}, the pixels of a patch."
                 )
@@ -358,7 +355,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         condition: Tensor | None,
         class_token: Tensor | None,
         guidance_channels: int | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> dict[str, Tensor]:
         """What image and class token are stepped with, classifier-free guidance included, in the sample's dtype."""
         guided, batch, channels = self.do_classifier_free_guidance, len(latents), latents.shape[1]
         x = torch.cat([latents] * 2) if guided else latents
@@ -390,7 +387,9 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             output = torch.cat([combined, cond[:, n:]], 1)
         # Only this scheduler reads a learned variance, and only where its config says so.
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        return output if learned and isinstance(self.scheduler, DDPMScheduler) else output[:, :channels], turn
+        whole = learned and isinstance(self.scheduler, DDPMScheduler)
+        outputs = {"latents": output if whole else output[:, :channels]}
+        return outputs if turn is None else {**outputs, "class_token": turn}
 
     def _images(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -10,7 +10,6 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, default_collate
 
-from diffusers_repr.data import cache_writer
 from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.cached import CachedData
 from diffusers_repr.data.latents import open_latents
@@ -79,13 +78,6 @@ def test_half_precision(tmp_path):
         make(tmp_path / "over", vae=vae, dtype="float16")
 
 
-def test_shard_size_follows_from_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 5 * 2 * 512 * 4)  # five rows of 2 x 8 x 8 x 8 floats
-    assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5
-    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 2**20)
-    assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5  # what the folder has
-
-
 def test_unreadable_images_are_stood_for_by_the_next(tmp_path):
     broken = with_broken(rows(ROWS), [4, 10])
     with pytest.raises(ValueError, match=r"row 4 \(photo4.png\)"):
@@ -117,7 +109,7 @@ def test_another_recipe_in_the_folder(tmp_path):
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is no cache .it holds thesis.txt."):
+    with pytest.raises(FileExistsError, match="is no cache with this recipe .it holds thesis.txt."):
         make(tmp_path / "mine")
     with pytest.raises(FileExistsError, match="is a file"):
         make(tmp_path / "mine/thesis.txt")

@@ -16,6 +16,7 @@ from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.data.image_files import UnreadableImage
 from diffusers_repr.data.placement import Placement
 from tests.data.data_cases import picture
+from tests.testers.hub_server import hub_env, hub_server, run_python
 
 SIZE, NAMES = (8, 12), ["sky", "sea", "land"]
 POINTS = [[[2, 3], [9, 7]], [[4.5, 0.5]], []]
@@ -133,6 +134,29 @@ def test_folder_parquet_arrays_memory_and_stream_are_one(tmp_path):
 
 def written_stream(tmp_path):
     return str(tmp_path / "rows.parquet")
+
+
+HUB = """
+import json, os
+from huggingface_hub import HfApi
+from diffusers_repr.data import DataConfig, load_images, load_train_data
+HfApi().create_repo("user/boats", repo_type="dataset")
+HfApi().upload_folder(folder_path=os.environ["FOLDER"], repo_id="user/boats", repo_type="dataset")
+data = load_images("user/boats", mask_column="mask", points_column="points")
+first = data.samples([0])[0]
+train = load_train_data(DataConfig("user/boats", mask_column="mask", points_column="points", center_crop="fit"), 3, 4)
+print(json.dumps([first.mask.tolist(), first.points.tolist(), train[0]["masks"].tolist()]))
+"""
+
+
+@pytest.mark.slow
+def test_from_the_hub(tmp_path):
+    folder = written(tmp_path)[0]
+    with hub_server() as server:
+        done = run_python(HUB, hub_env(server, tmp_path, FOLDER=folder))
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids, points, cropped = json.loads(done.stdout.splitlines()[-1])
+    assert (ids, points, cropped) == (mask(0).tolist(), POINTS[0], load()[0]["masks"].tolist())
 
 
 def test_images_with_what_lies_on_them(tmp_path):

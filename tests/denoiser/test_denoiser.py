@@ -270,10 +270,10 @@ def test_a_user_registers_a_family():
     class BlobFamily(Family):
         conditioning = "none"
 
-        def channels(self, config):
+        def channels(self):
             return 2
 
-        def inputs(self, config, x_t, level, condition):
+        def inputs(self, x_t, level, condition):
             return {"x": x_t, "t": self.timestep(level, x_t), **condition}
 
     try:

@@ -13,8 +13,9 @@ from diffusers_repr.data.cache_writer import CacheSettings
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.latents import cache_latents
 from diffusers_repr.data.loading import load_train_data
+from diffusers_repr.data.teacher_features import encoder_folder, list_features
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.encoders.feature_cache import cache_features, encoder_folder, list_features
+from diffusers_repr.encoders.feature_cache import cache_features
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives.repa.objective import REPAObjective
@@ -158,7 +159,7 @@ def test_a_run_refuses_a_cache_made_otherwise(tmp_path):
 def test_an_unfinished_cache_is_told(tmp_path):
     cache = cache_features(teacher("a"), load(), tmp_path / "out", EXACT)
     (cache.folder / cache.layout.path(1)).unlink()
-    with pytest.raises(ValueError, match="not finished: 4 of 7 images .2 of 3 shards.*cache_latents.py"):
+    with pytest.raises(ValueError, match="not finished: 4 of 7 rows .2 of 3 shards.*cache_latents.py"):
         load(encoders=[teacher("a")], features_dir=str(tmp_path / "out"))
     cache_features(teacher("a"), load(), tmp_path / "out", EXACT).verify()
 

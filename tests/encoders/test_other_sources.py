@@ -1,12 +1,15 @@
 """Encoders of denoisers and of any module; fingerprints."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 from diffusers_repr import Denoiser, FeatureExtractor
-from diffusers_repr.encoders import Encoder
+from diffusers_repr.encoders import Encoder, EncoderOutput
 from diffusers_repr.hub.identity import config_hash, weights_hash
+from diffusers_repr.testing import check_encoder
 from tests.encoders.test_pretrained import PROCESSOR, pixels_of
 from tests.encoders.vits import build, save
 from tests.testers.models import PIPELINES
@@ -33,6 +36,7 @@ def test_tokens_of_a_module():
     net = Tokens().train()
     encoder = Encoder.from_module(net, patch_size=4, prefix_tokens=1)
     pixels = pixels_of(2, 3, 8, 12)
+    check_encoder(encoder, pixels)
     out = encoder.encode_pixels(pixels)
     assert (encoder.name, encoder.dim, out.grid, encoder.grid_for((8, 12))) == ("Tokens", 5, (2, 3), (2, 3))
     torch.testing.assert_close(out.as_map(), net.conv(pixels))
@@ -76,6 +80,43 @@ def test_modules_that_do_not_fit():
         Encoder.from_module(lambda x: x, patch_size=4)
 
 
+def test_what_the_tester_finds():
+    """One fault at a time, in an encoder that needs no class of ours."""
+
+    class Plain:
+        """Mean colours of cells."""
+
+        name, dim, channels, device, grid_for = "plain", 3, 3, torch.device("cpu"), staticmethod(lambda s: (2, 3))
+        fault = ""
+
+        def to(self, device=None, dtype=None):
+            return self
+
+        def fingerprint(self):
+            return {"plain": torch.rand(()).item() if self.fault == "fingerprint" else 1}
+
+        def encode_pixels(self, pixels, batch_size=None):
+            if self.fault == "pixels":
+                pixels.clamp_(0, 1)
+            cells = nn.functional.avg_pool2d(pixels, 4)
+            tokens = cells.flatten(2).mT - (pixels.mean() if self.fault == "batch" else 0)
+            tokens = tokens * (torch.rand(()) > -1) if self.fault == "draw" else tokens
+            tokens = tokens[:, :-1] if self.fault == "tokens" else tokens
+            tokens = tokens.double() if self.fault == "dtype" else tokens
+            return EncoderOutput(cells.mean((2, 3)), tokens, (3, 2) if self.fault == "grid" else (2, 3))
+
+    faults = {"": None, "pixels": "changes the images", "batch": "alone and among others", "draw": "random state",
+              "tokens": r"expected \(2, 6, 3\)", "dtype": "expected torch.float32", "grid": "grid_for says",
+              "fingerprint": "from call to call"}  # fmt: skip
+    for fault, message in faults.items():
+        encoder = Plain()
+        encoder.fault = fault
+        with pytest.raises(AssertionError, match=message) if message else contextlib.nullcontext():
+            check_encoder(encoder, pixels_of(2, 3, 8, 12))
+    with pytest.raises(AssertionError, match="lacks name, dim"):
+        check_encoder(nn.Linear(1, 1), pixels_of(2, 3, 8, 12))
+
+
 # --- layers of denoisers
 
 
@@ -93,19 +134,14 @@ def test_a_denoisers_layer(name, layer, condition, kwargs):
     denoiser = Denoiser.from_pipe(PIPELINES[name]())
     size = denoiser.image_size
     pixels = pixels_of(3, denoiser.image_channels, *size)
-    modes = [m.training for m in denoiser.model.modules()]
-    state = torch.get_rng_state()
     encoder = Encoder.from_denoiser(denoiser, layer, 300, condition, noise_seed=5)
     out = encoder.encode_pixels(pixels)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [m.training for m in denoiser.model.modules()] == modes
+    check_encoder(encoder, pixels)
     expected = FeatureExtractor(denoiser, layer, 300, seed=5).from_pixels(pixels, **kwargs).as_map(layer)
     assert out.grid == encoder.grid_for(size) == tuple(expected.shape[2:])
     assert encoder.dim == expected.shape[1] == out.global_features.shape[1]
     torch.testing.assert_close(out.as_map(), expected)
     torch.testing.assert_close(out.global_features, expected.mean((2, 3)))
-    alone = encoder.encode_pixels(pixels[1:2])
-    torch.testing.assert_close(alone.tokens, out.tokens[1:2], atol=1e-4, rtol=1e-4)
     assert encoder.name == f"{layer}@300"
     assert encoder.fingerprint() == Encoder.from_denoiser(denoiser, layer, 300, condition, 5).fingerprint()
     assert encoder.fingerprint() != Encoder.from_denoiser(denoiser, layer, 300, condition, 6).fingerprint()
@@ -149,4 +185,5 @@ def test_hashes_do_not_depend_on_names_versions_or_places():
     assert weights_hash(one) == weights_hash(two)
     assert weights_hash(one) != weights_hash(one.bfloat16())
     assert config_hash({"a": 1, "transformers_version": "4"}) == config_hash({"_name_or_path": "x", "a": 1})
+    assert config_hash({"a": 1, "_use_default_values": ["b"]}) == config_hash({"a": 1})  # in chance order
     assert config_hash({"a": 1}) != config_hash({"a": 2})

@@ -12,6 +12,7 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from diffusers_repr.encoders import Encoder, EncoderFamily, list_encoder_families, register_encoder_family
 from diffusers_repr.encoders.family import _REGISTRY
+from diffusers_repr.testing import check_encoder
 from tests.encoders.test_preprocessing import by_hand
 from tests.encoders.vits import MODELS, PREFIX, build, clip_with_text, save
 
@@ -80,6 +81,11 @@ def test_equals_the_plain_call(folders, name, size):
     torch.testing.assert_close(out["global"], pooled, atol=2e-4, rtol=1e-4)
     assert tokens.std() > 0.05
     assert torch.equal(out.as_map()[:, :, 1, 2], out.tokens[:, out.grid[1] + 2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_the_contract(folders, name):
+    check_encoder(Encoder.from_pretrained(folders[name]), pixels_of(3, 3, 8, 12))
 
 
 @pytest.mark.parametrize("name", ["dinov2", "vit_mae", "siglip_vision_model"])

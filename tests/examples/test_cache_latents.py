@@ -11,8 +11,8 @@ from cache_latents import load_data, load_vae, main, parse_args
 
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.loading import load_train_data
+from diffusers_repr.data.teacher_features import list_features
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.encoders.feature_cache import list_features
 from diffusers_repr.store.tensor_cache import TensorCache
 from tests.data.data_cases import rows
 from tests.data.latent_cases import contents, make_vae

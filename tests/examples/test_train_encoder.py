@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from encoder_views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from huggingface_hub import ModelCard
 from recipe_data import load_recipe_data
 from train_encoder import Accuracy, EncoderConfig, main
 from transformers import ViTModel
 
 from diffusers_repr.data import DataConfig
+from diffusers_repr.data.views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.objectives import SimCLRObjective
 from diffusers_repr.objectives.simclr import nt_xent

@@ -13,13 +13,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
-from readout_data import ReadoutRows, RowsConfig, fit_points
+from readout_data import ReadoutRows, RowsConfig
 from recipe_data import load_split
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from train_readout import load_base, main
 
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.data.groups import fit_points
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import DepthHead, ReadoutHead, sobel_edges
 from diffusers_repr.objectives import ReadoutConfig, ReadoutObjective

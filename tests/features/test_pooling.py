@@ -73,7 +73,9 @@ def test_what_cannot_be_pooled():
     with pytest.raises(ValueError, match="needs their grid"):
         pool(values(2, 7, 3), "mean")
     with pytest.raises(ValueError, match="do not fit"):
-        pool(values(2, 7, 3), "mean", ((2, 3), 0))
+        pool(values(2, 7, 3), "mean", ((2, 4), 0))
+    with pytest.raises(ValueError, match="do not fit"):
+        tokens_to_map(values(2, 7, 3), (2, 3))
     with pytest.raises(ValueError, match="Cannot pool"):
         pool(values(2, 3, 4, 5, 6), "mean")
     with pytest.raises(ValueError, match="leaves maps"):

@@ -141,7 +141,7 @@ def test_every_family_has_a_network_and_a_preset(family):
 
 def test_odise_reads_inputs_after_the_skip_is_joined():
     model = build_on_meta(UNet2DConditionModel, SD)
-    family = family_by_name("UNet2DConditionModel")
+    family = family_by_name("UNet2DConditionModel").bound_to(model.config)
     x_t = torch.empty(1, 4, 64, 64, device="meta")
     inputs = family.example(1, "meta")
     with torch.no_grad(), capture(model, presets("odise").layers, "input") as tape:

@@ -4,9 +4,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_repr import Denoiser, NoiseLevel
-from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, readout_layers, to_map
-from diffusers_repr.heads.dense.base import base_fingerprint, describe_base
+from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, readout_layers
 from diffusers_repr.heads.dense.features import tap_channels
+from diffusers_repr.heads.dense.record import describe_base
 from tests.testers.models import CONDITIONS, SIZES, unet2d
 
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4), "time_width": 16}
@@ -30,10 +30,11 @@ _CHANNELS = {}  # of a base's layers; finding them takes longer than a sampled i
 def _seeded(make, denoiser, layers, dtype, **options):
     """As `make.for_base`, with seeded weights."""
     layers = layers or readout_layers(denoiser.model)
-    place = (base_fingerprint(denoiser), *layers)
+    base = describe_base(denoiser)
+    place = (base["base_fingerprint"], *layers)
     if place not in _CHANNELS:
         _CHANNELS[place] = tap_channels(denoiser, layers)
-    given = {"level_range": denoiser.schedule.timestep_range, **describe_base(denoiser), **options}
+    given = {"level_range": denoiser.schedule.timestep_range, **base, **options}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         head = make(layers=layers, channels=_CHANNELS[place], **given)
@@ -72,7 +73,7 @@ def gradient(denoiser, layers, loss, x, timestep):
         denoiser.predict(x, timestep)
         for handle in handles:
             handle.remove()
-        maps = {path: to_map(denoiser, path, value, tuple(x.shape[2:])) for path, value in kept.items()}
+        maps = {path: denoiser.feature_map(path, value, tuple(x.shape[2:])).as_map() for path, value in kept.items()}
         (found,) = torch.autograd.grad(loss(maps).sum(), x)
     return found
 

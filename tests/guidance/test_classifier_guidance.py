@@ -278,13 +278,13 @@ def test_bad_labels_and_classifiers_raise():
 def test_a_classifier_of_another_base_or_process_raises():
     denoiser = small()
     other = Denoiser(denoiser.model, DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
-    with pytest.raises(ValueError, match="its timesteps mean another noise"):
+    with pytest.raises(ValueError, match="the same timestep means another noise"):
         guide(denoiser, ClassifierGuidance(noisy_classifier(other)))
-    with pytest.raises(ValueError, match="x_0 of 4 channels; that of the base has 3"):
+    with pytest.raises(ValueError, match="takes x_0 of 3 channels; the classifier was trained on x_0 of 4"):
         guide(denoiser, ClassifierGuidance(noisy_classifier(denoiser, in_channels=4)))
     dit = build("dit")
     latents = noisy_classifier(Denoiser.from_pipe(dit), in_channels=4, num_classes=1000)
-    with pytest.raises(ValueError, match="on pixels; those of the base are latents scaled by 0.18215"):
+    with pytest.raises(ValueError, match="works on latents scaled by 0.18215; the classifier was trained on pixels"):
         guide(dit, ClassifierGuidance(latents))
     ready = noisy_classifier(Denoiser.from_pipe(dit), in_channels=4, num_classes=1000, latent_scale=0.18215)
     guide(dit, ClassifierGuidance(ready)).remove()

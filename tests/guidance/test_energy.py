@@ -390,12 +390,6 @@ def test_a_module_as_the_energy_is_frozen_and_in_eval_mode_meanwhile():
     assert reader.read.weight.grad is None
 
 
-def test_the_global_random_state_stays():
-    before = torch.get_rng_state()
-    change(bare(), list(ENERGIES.values()))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_an_energy_without_any_gradient_warns_once():
     pipe = build("sd")
     handle = guide(pipe, EnergyGuidance(lambda f, x0, c: 0 * x0.sum()))

@@ -24,7 +24,7 @@ from diffusers_repr import (
 )
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance import Blur, Mask
-from diffusers_repr.guidance.guiders import AutoGuidanceGuider, CFGGuider, PAGGuider
+from diffusers_repr.guidance.modular import AutoGuidanceGuider, CFGGuider, PAGGuider
 from diffusers_repr.noise import NoiseLevel
 from tests.testers.guidance import Counter, noise
 from tests.testers.models import build
@@ -190,12 +190,12 @@ def predictions(pipe, guider, scale=1.0):
 
 def test_the_perturbed_lane_has_the_condition_and_the_perturbation(pipe):
     alone = predictions(pipe, PAG(3.0).as_guider())
-    assert list(alone) == ["pred_cond", "pred_worse"]
+    assert list(alone) == ["pred_cond", "pred_negative"]
     both = predictions(pipe, PAG(3.0).as_guider(cfg=5.0))
-    assert list(both) == ["pred_cond", "pred_uncond", "pred_worse"]
+    assert list(both) == ["pred_cond", "pred_uncond", "pred_negative"]
     for key, value in alone.items():
         assert torch.equal(both[key], value)
-    worse = both["pred_worse"]
+    worse = both["pred_negative"]
     assert (worse - both["pred_cond"]).abs().max() > 1e-3
     assert (worse - both["pred_uncond"]).abs().max() > 1e-3
     # by another route: the value projection alone, as a replaced forward of the module
@@ -233,7 +233,7 @@ def test_half_precision_is_kept():
     guider = PAG(3.0).as_guider(cfg=5.0)
     guider.set_state(0, 1, torch.tensor(500.0))
     cond, null, worse = (noise(1, 4, 8, 8, seed=seed).bfloat16() for seed in range(3))
-    pred = guider.forward(pred_cond=cond, pred_uncond=null, pred_worse=worse).pred
+    pred = guider.forward(pred_cond=cond, pred_uncond=null, pred_negative=worse).pred
     assert pred.dtype == torch.bfloat16
     exact = null.double() + 5 * (cond - null).double() + 3 * (cond.double() - worse.double())
     torch.testing.assert_close(pred.double(), exact, rtol=2e-2, atol=6e-2)

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 from torch.nn import functional
 
+from diffusers_repr import PAG, Denoiser, Family, guide
 from diffusers_repr.denoiser.attention_layouts import PLAIN, SINGLE_TEXT_FIRST, TEXT_FIRST
 from diffusers_repr.guidance.attention import perturbations
 from diffusers_repr.guidance.attention.perturbations import Blur, Drop, Identity, Mask
@@ -84,6 +86,83 @@ def test_a_video_is_blurred_along_its_frames():
     assert same(frames, module(x), 1e-12)
     mean = perturbations.perturbed(module, PLAIN, {"x": x}, Blur(), None)
     assert same(perturbations.perturbed(module, PLAIN, {"x": x}, Blur(1e4), (2, 2, 2)), mean, 1e-12)
+
+
+class Captioned(nn.Module):
+    """Caption, image and padding in one stream, as many caption tokens as a row's mask says."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.pixels = nn.Conv2d(1, 8, 1), nn.ConvTranspose2d(8, 1, 1)
+        self.blocks = nn.ModuleList([Grouped(), Grouped(), Grouped()])
+
+    def forward(self, sample, timestep, caption, caption_mask):
+        image = self.patches(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
+        tokens, lengths = image.flatten(2).transpose(1, 2), caption_mask.sum(1)
+        places = lengths[:, None] + torch.arange(tokens.shape[1])
+        whole = caption.new_zeros(len(image), caption.shape[1] + tokens.shape[1], 8)
+        whole[:, : caption.shape[1]] = caption * caption_mask[..., None]
+        whole = whole.scatter(1, places[..., None].expand_as(tokens), tokens)
+        keep = torch.arange(whole.shape[1]) < (lengths + tokens.shape[1])[:, None]
+        for block in self.blocks:
+            whole = whole + block(whole, keep)
+        tokens = whole.gather(1, places[..., None].expand_as(tokens))
+        return (self.pixels(tokens.transpose(1, 2).unflatten(2, image.shape[2:])),)
+
+
+class CaptionedFamily(Family):
+    attentions = {"blocks.*": replace(SINGLE_TEXT_FIRST, name="captioned attention")}
+
+    def channels(self):
+        return 1
+
+    def grid(self, tokens, size):
+        return size, tokens - size[0] * size[1]
+
+    def image_tokens(self, layout, inputs, tokens):
+        lengths = inputs["caption_mask"].sum(1, keepdim=True)
+        return lengths + torch.arange(tokens - inputs["caption"].shape[1])
+
+
+class SelfOrText(nn.Module):
+    """`Grouped` with a mask of its own that leaves an image token itself and the caption: PAG, the long way."""
+
+    def __init__(self, grouped, lengths, count):
+        super().__init__()
+        self.grouped, self.lengths, self.count = grouped, lengths, count
+
+    def forward(self, x, keep):
+        mask = keep[:, None, :].repeat(1, x.shape[1], 1)
+        for row, length in enumerate(self.lengths.tolist()):
+            image = slice(length, length + self.count)
+            mask[row, image, image] = torch.eye(self.count, dtype=torch.bool)
+        g = self.grouped
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (g.to_q, g.to_k, g.to_v))
+        scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~mask[:, None], -torch.inf)
+        return g.to_out((scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_pag_of_a_family_of_ones_own_equals_a_loop_of_two_calls():
+    torch.manual_seed(1)
+    model = Captioned().eval()
+    denoiser = Denoiser(model, DDIMScheduler(), family=CaptionedFamily())
+    x = torch.randn(3, 1, 2, 3)
+    mask = torch.arange(4) < torch.tensor([[3], [1], [4]])
+    given = {"caption": torch.randn(3, 4, 8), "caption_mask": mask}
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(2)
+    with guide(denoiser, PAG(2.0), scheduler=scheduler) as handle:
+        got = model(x, scheduler.timesteps[:1].expand(3), **given)[0]
+        scheduler.step(got, scheduler.timesteps[0], x)
+    assert handle.stats.steps[0].acted == ["PAG"]
+    t = scheduler.timesteps[:1].expand(3)
+    plain = model(x, t, **given)[0]
+    assert denoiser.default_layers("pag").layers == ("blocks.1",)
+    model.blocks[1] = SelfOrText(model.blocks[1], mask.sum(1), 6)
+    worse = model(x, t, **given)[0]
+    torch.testing.assert_close(got, plain + 2.0 * (plain - worse))
+    assert (plain - worse).abs().max() > 1e-3
 
 
 class Calls(nn.Module):

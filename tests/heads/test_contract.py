@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_repr.heads import DepthHead, JointHead, KNNHead, LinearHead, MLPHead, Projector, ReadoutHead
+from diffusers_repr.testing import check_head
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
 LAYERS, CHANNELS = ["a", "b"], [8, 4]
@@ -61,6 +62,13 @@ CASES = {
     "JointHead": joint("layer"),
     "JointHead, batch": joint("batch"),
 }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_keeps_our_own_contract(name):
+    """Registered, in all forms of output, saved, trained, and pooled ones fitted: the tester for heads of others."""
+    case = CASES[name]
+    check_head(case.model(), case.given())
 
 
 @pytest.mark.parametrize("concern", CONCERNS)

@@ -343,7 +343,7 @@ def test_a_changed_protocol_says_so():
     ("arguments", "message"),
     [
         ({"protocol": "sgd"}, "Unknown protocol 'sgd'; expected one of lbfgs, ridge"),
-        ({"head": "conv"}, "Unknown head 'conv'; expected one of linear, mlp, knn"),
+        ({"head": "conv"}, "Unknown head 'conv'; expected one of knn, linear, mlp"),
         ({"head": "mlp", "protocol": "ridge"}, "fits heads linear, not 'mlp'; for 'mlp' use adam or ddae"),
         ({"depth": 3}, "LinearHead has no option 'depth'; it has bias"),
         ({"bias": False}, "bias=False is for minibatch protocols"),

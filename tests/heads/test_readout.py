@@ -21,9 +21,9 @@ from diffusers_repr.heads import (
     sample_points,
     sobel_edges,
 )
-from diffusers_repr.heads.dense.base import noise_fingerprint
 from diffusers_repr.heads.dense.parts import resize, resized_projections
 from diffusers_repr.noise import NoiseSchedule
+from diffusers_repr.noise.process_record import process_record
 from tests.testers.models import PIPELINES, SIZES, build
 
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4), "time_width": 16}
@@ -193,7 +193,7 @@ def test_bad_features():
         head({"a": features["a"], "c": features["c"]}, 1)
     with pytest.raises(ValueError, match=r"'a' as a map \(B, 12, h, w\); got \(2, 8, 4, 6\)"):
         head({**features, "a": features["b"]}, 1)
-    with pytest.raises(ValueError, match="`to_map`"):
+    with pytest.raises(ValueError, match=r"`denoiser.feature_map\(...\).as_map\(\)`"):
         head({**features, "a": torch.zeros(2, 6, 12)}, 1)
     with pytest.raises(ValueError, match="rows"):
         head({**features, "a": features["a"][:1]}, 1)
@@ -285,9 +285,9 @@ def test_another_base_is_refused():
         ValueError, match=r"a UNet2DConditionModel; the head was trained on a UNet2DModel \('user/base'\)"
     ):
         head.check_base(Denoiser.from_pipe(build("sd")))
-    with pytest.raises(ValueError, match=r"in_channels is its default, was 1.*out_channels"):
+    with pytest.raises(ValueError, match=r"in_channels is 3, was 1.*out_channels"):
         head.check_base(Denoiser.from_pipe(build("ddim")))
-    with pytest.raises(ValueError, match="num_class_embeds is 10, was its default"):
+    with pytest.raises(ValueError, match="num_class_embeds is 10, was None"):
         head.check_base(Denoiser.from_pipe(build("class_unet")))
     with pytest.raises(ValueError, match="the same timestep means another noise"):
         head.check_base(ddpm_denoiser(scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2")))
@@ -297,9 +297,9 @@ def test_another_base_is_refused():
 
 def test_missing_layers_and_other_channels_are_refused():
     base = ddpm_denoiser()
-    with pytest.raises(ValueError, match=r"without layer 'up_blocks.9' \(closest"):
+    with pytest.raises(ValueError, match=r"has no layer 'up_blocks.9' \(closest"):
         ReadoutHead(["up_blocks.9"], [4], **SMALL).check_base(base)
-    with pytest.raises(ValueError, match="has 16 channels; the head takes 4"):
+    with pytest.raises(ValueError, match="gives 16 values at layer 'up_blocks.0.res.*; the head was trained on 4"):
         ReadoutHead(["up_blocks.0.resnets.0.conv2"], [4], **SMALL).check_base(base)
     with pytest.raises(ValueError, match="No layer 'up_blocks.9'"):
         ReadoutHead.for_base(base, ["up_blocks.9"], **SMALL)
@@ -320,8 +320,9 @@ def test_fingerprint_survives_saving_and_new_defaults(tmp_path):
 
 def test_noise_fingerprint():
     one = NoiseSchedule("flow", "velocity")
-    assert noise_fingerprint(one) == noise_fingerprint(dataclasses.replace(one, output="sample"))
-    assert noise_fingerprint(one) != noise_fingerprint(dataclasses.replace(one, num_train_timesteps=500))
+    assert process_record(one) == process_record(dataclasses.replace(one, output="sample"))
+    other = process_record(dataclasses.replace(one, num_train_timesteps=500))
+    assert process_record(one).fingerprint != other.fingerprint
 
 
 # Losses and labels.

@@ -76,7 +76,7 @@ def refuse(pipe, told, error=REFUSED, call=None, **given):
 def test_numbers_of_every_call(pipes, name):
     pipe, good = pipes(name), GOOD.get(name, {})
     for steps in (0, -1, 2.5, True, "3", NAN):
-        refuse(pipe, "num_inference_steps is a whole number, 1 or more", num_inference_steps=steps, **good)
+        refuse(pipe, "num_inference_steps must be a whole number from 1", num_inference_steps=steps, **good)
     for scale in (NAN, math.inf, "3", True, [1.0]):
         refuse(pipe, "guidance_scale must be (finite|a number)", guidance_scale=scale, **good)
     for kind in ("jpg", None, ["pil"]):
@@ -110,8 +110,8 @@ def test_samples_labels_and_callbacks(pipes, name):
     pipe = pipes(name)
     guided = {"guidance_scale": 2.0}
     for count in (0, -1, 2.0, True):
-        refuse(pipe, "How many samples. batch_size is a whole number, 1 or more", batch_size=count)
-        refuse(pipe, "num_images_per_label is a whole number", num_images_per_label=count)
+        refuse(pipe, "How many samples. batch_size must be a whole number from 1", batch_size=count)
+        refuse(pipe, "num_images_per_label must be a whole number", num_images_per_label=count)
     refuse(pipe, "nothing is: pass it, or batch_size", num_images_per_label=2)
     for labels in (99, [0, -1]):
         refuse(pipe, r"class_labels.*got \[?(99|.*-1)", ValueError, class_labels=labels, **guided)
@@ -141,12 +141,12 @@ def test_what_a_callback_returns():
         ("sit", {"guidance_interval": 0.5}, r"\(low, high\) in t"),
         ("sit", {"guidance_scale": 2.0, "guidance_interval": (0.505, 0.515)}, "holds none of the 50 steps, t = 1 to"),
         ("sit", {"guidance_channels": 4}, "from 1 to 3"),
-        ("sit", {"guidance_channels": 1.5}, "guidance_channels is a whole number"),
+        ("sit", {"guidance_channels": 1.5}, "guidance_channels must be a whole number"),
         ("sit", {"latents": torch.ones(1, 3, 8, 7)}, "width=7 is no multiple of 2"),
         ("sit", {"latents": torch.ones(1, 3, 8, 8), "height": 16}, "the latents are for 8"),
         ("sit", {"height": 7}, "height=7 is no multiple of 2"),
-        ("sit", {"width": 0}, "width is a whole number, 1 or more; got 0"),
-        ("sit", {"width": 8.0}, "width is a whole number"),
+        ("sit", {"width": 0}, "width must be a whole number from 1; got 0"),
+        ("sit", {"width": 8.0}, "width must be a whole number"),
         ("sit", {"class_labels": "cod"}, "has no id2label"),
         ("unconditional", {"guidance_scale": 2.0}, "guides towards classes: pass class_labels"),
         ("joint", {"guidance_scale": 2.0}, "guides towards classes: pass class_labels"),
@@ -154,12 +154,12 @@ def test_what_a_callback_returns():
         ("joint", {"class_labels": "fox", "guidance_scale": 2.0}, r"No class has the names \['fox'\]"),
         ("joint", {"class_labels": 1, "guidance_scale": 2.0, "guidance_normalization": "unit"}, "one of none, relat"),
         ("joint_vit", {"class_labels": 1, "guidance_scale": 2.0, "guidance_normalization": "sigma"}, "has none"),
-        ("dit", {"class_labels": [1001]}, "A class label is a whole number, from 0 to 1000; got 1001"),
+        ("dit", {"class_labels": [1001]}, "A class label must be a whole number from 0 to 1000; got 1001"),
         ("dit", {"class_labels": 1}, "class_labels is a list of class ids"),
-        ("dit", {"class_labels": [0.5]}, "A class label is a whole number"),
+        ("dit", {"class_labels": [0.5]}, "A class label must be a whole number"),
         ("dit", {"class_labels": [1], "output_type": "latent"}, "'pil', 'np' or 'pt'; got 'latent'"),
-        ("sd", {"prompt": "a", "height": 0}, "height is a whole number, 1 or more"),
-        ("sd", {"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is a whole number"),
+        ("sd", {"prompt": "a", "height": 0}, "height must be a whole number from 1"),
+        ("sd", {"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number"),
         ("sd", {"prompt": "a", "guidance_rescale": 2.0}, "guidance_rescale lies from 0 to 1"),
         ("sdxl", {"prompt": "a", "denoising_end": 1.5}, "denoising_end lies from 0 to 1"),
     ],
@@ -248,7 +248,7 @@ def test_counterfactual(pipes):
     settings = {"images": torch.rand(2, 1, 16, 16), "class_labels": 1, "guidance_scale": 1.0}
     told = "takes none; here it lies from 0.1 to 1"
     refuse(pipe, told, call=pipe.counterfactual, strength=0.05, num_inference_steps=10, **settings)
-    refuse(pipe, "num_inference_steps is", call=pipe.counterfactual, num_inference_steps=0, **settings)
+    refuse(pipe, "num_inference_steps must be", call=pipe.counterfactual, num_inference_steps=0, **settings)
     refuse(pipe, "batch_size: 2, class_labels: 3", call=pipe.counterfactual, **{**settings, "class_labels": [0, 1, 2]})
     refuse(pipe, "eta lies", call=pipe.counterfactual, eta=5, **settings)
 

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
+from operator import methodcaller
 
 import numpy as np
 import pyarrow as pa
@@ -10,13 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusers_repr.store import tensor_cache
+from diffusers_repr.store import ImageKey, ImageStore, write_assignments, write_images
 from diffusers_repr.store.card import store_card
+from diffusers_repr.store.feature_layout import Column, FeatureLayout
 from diffusers_repr.store.feature_store import FeatureStore
-from diffusers_repr.store.shards import Column, Layout, write_shard
-from diffusers_repr.store.tensor_cache import CacheLayout, TensorCache
+from diffusers_repr.store.shards import write_shard
+from diffusers_repr.store.tensor_cache import TensorCache
+from diffusers_repr.store.tensors import INDEX, TensorLayout
 from tests.hostile.corrupt import changed, sweep
 
 ROWS, RECIPE = 5, "0123456789abcdef"
@@ -47,7 +52,7 @@ def store_manifest(layout):
         "shard_size": layout.shard_size,
         "shards": layout.shards,
         "label": {"names": ["cat", "dog"]},
-        "columns": [column.to_dict() for column in layout.columns],
+        "columns": [asdict(column) for column in layout.columns],
         "recipe": {"model": model, "data": data, "features": features},
         "versions": {"torch": "2"},
     }
@@ -56,13 +61,14 @@ def store_manifest(layout):
 @pytest.fixture(scope="module")
 def good_store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
-    layout = Layout("train", ROWS, 2, COLUMNS, "float32", RECIPE, ClassLabel(names=["cat", "dog"]))
+    layout = FeatureLayout(ROWS, 2, RECIPE, "train", COLUMNS, "float32", ClassLabel(names=["cat", "dog"]))
     for shard in range(layout.shards):
         start, stop = layout.span(shard)
         rows = np.arange(start, stop, dtype=np.float32)
         values = {c.name: np.ones((len(rows), *c.shape), np.float32) for c in COLUMNS}
-        with write_shard(folder, layout, shard) as writer:
-            writer.write(start, [f"{int(row):032x}" for row in rows], [int(row) % 2 for row in rows], values)
+        with write_shard(folder, layout, shard) as append:
+            hashes, labels = [f"{int(row):032x}" for row in rows], [int(row) % 2 for row in rows]
+            append({"row": range(start, stop), "image_hash": hashes, "label": labels, **values})
     (folder / "manifest.json").write_text(json.dumps(store_manifest(layout)))
     return folder
 
@@ -186,19 +192,15 @@ def test_every_value_of_a_stores_manifest(store):
 @pytest.fixture(scope="module")
 def good_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    layout = CacheLayout("features", ROWS, 2, {"tokens": (1, 4, 3), "global": (1, 3)}, "float32", RECIPE)
+    layout = TensorLayout(ROWS, 2, RECIPE, "features", {"tokens": (1, 4, 3), "global": (1, 3)}, "float32")
     for shard in range(layout.shards):
         start, stop = layout.span(shard)
         tensors = {name: torch.ones(stop - start, *shape) for name, shape in layout.tensors.items()}
-        tensor_cache.write_shard(folder, layout, shard, tensors, torch.arange(start, stop))
-    manifest = {
-        "format": 1,
-        "complete": True,
-        "layout": layout.to_dict(),
-        "recipe": {"encoder": {"weights": RECIPE}, "data": {"rows": ROWS}, "mirrors": 1, "dtype": "float32"},
-        "about": {"name": "dino", "fingerprint": {"name": "dino"}, "grid": [2, 2]},
-        "versions": {"torch": "2"},
-    }
+        with write_shard(folder, layout, shard) as append:
+            append({**tensors, INDEX: torch.arange(start, stop)})
+    recipe = {"encoder": {"weights": RECIPE}, "data": {"rows": ROWS}, "mirrors": 1, "dtype": "float32"}
+    about = {"name": "dino", "fingerprint": {"name": "dino"}, "grid": [2, 2]}
+    manifest = TensorCache.manifest_of(layout, recipe, about, complete=True)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -257,8 +259,8 @@ FILES = {
     "index dtype": (lambda p: tamper(p, index=torch.tensor([2.0, 3.0])), "holds .* instead of"),
     "shape": (lambda p: tamper(p, tokens=torch.ones(2, 1, 3, 3)), "holds .* instead of"),
     "more": (lambda p: tamper(p, more=torch.ones(1)), "holds .* instead of"),
-    "stamp": (lambda p: tamper(p, "[]"), "cannot be read"),
-    "deep stamp": (lambda p: tamper(p, "[" * 100_000), "cannot be read"),
+    "stamp": (lambda p: tamper(p, "[]"), "not written by this recipe"),
+    "deep stamp": (lambda p: tamper(p, "[" * 100_000), "not written by this recipe"),
     "header": (lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "cannot be read"),
     "link": (lambda p: (shutil.move(p, p.parents[2] / "x"), p.symlink_to(p.parents[2] / "x")), "leads out"),
 }
@@ -280,6 +282,27 @@ def test_every_value_of_a_caches_manifest(cache):
         )
         > 20
     )
+
+
+@pytest.mark.parametrize("kind", ["images", "assignments"])
+def test_every_value_of_the_manifest_of_other_kinds(tmp_path, kind):
+    """What is not refused reads the very files that were written."""
+    if kind == "images":
+        keys = [ImageKey("m", 4, 4, steps=1, seed=seed) for seed in range(3)]
+        made = write_images(
+            tmp_path / "out", keys, lambda k: [Image.new("L", (4, 4))] * len(k), shard_size=2, progress=False
+        )
+        read = ImageStore.image_keys
+    else:
+        made = write_assignments(
+            tmp_path / "out", 3, lambda start, stop: {"class_id": np.arange(start, stop)}, shard_size=2,
+            assigner={"kind": "rows"}, data={"name": "pets"}, num_classes=3, progress=False,
+        )  # fmt: skip
+        read = methodcaller("array", "class_id")
+    path = made.folder / "manifest.json"
+    good = json.loads(path.read_text())
+    refused = sweep(good, path.write_text, lambda: read(type(made).open(made.folder)), "manifest.json", ".parquet")
+    assert refused > 15
 
 
 def test_the_links_of_the_hubs_cache_are_followed(good_store, good_cache, tmp_path):

@@ -44,6 +44,8 @@ INDEX = {
 TRUE = {  # of each kind, what is sent
     "probe": ["README.md", "images/shown.png", "probe.json", "config.json", WEIGHTS],
     "store of features": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],
+    "store of images": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],
+    "store of assignments": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],
     "cache of latents": ["README.md", "images/shown.png", "manifest.json", "data/moments-00000-of-00001.safetensors"],
     "pipeline": [
         "README.md", "images/shown.png", "model_index.json", "unet/config.json", f"unet/{WEIGHTS}", "samples.png",
@@ -60,7 +62,12 @@ TRUE = {  # of each kind, what is sent
     "head": ["README.md", "images/shown.png", "config.json", WEIGHTS, "weak/config.json", f"weak/{WEIGHTS}"],
     "model": ["README.md", "images/shown.png", "config.json", WEIGHTS, "evaluation.json", "loss.jsonl"],
 }  # fmt: skip
-TOLD = {"cache of latents": {"layout": {}}, "encoder": {"model_type": "vit"}}  # what makes a kind known by its JSON
+TOLD = {  # what makes a kind known by its JSON
+    "cache of latents": {"layout": {"kind": "features"}},
+    "store of images": {"layout": {"kind": "images"}},
+    "store of assignments": {"layout": {"kind": "assignments"}},
+    "encoder": {"model_type": "vit"},
+}
 
 
 def write(path, kind="model"):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from diffusers_repr.metrics import cka, cknna, frechet_distance, gather_rows, measure_generation, own_rows
 from diffusers_repr.metrics.gather import failing_together
-from diffusers_repr.sweep import knn_probe, measure_alignment
+from diffusers_repr.sweep import knn_probe, measure_alignment, select_features
 from tests.metrics.models import images, rows_denoiser, rows_encoder
 
 COUNT = 23
@@ -48,6 +48,11 @@ def measure(whole):
         a, b = images(COUNT), images(COUNT, seed=1)
         settings = {"metrics": ("cknna", "cka"), "k": 3, "batch_size": 5}
         sweep = measure_alignment(rows_denoiser(), rows_encoder(), a, [50, 400], **settings)
+        grid = ([50, 400], None, "neg_brier")
+        selection = select_features(
+            rows_denoiser(), (a, labels), (b, labels), *grid, batch_size=5, seeds=(0, 1), progress=False
+        ).to_dict()
+        selection["recipe"].pop("forwards")  # smaller shares fill fewer batches
         generation = measure_generation(rows_encoder(), a, b, batch_size=5)
     return {
         "cknna": cknna(x, y, 3),
@@ -55,6 +60,7 @@ def measure(whole):
         "frechet": frechet_distance(x, y),
         "knn": knn_probe(x, labels, y, labels, k=3).accuracy,
         "sweep": sweep.to_dict(),
+        "selection": selection,
         "generation": {name: record.to_dict() for name, record in generation.items()},
     }
 

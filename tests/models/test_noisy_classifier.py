@@ -183,7 +183,9 @@ def test_only_the_process_of_training_is_accepted(name):
     model.check_base(SCHEDULES[name], 2)
     for other, schedule in SCHEDULES.items():
         if other != name:
-            with pytest.raises(ValueError, match="'user/base' on the process .*; the base has "):
+            with pytest.raises(
+                ValueError, match="has the noise process .*; the classifier was trained on .* .'user/base'.: the same"
+            ):
                 model.check_base(schedule, 2)
 
 
@@ -212,13 +214,13 @@ def test_the_description_is_the_log_snr():
 
 def test_channels_and_latents_of_the_base():
     described = describe_process(SCHEDULES["vp"])
-    with pytest.raises(ValueError, match="x_0 of 2 channels; that of the base has 4"):
+    with pytest.raises(ValueError, match="takes x_0 of 4 channels; the classifier was trained on x_0 of 2"):
         tiny(**described).check_base(SCHEDULES["vp"], 4)
-    with pytest.raises(ValueError, match="on pixels; those of the base are latents scaled by 0.18215"):
+    with pytest.raises(ValueError, match="works on latents scaled by 0.18215; the classifier was trained on pixels"):
         tiny(**described).check_base(SCHEDULES["vp"], 2, latent_scale=0.18215)
     latent = tiny(latent_scale=0.18215, **described)
     latent.check_base(SCHEDULES["vp"], 2, latent_scale=0.18215)
-    with pytest.raises(ValueError, match="latents scaled by 0.18215; .* scaled by 0.13025"):
+    with pytest.raises(ValueError, match="latents scaled by 0.13025; .* trained on latents scaled by 0.18215"):
         latent.check_base(SCHEDULES["vp"], 2, latent_scale=0.13025)
 
 

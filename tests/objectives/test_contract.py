@@ -1,4 +1,4 @@
-"""Every training method and auxiliary loss by the contract testers of the package; and what these find wrong."""
+"""Every method and auxiliary loss by the contract testers of the package; and that these find what is wrong."""
 
 import pytest
 import torch

@@ -1,21 +1,20 @@
 import pytest
 import torch
 
-from diffusers_repr import Denoiser
+from diffusers_repr.denoiser import Denoiser, FeatureMap
 from diffusers_repr.objectives import REPAObjective
-from diffusers_repr.objectives.matching import Tokens, interpolate_tokens, layer_tokens, pool_tokens, with_grid
+from diffusers_repr.objectives.matching import interpolate_tokens, pool_tokens, with_grid
 from tests.objectives.cases import LINEAR, SMALL, batch, shake, sit, teacher
-from tests.testers.models import build
 
 
-def looped_average(tokens: Tokens, grid):
+def looped_average(tokens: FeatureMap, grid):
     """Mean over the tokens that each coarser cell touches."""
     (h, w), out = tokens.grid, []
     for i in range(grid[0]):
         for j in range(grid[1]):
             rows = range(i * h // grid[0], -(-(i + 1) * h // grid[0]))
             columns = range(j * w // grid[1], -(-(j + 1) * w // grid[1]))
-            cells = [tokens.values[:, r * w + c] for r in rows for c in columns]
+            cells = [tokens.tokens()[:, r * w + c] for r in rows for c in columns]
             out.append(torch.stack(cells).mean(0))
     return torch.stack(out, 1)
 
@@ -32,7 +31,7 @@ def axis_weights(old, new):
     return rows / rows.sum(1, keepdim=True)
 
 
-def plainly_resized(tokens: Tokens, grid):
+def plainly_resized(tokens: FeatureMap, grid):
     rows, columns = axis_weights(tokens.grid[0], grid[0]), axis_weights(tokens.grid[1], grid[1])
     maps = tokens.as_map().double()
     return torch.einsum("ih,bdhw,jw->bijd", rows, maps, columns).flatten(1, 2)
@@ -40,40 +39,24 @@ def plainly_resized(tokens: Tokens, grid):
 
 @pytest.mark.parametrize("grid", [(2, 3), (4, 2), (3, 4), (1, 1)])
 def test_pooling_equals_the_loop(grid):
-    tokens = Tokens(torch.randn(2, 24, 5, dtype=torch.float64), (4, 6))
+    tokens = FeatureMap(torch.randn(2, 24, 5, dtype=torch.float64), (4, 6))
     pooled = pool_tokens(tokens, grid)
     assert pooled.grid == grid
-    assert torch.allclose(pooled.values, looped_average(tokens, grid))
+    assert torch.allclose(pooled.tokens(), looped_average(tokens, grid))
 
 
 @pytest.mark.parametrize("grid", [(8, 12), (2, 3), (7, 6), (3, 3)])
 def test_interpolation_equals_the_plain_way(grid):
-    tokens = Tokens(torch.randn(2, 24, 5), (4, 6))
+    tokens = FeatureMap(torch.randn(2, 24, 5), (4, 6))
     resized = interpolate_tokens(tokens, grid)
     assert resized.grid == grid
-    assert torch.allclose(resized.values.double(), plainly_resized(tokens, grid), atol=1e-5)
+    assert torch.allclose(resized.tokens().double(), plainly_resized(tokens, grid), atol=1e-5)
 
 
 def test_equal_grids_are_left_alone():
-    tokens = Tokens(torch.randn(2, 6, 3), (2, 3))
+    tokens = FeatureMap(torch.randn(2, 6, 3), (2, 3))
     assert pool_tokens(tokens, (2, 3)) is tokens
     assert interpolate_tokens(tokens, (2, 3)) is tokens
-    assert torch.equal(Tokens.from_map(tokens.as_map()).values, tokens.values)
-
-
-def test_tokens_of_a_layer():
-    denoiser = sit()
-    tokens = layer_tokens(denoiser, "blocks.0", torch.arange(24.0).view(1, 24, 1), (12, 8))
-    assert tokens.grid == (6, 4)
-    assert tokens.as_map()[0, 0, 2, 1] == 9
-    maps = torch.randn(1, 5, 2, 3)
-    assert torch.equal(layer_tokens(denoiser, "x", maps, (8, 8)).values[0, 4], maps[0, :, 1, 1])
-    with pytest.raises(ValueError, match="is no image of maps or tokens"):
-        layer_tokens(denoiser, "blocks.0", torch.zeros(1, 23, 1), (12, 8))
-    flux = Denoiser.from_pipe(build("flux"))
-    block = layer_tokens(flux, "single_transformer_blocks.0", torch.arange(70.0).view(1, 70, 1), (16, 16))
-    assert block.grid == (8, 8)
-    assert block.values[0, 0] == 6  # behind six tokens of text
 
 
 def test_every_mode_in_the_objective():
@@ -84,7 +67,7 @@ def test_every_mode_in_the_objective():
         got = objective(data)["alignment"].item()
         _, step = objective.observe(objective.noised(data))
         student, features = step.layers["blocks.1"], encoder.encode_pixels(data["pixel_values"])
-        wanted = Tokens(features.tokens, features.grid)
+        wanted = FeatureMap(features.tokens, features.grid)
         projector = objective.losses["alignment"].projectors[0]
         if mode == "pool_student":
             projected = projector(looped_average(student, (2, 2)), (2, 2)).double()
@@ -116,6 +99,9 @@ def test_an_encoder_that_cannot_be_resized():
 
         def grid_for(self, size):
             return (3, 3)
+
+        def fingerprint(self):
+            return {}
 
     with pytest.raises(ValueError, match=r"'fixed' cannot be given images such that its grid is 4 x 4"):
         REPAObjective(sit(), [Fixed()], "blocks.1", match_grid="resize_image", **SMALL)

@@ -1,4 +1,4 @@
-"""What the folders in `tests/data/old` were made of; whole numbers over powers of two: any machine has them."""
+"""What the folders in `tests/data/old` were made of; whole numbers over 64, so that any machine has them."""
 
 from pathlib import Path
 

@@ -1,9 +1,6 @@
 """The feature store: what it holds, how it resumes, and what it refuses."""
 
-import errno
 import json
-import os
-import shutil
 from pathlib import Path
 
 import datasets
@@ -16,13 +13,11 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.data.image_data import from_dataset
-from diffusers_repr.features import extraction
 from diffusers_repr.features.extraction import extract_to_store
-from diffusers_repr.features.recipe import recipe_differences
 from diffusers_repr.hub.identity import fingerprint
-from diffusers_repr.store import shards
+from diffusers_repr.store import parquet
 from diffusers_repr.store.feature_store import FeatureStore
-from tests.testers.disk import mounted
+from diffusers_repr.store.manifest import recipe_differences
 from tests.testers.models import build
 
 ROWS = 11  # prime: shards of 4 leave a short one
@@ -167,126 +162,46 @@ def test_manifest_and_card(tmp_path):
     assert store.recipe == recipe
 
 
-def test_shard_size_follows_from_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "_SHARD_BYTES", 5 * 4 * 64)  # five rows of 2 x (16 + 16) floats
-    assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5
-    monkeypatch.setattr(extraction, "_SHARD_BYTES", 2**20)
-    assert make(tmp_path / "out", shard_size=None).layout.shard_size == 5  # what the folder has
-
-
 # Resuming
 
 
-def test_the_same_call_again_does_nothing(tmp_path, monkeypatch):
-    make(tmp_path / "out")
-    before = contents(tmp_path / "out")
-    stamps = {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()}
-    monkeypatch.setattr(extraction, "_write_one", lambda *a: pytest.fail("a whole shard was written again"))
-    make(tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-    assert {p: os.stat(p).st_mtime_ns for p in (tmp_path / "out/data").iterdir()} == stamps
-
-
-def test_resumes_bit_for_bit_after_a_stop_anywhere(tmp_path, monkeypatch):
+def test_resumes_bit_for_bit_after_a_stop_within_a_shard(tmp_path, monkeypatch):
     whole = contents(make(tmp_path / "whole").folder)
-    write = shards.ShardWriter.write
-    for stop in (1, 4):  # within a shard, and between two
-        out, calls = tmp_path / f"stopped{stop}", []
+    table_of, calls = parquet.table_of, []
 
-        def interrupted(self, *args, calls=calls, stop=stop):
-            calls.append(1)
-            if len(calls) > stop:
-                raise KeyboardInterrupt
-            write(self, *args)
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return table_of(*args)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(shards.ShardWriter, "write", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                make(out)
-        assert not list((out / "data").glob(".*"))
-        with pytest.raises(ValueError, match="not finished: . of 3 shards.*same `diffusers-repr extract` command"):
-            FeatureStore.open(out)
-        make(out)
-        assert contents(out) == whole
-
-
-def test_leftovers_of_a_kill_are_removed(tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "table_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out/data").iterdir()] == ["train-00000-of-00003.parquet"]
+    told = "not finished: 4 of 11 rows .1 of 3 shards.*same `diffusers-repr extract` command"
+    with pytest.raises(ValueError, match=told):
+        FeatureStore.open(tmp_path / "out")
     make(tmp_path / "out")
-    before = contents(tmp_path / "out")
-    half = tmp_path / "out/data/.train-00001-of-00003.parquet.0123456789ab.tmp"
-    half.write_bytes(b"PAR1 half")
-    (tmp_path / "out/data/train-00001-of-00003.parquet").unlink()
-    make(tmp_path / "out")
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == whole
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("good") / "out").folder
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def flip_a_byte(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 0xFF
-    path.write_bytes(bytes(data))
-
-
-def drop_a_row(path):
-    table = pq.read_table(path)
-    pq.write_table(table.slice(1), path)
-
-
-def shift_rows(path):
-    table = pq.read_table(path)
-    moved = table.set_column(0, table.schema.field(0), [table["row"].to_numpy() + 1])
-    pq.write_table(moved, path)
-
-
-def other_recipe(path):
-    table = pq.read_table(path)
-    stamp = {**json.loads(table.schema.metadata[b"diffusers_repr"]), "recipe": "0"}
-    pq.write_table(
-        table.replace_schema_metadata({**table.schema.metadata, b"diffusers_repr": json.dumps(stamp).encode()}), path
-    )
-
-
-def read_all(store):
-    for column in store.columns:
-        store.array(column.layer, column.timestep)
-    store.labels()
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (truncate, "cannot be read"),
-        (empty, "cannot be read"),
-        (flip_a_byte, "cannot be read"),
-        (drop_a_row, "has 3 rows instead of 4"),
-        (shift_rows, "does not hold rows 4 to 7"),
-        (other_recipe, "was not written by this recipe"),
-    ],
-)
-def test_corrupted_shards_are_found_named_and_written_anew(good, tmp_path, caplog, damage, problem):
-    store = FeatureStore.open(shutil.copytree(good, tmp_path / "out"))
-    before = contents(tmp_path / "out")
-    damage(tmp_path / "out/data/train-00001-of-00003.parquet")
-    with pytest.raises(ValueError, match=rf"train-00001-of-00003.parquet' {problem}.*same `diffusers-repr extract`"):
-        store.verify()
-    if damage in (truncate, empty, flip_a_byte):
-        with pytest.raises(ValueError, match="train-00001-of-00003.parquet' cannot be read.*same `diffusers-repr"):
-            read_all(store)
-    make(tmp_path / "out")
-    assert f"train-00001-of-00003.parquet {problem}" in caplog.text
-    assert contents(tmp_path / "out") == before
+def test_reading_finds_a_changed_byte(tmp_path):
+    store = make(tmp_path / "out")
+    path = tmp_path / "out/data/train-00001-of-00003.parquet"
+    data = path.read_bytes()
+    with pq.ParquetFile(path) as file:
+        group = file.metadata.row_group(0)
+        places = {group.column(n).path_in_schema.split(".")[0]: group.column(n) for n in range(group.num_columns)}
+    reads = {"label": store.labels, "mid_block@t261": lambda: store.array("mid_block", 261)}
+    for name, read in reads.items():
+        last = places[name].data_page_offset + places[name].total_compressed_size - 1
+        path.write_bytes(data[:last] + bytes([data[last] ^ 0xFF]) + data[last + 1 :])
+        with pytest.raises(
+            ValueError, match=r"train-00001-of-00003.parquet' cannot be read.*same `diffusers-repr extract`"
+        ):
+            read()
 
 
 def test_another_recipe_in_the_same_folder_shows_what_differs(tmp_path):
@@ -295,9 +210,7 @@ def test_another_recipe_in_the_same_folder_shows_what_differs(tmp_path):
     for change, line in (
         ({"seed": 1}, "features.seed: 0 -> 1"),
         ({"layers": ["mid_block"]}, r'features.layers: \["mid_block", "up_blocks.1"\] -> \["mid_block"\]'),
-        ({"pooling": "max"}, 'features.pooling: "mean" -> "max"'),
         ({"dtype": "float16"}, 'features.dtype: "float32" -> "float16"'),
-        ({"shard_size": 5}, "shard_size: 4 -> 5"),
         ({"limit": 3}, "data.rows: 11 -> 3"),
     ):
         with pytest.raises(FileExistsError, match=f"another recipe; nothing was changed(.|\n)*{line}"):
@@ -319,88 +232,6 @@ def test_a_changed_data_set_is_noticed(tmp_path):
     make(tmp_path / "out")
     with pytest.raises(FileExistsError, match="Row 0 of pets is another image.*data set has changed"):
         make(tmp_path / "out", pictures(first=50))
-
-
-def test_a_lost_manifest_is_made_again(tmp_path):
-    make(tmp_path / "out")
-    before = contents(tmp_path / "out")
-    (tmp_path / "out/manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
-        FeatureStore.open(tmp_path / "out")
-    make(tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-    (tmp_path / "out/manifest.json").unlink()
-    with pytest.raises(FileExistsError, match="no feature store with this recipe"):
-        make(tmp_path / "out", seed=1)
-
-
-def test_a_damaged_manifest(tmp_path):
-    make(tmp_path / "out")
-    (tmp_path / "out/manifest.json").write_text('{"complete": tr')
-    with pytest.raises(ValueError, match=r"manifest.json.*not valid JSON"):
-        make(tmp_path / "out")
-    (tmp_path / "out/manifest.json").write_text('{"complete": true}')
-    with pytest.raises(ValueError, match="damaged or of another version"):
-        FeatureStore.open(tmp_path / "out")
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"thesis\.txt.*another --out"):
-        make(tmp_path / "out")
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="is a file"):
-        make(tmp_path / "file")
-
-
-def test_two_runs_at_once(tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out/.extract.tmp", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FileExistsError, match="Another `diffusers-repr extract` is writing"):
-            make(tmp_path / "out")
-    make(tmp_path / "out")
-
-
-# A full disk
-
-
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    whole = contents(make(tmp_path / "whole").folder)
-    write = shards.ShardWriter.write
-
-    def full(self, start, *args):
-        if start >= 6:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, start, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "write", full)
-        with pytest.raises(
-            OSError, match=r"disk is full.*train-00001.*1 of 3 shards.*are whole.*same command"
-        ) as info:
-            make(tmp_path / "out")
-    assert info.value.errno == errno.ENOSPC
-    assert sorted(contents(tmp_path / "out/data")) == ["train-00000-of-00003.parquet"]
-    make(tmp_path / "out")
-    assert contents(tmp_path / "out") == whole
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    with mounted(tmp_path / "disk", "96k") as disk:
-        yield disk
-
-
-def test_a_disk_that_is_really_full(small_disk):
-    settings = {"layers": ["mid_block", "up_blocks.2"], "timestep": [100], "pooling": None, "shard_size": 2}
-    with pytest.raises(OSError, match="disk is full.*shards in.*are whole"):
-        make(small_disk / "out", **settings)
-    kept = list((small_disk / "out/data").iterdir())
-    assert kept
-    assert all(pq.ParquetFile(path, page_checksum_verification=True).read().num_rows == 2 for path in kept)
 
 
 # Bad input
@@ -452,7 +283,7 @@ def test_unknown_columns_and_folders(tmp_path):
     with pytest.raises(FileNotFoundError):
         FeatureStore.open(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no feature store.*it holds nothing"):
+    with pytest.raises(FileNotFoundError, match="no store of features.*it holds nothing"):
         FeatureStore.open(tmp_path / "empty")
 
 

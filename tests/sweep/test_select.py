@@ -152,13 +152,16 @@ def test_order_of_rows_changes_nothing(unet, data):
     assert [c.score for c in first.cells] == [c.score for c in second.cells]
 
 
-def test_levels_take_turns_when_sums_do_not_fit(unet, data):
+def test_levels_then_layers_take_turns_when_sums_do_not_fit(unet, data):
     whole = select_features(unet, *data, LEVELS, **BASE)
-    one_level = sum(8 * c.dim * (c.dim + 5) for c in whole.cells) / len(LEVELS) / 2**30
-    parts = select_features(unet, *data, LEVELS, memory_gib=1.5 * one_level, **BASE)
-    assert [c.score for c in parts.cells] == [c.score for c in whole.cells]
+    sizes = [8 * c.dim * (c.dim + 5) / 2**30 for c in whole.cells]
+    one_level = sum(sizes) / len(LEVELS)
+    for memory_gib, passes in ((1.5 * one_level, len(LEVELS)), (0.6 * one_level, 2 * len(LEVELS))):
+        parts = select_features(unet, *data, LEVELS, memory_gib=memory_gib, **BASE)
+        assert [c.score for c in parts.cells] == [c.score for c in whole.cells]
+        assert parts.recipe["forwards"] == passes * 2  # one batch of each split
     with pytest.raises(ValueError, match="memory_gib"):
-        select_features(unet, *data, LEVELS, memory_gib=0.5 * one_level, **BASE)
+        select_features(unet, *data, LEVELS, memory_gib=0.9 * max(sizes), **BASE)
 
 
 def test_noise_policy_is_a_third_axis(unet, data):

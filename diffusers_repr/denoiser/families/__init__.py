@@ -1,15 +1,43 @@
 """One adapter a file; importing this registers ours."""
 
 from diffusers_repr.denoiser.families import (
+    aura_flow,
+    chroma,
+    cogview4,
     dit,
     flux,
+    flux2,
+    hunyuan_dit,
+    hunyuan_image,
     joint_vit,
+    lumina2,
     pixart,
+    qwen_image,
     sana,
     sd3,
     sit,
     unet2d,
     unet2d_condition,
+    z_image,
 )
 
-__all__ = ["dit", "flux", "joint_vit", "pixart", "sana", "sd3", "sit", "unet2d", "unet2d_condition"]
+__all__ = [
+    "aura_flow",
+    "chroma",
+    "cogview4",
+    "dit",
+    "flux",
+    "flux2",
+    "hunyuan_dit",
+    "hunyuan_image",
+    "joint_vit",
+    "lumina2",
+    "pixart",
+    "qwen_image",
+    "sana",
+    "sd3",
+    "sit",
+    "unet2d",
+    "unet2d_condition",
+    "z_image",
+]

@@ -27,7 +27,7 @@ class FluxFamily(PatchTransformerFamily):
 
     conditioning = "text"
     joins = True
-    unbatched = ("img_ids", "txt_ids")
+    unbatched: tuple[str, ...] = ("img_ids", "txt_ids")
     not_image = (*PatchTransformerFamily.not_image, "pos_embed")
     stacks = ("transformer_blocks", "single_transformer_blocks")
     block_outputs = {"FluxTransformerBlock": 1, "FluxSingleTransformerBlock": 1, "FluxAttention": 0}
@@ -59,10 +59,10 @@ class FluxFamily(PatchTransformerFamily):
         inputs = {"hidden_states": tokens, "timestep": self.timestep(level, x_t), **condition}
         ids = inputs.get("img_ids")
         if ids is None:
-            inputs["img_ids"] = _image_ids(x_t.shape[2] // 2, x_t.shape[3] // 2, x_t.device)
-        elif ids.shape[0] != tokens.shape[1]:
+            inputs["img_ids"] = self.image_ids(x_t.shape[2] // 2, x_t.shape[3] // 2, x_t.device)
+        elif ids.shape[-2] != tokens.shape[1]:
             raise ValueError(
-                f"The condition holds positions of {ids.shape[0]} image tokens, the input {tuple(x_t.shape)} has "
+                f"The condition holds positions of {ids.shape[-2]} image tokens, the input {tuple(x_t.shape)} has "
                 f"{tokens.shape[1]}: make it for this size, denoiser.condition(..., size=(H, W) in pixels)."
             )
         return inputs
@@ -74,8 +74,26 @@ class FluxFamily(PatchTransformerFamily):
 
     def sample(self, inputs: Mapping[str, Any]) -> Tensor:
         """Unpacked to `(B, C, H, W)`, of the size that the position ids tell, without reference images."""
-        tokens = inputs["hidden_states"][..., : int(self.config.get("out_channels") or self.config["in_channels"])]
-        return _unpacked(tokens, *_token_size(inputs["img_ids"]))
+        return _unpacked(inputs["hidden_states"][..., : self.token_width()], *self.token_size(inputs))
+
+    def token_width(self) -> int:
+        """Channels of a token that are x_t's, without those of inpainting."""
+        return int(self.config.get("out_channels") or self.config["in_channels"])
+
+    def token_size(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """(height, width) of the token grid in a call, by its position ids; a reference image's have another first."""
+        ids = inputs["img_ids"]
+        ids = ids[0] if ids.ndim == 3 else ids
+        own = ids[ids[:, 0] == ids[0, 0]]
+        height, width = (own[:, 1:3].amax(0) + 1).long().tolist()
+        return height, width
+
+    def image_ids(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Position ids of a token grid."""
+        ids = torch.zeros(height, width, 3, device=device)
+        ids[..., 1] = torch.arange(height, device=device)[:, None]
+        ids[..., 2] = torch.arange(width, device=device)[None]
+        return ids.reshape(-1, 3)
 
     def with_sample(self, inputs: Mapping[str, Any], x_t: Tensor) -> dict[str, Any]:
         """Packed; further channels of the tokens (inpainting) and tokens of reference images stay."""
@@ -114,13 +132,6 @@ class FluxFamily(PatchTransformerFamily):
         return inputs
 
 
-def _token_size(ids: Tensor) -> tuple[int, int]:
-    """(height, width) of the token grid that position ids `(N, 3)` span; a reference image's have another first id."""
-    own = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (own[:, 1:].amax(0) + 1).long().tolist()
-    return height, width
-
-
 def _unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     """The map in the first tokens `(B, N, 4 C)`: `(B, C, 2 height, 2 width)`."""
     own = tokens[:, : height * width]
@@ -134,10 +145,3 @@ def _replaced(tokens: Tensor, value: Tensor) -> Tensor:
     if tokens.shape[2] > width:
         packed = torch.cat([packed, tokens[:, :count, width:]], 2)
     return torch.cat([packed, tokens[:, count:]], 1) if tokens.shape[1] > count else packed
-
-
-def _image_ids(height: int, width: int, device: torch.device) -> Tensor:
-    ids = torch.zeros(height, width, 3, device=device)
-    ids[..., 1] = torch.arange(height, device=device)[:, None]
-    ids[..., 2] = torch.arange(width, device=device)[None]
-    return ids.reshape(-1, 3)

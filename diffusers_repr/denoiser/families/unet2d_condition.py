@@ -1,4 +1,4 @@
-"""`UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL."""
+"""`UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL, Kolors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class UNet2DConditionFamily(Family):
     joins = True
     block_outputs = UNET_BLOCKS
     layer_defaults = UNET_DEFAULTS
+    not_image = (*Family.not_image, "encoder_hid_proj")
     pipeline_arguments = {"guidance_scale": 1.0}
 
     def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:

@@ -51,7 +51,7 @@ class Identity:
         wide = torch.promote_types(query.dtype, torch.float32)
         keys, values = calls.key[:, :, calls.text].to(wide).transpose(-1, -2), calls.value[:, :, calls.text]
         mask = _rows_of_mask(calls, calls.image)
-        bias = None if mask is None else mask[..., calls.text]
+        bias = None if mask is None else _own_and_text(mask, calls, tokens)
         own = (query.to(wide) * own_key.to(wide)).sum(-1, keepdim=True)
         step = max(1, _SCRATCH // (batch * heads * (1 + keys.shape[-1])))
         parts = []
@@ -59,8 +59,7 @@ class Identity:
             rows = slice(start, start + step)
             scores = torch.cat([own[:, :, rows], query[:, :, rows].to(wide) @ keys], dim=-1) * calls.scale
             if bias is not None:
-                at = rows if bias.shape[-2] > 1 else slice(None)
-                scores = torch.cat([scores[..., :1], scores[..., 1:] + bias[..., at, :].to(wide)], dim=-1)
+                scores = scores + bias[..., rows if bias.shape[-2] > 1 else slice(None), :].to(wide)
             weights = scores.softmax(-1).to(query.dtype)
             parts.append(weights[..., :1] * own_value[:, :, rows] + weights[..., 1:] @ values)
         return _with_text(calls, torch.cat(parts, dim=2))
@@ -231,6 +230,13 @@ def _softmax(query: Tensor, calls: Projections, mask: Tensor | None = None) -> T
 def _rows_of_mask(calls: Projections, queries: slice) -> Tensor | None:
     """The mask's rows for some queries; one row that serves all stays."""
     return calls.mask if calls.mask is None or calls.mask.shape[-2] == 1 else calls.mask[..., queries, :]
+
+
+def _own_and_text(mask: Tensor, calls: Projections, tokens: int) -> Tensor:
+    """Of a mask's image rows what is added to a token's score with itself, and to those with the text."""
+    image = mask[..., calls.image].expand(*mask.shape[:-2], tokens, -1)
+    own = image.diagonal(dim1=-2, dim2=-1)[..., None]
+    return torch.cat([own, mask[..., calls.text].expand(*own.shape[:-1], -1)], dim=-1)
 
 
 def _with_text(calls: Projections, image: Tensor) -> Tensor:

@@ -10,20 +10,16 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.gradient import (
     NO_GRAPH,
-    GradientStop,
     GradientTape,
     frozen,
     gradient_of,
     refuse_inference_mode,
 )
 from diffusers_repr.capture.lanes import NetworkCall
-from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.features.pooling import tokens_to_map
+from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.guidance.base import GuidanceTerm
-from diffusers_repr.guidance.engine.stats import StepStats
-from diffusers_repr.guidance.engine.step import Forward
 from diffusers_repr.noise import NoiseSchedule, Prediction, eps_shift_to_output, expand
 
 ADAM_EPS = 1e-8
@@ -51,24 +47,6 @@ class EpsGradient:
         self.requests = [term.gradient for term, _ in wanted if term.gradient is not None]
         self.reads_network = any(request.reads_network for request in self.requests)
         self.found: Tensor | None = None  # the gradient, float32 or wider
-
-    def prepare(self, forward: Forward, step: StepStats) -> None:
-        """What terms compute ahead of their losses, by passes of their own."""
-        model = self.denoiser.model
-
-        def counted(inputs: dict[str, Any]) -> Any:
-            step.passes, step.lanes = step.passes + 1, step.lanes + 1
-            try:
-                return forward(model, inputs)
-            except GradientStop as stop:
-                step.stopped.append(stop.path)
-                raise
-            finally:
-                if is_offloaded(model):  # also where it is left before its end
-                    send_back(model)
-
-        for term in self.terms:
-            term.prepare(self.call, counted)
 
     def begin(self, tape: GradientTape, inputs: Mapping[str, Any], *, stop: bool) -> dict[str, Any]:
         """Start the tape for a forward over the conditional rows.
@@ -140,8 +118,7 @@ class EpsGradient:
         found = self.denoiser.token_grid(path, value.shape[1], self.call.size)
         if found is None:
             return value
-        grid, text = found
-        return tokens_to_map(value[:, text : text + grid[0] * grid[1]], grid)
+        return FeatureMap(value, *found).as_map()
 
 
 def _check_loss(loss: Any, rows: int, label: str) -> None:

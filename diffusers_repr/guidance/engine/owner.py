@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffusers_repr.denoiser.hooks import Turn
-from diffusers_repr.guidance.engine.network_call import calling_pipeline
+from diffusers_repr.guidance.engine.callers import calling_pipeline
 
 
 class Owner:
@@ -59,6 +59,8 @@ class Owner:
         # If it is the running thread's own number, it was given out again: its holder has ended.
         if running is None or running == threading.get_ident() or self._turn():
             return False
+        # Private ground: torch and diffusers mark no call as under way. If one of the two methods were renamed, a run
+        # in another thread would pass for ended, and its guidance could be removed from under it.
         frame = sys._current_frames().get(running)
         while frame is not None:
             if frame.f_code.co_name in ("__call__", "_call_impl"):

@@ -26,8 +26,9 @@ class SchedulerWatcher:
 class _Watch:
     """The class that one scheduler object has while it is watched.
 
-    A class of its own and no method set on the object: signatures stay, the object's attributes may be copied and
-    restored by a pipeline, and a copy of the scheduler is a plain one.
+    The object's `__class__` is exchanged, and comes back: a scheduler has no hooks. A method set on the object instead
+    would go with its attributes, which pipelines copy and restore, and into its copies; without either, no guidance
+    could move latents or replace the pipeline's own, and no run would be known to begin.
     """
 
     def __init__(self, scheduler: Any) -> None:

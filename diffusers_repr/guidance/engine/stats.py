@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffusers_repr.capture.flops import Shares, flops_shares, without_data
 from diffusers_repr.noise import NoiseLevel
-
-if TYPE_CHECKING:
-    from diffusers_repr.guidance.base import GuidanceTerm
 
 
 def _gone() -> None:
@@ -132,54 +127,3 @@ class GuidanceStats:
             f"GuidanceStats(calls={len(self.steps)}, lanes={self.lanes}, passes={self.passes}, "
             f"backward_passes={self.backward_passes})"
         )
-
-
-class RunRecord:
-    """Which guidances acted in a run, and whether they changed anything.
-
-    Attributes:
-        levels: Of the network calls so far.
-    """
-
-    def __init__(self) -> None:
-        self.levels: list[NoiseLevel] = []
-        self._acted: set[str] = set()
-        self._peaks: dict[str, Tensor] = {}
-
-    def acted(self, label: str) -> None:
-        """A guidance had a weight other than 0."""
-        self._acted.add(label)
-
-    def note(self, label: str, correction: Tensor | None) -> None:
-        """A guidance acted, with this correction; no synchronisation of a device."""
-        self.acted(label)
-        peak = torch.zeros(()) if correction is None else correction.detach().abs().max()  # NaN wins
-        before = self._peaks.get(label)
-        self._peaks[label] = peak if before is None else torch.maximum(before.to(peak), peak)
-
-    def without_effect(self) -> list[str]:
-        """Labels of the guidances whose corrections were zero throughout."""
-        return [label for label, peak in self._peaks.items() if not bool(peak)]
-
-    def not_finite(self) -> list[str]:
-        """Labels of the guidances with a correction that holds NaN or infinity."""
-        return [label for label, peak in self._peaks.items() if not bool(peak.isfinite())]
-
-    def judge(self, terms: Sequence[GuidanceTerm]) -> None:
-        """Raise RuntimeError if one of these acted in no call; warn of what is not finite. Only once for a run."""
-        levels, self.levels = self.levels, []
-        for label in self.not_finite() if levels else ():
-            warnings.warn(
-                f"{label} gave a correction that holds NaN or infinity, and so do the samples. See whether they are "
-                "without guidance; if so, try a lower scale, a loss without roots or logarithms of 0, or float32.",
-                stacklevel=5,
-            )
-        idle = [term for term in terms if term.label not in self._acted]
-        if levels and idle:
-            nsr = [float(level.nsr) for level in levels]
-            raise RuntimeError(
-                f"{idle[0].label} did not act in any of {len(levels)} network calls: its interval "
-                f"{idle[0].config.interval} (adaptive={idle[0].config.adaptive}) has none of their noise levels, "
-                f"nsr {min(nsr):.4g} to {max(nsr):.4g} (timesteps {float(levels[-1].timestep):g} to "
-                f"{float(levels[0].timestep):g})."
-            )

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.guidance.base import GradientRequest, Guidance, widened
-from diffusers_repr.guidance.energy import EnergyTerm, check_update, conditional_inputs
-from diffusers_repr.guidance.readout import checks as readout_checks
-from diffusers_repr.guidance.readout.head_reading import check_head, features_of, read_head, seen_levels
-from diffusers_repr.guidance.readout.losses import (
-    Box,
-    Point,
-    appearance_loss,
-    drag_loss,
-    resize_target,
-    spatial_loss,
-)
-from diffusers_repr.heads import MapHead, to_map
-from diffusers_repr.noise import add_noise
+from diffusers_repr.guidance.base import GradientRequest, Guidance
+from diffusers_repr.guidance.energy import EnergyTerm, check_update
+from diffusers_repr.guidance.readout.appearance import AppearanceComparison, Box
+from diffusers_repr.guidance.readout.base import Comparison, check_head, read_head, seen_levels
+from diffusers_repr.guidance.readout.drag import DragComparison, Point
+from diffusers_repr.guidance.readout.reference import read_reference
+from diffusers_repr.guidance.readout.spatial import SpatialComparison
+from diffusers_repr.heads import MapHead
 
-_NEEDS = {
-    "spatial": ("target",),
-    "appearance": ("reference or reference_row",),
-    "correspondence": ("reference or reference_row", "points"),
-}
-_TAKES = {
-    "spatial": {"target", "mask"},
-    "appearance": {"reference", "reference_row", "mask", "boxes", "pooled"},
-    "correspondence": {"reference", "reference_row", "points"},
+_COMPARISONS: dict[str, type[Comparison]] = {
+    "spatial": SpatialComparison,
+    "appearance": AppearanceComparison,
+    "correspondence": DragComparison,
 }
 
 
@@ -51,7 +38,7 @@ class ReadoutGuidance(Guidance):
       / 2`: what the reference has at p1 is brought to p2.
 
     The paper's code sums the losses of the conditional and the null rows; here it is that of the conditional rows, in
-    one lane. A sign step does not depend on the size of the loss. The head is told the timestep of the level (that
+    one lane. A sign step does not depend on the size of the loss. The head gets the timestep of the level (in that
     code, 999 - t). Several of them are steps after one another, but with `update="eps"` sums.
 
     Attributes:
@@ -76,12 +63,14 @@ class ReadoutGuidance(Guidance):
         pooled: Of an appearance head: compare means over the map instead of places.
         seed: Of the reference's noise, the same at every level.
         checkpoint: Recompute activations in the backward pass.
+        comparison: What readouts are compared with, by the kind of the head; made of the above.
 
     Raises:
         TypeError: If `head` is no head on maps.
         ValueError: For what its kind does not take or lacks, and values out of range.
 
     Example:
+        >>> import torch
         >>> from diffusers_repr.heads import ReadoutHead
         >>> small = {"width": 8, "bottleneck": 4, "output_widths": (4, 4), "time_width": 8}
         >>> head = ReadoutHead(["up_blocks.0.resnets.0.conv2"], [16], **small)
@@ -102,23 +91,18 @@ class ReadoutGuidance(Guidance):
     pooled: bool = field(default=False, kw_only=True)
     seed: int = field(default=0, kw_only=True)
     checkpoint: bool = field(default=False, kw_only=True)
+    comparison: Comparison = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_head("ReadoutGuidance", self.head)
         check_update(self.update)
-        self._check_fields()
-        changes = {
-            "target": None if self.target is None else readout_checks.target(self.target, self.head),
-            "mask": None if self.mask is None else readout_checks.mask(self.mask),
-            "reference": None if self.reference is None else readout_checks.reference(self.reference),
-            "points": None if self.points is None else readout_checks.points(self.points),
-            "boxes": None if self.boxes is None else readout_checks.boxes(self.boxes),
-        }
-        for name, value in changes.items():
+        kind = _COMPARISONS[self.kind]
+        self._check_given(kind)
+        names = [item.name for item in fields(kind)]
+        made = kind(**{name: getattr(self, name) for name in names})
+        for name, value in (("comparison", made), *((name, getattr(made, name)) for name in names)):
             object.__setattr__(self, name, value)
-        if self.reference_row is not None:
-            readout_checks.row(self.reference_row)
 
     def bind(self, denoiser: Denoiser) -> ReadoutTerm:
         """Ready for a model.
@@ -133,20 +117,18 @@ class ReadoutGuidance(Guidance):
         """`spatial`, `appearance` or `correspondence`."""
         return str(self.head.config.get("kind", "spatial"))
 
-    def _check_fields(self) -> None:
+    def _check_given(self, kind: type[Comparison]) -> None:
         names = ("target", "reference", "reference_row", "points", "boxes", "mask")
         given = {name for name in names if getattr(self, name) is not None} | ({"pooled"} if self.pooled else set())
-        extra = sorted(given - _TAKES[self.kind])
+        extra, taken = sorted(given - kind.takes()), ", ".join(sorted(kind.takes()))
         if extra:
-            raise ValueError(f"{self._called} takes no {', '.join(extra)}; it takes {_listed(_TAKES[self.kind])}.")
-        for need in _NEEDS[self.kind]:
+            raise ValueError(f"{self._called} takes no {', '.join(extra)}; it takes {taken}.")
+        for need in kind.needs:
             count = len(given & set(need.split(" or ")))
             if not count:
                 raise ValueError(f"{self._called} needs {need}.")
             if count > 1:
                 raise ValueError(f"{self._called} needs {need}, not both.")
-        if self.mask is not None and (self.boxes is not None or self.pooled):
-            raise ValueError("mask weighs places; give it without boxes and pooled.")
 
     @property
     def _called(self) -> str:
@@ -162,97 +144,22 @@ class ReadoutTerm(EnergyTerm):
     def __init__(self, config: ReadoutGuidance, denoiser: Denoiser) -> None:
         head: Any = config.head
         head.check_base(denoiser)
-        self.layers = tuple(head.config["layers"])
         request = GradientRequest(
-            self._loss, self.layers, update=config.update, checkpoint=config.checkpoint, modules=(head,)
+            self._loss,
+            tuple(head.config["layers"]),
+            update=config.update,
+            checkpoint=config.checkpoint,
+            modules=(head,),
         )
         interval = config.interval or seen_levels(denoiser.schedule, head)
         super().__init__(config.replace(interval=interval), denoiser, request)
-        self._read: Tensor | None = None  # readout of the reference at the level of the call
+        self._reference: Tensor | None = None  # its readout at the level of the call
 
     def prepare(self, call: NetworkCall, forward: Callable[[dict[str, Any]], Any]) -> None:
         """Read the reference, noised to the level of the call."""
-        if self.config.reference is None:
-            return
-        x = self._noised(self.config.reference, call)
-        inputs = conditional_inputs(self.denoiser, call, x)
-        head: Any = self.config.head
-        with torch.no_grad(), eval_mode(head):
-            features = features_of(self.denoiser.model, self.layers, lambda: forward(inputs))
-            maps = {path: to_map(self.denoiser, path, value, call.size) for path, value in features.items()}
-            self._read = read_head(head, maps, call, widened(x))
-
-    def _noised(self, reference: Tensor, call: NetworkCall) -> Tensor:
-        like = call.x[call.batch.cond]
-        if len(reference) not in (1, len(like)) or reference.shape[1:] != like.shape[1:]:
-            raise ValueError(
-                f"reference is {tuple(reference.shape)}; the samples' x_0 is {tuple(like.shape)}. Give one for all "
-                "samples, or one each, of their size; images become x_0 by denoiser.encode(images)."
-            )
-        generator = torch.Generator().manual_seed(self.config.seed)
-        noise = torch.randn(1, *like.shape[1:], generator=generator)
-        x0 = widened(reference.to(like.device)).expand(like.shape)
-        return add_noise(x0, call.level, noise.to(x0).expand(like.shape)).to(like.dtype)
+        config = self.config
+        if config.reference is not None:
+            self._reference = read_reference(config.reference, config.head, self.denoiser, call, config.seed, forward)
 
     def _loss(self, features: Mapping[str, Tensor], x0: Tensor | None, call: NetworkCall, x: Tensor) -> Tensor:
-        config = self.config
-        read = read_head(config.head, features, call, x)
-        if config.kind == "spatial":
-            target = resize_target(_placed("target", config.target, read).to(x), _size(read))
-            return spatial_loss(
-                read, target, x, config.head.range, rescale=config.rescale, weights=self._weights(read)
-            )
-        row = config.reference_row
-        reference = self._read if row is None else self._row(read, row)
-        assert reference is not None
-        if config.kind == "correspondence":
-            loss = drag_loss(read, reference, config.points or ())
-        else:
-            loss = appearance_loss(
-                read,
-                reference,
-                x,
-                rescale=config.rescale,
-                weights=self._weights(read),
-                boxes=config.boxes,
-                pooled=config.pooled,
-            )
-        if row is None:
-            return loss
-        guided = torch.arange(len(read), device=loss.device) != row
-        return loss * guided  # zero, exactly: what rounding leaves would be a whole sign step
-
-    def _weights(self, read: Tensor) -> Tensor | None:
-        if self.config.mask is None:
-            return None
-        return resize_target(_placed("mask", self.config.mask, read).to(read), _size(read))
-
-    @staticmethod
-    def _row(read: Tensor, row: int) -> Tensor:
-        if len(read) < 2 or row >= len(read):
-            raise ValueError(
-                f"reference_row={row} of a batch of {len(read)}: the batch must hold the reference and at least one "
-                "sample to guide."
-            )
-        return read[row : row + 1].detach().expand_as(read)
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def _size(read: Tensor) -> tuple[int, int]:
-    return read.shape[2], read.shape[3]
-
-
-def _placed(name: str, value: Tensor, read: Tensor) -> Tensor:
-    """What is one for all samples or one each, and of about their shape."""
-    if len(value) not in (1, len(read)):
-        raise ValueError(f"{name} has {len(value)} rows for {len(read)} samples; give one for all, or one each.")
-    (height, width), (own, across) = _size(value), _size(read)
-    if not 0.8 <= height * across / (width * own) <= 1.25:  # beyond what rounding to whole cells does
-        raise ValueError(
-            f"{name} is {height} x {width} (H x W), the readout of these samples {own} x {across}: it would be "
-            "squeezed. Crop or pad it to their shape, or sample images of its shape (height=, width=)."
-        )
-    return value
+        return self.config.comparison.loss(read_head(self.config.head, features, call, x), self._reference, x)

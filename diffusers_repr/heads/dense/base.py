@@ -1,176 +1,142 @@
-"""The base of a head on maps: what is recorded of a network, and how another one is refused."""
+"""What heads on maps share: named layers, checked maps, the record of the base."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import inspect
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_denoiser
-from diffusers_repr.hub.schema import anything, listing, mapping, number, optional, printable, record, text
-from diffusers_repr.noise import NoiseSchedule
-
-# Arguments of every head on maps that are read as they stand.
-RECORD = record(
-    {
-        "layers": listing(text(500), 0, 1000),
-        "channels": listing(anything(1), 0, 1000),
-        **dict.fromkeys(("label_range", "timestep_range", "level_range"), listing(number(), 2, 2)),
-        **dict.fromkeys(("base_model", "base_class", "noise_kind", "target"), optional(text(1000))),
-        **dict.fromkeys(("base_fingerprint", "noise_fingerprint"), optional(text(200))),
-        "base_config": optional(mapping(anything(12, 300_000), 0, 1000)),
-    },
-    others=True,
-)
+from diffusers_repr.heads.base import Head
+from diffusers_repr.heads.dense.features import readout_layers, tap_channels
+from diffusers_repr.heads.dense.parts import timestep_vector
+from diffusers_repr.heads.dense.record import RECORD, check_base, describe_base
+from diffusers_repr.hub.checks import check_sizes
+from diffusers_repr.models.layers import wide_dtype
+from diffusers_repr.models.outputs import SampleOutput, packed
 
 
-def base_config(denoiser: Denoiser) -> dict[str, Any]:
-    """The network's config as JSON gives it back: without private keys, and without values that are its defaults.
+class MapHead(Head):
+    """Base of heads that take maps of named layers to maps `(B, out, H, W)`.
 
-    A version of diffusers that adds an argument with a default does not change it.
+    A subclass registers `layers`, `channels`, `label_range`, `level_range` and what `describe_base` gives, calls
+    `check_arguments`, and writes `readout`.
     """
-    model = _plain(denoiser)
-    defaults = {name: p.default for name, p in inspect.signature(type(model).__init__).parameters.items()}
-    public = {
-        key: value
-        for key, value in json.loads(json.dumps(dict(denoiser.config), default=str)).items()
-        if not key.startswith("_") and key != "quantization_config"
-    }
-    plain = json.loads(json.dumps(defaults, default=str))
-    return {key: public[key] for key in sorted(public) if key not in plain or plain[key] != public[key]}
+
+    def check_arguments(self, widths: Mapping[str, int]) -> None:
+        """Check the registered layers, channels and ranges, and the widths given.
+
+        Raises:
+            ValueError: For layers and channels that do not pair up, widths below 1, a range the wrong way round, or a
+                record of the base that is none.
+        """
+        RECORD(dict(self.config), type(self).__name__)
+        layers, channels = list(self.config["layers"]), list(self.config["channels"])
+        if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
+            raise ValueError(
+                f"layers and channels must pair up, each layer once; got {len(layers)} layers ({layers}) and "
+                f"{len(channels)} channels ({channels})."
+            )
+        sizes = {**widths, **{f"channels of {k!r}": c for k, c in zip(layers, channels, strict=True)}}
+        check_sizes(**sizes)
+        for name in ("label_range", "timestep_range", "level_range"):
+            low, high = self.config[name]
+            if not low < high:
+                raise ValueError(f"{name} must be (low, high) with low < high; got ({low}, {high}).")
+
+    @classmethod
+    def for_base(
+        cls,
+        denoiser: Denoiser,
+        layers: Sequence[str] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """A new head for a network: its channels are looked up and the base is recorded.
+
+        Args:
+            denoiser: The base.
+            layers: Full module paths; `readout_layers(denoiser.model)` if None.
+            image_size: Pixels at which sizes are looked up, where the network's config tells none.
+            **options: Further arguments of the class.
+
+        Raises:
+            ValueError: For layers that do not exist or give no map.
+        """
+        paths = readout_layers(denoiser.model) if layers is None else list(layers)
+        options.setdefault("level_range", denoiser.schedule.timestep_range)
+        channels = tap_channels(denoiser, paths, image_size)
+        return cls(**{**describe_base(denoiser), "layers": paths, "channels": channels, **options})
+
+    def check_base(self, denoiser: Denoiser) -> None:
+        """Refuse another base than the one the head was trained on.
+
+        Raises:
+            TypeError: If `denoiser` is no `Denoiser`.
+            ValueError: If class, config, layers, channels or noise process differ; names both sides.
+        """
+        check_base(denoiser, type(self).__name__, self.config)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest label the head was trained on."""
+        low, high = self.config["label_range"]
+        return float(low), float(high)
+
+    def readout(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
+        """Checked maps of one dtype, timesteps `(B,)` float64 and the common size to `(B, out, H, W)`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        timestep: Tensor | float,
+        size: tuple[int, int] | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor | SampleOutput | tuple[Tensor]:
+        """Read a map out of features.
+
+        Args:
+            features: Layer path -> map `(B, C_l, h_l, w_l)`, any floating dtype; others than the head's are ignored.
+            timestep: Training timestep that the network was told, one or `(B,)`.
+            size: (H, W) of the result; the largest height and width among the maps if None.
+            return_dict: None for the map itself, True for an output with `sample`, False for a tuple.
+
+        Returns:
+            `(B, out, H, W)`, float32 (float64 for a head in float64), differentiable with respect to the features.
+
+        Raises:
+            ValueError: If a layer is missing or a map has another shape than the head was made for.
+        """
+        dtype = wide_dtype(self)
+        taken = self._take(features)
+        first = next(iter(taken.values()))
+        if size is None:
+            size = (max(x.shape[2] for x in taken.values()), max(x.shape[3] for x in taken.values()))
+        times = timestep_vector(timestep, first.shape[0], first.device)
+        with torch.autocast(first.device.type, enabled=False):
+            wide = {path: x.to(dtype) for path, x in taken.items()}
+            value = self.readout(wide, times, (int(size[0]), int(size[1])))
+        return packed(value, SampleOutput, return_dict)
+
+    def _take(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        name, taken = type(self).__name__, {}
+        for path, channels in zip(self.config["layers"], self.config["channels"], strict=True):
+            if path not in features:
+                raise ValueError(f"{name} reads layer {path!r}, which is not among the features {list(features)}.")
+            x = features[path]
+            if x.ndim != 4 or x.shape[1] != channels:
+                raise ValueError(
+                    f"{name} takes {path!r} as a map (B, {channels}, h, w); got {tuple(x.shape)}."
+                    + (" `denoiser.feature_map(...).as_map()` turns tokens into maps." if x.ndim == 3 else "")
+                )
+            taken[path] = x
+        rows = {x.shape[0] for x in taken.values()}
+        if len(rows) > 1:
+            raise ValueError(f"The features have {sorted(rows)} rows; {name} takes one batch.")
+        return taken
 
 
-def base_fingerprint(denoiser: Denoiser) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of the network's class and `base_config`; weights do not enter."""
-    return _digest({"class": type(_plain(denoiser)).__name__, "config": base_config(denoiser)})
-
-
-def noise_fingerprint(schedule: NoiseSchedule) -> str:
-    """As `base_fingerprint`, of the noise process: what a timestep means, to six digits of log alpha-bar."""
-    table = [] if schedule.log_alpha_bar is None else [f"{v:.5e}" for v in schedule.log_alpha_bar.tolist()]
-    ends = (schedule.sigma_min, schedule.sigma_max, schedule.sigma_data)
-    return _digest([schedule.kind, schedule.num_train_timesteps, [float(v) for v in ends], table])
-
-
-def describe_base(denoiser: Denoiser) -> dict[str, Any]:
-    """The arguments by which a head on maps records its base.
-
-    Raises:
-        TypeError: If `denoiser` is no `Denoiser`.
-    """
-    require_denoiser(denoiser)
-    return {
-        "base_model": denoiser.name,
-        "base_class": type(_plain(denoiser)).__name__,
-        "base_config": base_config(denoiser),
-        "base_fingerprint": base_fingerprint(denoiser),
-        "noise_kind": denoiser.schedule.kind,
-        "noise_fingerprint": noise_fingerprint(denoiser.schedule),
-        "timestep_range": list(denoiser.schedule.timestep_range),
-    }
-
-
-def check_base(
-    denoiser: Denoiser, head: str, config: Mapping[str, Any], layers: Sequence[str], channels: Sequence[int]
-) -> None:
-    """Refuse a network on whose features a head means nothing.
-
-    Args:
-        denoiser: The network that came.
-        head: Name of the head's class, for the messages.
-        config: The head's config, with what `describe_base` recorded.
-        layers: Layers the head reads.
-        channels: Their channels.
-
-    Raises:
-        TypeError: If `denoiser` is no `Denoiser`.
-        ValueError: If its class, config, layers, channels or noise process differ; tells what came and what was
-            recorded. A head that recorded no base is checked for layers and channels only.
-    """
-    require_denoiser(denoiser)
-    model = _plain(denoiser)
-    came, was = _called(denoiser.name), _called(config["base_model"])
-    start = f"Wrong base for this {head}: {came} is a {type(model).__name__}"
-    remedy = "Pass the model it was trained on, or train a head for this one (examples/train_readout.py)."
-    if config["base_class"] is not None and type(model).__name__ != config["base_class"]:
-        raise ValueError(f"{start}; the head was trained on a {config['base_class']} ({was}). {remedy}")
-    if config["base_fingerprint"] is not None and base_fingerprint(denoiser) != config["base_fingerprint"]:
-        recorded, found = dict(config["base_config"] or {}), base_config(denoiser)
-        keys = [key for key in sorted({*recorded, *found}) if recorded.get(key) != found.get(key)]
-        shown = "; ".join(f"{key} is {_value(found, key)}, was {_value(recorded, key)}" for key in keys)
-        raise ValueError(
-            f"{start} of another config than the head's base ({was}; fingerprint {base_fingerprint(denoiser)}, was "
-            f"{config['base_fingerprint']}): {shown}. {remedy}"
-        )
-    _check_layers(model, came, start, was, layers, channels, remedy)
-    noise = config["noise_fingerprint"]
-    if noise is not None and noise_fingerprint(denoiser.schedule) != noise:
-        raise ValueError(
-            f"{start} with a {denoiser.schedule.kind} noise process (fingerprint "
-            f"{noise_fingerprint(denoiser.schedule)}); the head was trained under another, {config['noise_kind']} "
-            f"({noise}) of {was}: the same timestep means another noise. Give the base its own scheduler, or train a "
-            "head for this one (examples/train_readout.py)."
-        )
-
-
-def _check_layers(
-    model: nn.Module,
-    came: str,
-    start: str,
-    was: str,
-    layers: Sequence[str],
-    channels: Sequence[int],
-    remedy: str,
-) -> None:
-    known = dict(model.named_modules(remove_duplicate=False))
-    missing = [layer for layer in layers if layer not in known]
-    if missing:
-        near = difflib.get_close_matches(missing[0], known, n=3, cutoff=0.4)
-        raise ValueError(
-            f"{start} without layer {', '.join(map(repr, missing))} (closest: {near}); the head reads it of {was}. "
-            f"{remedy}"
-        )
-    for layer, size in zip(layers, channels, strict=True):
-        found = getattr(known[layer], "out_channels", None)
-        if isinstance(found, int) and found != size:
-            raise ValueError(f"{start} whose {layer!r} has {found} channels; the head takes {size} ({was}). {remedy}")
-
-
-def _plain(denoiser: Denoiser) -> nn.Module:
-    model = getattr(denoiser.model, "_orig_mod", denoiser.model)
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _called(name: str | None) -> str:
-    return "a model without a name" if name is None else repr(name)
-
-
-def _value(config: Mapping[str, Any], key: str) -> str:
-    return printable(repr(config[key]))[:200] if key in config else "its default"
-
-
-def timestep_vector(timestep: torch.Tensor | float, batch: int, device: torch.device) -> torch.Tensor:
-    """Timesteps as float64 `(batch,)`.
-
-    Raises:
-        ValueError: If there are several and not `batch`.
-    """
-    values = torch.as_tensor(timestep, dtype=torch.float64, device=device)
-    if values.ndim > 1 or (values.numel() not in (1, batch)):
-        raise ValueError(f"timestep must be one number or ({batch},), one a sample; got {tuple(values.shape)}.")
-    return values.reshape(-1).expand(batch)
-
-
-__all__ = ["base_config", "base_fingerprint", "check_base", "describe_base", "noise_fingerprint", "timestep_vector"]
+__all__ = ["MapHead"]

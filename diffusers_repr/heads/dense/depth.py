@@ -9,10 +9,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.heads.dense.parts import MapHead, TimeEmbedding, resized_projections
+from diffusers_repr.heads.base import register_head
+from diffusers_repr.heads.dense.base import MapHead
+from diffusers_repr.heads.dense.parts import TimeEmbedding, resized_projections
 from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
 
 
+@register_head("depth")
 class DepthHead(MapHead):
     """Kim et al. 2022, Depth-Aware Guidance: an MLP a pixel over resized, concatenated maps and a time embedding.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,30 +68,6 @@ def tap_channels(
     return [table[path] for path in layers]
 
 
-def to_map(denoiser: Denoiser, path: str, feature: Tensor, size: tuple[int, int]) -> Tensor:
-    """A feature as a map, differentiably; text tokens beside the image's are left out.
-
-    Args:
-        denoiser: Whose layer it is.
-        path: Full module path.
-        feature: `(B, C, h, w)`, returned as it is, or tokens `(B, N, C)`.
-        size: (H, W) of x_t.
-
-    Returns:
-        `(B, C, h, w)`.
-
-    Raises:
-        ValueError: If the feature is no image.
-    """
-    if feature.ndim == 4:
-        return feature
-    found = denoiser.token_grid(path, feature.shape[1], size) if feature.ndim == 3 else None
-    if found is None:
-        raise ValueError(f"Layer {path!r} gave {tuple(feature.shape)} for x_t of {size[0]} x {size[1]}: no image.")
-    grid, start = found
-    return feature[:, start : start + math.prod(grid)].transpose(1, 2).unflatten(2, grid)
-
-
 @torch.no_grad()
 def read_features(
     denoiser: Denoiser,
@@ -117,7 +92,7 @@ def read_features(
     size = (x_t.shape[2], x_t.shape[3])
     with denoiser.evaluating(), capture(denoiser.model, layers) as tape:
         denoiser.predict(x_t, level, condition)
-    return {path: to_map(denoiser, path, tape[path], size) for path in layers}
+    return {path: denoiser.feature_map(path, tape[path], size).as_map() for path in layers}
 
 
-__all__ = ["depth_layers", "read_features", "readout_layers", "tap_channels", "to_map"]
+__all__ = ["depth_layers", "read_features", "readout_layers", "tap_channels"]

@@ -10,7 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.heads.dense.parts import MapHead, TimeEmbedding, group_norm, resized_projections
+from diffusers_repr.heads.base import register_head
+from diffusers_repr.heads.dense.base import MapHead
+from diffusers_repr.heads.dense.parts import TimeEmbedding, group_norm, resized_projections
 from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
 
 Kind = Literal["spatial", "appearance", "correspondence"]
@@ -46,6 +48,7 @@ class Bottleneck(nn.Module):
         return functional.relu(x + self.norm_shortcut(shortcut))
 
 
+@register_head("readout")
 class ReadoutHead(MapHead):
     """Luo et al. 2024, Readout Guidance: a residual block a map, their learned average F, a small output head.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.heads.base import Head
+from diffusers_repr.heads.base import head_class
 from diffusers_repr.heads.fitting.closed_form import LinearFit, calibrate, fit_ridge
 from diffusers_repr.heads.fitting.logistic import LogisticFit, fit_logistic_path
 from diffusers_repr.heads.fitting.minibatch import train_head
@@ -23,11 +23,10 @@ from diffusers_repr.heads.fitting.protocols import (
     RidgeProtocol,
     get_protocol,
 )
+from diffusers_repr.heads.pooled.base import PooledHead
 from diffusers_repr.heads.pooled.knn import KNNHead
 from diffusers_repr.heads.pooled.linear import LinearHead
-from diffusers_repr.heads.pooled.mlp import MLPHead
 
-HEADS: dict[str, type[Head]] = {"linear": LinearHead, "mlp": MLPHead, "knn": KNNHead}
 _HELD_OUT = 5  # every fifth row of a class validates where no validation set is given
 _ROWS = 4096
 
@@ -45,13 +44,13 @@ class FitResult:
         validation_accuracy: On the validation set if one was given, else None.
     """
 
-    head: Head
+    head: PooledHead
     protocol: Mapping[str, Any]
     validation_accuracy: float | None
 
 
 @dataclass(frozen=True)
-class Task:
+class _Inputs:
     """What a protocol is given: checked data, the source of its draws, and the head's kind and options."""
 
     features: Tensor
@@ -85,7 +84,7 @@ def fit_head(
         features: `(N, D)`.
         labels: `(N,)` class ids from 0.
         num_classes: K; the largest label and one if None.
-        head: `linear`, `mlp` or `knn`.
+        head: `linear`, `mlp`, `knn`, or what `register_head` was given.
         protocol: A name of `PROTOCOLS`, a protocol of your own, or None for the head's default.
         validation: Features and labels to tune on; never those that are reported.
         generator: CPU generator of every draw, seeded with 0 if None; the global random state is not touched.
@@ -121,7 +120,7 @@ def fit_head(
     _check_options(head, options)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    task = Task(features, labels, num_classes, validation, generator, options, head)
+    task = _Inputs(features, labels, num_classes, validation, generator, options, head)
     with torch.no_grad():
         fitted, notes = _FITS[type(chosen)](chosen, task)
         fitted.eval()
@@ -152,7 +151,7 @@ def check_features(features: Tensor, labels: Tensor, num_classes: int, what: str
         )
 
 
-def accuracy_of(head: Head, features: Tensor, labels: Tensor) -> float:
+def accuracy_of(head: PooledHead, features: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest logit is at the label."""
     hits = 0
     for x, y in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
@@ -161,11 +160,12 @@ def accuracy_of(head: Head, features: Tensor, labels: Tensor) -> float:
 
 
 def _check_options(head: str, options: Mapping[str, Any]) -> None:
-    own = [p for p in inspect.signature(HEADS[head].__init__).parameters if p not in ("self", *_GIVEN)]
+    cls = head_class(head, PooledHead)
+    own = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", *_GIVEN)]
     for name in options:
         if name not in own:
             raise ValueError(
-                f"{HEADS[head].__name__} has no option {name!r}; it has {', '.join(own) or 'none'}. What a protocol "
+                f"{cls.__name__} has no option {name!r}; it has {', '.join(own) or 'none'}. What a protocol "
                 "says is changed with `PROTOCOLS[name].replace(...)`."
             )
 
@@ -192,7 +192,7 @@ def _held_out(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 def _tune(
     protocol: RidgeProtocol | LBFGSProtocol,
-    task: Task,
+    task: _Inputs,
     make: Callable[[Tensor, Tensor, Sequence[float]], list[LinearFit]],
     scale: Callable[[Tensor, Tensor], float],
 ) -> tuple[LinearFit, float, float]:
@@ -226,7 +226,7 @@ def _tune(
     return fit, l2, factor
 
 
-def _linear_head(fit: LinearFit, factor: float, task: Task) -> LinearHead:
+def _linear_head(fit: LinearFit, factor: float, task: _Inputs) -> LinearHead:
     if not task.options.get("bias", True):
         raise ValueError("bias=False is for minibatch protocols; closed forms and L-BFGS have a bias.")
     head = LinearHead(fit.weight.shape[1], task.num_classes).to(task.features.device)
@@ -236,7 +236,7 @@ def _linear_head(fit: LinearFit, factor: float, task: Task) -> LinearHead:
     return head
 
 
-def _fit_ridge(protocol: RidgeProtocol, task: Task) -> tuple[Head, dict[str, Any]]:
+def _fit_ridge(protocol: RidgeProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     def make(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearFit]:
         return fit_ridge(x, y, task.num_classes, penalties, _ROWS)
 
@@ -244,7 +244,7 @@ def _fit_ridge(protocol: RidgeProtocol, task: Task) -> tuple[Head, dict[str, Any
     return _linear_head(fit, factor, task), {"l2": l2, "calibration": factor}
 
 
-def _fit_lbfgs(protocol: LBFGSProtocol, task: Task) -> tuple[Head, dict[str, Any]]:
+def _fit_lbfgs(protocol: LBFGSProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     reached: dict[int, LogisticFit] = {}
 
     def make(x: Tensor, y: Tensor, penalties: Sequence[float]) -> list[LinearFit]:
@@ -273,18 +273,19 @@ def _fit_lbfgs(protocol: LBFGSProtocol, task: Task) -> tuple[Head, dict[str, Any
     return _linear_head(fit, factor, task), {"l2": l2, **notes}
 
 
-def _fit_minibatch(protocol: MinibatchProtocol, task: Task) -> tuple[Head, dict[str, Any]]:
+def _fit_minibatch(protocol: MinibatchProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     features = task.features
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are not used
-        head = HEADS[task.kind](features.shape[1], task.num_classes, **task.options).to(features.device)
+        head = head_class(task.kind, PooledHead)(features.shape[1], task.num_classes, **task.options)
+        head = head.to(features.device)
     if protocol.standardize:
         head.set_statistics(*_statistics(features))
-    assert isinstance(head, (LinearHead, MLPHead))
+    assert isinstance(head, PooledHead)
     losses = train_head(head, features, task.labels, protocol, task.generator)
     return head, {"final_loss": losses[-1]}
 
 
-def _fit_knn(protocol: KNNProtocol, task: Task) -> tuple[Head, dict[str, Any]]:
+def _fit_knn(protocol: KNNProtocol, task: _Inputs) -> tuple[PooledHead, dict[str, Any]]:
     features = task.features
     k = min(protocol.k, len(features))
     head = KNNHead(features.shape[1], task.num_classes, len(features), k, protocol.temperature, protocol.metric)
@@ -295,7 +296,7 @@ def _fit_knn(protocol: KNNProtocol, task: Task) -> tuple[Head, dict[str, Any]]:
     return head, {"k": k}
 
 
-_FITS: dict[type[Protocol], Callable[..., tuple[Head, dict[str, Any]]]] = {
+_FITS: dict[type[Protocol], Callable[..., tuple[PooledHead, dict[str, Any]]]] = {
     RidgeProtocol: _fit_ridge,
     LBFGSProtocol: _fit_lbfgs,
     MinibatchProtocol: _fit_minibatch,

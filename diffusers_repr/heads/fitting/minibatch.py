@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.heads.fitting.protocols import MinibatchProtocol
-from diffusers_repr.heads.pooled.linear import LinearHead
-from diffusers_repr.heads.pooled.mlp import MLPHead
+from diffusers_repr.heads.pooled.base import PooledHead
 
 
 class LARS(torch.optim.Optimizer):
@@ -83,7 +82,7 @@ def learning_rate(protocol: MinibatchProtocol, epoch: float, batch_size: int) ->
 
 
 def train_head(
-    head: LinearHead | MLPHead,
+    head: PooledHead,
     features: Tensor,
     labels: Tensor,
     protocol: MinibatchProtocol,
@@ -142,11 +141,11 @@ def train_head(
     return losses
 
 
-def _start(head: LinearHead | MLPHead, protocol: MinibatchProtocol, generator: torch.Generator) -> None:
+def _start(head: PooledHead, protocol: MinibatchProtocol, generator: torch.Generator) -> None:
     drawn = copy.deepcopy(head).cpu()  # drawn on the CPU, so that every device starts alike
     drawn.reset_parameters(generator)
     if protocol.init_std is not None:
-        last = drawn.linear if isinstance(drawn, LinearHead) else drawn.layers[-1]
+        last = drawn.linear_layers()[-1]
         nn.init.trunc_normal_(last.weight, std=protocol.init_std, generator=generator)
         if last.bias is not None:
             nn.init.zeros_(last.bias)
@@ -165,13 +164,13 @@ def _optimizer(parameters: list[nn.Parameter], protocol: MinibatchProtocol) -> t
 
 
 @torch.no_grad()
-def _fold(norm: nn.BatchNorm1d, head: LinearHead | MLPHead) -> None:
+def _fold(norm: nn.BatchNorm1d, head: PooledHead) -> None:
     """Put BatchNorm's running statistics into `mean` and `std`, and its own weights into the first layer."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     head.set_statistics(norm.running_mean, (norm.running_var + norm.eps).sqrt())
     if norm.affine:
-        layer = head.input_layer
+        layer = head.linear_layers()[0]
         if layer.bias is None:
             raise ValueError("An affine BatchNorm needs a first layer with a bias; use bias=True.")
         layer.bias.add_(layer.weight @ norm.bias)

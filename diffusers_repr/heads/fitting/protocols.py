@@ -11,6 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from diffusers_repr.heads.base import Head, head_class, list_heads
+from diffusers_repr.heads.pooled.base import PooledHead
+
 Norm = Literal["plain", "affine"]
 
 
@@ -31,6 +34,10 @@ class Protocol:
     source: str = ""
 
     heads: ClassVar[tuple[str, ...]] = ()
+
+    def fits(self, head: type[Head]) -> bool:
+        """Whether a class of heads can be fitted so."""
+        return head.kind in self.heads
 
     def replace(self, **changes: Any) -> Protocol:
         """A copy with other values; `describe` then lists them."""
@@ -127,7 +134,9 @@ class MinibatchProtocol(Protocol):
     norm_momentum: float = 0.1
     init_std: float | None = None
 
-    heads: ClassVar[tuple[str, ...]] = ("linear", "mlp")
+    def fits(self, head: type[Head]) -> bool:
+        """Heads that gradient steps fit."""
+        return issubclass(head, PooledHead) and head.takes_steps
 
     def __post_init__(self) -> None:
         """Refuse values that could not act."""
@@ -220,15 +229,13 @@ PROTOCOLS: dict[str, Protocol] = {
     )
 }
 
-DEFAULTS = {"linear": "lbfgs", "mlp": "adam", "knn": "knn"}  # head -> protocol
-
 
 def get_protocol(protocol: str | Protocol | None, head: str) -> Protocol:
     """The protocol of a name, checked against the kind of head.
 
     Args:
         protocol: A name, a protocol, or None for the head's default.
-        head: `linear`, `mlp` or `knn`.
+        head: A registered head on pooled features: `linear`, `mlp`, `knn` or one's own.
 
     Raises:
         ValueError: For an unknown head or protocol, or one that cannot fit this head.
@@ -237,19 +244,20 @@ def get_protocol(protocol: str | Protocol | None, head: str) -> Protocol:
         >>> get_protocol("ddae", "linear").epochs
         15
     """
-    if head not in DEFAULTS:
-        raise ValueError(f"Unknown head {head!r}; expected one of {', '.join(DEFAULTS)}.")
-    chosen = DEFAULTS[head] if protocol is None else protocol
+    cls = head_class(head, PooledHead)
+    assert issubclass(cls, PooledHead)
+    chosen = cls.default_protocol if protocol is None else protocol
     if isinstance(chosen, str):
         if chosen not in PROTOCOLS:
             raise ValueError(f"Unknown protocol {chosen!r}; expected one of {', '.join(PROTOCOLS)}.")
         chosen = PROTOCOLS[chosen]
     if not isinstance(chosen, Protocol):
         raise TypeError(f"protocol must be a name or a Protocol; got {type(chosen).__name__}.")
-    if head not in chosen.heads:
-        fitting = [p.name for p in PROTOCOLS.values() if head in p.heads]
+    if not chosen.fits(cls):
+        fitted = [kind for kind, other in list_heads(PooledHead).items() if chosen.fits(other)]
+        fitting = [p.name for p in PROTOCOLS.values() if p.fits(cls)]
         raise ValueError(
-            f"Protocol {chosen.name!r} fits heads {', '.join(chosen.heads)}, not {head!r}; for {head!r} use "
+            f"Protocol {chosen.name!r} fits heads {', '.join(fitted)}, not {head!r}; for {head!r} use "
             f"{' or '.join(fitting)}."
         )
     return chosen

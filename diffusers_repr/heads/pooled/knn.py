@@ -6,12 +6,14 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from diffusers_repr.heads.base import Head
+from diffusers_repr.heads.base import register_head
+from diffusers_repr.heads.pooled.base import PooledHead
 
 METRICS = ("cosine", "euclidean")
 
 
-class KNNHead(Head):
+@register_head("knn")
+class KNNHead(PooledHead):
     """Weighted vote of the k nearest features of a bank.
 
     With similarities `s_i` to the k nearest rows of the bank, `p(c) = sum_{i in c} exp(s_i / T) / sum_i exp(s_i / T)`
@@ -33,6 +35,9 @@ class KNNHead(Head):
         >>> head(torch.tensor([[3.0, 1.0]])).argmax(1)
         tensor([0])
     """
+
+    default_protocol = "knn"
+    takes_steps = False
 
     bank: Tensor
     bank_labels: Tensor

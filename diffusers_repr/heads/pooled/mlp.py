@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffusers_repr.heads.base import Head, empty_linear, init_linear
+from diffusers_repr.heads.base import register_head
+from diffusers_repr.heads.pooled.base import PooledHead, empty_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
@@ -17,7 +17,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLPHead(Head):
+@register_head("mlp")
+class MLPHead(PooledHead):
     """Linear layers with an activation between them.
 
     Args:
@@ -29,6 +30,7 @@ class MLPHead(Head):
     Weights start as those of `torch.nn.Linear`, drawn from the global generator; `reset_parameters` takes another.
 
     Example:
+        >>> import torch
         >>> MLPHead(8, 3, hidden_features=[16])(torch.ones(2, 8)).shape
         torch.Size([2, 3])
     """
@@ -51,20 +53,6 @@ class MLPHead(Head):
         self.layers = nn.ModuleList(empty_linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
         self.activation = ACTIVATIONS[activation]
         self.reset_parameters()
-
-    @property
-    def input_layer(self) -> nn.Linear:
-        """The layer that standardised features enter."""
-        layer = self.layers[0]
-        assert isinstance(layer, nn.Linear)
-        return layer
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights as `torch.nn.Linear` does, from `generator` (the global one if None)."""
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            if not layer.weight.is_meta:
-                init_linear(layer, generator)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of standardised features."""

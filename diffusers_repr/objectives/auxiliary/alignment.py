@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser import FeatureMap
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
 from diffusers_repr.objectives.cosine import mean_cosine
 from diffusers_repr.objectives.matching import (
     MatchGrid,
-    Tokens,
     check_grids,
     check_mode,
     interpolate_tokens,
@@ -117,22 +117,22 @@ class AlignmentLoss(AuxiliaryLoss):
         for name, projector in zip(self.names, self.projectors, strict=True):
             student, target = self.matched(seen.layers[self.layer], seen.teachers.tokens(name), name)
             dtype = floating_dtype(projector)  # a network in half precision, without autocast
-            projected = projector(student.values.to(dtype), student.grid)
-            if student.class_token is not None:
-                own = projector(student.class_token.to(dtype)[:, None], (1, 1))
+            projected = projector(student.tokens().to(dtype), student.grid)
+            if (token := student.class_token()) is not None:
+                own = projector(token.to(dtype)[:, None], (1, 1))
                 projected = torch.cat([projected, own], dim=1)
                 target = torch.cat([target, widen(seen.teachers.global_features(name))[:, None]], dim=1)
             losses.append(alignment_loss(projected, target))
         return torch.stack(losses).mean()
 
-    def matched(self, student: Tokens, teacher: Tokens, name: str) -> tuple[Tokens, Tensor]:
+    def matched(self, student: FeatureMap, teacher: FeatureMap, name: str) -> tuple[FeatureMap, Tensor]:
         """Both on one grid: the layer's tokens, and the encoder's as they are to be met."""
         check_grids(student.grid, teacher.grid, self.match_grid, self.layer, name)
         if self.match_grid == "pool_student":
             student = pool_tokens(student, teacher.grid)
         elif self.match_grid == "interpolate_teacher":
             teacher = interpolate_tokens(teacher, student.grid)
-        return student, self.target(widen(teacher.values))
+        return student, self.target(widen(teacher.tokens()))
 
     def target(self, features: Tensor) -> Tensor:
         """What the projected tokens are drawn to, of an encoder's features `(B, N, D)` on the common grid."""

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser import Denoiser, FeatureMap
 from diffusers_repr.denoiser.layers import Layer
-from diffusers_repr.objectives.matching import Tokens
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.teachers import Teachers
 
@@ -30,7 +29,7 @@ class Observation:
 
     noisy: NoisyBatch
     prediction: Tensor
-    layers: Mapping[str, Tokens]
+    layers: Mapping[str, FeatureMap]
     attention: Mapping[str, tuple[Tensor, Tensor]]
     teachers: Teachers
 
@@ -56,7 +55,7 @@ class LossHost(Protocol):
     def layer(self, path: str) -> Layer:
         """Channels and grid of a layer."""
 
-    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
+    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """What a layer returned, as tokens of the image; `size` is (H, W) of x_0."""
 
     def freeze(self, name: str, module: Any) -> Any:

@@ -61,7 +61,7 @@ class DispersiveLoss(AuxiliaryLoss):
 
     def forward(self, seen: Observation) -> Tensor:
         """Over the samples of the micro-batch."""
-        return dispersive_loss(seen.layers[self.layers[0]].values, self.temperature)
+        return dispersive_loss(seen.layers[self.layers[0]].tokens(), self.temperature)
 
     def describe(self) -> dict[str, Any]:
         """With the temperature."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_repr.encoders import AttentionEncoder
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
 
 PAIRS = 4
@@ -83,7 +84,7 @@ class AttentionAlignmentLoss(AuxiliaryLoss):
         if teacher is None:
             known = list(host.encoders) or "none"
             raise ValueError(f"Attention alignment needs a teacher; no encoder {self.encoder!r} among {known}.")
-        if not hasattr(teacher, "encode_with_attention"):
+        if not isinstance(teacher, AttentionEncoder):
             raise ValueError(f"The teacher {self.encoder!r} gives no attention; a network must be loaded.")
         paths, blocks = self.chosen, self.teacher_chosen
         if paths is None:
@@ -97,7 +98,7 @@ class AttentionAlignmentLoss(AuxiliaryLoss):
             )
         there = teacher.num_blocks
         outside = [at for at in blocks if there and not -there <= at < there]
-        if outside:
+        if there and outside:
             raise ValueError(
                 f"teacher_layers {outside} are no blocks of the teacher {self.encoder!r}: it has {there}, from 0 to "
                 f"{there - 1} or from {-there} to -1."

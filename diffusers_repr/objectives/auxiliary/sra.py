@@ -105,7 +105,7 @@ class SelfAlignmentLoss(AuxiliaryLoss):
         """Mean over samples, tokens and channels."""
         student = seen.layers[self.layers[0]]
         target = self.teacher_tokens(seen)
-        values, projector = student.values, self.projector
+        values, projector = student.tokens(), self.projector
         if projector is not None:
             values = projector(values.to(floating_dtype(projector)), student.grid)
         with full_precision(values.device):
@@ -122,7 +122,7 @@ class SelfAlignmentLoss(AuxiliaryLoss):
         teacher = self.__dict__["teacher"]
         with capture(teacher, self.teacher_layer) as tape:
             teacher(**inputs)
-        return host.layer_tokens(self.teacher_layer, tape[self.teacher_layer], noisy.size).values
+        return host.layer_tokens(self.teacher_layer, tape[self.teacher_layer], noisy.size).tokens()
 
     def on_step_end(self, step: int, ema: Any) -> None:
         """Take over the moving average.

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser import Denoiser, FeatureMap
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.noise import add_noise, training_target
 from diffusers_repr.objectives.artifacts import ModelArtifact
 from diffusers_repr.objectives.auxiliary.base import Observation, full_precision, widen
-from diffusers_repr.objectives.matching import Tokens
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.repa.objective import REPAObjective
 from diffusers_repr.objectives.teachers import Teachers
@@ -112,11 +111,12 @@ class REGObjective(REPAObjective):
         self._state = raw.class_token
         return self.denoiser.family.output(raw, noisy.x_t).float()
 
-    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> Tokens:
+    def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """The class token is set apart from the image's tokens."""
         if value.ndim != 3 or path == "proj_out":
             return super().layer_tokens(path, value, size)
-        return replace(super().layer_tokens(path, value[:, :-1], size), class_token=value[:, -1])
+        found = super().layer_tokens(path, value[:, :-1], size)
+        return replace(found, values=value, class_at=-1)
 
     def queries_and_keys(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Without the class token."""

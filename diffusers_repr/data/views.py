@@ -1,20 +1,28 @@
-"""Images of a recipe on the device, and random views of them: all on tensors, each image by its own draw."""
+"""Random views of images for contrastive objectives: all on tensors, each image by its own draw."""
+
+from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_repr.config.recipe import setting
-from diffusers_repr.data import TrainData
-from diffusers_repr.data.base import augmented
+from diffusers_repr.data.base import TrainData, augmented
+from diffusers_repr.data.train_data import ImageTrainData
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewConfig:
-    """How two views of an image differ, besides the flips, turns and shifts of `DataConfig`."""
+    """How two views of an image differ, besides the flips, turns and shifts of `DataConfig`.
+
+    Raises:
+        ValueError: If a share or a factor is out of range.
+    """
 
     crop_scale: float = setting(1.0, "least share of the area that a random crop keeps; 1: no crop")
     crop_ratio: float = setting(4 / 3, "most that a crop departs from the image's aspect ratio")
@@ -85,9 +93,22 @@ def view(images: Tensor, config: ViewConfig) -> Tensor:
 
 
 class ViewData(TrainData):
-    """Two views of images that are decoded once and lie on the device as uint8; labels are not looked at."""
+    """Two views of images that are decoded once and lie on the device as uint8; labels are not looked at.
 
-    def __init__(self, data: TrainData, config: ViewConfig) -> None:
+    Args:
+        data: The images.
+        config: How views differ.
+
+    Attributes:
+        data: As given.
+        config: As given.
+        pixels: All images, uint8.
+
+    Raises:
+        ValueError: If grey images are to lose their colours.
+    """
+
+    def __init__(self, data: ImageTrainData, config: ViewConfig) -> None:
         self.data, self.config = data, config
         self.pixels = torch.stack([data[index]["pixel_values"] for index in range(len(data))])
         if self.pixels.shape[1] == 1 and config.grey_probability:
@@ -96,13 +117,14 @@ class ViewData(TrainData):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {"index": torch.tensor(index)}
 
-    def batch(self, indices: list[int]) -> dict:
-        return {"index": torch.tensor(indices)}
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """What joining `self[i]` for each of `indices` gives."""
+        return {"index": torch.tensor(list(indices))}
 
-    def on_device(self, batch: dict) -> dict:
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """`views` (2, B, C, H, W) in [-1, 1]."""
         self.pixels = self.pixels.to(batch["index"].device)
         twice = {"pixel_values": self.pixels[batch["index"]].repeat(2, 1, 1, 1)}
@@ -113,11 +135,13 @@ class ViewData(TrainData):
         """All images, uint8, and their class ids."""
         return self.pixels, torch.tensor([int(self.data.annotations(row)["class_labels"]) for row in range(len(self))])
 
-    def fingerprint(self) -> dict:
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the images."""
         return self.data.fingerprint()
 
     @property
     def class_names(self) -> None:
+        """None: there are no labels."""
         return None
 
     def statistics(self) -> tuple[list[float], list[float]]:

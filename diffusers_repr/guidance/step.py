@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.base import widened
-from diffusers_repr.guidance.engine.stats import StepStats
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction, output_difference
 
+# (a network, its keyword inputs) -> its first output; counted as a pass and a lane
 Forward = Callable[[nn.Module, dict[str, Any]], Any]
 
 
 class GuidedStep:
-    """One network call of a pipeline, after its own pass.
+    """One network call of a pipeline, after its own pass: what a term makes its correction of.
 
     Attributes:
         call: The call.
@@ -37,22 +37,15 @@ class GuidedStep:
         cond: Tensor,
         null: Tensor | None,
         lanes: dict[str, Tensor],
-        stats: StepStats,
         forward: Forward,
     ) -> None:
         self.denoiser, self.schedule, self.call = denoiser, schedule, call
-        self.cond, self.null, self.lanes = cond, null, lanes
-        self._stats, self._forward = stats, forward
+        self.cond, self.null, self.lanes, self._forward = cond, null, lanes, forward
 
     @property
     def level(self) -> NoiseLevel:
         """Noise level of the call."""
         return self.call.level
-
-    @property
-    def base(self) -> Tensor:
-        """Prediction without condition where the call has it, else the conditional one."""
-        return self.cond if self.null is None else self.null
 
     def x(self, rows: slice) -> Tensor:
         """What the network took in these rows, in float32 or wider."""
@@ -89,10 +82,13 @@ class GuidedStep:
         if x is not None:
             inputs = family.with_sample(inputs, x.to(own.dtype))
         raw = self._forward(self.denoiser.model if model is None else model, inputs)
-        self._stats.passes += 1
-        self._stats.lanes += 1
         return widened(family.output(raw, own))
 
     def difference(self, output: Tensor, other: Tensor, offset: Tensor) -> Tensor:
         """Change of `output` equal to `eps(x) - eps(x~)`, `other` being the prediction at `x~ = x + alpha offset`."""
         return output_difference(output, other, offset, self.level, self.schedule.output, self.schedule.sigma_data)
+
+
+def widened(value: Tensor) -> Tensor:
+    """In float32, or float64 if it is that."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

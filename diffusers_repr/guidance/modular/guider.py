@@ -18,31 +18,32 @@ from torch import Tensor, nn
 from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.capture.forwards import Run, replace_forward
-from diffusers_repr.guidance.base import Guidance, widened
+from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.guide import is_guided
+from diffusers_repr.guidance.step import widened
 
-NegativePrediction = Run  # gives the output of the worse lane
+NegativePrediction = Run  # gives the output of the negative lane
 
-_COND, _NULL, _WORSE = "pred_cond", "pred_uncond", "pred_worse"
+_COND, _NULL, _NEGATIVE = "pred_cond", "pred_uncond", "pred_negative"
 _SLACK = 1e-3  # timesteps; of float32 sigmas
 _PLAIN = "Give the pipeline the plain network: pipe.update_components(unet=model._orig_mod), or load it anew."
 
 
 class Guider(BaseGuidance):
-    """Classifier-free guidance, and the difference from a worse prediction of the conditional input.
+    """Classifier-free guidance, and the difference from a negative prediction of the conditional input.
 
-    The conditional, the null and the worse prediction are one call of the network each: that is the interface. Lanes
-    of weight 0 at a step are not run.
+    The conditional, the null and the negative prediction (perturbed attention's, or a weaker network's) are one call
+    of the network each: that is the interface. Lanes of weight 0 at a step are not run.
 
     Args:
         cfg: Classifier-free guidance; scale 1 is off.
-        term: What the worse prediction is weighted by, or None.
+        term: What the negative prediction is weighted by, or None.
         num_train_timesteps: T of the adaptive scale.
         enabled: As for all guiders.
     """
 
-    _input_predictions: Any = [_COND, _NULL, _WORSE]
+    _input_predictions: Any = [_COND, _NULL, _NEGATIVE]
 
     def __init__(self, cfg: CFG, term: Guidance | None, num_train_timesteps: int, enabled: bool) -> None:
         super().__init__(0.0, 1.0, enabled)
@@ -53,7 +54,7 @@ class Guider(BaseGuidance):
     def _forget(self) -> None:
         self._bound: tuple[nn.Module, NegativePrediction] | None = None
         self._acted: set[str] = set()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._now: float | None = None  # the timestep, where it is asked for
 
     @property
@@ -91,7 +92,7 @@ class Guider(BaseGuidance):
 
     def _lanes(self) -> list[str]:
         cfg, weight = self._weights()
-        return [_COND] + [_NULL] * (cfg != 1) + [_WORSE] * (weight != 0)
+        return [_COND] + [_NULL] * (cfg != 1) + [_NEGATIVE] * (weight != 0)
 
     def _lane(self) -> str | None:
         lanes, at = self._lanes(), self._count_prepared - 1
@@ -137,7 +138,7 @@ class Guider(BaseGuidance):
             )
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Before a call of the network: in the worse lane this thread's next call, and no other, is the worse one.
+        """Before a call of the network: in the negative lane this thread's next call, and no other, is changed.
 
         Raises:
             TypeError: For a network of an unknown family.
@@ -146,7 +147,7 @@ class Guider(BaseGuidance):
         """
         self._restore()
         super().prepare_models(denoiser)
-        if _WORSE not in self._lanes():
+        if _NEGATIVE not in self._lanes():
             return
         if self._bound is None or self._bound[0] is not denoiser:
             refuse_compiled(denoiser, _PLAIN)
@@ -156,14 +157,14 @@ class Guider(BaseGuidance):
                     "pipeline a guider for classifier-free guidance alone, or remove the other first."
                 )
             refuse_caches(denoiser, "which lanes would mix")
-            self._bound = denoiser, self._worse(denoiser)
-        if self._lane() != _WORSE:
+            self._bound = denoiser, self._negative(denoiser)
+        if self._lane() != _NEGATIVE:
             return
-        worse = self._bound[1]
+        negative = self._bound[1]
 
         def run(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._restore()
-            return worse(inner, args, kwargs)
+            return negative(inner, args, kwargs)
 
         self._undo = replace_forward(denoiser, run)
 
@@ -176,7 +177,7 @@ class Guider(BaseGuidance):
         if undo is not None:
             undo()
 
-    def _worse(self, denoiser: nn.Module) -> NegativePrediction:
+    def _negative(self, denoiser: nn.Module) -> NegativePrediction:
         raise NotImplementedError
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
@@ -187,16 +188,16 @@ class Guider(BaseGuidance):
         return self.forward(**got)
 
     def forward(
-        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_worse: Tensor | None = None
+        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_negative: Tensor | None = None
     ) -> GuiderOutput:
-        """`null + s (cond - null)`, rescaled if asked for, `+ w (cond - worse)`.
+        """`null + s (cond - null)`, rescaled if asked for, `+ w (cond - negative)`.
 
         All are of one input, so this is the same in every form of prediction.
 
         Args:
             pred_cond: Conditional prediction, `(B, ...)`.
             pred_uncond: Null prediction; None without classifier-free guidance at this step.
-            pred_worse: Prediction of the perturbed or weaker lane; None without it at this step.
+            pred_negative: Prediction of the perturbed or weaker lane; None without it at this step.
         """
         cfg, weight = self._weights()
         pred = pred_cond
@@ -205,9 +206,9 @@ class Guider(BaseGuidance):
             pred = pred_uncond + cfg * (pred_cond - pred_uncond)
             if self._cfg.rescale:
                 pred = rescale_noise_cfg(pred, pred_cond, self._cfg.rescale)
-        if pred_worse is not None:
+        if pred_negative is not None:
             self._acted.add(type(self._term).__name__)
-            away = widened(pred_cond) - widened(pred_worse)
+            away = widened(pred_cond) - widened(pred_negative)
             pred = (widened(pred) + weight * away).to(pred_cond.dtype)
         self._judge(finished=False)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
@@ -221,11 +222,11 @@ class Guider(BaseGuidance):
             return
         for config, off in ((self._cfg, 1.0), (self._term, 0.0)):
             label = type(config).__name__
-            if config is None or config.scale == off or label in self._acted | self._told:
+            if config is None or config.scale == off or label in self._acted | self._warned:
                 continue
             ahead = config.interval is not None and self._now is not None and self._now > float(config.interval[1])  # type: ignore[arg-type]
             if finished or not ahead:
-                self._told.add(label)
+                self._warned.add(label)
                 why = f"interval={config.interval}, the last timestep was {self._now}"
                 why = why if self._enabled else "the pipeline disables guiders for this network"
                 warnings.warn(f"{label} acted at no step of a run: {why}.", stacklevel=4)

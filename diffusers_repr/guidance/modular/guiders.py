@@ -17,16 +17,16 @@ from diffusers_repr.denoiser.condition import eval_mode, forward_names
 from diffusers_repr.denoiser.family import BatchLanes
 from diffusers_repr.denoiser.hooks import Hooks
 from diffusers_repr.guidance.attention.perturbations import PERTURBATIONS, Perturbation
-from diffusers_repr.guidance.auto import AutoGuidance, AutoGuidanceTerm
-from diffusers_repr.guidance.base import Interval
+from diffusers_repr.guidance.auto import AutoGuidance, AutoGuidanceTerm, network_of
+from diffusers_repr.guidance.base import Interval, make_guider
 from diffusers_repr.guidance.cfg import CFG
-from diffusers_repr.guidance.guider import Guider, NegativePrediction
+from diffusers_repr.guidance.modular.guider import Guider, NegativePrediction
 from diffusers_repr.guidance.pag import PAG, PAGTerm
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 Timesteps = Sequence[float]
 
-# A guider is told neither the noise process nor a level; what it uses of a model and of a call asks for none.
+# A guider gets neither the noise process nor a level; what it uses of a model and of a call asks for none.
 _UNREAD = NoiseSchedule("flow", "velocity")
 _LEVEL = NoiseLevel(timestep=0)
 
@@ -69,7 +69,7 @@ class PAGGuider(Guider):
     Args:
         guidance_scale: s, of classifier-free guidance; 1 is off.
         pag_scale: w; 0 is off.
-        pag_layers: As `PAG.layers`, told from the network when it is called.
+        pag_layers: As `PAG.layers`, found in the network when it is called.
         perturbation: As `PAG.perturbation`; in the saved config `{"name": "blur", "sigma": 2.0}`.
         pag_interval: `(low, high)`, both included, in training timesteps; None is all steps.
         pag_adaptive: As `PAG.adaptive`.
@@ -109,7 +109,7 @@ class PAGGuider(Guider):
         cfg = CFG(guidance_scale, interval=other, rescale=guidance_rescale)
         super().__init__(cfg, term, num_train_timesteps, enabled)
 
-    def _worse(self, denoiser: nn.Module) -> NegativePrediction:
+    def _negative(self, denoiser: nn.Module) -> NegativePrediction:
         assert isinstance(self._term, PAG)
         whole = Denoiser(denoiser, schedule=_UNREAD)
         lane = PAGTerm(self._term.replace(interval=None, adaptive=0.0), whole).lane
@@ -119,7 +119,7 @@ class PAGGuider(Guider):
         def run(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
             x = whole.family.sample(inputs)
-            rows = inputs[whole.family.sample_name].shape[0]
+            rows = x.shape[0]
             call = NetworkCall(inputs, rows, BatchLanes(slice(0, rows)), x, _LEVEL)
             left = set(lane.modules)
 
@@ -190,7 +190,7 @@ class AutoGuidanceGuider(Guider):
         assert isinstance(self._term, AutoGuidance)
         return super().new(**{"weaker_model": self._term.weaker_model, **kwargs})
 
-    def _worse(self, denoiser: nn.Module) -> NegativePrediction:
+    def _negative(self, denoiser: nn.Module) -> NegativePrediction:
         assert isinstance(self._term, AutoGuidance)
         config = self._term.replace(interval=None, adaptive=0.0)
         weaker = AutoGuidanceTerm(config, Denoiser(denoiser, schedule=_UNREAD)).weaker
@@ -203,7 +203,7 @@ class AutoGuidanceGuider(Guider):
 
 
 def timesteps(interval: Interval | Timesteps | None) -> Any:
-    """An interval of a guidance in training timesteps, which is all that a guider is told.
+    """An interval of a guidance in training timesteps, which is all that a guider gets.
 
     Raises:
         ValueError: For a noise level without a timestep: it needs the model's noise process.
@@ -213,7 +213,7 @@ def timesteps(interval: Interval | Timesteps | None) -> Any:
     for end in interval:
         if isinstance(end, NoiseLevel) and end.timestep is None:
             raise ValueError(
-                f"A guider is told the timestep and not the noise process; give interval= in training timesteps "
+                f"A guider gets the timestep and not the noise process; give interval= in training timesteps "
                 f"instead of {end!r}, or resolve it: denoiser.level(...)."
             )
     return tuple(float(end.timestep) if isinstance(end, NoiseLevel) else end for end in interval)
@@ -227,6 +227,34 @@ def cfg_settings(cfg: float | CFG) -> dict[str, Any]:
         "guidance_interval": timesteps(config.interval),
         "guidance_rescale": config.rescale,
     }
+
+
+@make_guider.register(CFG)
+def _of_cfg(config: CFG) -> CFGGuider:
+    return CFGGuider(**cfg_settings(config))
+
+
+@make_guider.register(PAG)
+def _of_pag(config: PAG, cfg: float | CFG = 1.0) -> PAGGuider:
+    return PAGGuider(
+        **cfg_settings(cfg),
+        pag_scale=config.scale,
+        pag_layers=config.layers,
+        perturbation=config.perturbation,
+        pag_interval=timesteps(config.interval),
+        pag_adaptive=config.adaptive,
+    )
+
+
+@make_guider.register(AutoGuidance)
+def _of_auto(config: AutoGuidance, cfg: float | CFG = 1.0) -> AutoGuidanceGuider:
+    return AutoGuidanceGuider(
+        **cfg_settings(cfg),
+        weaker_model=network_of(config.weaker_model),
+        auto_scale=config.scale,
+        auto_interval=timesteps(config.interval),
+        auto_adaptive=config.adaptive,
+    )
 
 
 def _plain(perturbation: Any) -> Any:

@@ -1,0 +1,112 @@
+"""Who calls a network: the pipeline whose `__call__` is running, and whether its network can be guided."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from diffusers_repr.capture.caches import refuse_caches
+from diffusers_repr.capture.capture import refuse_compiled
+from diffusers_repr.denoiser.denoiser import COMPONENTS
+
+_PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
+COMPILED_SINCE = (
+    "It was not when it was guided: remove the guidance (handle.remove()) before a part of its network is compiled, "
+    "and guide the plain module."
+)
+
+
+def calling_pipeline(model: nn.Module) -> Any:
+    """The pipeline in whose `__call__` the network is being called; None outside of one."""
+    return _running_call(model).get("self")
+
+
+def is_off(pipe: Any, model: nn.Module) -> bool:
+    """Whether the running call of a pipeline does without its own guidance: its `guidance_scale` is up to 1.
+
+    For the pipelines that have no `do_classifier_free_guidance` (DiT, PixArt): False is said for all others.
+    """
+    if getattr(pipe, "do_classifier_free_guidance", None) is not None:
+        return False
+    scale = _running_call(model).get("guidance_scale")
+    return isinstance(scale, int | float) and scale <= 1
+
+
+def _running_call(model: nn.Module) -> Mapping[str, Any]:
+    """Arguments of the pipeline's `__call__` in which the network is being called; none outside of one."""
+    from diffusers import DiffusionPipeline
+
+    # Private ground, the locals of frames: a pipeline does not say that it is running, and only the locals of their
+    # `__call__` say whether DiT and PixArt guide by themselves. Without them another pipeline's calls of a shared
+    # network would be guided too, and which rows of a call have the condition would not be known.
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, DiffusionPipeline) and component_of(owner, model) is not None:
+                return frame.f_locals
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+def component_of(pipe: Any, model: nn.Module) -> str | None:
+    """Name of the pipeline's component that is the network, or its compiled wrapper."""
+    for name in COMPONENTS:
+        component = getattr(pipe, name, None)
+        # `_orig_mod`, private in torch, is all that a compiled wrapper has of its network; without it the pipeline of
+        # such a wrapper would not be recognised, and what it samples would not be refused.
+        if component is not None and getattr(component, "_orig_mod", component) is model:
+            return name
+    return None
+
+
+def check_plain(model: nn.Module, remedy: str = _PLAIN) -> None:
+    """Raise unless hooks on a network act, and see the activations of the call that is being made.
+
+    Args:
+        model: The network.
+        remedy: What to do about a compiled one.
+
+    Raises:
+        RuntimeError: If it, or a part of it, is compiled.
+        ValueError: If it uses activations of earlier calls.
+    """
+    refuse_compiled(model, remedy)
+    refuse_caches(model, "which lanes would mix")
+
+
+def refuse_own_guidance(pipe: Any) -> None:
+    """Raise ValueError for a pipeline that adds lanes of its own to the batch, or denoises more than the image."""
+    if getattr(pipe, "class_token", None) is not None:
+        raise ValueError(
+            f"This {type(pipe).__name__} denoises a class token together with the image (REG), guidance would move "
+            "the image alone. Use the guidance_scale of its call, which moves both."
+        )
+    name = type(pipe).__name__
+    if "SAG" in name or "InstructPix2Pix" in name or "Perp" in name:
+        raise ValueError(f"{name} has more than a conditional and a null lane; use the plain pipeline and guide that.")
+
+
+def check_seen(pipe: Any, model: nn.Module, *, called: bool) -> None:
+    """Raise RuntimeError if the pipeline's network is not the one that is guided, or was compiled since.
+
+    Args:
+        pipe: The pipeline.
+        model: What is guided.
+        called: Whether it has been called for this step.
+    """
+    name = component_of(pipe, model)
+    gone = name is None and not called
+    # `_compiled_call_impl`, private in torch, is what `model.compile()` sets; see `refuse_compiled`.
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or (
+        name is not None and getattr(pipe, name) is not model
+    )
+    if gone or compiled:
+        why = "has another network than was guided" if gone else "compiled its network after it was guided"
+        raise RuntimeError(
+            f"{type(pipe).__name__} {why}, and nothing would be guided. Remove the guidance (handle.remove()) before "
+            "a network is replaced or compiled, and guide the plain module."
+        )

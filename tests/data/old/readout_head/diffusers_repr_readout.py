@@ -1,0 +1,5 @@
+"""`ReadoutHead` for `diffusers.AutoModel`; the class itself comes with `pip install diffusers-repr`."""
+
+from diffusers_repr.heads import ReadoutHead
+
+__all__ = ["ReadoutHead"]
