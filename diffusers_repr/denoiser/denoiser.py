@@ -19,6 +19,7 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
+from diffusers_repr.denoiser.sizes import check_size
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, vae_stride
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
@@ -83,8 +84,8 @@ class Denoiser:
         if getattr(pipe, "transformer_2", None) is not None:
             raise ValueError(
                 f"{type(pipe).__name__} has two networks, `transformer` for high noise and `transformer_2` for low; "
-                "features and guidance are of one. Name it: Denoiser(pipe.transformer_2, pipe.scheduler, pipe.vae), "
-                "with embeddings={'encoder_hidden_states': ...}."
+                "features are of one: Denoiser(pipe.transformer, pipe.scheduler, pipe.vae, pipe=pipe). For the other "
+                "leave out pipe=, and take the first one's condition: embeddings=denoiser.condition(...).inputs."
             )
         for component in COMPONENTS:
             model = getattr(pipe, component, None)
@@ -223,36 +224,19 @@ class Denoiser:
         """
         *frames, h, w = size
         if self.family.axes == 3:
-            frames = [((frames[0] if frames else 1) - 1) // self.frame_stride + 1]
+            frames = [(count - 1) // self.frame_stride + 1 for count in frames] or [1]
         return *frames, h // self.stride, w // self.stride
 
     def check_size(self, size: tuple[int, ...]) -> None:
         """Raise ValueError unless images of `size` (H, W), or videos of (frames, H, W), in pixels suit the model."""
-        *frames, h, w = size
-        if frames and (self.family.axes != 3 or len(size) > 3):
-            raise ValueError(
-                f"{type(self.model).__name__} takes images of a size (H, W)"
-                + (", or videos of (frames, H, W)" if self.family.axes == 3 else "")
-                + f"; got {tuple(size)}."
-            )
-        if frames and (frames[0] < 1 or (frames[0] - 1) % self.frame_stride):
-            good = max(0, round((frames[0] - 1) / self.frame_stride)) * self.frame_stride + 1
-            raise ValueError(
-                f"Videos have {frames[0]} frames; {type(self.model).__name__} takes {self.frame_stride} k + 1 of them, "
-                f"such as {good}: its autoencoder makes one of the first frame and one of each {self.frame_stride} "
-                "after it."
-            )
-        if h % self.multiple or w % self.multiple:
-            good = tuple(max(self.multiple, round(v / self.multiple) * self.multiple) for v in (h, w))
-            raise ValueError(
-                f"Images are {h} x {w} (H x W); {type(self.model).__name__} takes multiples of {self.multiple}. "
-                f"Pass image_size={good} to resize."
-            )
-        if self.family.square() and h != w:
-            raise ValueError(
-                f"{type(self.model).__name__} takes square images only (its forward assumes a square token grid); "
-                f"got {h} x {w}. Crop, or pass image_size={min(h, w)}."
-            )
+        check_size(
+            type(self.model).__name__,
+            size,
+            axes=self.family.axes,
+            multiple=self.multiple,
+            frame_stride=self.frame_stride,
+            square=self.family.square(),
+        )
 
     def encode(
         self,
@@ -401,8 +385,8 @@ def require_images(denoiser: Denoiser, what: str) -> None:
     require_denoiser(denoiser)
     if denoiser.family.axes != 2:
         raise ValueError(
-            f"{what}: for networks of images; {type(denoiser.model).__name__} makes videos. Of those features are read "
-            "(FeatureExtractor, capture, list_layers), and PAG and CFG guide their sampling."
+            f"{what}: for networks of images; {type(denoiser.model).__name__} makes videos. What there is for those: "
+            "features (FeatureExtractor, capture, list_layers), PAG and CFG."
         )
 
 

@@ -169,8 +169,9 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
             functional.pixel_shuffle(value.view(1, -1, 1, 1).to(like.device, like.dtype), 2).repeat(tiles)
             for value in (norm.running_mean, std)
         )
-    # LTX holds them as buffers.
-    mean, std = (vae.config.get(name, getattr(vae, name, None)) for name in ("latents_mean", "latents_std"))
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if "spatio_temporal_scaling" in vae.config:  # LTX holds them as buffers
+        mean, std = vae.latents_mean, vae.latents_std
     if mean is None or std is None:
         return None, None
     shape = (1, -1, *[1] * (like.ndim - 2))

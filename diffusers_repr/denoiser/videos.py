@@ -17,9 +17,9 @@ def to_video_pixels(videos: Any, channels: int = 3, image_size: int | tuple[int,
 
     Args:
         videos: A sequence of videos, each a list of frames, a numpy array `(frames, H, W, C)` or a tensor
-            `(frames, C, H, W)`; all videos as one array or tensor with five dimensions; or images as `to_pixels` takes
-            them. One list of PIL images, and one array or tensor with four dimensions, is a batch of images: `[frames]`
-            is a video of them.
+            `(frames, C, H, W)`; all videos as one array or tensor with five dimensions; or images as `to_pixels`
+            takes them. A list of PIL images, and an array or tensor with four dimensions, is a batch of images;
+            `[frames]` is a video of them.
         channels: As in `to_pixels`.
         image_size: As in `to_pixels`.
 
@@ -40,8 +40,8 @@ def to_video_pixels(videos: Any, channels: int = 3, image_size: int | tuple[int,
     shapes = sorted({(len(video), *video.shape[2:]) for video in frames})
     if len(shapes) > 1:
         raise ValueError(
-            f"Videos of unequal (frames, H, W) {shapes}: cut them to one length, and pass `image_size=(H, W)` to resize "
-            "their frames, or pass one video at a time."
+            f"Videos of unequal (frames, H, W) {shapes}: cut them to one length and pass `image_size=(H, W)` to "
+            "resize their frames, or pass one video at a time."
         )
     return torch.stack(frames).transpose(1, 2)
 

@@ -74,7 +74,9 @@ class Sweep:
             ValueError: If one layer at one level does not fit in memory; for images that do not suit.
             FloatingPointError: For features that are not finite.
         """
-        roles = [role for role in self.bench.splits if any(role in measure.roles for measure in self.measures)]
+        asked = {role for measure in self.measures for role in measure.roles}
+        asked |= {"train"} if self.bench.encode is not None else set()
+        roles = [role for role in self.bench.splits if role in asked]
         poolings = list(dict.fromkeys(measure.pooling for measure in self.measures))
         passes = plan_passes(grid.layers, len(grid.levels), self._bytes_of, self.memory)
         self.expect(stage, roles, sum(len(part.levels) for part in passes))

@@ -11,7 +11,8 @@ from diffusers_repr.denoiser.vae import encode_moments
 from tests.capture.test_capture import full_forward, same
 from tests.denoiser.test_condition import assert_same_inputs
 from tests.testers.families import network_calls
-from tests.testers.models_text import FAMILIES, embeds, family_pipeline
+from tests.testers.family_cases import embeds
+from tests.testers.models_text import FAMILIES, family_pipeline
 from tests.testers.models_video import VIDEOS
 
 NAMES = list(FAMILIES)
@@ -159,7 +160,7 @@ def test_latents_as_the_pipelines_scale_them():
         assert moments.shape == (2, 8, 16, 24)
 
 
-@pytest.mark.parametrize("name", ["aura_flow", "chroma", "hunyuan_dit", "lumina2"])
+@pytest.mark.parametrize("name", ["aura_flow", "chroma", "hunyuan_dit", "lumina2", *VIDEOS])
 def test_the_null_condition_is_what_the_pipeline_guides_with(name):
     """The negative prompt's rows in a guided call: the first half of one call, or the second call."""
     case = FAMILIES[name]
@@ -224,7 +225,7 @@ def test_defaults(name):
             denoiser.model.get_submodule(path)
 
 
-@pytest.mark.parametrize("name", ["hunyuan_image", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["hunyuan_image", "qwen_image", "z_image", *VIDEOS])
 def test_layers_from_configs_alone(name, tmp_path):
     pipe, size = family_pipeline(name), FAMILIES[name].size
     pipe.save_pretrained(tmp_path)

@@ -10,7 +10,8 @@ from diffusers_repr import CFG, PAG, SAG, EnergyGuidance, guide
 from diffusers_repr.denoiser import Denoiser
 from tests.guidance.test_pag_pipelines import of_parts
 from tests.testers.families import network_calls, network_of, sides, two_lanes
-from tests.testers.models_text import FAMILIES, embeds, family_pipeline
+from tests.testers.family_cases import embeds
+from tests.testers.models_text import FAMILIES, family_pipeline, kolors_class
 from tests.testers.models_video import VIDEOS
 
 # Attention modules, whether the image stands last in their softmax, and which rows of a guided call are conditional.
@@ -79,9 +80,8 @@ def test_as_a_plain_loop_of_two_lanes(name, guided):
 @pytest.mark.parametrize(("name", "guidance_scale"), [("hunyuan_dit", 4.0), ("kolors", 1.0), ("kolors", 4.0)])
 def test_as_diffusers_own(name, guidance_scale):
     """At our default layers, which are theirs."""
-    from diffusers.pipelines.pag.pipeline_pag_kolors import KolorsPAGPipeline
-
-    cls = {"hunyuan_dit": HunyuanDiTPAGPipeline, "kolors": KolorsPAGPipeline}[name]
+    kolors = kolors_class("pag.pipeline_pag_kolors", "KolorsPAGPipeline")
+    cls = {"hunyuan_dit": HunyuanDiTPAGPipeline, "kolors": kolors}[name]
     theirs, ours = of_parts(cls, lively(name)), lively(name)
     binning = {"use_resolution_binning": False} if name == "hunyuan_dit" else {}
     call = {"guidance_scale": guidance_scale, **(FAMILIES[name].null if guidance_scale > 1 else {}), **binning}

@@ -12,8 +12,8 @@ from diffusers import (
 )
 from transformers import UMT5Config, UMT5EncoderModel
 
+from tests.testers.family_cases import register_case
 from tests.testers.models import WIDTH, t5_encoder, t5_tokenizer
-from tests.testers.models_text import register_case
 
 VIDEOS = ("wan", "ltx")
 

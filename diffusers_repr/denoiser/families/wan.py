@@ -42,8 +42,8 @@ class WanFamily(VideoFamily):
         """
         if int(self.config["in_channels"]) != self.channels():
             raise ValueError(
-                f"This network takes {self.config['in_channels']} channels, of which {self.channels()} are the video's: "
-                "it continues a given image. Networks of text to video are read."
+                f"This network takes {self.config['in_channels']} channels, {self.channels()} of them the video's: it "
+                "goes on from a given image. Networks of text to video are read."
             )
         return super().inputs(x_t, level, condition)
 
