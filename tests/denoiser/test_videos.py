@@ -15,7 +15,7 @@ from diffusers_repr.encoders.denoiser import DenoiserSource
 from diffusers_repr.features.attention import attention_maps
 from diffusers_repr.features.extraction import extract_to_store
 from diffusers_repr.heads.dense.features import read_features, tap_channels
-from diffusers_repr.objectives import DiffusionObjective
+from diffusers_repr.objectives import ClassifierBase, DiffusionObjective, ReadoutObjective
 from diffusers_repr.sweep import measure_alignment, select_features
 from diffusers_repr.tasks import Probe
 from tests.capture.test_capture import full_forward
@@ -81,6 +81,22 @@ def test_latents_as_the_pipelines_have_them(name):
     assert image.shape[2] == 1
     assert torch.equal(denoiser.encode_pixels(video[:, 0] * 2 - 1), image)
     assert torch.allclose(image, found[:, :, :1], atol=1e-5)  # the first frame is encoded by itself
+
+
+@torch.no_grad()
+def test_an_autoencoder_of_patches():
+    """Wan 2.2's: its channels are those of 2 x 2 pixels."""
+    pipe = family_pipeline("wan")
+    pipe.vae = changed(
+        pipe.vae, decoder_base_dim=4, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=8,
+    )  # fmt: skip
+    denoiser, video = Denoiser.from_pipe(pipe), drawn(1, 5, 3, 16, 32)
+    mean, std = (torch.tensor(pipe.vae.config[key]).view(1, 4, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    found = denoiser.encode(video)
+    assert torch.equal(found, (pipe.vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode() - mean) / std)
+    assert found.shape == (1, 4, 2, 2, 4) == (1, 4, *denoiser.latent_size((5, 16, 32)))
+    assert denoiser.decode(found).shape == video.shape
 
 
 @pytest.mark.parametrize("name", [*VIDEOS, "ltx timed"])
@@ -156,8 +172,9 @@ def test_pag_with_a_timestep_a_token():
     assert torch.allclose(*found, atol=1e-4)
 
 
-def test_what_is_for_images_alone(tmp_path):
+def test_what_is_for_images_alone(tmp_path, monkeypatch):
     denoiser = Denoiser.from_pipe(family_pipeline("wan"))
+    monkeypatch.setattr(Denoiser, "from_pretrained", lambda *args, **kwargs: denoiser)
     images = [Image.new("RGB", (32, 16))] * 2
     teacher = Encoder.from_module(torch.nn.Conv2d(3, 5, 2, stride=2), patch_size=2, name="teacher")
     layer, energy = "blocks.1", EnergyGuidance(lambda features, x0, condition: x0.mean((1, 2, 3)), x0=True)
@@ -173,6 +190,8 @@ def test_what_is_for_images_alone(tmp_path):
         "Attention maps": lambda: attention_maps(denoiser, images, "blocks.1.attn1", 100),
         "Encoders": lambda: DenoiserSource(denoiser, layer, 100),
         "Dense heads": lambda: tap_channels(denoiser, [layer]),
+        "Readout heads": lambda: ReadoutObjective(denoiser, (16, 32), None),
+        "Classifiers": lambda: ClassifierBase.load("anything"),
     }
     for what, call in refused.items():
         with pytest.raises(ValueError, match=rf"^{what}: for networks of images; WanTransformer3DModel makes videos"):
