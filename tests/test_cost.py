@@ -62,3 +62,18 @@ def test_stale_and_missing_records(checkout, monkeypatch, capsys):
 def test_what_a_test_is_counted_under():
     assert cost.entry("tests/heads/test_fit.py::TestFit::test_one[a-tests/b]") == "tests/heads/test_fit.py"
     assert cost.entry("diffusers_repr/heads/fitting/lsmr.py::diffusers_repr.heads") == "diffusers_repr"
+
+
+@pytest.mark.parametrize(
+    ("source", "fast"),
+    [
+        ("def test_one(): pass", True),
+        ("@pytest.mark.slow\ndef test_one(): pass", False),
+        ("@pytest.mark.slow\ndef test_one(): pass\ndef test_two(): pass", True),
+        ("@pytest.mark.slow\nclass TestAll(Base): pass\ndef helper(): pass", False),
+        ("class TestAll(Contract):\n    settings = {}", True),
+        ("class TestAll:\n    @pytest.mark.slow\n    def test_one(self): pass", False),
+    ],
+)
+def test_files_with_fast_tests(source, fast):
+    assert cost.has_fast_tests(source) == fast

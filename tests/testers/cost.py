@@ -3,9 +3,9 @@
 A pytest plugin (`-p tests.testers.cost`); as a script it checks the record: `python -m tests.testers.cost`.
 """
 
+import ast
 import json
 import os
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -22,8 +22,6 @@ DEARER: dict[str, tuple[float, str]] = {
 }
 WHOLE = "whole run"  # the entry of all processes from start to end
 SHOWN = 10
-# A file of slow tests only says so once, for all of them; the recorded run does not see it.
-ONLY_SLOW = re.compile(r"^pytestmark\s*=.*\bslow\b", re.MULTILINE)
 
 _costs: dict[str, float] = defaultdict(float)
 _workers: list[float] = []
@@ -120,14 +118,30 @@ def problems(record: dict[str, float], files: set[str]) -> list[str]:
     return found
 
 
+def has_fast_tests(source: str) -> bool:
+    """Does a file of tests have one that is not marked `slow`: itself, by its class or by `pytestmark`?"""
+    tree = ast.parse(source)
+
+    def slow(*marks: ast.AST) -> bool:
+        return any(isinstance(n, ast.Attribute) and n.attr == "slow" for mark in marks for n in ast.walk(mark))
+
+    def fast(parts: list[ast.stmt]) -> bool:
+        if any(slow(n) for n in parts if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "pytestmark"):
+            return False
+        return any(
+            fast(part.body) if isinstance(part, ast.ClassDef) and part.body and not part.bases
+            else isinstance(part, ast.ClassDef) or (isinstance(part, ast.FunctionDef) and part.name.startswith("test"))
+            for part in parts
+            if not slow(*getattr(part, "decorator_list", []))
+        )  # fmt: skip
+
+    return fast(tree.body)
+
+
 def files_to_record(root: Path) -> set[str]:
-    """Files of tests, as seen from the root, that have tests of the fast suite."""
-    tests = sorted((root / "tests").rglob("test_*.py"))
-    return {
-        file.relative_to(root).as_posix()
-        for file in tests
-        if not ONLY_SLOW.search(file.read_text(encoding="utf-8"))
-    }
+    """Files of tests, as seen from the root, that have tests of the fast suite: the recorded run sees no others."""
+    files = (root / "tests").rglob("test_*.py")
+    return {f.relative_to(root).as_posix() for f in files if has_fast_tests(f.read_text(encoding="utf-8"))}
 
 
 def check(root: Path) -> list[str]:
