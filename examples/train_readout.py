@@ -52,9 +52,9 @@ class ReadoutErrors:
             for at, batch in enumerate(DataLoader(self.rows, 64)):
                 reseed(self.seed, at, 0)
                 batch = self.rows.on_device(to_device(batch, objective.denoiser.device))
-                features, told = objective.features(batch["images"], torch.tensor(timestep))
+                features, timesteps = objective.features(batch["images"], torch.tensor(timestep))
                 for name, head in heads.items():
-                    read = head(features, told)
+                    read = head(features, timesteps)
                     label = objective.label(batch, read)
                     sums[name] = sums.get(name, 0.0) + error(read, label).item()
                 count += label.numel()
