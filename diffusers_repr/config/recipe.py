@@ -95,8 +95,8 @@ def _add_positional(parser: argparse.ArgumentParser, kind: type, given: Sequence
     """Declare the positional settings of a kind; their flags stay, unseen, for a recipe to say them by."""
     for name in getattr(kind, "POSITIONAL", ()):
         flag = parser._option_string_actions[f"--{name}"]  # argparse has no public way to an argument it was given
-        several, told = flag.nargs == "+", f"--{name}" in given
-        nargs = {(False, False): None, (False, True): "?", (True, False): "+", (True, True): "*"}[several, told]
+        several, is_given = flag.nargs == "+", f"--{name}" in given
+        nargs = {(False, False): None, (False, True): "?", (True, False): "+", (True, True): "*"}[several, is_given]
         parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, type=flag.type or str, help=flag.help)
         flag.required, flag.default, flag.help = False, argparse.SUPPRESS, argparse.SUPPRESS
 
@@ -121,8 +121,8 @@ def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:
     for flag in (token.partition("=")[0] for token in flags if token.startswith("--")):
         if flag not in known:
             near = difflib.get_close_matches(flag, known, n=3)
-            told = f"Closest: {', '.join(near)}." if near else "--help lists all."
-            raise ValueError(f"Unknown flag {flag}. {told}")
+            hint = f"Closest: {', '.join(near)}." if near else "--help lists all."
+            raise ValueError(f"Unknown flag {flag}. {hint}")
 
 
 _CHECKS: dict[Any, Check] = {

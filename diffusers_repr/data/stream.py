@@ -137,8 +137,8 @@ class StreamData(IterableDataset):
         _PLACE(state, "the place in the stream")
         differs = {k: (state.get(k), v) for k, v in self._setting().items() if state.get(k) != v}
         if differs:
-            told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differs.items())
-            raise ValueError(f"The place in the stream is of another run ({told}); run with the same settings.")
+            changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differs.items())
+            raise ValueError(f"The place in the stream is of another run ({changes}); run with the same settings.")
         self._epoch, self._block, self._at = int(state["epoch"]), int(state["block"]), int(state["at"])
         self._start, self._count = state["source"], int(state["count"])
 

@@ -154,9 +154,9 @@ class Family(FamilyLayers):
         """The inverse of `stacked_output`."""
         return raw
 
-    def training_timestep(self, told: Tensor) -> Tensor:
+    def training_timestep(self, model_timestep: Tensor) -> Tensor:
         """The training timestep, from what the network is told: the inverse of `timestep`."""
-        return told
+        return model_timestep
 
     def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Whether lanes may join at the first of these top-level modules, in a call with these inputs."""
@@ -280,10 +280,10 @@ class GenericFamily(Family):
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Under the names given."""
         if self._timestep_fn is None:
-            told = self.timestep(level, x_t)
+            model_timestep = self.timestep(level, x_t)
         else:
-            told = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
-        return {self.sample_name: x_t, self.timestep_name: told, **condition}
+            model_timestep = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
+        return {self.sample_name: x_t, self.timestep_name: model_timestep, **condition}
 
     def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """By `grid_fn`, else as a U-Net's."""

@@ -100,12 +100,12 @@ class ClassifierObjective(Objective):
         places = torch.rand(len(labels), device=labels.device)
         losses, correct = self.classify(self.classifier, batch, places)
         parts = (places * self.bins).long().clamp(max=self.bins - 1)
-        told = {"accuracy": correct.mean()}
+        logged = {"accuracy": correct.mean()}
         for name, values in (("loss", losses.detach()), ("accuracy", correct)):
             both = torch.stack([values, torch.ones_like(values)])
             sums, counts = values.new_zeros(2, self.bins).index_add_(1, parts, both)
-            told |= {f"{name}_{part}": mean for part, mean in enumerate(sums / counts)}  # NaN, not counted, if empty
-        return {"loss": losses.mean(), **told}
+            logged |= {f"{name}_{part}": mean for part, mean in enumerate(sums / counts)}  # NaN, not counted, if empty
+        return {"loss": losses.mean(), **logged}
 
     def classify(self, model: nn.Module, batch: Batch, places: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and correctness (0 or 1), both (B,) float32, of x_t with noise at `places` of the process."""

@@ -36,8 +36,8 @@ class HunyuanImageFamily(PatchTransformerFamily):
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """In the input's dtype, which the network takes for its embeddings too."""
-        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
-        return told.to(x_t.dtype).expand(x_t.shape[0])
+        timestep = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
+        return timestep.to(x_t.dtype).expand(x_t.shape[0])
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """A network that gives the mean velocity of a step is asked for that of an empty one: the velocity itself."""

@@ -79,8 +79,8 @@ def check_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None
     bases.check_class(dependent, was, came)
     bases.check_config(dependent, was, came, config_defaults(denoiser))
     bases.check_layers(dependent, was, came, modules)
-    told = {layer: getattr(modules[layer], "out_channels", None) for layer in was.features}
-    bases.check_sizes(dependent, was, came, {layer: n for layer, n in told.items() if isinstance(n, int)})
+    channels = {layer: getattr(modules[layer], "out_channels", None) for layer in was.features}
+    bases.check_sizes(dependent, was, came, {layer: n for layer, n in channels.items() if isinstance(n, int)})
     bases.check_process(dependent, was, came)
 
 
