@@ -45,13 +45,15 @@ class JointConfig:
 
     def __post_init__(self) -> None:
         kinds = {"model": NETWORKS[self.method], "head": JointHead, "scheduler": DDPMScheduler}
+        given: set[str] = set()
         for name, kind in kinds.items():
             arguments = mapping(name, getattr(self, name))
+            given |= set() if name == "scheduler" else set(arguments)
             check_keys(f"`{name}`", arguments, inspect.signature(kind.__init__).parameters)
             object.__setattr__(self, name, arguments)
         if self.head and self.method != "jdm":
             raise ValueError("`head` is of jdm; a JointViTModel brings its own.")
-        named = sorted({"num_classes", "id2label"} & {*self.model, *self.head})
+        named = sorted({"num_classes", "id2label"} & given)
         if named:
             raise ValueError(f"The data decide on {' and '.join(named)} of the network; drop it from the recipe.")
 
