@@ -22,6 +22,7 @@ from diffusers_repr.denoiser.loading import load_pipeline
 from diffusers_repr.denoiser.sizes import check_size
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, vae_stride
 from diffusers_repr.denoiser.videos import to_video_pixels
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
 
 COMPONENTS = ("unet", "transformer")
@@ -128,12 +129,13 @@ class Denoiser:
     @property
     def config(self) -> Mapping[str, Any]:
         """The network's config; empty for a plain nn.Module."""
-        return getattr(getattr(self.model, "_orig_mod", self.model), "config", {})
+        return getattr(plain_module(self.model), "config", {})
 
     @property
     def device(self) -> torch.device:
         """Where inputs go: the execution device under offload, else the model's."""
         if self.pipe is not None:
+            # Private, and what every pipeline of diffusers goes by: under offload the public `device` is the CPU.
             return torch.device(self.pipe._execution_device)
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
