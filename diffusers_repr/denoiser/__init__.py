@@ -4,6 +4,14 @@ from diffusers_repr.denoiser import families
 from diffusers_repr.denoiser.attention_layouts import AttentionLayout
 from diffusers_repr.denoiser.block_outputs import register_block_output
 from diffusers_repr.denoiser.condition import Condition
+from diffusers_repr.denoiser.conditioner import (
+    CaptionConditioner,
+    Conditioner,
+    LabelConditioner,
+    MapConditioner,
+    TokenConditioner,
+    VectorConditioner,
+)
 from diffusers_repr.denoiser.default_layers import LayerDefault
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family, GenericFamily
@@ -13,13 +21,19 @@ from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list
 
 __all__ = [
     "AttentionLayout",
+    "CaptionConditioner",
     "Condition",
+    "Conditioner",
     "Denoiser",
     "Family",
     "FeatureMap",
     "GenericFamily",
+    "LabelConditioner",
     "Layer",
     "LayerDefault",
+    "MapConditioner",
+    "TokenConditioner",
+    "VectorConditioner",
     "families",
     "layer_table",
     "list_layers",
