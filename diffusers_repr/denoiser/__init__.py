@@ -18,6 +18,14 @@ from diffusers_repr.denoiser.family import Family, GenericFamily
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
+from diffusers_repr.denoiser.prior import (
+    GeneratorPrior,
+    HistogramPrior,
+    Prior,
+    QueryPrior,
+    StoredPrior,
+    load_prior,
+)
 
 __all__ = [
     "AttentionLayout",
@@ -27,17 +35,23 @@ __all__ = [
     "Denoiser",
     "Family",
     "FeatureMap",
+    "GeneratorPrior",
     "GenericFamily",
+    "HistogramPrior",
     "LabelConditioner",
     "Layer",
     "LayerDefault",
     "MapConditioner",
+    "Prior",
+    "QueryPrior",
+    "StoredPrior",
     "TokenConditioner",
     "VectorConditioner",
     "families",
     "layer_table",
     "list_layers",
     "list_layers_from_config",
+    "load_prior",
     "register_block_output",
     "register_family",
 ]

@@ -138,7 +138,7 @@ class Conditioner(ABC):
         """Raise ValueError if conditions are to be dropped and there is no null to drop to."""
         if self.conditional and chance > 0 and not self.has_null:
             raise ValueError(
-                f"label_dropout={chance} has no null {self.kind} to drop to; set it to 0, or give the conditioner one: "
+                f"label_dropout={chance} has no null {self.kind} to drop to; set it to 0, or give one: "
                 f"{type(self).__name__}(null=...)."
             )
 
