@@ -18,8 +18,9 @@ from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, require_denoiser
 from diffusers_repr.denoiser.family import Family
-from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
+from diffusers_repr.denoiser.hooks import Hooks, clear_hooks, hooks_stay
 from diffusers_repr.denoiser.loading import INDEX, check_pipeline_folder, component_class, pipeline_modules
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.components import check_config, check_index, is_component
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.schema import printable
@@ -263,7 +264,9 @@ def _example_level(schedule: NoiseSchedule | None) -> NoiseLevel:
 
 def on_meta(model: nn.Module) -> nn.Module:
     """The same network without weights: from its config, or a copy; itself if it is on the meta device already."""
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = plain_module(model)
+    # By accelerate's private mark: weights that it keeps away from the model are on the meta device too. Without it
+    # such a network would count as one without weights, and its hooks would run.
     if all(p.is_meta for p in inner.parameters()) and not hasattr(inner, "_hf_hook"):
         return inner
     return build_on_meta(type(inner), inner.config) if hasattr(inner, "from_config") else copy_to_meta(inner)
@@ -276,8 +279,7 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}
     with hooks_stay():
         twin = copy.deepcopy(model, memo)
+    clear_hooks(twin)
     for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
         module.__dict__.pop("forward", None)  # of hooks of another kind, bound to the original
     return twin

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,11 @@ class ReadoutConfig:
             raise ValueError(f"`weak_layers` is for kind: depth, got kind: {self.kind}.")
         if self.eval_split is not None and not self.reads_labels:
             raise ValueError(f"`eval_split` compares with labels, and kind: {self.kind} has none; drop it.")
+
+    def load_base(self) -> Denoiser:
+        """The frozen base."""
+        base, dtype = cast(str, self.pretrained_model_name_or_path), getattr(torch, self.base_dtype)
+        return Denoiser.from_pretrained(base, revision=self.revision, dtype=dtype)
 
     @property
     def reads_labels(self) -> bool:

@@ -205,13 +205,13 @@ class _Stages:
     keys: dict[str, Sequence[bytes]] = field(default_factory=dict)  # of the pixels of each split
 
     def run(self, grid: Grid, noise: str, seed: int, stage: str) -> dict[tuple[int, str], Score]:
-        found = self.sweep.run(grid, noise, _seeds(noise, seed), stage, self.told)
+        found = self.sweep.run(grid, noise, _seeds(noise, seed), stage, self.record_read)
         for (_, path), named in found.items():
             if named[self.measure.name].value is None:
                 raise ValueError(f"{self.measure.name} of {path!r} is undefined: {named[self.measure.name].why}")
         return {key: named[self.measure.name] for key, named in found.items()}
 
-    def told(self, role: str, read: SharedRead) -> None:
+    def record_read(self, role: str, read: SharedRead) -> None:
         """Tell, once both splits have been read, of images that are in both."""
         splits = self.sweep.bench.splits
         if role not in self.keys:

@@ -57,12 +57,12 @@ def test_the_network_is_called_as_its_pipeline_calls_it(name):
     if given.ndim == 3:  # packed
         given = denoiser.family.output(given, x_t)
     assert torch.equal(predicted, given[:, : predicted.shape[1]])
-    told = denoiser.family.timestep_name
-    assert torch.equal(ours[told].double(), theirs[told].double().expand(1))
-    back = denoiser.family.training_timestep(theirs[told].flatten()[0])
+    timestep_name = denoiser.family.timestep_name
+    assert torch.equal(ours[timestep_name].double(), theirs[timestep_name].double().expand(1))
+    back = denoiser.family.training_timestep(theirs[timestep_name].flatten()[0])
     assert float(back) == pytest.approx(float(step["timestep"]), abs=1e-3)
     assert set(map(type, theirs.values())) >= {torch.Tensor}
-    del ours[told], theirs[told]
+    del ours[timestep_name], theirs[timestep_name]
     assert_same_inputs(flat(ours), flat(theirs))
 
 
