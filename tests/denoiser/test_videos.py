@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLLTXVideo, UNet2DModel, WanPipeline
+from diffusers import AutoencoderKLLTXVideo, WanPipeline
 from PIL import Image
 
 from diffusers_repr import PAG, SAG, AutoGuidance, EnergyGuidance, FeatureExtractor, guide
@@ -20,6 +20,7 @@ from diffusers_repr.sweep import measure_alignment, select_features
 from diffusers_repr.tasks import Probe
 from tests.capture.test_capture import full_forward
 from tests.testers.families import sides
+from tests.testers.models import build
 from tests.testers.models_text import FAMILIES, family_pipeline
 from tests.testers.models_video import VIDEOS
 
@@ -198,7 +199,7 @@ def test_what_is_for_images_alone(tmp_path, monkeypatch):
             call()
     with pytest.raises(ValueError, match="makes videos"):
         read_features(denoiser, torch.zeros(1, 4, 1, 4, 8), 100, None, [layer])
-    require_images(Denoiser(UNet2DModel(8), denoiser.scheduler), "Anything")
+    require_images(Denoiser.from_pipe(build("ddpm")), "Anything")
 
 
 def test_what_is_refused():
@@ -213,7 +214,7 @@ def test_what_is_refused():
             denoiser.condition("a cat", size=(8, 32, 64))
     with pytest.raises(ValueError, match=r"16 x 30 \(H x W\).*multiples of 8.*image_size=\(16, 32\)"):
         wan.encode(torch.zeros(1, 5, 3, 16, 30))
-    image = Denoiser(UNet2DModel(8), wan.scheduler)
+    image = Denoiser.from_pipe(build("ddpm"))
     with pytest.raises(ValueError, match=r"takes images of a size \(H, W\); got \(5, 8, 8\)"):
         image.check_size((5, 8, 8))
     given = Denoiser(changed(wan.model, in_channels=9), wan.scheduler)
