@@ -71,7 +71,7 @@ class Denoiser:
         self.model, self.scheduler, self.vae, self.pipe = model, scheduler, vae, pipe
         self.family = family_of(model) if family is None else family.bound_to(self.config)
         self.schedule = schedule or NoiseSchedule.from_scheduler(scheduler)
-        self._conditioner = conditioner
+        self.conditioner = conditioner
         self.name, self.revision = name, revision
         self.prompts: MutableMapping[Any, dict[str, Any]] | None = None  # set a dict to keep encoded prompts
 
@@ -128,6 +128,8 @@ class Denoiser:
 
     @conditioner.setter
     def conditioner(self, conditioner: Conditioner | None) -> None:
+        if conditioner is not None and not isinstance(conditioner, Conditioner):
+            raise TypeError(f"A Conditioner is needed; got {type(conditioner).__name__}.")
         self._conditioner = conditioner
 
     @property

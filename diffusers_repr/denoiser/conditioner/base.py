@@ -157,7 +157,7 @@ class Conditioner(ABC):
                 f"{self._network} is conditioned on {self.kind} and the data have no column {self.column!r}. Give "
                 f"batches one, or name theirs: {type(self).__name__}(column=...)."
             )
-        self.check(batch[self.column])
+        self.check(self.from_batch(batch, len(batch[self.column])))
 
     def check_data(self, data: Any) -> None:  # noqa: B027  (data of most kinds tell nothing beforehand)
         """Raise ValueError unless the data's conditions are those of the model."""
