@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_repr import noise as process
 from diffusers_repr.denoiser.condition import Condition, eval_mode
-from diffusers_repr.denoiser.conditioner import Conditioner, MapConditioner, default_conditioner
+from diffusers_repr.denoiser.conditioner import Conditioner, default_conditioner
 from diffusers_repr.denoiser.conditioner.inputs import from_embeddings
 from diffusers_repr.denoiser.default_layers import LayerDefault, Method
 from diffusers_repr.denoiser.family import MAP_INPUT, Family, Grid, floating_dtype
@@ -164,8 +164,7 @@ class Denoiser:
         """Channels of an image: those of x_0 for pixel models, those of the VAE's input else."""
         if self.vae is not None:
             return int(self.vae.config.get("in_channels", 3))
-        maps = self._conditioner.channels() or 0 if isinstance(self._conditioner, MapConditioner) else 0
-        return self.family.channels() - maps
+        return self.family.channels() - self.conditioner.map_channels
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -89,6 +89,11 @@ class Conditioner(ABC):
         return True
 
     @property
+    def map_channels(self) -> int:
+        """Channels of the network's input that are no x_t."""
+        return 0
+
+    @property
     def recorded(self) -> bool:
         """Whether checkpoints keep `describe()`; not where the network's config tells all of it."""
         return True
