@@ -21,6 +21,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
@@ -28,8 +30,6 @@ from diffusers_repr.denoiser import LabelConditioner, VectorConditioner, samplin
 from diffusers_repr.denoiser.conditioner import bare_conditioner
 from diffusers_repr.denoiser.prior import HistogramPrior, Prior
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
-
-# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead

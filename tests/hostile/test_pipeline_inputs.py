@@ -248,7 +248,7 @@ def test_counterfactual(pipes):
     settings = {"images": torch.rand(2, 1, 16, 16), "class_labels": 1, "guidance_scale": 1.0}
     told = "takes none; here it lies from 0.1 to 1"
     refuse(pipe, told, call=pipe.counterfactual, strength=0.05, num_inference_steps=10, **settings)
-    refuse(pipe, "num_inference_steps is", call=pipe.counterfactual, num_inference_steps=0, **settings)
+    refuse(pipe, "num_inference_steps must be", call=pipe.counterfactual, num_inference_steps=0, **settings)
     refuse(pipe, "batch_size: 2, class_labels: 3", call=pipe.counterfactual, **{**settings, "class_labels": [0, 1, 2]})
     refuse(pipe, "eta lies", call=pipe.counterfactual, eta=5, **settings)
 

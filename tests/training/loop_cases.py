@@ -14,10 +14,17 @@ from safetensors.torch import load_file
 from diffusers_repr import Denoiser
 from diffusers_repr.data import TrainData
 from diffusers_repr.models import SiTTransformer2DModel
-from diffusers_repr.objectives import DiffusionObjective
+from diffusers_repr.objectives import DiffusionObjective, ModelArtifact, Objective
 from diffusers_repr.training import TrainingConfig, make_accelerator, train
 
 STEPS = 100  # of the noise process
+
+
+class Toy(Objective):
+    """Base of objectives of bare modules: all that they hold is saved, and averaged."""
+
+    def artifacts(self):
+        return [ModelArtifact(module, name, folder=name) for name, module in self.named_children()]
 
 
 def tiny_pipe(classes=0, **changes):

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_repr.objectives import Objective
 from diffusers_repr.training import EMA
+from tests.training.loop_cases import Toy
 
 
-class Small(Objective):
+class Small(Toy):
     def __init__(self, dtype=torch.float32):
         super().__init__()
         torch.manual_seed(0)
@@ -131,4 +131,4 @@ def test_bad_decay(decay):
 
 def test_nothing_to_average():
     with pytest.raises(ValueError, match="Nothing to average"):
-        EMA(Objective(), 0.5)
+        EMA(Toy(), 0.5)

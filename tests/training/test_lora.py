@@ -9,11 +9,12 @@ from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.models import JointViTModel
-from diffusers_repr.objectives import DiffusionObjective, Objective
+from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from diffusers_repr.training.lora import add_lora
 from tests.training.loop_cases import (
     Numbers,
+    Toy,
     assert_same,
     assert_same_checkpoint,
     read_lines,
@@ -97,7 +98,7 @@ def test_a_joint_vit(tmp_path):
 
 
 def test_no_attention_to_adapt():
-    class Bare(Objective):
+    class Bare(Toy):
         def __init__(self):
             super().__init__()
             self.network = nn.Sequential(nn.Linear(2, 2))

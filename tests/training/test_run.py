@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_repr.objectives import Objective
 from diffusers_repr.training import make_accelerator
 from diffusers_repr.training.run import Run, make_optimizer
 from tests.training.loop_cases import (
     Numbers,
+    Toy,
     assert_same,
     forget_accelerate,
     read_lines,
@@ -23,7 +23,7 @@ from tests.training.loop_cases import (
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-class Line(Objective):
+class Line(Toy):
     """w x, with names that are logged in some steps only."""
 
     def __init__(self):
@@ -115,7 +115,7 @@ def test_the_micro_batches_know_their_number():
     assert seen == [0, 1]
 
 
-class Phases(Objective):
+class Phases(Toy):
     """Two networks with a loss each; the first loss also reaches the second network."""
 
     phases = ("first", "second")

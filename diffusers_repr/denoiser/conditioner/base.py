@@ -118,7 +118,7 @@ class Conditioner(ABC):
         self,
         values: Any,
         batch: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
         cache: Cache | None = None,
         negative: str | None = None,
     ) -> Condition:

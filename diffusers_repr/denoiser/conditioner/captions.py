@@ -69,7 +69,7 @@ class CaptionConditioner(Conditioner):
         self,
         values: str | Sequence[str] | None,
         batch: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
         cache: Cache | None = None,
         negative: str | None = None,
     ) -> Condition:
@@ -127,7 +127,7 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
 
 
 def _encoded(
-    denoiser: Conditioned, text: str, size: tuple[int, int] | None, cache: Cache, null: bool
+    denoiser: Conditioned, text: str, size: tuple[int, ...] | None, cache: Cache, null: bool
 ) -> dict[str, Any]:
     family = denoiser.family
     # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.

@@ -35,7 +35,7 @@ class Conditioned(Protocol):
 
 
 def from_embeddings(
-    denoiser: Conditioned, embeddings: Mapping[str, Any], batch: int | None, size: tuple[int, int] | None
+    denoiser: Conditioned, embeddings: Mapping[str, Any], batch: int | None, size: tuple[int, ...] | None
 ) -> Condition:
     """Ready inputs, by the network's names or, through the pipeline's call, by the pipeline's."""
     names = forward_names(denoiser.model)
@@ -94,7 +94,7 @@ def count_of(given: int, batch: int | None, what: str) -> int:
     return batch
 
 
-def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[int, ...] | None) -> dict[str, Any]:
     """What the pipeline of a denoiser gives its network in a call with these arguments.
 
     Raises:
@@ -104,7 +104,8 @@ def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[
     accepted = inspect.signature(type(denoiser.pipe).__call__).parameters
     arguments = {k: v for k, v in denoiser.family.pipeline_arguments.items() if k in accepted}
     if size is not None:
-        arguments |= {name: side for name, side in zip(("height", "width"), size, strict=True) if name in accepted}
+        names = ("num_frames", "height", "width")[-len(size) :]
+        arguments |= {name: side for name, side in zip(names, size, strict=True) if name in accepted}
     inputs, rows = first_call(denoiser.pipe, denoiser.model, {**arguments, **call})
     asked = _asked(call)
     if asked is not None and rows > asked:

@@ -101,7 +101,7 @@ class LabelConditioner(Conditioner):
         self,
         values: Any,
         batch: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
         cache: Cache | None = None,
         negative: str | None = None,
     ) -> Condition:
