@@ -84,6 +84,7 @@ def parse_recipe(
     full = HfArgumentParser(
         cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False, **parser_options
     )
+    # argparse lists its flags in this private dict alone; without it an unknown flag is met by argparse's own message.
     _check_flags(flags, list(full._option_string_actions))
     full.set_defaults(**empty)
     for kind in kinds:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser import default_layers as rules
 from diffusers_repr.denoiser.attention_layouts import SELF, AttentionLayout
 from diffusers_repr.denoiser.default_layers import METHODS, STACKS, LayerDefault, Method
+from diffusers_repr.hub.compiled import plain_module
 
 
 class FamilyLayers:
@@ -120,7 +121,7 @@ class FamilyLayers:
         return [path for stack in self._stacks(model) for path in stack]
 
     def _stacks(self, model: nn.Module) -> list[list[str]]:
-        modules = dict(getattr(model, "_orig_mod", model).named_modules())
+        modules = dict(plain_module(model).named_modules())
         there = {name: stack for name in self.stacks if isinstance(stack := modules.get(name), nn.ModuleList)}
         return [[f"{name}.{at}" for at in range(len(stack))] for name, stack in there.items()]
 
@@ -147,7 +148,7 @@ class FamilyLayers:
         elif method == "repa":
             found = rules.repa_block(self.stack(model))
         else:
-            found = self._head_layers(method, getattr(model, "_orig_mod", model))
+            found = self._head_layers(method, plain_module(model))
         if not found.layers:
             kind = "self-attention" if attends else "layer"
             near = self.self_attentions(model)[:3]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.vae import encode_latents, scale_latents
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.models import NoisyClassifier, describe_process
@@ -49,6 +50,7 @@ class ClassifierBase:
     def load(cls, path: str, revision: str | None = None, resolution: int | None = None) -> ClassifierBase:
         """From a folder or a Hub id; images of the pipeline's own size, or of the side `resolution`."""
         denoiser = Denoiser.from_pretrained(path, revision=revision)
+        require_images(denoiser, "Classifiers")
         size = (resolution, resolution) if resolution else denoiser.image_size
         denoiser.check_size(size)
         local, channels = Path(path).is_dir(), denoiser.family.channels()

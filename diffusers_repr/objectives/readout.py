@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.heads import (
     DepthHead,
     MapHead,
@@ -105,6 +106,7 @@ class ReadoutObjective(Objective):
 
     def __init__(self, denoiser: Denoiser, size: tuple[int, int], config: ReadoutConfig) -> None:
         super().__init__()
+        require_images(denoiser, "Readout heads")
         self.config, self.denoiser, self.size = config, denoiser, size
         denoiser.prompts = {}  # the empty prompt is encoded once
         self.freeze("network", denoiser.model)

@@ -54,6 +54,8 @@ class HunyuanImageFamily(PatchTransformerFamily):
         """
         for name in ("guider", "ocr_guider"):
             guider = getattr(pipe, name, None)
+            # Private in diffusers' guiders: whether one acts, and the names of what it asks for. Without them a guider
+            # with more lanes than two would not be refused, and its third would be taken for a null one.
             if guider is None or not getattr(guider, "_enabled", True):
                 continue
             asked = set(getattr(guider, "_input_predictions", _TWO_LANES))
