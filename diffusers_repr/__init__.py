@@ -10,6 +10,7 @@ __version__ = "0.1.0.dev0"
 # Public name -> the module that defines it. Nothing is imported before it is asked for.
 _PUBLIC = {
     "Alignment": "diffusers_repr.sweep",
+    "Assigner": "diffusers_repr.assign",
     "AttentionOutput": "diffusers_repr.features.attention",
     "AutoGuidance": "diffusers_repr.guidance",
     "CFG": "diffusers_repr.guidance",
@@ -31,6 +32,7 @@ _PUBLIC = {
     "FeatureStore": "diffusers_repr.store",
     "GenericFamily": "diffusers_repr.denoiser",
     "HybViTObjective": "diffusers_repr.objectives.joint.hybvit",
+    "IdentityAssigner": "diffusers_repr.assign",
     "JDMObjective": "diffusers_repr.objectives.joint.jdm",
     "JointHead": "diffusers_repr.heads",
     "JointViTModel": "diffusers_repr.models",

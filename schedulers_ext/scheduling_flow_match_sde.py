@@ -402,11 +402,11 @@ def _check_config(name: str, config: Mapping[str, Any], changes: Mapping[str, An
     if "shift" in changes:
         lost.pop("flow_shift", None)
     if lost:
-        told = ", ".join(f"{key}={value!r}" for key, value in lost.items())
+        missing = ", ".join(f"{key}={value!r}" for key, value in lost.items())
         other = ", ".join(f"{key}={_FOREIGN[key]!r}" for key in lost)
         other += f", or shift={lost['flow_shift']!r}" if "flow_shift" in lost else ""
         raise ValueError(
-            f"{name} has no {told} and its grid would be another one. Pass {other} to from_config, to go without."
+            f"{name} has no {missing} and its grid would be another one. Pass {other} to from_config, to go without."
         )
 
 

@@ -372,8 +372,8 @@ def test_timesteps_come_as_numbers_tensors_and_rounded_by_bfloat16():
     scheduler, schedule = make("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
     t = start(scheduler)[3]
     wanted = float(scheduler.sigmas[3])
-    for told in (t, float(t), t.expand(4), t.bfloat16()):
-        assert sampler_level(scheduler, told, schedule).level.sigma == wanted
+    for timestep in (t, float(t), t.expand(4), t.bfloat16()):
+        assert sampler_level(scheduler, timestep, schedule).level.sigma == wanted
     with torch.inference_mode():
         start(scheduler)
         assert sampler_level(scheduler, t, schedule).level.sigma == wanted

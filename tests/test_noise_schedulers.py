@@ -157,12 +157,12 @@ def test_edm_levels_are_what_the_scheduler_feeds_the_network(name, sigma_data):
     schedule = schedule_of(scheduler)
     x0, eps = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
     for edm in (0.002, 0.05, 1.0, 17.0, 80.0):
-        told = scheduler.precondition_noise(torch.tensor(edm, dtype=torch.float64))
+        timestep = scheduler.precondition_noise(torch.tensor(edm, dtype=torch.float64))
         fed = scheduler.precondition_inputs(x0 + edm * eps, torch.tensor(edm, dtype=torch.float64))
-        level = schedule.resolve(float(told))
+        level = schedule.resolve(float(timestep))
         assert level.nsr == pytest.approx(edm, rel=1e-12)
         torch.testing.assert_close(add_noise(x0, level, eps), fed, rtol=1e-12, atol=1e-12)
-        assert schedule.resolve(NoiseLevel(nsr=edm)).timestep == pytest.approx(float(told), abs=1e-12)
+        assert schedule.resolve(NoiseLevel(nsr=edm)).timestep == pytest.approx(float(timestep), abs=1e-12)
 
 
 def test_continuous_euler_tells_the_network_a_quarter_of_log_sigma():

@@ -310,7 +310,7 @@ def _tokens(family: Family, path: str, own: int, other: int, call: dict[str, Any
     elif other and (queries, keys) == (own, other):
         order = "cross"
     elif other and queries == keys == own + other:
-        layout = family.layout_told(path)
+        layout = family.fixed_layout(path)
         if layout is not None and layout.text is not None:
             order = "text_image" if layout.text == "first" else "image_text"
     return AttentionTokens(order, own, other, heads, queries, keys)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-# Names that diffusers' caches register their hooks under, one for each kind that is there. Private, like the attribute
-# `_diffusers_hook` that holds them: of a cache set by its function diffusers tells nothing else. One that is renamed
-# is not refused, and lanes mix.
+from diffusers_repr.denoiser.hooks import hooks_of_diffusers
+
+# Names that diffusers' caches register their hooks under, one for each kind that is there. Private: of a cache set by
+# its function diffusers tells nothing else. One that is renamed is not refused, and lanes mix.
 _CACHES = (
     "faster_cache",
     "fbc",
@@ -30,7 +31,7 @@ def refuse_caches(model: nn.Module, why: str) -> None:
     """
     name, enabled = type(model).__name__, bool(getattr(model, "is_cache_enabled", False))
     for path, module in model.named_modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        hooks = hooks_of_diffusers(module)
         found = next((hook for hook in hooks if hook.startswith(_CACHES)), None)
         if found is not None and not enabled:
             raise ValueError(

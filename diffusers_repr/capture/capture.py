@@ -15,6 +15,7 @@ from diffusers_repr.capture.names import check_layers
 from diffusers_repr.capture.offload import is_offloaded, only_reader, send_back
 from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.hooks import AfterHook, BeforeHook, Hooks
+from diffusers_repr.hub.compiled import is_compiled_in_place
 
 Where = Literal["output", "input", "residual"]
 Transform = Callable[[Tensor, str], Any]
@@ -281,7 +282,7 @@ def refuse_compiled(
         # The marks that torch leaves are private and no function asks for all of them. Where one is renamed, hooks on
         # such a module are ignored in silence; tests compile, script and export to see it.
         compiled = (
-            getattr(module, "_compiled_call_impl", None) is not None
+            is_compiled_in_place(module)
             or type(module).__name__ in ("OptimizedModule", "InterpreterModule")
             or isinstance(module, torch.jit.ScriptModule)
             or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")

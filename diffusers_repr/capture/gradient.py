@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.denoiser.hooks import AfterHook, Hooks, Turn
+from diffusers_repr.denoiser.hooks import AfterHook, Hooks, Turn, hooks_of_diffusers
 
 # (layer path -> what it returned, the network's output where the loss asks for it, x) => loss; all of them leaves.
 Loss = Callable[[Mapping[str, Tensor], Tensor | None, Tensor], Tensor]
@@ -224,9 +224,9 @@ def refuse_inference_mode() -> None:
 def refuse_swapped_weights(model: nn.Module) -> None:
     """Raise ValueError for weights that are exchanged while the network runs: the backward pass would find others."""
     for path, module in model.named_modules():
-        # Private: diffusers does not say whether weights are swapped. If it is renamed, the backward pass meets the
-        # error of torch about tensors that were freed or changed in place of this one.
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        # Private: diffusers does not say whether weights are swapped. If a name changes, the backward pass meets the
+        # error of torch about tensors that were freed or changed, in place of this one.
+        hooks = hooks_of_diffusers(module)
         found = next((name for name in ("group_offloading", "layerwise_casting") if name in hooks), None)
         if found is not None:
             raise ValueError(

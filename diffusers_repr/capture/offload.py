@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from diffusers_repr.denoiser.hooks import Turn, hooks_stay
+from diffusers_repr.denoiser.hooks import Turn, hooks_of_diffusers, hooks_stay
 
 _READERS: WeakKeyDictionary[nn.Module, list[Turn]] = WeakKeyDictionary()  # a turn for each open block
 
@@ -35,8 +35,7 @@ def send_back(model: nn.Module) -> None:
         for hook in _align_hooks(getattr(module, "_hf_hook", None)):
             if hook.offload and hasattr(hook, "tied_pointers_to_remove"):  # set when the module first runs
                 hook.post_forward(module, None)
-        registry = getattr(module, "_diffusers_hook", None)
-        group = None if registry is None else registry.get_hook(_GROUP_OFFLOADING)
+        group = hooks_of_diffusers(module).get(_GROUP_OFFLOADING)
         if group is not None:
             group.group.offload_()
 

@@ -13,6 +13,7 @@ from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.hooks import AfterHook, BeforeHook, Turn, hook_after, hook_before, remove_hook
+from diffusers_repr.hub.compiled import is_compiled_in_place
 
 
 class PersistentCapture:
@@ -153,7 +154,7 @@ def _records_in_checkpoints(model: nn.Module) -> AbstractContextManager[Any]:
     Without it the checkpointed blocks that hold a hook stay outside of the graph: a hook's record counts as a side
     effect that the backward pass would have to repeat. Ours must not be repeated.
     """
-    if getattr(model, "_compiled_call_impl", None) is None or not getattr(model, "gradient_checkpointing", False):
+    if not is_compiled_in_place(model) or not getattr(model, "gradient_checkpointing", False):
         return nullcontext()
     # Private settings of torch's compiler: without this one each such block is compiled by itself, which is slower.
     import torch._dynamo.config as settings

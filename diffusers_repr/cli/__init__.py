@@ -22,6 +22,7 @@ from diffusers_repr.cli import options
 COMMANDS = {
     "layers": "print the layers of a model that can be read",
     "extract": "write features of a data set to a folder",
+    "cache": "encode a data set once for training: VAE moments, features of teachers",
     "select": "find the noise level and layers that suit a task",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
@@ -138,9 +139,9 @@ def _tell(command: str, error: BaseException, debug: bool) -> int:
 def _out_of_memory(error: BaseException) -> bool:
     """Of Python, of an accelerator, or of torch on the CPU; torch is not imported for it."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    told = str(error).lower()
+    message = str(error).lower()
     return bool(names & {"MemoryError", "OutOfMemoryError", "ArrowMemoryError"}) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in told or "out of memory" in told)
+        isinstance(error, RuntimeError) and ("can't allocate memory" in message or "out of memory" in message)
     )
 
 

@@ -115,9 +115,9 @@ def check_out(folder: str, out: Out, overwrite: bool = True) -> None:
     if path.is_dir() and any(out.replaced or not held.name.startswith(".") for held in path.iterdir()):
         ours = any(any(path.glob(mark)) for mark in out.marks)
         if not ours:
-            told = f" (it has no {' or '.join(out.marks)})" if out.marks else ""
+            hint = f" (it has no {' or '.join(out.marks)})" if out.marks else ""
             raise FileExistsError(
-                f"--out {folder!r} is not empty and holds no {out.what}{told}. Name a new folder; what is in this one "
+                f"--out {folder!r} is not empty and holds no {out.what}{hint}. Name a new folder; what is in this one "
                 "stays as it is."
             )
         if not overwrite:
@@ -134,10 +134,10 @@ def _check_writable(folder: str, place: Path) -> None:
         raise _os_error(error.errno, f"--out {folder!r} cannot be written: {error.strerror}.") from error
     free = shutil.disk_usage(place).free
     if free < _ROOM:
-        told = (
+        hint = (
             f"--out {folder!r}: the disk is full ({free / 1024:.0f} KiB left). Make room, or name a folder elsewhere."
         )
-        raise _os_error(errno.ENOSPC, told)
+        raise _os_error(errno.ENOSPC, hint)
 
 
 def _os_error(number: int | None, text: str) -> OSError:
@@ -173,6 +173,6 @@ def save_or_keep(save: Callable[[Path], object], folder: str, what: str, places:
             if kept is not None:
                 shutil.rmtree(kept, ignore_errors=True)
             continue
-        told = f"Nothing is lost: the {what} is in {str(kept)!r}; move it from there."
-        raise _os_error(first.errno, f"Could not save to {folder!r}: {first.strerror or first}. {told}") from first
+        hint = f"Nothing is lost: the {what} is in {str(kept)!r}; move it from there."
+        raise _os_error(first.errno, f"Could not save to {folder!r}: {first.strerror or first}. {hint}") from first
     raise first

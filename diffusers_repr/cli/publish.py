@@ -46,10 +46,10 @@ def run(args: Settings) -> int:
             report=lambda one: print("\n".join(_lines(one, args.dry_run)), flush=True),
         )
     counts = Counter(outcome.state for outcome in outcomes)
-    told = ", ".join(
+    summary = ", ".join(
         f"{counts[state]} {state}" for state in ("pushed", "unchanged", "planned", "failed") if counts[state]
     )
-    print(f"{len(outcomes)} repositories: {told}" + ("; nothing was sent" if args.dry_run else ""))
+    print(f"{len(outcomes)} repositories: {summary}" + ("; nothing was sent" if args.dry_run else ""))
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
         print(f"diffusers-repr publish: {outcome.repo_id} failed: {outcome.detail}", file=sys.stderr)
@@ -90,10 +90,10 @@ def find_publications(kinds: Sequence[str], folders: list[str]) -> list[Publicat
     if trained:
         examples = _examples()
         if examples is None and not folders:
-            told = "examples/models is part of a clone of the repository, not of an installed package"
+            hint = "examples/models is part of a clone of the repository, not of an installed package"
             if len(trained) == len(kinds):
-                raise FileNotFoundError(f"No models or heads: {told}. Give --folder, or run in a clone.")
-            print(f"No models and heads: {told}.")
+                raise FileNotFoundError(f"No models or heads: {hint}. Give --folder, or run in a clone.")
+            print(f"No models and heads: {hint}.")
         for root in [*([] if examples is None else [examples]), *map(Path, folders)]:
             found += _trained(root)
     elif folders:

@@ -45,7 +45,8 @@ def parse_recipe(
 
     Args:
         kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe. Fields
-            that the class attribute `POSITIONAL` names are given without a flag, in that order.
+            that the class attribute `POSITIONAL` names are given without a flag, in that order. Where one has a true
+            `OTHER_KEYS`, the recipe may be another command's too, whose keys are passed over.
         argv: Flags, without the program's name.
         description: For `--help`.
         **parser_options: Of `argparse.ArgumentParser`.
@@ -69,6 +70,8 @@ def parse_recipe(
     if known.config:
         recipe = read_recipe(known.config)
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
+        if any(getattr(kind, "OTHER_KEYS", False) for kind in kinds):
+            recipe = {key: value for key, value in recipe.items() if key in names}
         check_keys(known.config, recipe, names)
         for key, value in recipe.items():
             optional(check_of(hints[key]))(value, f"{known.config}: {key}")
@@ -81,6 +84,7 @@ def parse_recipe(
     full = HfArgumentParser(
         cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False, **parser_options
     )
+    # argparse lists its flags in this private dict alone; without it an unknown flag is met by argparse's own message.
     _check_flags(flags, list(full._option_string_actions))
     full.set_defaults(**empty)
     for kind in kinds:
@@ -92,8 +96,8 @@ def _add_positional(parser: argparse.ArgumentParser, kind: type, given: Sequence
     """Declare the positional settings of a kind; their flags stay, unseen, for a recipe to say them by."""
     for name in getattr(kind, "POSITIONAL", ()):
         flag = parser._option_string_actions[f"--{name}"]  # argparse has no public way to an argument it was given
-        several, told = flag.nargs == "+", f"--{name}" in given
-        nargs = {(False, False): None, (False, True): "?", (True, False): "+", (True, True): "*"}[several, told]
+        several, is_given = flag.nargs == "+", f"--{name}" in given
+        nargs = {(False, False): None, (False, True): "?", (True, False): "+", (True, True): "*"}[several, is_given]
         parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, type=flag.type or str, help=flag.help)
         flag.required, flag.default, flag.help = False, argparse.SUPPRESS, argparse.SUPPRESS
 
@@ -118,8 +122,8 @@ def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:
     for flag in (token.partition("=")[0] for token in flags if token.startswith("--")):
         if flag not in known:
             near = difflib.get_close_matches(flag, known, n=3)
-            told = f"Closest: {', '.join(near)}." if near else "--help lists all."
-            raise ValueError(f"Unknown flag {flag}. {told}")
+            hint = f"Closest: {', '.join(near)}." if near else "--help lists all."
+            raise ValueError(f"Unknown flag {flag}. {hint}")
 
 
 _CHECKS: dict[Any, Check] = {

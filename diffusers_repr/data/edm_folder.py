@@ -161,10 +161,10 @@ def _read(folder: Path, labels: dict[str, int] | None, file: Path) -> datasets.D
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     missing, gone = [name for name in names if name not in labels], sorted(labels.keys() - set(names))
     if missing or gone:
-        told = [f"it lacks {len(missing)} of {len(names)} images, the first is {missing[0]!r}"] if missing else []
-        told += [f"it names {len(gone)} that are not there, the first is {gone[0][:80]!r}"] if gone else []
+        findings = [f"it lacks {len(missing)} of {len(names)} images, the first is {missing[0]!r}"] if missing else []
+        findings += [f"it names {len(gone)} that are not there, the first is {gone[0][:80]!r}"] if gone else []
         raise ValueError(
-            f"{str(file)!r} does not fit the images of {str(folder)!r}: {'; '.join(told)}. Run the preprocessing "
+            f"{str(file)!r} does not fit the images of {str(folder)!r}: {'; '.join(findings)}. Run the preprocessing "
             f"anew, or take {LABELS} out of the folder where its subfolders are the classes."
         )
     ids = [labels[name] for name in names]

@@ -102,10 +102,10 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _set_bound() -> None:
-    told = os.environ.get(MAX_PIXELS_VARIABLE)
-    if told is None:
+    limit = os.environ.get(MAX_PIXELS_VARIABLE)
+    if limit is None:
         return
-    if not told.isdecimal() or not 0 < int(told) < 10**12:
-        raise ValueError(f"{MAX_PIXELS_VARIABLE}={told!r}; it is a whole number of pixels from 1.")
-    if int(told) != Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = int(told)
+    if not limit.isdecimal() or not 0 < int(limit) < 10**12:
+        raise ValueError(f"{MAX_PIXELS_VARIABLE}={limit!r}; it is a whole number of pixels from 1.")
+    if int(limit) != Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = int(limit)

@@ -82,6 +82,8 @@ class StreamData(IterableDataset):
                 "shuffled here (shuffle_buffer, seed)."
             )
         if dataset.features is None:
+            # Private: what `datasets` itself calls to learn columns from the first rows. If it goes, a stream whose
+            # files name no types must be given its features (`cast`).
             dataset = dataset._resolve_features()
         features = dict(dataset.features)
         self.columns, self.masks = config.columns(features, name), config.masks(features)
@@ -137,8 +139,8 @@ class StreamData(IterableDataset):
         _PLACE(state, "the place in the stream")
         differs = {k: (state.get(k), v) for k, v in self._setting().items() if state.get(k) != v}
         if differs:
-            told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differs.items())
-            raise ValueError(f"The place in the stream is of another run ({told}); run with the same settings.")
+            changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differs.items())
+            raise ValueError(f"The place in the stream is of another run ({changes}); run with the same settings.")
         self._epoch, self._block, self._at = int(state["epoch"]), int(state["block"]), int(state["at"])
         self._start, self._count = state["source"], int(state["count"])
 
@@ -274,6 +276,8 @@ def _source_epoch(seed: int, epoch: int) -> int:
 
 def _is_shuffled(dataset: datasets.IterableDataset) -> bool:
     """Whether a shuffle buffer lies anywhere in the chain that `datasets` reads through."""
+    # Private: `datasets` does not say that it shuffles. If the names change, such a stream is taken, and a resumed run
+    # does not see the samples that the first would have.
     link = getattr(dataset, "_ex_iterable", None)
     while link is not None:
         if type(link).__name__ == "BufferShuffledExamplesIterable":

@@ -167,6 +167,7 @@ class AnyPipelineMixin(ConfigMixin):
         new: Any = cls(**{**given, **kwargs})
         if pipeline.config.get("_name_or_path") is not None:
             new.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        # Private: `set_progress_bar_config` has no counterpart that reads. Without it the new pipeline shows its bar.
         new._progress_bar_config = dict(getattr(pipeline, "_progress_bar_config", {}))
         return new
 
@@ -212,6 +213,8 @@ def _is_set(value: Any) -> bool:
 
 def _state(encoders: list[nn.Module]) -> Any:
     """What encoded prompts depend on: the weights' identities and versions, and adapters' settings."""
+    # Private: a tensor's count of changes in place (torch), and which adapters act (peft). Without them prompts that
+    # were encoded before weights or adapters changed would be used again.
     weights = [(id(p), p._version, p.dtype, p.device) for encoder in encoders for p in encoder.parameters()]
     adapters = [
         (
@@ -255,6 +258,7 @@ def rebuild_pipeline(name: str, components: Mapping[str, Any], settings: Mapping
         raise TypeError(f"{name} needs {', '.join(missing)}; there are {', '.join(sorted(components))}.")
     # Constructors rewrite the config of the scheduler, and of networks saved long ago.
     given["scheduler"] = copy.deepcopy(components["scheduler"])
+    # `_internal_dict` is where diffusers' ConfigMixin keeps a config, which is read-only by its public name.
     configs = [
         (c, c.__dict__["_internal_dict"]) for c in given.values() if "_internal_dict" in getattr(c, "__dict__", ())
     ]

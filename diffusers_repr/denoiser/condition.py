@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser.hooks import Hooks
+from diffusers_repr.hub.compiled import plain_module, pop_compiled_call, put_compiled_call
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def first_call(pipe: Any, model: nn.Module, call: Mapping[str, Any]) -> tuple[di
     for name in ("scheduler", "guider", "ocr_guider"):
         if name in pipe.__dict__:
             shadow.__dict__[name] = copy.deepcopy(pipe.__dict__[name])
+    # Of the copy alone; the public `set_progress_bar_config` writes the same private attribute.
     shadow.__dict__["_progress_bar_config"] = {"disable": True}
     try:
         with _ONE_AT_A_TIME, _untouched(pipe), _stopped_at(model), torch.no_grad():
@@ -107,15 +109,14 @@ def _stopped_at(model: nn.Module) -> Iterator[None]:
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _FirstCall(args, kwargs)
 
-    # A module compiled in place ignores new hooks; without this entry torch takes the plain call.
-    compiled = model.__dict__.pop("_compiled_call_impl", None)
+    # A module compiled in place ignores new hooks; without its compiled call torch takes the plain one.
+    compiled = pop_compiled_call(model)
     try:
         with ExitStack() as stack:
             Hooks(stack).before(model, stop, prepend=True)
             yield
     finally:
-        if compiled is not None:
-            model._compiled_call_impl = compiled
+        put_compiled_call(model, compiled)
 
 
 @contextmanager
@@ -147,7 +148,7 @@ def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def forward_names(model: nn.Module) -> list[str]:
     """Names of what a network's forward takes, the noisy input first."""
-    return list(inspect.signature(getattr(model, "_orig_mod", model).__class__.forward).parameters)[1:]
+    return list(inspect.signature(type(plain_module(model)).forward).parameters)[1:]
 
 
 # Module -> the blocks of `eval_mode` that it is in, oldest first, each with the mode to come back to.

@@ -40,6 +40,7 @@ class Family(FamilyLayers):
         config: Of the network it is bound to; a `Denoiser` binds its family.
 
     Attributes:
+        axes: Of the grid of x_0: 2, `(H, W)`, or 3 of a video, `(frames, H, W)`.
         conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
         unbatched: Names of condition inputs without a batch dimension (position ids).
         batched: Names that mean no batch elsewhere (`image_rotary_emb`) and have a row a sample in its modules.
@@ -53,6 +54,7 @@ class Family(FamilyLayers):
         joins: Whether lanes may join the batch on the way through the network, at one of its top-level modules.
     """
 
+    axes: int = 2
     conditioning: str = "none"
     sample_name: str = "sample"
     timestep_name: str = "timestep"
@@ -80,7 +82,7 @@ class Family(FamilyLayers):
         return int(self.config["in_channels"])
 
     def size(self) -> tuple[int, int]:
-        """(H, W) of x_0 that the network was configured for.
+        """(H, W) of x_0, of one frame of a video, that the network was configured for.
 
         Raises:
             ValueError: If the config does not tell.
@@ -154,9 +156,9 @@ class Family(FamilyLayers):
         """The inverse of `stacked_output`."""
         return raw
 
-    def training_timestep(self, told: Tensor) -> Tensor:
+    def training_timestep(self, model_timestep: Tensor) -> Tensor:
         """The training timestep, from what the network is told: the inverse of `timestep`."""
-        return told
+        return model_timestep
 
     def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Whether lanes may join at the first of these top-level modules, in a call with these inputs."""
@@ -280,10 +282,10 @@ class GenericFamily(Family):
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Under the names given."""
         if self._timestep_fn is None:
-            told = self.timestep(level, x_t)
+            model_timestep = self.timestep(level, x_t)
         else:
-            told = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
-        return {self.sample_name: x_t, self.timestep_name: told, **condition}
+            model_timestep = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
+        return {self.sample_name: x_t, self.timestep_name: model_timestep, **condition}
 
     def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """By `grid_fn`, else as a U-Net's."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser import default_layers as rules
 from diffusers_repr.denoiser.attention_layouts import SELF, AttentionLayout
 from diffusers_repr.denoiser.default_layers import METHODS, STACKS, LayerDefault, Method
+from diffusers_repr.hub.compiled import plain_module
 
 
 class FamilyLayers:
@@ -40,9 +41,9 @@ class FamilyLayers:
             ValueError: For cross-attention, attention with added text keys (`added_kv_proj_dim` without own text
                 queries) and classes that nobody described; goes on after the words "Layer 'path'".
         """
-        told = self.layout_told(path)
-        if told is not None:
-            return told
+        known_layout = self.fixed_layout(path)
+        if known_layout is not None:
+            return known_layout
         if not hasattr(module, "is_cross_attention"):
             raise ValueError(
                 f"is a {type(module).__name__}; known are diffusers' Attention and what the `attentions` of "
@@ -60,7 +61,7 @@ class FamilyLayers:
             )
         return SELF
 
-    def layout_told(self, path: str) -> AttentionLayout | None:
+    def fixed_layout(self, path: str) -> AttentionLayout | None:
         """The layout that `attentions` tells for a path; None where it tells none."""
         if _fits(path, self.other_attentions):
             return None
@@ -92,7 +93,7 @@ class FamilyLayers:
     def _attends_to_image(self, path: str, module: nn.Module) -> bool:
         if _fits(path, self.other_attentions):
             return False
-        if self.layout_told(path) is not None:
+        if self.fixed_layout(path) is not None:
             return True
         if not (hasattr(module, "to_q") and hasattr(module, "processor")):
             return False
@@ -120,7 +121,7 @@ class FamilyLayers:
         return [path for stack in self._stacks(model) for path in stack]
 
     def _stacks(self, model: nn.Module) -> list[list[str]]:
-        modules = dict(getattr(model, "_orig_mod", model).named_modules())
+        modules = dict(plain_module(model).named_modules())
         there = {name: stack for name in self.stacks if isinstance(stack := modules.get(name), nn.ModuleList)}
         return [[f"{name}.{at}" for at in range(len(stack))] for name, stack in there.items()]
 
@@ -138,16 +139,16 @@ class FamilyLayers:
             raise ValueError(f"There are default layers for {', '.join(METHODS)}; got {method!r}.")
         attends = method in ("pag", "sag")
         if method in self.layer_defaults:
-            told = self.layer_defaults[method]
+            preset = self.layer_defaults[method]
             known = self.self_attentions(model) if attends else [path for path, _ in model.named_modules()]
-            layers = [path for path in known if _fits(path, told.layers)]
-            found = LayerDefault(tuple(layers[:1] if method in ("sag", "repa") else layers), told.source)
+            layers = [path for path in known if _fits(path, preset.layers)]
+            found = LayerDefault(tuple(layers[:1] if method in ("sag", "repa") else layers), preset.source)
         elif attends:
             found = rules.middle_attention(self.self_attentions(model))
         elif method == "repa":
             found = rules.repa_block(self.stack(model))
         else:
-            found = self._head_layers(method, getattr(model, "_orig_mod", model))
+            found = self._head_layers(method, plain_module(model))
         if not found.layers:
             kind = "self-attention" if attends else "layer"
             near = self.self_attentions(model)[:3]

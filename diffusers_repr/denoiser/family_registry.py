@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusers_repr.denoiser.block_outputs import register_block_output
 from diffusers_repr.denoiser.family import Family
+from diffusers_repr.hub.compiled import plain_module
 
 _REGISTRY: dict[str, type[Family]] = {}  # model class -> adapter; `families` fills it with ours
 
@@ -51,7 +52,7 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         TypeError: If there is none; says how to add one.
     """
-    inner: Any = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    inner: Any = plain_module(model)
     family = family_by_name(*(cls.__name__ for cls in type(inner).__mro__))
     if family is None:
         name = type(inner).__name__
@@ -65,7 +66,7 @@ def family_of(model: nn.Module) -> Family:
 
 def family_of_or_base(model: nn.Module) -> Family:
     """The adapter of a model; the base class, which knows what the module tree tells, where there is none."""
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = plain_module(model)
     family = family_by_name(*(cls.__name__ for cls in type(inner).__mro__)) or Family()
     return family.bound_to(getattr(inner, "config", {}))
 

@@ -150,11 +150,34 @@ def _does_nothing(module: nn.Module, *given: Any) -> None:
     """What a hook is in a copy of its module."""
 
 
+def clear_hooks(module: nn.Module) -> None:
+    """Take all forward hooks off a module and its parts, such as those that a copy brought along.
+
+    Private ground: torch removes a hook by the handle of whoever set it, and a copy has none. If the two dicts are
+    renamed this fails, and nothing is copied.
+    """
+    for part in module.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+
+
+def hooks_of_diffusers(module: nn.Module) -> dict[str, Any]:
+    """Hooks that diffusers set on a module, by the names it registers them under.
+
+    Private ground: diffusers has no question for them (caches of activations, offloaded or exchanged weights). If
+    `_diffusers_hook` is renamed none is found: what cannot be guided or read is not refused, and offloaded weights
+    stay where a forward that was left early had brought them.
+    """
+    return getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
+
+
 __all__ = [
     "Hooks",
     "Turn",
+    "clear_hooks",
     "hook_after",
     "hook_before",
+    "hooks_of_diffusers",
     "hooks_stay",
     "remove_hook",
     "this_thread",

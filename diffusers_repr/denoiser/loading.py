@@ -180,6 +180,7 @@ def _check(index: Any, at: str, given: Mapping[str, Any]) -> dict[str, tuple[str
             f"authors, load it by diffusers with {CONSENT} and pass the pipeline: Denoiser.from_pipe(pipe)."
         )
     known = getattr(diffusers, pipeline, None) if isinstance(pipeline, str) else None
+    # Private in diffusers: the one mark of a pipeline that loads what its card names. Without it these are loaded.
     if inspect.isclass(known) and getattr(known, "_load_connected_pipes", False):
         raise ValueError(
             f"{at}: a {pipeline} loads further repositories that its card names; load it by diffusers and pass the "

@@ -7,10 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from diffusers_repr.denoiser.denoiser import Denoiser, require_denoiser
 from diffusers_repr.hub.base_record import BaseRecord
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.identity import digest, fingerprint, weight_marks
 from diffusers_repr.noise.process_record import process_record
 
@@ -29,7 +28,7 @@ def base_record(
         TypeError: If `denoiser` is no `Denoiser`.
     """
     require_denoiser(denoiser)
-    model = plain_module(denoiser)
+    model = plain_module(denoiser.model)
     return BaseRecord(
         name=denoiser.name,
         revision=denoiser.revision,
@@ -45,7 +44,7 @@ def base_record(
 
 def config_defaults(denoiser: Denoiser) -> dict[str, Any]:
     """What the network's class takes for arguments that a config leaves out, as JSON gives it back."""
-    parameters = inspect.signature(type(plain_module(denoiser)).__init__).parameters
+    parameters = inspect.signature(type(plain_module(denoiser.model)).__init__).parameters
     known = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     return json.loads(json.dumps(known, default=str))
 
@@ -60,16 +59,9 @@ def changed_config(denoiser: Denoiser) -> dict[str, Any]:
     return {key: public[key] for key in sorted(public) if key not in defaults or defaults[key] != public[key]}
 
 
-def plain_module(denoiser: Denoiser) -> nn.Module:
-    """The network itself, also where it is compiled."""
-    model = getattr(denoiser.model, "_orig_mod", denoiser.model)
-    assert isinstance(model, nn.Module)
-    return model
-
-
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     public = {k: v for k, v in config.items() if not k.startswith("_") and k != "quantization_config"}
     return json.loads(json.dumps(public, default=str, sort_keys=True))
 
 
-__all__ = ["base_record", "changed_config", "config_defaults", "plain_module"]
+__all__ = ["base_record", "changed_config", "config_defaults"]

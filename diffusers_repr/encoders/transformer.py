@@ -163,10 +163,10 @@ def load_transformer(
     """
     config = load_json_config(id_or_folder, "config.json", revision, token)
     check_config(config, f"config.json of {str(id_or_folder)!r}")
-    told = schema.optional(schema.text(200))(
+    model_type = schema.optional(schema.text(200))(
         config.get("model_type"), f"config.json of {str(id_or_folder)!r}: model_type"
     )
-    family = encoder_family(told)
+    family = encoder_family(model_type)
     folder = resolve_folder(id_or_folder, revision, token, _FILES)
     processor: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):

@@ -20,6 +20,7 @@ from diffusers_repr.guidance.engine.engine import Engine
 from diffusers_repr.guidance.engine.guided_call import GuidedModel
 from diffusers_repr.guidance.engine.scheduler_hooks import SchedulerWatcher, watch_scheduler
 from diffusers_repr.guidance.engine.stats import GuidanceStats
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseSchedule
 
 _NO_TARGET = "guide takes a diffusers pipeline or a Denoiser; got {}. For a bare network: Denoiser(model, scheduler)."
@@ -255,13 +256,13 @@ def unguide(target: Any) -> None:
 
 def _network(target: Any) -> nn.Module:
     if isinstance(target, nn.Module):
-        return getattr(target, "_orig_mod", target)  # private in torch; see `component_of`
+        return plain_module(target)
     if isinstance(target, Denoiser):
         return target.model
     for name in COMPONENTS if hasattr(target, "components") else ():
         component = getattr(target, name, None)
         if isinstance(component, nn.Module):
-            return getattr(component, "_orig_mod", component)
+            return plain_module(component)
     raise TypeError(_NO_TARGET.format(type(target).__name__))
 
 

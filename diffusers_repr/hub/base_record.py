@@ -78,13 +78,13 @@ class ProcessRecord:
 
     def __str__(self) -> str:
         steps = "" if self.num_train_timesteps is None else f" of {self.num_train_timesteps} timesteps"
-        told = [f"{name} {value:g}" for name, value in self.sigmas.items()]
+        parts = [f"{name} {value:g}" for name, value in self.sigmas.items()]
         if values := self.half_log_snr:
             ends = ["-inf" if (v := values[i]) is None else f"{v:.3f}" for i in (0, len(values) // 2, -1)]
-            told = [f"log(alpha/sigma) from {ends[0]} over {ends[1]} to {ends[2]}"]
+            parts = [f"log(alpha/sigma) from {ends[0]} over {ends[1]} to {ends[2]}"]
         if self.fingerprint is not None:
-            told.append(f"fingerprint {self.fingerprint}")
-        return f"{self.kind}{steps}" + (f" ({', '.join(told)})" if told else "")
+            parts.append(f"fingerprint {self.fingerprint}")
+        return f"{self.kind}{steps}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 @dataclass(frozen=True)

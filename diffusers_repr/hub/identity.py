@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.hub.compiled import plain_module
+
 # Keys of a config that do not change what the network computes.
 _FREE = (
     "_name_or_path",
@@ -76,7 +78,7 @@ def fingerprint(*modules: nn.Module | None) -> str | None:
     for module in modules:
         if module is None:
             continue
-        for name, tensor in getattr(module, "_orig_mod", module).state_dict().items():
+        for name, tensor in plain_module(module).state_dict().items():
             if tensor.is_meta:
                 return None
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -76,7 +76,7 @@ def public_config(value: Any, replaced: dict[str, str], key: str = "") -> Any:
     return value
 
 
-def told_places(text: str, folder: Path) -> list[tuple[int, str]]:
+def private_places(text: str, folder: Path) -> list[tuple[int, str]]:
     """Lines of a text that tell the home folder, or where `folder` lies: (line from 1, the place)."""
     known = [str(Path.home()), os.path.abspath(folder), os.path.realpath(folder)]
     places = [place for place in dict.fromkeys(known) if place.count(os.sep) > 1 or place == "/root"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers_repr.hub.allowed import AllowList, allowed_names, kind_of
 from diffusers_repr.hub.files import read_json
-from diffusers_repr.hub.places import last_name, public_config, told_places, without_places
+from diffusers_repr.hub.places import last_name, private_places, public_config, without_places
 from diffusers_repr.hub.yaml_text import import_yaml, read_yaml
 
 _CONFIGS = (
@@ -223,7 +223,7 @@ def _refuse_places(folder: Path, source: Path, path: str, text: str | None = Non
     if text is None:
         with open(source, "rb") as file:
             text = file.read(_SCANNED).decode("utf-8", "replace")
-    for number, place in told_places(text, folder):
+    for number, place in private_places(text, folder):
         raise ValueError(
             f"{path}, line {number}, tells where something lies on this machine ({place!r}). Take it out before "
             "others read it."

@@ -97,20 +97,20 @@ def _everyones(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     state = process_state()
     if state.num_processes == 1:
         return index.to(values.device), values
-    told = gather_object([(len(index), tuple(values.shape[1:]), values.dtype)])
-    shapes = {(shape, dtype) for rows, shape, dtype in told if rows}
+    shapes_sent = gather_object([(len(index), tuple(values.shape[1:]), values.dtype)])
+    shapes = {(shape, dtype) for rows, shape, dtype in shapes_sent if rows}
     if len(shapes) > 1:
         raise ValueError(f"The processes bring rows of unlike shapes or dtypes: {sorted(map(str, shapes))}.")
     if not shapes:
         raise ValueError("No process brings a row.")
     shape, dtype = shapes.pop()
-    most = max(rows for rows, _, _ in told)
+    most = max(rows for rows, _, _ in shapes_sent)
     padded = torch.zeros(most, *shape, dtype=dtype, device=state.device)
     places = torch.full((most,), -1, dtype=torch.int64, device=state.device)
     if len(index):
         padded[: len(index)], places[: len(index)] = values.to(state.device), index.to(state.device)
     places, padded = gather(places), gather(padded)
-    real = torch.cat([torch.arange(most) < rows for rows, _, _ in told]).to(places.device)
+    real = torch.cat([torch.arange(most) < rows for rows, _, _ in shapes_sent]).to(places.device)
     return places[real], padded[real]
 
 
@@ -129,8 +129,8 @@ def failing_together() -> Iterator[None]:
     except Exception as caught:
         error = caught
     if process_state().num_processes > 1:
-        told = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
-        first = next(((rank, text) for rank, text in enumerate(told) if text), None)
+        errors = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+        first = next(((rank, text) for rank, text in enumerate(errors) if text), None)
         if error is None and first is not None:
             raise RuntimeError(f"Process {first[0]} stopped: {first[1]}")
     if error is not None:

@@ -331,11 +331,11 @@ def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> No
         if key not in needed | optional and not re.fullmatch(r"projectors\.\d{1,3}\.\d\.\w+", key)
     ]
     if missing or unknown:
-        told = [f"it lacks {some_of(missing)}"] if missing else []
-        told += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
+        findings = [f"it lacks {some_of(missing)}"] if missing else []
+        findings += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
         raise ValueError(
             f"This is not quite a checkpoint of DiT, SiT or REPA ({config['num_layers']} blocks of width "
-            f"{config['hidden_size']}): {'; '.join(told)}."
+            f"{config['hidden_size']}): {'; '.join(findings)}."
         )
     time = weights["t_embedder.mlp.0.weight"].shape[1]
     if time != TIME_CHANNELS:

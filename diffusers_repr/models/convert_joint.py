@@ -148,11 +148,11 @@ def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> No
     needed |= joined | {"cls_token", "pos_embedding"}
     missing, unknown = sorted(needed - set(weights)), sorted(set(weights) - needed)
     if missing or unknown:
-        told = [f"it lacks {some_of(missing)}"] if missing else []
-        told += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
+        findings = [f"it lacks {some_of(missing)}"] if missing else []
+        findings += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
         raise ValueError(
             f"This is not quite a checkpoint of HybViT ({config['num_layers']} blocks of width "
-            f"{config['hidden_size']}): {'; '.join(told)}. Its variants with shifted patches (--SPT) and local "
+            f"{config['hidden_size']}): {'; '.join(findings)}. Its variants with shifted patches (--SPT) and local "
             "attention (--LSA) have no counterpart here."
         )
     width = config["hidden_size"]

@@ -60,6 +60,7 @@ class CastConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in, H, W)` to `(B, out, H', W')`."""
+        # torch's own hook for a convolution with other weights, private: it knows the padding modes.
         return self._conv_forward(x, _cast(self.weight, x), _like(self.bias, x))
 
 

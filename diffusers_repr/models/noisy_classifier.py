@@ -264,9 +264,9 @@ def describe_process(schedule: NoiseSchedule) -> dict[str, Any]:
     }
 
 
-def _recorded(steps: int, told: Mapping[str, Any]) -> ProcessRecord:
-    sigmas = {name: told[name] for name in _SIGMAS if name in told}
-    return ProcessRecord(told["kind"], steps, tuple(told.get("half_log_snr", ())), sigmas)
+def _recorded(steps: int, fields: Mapping[str, Any]) -> ProcessRecord:
+    sigmas = {name: fields[name] for name in _SIGMAS if name in fields}
+    return ProcessRecord(fields["kind"], steps, tuple(fields.get("half_log_snr", ())), sigmas)
 
 
 def _check_blocks(channels: list[int], kinds: list[str], head: int, groups: int, last_attends: bool) -> None:

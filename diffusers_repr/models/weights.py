@@ -57,7 +57,7 @@ class CheckedWeights:
         local = (Path(name) / inside).is_dir()
         if local and not cast:  # before memory is taken for what the config says
             check_saved(cls, Path(name) / inside, kwargs.get("variant"))
-        told = kwargs.pop("output_loading_info", False)
+        with_info = kwargs.pop("output_loading_info", False)
         loader: Any = super()
         model, info = loader.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if not cast:
@@ -66,7 +66,7 @@ class CheckedWeights:
                 check_saved(cls, folder, kwargs.get("variant"))
             check_loaded(model, info, name)
         model.check_values()
-        return (model, info) if told else model
+        return (model, info) if with_info else model
 
     def check_values(self) -> None:
         """Refuse values that a network of this class cannot work with; called after loading.

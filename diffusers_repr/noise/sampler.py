@@ -114,17 +114,17 @@ def sampler_level(scheduler: Any, timestep: float | Tensor, schedule: NoiseSched
     form = _form(scheduler, kind)
     _check_process(scheduler, form, schedule)
     if kind == _VE:
-        told = _number(timestep)
-        return _pack(told, (1.0, told, 0.0, schedule.sigma_max, 1.0))
+        model_timestep = _number(timestep)
+        return _pack(model_timestep, (1.0, model_timestep, 0.0, schedule.sigma_max, 1.0))
     if kind == _ALPHAS:
-        told = _number(timestep)
-        columns, row = _columns(scheduler, "alphas_cumprod", kind, form, None), int(told)
-        if row != told or not 0 <= row < len(columns[0]):
+        model_timestep = _number(timestep)
+        columns, row = _columns(scheduler, "alphas_cumprod", kind, form, None), int(model_timestep)
+        if row != model_timestep or not 0 <= row < len(columns[0]):
             raise ValueError(
-                f"{type(scheduler).__name__} has no timestep {told:g}; it has the whole numbers from 0 to "
+                f"{type(scheduler).__name__} has no timestep {model_timestep:g}; it has the whole numbers from 0 to "
                 f"{len(columns[0]) - 1}."
             )
-        return _pack(told, tuple(column[row] for column in columns))
+        return _pack(model_timestep, tuple(column[row] for column in columns))
     times, step = _step(scheduler, timestep, kind)
     name, row = _place(scheduler, step, kind)
     columns = _columns(scheduler, name, kind, form, schedule)
@@ -179,11 +179,11 @@ def _step(scheduler: Any, timestep: float | Tensor, kind: str) -> tuple[list[flo
         index = scheduler.begin_index
     if index is not None and index < len(times):
         return times, index
-    told = _number(timestep)
-    nearest = min(times, key=lambda time: abs(time - told))
-    if abs(nearest - told) > 2**-8 * max(abs(told), abs(nearest)):  # as far as bfloat16 rounds
+    model_timestep = _number(timestep)
+    nearest = min(times, key=lambda time: abs(time - model_timestep))
+    if abs(nearest - model_timestep) > 2**-8 * max(abs(model_timestep), abs(nearest)):  # as far as bfloat16 rounds
         raise ValueError(
-            f"Timestep {told:g} is no step of this {type(scheduler).__name__}: {len(times)} steps from "
+            f"Timestep {model_timestep:g} is no step of this {type(scheduler).__name__}: {len(times)} steps from "
             f"{times[0]:g} to {times[-1]:g}."
         )
     found = [i for i, time in enumerate(times) if time == nearest]

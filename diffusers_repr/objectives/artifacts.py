@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.own_pipelines import named_pipeline
 
 State = Mapping[str, Tensor]
@@ -88,7 +89,7 @@ class ModelArtifact(Artifact):
     @property
     def kind(self) -> str:
         """Class of the model."""
-        return model_class(getattr(self.module, "_orig_mod", self.module)).__name__
+        return model_class(plain_module(self.module)).__name__
 
     @property
     def name(self) -> str:
@@ -151,7 +152,8 @@ class PipelineArtifact(Artifact):
         if isinstance(self.pipeline, str):
             return named_pipeline(self.pipeline)(**made)
         pipe = copy.copy(self.pipeline)
-        # Of diffusers' ConfigMixin: a copy would share its config, and the user's pipeline be told of our components.
+        # Where diffusers' ConfigMixin keeps the config, private: a copy shares it, and without this line the config of
+        # the user's pipeline would name our components.
         pipe.__dict__["_internal_dict"] = copy.deepcopy(pipe._internal_dict)
         pipe.register_modules(**made)
         return pipe
@@ -197,7 +199,7 @@ def rebuild(module: Any, state: State, prefix: str, make: Callable[[], Any] | No
     Raises:
         KeyError: If `state` lacks one of its tensors.
     """
-    inner = getattr(module, "_orig_mod", module)
+    inner = plain_module(module)
     with torch.random.fork_rng(devices=[]):
         fresh = make() if make else _same_kind(inner)
     own = {k: state.get(prefix + k, v).detach().to("cpu") for k, v in inner.state_dict().items()}

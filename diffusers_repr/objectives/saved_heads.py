@@ -64,8 +64,8 @@ def load_heads(
         _load(folder / sources[name], head.module)
         _logger.info("%s goes on from %s.", name, folder / sources[name])
     if fresh:
-        told = "; ".join(f"{name}: {why}" for name, why in fresh.items())
-        warnings.warn(f"{str(id_or_folder)!r} goes on with heads that start anew ({told}).", stacklevel=2)
+        reasons = "; ".join(f"{name}: {why}" for name, why in fresh.items())
+        warnings.warn(f"{str(id_or_folder)!r} goes on with heads that start anew ({reasons}).", stacklevel=2)
     return fresh
 
 

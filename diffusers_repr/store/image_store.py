@@ -108,9 +108,9 @@ class ImageLayout(ParquetLayout):
 
     def features(self) -> datasets.Features:
         """See `ParquetLayout`."""
-        told = {name: datasets.Value(_TYPES.get(name, "string")) for name in _FIELDS}
+        described = {name: datasets.Value(_TYPES.get(name, "string")) for name in _FIELDS}
         head = {"row": datasets.Value("int64"), "key": datasets.Value("string"), "image": datasets.Image()}
-        return datasets.Features({**head, **told})
+        return datasets.Features({**head, **described})
 
     def table_problem(self, table: pa.Table) -> str | None:
         """See `ParquetLayout`: keys that are not those of their rows, and what is no PNG of the key's size."""
@@ -222,9 +222,9 @@ def write_images(
             for at in range(start, stop, batch_size):
                 asked = keys[at : min(at + batch_size, stop)]
                 images = [_encoded(image, key) for image, key in zip(make(asked), asked, strict=True)]
-                told = {name: [getattr(key, name) for key in asked] for name in _FIELDS}
+                described = {name: [getattr(key, name) for key in asked] for name in _FIELDS}
                 numbers = list(range(at, at + len(asked)))
-                yield {"row": numbers, "key": [key.name for key in asked], "image": images, **told}
+                yield {"row": numbers, "key": [key.name for key in asked], "image": images, **described}
 
     layout = ImageLayout(len(keys), size, recipe_hash(recipe))
     write_store(Plan(ImageStore, folder, layout, recipe, rows, about or {}, progress=progress, what="generate"))

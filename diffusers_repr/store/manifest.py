@@ -22,8 +22,8 @@ def recipe_hash(recipe: Mapping[str, Any]) -> str:
         >>> recipe_hash({"a": 1, "b": 2}) == recipe_hash({"b": 2, "a": 1})
         True
     """
-    told = json.dumps(recipe, sort_keys=True, allow_nan=False)
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    text = json.dumps(recipe, sort_keys=True, allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def recipe_differences(old: Any, new: Any, at: str = "") -> list[str]:

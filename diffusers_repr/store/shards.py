@@ -99,10 +99,10 @@ def with_tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def parse_stamp(told: str | bytes | None) -> dict[str, Any]:
+def parse_stamp(stamp: str | bytes | None) -> dict[str, Any]:
     """What a stamp says of recipe and place; nothing where it is none of ours."""
     try:
-        return {} if told is None else _STAMPED(json.loads(told), "its stamp")
+        return {} if stamp is None else _STAMPED(json.loads(stamp), "its stamp")
     except (ValueError, RecursionError):
         return {}
 

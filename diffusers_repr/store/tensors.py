@@ -84,8 +84,8 @@ class TensorLayout(Layout):
         """See `Layout`: the checksum."""
         with safe_open(path, "pt") as file:
             whole = {key: file.get_tensor(key) for key in (*self.tensors, INDEX)}
-        told = parse_stamp(self.stamp(path)).get("checksum")
-        return None if checksum(whole) == told else "does not fit its checksum"
+        recorded = parse_stamp(self.stamp(path)).get("checksum")
+        return None if checksum(whole) == recorded else "does not fit its checksum"
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -78,11 +78,11 @@ def write_store(plan: Plan) -> None:
                 _prepare(plan)
             except (OSError, ValueError) as caught:
                 error = caught
-        told = [text for text in gather_object([str(error) if error else None]) if text]
+        errors = [text for text in gather_object([str(error) if error else None]) if text]
         if error is not None:
             raise error
-        if told:
-            raise RuntimeError(f"Process 0 stopped: {told[0]}")
+        if errors:
+            raise RuntimeError(f"Process 0 stopped: {errors[0]}")
         mine = range(state.process_index, plan.layout.shards, state.num_processes)
         todo = sorted(gather_object([shard for shard in mine if _is_to_do(plan, shard)]))
         _write_all(plan, todo[state.process_index :: state.num_processes], state)

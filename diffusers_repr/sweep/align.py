@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor
 from diffusers_repr.data.labelled import open_images, open_labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_denoiser
-from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extractor import Timestep
@@ -94,7 +93,7 @@ def measure_alignment(
             where that can be known.
         FloatingPointError: If a layer gives NaN or infinity; names it.
     """
-    require_denoiser(denoiser)
+    require_images(denoiser, "Alignment")
     if not isinstance(encoder, Encoder):
         raise TypeError(f"encoder must be an Encoder; got {type(encoder).__name__}. See Encoder.from_pretrained.")
     measures = make_measures(
@@ -108,19 +107,12 @@ def measure_alignment(
     )
     check_which(features)
     check_whole("batch_size", batch_size, 1)
-    labelled = any(measure.needs_labels for measure in measures)
-    scored = any("held" in measure.roles for measure in measures)
-    if scored and test is None:
-        raise ValueError("Probes are measured on images they were not fitted on; pass test=(images, labels).")
-    splits = {"train": _open(data, "data", labelled, samples, seed)}
-    if scored:
-        splits["held"] = _open(test, "test", labelled, None, seed)
+    splits = _open_splits(measures, data, test, samples, seed)
     levels = sorted(
         resolve_levels(denoiser, default_levels(denoiser) if timesteps is None else timesteps),
         key=lambda level: (float(level.nsr), float(level.timestep)),
     )
-    first = to_pixels(splits["train"].images.read(splits["train"].rows[:1]), denoiser.image_channels, image_size)
-    size = (first.shape[2], first.shape[3])
+    size = splits["train"].image_size(denoiser.image_channels, image_size)
     grid = Grid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
 
     def encode(pixels: Tensor) -> Tensor:
@@ -150,23 +142,15 @@ def measure_alignment(
         )
         for at, place in grid.places()
     )
-    resized = encoder.source.size(reads["train"].image_size)
-    base = base_record(denoiser, weights=True)
     recipe = {
-        "model": {"name": base.name, "revision": base.revision, "class": base.model_class, "weights": base.weights},
-        "encoder": encoder.fingerprint(),
+        **_recipe(denoiser, encoder, splits, reads, size),
         "features": features,
-        "data": _described(splits["train"], reads["train"]),
-        "test": _described(splits["held"], reads["held"]) if scored else None,
-        "resize": f"{size[0]}x{size[1]} to {resized[0]}x{resized[1]} for the encoder",
-        "image_size": list(size),
         "noise": noise,
         "sample_posterior": False,
         "seed": seed,
         "k": k,
         "settings": {measure.name: measure.describe() for measure in measures},
         **condition,
-        "backend": {"name": "diffusers-repr", "version": _our_version()},
     }
     recipe = json.loads(json.dumps(recipe))  # lists for tuples, as it will be read back
     return Alignment(cells, names, bench.reference_scores, recipe)
@@ -188,6 +172,17 @@ def make_measures(metrics: Sequence[str | Measure] | str | Measure, **settings: 
     if not names or len(set(names)) < len(names):
         raise ValueError(f"metrics must name at least one measure, each once; got {names}.")
     return measures
+
+
+def _open_splits(
+    measures: Sequence[Measure], data: Any, test: Any, samples: int | None, seed: int
+) -> dict[str, Split]:
+    labelled = any(measure.needs_labels for measure in measures)
+    scored = any("held" in measure.roles for measure in measures)
+    if scored and test is None:
+        raise ValueError("Probes are measured on images they were not fitted on; pass test=(images, labels).")
+    splits = {"train": _open(data, "data", labelled, samples, seed)}
+    return {**splits, "held": _open(test, "test", labelled, None, seed)} if scored else splits
 
 
 def _open(data: Any, role: str, labelled: bool, samples: int | None, seed: int) -> Split:
@@ -225,11 +220,28 @@ def _warn_undefined(scores: dict[Key, dict[str, Score]]) -> None:
         warnings.warn(f"No {metric} for {', '.join(paths)}: {why}", stacklevel=3)
 
 
-def _described(split: Split, read: SharedRead) -> dict[str, Any]:
-    return {"name": split.images.name, "samples": len(split), "images_hash": read.images_hash}
-
-
-def _our_version() -> str:
+def _recipe(
+    denoiser: Denoiser,
+    encoder: Encoder,
+    splits: Mapping[str, Split],
+    reads: Mapping[str, SharedRead],
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """What was compared, on which images."""
     from diffusers_repr import __version__
 
-    return __version__
+    base = base_record(denoiser, weights=True)
+    resized = encoder.source.size(reads["train"].image_size)
+    data = {
+        role: {"name": split.images.name, "samples": len(split), "images_hash": reads[role].images_hash}
+        for role, split in splits.items()
+    }
+    return {
+        "model": {"name": base.name, "revision": base.revision, "class": base.model_class, "weights": base.weights},
+        "encoder": encoder.fingerprint(),
+        "data": data["train"],
+        "test": data.get("held"),
+        "resize": f"{size[0]}x{size[1]} to {resized[0]}x{resized[1]} for the encoder",
+        "image_size": list(size),
+        "backend": {"name": "diffusers-repr", "version": __version__},
+    }

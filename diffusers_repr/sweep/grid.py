@@ -79,9 +79,9 @@ def resolve_levels(denoiser: Denoiser, timesteps: Sequence[Timestep]) -> list[No
     if not timesteps:
         raise ValueError("No timesteps: the list is empty.")
     levels = [denoiser.level(t) for t in timesteps]
-    told = [float(level.timestep) for level in levels]
-    for at, timestep in enumerate(told):
-        if timestep in told[:at]:
+    values = [float(level.timestep) for level in levels]
+    for at, timestep in enumerate(values):
+        if timestep in values[:at]:
             raise ValueError(f"Timestep {timestep:g} is given twice.")
     return levels
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusers_repr.data.labelled import ImageRows
 from diffusers_repr.denoiser import Layer
+from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.grid import Grid
@@ -45,6 +46,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def image_size(self, channels: int, resize: int | tuple[int, int] | None) -> tuple[int, int]:
+        """(H, W) of the first image, as it is read."""
+        pixels = to_pixels(self.images.read(self.rows[:1]), channels, resize)
+        return pixels.shape[2], pixels.shape[3]
 
 
 class Score(NamedTuple):

@@ -59,7 +59,7 @@ class Sweep:
         noise: str,
         seeds: Mapping[str, int],
         stage: str,
-        told: Callable[[str, SharedRead], None],
+        on_read: Callable[[str, SharedRead], None],
     ) -> dict[Key, dict[str, Score]]:
         """Every measure of every cell, in as few passes over the images as memory allows.
 
@@ -68,13 +68,15 @@ class Sweep:
             noise: Policy.
             seeds: Of the noise, by split.
             stage: For the progress bar.
-            told: Called with a split's role and what is known of it, once it has been read for the first time.
+            on_read: Called with a split's role and what is known of it, once it has been read for the first time.
 
         Raises:
             ValueError: If one layer at one level does not fit in memory; for images that do not suit.
             FloatingPointError: For features that are not finite.
         """
-        roles = [role for role in self.bench.splits if any(role in measure.roles for measure in self.measures)]
+        asked = {role for measure in self.measures for role in measure.roles}
+        asked |= {"train"} if self.bench.encode is not None else set()
+        roles = [role for role in self.bench.splits if role in asked]
         poolings = list(dict.fromkeys(measure.pooling for measure in self.measures))
         passes = plan_passes(grid.layers, len(grid.levels), self._bytes_of, self.memory)
         self.expect(stage, roles, sum(len(part.levels) for part in passes))
@@ -87,7 +89,7 @@ class Sweep:
                 for tally in tallies:
                     tally.close(role)
                 if not number:
-                    told(role, found)
+                    on_read(role, found)
             for tally in tallies:
                 for (at, path), named in tally.scores().items():
                     scores.setdefault((part.levels[at], path), {}).update(named)

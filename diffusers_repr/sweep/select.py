@@ -13,8 +13,7 @@ import torch
 from diffusers_repr.data.labelled import Source
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_denoiser
-from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
 from diffusers_repr.features.pooling import check_pooling
@@ -111,7 +110,7 @@ def select_features(
             the first pass, for images of `validation` that are all in `train` (a warning tells of some that are).
         FloatingPointError: If a layer gives NaN or infinite features; names it.
     """
-    require_denoiser(denoiser)
+    require_images(denoiser, "Selection")
     policies = [noise] if isinstance(noise, str) else list(noise)
     measure = make_measure(metric, pooling=check_pooling(pooling), criterion=criterion, penalties=tuple(penalties))
     _check(policies, measure, seeds, prompt, class_labels, max_layers, max_levels)
@@ -125,8 +124,7 @@ def select_features(
         check_whole(name, value, 1)
     levels = resolve_levels(denoiser, timesteps)
     splits, classes = open_splits(train, validation, measure)
-    first = to_pixels(splits["train"].images.read([0]), denoiser.image_channels, image_size)
-    table = resolve_layers(denoiser, layers, (first.shape[2], first.shape[3]))
+    table = resolve_layers(denoiser, layers, splits["train"].image_size(denoiser.image_channels, image_size))
     grid = Grid(denoiser, table, tuple(levels))
     bench = Bench(splits, grid.device)
     measure.check(bench)
@@ -207,13 +205,13 @@ class _Stages:
     keys: dict[str, Sequence[bytes]] = field(default_factory=dict)  # of the pixels of each split
 
     def run(self, grid: Grid, noise: str, seed: int, stage: str) -> dict[tuple[int, str], Score]:
-        found = self.sweep.run(grid, noise, _seeds(noise, seed), stage, self.told)
+        found = self.sweep.run(grid, noise, _seeds(noise, seed), stage, self.record_read)
         for (_, path), named in found.items():
             if named[self.measure.name].value is None:
                 raise ValueError(f"{self.measure.name} of {path!r} is undefined: {named[self.measure.name].why}")
         return {key: named[self.measure.name] for key, named in found.items()}
 
-    def told(self, role: str, read: SharedRead) -> None:
+    def record_read(self, role: str, read: SharedRead) -> None:
         """Tell, once both splits have been read, of images that are in both."""
         splits = self.sweep.bench.splits
         if role not in self.keys:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.record import base_record, config_defaults, plain_module
+from diffusers_repr.denoiser.record import base_record, config_defaults
 from diffusers_repr.hub import HubError, is_repo_id
 from diffusers_repr.hub import base_record as bases
 from diffusers_repr.hub.base_record import BaseRecord, Dependent, Level, called
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.places import is_place, last_name
 from diffusers_repr.tasks.recipe import ProbeRecipe
 
@@ -146,7 +147,7 @@ def check_base(denoiser: Denoiser, recipe: ProbeRecipe) -> None:
     """
     was, came = recipe.base, base_record(denoiser, marks=recipe.base.marks)
     bases.check_class(_PROBE, was, came)
-    bases.check_layers(_PROBE, was, came, dict(plain_module(denoiser).named_modules(remove_duplicate=False)))
+    bases.check_layers(_PROBE, was, came, dict(plain_module(denoiser.model).named_modules(remove_duplicate=False)))
     found = [Level({}, float(level.timestep), float(level.nsr)) for level in recipe.extractor(denoiser).levels]
     bases.check_levels(_PROBE, was, came, recipe.levels, found)
     name, old = called(came), called(was, "a model without a name")

@@ -104,14 +104,14 @@ def _recipe(recipe: ProbeRecipe) -> str:
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
     changed = list(protocol.get("changed", []))
-    told = f" with other values of {', '.join(changed)}" if changed else ""
+    changes = f" with other values of {', '.join(changed)}" if changed else ""
     settings = {k: v for k, v in protocol.items() if k not in ("name", "version", "source", "changed", "chosen")}
     lines = [f"| {name} | {value} |" for name, value in settings.items()]
     chosen = [
         f"| chosen {name} | {('no', 'yes')[value] if isinstance(value, bool) else f'{value:.6g}'} |"
         for name, value in protocol.get("chosen", {}).items()
     ]
-    head = f"Protocol `{protocol['name']}`, version {protocol['version']}{told}. {protocol.get('source', '')}"
+    head = f"Protocol `{protocol['name']}`, version {protocol['version']}{changes}. {protocol.get('source', '')}"
     return "\n".join(["## Fitting", "", head, "", "| | |", "|---|---|", *lines, *chosen])
 
 

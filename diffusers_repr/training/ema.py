@@ -62,6 +62,8 @@ class EMA:
         shadow, source = self._pairs or self._local_pairs()
         if any(a.dtype != b.dtype for a, b in zip(shadow, source, strict=True)):
             source = [b.to(a.dtype) for a, b in zip(shadow, source, strict=True)]
+        # torch's private operators on lists of tensors, as its own optimizers call them: a kernel for all tensors in
+        # place of one for each. If they go, a loop over the pairs does the same, more slowly.
         if took_place is True:
             torch._foreach_lerp_(shadow, source, weight)
         else:

@@ -205,6 +205,7 @@ def enable_checkpointing(module: Any) -> None:
     Raises:
         ValueError: If the network cannot.
     """
+    # A class attribute of diffusers' models, private and the only mark: without it no network could checkpoint.
     if not getattr(module, "_supports_gradient_checkpointing", False):
         raise ValueError(f"{type(module).__name__} has no gradient checkpointing; drop --gradient_checkpointing.")
     module.enable_gradient_checkpointing()

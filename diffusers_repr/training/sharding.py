@@ -41,5 +41,6 @@ def prepare_sharding(objective: Objective, accelerator: Accelerator) -> None:
 
 def block_classes(objective: Objective) -> list[str]:
     """Names of the classes that the networks in an objective want whole, of those they have."""
+    # Private in diffusers and transformers, and what accelerate goes by; without it FSDP does not shard by blocks.
     wanted = {name for module in objective.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return sorted(wanted & {type(module).__name__ for module in objective.modules()})

@@ -29,6 +29,7 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.guidance import EnergyGuidance, guide
 from diffusers_repr.guidance.activations import NORMALIZATIONS, Steering, steer
 from diffusers_repr.heads.joint import JointHead
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.labels import Labels, class_ids
@@ -386,7 +387,7 @@ def _surprise(labels: Tensor) -> Callable[..., Tensor]:
 
 def _check_parts(unet: Any, classifier: Any) -> None:
     """Refuse a network and a classifier that do not belong together."""
-    unet = getattr(unet, "_orig_mod", unet)  # compiled
+    unet = plain_module(unet)
     if isinstance(unet, JointViTModel):
         if classifier is not None:
             raise ValueError(

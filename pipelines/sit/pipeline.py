@@ -21,13 +21,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
 from diffusers_repr.denoiser import sampling
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
-
-# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from typing import ClassVar
 
 import pytest
@@ -104,7 +105,7 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_values_of_another_kind_name_their_place(tmp_path, capsys):
     for changes, message in (
         ({"seed": "many"}, "recipe.yaml: seed is 'many'; allowed is a whole number"),
-        ({"lr_scheduler": "linear"}, "recipe.yaml: lr_scheduler is 'linear'; allowed is one of 'constant', 'cosine'"),
+        ({"lr_scheduler": "step"}, "lr_scheduler is 'step'; allowed is one of 'constant', 'linear', 'cosine'"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_recipe([TrainingConfig], write(tmp_path, **changes))
@@ -148,7 +149,7 @@ def test_what_decides_the_weights():
     assert cosine.identity() != dataclasses.replace(cosine, max_train_steps=7).identity()
 
 
-@pytest.mark.parametrize("lr_scheduler", ["constant", "cosine"])
+@pytest.mark.parametrize("lr_scheduler", ["constant", "linear", "cosine"])
 def test_learning_rate(lr_scheduler):
     config = TrainingConfig(lr_scheduler=lr_scheduler, learning_rate=2.0, lr_warmup_steps=4, max_train_steps=12)
     rates = [learning_rate(config, step) for step in range(12)]
@@ -157,7 +158,7 @@ def test_learning_rate(lr_scheduler):
         assert rates[4:] == [2.0] * 8
     else:
         assert rates[8] == pytest.approx(1.0)
-        assert 0 < rates[11] < 0.1
+        assert rates[11] == pytest.approx(0.25 if lr_scheduler == "linear" else 1 + math.cos(math.pi * 7 / 8))
 
 
 def test_seeds_of_steps_and_processes_differ():

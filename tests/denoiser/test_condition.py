@@ -70,8 +70,8 @@ def test_equals_what_the_pipeline_passes(name):
     size = SIZES[name] if "prompt" in CONDITIONS[name] else denoiser.image_size
     condition = denoiser.condition(**CONDITIONS[name], size=size)
     x_t = torch.randn(1, denoiser.family.channels(), *(side // denoiser.stride for side in size))
-    told = theirs["timestep"].flatten()[0].item()
-    step = told * 1000 if "flux" in name else told / denoiser.config.get("timestep_scale", 1.0)
+    model_timestep = theirs["timestep"].flatten()[0].item()
+    step = model_timestep * 1000 if "flux" in name else model_timestep / denoiser.config.get("timestep_scale", 1.0)
     ours = denoiser.network_inputs(x_t, denoiser.level(step), condition.kwargs())
     sample = list(inspect.signature(type(denoiser.model).forward).parameters)[1]
     assert ours.pop(sample).shape == theirs.pop(sample).shape
@@ -92,8 +92,8 @@ def test_half_precision_equals_what_the_pipeline_passes(name):
     if name == "flux_guidance":
         step = 733.25
         x_t = torch.zeros(1, 4, 16, 24, dtype=torch.bfloat16)
-        told = denoiser.network_inputs(x_t, denoiser.level(step), ours)["timestep"]
-        assert torch.equal(told, torch.tensor(step).expand(1).to(torch.bfloat16) / 1000)
+        model_timestep = denoiser.network_inputs(x_t, denoiser.level(step), ours)["timestep"]
+        assert torch.equal(model_timestep, torch.tensor(step).expand(1).to(torch.bfloat16) / 1000)
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -255,8 +255,8 @@ def test_generic_family():
     assert_close(denoiser.predict(x_t, 261).output, net(x_t, torch.tensor([261, 261])), rtol=0, atol=0)
     with pytest.raises(ValueError, match="Blob takes no input 'skale'. It takes: t, scale"):
         denoiser.condition(embeddings={"skale": scale})
-    told = GenericFamily(sample="x", timestep="t", channels=2, timestep_fn=lambda level: level.sigma)
-    sigma = Denoiser(net, DDPMScheduler(), family=told)
+    family = GenericFamily(sample="x", timestep="t", channels=2, timestep_fn=lambda level: level.sigma)
+    sigma = Denoiser(net, DDPMScheduler(), family=family)
     at = sigma.level(261).sigma
     assert_close(sigma.predict(x_t, 261).output, net(x_t, torch.tensor([at, at])), rtol=0, atol=0)
     with pytest.raises(ValueError, match="takes no class_labels"):

@@ -101,8 +101,8 @@ def own_forward(pipe, model, name, recorded, x_t, t):
     if name.startswith("flux"):
         b, c, h, w = x_t.shape
         x_t = x_t.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-    told = {"flux": t / 1000, "flux_guidance": t / 1000, "sana": t * model.config.get("timestep_scale", 1.0)}
-    t = torch.tensor([told.get(name, t)])
+    scaled = {"flux": t / 1000, "flux_guidance": t / 1000, "sana": t * model.config.get("timestep_scale", 1.0)}
+    t = torch.tensor([scaled.get(name, t)])
     if args:
         args[0] = x_t
     else:

@@ -65,8 +65,8 @@ def test_is_the_same_in_every_form_of_prediction(form):
     scheduler = DDIMScheduler(prediction_type=form) if form != "velocity" else FlowMatchEulerDiscreteScheduler()
     x, t, label = X[:, :2, :1, :1].double(), torch.tensor(400), torch.tensor([0, 3])
 
-    def level_of(told):
-        level = Denoiser(torch.nn.Identity(), scheduler, family=GenericFamily()).level(float(told))
+    def level_of(timestep):
+        level = Denoiser(torch.nn.Identity(), scheduler, family=GenericFamily()).level(float(timestep))
         values = (level.alpha, level.sigma, level.alpha_dot, level.sigma_dot)
         return tuple(torch.tensor(float(value), dtype=torch.float64) for value in values)
 
@@ -113,8 +113,8 @@ def test_on_pipelines(name, scale):
     assert float((guided - plain).abs().max()) > 1e-4
     lanes = 1 + (scale > 1 and name != "flux")
     assert [(s.lanes, s.passes) for s in handle.stats.steps] == [(lanes + 1, 2)] * 2
-    told = {value.shape[0] for inputs in rows for key, value in inputs.items() if key in ("sample", "hidden_states")}
-    assert told == {2}
+    sizes = {value.shape[0] for inputs in rows for key, value in inputs.items() if key in ("sample", "hidden_states")}
+    assert sizes == {2}
     if name == "dit":
         assert rows[0]["class_labels"].tolist() == [207, 1]
     assert torch.equal(run(pipe, name, **given), plain)

@@ -167,8 +167,8 @@ def test_timesteps():
     """One for all, one each, whole, fractional, half precision; divided by time_divisor."""
     model, (x, _, y) = tiny(), inputs()
     whole = run(model, x, 250.0, y)
-    for told in (torch.tensor(250), torch.tensor([250] * 3), torch.tensor([250.0] * 3, dtype=torch.float64)):
-        torch.testing.assert_close(run(model, x, told, y), whole)
+    for timestep in (torch.tensor(250), torch.tensor([250] * 3), torch.tensor([250.0] * 3, dtype=torch.float64)):
+        torch.testing.assert_close(run(model, x, timestep, y), whole)
     other = tiny(time_divisor=1.0)
     torch.testing.assert_close(run(other, x, 0.25, y), whole)
     assert not torch.allclose(run(other, x, 250.0, y), whole)

@@ -3,14 +3,10 @@
 `FAMILIES[name]` tells what a test needs to know of one; `family_pipeline(name)` gives a fresh pipeline.
 """
 
-import copy
-import functools
+import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import (
@@ -44,79 +40,24 @@ from diffusers import (
 )
 from transformers import BertConfig, BertModel, BertTokenizer, Gemma2Config, Gemma2Model
 
+from tests.testers.family_cases import FAMILIES, embeds, family_pipeline, register_case
 from tests.testers.models import CHARACTERS, WIDTH, autoencoder, gemma_tokenizer, t5_encoder, t5_tokenizer
 
-# Kolors' tokenizer imports it at the top of its file; no tokenizer is made here.
-if importlib.util.find_spec("sentencepiece") is None:
-    sys.modules["sentencepiece"] = types.SimpleNamespace(SentencePieceProcessor=None)  # type: ignore[assignment]
+__all__ = ["FAMILIES", "family_pipeline", "kolors_class"]
 
 LATENT = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609}
 
 
-@dataclass(frozen=True)
-class FamilyCase:
-    """What is to be known of one family's pipeline.
-
-    Attributes:
-        make: A new one.
-        size: An image size (H, W), H != W.
-        call: Arguments of the pipeline's call that make its condition.
-        null: Those of the null condition, for a guided call.
-        off: What switches its own guidance off.
-        guided: What switches it on, without what renormalises it.
-        stacks: Lists of blocks that carry the image, in order.
-    """
-
-    make: Callable[[], DiffusionPipeline]
-    size: tuple[int, int]
-    call: dict[str, Any]
-    null: dict[str, Any]
-    off: dict[str, Any]
-    guided: dict[str, Any]
-    stacks: tuple[str, ...] = ("transformer_blocks",)
-
-
-FAMILIES: dict[str, FamilyCase] = {}
-SCALE = {"off": {"guidance_scale": 1.0}, "guided": {"guidance_scale": 4.0}}
-PROMPT = {"call": {"prompt": "a photo of a cat"}, "null": {"negative_prompt": "a dog"}}
-
-
-def _register(name: str, size: tuple[int, int], **facts):
-    """Register a builder: it runs once a process, seeded; each call after gives a copy."""
-
-    def register(function: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
-        @functools.cache
-        def master() -> DiffusionPipeline:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(sum(map(ord, name)))
-                pipe = function()
-                network = getattr(pipe, "unet", None) or pipe.transformer
-                with torch.no_grad():  # away from the zeros that some layers start at
-                    for parameter in network.parameters():
-                        parameter.add_(0.05 * torch.randn_like(parameter))
-            pipe.set_progress_bar_config(disable=True)
-            for component in pipe.components.values():
-                if isinstance(component, torch.nn.Module):
-                    component.eval()
-            return pipe
-
-        def build_fresh() -> DiffusionPipeline:
-            return copy.deepcopy(master())
-
-        FAMILIES[name] = FamilyCase(build_fresh, size, **{**PROMPT, **SCALE, **facts})
-        return build_fresh
-
-    return register
-
-
-def family_pipeline(name: str) -> DiffusionPipeline:
-    """A fresh pipeline by its name in `FAMILIES`."""
-    return FAMILIES[name].make()
-
-
-def embeds(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Drawn text embeddings, where no tokenizer can be made on the spot."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def kolors_class(module: str, name: str) -> type[DiffusionPipeline]:
+    """A pipeline of Kolors without sentencepiece, which the file of its tokenizer imports: none is made here."""
+    missing = importlib.util.find_spec("sentencepiece") is None
+    if missing:
+        sys.modules["sentencepiece"] = types.SimpleNamespace(SentencePieceProcessor=None)  # type: ignore[assignment]
+    try:
+        return getattr(importlib.import_module(f"diffusers.pipelines.{module}"), name)
+    finally:
+        if missing:
+            del sys.modules["sentencepiece"]
 
 
 def gemma_encoder(tokenizer) -> Gemma2Model:
@@ -134,15 +75,13 @@ def gemma_encoder(tokenizer) -> Gemma2Model:
     )
 
 
-@_register("kolors", size=(32, 48), **{
+@register_case("kolors", size=(32, 48), **{
     "call": {"prompt_embeds": embeds(1, 12, 24), "pooled_prompt_embeds": embeds(1, 24, seed=1)},
     "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2), "negative_pooled_prompt_embeds": embeds(1, 24)},
     "stacks": ("down_blocks", "up_blocks"),
 })  # fmt: skip
 def kolors() -> DiffusionPipeline:
     """A UNet2DConditionModel that projects the text of a language model itself."""
-    from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
-
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -163,10 +102,11 @@ def kolors() -> DiffusionPipeline:
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.014, num_train_timesteps=1100, beta_schedule="scaled_linear", steps_offset=1
     )
-    return KolorsPipeline(autoencoder((8, 8, 16), scaling_factor=0.13025), None, None, unet, scheduler)
+    pipeline = kolors_class("kolors.pipeline_kolors", "KolorsPipeline")
+    return pipeline(autoencoder((8, 8, 16), scaling_factor=0.13025), None, None, unet, scheduler)
 
 
-@_register("hunyuan_dit", size=(64, 96), stacks=("blocks",),
+@register_case("hunyuan_dit", size=(64, 96), stacks=("blocks",),
            off={"guidance_scale": 1.0, "use_resolution_binning": False},
            guided={"guidance_scale": 4.0, "use_resolution_binning": False})  # fmt: skip
 def hunyuan_dit() -> HunyuanDiTPipeline:
@@ -206,7 +146,7 @@ def hunyuan_dit() -> HunyuanDiTPipeline:
     )
 
 
-@_register("aura_flow", size=(32, 48), stacks=("joint_transformer_blocks", "single_transformer_blocks"))
+@register_case("aura_flow", size=(32, 48), stacks=("joint_transformer_blocks", "single_transformer_blocks"))
 def aura_flow() -> AuraFlowPipeline:
     """Two streams, then one; eight register tokens before the text."""
     tokenizer = t5_tokenizer()
@@ -226,7 +166,7 @@ def aura_flow() -> AuraFlowPipeline:
     )
 
 
-@_register("lumina2", size=(64, 96), stacks=("noise_refiner", "layers"),
+@register_case("lumina2", size=(64, 96), stacks=("noise_refiner", "layers"),
            guided={"guidance_scale": 4.0, "cfg_normalization": False})  # fmt: skip
 def lumina2() -> Lumina2Pipeline:
     """One stream over caption and image, grouped queries; time runs from noise to image."""
@@ -253,7 +193,7 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
-@_register("cogview4", size=(32, 48), **{
+@register_case("cogview4", size=(32, 48), **{
     "call": {"prompt_embeds": embeds(1, 16, 24)}, "null": {"negative_prompt_embeds": embeds(1, 16, 24, seed=2)},
 })  # fmt: skip
 def cogview4() -> CogView4Pipeline:
@@ -277,7 +217,7 @@ def cogview4() -> CogView4Pipeline:
     return CogView4Pipeline(None, None, vae, transformer, scheduler)
 
 
-@_register("chroma", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"))
+@register_case("chroma", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"))
 def chroma() -> ChromaPipeline:
     """As FLUX, with modulation from one small network and a mask over the text's padding."""
     tokenizer = t5_tokenizer()
@@ -302,7 +242,7 @@ def chroma() -> ChromaPipeline:
     )
 
 
-@_register("qwen_image", size=(32, 48), **{
+@register_case("qwen_image", size=(32, 48), **{
     "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2)},
     "off": {"true_cfg_scale": 1.0}, "guided": {"true_cfg_scale": 4.0},
 })  # fmt: skip
@@ -329,7 +269,7 @@ def qwen_image() -> QwenImagePipeline:
     return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
 
 
-@_register("hunyuan_image", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
+@register_case("hunyuan_image", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
     "call": {
         "prompt_embeds": embeds(1, 9, 24), "prompt_embeds_mask": torch.tensor([[1] * 7 + [0] * 2]),
         "prompt_embeds_2": embeds(1, 6, 20, seed=1), "prompt_embeds_mask_2": torch.tensor([[1] * 4 + [0] * 2]),
@@ -376,7 +316,7 @@ def hunyuan_image() -> HunyuanImagePipeline:
     )
 
 
-@_register("flux2", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
+@register_case("flux2", size=(32, 48), stacks=("transformer_blocks", "single_transformer_blocks"), **{
     "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {}, "off": {}, "guided": {},
 })  # fmt: skip
 def flux2() -> Flux2Pipeline:
@@ -402,7 +342,7 @@ def flux2() -> Flux2Pipeline:
     return Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
 
 
-@_register("z_image", size=(32, 48), stacks=("noise_refiner", "layers"), **{
+@register_case("z_image", size=(32, 48), stacks=("noise_refiner", "layers"), **{
     "call": {"prompt_embeds": [embeds(9, 24)]}, "null": {"negative_prompt_embeds": [embeds(40, 24, seed=2)]},
     "off": {"guidance_scale": 0.0}, "guided": {"guidance_scale": 3.0},
 })  # fmt: skip

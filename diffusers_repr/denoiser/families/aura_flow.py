@@ -32,12 +32,12 @@ class AuraFlowFamily(TextFirstFamily):
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """In [0, 1], 1 being noise, in the input's dtype as the pipeline has it."""
-        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device) / 1000
-        return told.to(x_t.dtype).expand(x_t.shape[0])
+        timestep = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device) / 1000
+        return timestep.to(x_t.dtype).expand(x_t.shape[0])
 
-    def training_timestep(self, told: Tensor) -> Tensor:
+    def training_timestep(self, model_timestep: Tensor) -> Tensor:
         """Times 1000."""
-        return told * 1000
+        return model_timestep * 1000
 
     def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
         """The pipeline does not tell whether it guides: a batch of two equal halves is null and condition.

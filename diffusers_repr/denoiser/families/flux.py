@@ -50,8 +50,8 @@ class FluxFamily(PatchTransformerFamily):
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """In [0, 1], in the input's dtype as the pipeline has it; the network multiplies by 1000 itself."""
-        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
-        return told.to(x_t.dtype).expand(x_t.shape[0]) / 1000
+        timestep = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
+        return timestep.to(x_t.dtype).expand(x_t.shape[0]) / 1000
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Packed latents; image position ids for the input's own size if the condition holds none."""
@@ -103,9 +103,9 @@ class FluxFamily(PatchTransformerFamily):
         """Packed; tokens of reference images stay."""
         return _replaced(raw, prediction)
 
-    def training_timestep(self, told: Tensor) -> Tensor:
+    def training_timestep(self, model_timestep: Tensor) -> Tensor:
         """Times 1000."""
-        return told * 1000
+        return model_timestep * 1000
 
     def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Not with ControlNet, whose residuals the forward adds between blocks."""

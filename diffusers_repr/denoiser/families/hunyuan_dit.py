@@ -33,8 +33,8 @@ class HunyuanDiTFamily(PatchTransformerFamily):
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """In the input's dtype, which the network takes for its embeddings too."""
-        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
-        return told.to(x_t.dtype).expand(x_t.shape[0])
+        timestep = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
+        return timestep.to(x_t.dtype).expand(x_t.shape[0])
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """With rotary positions for the input's own size if the condition holds none."""

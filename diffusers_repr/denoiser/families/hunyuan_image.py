@@ -36,8 +36,8 @@ class HunyuanImageFamily(PatchTransformerFamily):
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """In the input's dtype, which the network takes for its embeddings too."""
-        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
-        return told.to(x_t.dtype).expand(x_t.shape[0])
+        timestep = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
+        return timestep.to(x_t.dtype).expand(x_t.shape[0])
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """A network that gives the mean velocity of a step is asked for that of an empty one: the velocity itself."""
@@ -54,6 +54,8 @@ class HunyuanImageFamily(PatchTransformerFamily):
         """
         for name in ("guider", "ocr_guider"):
             guider = getattr(pipe, name, None)
+            # Private in diffusers' guiders: whether one acts, and the names of what it asks for. Without them a guider
+            # with more lanes than two would not be refused, and its third would be taken for a null one.
             if guider is None or not getattr(guider, "_enabled", True):
                 continue
             asked = set(getattr(guider, "_input_predictions", _TWO_LANES))

@@ -34,12 +34,12 @@ class Lumina2Family(TextFirstFamily):
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """`1 - t / 1000`: 0 is noise."""
-        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
-        return (1 - told / 1000).expand(x_t.shape[0])
+        timestep = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
+        return (1 - timestep / 1000).expand(x_t.shape[0])
 
-    def training_timestep(self, told: Tensor) -> Tensor:
+    def training_timestep(self, model_timestep: Tensor) -> Tensor:
         """The inverse."""
-        return (1 - told) * 1000
+        return (1 - model_timestep) * 1000
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """As given.

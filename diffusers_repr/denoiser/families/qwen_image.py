@@ -44,8 +44,8 @@ class QwenImageFamily(FluxFamily):
                 f"The condition is for {given[0][1]} x {given[0][2]} image tokens, the input {tuple(x_t.shape)} has "
                 f"{own[1]} x {own[2]}: make it for this size, denoiser.condition(..., size=(H, W) in pixels)."
             )
-        told = self.timestep(level, x_t)
-        return {"hidden_states": tokens, "timestep": told, **condition, "img_shapes": [given] * x_t.shape[0]}
+        timestep = self.timestep(level, x_t)
+        return {"hidden_states": tokens, "timestep": timestep, **condition, "img_shapes": [given] * x_t.shape[0]}
 
     def token_width(self) -> int:
         """`out_channels` counts those of a latent pixel."""

@@ -33,9 +33,9 @@ class SanaFamily(PatchTransformerFamily):
         inputs["timestep"] = inputs["timestep"] * self.config.get("timestep_scale", 1.0)
         return inputs
 
-    def training_timestep(self, told: Tensor) -> Tensor:
+    def training_timestep(self, model_timestep: Tensor) -> Tensor:
         """Divided by the model's `timestep_scale`."""
-        return told / self.config.get("timestep_scale", 1.0)
+        return model_timestep / self.config.get("timestep_scale", 1.0)
 
     def example(self, batch: int, device: str) -> dict[str, Any]:
         """300 text tokens."""

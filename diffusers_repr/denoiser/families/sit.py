@@ -46,8 +46,8 @@ class SiTFamily(PatchTransformerFamily):
     def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
         """As the pipeline tells (`SiTPipeline`: null first); else the half whose labels are all null is the null's."""
         labels, rows = inputs.get("class_labels"), inputs["hidden_states"].shape[0]
-        told = getattr(pipe, "do_classifier_free_guidance", None) is not None
-        if pipe is None or told or labels is None:
+        guided = getattr(pipe, "do_classifier_free_guidance", None) is not None
+        if pipe is None or guided or labels is None:
             return super().lanes(pipe, inputs)
         half, null = rows // 2, int(self.config["num_classes"])
         first, second = (bool((part == null).all()) for part in (labels[:half], labels[half:]))

@@ -51,12 +51,12 @@ class ZImageFamily(PatchTransformerFamily):
 
     def timestep(self, level: NoiseLevel, x_t: Tensor) -> Tensor:
         """`(1000 - t) / 1000`: 0 is noise."""
-        told = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
-        return ((1000 - told) / 1000).expand(x_t.shape[0])
+        timestep = torch.as_tensor(level.timestep, dtype=torch.float32, device=x_t.device)
+        return ((1000 - timestep) / 1000).expand(x_t.shape[0])
 
-    def training_timestep(self, told: Tensor) -> Tensor:
+    def training_timestep(self, model_timestep: Tensor) -> Tensor:
         """The inverse."""
-        return 1000 - told * 1000
+        return 1000 - model_timestep * 1000
 
     def condition_rows(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Captions padded to one tensor, beside their lengths."""

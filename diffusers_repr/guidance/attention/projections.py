@@ -81,6 +81,8 @@ def check_supported(family: Family, module: nn.Module, path: str, needs: Needs =
             f"{', '.join(layout.processors)}. Call set_default_attn_processor() or set_attn_processor(...) with one "
             "of them."
         )
+    # Private in diffusers: a processor says by nothing else that it sees a part of the tokens. If it goes, each device
+    # would perturb its own part, and the guidance would be another one.
     if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError(
             f"Layer {path!r} spreads its tokens over devices (context parallelism); no device sees all keys. Turn it "

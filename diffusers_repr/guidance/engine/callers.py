@@ -11,6 +11,7 @@ from torch import nn
 from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import refuse_compiled
 from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.hub.compiled import is_compiled_in_place, plain_module
 
 _PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
 COMPILED_SINCE = (
@@ -56,9 +57,7 @@ def component_of(pipe: Any, model: nn.Module) -> str | None:
     """Name of the pipeline's component that is the network, or its compiled wrapper."""
     for name in COMPONENTS:
         component = getattr(pipe, name, None)
-        # `_orig_mod`, private in torch, is all that a compiled wrapper has of its network; without it the pipeline of
-        # such a wrapper would not be recognised, and what it samples would not be refused.
-        if component is not None and getattr(component, "_orig_mod", component) is model:
+        if component is not None and plain_module(component) is model:
             return name
     return None
 
@@ -100,10 +99,7 @@ def check_seen(pipe: Any, model: nn.Module, *, called: bool) -> None:
     """
     name = component_of(pipe, model)
     gone = name is None and not called
-    # `_compiled_call_impl`, private in torch, is what `model.compile()` sets; see `refuse_compiled`.
-    compiled = getattr(model, "_compiled_call_impl", None) is not None or (
-        name is not None and getattr(pipe, name) is not model
-    )
+    compiled = is_compiled_in_place(model) or (name is not None and getattr(pipe, name) is not model)
     if gone or compiled:
         why = "has another network than was guided" if gone else "compiled its network after it was guided"
         raise RuntimeError(

@@ -30,6 +30,9 @@ _SLACK = 1e-3  # timesteps; of float32 sigmas
 _PLAIN = "Give the pipeline the plain network: pipe.update_components(unet=model._orig_mod), or load it anew."
 
 
+# A guider is written by subclassing: `_input_predictions`, `_enabled`, `_step`, `_num_inference_steps`,
+# `_count_prepared` and the two `_prepare_batch` are what diffusers' own guiders are made of, private in name alone. If
+# one changes, a run fails at its first step.
 class Guider(BaseGuidance):
     """Classifier-free guidance, and the difference from a negative prediction of the conditional input.
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.record import base_record, changed_config, config_defaults, plain_module
+from diffusers_repr.denoiser.record import base_record, changed_config, config_defaults
 from diffusers_repr.hub import base_record as bases
 from diffusers_repr.hub.base_record import BaseRecord, Dependent, ProcessRecord
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.schema import anything, listing, mapping, number, optional, record, text
 
 # Arguments of every head on maps that are read as they stand.
@@ -75,12 +76,12 @@ def check_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None
     was, came = recorded_base(config), base_record(denoiser)
     remedy = "Pass the model it was trained on, or train a head for this one (examples/train_readout.py)."
     dependent = Dependent(head, "head", "trained", remedy)
-    modules = dict(plain_module(denoiser).named_modules(remove_duplicate=False))
+    modules = dict(plain_module(denoiser.model).named_modules(remove_duplicate=False))
     bases.check_class(dependent, was, came)
     bases.check_config(dependent, was, came, config_defaults(denoiser))
     bases.check_layers(dependent, was, came, modules)
-    told = {layer: getattr(modules[layer], "out_channels", None) for layer in was.features}
-    bases.check_sizes(dependent, was, came, {layer: n for layer, n in told.items() if isinstance(n, int)})
+    channels = {layer: getattr(modules[layer], "out_channels", None) for layer in was.features}
+    bases.check_sizes(dependent, was, came, {layer: n for layer, n in channels.items() if isinstance(n, int)})
     bases.check_process(dependent, was, came)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
+from diffusers_repr.denoiser.hooks import clear_hooks
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
@@ -148,9 +149,7 @@ class SelfAlignmentLoss(AuxiliaryLoss):
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of a network that nothing hangs on: no hooks, no gradients, eval mode."""
     twin: Any = copy.deepcopy(model)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    clear_hooks(twin)
     if hasattr(twin, "disable_gradient_checkpointing") and getattr(twin, "_supports_gradient_checkpointing", False):
         twin.disable_gradient_checkpointing()
     return twin.eval().requires_grad_(False)

@@ -55,10 +55,10 @@ class JDMObjective(JointObjective):
     def denoise_and_classify(self, noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
         """One pass: the head reads the activations on their way to the decoder."""
         logits: list[Tensor] = []
-        told = self.denoiser.family.timestep(noisy.level, noisy.x_t)
+        timestep = self.denoiser.family.timestep(noisy.level, noisy.x_t)
 
         def read(hidden: Tensor, skips: tuple[Tensor, ...]) -> None:
-            logits.append(self.head(hidden, skips, told))
+            logits.append(self.head(hidden, skips, timestep))
 
         with bottleneck(self.network, read):
             prediction = self.predict(noisy)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.hub.compiled import is_compiled_in_place
 from diffusers_repr.noise import NoiseLevel, add_noise, training_target
 from diffusers_repr.objectives.artifacts import ModelArtifact
 from diffusers_repr.objectives.auxiliary.base import Observation, full_precision, widen
@@ -163,7 +164,7 @@ class REPAEObjective(REPAObjective):
         layer = self.losses.each["alignment"].layers[0]
         model: Any = self.network
         whole = (
-            getattr(model, "_compiled_call_impl", None) is not None
+            is_compiled_in_place(model)
             or getattr(model, "gradient_checkpointing", False)
             or type(model).__name__.startswith("FSDP")
         )
