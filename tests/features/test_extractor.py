@@ -12,6 +12,7 @@ from PIL import Image
 from diffusers_repr import Denoiser, FeatureExtractor, NoiseLevel
 from diffusers_repr.denoiser import conditioning
 from tests.features.extractor_cases import LAYERS, assert_close, images_for, make
+from tests.testers.cases import rotating
 from tests.testers.models import CONDITIONS, PIPELINES, build, unet2d
 
 SOME = [n if n in ("ddpm", "dit", "sd") else pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES]
@@ -239,8 +240,7 @@ def test_posterior_sample_is_seeded_per_image():
 # Pooling and where.
 
 
-@pytest.mark.parametrize("name", ["sd", "flux"])
-@pytest.mark.parametrize("pooling", ["mean", "max", "adaptive:2"])
+@pytest.mark.parametrize(("pooling", "name"), rotating(["mean", "max", "adaptive:2"], ["sd", "flux"]))
 def test_pooling_on_the_fly_equals_pooling_after(name, pooling):
     images, condition = images_for(name), CONDITIONS[name]
     maps = make(name, ensemble_size=2)(images, **condition)
