@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
@@ -145,10 +145,7 @@ def test_digits():
     examples = Path(__file__).parents[2] / "examples"
     if not (examples / "models" / "digits-ddpm" / "model_index.json").is_file():
         pytest.skip("examples/models/digits-ddpm is not there")
-    spec = importlib.util.spec_from_file_location("digits_of_the_examples", examples / "digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    splits = module.load_digits_splits()
+    splits = load_digits_splits()
     denoiser = Denoiser.from_pretrained(examples / "models" / "digits-ddpm")
     settings = {"layers": ["mid_block"], "timestep": 50, "pooling": "adaptive:2", "protocol": "ridge"}
     probe = Probe.fit(denoiser, splits["train"], splits["validation"], **settings)
