@@ -21,6 +21,7 @@ from diffusers_repr.data.labelled import ImageRows
 from diffusers_repr.denoiser import Layer
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.pooling import pooled_size
+from diffusers_repr.hub.registry import Registry
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.grid import Grid
 
@@ -163,7 +164,7 @@ class Measure(ABC):  # noqa: B024 - one of `score` and `tally` is overridden
         return None
 
 
-MEASURES: dict[str, type[Measure]] = {}
+MEASURES = Registry("metric", Measure, "register_measure")
 
 
 def register_measure(*names: str) -> Callable[[M], M]:
@@ -172,15 +173,7 @@ def register_measure(*names: str) -> Callable[[M], M]:
     Raises:
         ValueError: For a name that is taken.
     """
-
-    def add(cls: M) -> M:
-        for name in names:
-            if name in MEASURES:
-                raise ValueError(f"A measure {name!r} is registered already: {MEASURES[name].__name__}.")
-            MEASURES[name] = cls
-        return cls
-
-    return add
+    return MEASURES.register(*names)
 
 
 def make_measure(measure: str | Measure, **settings: Any) -> Measure:
@@ -191,9 +184,7 @@ def make_measure(measure: str | Measure, **settings: Any) -> Measure:
     """
     if isinstance(measure, Measure):
         return measure
-    if measure not in MEASURES:
-        raise ValueError(f"Unknown metric {measure!r}; expected one of {', '.join(MEASURES)}.")
-    cls = MEASURES[measure]
+    cls = MEASURES.find(measure)
     own = {f.name for f in dataclasses.fields(cls) if f.init}
     return cls(measure, **{name: value for name, value in settings.items() if name in own})
 

@@ -88,7 +88,7 @@ def test_a_dense_measure_of_ones_own_selects_the_layer_that_shows_what_it_needs(
     assert found.recipe["pooling"] is None
     with pytest.raises(ValueError, match="pass max_layers=1"):
         select_features(model, bright(24, 0), bright(40, 1), [5], metric="brightest", progress=False)
-    with pytest.raises(ValueError, match="'brightest' is registered already"):
+    with pytest.raises(ValueError, match="'brightest' is the metric .*BrightestColumn already"):
         register_measure("brightest")(BrightestColumn)
 
 
