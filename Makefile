@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 TRAIN ?= 0
+RECORD ?= 0
 
 .PHONY: setup demo test test-slow quality style bench clean
 
@@ -18,7 +19,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py --output_dir outputs/demo $(if $(filter 1,$(TRAIN)),--train)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(if $(filter 1,$(RECORD)),--record-cost)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
@@ -29,6 +30,7 @@ quality: $(READY)
 	$(BIN)/mypy
 	.ci/imports
 	$(BIN)/interrogate diffusers_repr pipelines schedulers_ext
+	$(BIN)/python -m tests.testers.cost
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.common import report
 from diffusers_repr import Denoiser, list_layers
+from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.sweep import select_features
@@ -35,9 +36,6 @@ def main() -> None:
     args = parser.parse_args()
     if not (Path(args.model) / "model_index.json").is_file():
         sys.exit(f"No pipeline in {args.model}: train it with examples/train_unconditional.py, or pass --model.")
-    sys.path.insert(0, str(ROOT / "examples"))
-    from digits import load_digits_splits
-
     digits = load_digits_splits()
     denoiser = Denoiser.from_pretrained(args.model)
     cells = [(layer.path, level) for level in LEVELS for layer in list_layers(denoiser)]

@@ -13,16 +13,14 @@ import time
 from pathlib import Path
 
 import torch
+from demo_report import draw_pca, draw_samples, write_report
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from diffusers_repr import Denoiser, Probe, select_features
+from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.heads import fit_head
-from examples.demo_report import draw_pca, draw_samples, write_report
-from examples.digits import load_digits_splits
 
 MODEL = Path(os.path.relpath(Path(__file__).parent / "models" / "digits-ddpm"))
 RECIPE = Path(__file__).parent / "configs" / "ddpm_digits.yaml"

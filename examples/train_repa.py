@@ -18,17 +18,15 @@ from diffusers import AutoencoderKL
 from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
-from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser, Encoder
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import check_keys, mapping, setting
-from diffusers_repr.data import DataConfig
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.models import SiTTransformer2DModel
-from diffusers_repr.objectives import load_heads
-from diffusers_repr.objectives.repa.config import REPAConfig, build_repa
+from diffusers_repr.objectives import REPAConfig, build_repa, load_heads
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 SCHEDULERS = {"ode": FlowMatchODEScheduler, "sde": FlowMatchSDEScheduler}
@@ -50,11 +48,8 @@ class ModelConfig:
         arguments = mapping("model", self.model)
         check_keys("`model`", arguments, inspect.signature(SiTTransformer2DModel.__init__).parameters)
         object.__setattr__(self, "model", arguments)
-        unused = [
-            field.name
-            for field in dataclasses.fields(self)
-            if field.name != "pretrained_model" and (getattr(self, field.name) or None) != (field.default or None)
-        ]
+        others = [field for field in dataclasses.fields(self) if field.name != "pretrained_model"]
+        unused = [field.name for field in others if (getattr(self, field.name) or None) != (field.default or None)]
         if self.pretrained_model and unused:
             raise ValueError(f"`{'`, `'.join(unused)}` would not act: `pretrained_model` brings its own; drop them.")
         if self.sampler not in SCHEDULERS:
@@ -91,15 +86,14 @@ def main(argv: list[str], evaluate=None) -> None:
         channels, size = 3 if vae else model_config.image_channels, data_config.resolution or 256
     parts = {"vae": vae, "encoders": encoders, "num_workers": config.dataloader_num_workers}
     needs_pixels = bool(encoders) and (not data_config.features_dir or repa_config.haste_weight > 0)
-    data = load_recipe_data(data_config, channels, size, config.seed, needs_pixels=needs_pixels, **parts)
+    data = load_train_data(data_config, channels, size, seed=config.seed, needs_pixels=needs_pixels, **parts)
     if not model_config.pretrained_model:
         image_size = (size, size) if isinstance(size, int) else size
         denoiser = Denoiser.from_pipe(build_sit(model_config, vae, image_size, data.num_classes))
     objective = build_repa(denoiser, encoders, repa_config)
     if model_config.pretrained_model and repa_config.projectors == "load":
         load_heads(objective, model_config.pretrained_model)
-    recipe = recipe_of(config, data_config, model_config, repa_config)
-    train(objective, data, config, recipe=recipe, evaluate=evaluate)
+    train(objective, data, config, recipe=recipe_of(config, data_config, model_config, repa_config), evaluate=evaluate)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ import sys
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from recipe_data import load_recipe_data
 
 from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import check_keys, mapping, setting
-from diffusers_repr.data import DataConfig
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
@@ -63,11 +62,9 @@ def main(argv: list[str]) -> None:
     if not model_config.class_conditional:
         data_config = dataclasses.replace(data_config, label_column="none")
     unet = objective.network.config
-    data = load_recipe_data(
-        data_config, unet.in_channels, unet.sample_size, config.seed, num_workers=config.dataloader_num_workers
-    )
-    recipe = recipe_of(config, data_config, model_config)
-    train(objective, data, config, recipe=recipe)
+    loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}
+    data = load_train_data(data_config, unet.in_channels, unet.sample_size, **loading)
+    train(objective, data, config, recipe=recipe_of(config, data_config, model_config))
 
 
 if __name__ == "__main__":

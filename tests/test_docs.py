@@ -1,5 +1,6 @@
 """Every python block of README and docs runs, page by page, in order, in one namespace."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -20,7 +21,7 @@ def _fresh_accelerate():
 
 
 @pytest.mark.usefixtures("_fresh_accelerate")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     text = page.read_text()
     blocks = [(text[: found.start()].count("\n") + 2, found.group(1)) for found in BLOCK.finditer(text)]
@@ -35,8 +36,50 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
         exec(code, namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_local_links_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def _slug(heading: str) -> str:
+    """A heading's anchor on GitHub."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_local_links_exist():
+    for page in [*PAGES, *(ROOT / "docs" / "results").glob("**/*.md"), *(ROOT / "pipelines").glob("*/README.md")]:
+        text = page.read_text()
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", text):
+            if "://" in target:
+                continue
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page} links to {target}"
+            if anchor and linked.suffix == ".md":
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+                assert anchor in map(_slug, headings), f"{page} links to {target}#{anchor}"
+
+
+def test_every_page_is_listed_once_in_the_readme():
+    listed = (ROOT / "README.md").read_text().split("## Documentation")[1]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert listed.count(f"(docs/{page.name})") == 1, page.name
+
+
+def test_the_paths_that_are_told_exist():
+    """Scripts, recipes and models that the pages, the cards and the scripts themselves name."""
+    told = [*PAGES, ROOT / "Makefile", *(ROOT / "docs" / "results").glob("**/*.md")]
+    told += [path for kind in ("py", "yaml", "md") for path in (ROOT / "examples").glob(f"**/*.{kind}")]
+    for page in told:
+        for path in re.findall(r"(?<![\w/.])examples/[\w/.-]*\w", page.read_text()):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_the_quickstart_is_that_of_the_docs():
+    """One text: the script's code is that of the page, its imports apart, which stand at its head."""
+
+    def parts(text):
+        body = ast.parse(text).body
+        imports = {
+            (node.module, alias.name) for node in body if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        code = [ast.dump(node) for node in body if not isinstance(node, ast.ImportFrom)]
+        return imports, code
+
+    page = "\n".join(BLOCK.findall((ROOT / "docs" / "quickstart.md").read_text()))
+    imports, (_, *code) = parts((ROOT / "examples" / "quickstart.py").read_text())  # the first is its docstring
+    assert (imports, code) == parts(page)

@@ -41,7 +41,7 @@ class NetworkCall:
         inputs: Keyword inputs of the network's forward, all rows.
         rows: Rows of the batch.
         batch: Which rows are conditional and which null.
-        x: What the network takes, `(rows, C, H, W)`: `alpha x_0 + sigma eps`, without further input channels.
+        x: What the network takes, `(rows, C, *size)`: `alpha x_0 + sigma eps`, without further input channels.
         level: Where the sampler stands; alpha and sigma are those of `x`.
         scale: `x` is `scale` times what the scheduler's step takes.
         observers: Key of an observer -> what it kept.
@@ -64,6 +64,6 @@ class NetworkCall:
         return len(range(*self.batch.cond.indices(self.rows)))
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of `x`."""
-        return self.x.shape[2], self.x.shape[3]
+    def size(self) -> tuple[int, ...]:
+        """(H, W) of `x`, (frames, H, W) of a video."""
+        return tuple(self.x.shape[2:])

@@ -22,6 +22,7 @@ from diffusers_repr.cli import options
 COMMANDS = {
     "layers": "print the layers of a model that can be read",
     "extract": "write features of a data set to a folder",
+    "cache": "encode a data set once for training: VAE moments, features of teachers",
     "select": "find the noise level and layers that suit a task",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",

@@ -27,7 +27,7 @@ class Settings(options.ImageSettings):
     encoder: str = setting(
         REQUIRED, "folder or Hub id of a vision transformer, or MODEL:layer@timestep for a layer of a denoiser"
     )
-    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, a Hub id, or digits")
     out: str = setting("alignment", "folder for alignment.json and alignment.png")
     layers: list[str] | None = setting(None, "full module paths; all layers if not given")
     timesteps: list[float] | None = setting(None, "levels; five over the range if not given")

@@ -18,7 +18,7 @@ class Settings:
     POSITIONAL: ClassVar = ("model", "dataset")
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
-    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, a Hub id, or digits")
     out: str = setting(REQUIRED, "folder of the store; the same command resumes it")
     layers: list[str] = setting(REQUIRED, "full module paths (`diffusers-repr layers MODEL`)")
     timestep: list[float] = setting(REQUIRED, "larger is noisier, e.g. 261")

@@ -19,7 +19,7 @@ class Settings(options.ImageSettings):
     POSITIONAL: ClassVar = ("model", "dataset")
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
-    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, a Hub id, or digits")
     out: str = setting(REQUIRED, "folder for the probe")
     layers: list[str] | None = setting(None, "full module paths; `diffusers-repr layers MODEL` shows them")
     timestep: list[float] | None = setting(None, "larger is noisier; several are joined")

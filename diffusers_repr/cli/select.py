@@ -24,7 +24,7 @@ class Settings(options.ImageSettings):
     POSITIONAL: ClassVar = ("model", "dataset")
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
-    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, or a Hub id")
+    dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, a Hub id, or digits")
     timesteps: list[float] = setting(REQUIRED, "levels to try; larger is noisier")
     out: str = setting(REQUIRED, "folder for selection.json, selection.parquet and heatmap.png")
     layers: list[str] | None = setting(None, "full module paths; all layers if not given")

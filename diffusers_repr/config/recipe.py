@@ -45,7 +45,8 @@ def parse_recipe(
 
     Args:
         kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe. Fields
-            that the class attribute `POSITIONAL` names are given without a flag, in that order.
+            that the class attribute `POSITIONAL` names are given without a flag, in that order. Where one has a true
+            `OTHER_KEYS`, the recipe may be another command's too, whose keys are passed over.
         argv: Flags, without the program's name.
         description: For `--help`.
         **parser_options: Of `argparse.ArgumentParser`.
@@ -69,6 +70,8 @@ def parse_recipe(
     if known.config:
         recipe = read_recipe(known.config)
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
+        if any(getattr(kind, "OTHER_KEYS", False) for kind in kinds):
+            recipe = {key: value for key, value in recipe.items() if key in names}
         check_keys(known.config, recipe, names)
         for key, value in recipe.items():
             optional(check_of(hints[key]))(value, f"{known.config}: {key}")

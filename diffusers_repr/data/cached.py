@@ -86,14 +86,14 @@ class CachedData(TrainData):
                 names = ", ".join(opened) or "none"
                 raise FileNotFoundError(
                     f"features_dir {config.features_dir!r} holds no features of the run's encoders ({names}). Make "
-                    "them by `examples/cache_latents.py --cache_features`, or leave features_dir out."
+                    "them by `diffusers-repr cache --cache_features`, or leave features_dir out."
                 )
         live = [encoder for encoder in encoders if encoder.name not in features]
         for encoder in live:
             if not hasattr(encoder, "encode_pixels"):
                 raise FileNotFoundError(
                     f"Encoder {encoder.name!r} is not loaded, and {config.features_dir!r} holds no features "
-                    "of it. Load it, or make its cache by `examples/cache_latents.py --cache_features`."
+                    "of it. Load it, or make its cache by `diffusers-repr cache --cache_features`."
                 )
         return cls(images, latents, features, needs_pixels or bool(live))
 

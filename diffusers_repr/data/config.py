@@ -20,7 +20,7 @@ class DataConfig:
         ValueError: If a value is out of range or two settings exclude one another.
     """
 
-    dataset_name: str | None = setting(None, "a folder, a .parquet file, or a Hub id for `datasets`")
+    dataset_name: str | None = setting(None, "a folder, a .parquet file, a Hub id, or digits")
     dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub id")
     dataset_split: str = setting("train", "split to train on")
     image_column: str | None = setting(None, "column that holds the images; default: the one there is")
@@ -42,8 +42,8 @@ class DataConfig:
     streaming: bool = setting(False, "read the data as it is used, without downloading it first")
     shuffle_buffer: int = setting(1000, "rows of a stream that are shuffled together")
     bad_images: Literal["error", "skip"] = setting("error", "images that cannot be read: stop, or leave out")
-    latents_dir: str | None = setting(None, "latents to train on: of cache_latents.py, or REPA's folder vae-sd")
-    features_dir: str | None = setting(None, "teacher features, written by cache_latents.py")
+    latents_dir: str | None = setting(None, "latents to train on: of `diffusers-repr cache`, or REPA's folder vae-sd")
+    features_dir: str | None = setting(None, "teacher features, written by `diffusers-repr cache`")
 
     def __post_init__(self) -> None:
         if self.center_crop not in CROPS:
@@ -77,6 +77,13 @@ class DataConfig:
                 f"Cached latents and features know an image and its mirror only; {', '.join(moved)} cannot act. "
                 "Set them to 0, or train without the cache."
             )
+
+    def held_out(self, split: str) -> DataConfig:
+        """The same for another split whose images are read as they are, to measure on."""
+        still: dict[str, Any] = dict.fromkeys(("random_rotation", "random_shift", "random_scale"), 0.0)
+        return dataclasses.replace(
+            self, dataset_split=split, random_flip=False, streaming=False, latents_dir=None, **still
+        )
 
     def columns(self, features: Mapping[str, Any], name: str) -> Columns:
         """The columns that are chosen, among those of a data set; see `choose_columns`."""

@@ -163,7 +163,7 @@ def load_images(
 
     Args:
         path: Folder (of images, one subfolder a class, or with classes in a `dataset.json` as EDM and REPA write them;
-            of Parquet files; or of `save_to_disk`), a Parquet file, or a Hub id.
+            of Parquet files; or of `save_to_disk`), a Parquet file, a Hub id, or `digits`: those of scikit-learn.
         split: Name of the split.
         image_column: The column of type `datasets.Image`, that of masks apart, if None.
         label_column: The column of type `ClassLabel`, or an integer column named `label`, if None.

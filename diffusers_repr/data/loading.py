@@ -13,6 +13,7 @@ from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.data.stream import StreamData
 from diffusers_repr.data.train_data import ImageTrainData, InMemoryTrainData
+from diffusers_repr.store.processes import process_state
 
 
 def load_train_data(
@@ -22,8 +23,8 @@ def load_train_data(
     dataset: datasets.Dataset | datasets.IterableDataset | None = None,
     *,
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     num_workers: int = 0,
     vae: Any = None,
     encoders: Sequence[Any] = (),
@@ -37,8 +38,8 @@ def load_train_data(
         size: (H, W) that the model, its VAE included, takes; `config.resolution` if None.
         dataset: The split itself, in place of `config.dataset_name`.
         seed: Of a stream's order; map-style data are ordered by the loop.
-        rank: This process, for a stream.
-        world_size: Number of processes, for a stream.
+        rank: This process, for a stream; as `accelerate launch` started it if None.
+        world_size: Number of processes, as `rank`.
         num_workers: Threads that decode the images of a stream; other data leave it to the loader.
         vae: The run's VAE; a latent cache must have been made with it.
         encoders: The run's teachers; a feature cache must have been made with them.
@@ -52,11 +53,14 @@ def load_train_data(
     name = config.dataset_name or "the data set"
     if dataset is None:
         if config.dataset_name is None:
-            raise ValueError("No data set; pass --dataset_name, a folder, a .parquet file or a Hub id.")
+            raise ValueError("No data set; pass --dataset_name, a folder, a .parquet file, a Hub id or digits.")
         dataset = open_split(config.dataset_name, config.dataset_split, config.dataset_revision, config.streaming)
     if isinstance(dataset, datasets.IterableDataset):
         if config.latents_dir or config.features_dir:
             raise ValueError("A stream has no places in the data set to keep latents or features by.")
+        if rank is None or world_size is None:
+            state = process_state()
+            rank, world_size = state.process_index, state.num_processes
         return StreamData(dataset, config, channels, height_width, seed, rank, world_size, num_workers, name)
     if config.streaming:
         raise ValueError(f"`streaming` is set, but {name} was given as a map-style data set; leave it out.")

@@ -50,7 +50,7 @@ class NumpyLatents:
         if flip:
             raise ValueError(
                 f"{str(folder)!r} holds no mirrored images, which random_flip needs (latents cannot be flipped). "
-                "Train without random_flip, or make a cache with both by examples/cache_latents.py in another folder."
+                "Train without random_flip, or make a cache with both by `diffusers-repr cache` in another folder."
             )
         self._files = self._paired(data)
         self._check_labels(data)
@@ -118,7 +118,7 @@ class NumpyLatents:
             raise ValueError(
                 f"The latents of row {row} in {str(self.folder)!r} are not what the run's VAE gives of its image: off "
                 f"by {away:.3g}, where a latent has {size:.3g}. Another VAE made them, or of another crop or range of "
-                "pixels (EDM2's own code takes [0, 1]). Make them with this VAE: examples/cache_latents.py."
+                "pixels (EDM2's own code takes [0, 1]). Make them with this VAE: `diffusers-repr cache`."
             )
 
 

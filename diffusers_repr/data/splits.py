@@ -1,4 +1,4 @@
-"""A split of a folder, a Parquet file or a Hub id, through `datasets`."""
+"""A split of a folder, a Parquet file or a Hub id, through `datasets`, or of the digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import datasets
 import pyarrow
 
+from diffusers_repr.data.digits import DIGITS, SPLIT_SIZES, load_digits_splits
 from diffusers_repr.data.edm_folder import open_edm_folder
 
 
 def open_split(path: str, split: str, revision: str | None = None, streaming: bool = False) -> Any:
-    """A split of a folder, Parquet file or Hub id with all its columns.
+    """A split of a folder, Parquet file or Hub id, or of `digits`, with all its columns.
 
     Args:
         path: As in `load_images`.
@@ -22,9 +23,12 @@ def open_split(path: str, split: str, revision: str | None = None, streaming: bo
 
     Raises:
         FileNotFoundError: If the path does not exist or the id cannot be reached.
-        ValueError: If the split is not there, or a revision is given with a local path.
+        ValueError: If the split is not there, a revision is given with a local path or the digits, or `digits` may
+            mean a folder, too.
     """
     local = Path(path)
+    if path == DIGITS:
+        return _digits(split, revision, streaming)
     if local.exists() and revision is not None:
         raise ValueError(f"revision={revision!r} was given with the local path {path!r}, which has no revisions.")
     if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1):
@@ -41,6 +45,19 @@ def open_split(path: str, split: str, revision: str | None = None, streaming: bo
     if split not in found:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}.")
     return found[split]
+
+
+def _digits(split: str, revision: str | None, streaming: bool) -> Any:
+    if Path(DIGITS).exists():
+        raise ValueError(
+            f"{DIGITS!r} is the data set of scikit-learn, and a folder here; './{DIGITS}' means the folder."
+        )
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} was given with {DIGITS!r}, which has no revisions.")
+    if split not in SPLIT_SIZES:
+        raise ValueError(f"{DIGITS!r} has no split {split!r}, only {list(SPLIT_SIZES)}.")
+    found = load_digits_splits()[split]
+    return found.to_iterable_dataset() if streaming else found
 
 
 def _load(local: Path, path: str, split: str, revision: str | None, streaming: bool) -> Any:

@@ -48,7 +48,7 @@ def list_features(folder: str | os.PathLike[str]) -> dict[str, TensorCache]:
     found = sorted(Path(folder).glob(f"*/{MANIFEST}"))
     if not found:
         raise FileNotFoundError(
-            f"No feature cache in {str(folder)!r}. `examples/cache_latents.py --cache_features` makes one."
+            f"No feature cache in {str(folder)!r}. `diffusers-repr cache --cache_features` makes one."
         )
     caches: Iterable[TensorCache] = [TensorCache.open(path.parent, FEATURES) for path in found]
     return {cache.manifest["about"]["name"]: cache for cache in caches}

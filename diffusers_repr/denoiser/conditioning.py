@@ -42,7 +42,7 @@ def from_prompts(
     prompt: str | Sequence[str] | None,
     negative: str | None,
     batch: int | None,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
     cache: Cache,
 ) -> Condition:
     """One row a distinct prompt, made by the pipeline's own call; see `Denoiser.condition`."""
@@ -79,7 +79,7 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
 
 
 def _encoded(
-    denoiser: Conditioned, text: str, size: tuple[int, int] | None, cache: Cache, null: bool
+    denoiser: Conditioned, text: str, size: tuple[int, ...] | None, cache: Cache, null: bool
 ) -> dict[str, Any]:
     family = denoiser.family
     # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
@@ -120,7 +120,7 @@ def _labels(class_labels: int | Sequence[int] | Tensor) -> Tensor:
 
 
 def from_embeddings(
-    denoiser: Conditioned, embeddings: Mapping[str, Any], batch: int | None, size: tuple[int, int] | None
+    denoiser: Conditioned, embeddings: Mapping[str, Any], batch: int | None, size: tuple[int, ...] | None
 ) -> Condition:
     """Ready inputs, by the network's names or, through the pipeline's call, by the pipeline's."""
     names = forward_names(denoiser.model)
@@ -171,7 +171,7 @@ def _count(given: int, batch: int | None, what: str) -> int:
     return batch
 
 
-def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[int, ...] | None) -> dict[str, Any]:
     """What the pipeline of a denoiser gives its network in a call with these arguments.
 
     Raises:
@@ -181,7 +181,8 @@ def pipeline_inputs(denoiser: Conditioned, call: Mapping[str, Any], size: tuple[
     accepted = inspect.signature(type(denoiser.pipe).__call__).parameters
     arguments = {k: v for k, v in denoiser.family.pipeline_arguments.items() if k in accepted}
     if size is not None:
-        arguments |= {name: side for name, side in zip(("height", "width"), size, strict=True) if name in accepted}
+        names = ("num_frames", "height", "width")[-len(size) :]
+        arguments |= {name: side for name, side in zip(names, size, strict=True) if name in accepted}
     inputs, rows = first_call(denoiser.pipe, denoiser.model, {**arguments, **call})
     asked = _asked(call)
     if asked is not None and rows > asked:

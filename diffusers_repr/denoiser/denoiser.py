@@ -19,7 +19,9 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
-from diffusers_repr.denoiser.vae import decode_latents, encode_latents, vae_stride
+from diffusers_repr.denoiser.sizes import check_size
+from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, vae_stride
+from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
 
@@ -78,7 +80,14 @@ class Denoiser:
 
         Raises:
             TypeError: If no component of the pipeline is a denoiser we know.
+            ValueError: If the pipeline has two networks, one for high and one for low noise.
         """
+        if getattr(pipe, "transformer_2", None) is not None:
+            raise ValueError(
+                f"{type(pipe).__name__} has two networks, `transformer` for high noise and `transformer_2` for low; "
+                "features are of one: Denoiser(pipe.transformer, pipe.scheduler, pipe.vae, pipe=pipe). For the other "
+                "leave out pipe=, and take the first one's condition: embeddings=denoiser.condition(...).inputs."
+            )
         for component in COMPONENTS:
             model = getattr(pipe, component, None)
             if isinstance(model, nn.Module):
@@ -141,6 +150,11 @@ class Denoiser:
         return 1 if self.vae is None else vae_stride(self.vae)
 
     @property
+    def frame_stride(self) -> int:
+        """Frames of a video per frame of x_0, behind the first: 1 without a VAE."""
+        return 1 if self.vae is None else frame_stride(self.vae.config)
+
+    @property
     def multiple(self) -> int:
         """Image height and width must be multiples of this, in pixels."""
         return self.stride * self.family.multiple()
@@ -154,12 +168,14 @@ class Denoiser:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """The image size (H, W) the network was configured for."""
+        """The image size (H, W), of one frame of a video, that the network was configured for."""
         h, w = self.family.size()
         return h * self.stride, w * self.stride
 
     def token_grid(self, path: str, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """Where the image lies in a sequence of `tokens` that the layer at `path` gives, for x_0 of `size` (H, W).
+
+        Of a video the size is (frames, H, W).
 
         Returns:
             `((h, w), start)` as `Family.grid`; None if the layer or the sequence is no image.
@@ -170,8 +186,8 @@ class Denoiser:
         """Layers that a method takes in this network unless told otherwise; see `Family.default_layers`."""
         return self.family.default_layers(method, self.model)
 
-    def feature_map(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
-        """What the layer at `path` gave for x_0 of `size` (H, W), differentiably.
+    def feature_map(self, path: str, value: Tensor, size: tuple[int, ...]) -> FeatureMap:
+        """What the layer at `path` gave for x_0 of `size` (H, W) or (frames, H, W), differentiably.
 
         Args:
             path: Full module path.
@@ -193,20 +209,36 @@ class Denoiser:
 
     # Images and latents
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise ValueError unless images of `size` (H, W) in pixels suit the model."""
-        h, w = size
-        if h % self.multiple or w % self.multiple:
-            good = tuple(max(self.multiple, round(v / self.multiple) * self.multiple) for v in size)
-            raise ValueError(
-                f"Images are {h} x {w} (H x W); {type(self.model).__name__} takes multiples of {self.multiple}. "
-                f"Pass image_size={good} to resize."
-            )
-        if self.family.square() and h != w:
-            raise ValueError(
-                f"{type(self.model).__name__} takes square images only (its forward assumes a square token grid); "
-                f"got {h} x {w}. Crop, or pass image_size={min(h, w)}."
-            )
+    def pixels(self, images: Any, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Images to `(B, C, H, W)` float32 in [-1, 1]; for a network of videos, videos to `(B, C, frames, H, W)`.
+
+        Args:
+            images: See `to_pixels`; of videos `to_video_pixels`, to which an image is a video of one frame.
+            image_size: Resize to `(H, W)`.
+        """
+        convert = to_video_pixels if self.family.axes == 3 else to_pixels
+        return convert(images, self.image_channels, image_size)
+
+    def latent_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Size of x_0 for images of `size` (H, W), or videos of (frames, H, W), in pixels.
+
+        For a network of videos (H, W) means one frame.
+        """
+        *frames, h, w = size
+        if self.family.axes == 3:
+            frames = [(count - 1) // self.frame_stride + 1 for count in frames] or [1]
+        return *frames, h // self.stride, w // self.stride
+
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """Raise ValueError unless images of `size` (H, W), or videos of (frames, H, W), in pixels suit the model."""
+        check_size(
+            type(self.model).__name__,
+            size,
+            axes=self.family.axes,
+            multiple=self.multiple,
+            frame_stride=self.frame_stride,
+            square=self.family.square(),
+        )
 
     def encode(
         self,
@@ -216,31 +248,32 @@ class Denoiser:
         sample: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """Images to x_0 `(B, C, h, w)` in the network's dtype, on its device.
+        """Images to x_0 `(B, C, h, w)`, videos to `(B, C, f, h, w)`, in the network's dtype, on its device.
 
         Args:
-            images: See `to_pixels`.
+            images: See `pixels`.
             image_size: Resize to `(H, W)`.
             sample: Latent models: draw from the VAE's posterior instead of taking its mean.
             generator: For `sample`: one, or one per image.
         """
-        return self.encode_pixels(
-            to_pixels(images, self.image_channels, image_size), sample=sample, generator=generator
-        )
+        return self.encode_pixels(self.pixels(images, image_size), sample=sample, generator=generator)
 
     def encode_pixels(
         self, pixels: Tensor, *, sample: bool = False, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> Tensor:
-        """As `encode`, from `(B, C, H, W)` in [-1, 1]."""
-        self.check_size((pixels.shape[2], pixels.shape[3]))
+        """As `encode`, from `(B, C, H, W)` in [-1, 1], or `(B, C, frames, H, W)`; an image is a video's one frame."""
+        self.check_size(tuple(pixels.shape[2:]))
         pixels = pixels.to(self.device)
+        if pixels.ndim == 4 and self.family.axes == 3:
+            pixels = pixels.unsqueeze(2)
         if self.vae is not None:
             pixels = encode_latents(self.vae, pixels, sample, generator)
         return pixels.to(self.device, self.dtype)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """x_0 to images `(B, C, H, W)` float32 in [0, 1]."""
+        """x_0 to images `(B, C, H, W)` float32 in [0, 1], to videos `(B, frames, C, H, W)`."""
         pixels = x0 if self.vae is None else decode_latents(self.vae, x0)
+        pixels = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     # Noise
@@ -263,7 +296,7 @@ class Denoiser:
         class_labels: int | Sequence[int] | Tensor | None = None,
         embeddings: Mapping[str, Any] | None = None,
         batch: int | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
         cache: MutableMapping[Any, dict[str, Any]] | None = None,
     ) -> Condition:
         """What the network takes besides the input and the timestep, for `batch` samples.
@@ -277,7 +310,7 @@ class Denoiser:
             embeddings: Ready inputs instead: by the names of the pipeline's call (`prompt_embeds`, ...) or of the
                 network's forward (`encoder_hidden_states`, ...), with 1 or `batch` rows.
             batch: Number of samples; as many as there are prompts, labels or rows if None.
-            size: Image size (H, W) in pixels; the configured size if None.
+            size: Image size (H, W) in pixels, of a video (frames, H, W); the configured size if None.
             cache: Keeps encoded prompts between calls, as does `prompts` of this object.
 
         Raises:
@@ -286,6 +319,7 @@ class Denoiser:
         """
         if size is not None:
             self.check_size(size)  # some pipelines round the size with a mere warning
+            size = (1, *size) if len(size) < self.family.axes else size
         if embeddings is not None:
             if prompt is not None or negative_prompt is not None or class_labels is not None:
                 raise ValueError("Pass embeddings, or prompt / class_labels, not both.")
@@ -314,15 +348,15 @@ class Denoiser:
         """Run the network once.
 
         Args:
-            x_t: `alpha x_0 + sigma eps`, `(B, C, h, w)`: what the network takes.
+            x_t: `alpha x_0 + sigma eps`, `(B, C, h, w)` or `(B, C, f, h, w)`: what the network takes.
             level: Noise level, one for all or one per sample.
             condition: From `condition(...)`, or network inputs by name; None is the default condition.
         """
         level = self.level(level)
         if condition is None:
-            condition = self.condition(
-                batch=x_t.shape[0], size=(x_t.shape[2] * self.stride, x_t.shape[3] * self.stride)
-            )
+            *frames, h, w = x_t.shape[2:]
+            frames = [(count - 1) * self.frame_stride + 1 for count in frames]
+            condition = self.condition(batch=x_t.shape[0], size=(*frames, h * self.stride, w * self.stride))
         inputs = condition.kwargs() if isinstance(condition, Condition) else condition
         raw = self.model(**self.network_inputs(x_t, level, inputs))
         return Prediction(self.family.output(raw, x_t), x_t, level, self.schedule)
@@ -343,4 +377,19 @@ def require_denoiser(value: Any) -> None:
         )
 
 
-__all__ = ["COMPONENTS", "Denoiser", "require_denoiser"]
+def require_images(denoiser: Denoiser, what: str) -> None:
+    """Raise ValueError for a network of videos.
+
+    Args:
+        denoiser: The network.
+        what: Is for images alone; begins a sentence.
+    """
+    require_denoiser(denoiser)
+    if denoiser.family.axes != 2:
+        raise ValueError(
+            f"{what}: for networks of images; {type(denoiser.model).__name__} makes videos. What there is for those: "
+            "features (FeatureExtractor, capture, list_layers), PAG and CFG."
+        )
+
+
+__all__ = ["COMPONENTS", "Denoiser", "require_denoiser", "require_images"]

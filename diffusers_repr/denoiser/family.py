@@ -40,6 +40,7 @@ class Family(FamilyLayers):
         config: Of the network it is bound to; a `Denoiser` binds its family.
 
     Attributes:
+        axes: Of the grid of x_0: 2, `(H, W)`, or 3 of a video, `(frames, H, W)`.
         conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
         unbatched: Names of condition inputs without a batch dimension (position ids).
         batched: Names that mean no batch elsewhere (`image_rotary_emb`) and have a row a sample in its modules.
@@ -53,6 +54,7 @@ class Family(FamilyLayers):
         joins: Whether lanes may join the batch on the way through the network, at one of its top-level modules.
     """
 
+    axes: int = 2
     conditioning: str = "none"
     sample_name: str = "sample"
     timestep_name: str = "timestep"
@@ -80,7 +82,7 @@ class Family(FamilyLayers):
         return int(self.config["in_channels"])
 
     def size(self) -> tuple[int, int]:
-        """(H, W) of x_0 that the network was configured for.
+        """(H, W) of x_0, of one frame of a video, that the network was configured for.
 
         Raises:
             ValueError: If the config does not tell.

@@ -36,7 +36,7 @@ class Layer:
 
     Attributes:
         path: Full module path, as `capture` takes it.
-        kind: `map` (B, C, H, W) or `tokens` (B, N, C).
+        kind: `map` (B, C, H, W), of a video (B, C, frames, H, W), or `tokens` (B, N, C).
         channels: C.
         grid: (H, W) of the map, or of the image tokens; (frames, H, W) of a video's.
         stride: Image pixels per cell along the height.
@@ -60,7 +60,7 @@ class Layer:
 
 
 def list_layers(
-    denoiser: Denoiser, image_size: int | tuple[int, int] | None = None, detail: Detail = "blocks"
+    denoiser: Denoiser, image_size: int | tuple[int, ...] | None = None, detail: Detail = "blocks"
 ) -> list[Layer]:
     """Layers of a denoiser in the order in which they are done.
 
@@ -68,7 +68,7 @@ def list_layers(
 
     Args:
         denoiser: Of any family.
-        image_size: Pixels, (H, W) or one side; the configured size if None.
+        image_size: Pixels, (H, W), one side, or (frames, H, W) of a video; the configured size if None, of one frame.
         detail: `blocks`: stages, residual blocks, attentions, transformer blocks, the network's own children. `all`:
             every module that returns an image.
 
@@ -84,13 +84,13 @@ def list_layers(
     size = denoiser.image_size if image_size is None else image_size
     size = (size, size) if isinstance(size, int) else size
     denoiser.check_size(size)
-    small = (size[0] // denoiser.stride, size[1] // denoiser.stride)
+    small = denoiser.latent_size(size)
     return layer_table(on_meta(denoiser.model), denoiser.family, small, denoiser.stride, denoiser.schedule, detail)
 
 
 def list_layers_from_config(
     id_or_folder: str | Path,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, ...] | None = None,
     detail: Detail = "blocks",
     revision: str | None = None,
 ) -> list[Layer]:
@@ -164,12 +164,12 @@ def _scheduler(cls: Any, config: Mapping[str, Any], at: str) -> Any:
 def layer_table(
     model: nn.Module,
     family: Family,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     stride: int,
     schedule: NoiseSchedule | None = None,
     detail: Detail = "blocks",
 ) -> list[Layer]:
-    """As `list_layers`, for a network that is on the meta device; `size` is x_0's (H, W), `stride` the VAE's."""
+    """As `list_layers`, for a network that is on the meta device; `size` is x_0's, `stride` the VAE's."""
     batch = 2
     x_t = torch.empty(batch, family.channels(), *size, device="meta")
     level = _example_level(schedule)
@@ -222,12 +222,12 @@ def _recorder(
 
 
 def _place(
-    out: Tensor, family: Family, size: tuple[int, int]
+    out: Tensor, family: Family, size: tuple[int, ...]
 ) -> tuple[Literal["map", "tokens"], int, tuple[Any, ...], int] | None:
     if out.shape[0] != 2 or not out.is_floating_point():
         return None
-    if out.ndim == 4:
-        return "map", out.shape[1], (out.shape[2], out.shape[3]), 0
+    if out.ndim == 2 + len(size):
+        return "map", out.shape[1], tuple(out.shape[2:]), 0
     if out.ndim == 3:
         found = family.grid(out.shape[1], size)
         if found is not None:

@@ -22,8 +22,11 @@ def vae_stride(vae: Any) -> int:
 
 def config_stride(config: Mapping[str, Any]) -> int:
     """As `vae_stride`, from the autoencoder's config alone."""
-    if config.get("spatial_compression_ratio") is not None:
-        return int(config["spatial_compression_ratio"])
+    for name in ("spatial_compression_ratio", "scale_factor_spatial"):
+        if config.get(name) is not None:
+            return int(config[name])
+    if "spatio_temporal_scaling" in config:  # LTX
+        return int(config["patch_size"]) * 2 ** sum(config["spatio_temporal_scaling"])
     if _takes_frames(config):
         return 2 ** len(config["temperal_downsample"])
     # AutoencoderDC and AutoencoderTiny tell encoder and decoder apart.
@@ -31,10 +34,20 @@ def config_stride(config: Mapping[str, Any]) -> int:
     return 2 ** (len(stages) - 1)
 
 
+def frame_stride(config: Mapping[str, Any]) -> int:
+    """Frames per latent frame behind the first, which is one by itself, from the autoencoder's config."""
+    for name in ("temporal_compression_ratio", "scale_factor_temporal"):
+        if config.get(name) is not None:
+            return int(config[name])
+    if "spatio_temporal_scaling" in config:  # LTX
+        return int(config["patch_size_t"]) * 2 ** sum(config["spatio_temporal_scaling"])
+    return 2 ** sum(config.get("temperal_downsample") or ())
+
+
 def encode_latents(
     vae: Any, pixels: Tensor, sample: bool = False, generator: torch.Generator | list[torch.Generator] | None = None
 ) -> Tensor:
-    """Pixels `(B, 3, H, W)` in [-1, 1] to scaled latents `(B, C, h, w)`.
+    """Pixels `(B, 3, H, W)` in [-1, 1] to scaled latents `(B, C, h, w)`; of a video with its frames before H and h.
 
     Args:
         vae: An autoencoder of diffusers.
@@ -52,7 +65,7 @@ def encode_latents(
         raise ValueError(f"{type(vae).__name__} has no posterior to sample from; use its deterministic code.")
     else:
         latents = _code(out)
-    latents = latents.squeeze(2) if _takes_frames(vae.config) else latents
+    latents = latents.squeeze(2) if pixels.ndim == 4 and _takes_frames(vae.config) else latents
     _check_finite(vae, dtype, latents)
     return scale_latents(vae, latents)
 
@@ -104,26 +117,33 @@ def scale_latents(vae: Any, latents: Tensor) -> Tensor:
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Scaled latents `(B, C, h, w)` to pixels `(B, 3, H, W)`, about [-1, 1]."""
+    """Scaled latents `(B, C, h, w)` to pixels `(B, 3, H, W)`, about [-1, 1]; of a video with its frames.
+
+    An autoencoder that takes part in the denoising (LTX's `timestep_conditioning`) is told that no noise is left.
+    """
     mean, std = _statistics(vae, latents)
     factor, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
     latents = latents * std / factor + mean if mean is not None and std is not None else latents / factor + shift
-    frames = _takes_frames(vae.config)
+    one = latents.ndim == 4 and _takes_frames(vae.config)
     with _encoding_dtype(vae) as dtype, torch.no_grad():
-        pixels = vae.decode((latents.unsqueeze(2) if frames else latents).to(dtype)).sample
-    return pixels.squeeze(2) if frames else pixels
+        given = (latents.unsqueeze(2) if one else latents).to(dtype)
+        timed = vae.config.get("timestep_conditioning")
+        told = {"temb": torch.zeros(len(given), device=given.device, dtype=dtype)} if timed else {}
+        pixels = vae.decode(given, **told).sample
+    return pixels.squeeze(2) if one else pixels
 
 
 def _encode(vae: Any, pixels: Tensor) -> tuple[Any, torch.dtype]:
     """What `vae.encode` returns, and the dtype it ran in."""
-    pixels = pixels.unsqueeze(2) if _takes_frames(vae.config) else pixels
+    pixels = pixels.unsqueeze(2) if pixels.ndim == 4 and _takes_frames(vae.config) else pixels
     with _encoding_dtype(vae) as dtype, torch.no_grad():
         return vae.encode(pixels.to(dtype)), dtype
 
 
 def _takes_frames(config: Mapping[str, Any]) -> bool:
     """Whether it is a video's autoencoder, to which an image is one frame: `(B, C, 1, H, W)`."""
-    return config.get("temperal_downsample") is not None  # as diffusers spells it
+    # As diffusers spells the first; LTX has the second.
+    return config.get("temperal_downsample") is not None or "spatio_temporal_scaling" in config
 
 
 def _code(out: Any) -> Tensor:
@@ -150,9 +170,12 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
             for value in (norm.running_mean, std)
         )
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if "spatio_temporal_scaling" in vae.config:  # LTX holds them as buffers
+        mean, std = vae.latents_mean, vae.latents_std
     if mean is None or std is None:
         return None, None
-    first, second = (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    shape = (1, -1, *[1] * (like.ndim - 2))
+    first, second = (torch.as_tensor(v, device=like.device, dtype=like.dtype).view(shape) for v in (mean, std))
     return first, second
 
 

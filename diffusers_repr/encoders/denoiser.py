@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser, list_layers
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.encoders.source import Source, pair
 from diffusers_repr.features import FeatureExtractor
@@ -39,6 +40,7 @@ class DenoiserSource(Source):
         noise_seed: int = 0,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
+        require_images(denoiser, "Encoders")
         self.extractor = FeatureExtractor(denoiser, layer, timestep, seed=noise_seed)
         self.denoiser, self.layer, self.image_size = denoiser, layer, pair(image_size, denoiser.multiple)
         if self.extractor.many:

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusers_repr.capture.attention import GIB, AttentionTokens, Heads, capture_attention, too_much
 from diffusers_repr.capture.attention_memory import attention_memory
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import FeatureExtractor, Timestep
@@ -94,6 +95,7 @@ def attention_maps(
     """
     extractor = _extractor(source, layers, timestep, settings)
     denoiser = extractor.denoiser
+    require_images(denoiser, "Attention maps")
     pixels = to_pixels(images, denoiser.image_channels, extractor.image_size)
     cells = len(pixels) * len(extractor.levels)
     members = cells * extractor.ensemble_size

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.noise_policy import Policy, pixel_keys
@@ -123,6 +124,7 @@ def _prepare(
     shard_size: int | None,
     limit: int | None,
 ) -> _Extraction:
+    require_images(extractor.denoiser, "Stores of features")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; features are stored as {' or '.join(DTYPES)} (Arrow has no bfloat16).")
     if extractor.noise.policy == "fresh":

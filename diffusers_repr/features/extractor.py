@@ -18,7 +18,6 @@ from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.hooks import Turn
-from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, pool
@@ -34,7 +33,7 @@ class Batch:
     """One forward of the network.
 
     Attributes:
-        x_t: `(n, C, h, w)`.
+        x_t: `(n, C, h, w)`; of videos `(n, C, f, h, w)`.
         level: One level, or one per row.
         condition: Network inputs for the rows.
         cells: For each row, its place in the results: `level * images + image`; never falls.
@@ -57,7 +56,7 @@ class FeatureExtractor:
         timestep: Training timestep or `NoiseLevel` (larger is noisier), or a list of them.
         noise: Where noise comes from: `per_image`, `shared`, `fresh` or `clean`; see `NoiseSource`.
         ensemble_size: Noise draws an image; features are averaged in float32, before a non-linear pooling.
-        pooling: None, `mean`, `max` or `adaptive:P`.
+        pooling: None, `mean`, `max` or `adaptive:P`; see `pool`.
         batch_size: Rows of one forward, ensemble members and levels counted; None runs all at once.
         output_device: Where features are kept; the model's device if None.
         seed: Of the noise, and of the VAE's posterior if sampled.
@@ -134,7 +133,8 @@ class FeatureExtractor:
         """Features of images.
 
         Args:
-            images: PIL images, numpy arrays or tensors of one size; see `to_pixels`.
+            images: PIL images, numpy arrays or tensors of one size, see `to_pixels`; for a network of videos also
+                videos, see `to_video_pixels`.
             prompt: One for all images or one per image.
             class_labels: One id for all images or one per image.
             embeddings: Ready network inputs; see `Denoiser.condition`.
@@ -146,7 +146,7 @@ class FeatureExtractor:
             RuntimeError: If the network was compiled, and while another thread reads it where that cannot be right:
                 with offloaded weights, with `fresh` noise.
         """
-        pixels = to_pixels(images, self.denoiser.image_channels, self.image_size)
+        pixels = self.denoiser.pixels(images, self.image_size)
         return self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
 
     @torch.no_grad()
@@ -159,15 +159,15 @@ class FeatureExtractor:
         embeddings: Mapping[str, Any] | None = None,
         ids: Sequence[Any] | None = None,
     ) -> FeatureOutput:
-        """As a call, from `(B, C, H, W)` in [-1, 1] as `to_pixels` gives it; `image_size` is not applied."""
+        """As a call, from `(B, C, H, W)` or `(B, C, frames, H, W)` in [-1, 1]; `image_size` is not applied."""
         early = is_linear(self.pooling)  # pool at once where that equals pooling the ensemble's mean
         sums = _Sums(len(self.levels) * len(pixels), self.output_device or self.denoiser.device)
         places: dict[str, Grid] = {}
         with self.reading():
             for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
-                size = (batch.x_t.shape[2], batch.x_t.shape[3])
+                size = tuple(batch.x_t.shape[2:])
 
-                def keep(feature: Tensor, path: str, batch: Batch = batch, size: tuple[int, int] = size) -> None:
+                def keep(feature: Tensor, path: str, batch: Batch = batch, size: tuple[int, ...] = size) -> None:
                     self._check_rows(feature, path, len(batch.cells))
                     self._place(feature, path, size, places)
                     sums.add(path, pool(feature, self.pooling if early else None, places.get(path)), batch.cells)
@@ -222,13 +222,13 @@ class FeatureExtractor:
         """The forwards that an extraction makes: each image encoded once, levels and members batched.
 
         Args:
-            pixels: `(B, C, H, W)` in [-1, 1].
+            pixels: `(B, C, H, W)` or `(B, C, frames, H, W)` in [-1, 1].
             prompt: As in `__call__`.
             class_labels: As in `__call__`.
             embeddings: As in `__call__`.
             ids: As in `__call__`.
         """
-        count, size = len(pixels), (pixels.shape[2], pixels.shape[3])
+        count, size = len(pixels), tuple(pixels.shape[2:])
         keys = image_keys(ids, pixels)
         self.denoiser.check_size(size)
         condition = self.denoiser.condition(
@@ -300,7 +300,7 @@ class FeatureExtractor:
                 "image. `list_layers(denoiser)` shows the layers that do."
             )
 
-    def _place(self, feature: Tensor, path: str, size: tuple[int, int], places: dict[str, Grid]) -> None:
+    def _place(self, feature: Tensor, path: str, size: tuple[int, ...], places: dict[str, Grid]) -> None:
         if feature.ndim == 3 and path not in places:
             found = self.denoiser.token_grid(path, feature.shape[1], size)
             if found is not None:

@@ -17,8 +17,8 @@ class FeatureOutput:
     """Features of a batch of images.
 
     Attributes:
-        features: Layer path -> float32 tensor: a map `(B, C, H, W)`, tokens `(B, N, C)`, or `(B, D)` if pooled. With a
-            list of timesteps, one more dimension in front: `(T, B, ...)`.
+        features: Layer path -> float32 tensor: a map `(B, C, H, W)`, of a video `(B, C, frames, H, W)`, tokens
+            `(B, N, C)`, or `(B, D)` if pooled. With a list of timesteps, one more dimension in front: `(T, B, ...)`.
         level: The resolved noise level; the list of them with a list of timesteps.
         places: Layer path -> `((H, W), start)` for layers of tokens: grid and first token of the image.
         pooling: As asked for.
@@ -62,6 +62,8 @@ class FeatureOutput:
 
     def as_map(self, layer: str) -> Tensor:
         """The layer as `(B, C, H, W)`, text tokens dropped; `(T, B, C, H, W)` with a list of timesteps.
+
+        Of a video `(B, C, frames, H, W)`.
 
         Raises:
             KeyError, ValueError: As `feature_map`.

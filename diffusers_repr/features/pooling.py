@@ -58,11 +58,11 @@ def pooled_size(pooling: str | None) -> int:
 
 
 def pool(feature: Tensor, pooling: str | None, place: Grid | None = None) -> Tensor:
-    """Pool a map `(B, C, H, W)` or tokens `(B, N, C)` in float32.
+    """Pool a map `(B, C, H, W)`, of a video `(B, C, frames, H, W)`, or tokens `(B, N, C)` in float32.
 
     Args:
         feature: Output of a layer.
-        pooling: `mean` and `max` over positions give `(B, C)`; `adaptive:P` averages over P x P cells and gives
+        pooling: `mean` and `max` over all positions give `(B, C)`; `adaptive:P` averages over P x P cells and gives
             `(B, C * P * P)`, channel by channel (a grid with fewer than P cells a side repeats them); None returns
             the feature as it is.
         place: For tokens, `((H, W), start)`: grid and first token of the image; others are left out. A video's grid is
@@ -86,8 +86,11 @@ def pool(feature: Tensor, pooling: str | None, place: Grid | None = None) -> Ten
         if place is None:
             raise ValueError(f"Pooling tokens {tuple(feature.shape)} needs their grid; none is known for this layer.")
         feature = FeatureMap(feature, *place).as_map()
-    elif feature.ndim != 4:
-        raise ValueError(f"Cannot pool a feature of shape {tuple(feature.shape)}; expected (B, C, H, W) or (B, N, C).")
+    elif feature.ndim not in (4, 5):
+        raise ValueError(
+            f"Cannot pool a feature of shape {tuple(feature.shape)}; expected (B, C, H, W), of a video "
+            "(B, C, frames, H, W), or (B, N, C)."
+        )
     axes = tuple(range(2, feature.ndim))
     if pooling == "mean":
         return feature.mean(dim=axes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.lanes import Lane, NetworkCall, Observer
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
@@ -104,9 +105,15 @@ class GuidanceTerm:
         observers: Key -> (path of a module, function): what it keeps of the arguments of modules in the call's own
             pass, for the rows of the call.
         gradient: What it differentiates, or None.
+        videos: Whether it guides networks of videos too, whose tensors are `(B, C, frames, H, W)`; the others are
+            refused.
     """
 
+    videos: bool = False
+
     def __init__(self, config: Guidance, denoiser: Denoiser) -> None:
+        if not self.videos:
+            require_images(denoiser, type(config).__name__)
         self.config, self.denoiser = config, denoiser
         self.label = type(config).__name__
         self.key = f"{self.label}-{next(_KEYS)}"

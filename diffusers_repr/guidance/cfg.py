@@ -55,6 +55,7 @@ class CFGTerm(GuidanceTerm):
     """The rule by which the conditional and the null prediction become one."""
 
     config: CFG
+    videos = True
 
     def weight(self, level: NoiseLevel) -> float:
         """`s - 1` inside the interval, 0 outside."""

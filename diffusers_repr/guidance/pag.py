@@ -61,6 +61,8 @@ class PAG(Guidance):
 class PAGTerm(GuidanceTerm):
     """The perturbed lane, and its difference from the conditional one."""
 
+    videos = True
+
     def __init__(self, config: PAG, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
         chosen = config.layers

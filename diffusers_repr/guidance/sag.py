@@ -170,7 +170,7 @@ class SAGTerm(GuidanceTerm):
             output, rows = step.null, call.batch.null
         x = step.x(rows)
         x0 = step.prediction(output, x).x0
-        mask = attention_mask(observed.received, self.threshold, call.size).to(x0.dtype)
+        mask = attention_mask(observed.received, self.threshold, (x0.shape[2], x0.shape[3])).to(x0.dtype)
         offset = blur_offset(x0, mask, self.blur_sigma, self.kernel_size, self.clip)
         degraded = step.run(rows, x=x + expand(step.level.alpha, offset) * offset)
         return step.difference(output, degraded, offset)

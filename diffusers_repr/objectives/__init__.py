@@ -13,12 +13,14 @@ from diffusers_repr.objectives.auxiliary import (
 )
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
+from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
+from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
 from diffusers_repr.objectives.saved_heads import load_heads
-from diffusers_repr.objectives.simclr import SimCLRObjective
+from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
 
@@ -30,6 +32,7 @@ __all__ = [
     "Batch",
     "CachedFeatures",
     "ClassifierBase",
+    "ClassifierConfig",
     "ClassifierObjective",
     "DiffusionObjective",
     "DispersiveLoss",
@@ -45,7 +48,10 @@ __all__ = [
     "REPAObjective",
     "ReadoutConfig",
     "ReadoutObjective",
+    "ReadoutRows",
+    "RowsConfig",
     "SelfAlignmentLoss",
+    "SimCLRConfig",
     "SimCLRObjective",
     "SpatialAlignmentLoss",
     "TimeSampler",

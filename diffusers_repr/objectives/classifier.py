@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.vae import encode_latents, scale_latents
+from diffusers_repr.hub.places import public_name
 from diffusers_repr.models import NoisyClassifier, describe_process
 from diffusers_repr.noise import NoiseSchedule, add_noise
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
@@ -47,6 +50,7 @@ class ClassifierBase:
     def load(cls, path: str, revision: str | None = None, resolution: int | None = None) -> ClassifierBase:
         """From a folder or a Hub id; images of the pipeline's own size, or of the side `resolution`."""
         denoiser = Denoiser.from_pretrained(path, revision=revision)
+        require_images(denoiser, "Classifiers")
         size = (resolution, resolution) if resolution else denoiser.image_size
         denoiser.check_size(size)
         local, channels = Path(path).is_dir(), denoiser.family.channels()
@@ -121,6 +125,43 @@ class ClassifierObjective(Objective):
             return scale_latents(self.base.vae, batch["moments"].float().chunk(2, dim=1)[0])
         with torch.autocast(batch["pixel_values"].device.type, enabled=False):  # a VAE may overflow in fp16
             return encode_latents(self.base.vae, batch["pixel_values"]).float()
+
+    def about(self, dataset: str, split: str | None) -> dict[str, Any]:
+        """What the card tells besides what every card tells.
+
+        Args:
+            dataset: Name of the data set.
+            split: That it was measured on; None: on none.
+        """
+        base, edges = self.base, self.edges()
+        parts = "\n".join(f"| `_{i}` | {low:.4g} to {high:.4g} |" for i, (low, high) in enumerate(pairwise(edges)))
+        measured = (
+            f"The `eval_` numbers are of split `{split}`, each image once in every part. "
+            if split
+            else "It was not measured. "
+        )
+        text = f"""It is p(class | x_t, t) on the {base.schedule.kind} noise process of `{base.name}`, for classifier
+guidance (Dhariwal and Nichol 2021).
+
+```python
+from diffusers_repr.models import NoisyClassifier
+
+classifier = NoisyClassifier.from_pretrained("{{folder}}")
+log_p = classifier(x_t, timestep).log_softmax(1)  # x_t: (B, {base.channels}, H, W) as the network takes it
+```
+
+{measured}Loss (nats) and accuracy
+are those over all noise levels, and of parts of them:
+
+| part | timesteps |
+|---|---|
+{parts}"""
+        accuracy = {"type": "accuracy", "name": "accuracy over all noise levels", "dataset": public_name(dataset),
+                    "split": split}  # fmt: skip
+        return {
+            "kind": "`NoisyClassifier`", "tags": ["diffusers", "classifier-guidance", "image-classification"],
+            "base_model": base.hub_id, "text": text, "metrics": {"eval_accuracy": accuracy},
+        }  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """The noise process."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.denoiser import Denoiser, FeatureMap, list_layers
 from diffusers_repr.denoiser.condition import forward_names
-from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.denoiser.denoiser import COMPONENTS, require_images
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.denoiser.vae import draw_latents
@@ -70,6 +70,7 @@ class DiffusionObjective(Objective):
         null_label: int | None = None,
     ) -> None:
         super().__init__()
+        require_images(denoiser, "Training")
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
         self.denoiser, self.network = denoiser, denoiser.model

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.heads import (
     DepthHead,
     MapHead,
@@ -80,6 +81,11 @@ class ReadoutConfig:
         if self.eval_split is not None and not self.reads_labels:
             raise ValueError(f"`eval_split` compares with labels, and kind: {self.kind} has none; drop it.")
 
+    def load_base(self) -> Denoiser:
+        """The frozen base."""
+        base, dtype = cast(str, self.pretrained_model_name_or_path), getattr(torch, self.base_dtype)
+        return Denoiser.from_pretrained(base, revision=self.revision, dtype=dtype)
+
     @property
     def reads_labels(self) -> bool:
         """Whether the head reads a map that an image can be labelled with."""
@@ -100,6 +106,7 @@ class ReadoutObjective(Objective):
 
     def __init__(self, denoiser: Denoiser, size: tuple[int, int], config: ReadoutConfig) -> None:
         super().__init__()
+        require_images(denoiser, "Readout heads")
         self.config, self.denoiser, self.size = config, denoiser, size
         denoiser.prompts = {}  # the empty prompt is encoded once
         self.freeze("network", denoiser.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from transformers import ViTConfig, ViTModel
 
+from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.hub.files import write_json
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
@@ -38,6 +40,32 @@ def nt_xent(one: Tensor, two: Tensor, temperature: float) -> Tensor:
         logits = own @ everyone.T / temperature
     logits = logits.index_put((rows, first + rows), logits.new_tensor(-torch.inf))
     return F.cross_entropy(logits, first + (rows + len(one)) % len(own))
+
+
+@dataclasses.dataclass(frozen=True)
+class SimCLRConfig:
+    """The network and its loss; the fields are keys of a recipe.
+
+    Raises:
+        ValueError: If an argument of the network is missing or unknown, or a value is out of range.
+    """
+
+    model: dict | str | None = setting(None, "arguments of ViTConfig, a mapping (JSON in a flag)")
+    projection_dim: int = setting(128, "width of the vectors that the loss compares")
+    temperature: float = setting(0.2, "of the softmax over similarities")
+    eval_split: str | None = setting(None, "split whose labels measure the result; none: no measurement")
+
+    def __post_init__(self) -> None:
+        arguments = mapping("model", self.model)
+        check_keys("`model`", arguments, ViTConfig().to_dict())
+        missing = [key for key in ("image_size", "patch_size", "num_channels") if key not in arguments]
+        if missing:
+            raise ValueError(f"`model` needs {', '.join(missing)}, as whole numbers.")
+        if arguments["image_size"] % arguments["patch_size"]:
+            raise ValueError(f"`model` has image_size={arguments['image_size']}, no multiple of its patch_size.")
+        if self.temperature <= 0 or self.projection_dim < 1:
+            raise ValueError("`temperature` and `projection_dim` must be positive.")
+        object.__setattr__(self, "model", arguments)
 
 
 class SimCLRObjective(Objective):
@@ -108,4 +136,4 @@ class _Preprocessor:
         write_json(Path(folder) / "preprocessor_config.json", {**fixed, **self.own})
 
 
-__all__ = ["SimCLRObjective", "nt_xent"]
+__all__ = ["SimCLRConfig", "SimCLRObjective", "nt_xent"]

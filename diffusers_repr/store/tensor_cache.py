@@ -55,7 +55,7 @@ class TensorCache(Store):
     """
 
     noun: ClassVar[str] = "cache"
-    command: ClassVar[str] = "examples/cache_latents.py"
+    command: ClassVar[str] = "diffusers-repr cache"
     schema: ClassVar[Check] = staticmethod(_SCHEMA)
     layout_type: ClassVar[type[TensorLayout]] = TensorLayout
 

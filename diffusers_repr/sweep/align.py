@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusers_repr.data.labelled import open_images, open_labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.extractor import Timestep
@@ -93,7 +93,7 @@ def measure_alignment(
             where that can be known.
         FloatingPointError: If a layer gives NaN or infinity; names it.
     """
-    require_denoiser(denoiser)
+    require_images(denoiser, "Alignment")
     if not isinstance(encoder, Encoder):
         raise TypeError(f"encoder must be an Encoder; got {type(encoder).__name__}. See Encoder.from_pretrained.")
     measures = make_measures(

@@ -13,7 +13,7 @@ import torch
 from diffusers_repr.data.labelled import Source
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
 from diffusers_repr.features.pooling import check_pooling
@@ -110,7 +110,7 @@ def select_features(
             the first pass, for images of `validation` that are all in `train` (a warning tells of some that are).
         FloatingPointError: If a layer gives NaN or infinite features; names it.
     """
-    require_denoiser(denoiser)
+    require_images(denoiser, "Selection")
     policies = [noise] if isinstance(noise, str) else list(noise)
     measure = make_measure(metric, pooling=check_pooling(pooling), criterion=criterion, penalties=tuple(penalties))
     _check(policies, measure, seeds, prompt, class_labels, max_layers, max_levels)

@@ -11,6 +11,7 @@ import torch
 from diffusers_repr.data.labelled import Labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import pooled_size
@@ -140,6 +141,7 @@ def make_extractor(source: Any, selection: Selection | None, use: str, settings:
                 if name not in settings:
                     raise ValueError(f"Pass {name}=..., or selection=select_features(...).")
             extractor = FeatureExtractor(denoiser, **{"pooling": "mean", **settings})
+    require_images(extractor.denoiser, "Probes")
     pooled_size(extractor.pooling)  # refuses maps
     return extractor
 

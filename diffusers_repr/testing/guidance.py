@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance import CFG, Guidance, GuidanceStats, guide
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.testing.checks import expect
 
 
 def check_guidance(pipe: Any, guidance: Guidance, *, seed: int = 0, **call: Any) -> None:
@@ -242,5 +243,4 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _expect(holds: bool, text: str) -> None:
-    if not holds:
-        raise AssertionError(f"{text[0].upper()}{text[1:]}.")
+    expect(holds, f"{text[0].upper()}{text[1:]}.")

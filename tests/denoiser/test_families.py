@@ -1,4 +1,4 @@
-"""The further text-to-image families against their own pipelines and a plain hooked forward."""
+"""The further families against their own pipelines and a plain hooked forward."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tests.denoiser.test_condition import assert_same_inputs
 from tests.testers.families import network_calls
 from tests.testers.family_cases import embeds
 from tests.testers.models_text import FAMILIES, family_pipeline
+from tests.testers.models_video import VIDEOS
 
 NAMES = list(FAMILIES)
 
@@ -24,8 +25,7 @@ def condition_of(denoiser, name, batch=1):
 
 
 def noisy(denoiser, name, batch=1):
-    sides = [side // denoiser.stride for side in FAMILIES[name].size]
-    shape = (batch, denoiser.family.channels(), *sides)
+    shape = (batch, denoiser.family.channels(), *denoiser.latent_size(FAMILIES[name].size))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -44,7 +44,7 @@ def flat(inputs):
 def test_the_network_is_called_as_its_pipeline_calls_it(name):
     """All inputs at the pipeline's first step, the timestep too; and the prediction is what its scheduler is given."""
     case, pipe = FAMILIES[name], family_pipeline(name)
-    calls, steps = network_calls(pipe, {**case.call, **case.off}, case.size)
+    calls, steps = network_calls(pipe, {**case.call, **case.off}, case.size, steps=2)
     theirs, step = calls[0], steps[0]
     denoiser = Denoiser.from_pipe(family_pipeline(name))
     x_t = denoiser.family.sample(theirs)
@@ -54,7 +54,7 @@ def test_the_network_is_called_as_its_pipeline_calls_it(name):
         ours = denoiser.network_inputs(x_t, level, condition.kwargs())
         predicted = denoiser.predict(x_t, level, condition).output
     given = step["model_output"]
-    if given.ndim == 3:
+    if given.ndim == 3:  # packed
         given = denoiser.family.output(given, x_t)
     assert torch.equal(predicted, given[:, : predicted.shape[1]])
     timestep_name = denoiser.family.timestep_name
@@ -83,10 +83,10 @@ def test_features_equal_a_full_forward(name):
         denoiser.predict(x_t, 261, condition)
     same(tape.features, {some: expected[some]})
     for path, layer in layers.items():
-        (h, w), value = layer.grid, expected[path]
+        value = expected[path]
         assert value.shape[0] == 2, path
         if layer.kind == "map":
-            assert value.shape[1:] == (layer.channels, h, w), path
+            assert value.shape[1:] == (layer.channels, *layer.grid), path
             continue
         place = denoiser.token_grid(path, value.shape[1], tuple(x_t.shape[2:]))
         assert place is not None, path
@@ -113,22 +113,18 @@ def test_what_is_read_is_the_image(name):
     paths, maps = [layer.path for layer in layers], []
     for x in (x_t, x_t.clone()):
         if maps:
-            x[..., 4:6, 2:4] += 0.1
+            (x[:, :, 1] if x.ndim == 5 else x)[..., 2:4, 2:4] += 0.1
         with capture(denoiser.model, paths, stop_early=False) as tape:
             denoiser.predict(x, 261, condition)
         maps.append({path: tape[path] for path in paths})
     for layer in layers:
-        h, w = layer.grid
         change = (maps[1][layer.path] - maps[0][layer.path]).abs()
-        if layer.kind == "tokens":
-            place = denoiser.token_grid(layer.path, change.shape[1], tuple(x_t.shape[2:]))
-            change = change[:, place[1] : place[1] + h * w].transpose(1, 2).unflatten(2, (h, w))
-        change = change.sum(1)[0]
+        change = denoiser.feature_map(layer.path, change, tuple(x_t.shape[2:])).as_map().sum(1)[0]
         assert change.max() > 0, layer.path
         if layer.path in blocks and name != "kolors":
-            side = x_t.shape[2] // h
-            row, column = divmod(int(change.argmax()), w)
-            assert (4 <= row * side < 6, 2 <= column * side < 4) == (True, True), layer.path
+            side = x_t.shape[-2] // layer.grid[-2]
+            *frame, row, column = torch.unravel_index(change.argmax(), change.shape)
+            assert (2 <= row * side < 4, 2 <= column * side < 4, frame in ([], [1])) == (True, True, True), layer.path
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +160,7 @@ def test_latents_as_the_pipelines_scale_them():
         assert moments.shape == (2, 8, 16, 24)
 
 
-@pytest.mark.parametrize("name", ["aura_flow", "chroma", "hunyuan_dit", "lumina2"])
+@pytest.mark.parametrize("name", ["aura_flow", "chroma", "hunyuan_dit", "lumina2", *VIDEOS])
 def test_the_null_condition_is_what_the_pipeline_guides_with(name):
     """The negative prompt's rows in a guided call: the first half of one call, or the second call."""
     case = FAMILIES[name]
@@ -229,7 +225,7 @@ def test_defaults(name):
             denoiser.model.get_submodule(path)
 
 
-@pytest.mark.parametrize("name", ["hunyuan_image", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["hunyuan_image", "qwen_image", "z_image", *VIDEOS])
 def test_layers_from_configs_alone(name, tmp_path):
     pipe, size = family_pipeline(name), FAMILIES[name].size
     pipe.save_pretrained(tmp_path)

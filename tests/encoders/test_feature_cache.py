@@ -159,7 +159,7 @@ def test_a_run_refuses_a_cache_made_otherwise(tmp_path):
 def test_an_unfinished_cache_is_told(tmp_path):
     cache = cache_features(teacher("a"), load(), tmp_path / "out", EXACT)
     (cache.folder / cache.layout.path(1)).unlink()
-    with pytest.raises(ValueError, match="not finished: 4 of 7 rows .2 of 3 shards.*cache_latents.py"):
+    with pytest.raises(ValueError, match="not finished: 4 of 7 rows .2 of 3 shards.*diffusers-repr cache"):
         load(encoders=[teacher("a")], features_dir=str(tmp_path / "out"))
     cache_features(teacher("a"), load(), tmp_path / "out", EXACT).verify()
 

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_data import load_recipe_data
 from torch.utils.data import DataLoader
-from train_classifier import Accuracy, ClassifierConfig
 
 from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.data import DataConfig
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.transforms import augment
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.noise import add_noise
-from diffusers_repr.objectives import ClassifierBase, ClassifierObjective
+from diffusers_repr.objectives import ClassifierBase, ClassifierConfig, ClassifierObjective
+from diffusers_repr.tasks import ClassifierAccuracy
 from diffusers_repr.training import TrainingConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,7 +24,7 @@ DIGITS_CLASSIFIER = EXAMPLES / "models" / "digits-classifier"
 
 
 def digits(split: str):
-    return load_recipe_data(DataConfig(dataset_name="digits", dataset_split=split, cache_images=True), 1, 8)
+    return load_train_data(DataConfig(dataset_name="digits", dataset_split=split, cache_images=True), 1, 8)
 
 
 def test_the_model_of_the_digits():
@@ -36,7 +35,7 @@ def test_the_model_of_the_digits():
     objective = ClassifierObjective(
         ClassifierBase.load(str(DIGITS_MODEL)), model.labels, settings.model, noise_bins=settings.noise_bins
     )
-    measure = Accuracy(objective, digits("test"), config.train_batch_size, config.seed)
+    measure = ClassifierAccuracy(objective, digits("test"), config.train_batch_size, config.seed)
     scores = measure(model, config.max_train_steps)
     told = json.loads((DIGITS_CLASSIFIER / "evaluation.json").read_text())
     scores = [scores[f"eval_accuracy_{part}"] for part in range(5)]

@@ -8,11 +8,11 @@ import torch
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
-from recipe_data import load_split
 from safetensors.torch import load_file
 from train_unconditional import main
 
 from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.splits import open_split
 from diffusers_repr.objectives import DiffusionObjective
 from tests.examples.test_train_unconditional import EXAMPLES, assert_recipe_of, fresh_accelerate
 from tests.examples.test_train_unconditional import RECIPE as UNCONDITIONAL
@@ -66,7 +66,7 @@ class TestRun:
 
     def test_every_image_has_its_label(self, tmp_path, monkeypatch):
         still = {"random_rotation": 0.0, "random_shift": 0.0, "label_dropout": 0.0, "max_train_steps": 2}
-        data = load_split("digits", "train")
+        data = open_split("digits", "train")
         pixels = ImagePixels(data, "image", channels=1, size=8, cache=False)
         known = {pixels[index].numpy().tobytes(): label for index, label in enumerate(data["label"])}
         for images, labels in self.seen(monkeypatch, tmp_path, **still):
@@ -110,7 +110,7 @@ def test_committed_model_is_what_its_card_says():
 def test_committed_model_knows_the_classes_of_unseen_digits():
     """The label that predicts the noise best is the digit's own far more often than by chance."""
     pipeline = DDIMPipeline.from_pretrained(CLASS_MODEL)
-    data = load_split("digits", "test").select(range(50))
+    data = open_split("digits", "test").select(range(50))
     pixels = ImagePixels(data, "image", channels=1, size=8, cache=False)
     images = torch.stack([pixels[index] for index in range(50)]).float() / 127.5 - 1
     errors = torch.zeros(50, NULL + 1)

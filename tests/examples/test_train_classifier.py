@@ -15,16 +15,17 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from recipe_data import load_recipe_data
 from safetensors.torch import load_file
-from train_classifier import Accuracy, ClassifierConfig, main
+from train_classifier import main
 
 from diffusers_repr import Denoiser, NoiseSchedule
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.data import DataConfig
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.vae import encode_moments
 from diffusers_repr.models import NoisyClassifier
+from diffusers_repr.objectives import ClassifierConfig
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective, timesteps_at
+from diffusers_repr.tasks import ClassifierAccuracy
 from diffusers_repr.training import TrainingConfig
 from tests.testers.models import build, saved
 from tests.training.loop_cases import forget_accelerate
@@ -309,7 +310,7 @@ def test_the_evaluation_is_that_of_a_plain_loop(tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (5, 8, 8), dtype=np.uint8)
     columns = {"image": [Image.fromarray(image) for image in pixels], "label": labels}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / "train.parquet")
-    data = load_recipe_data(DataConfig(dataset_name=str(tmp_path / "data")), 1, 8)
+    data = load_train_data(DataConfig(dataset_name=str(tmp_path / "data")), 1, 8)
     seen = []
 
     def watched(model, batch, places):
@@ -320,7 +321,7 @@ def test_the_evaluation_is_that_of_a_plain_loop(tmp_path):
         return type(objective).classify(objective, model, batch, places)
 
     objective.classify = watched
-    scores = Accuracy(objective, data, batch_size=3, seed=0)(objective.classifier, 0)
+    scores = ClassifierAccuracy(objective, data, batch_size=3, seed=0)(objective.classifier, 0)
     assert sorted((index, int(2 * place)) for index, place, _ in seen) == [
         (i, part) for i in range(5) for part in (0, 1)
     ]

@@ -11,15 +11,16 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
-from recipe_data import load_recipe_data
-from train_encoder import Accuracy, EncoderConfig, main
+from train_encoder import main
 from transformers import ViTModel
 
-from diffusers_repr.data import DataConfig
+from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.data.views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.objectives import SimCLRObjective
+from diffusers_repr.objectives import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.simclr import nt_xent
+from diffusers_repr.tasks import EncoderAccuracy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = {
@@ -99,8 +100,6 @@ def test_the_folder_is_an_encoder(finished):
 
 
 def load_images(split: str) -> list:
-    from digits import load_digits_splits
-
     return load_digits_splits()[split]["image"]
 
 
@@ -165,7 +164,7 @@ def test_recipes_parse(name, capsys):
     from diffusers_repr.config import parse_recipe
     from diffusers_repr.training import TrainingConfig
 
-    kinds = (TrainingConfig, DataConfig, ViewConfig, EncoderConfig)
+    kinds = (TrainingConfig, DataConfig, ViewConfig, SimCLRConfig)
     config, _, _, encoder = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
     assert config.max_train_steps > 100
     SimCLRObjective(encoder.model, [0.5], [0.5])
@@ -305,7 +304,7 @@ def test_jitter_changes_as_told():
 
 def test_view_data_gives_two_views_of_the_same_images():
     config = DataConfig("digits", random_flip=True)
-    data = ViewData(load_recipe_data(config, 1, 8), ViewConfig())
+    data = ViewData(load_train_data(config, 1, 8), ViewConfig())
     torch.manual_seed(0)
     batch = data.on_device(data.batch([5, 7, 9, 11]))
     assert batch["views"].shape == (2, 4, 1, 8, 8)
@@ -322,6 +321,6 @@ def test_accuracy_on_pixels_that_are_the_label():
     labels = torch.arange(40) % 2
     images = (labels * 200).byte().view(-1, 1, 1, 1).expand(-1, 1, 8, 8) + torch.randint(0, 9, (40, 1, 8, 8)).byte()
     objective = SimCLRObjective(MODEL, [0.3], [0.4], projection_dim=8)
-    accuracy = Accuracy(objective, (images, labels), (images, labels))(objective.encoder.eval(), 1)
+    accuracy = EncoderAccuracy(objective, (images, labels), (images, labels))(objective.encoder.eval(), 1)
     assert (accuracy["pixels_knn"], accuracy["pixels_linear"]) == (1.0, 1.0)
     assert accuracy["trained_patch_mean_knn"] == accuracy["untrained_patch_mean_knn"]  # nothing was trained

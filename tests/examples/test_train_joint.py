@@ -13,6 +13,8 @@ from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from digits_metrics import DigitsClassifier, DigitsJudge
 from safetensors.torch import load_file
 
+from diffusers_repr.objectives.joint import JointConfig
+
 TINY = {
     "jdm": {
         "model": {
@@ -99,7 +101,7 @@ def test_what_is_refused(tmp_path):
 
 def test_the_studys_measures(tmp_path):
     torch.manual_seed(0)
-    settings = train_joint.JointConfig(method="hybvit", model=TINY["hybvit"]["model"], image_channels=1)
+    settings = JointConfig(method="hybvit", model=TINY["hybvit"]["model"], image_channels=1)
     pipe = train_joint.build_pipeline(settings, 8, [str(digit) for digit in range(10)])
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -13,17 +13,16 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
-from readout_data import ReadoutRows, RowsConfig
-from recipe_data import load_split
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
-from train_readout import load_base, main
+from train_readout import main
 
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data.groups import fit_points
+from diffusers_repr.data.splits import open_split
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import DepthHead, ReadoutHead, sobel_edges
-from diffusers_repr.objectives import ReadoutConfig, ReadoutObjective
+from diffusers_repr.objectives import ReadoutConfig, ReadoutObjective, ReadoutRows, RowsConfig
 from diffusers_repr.training import TrainingConfig
 from diffusers_repr.training.seeds import reseed
 from tests.testers.models import saved
@@ -79,7 +78,7 @@ def objective_of(base: str | Path, size: tuple[int, int], **settings) -> Readout
     settings = {"head": DEPTH if settings.get("kind") == "depth" else WIDTHS} | settings
     config = ReadoutConfig(str(base), **settings)
     torch.manual_seed(0)
-    return ReadoutObjective(load_base(config), size, config)
+    return ReadoutObjective(config.load_base(), size, config)
 
 
 def rows_of(data, size: tuple[int, int], channels: int = 3, config: dict | None = None, **settings) -> ReadoutRows:
@@ -136,7 +135,7 @@ def test_the_measured_errors_are_those_of_the_saved_head(edges):
     denoiser, head, kept = Denoiser.from_pretrained(DIGITS), ReadoutHead.from_pretrained(edges).eval(), {}
     for path in head.config["layers"]:
         denoiser.model.get_submodule(path).register_forward_hook(lambda *a, path=path: kept.update({path: a[2]}))
-    pixels = np.stack([np.array(image) for image in load_split("digits", "validation")["image"]])
+    pixels = np.stack([np.array(image) for image in open_split("digits", "validation")["image"]])
     images = torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
     share, total = denoiser.scheduler.alphas_cumprod[300], 0.0
     for at, part in enumerate(images.split(64)):
@@ -177,7 +176,7 @@ def test_recipes_fit_their_base(name, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     _, rows, readout = parse_recipe(KINDS, ["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
     assert rows.cache_images
-    assert len(ReadoutObjective(load_base(readout), (32, 32), readout).readouts) == 1 + ("depth" in name)
+    assert len(ReadoutObjective(readout.load_base(), (32, 32), readout).readouts) == 1 + ("depth" in name)
 
 
 # The other kinds, whole

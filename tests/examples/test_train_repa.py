@@ -7,12 +7,12 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline
 from diffusers_repr.pipelines.sit import SiTPipeline
-from digits import load_digits_splits
 from PIL import Image
 from train_repa import ModelConfig, main
 from transformers import ViTConfig, ViTModel
 
 from diffusers_repr import Denoiser, Encoder, Projector, SiTTransformer2DModel
+from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.sweep import measure_alignment
 from tests.training.loop_cases import read_lines
 

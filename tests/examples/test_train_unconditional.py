@@ -14,14 +14,14 @@ import torch
 import yaml
 from diffusers import DDPMPipeline
 from PIL import Image
-from recipe_data import load_recipe_data, load_split
 from safetensors.torch import load_file
 from train_unconditional import ModelConfig, main
 
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import read_recipe
-from diffusers_repr.data import DataConfig
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.splits import open_split
 from diffusers_repr.training import TrainingConfig
 from tests.training.loop_cases import forget_accelerate
 
@@ -200,15 +200,15 @@ def test_recipes_that_are_shipped(name):
 
 
 def test_the_digits_and_other_data():
-    data = load_recipe_data(DataConfig(dataset_name="digits"), 1, 8)
+    data = load_train_data(DataConfig(dataset_name="digits"), 1, 8)
     assert len(data) == 997
     assert data.num_classes == 10
     with pytest.raises(ValueError, match="no split 'dev', only .*'validation'"):
-        load_recipe_data(DataConfig(dataset_name="digits", dataset_split="dev"), 1, 8)
+        load_train_data(DataConfig(dataset_name="digits", dataset_split="dev"), 1, 8)
     with pytest.raises(ValueError, match="no split 'dev', only .*'validation'"):
-        load_split("digits", "dev")
+        open_split("digits", "dev")
     with pytest.raises(FileNotFoundError):
-        load_recipe_data(DataConfig(dataset_name="./nowhere"), 1, 8)
+        load_train_data(DataConfig(dataset_name="./nowhere"), 1, 8)
 
 
 # --- the committed model
@@ -237,7 +237,7 @@ def test_committed_model_is_what_its_card_says():
 def test_committed_model_predicts_the_noise_of_unseen_digits():
     """Far better than the best guess without an image, whose mean squared error is 1."""
     pipeline = DDPMPipeline.from_pretrained(DIGITS_MODEL)
-    pixels = ImagePixels(load_split("digits", "test"), "image", channels=1, size=8, cache=False)
+    pixels = ImagePixels(open_split("digits", "test"), "image", channels=1, size=8, cache=False)
     images = torch.stack([pixels[index] for index in range(100)]).float() / 127.5 - 1
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=generator)

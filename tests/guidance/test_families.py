@@ -9,9 +9,10 @@ from diffusers import Flux2KleinPipeline, HunyuanDiTPAGPipeline
 from diffusers_repr import CFG, PAG, SAG, EnergyGuidance, guide
 from diffusers_repr.denoiser import Denoiser
 from tests.guidance.test_pag_pipelines import of_parts
-from tests.testers.families import network_calls, network_of, two_lanes
+from tests.testers.families import network_calls, network_of, sides, two_lanes
 from tests.testers.family_cases import embeds
 from tests.testers.models_text import FAMILIES, family_pipeline, kolors_class
+from tests.testers.models_video import VIDEOS
 
 # Attention modules, whether the image stands last in their softmax, and which rows of a guided call are conditional.
 LAYERS = {
@@ -23,6 +24,8 @@ LAYERS = {
     "qwen_image": (["transformer_blocks.1.attn"], True, "call"),
     "hunyuan_image": (["transformer_blocks.0.attn", "single_transformer_blocks.1.attn"], False, "call"),
     "flux2": (["transformer_blocks.1.attn", "single_transformer_blocks.0.attn"], True, "call"),
+    "wan": (["blocks.0.attn1", "blocks.2.attn1"], True, "call"),
+    "ltx": (["transformer_blocks.1.attn1"], True, "second"),
     "z_image": (["noise_refiner.0.attention", "layers.1.attention"], False, "first"),
 }
 
@@ -40,14 +43,14 @@ def lively(name):
 
 def latents(pipe, name, **more):
     case = FAMILIES[name]
-    height, width = case.size
-    call = {"num_inference_steps": 2, "output_type": "latent", "height": height, "width": width, **case.call, **more}
-    return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    call = {"num_inference_steps": 2, "output_type": "latent", **sides(case.size), **case.call, **more}
+    return pipe(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
 
 
 def image_tokens(name):
     denoiser = Denoiser.from_pipe(family_pipeline(name))
-    return math.prod(side // denoiser.stride // denoiser.family.multiple() for side in FAMILIES[name].size)
+    *frames, h, w = denoiser.latent_size(FAMILIES[name].size)
+    return math.prod([*frames, h // denoiser.family.multiple(), w // denoiser.family.multiple()])
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -122,7 +125,7 @@ def test_cfg_of_ours_replaces_a_renormalised_one():
         assert (steps[0]["result"] - stepped).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("name", sorted(set(LAYERS) - {"hunyuan_dit"}))
+@pytest.mark.parametrize("name", sorted(set(LAYERS) - {"hunyuan_dit", *VIDEOS}))
 def test_sag_refuses_where_text_is_in_the_softmax(name):
     with pytest.raises(ValueError, match=r"image tokens attend to text in the same softmax.*Use PAG"):
         guide(lively(name), SAG(0.75))

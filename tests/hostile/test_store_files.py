@@ -238,7 +238,7 @@ CACHES = [
 def test_a_caches_manifest_that_says_what_cannot_be(cache, place, value, message):
     path = cache / "manifest.json"
     path.write_text(json.dumps(changed(json.loads(path.read_text()), place, value)))
-    with pytest.raises(ValueError, match=rf"manifest\.json.*({message}).*same `examples/cache_latents.py` command"):
+    with pytest.raises(ValueError, match=rf"manifest\.json.*({message}).*same `diffusers-repr cache` command"):
         TensorCache.open(cache, "features")
 
 

@@ -3,6 +3,7 @@
 A pytest plugin (`-p tests.testers.cost`); as a script it checks the record: `python -m tests.testers.cost`.
 """
 
+import ast
 import json
 import os
 import sys
@@ -14,11 +15,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "cpu_seconds.json"
 BUDGET = 30.0  # CPU seconds of a file
-# Files that cost more, and why they are not two.
-DEARER: dict[str, tuple[float, str]] = {}
+WHOLE_BUDGET = 840.0  # of a run, imports and collection included
+# Entries that may cost more, and why they are not two.
+DEARER: dict[str, tuple[float, str]] = {
+    "diffusers_repr": (60.0, "the doctests of all the package are one entry"),
+}
+WHOLE = "whole run"  # the entry of all processes from start to end
 SHOWN = 10
 
 _costs: dict[str, float] = defaultdict(float)
+_workers: list[float] = []
 
 
 def spent() -> float:
@@ -26,10 +32,21 @@ def spent() -> float:
     return sum(os.times()[:4])
 
 
+def entry(nodeid: str) -> str:
+    """What a test is counted under: its file, or for doctests the package."""
+    file = nodeid.split("::")[0]
+    return file if file.startswith("tests/") else file.split("/")[0]
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record-cost", action="store_true", help=f"write the CPU seconds of every file to {RECORD.name}"
     )
+
+
+def pytest_configure(config):
+    if config.getoption("--record-cost") and config.args_source is not config.ArgsSource.TESTPATHS:
+        raise pytest.UsageError("--record-cost writes the record of a whole run; name no files, or leave it out.")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,7 +66,17 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_runtest_logreport(report):
-    _costs[report.nodeid.split("::")[0]] += getattr(report, "cpu_seconds", 0.0)
+    _costs[entry(report.nodeid)] += getattr(report, "cpu_seconds", 0.0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _workers.append(getattr(node, "workeroutput", {}).get("cpu_seconds", 0.0))
+
+
+def whole() -> float:
+    """CPU seconds of the run so far: workers are not reaped yet when it is asked, and tell theirs."""
+    return spent() + sum(_workers)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -60,37 +87,80 @@ def pytest_terminal_summary(terminalreporter, config):
     for file, seconds in dearest[:SHOWN]:
         terminalreporter.write_line(f"{seconds:8.1f}  {file}")
     terminalreporter.write_line(f"{sum(_costs.values()):8.1f}  all tests")
+    terminalreporter.write_line(f"{whole():8.1f}  {WHOLE}, imports and collection included")
 
 
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
-    if hasattr(config, "workerinput") or not config.getoption("--record-cost"):
-        return
-    rounded = {file: round(_costs[file], 1) for file in sorted(_costs)}
-    RECORD.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    if hasattr(config, "workerinput"):
+        config.workeroutput["cpu_seconds"] = spent()
+    elif config.getoption("--record-cost") and exitstatus <= pytest.ExitCode.TESTS_FAILED and not session.shouldfail:
+        config.stash[_RECORDS] = True
+
+
+def pytest_unconfigure(config):
+    if config.stash.get(_RECORDS, False):  # the workers have told theirs by now
+        rounded = {name: round(_costs[name], 1) for name in sorted(_costs)}
+        RECORD.write_text(json.dumps({**rounded, WHOLE: round(whole(), 1)}, indent=1) + "\n", encoding="utf-8")
 
 
 def problems(record: dict[str, float], files: set[str]) -> list[str]:
-    """What is wrong with a recorded run: files beyond their budget, and files that it does not know."""
+    """What is wrong with a recorded run: entries beyond their budget, files that it lacks or that are gone."""
     found = []
-    for file, seconds in sorted(record.items()):
-        limit, _ = DEARER.get(file, (BUDGET, ""))
+    budgets = {WHOLE: WHOLE_BUDGET, **{name: limit for name, (limit, _) in DEARER.items()}}
+    for name, seconds in sorted(record.items()):
+        limit = budgets.get(name, BUDGET)
         if seconds > limit:
-            found.append(f"{file} took {seconds} CPU seconds of {limit:g}.")
-    found += [f"{file} is not in the record." for file in sorted(files - set(record))]
+            found.append(f"{name}: {seconds} CPU seconds of {limit:g}. Make its tests cheaper, or split it by idea.")
+    gone = {name for name in record if name.startswith("tests/")} - files
+    found += [f"{file} is not in the record: it is older than the file." for file in sorted(files - set(record))]
+    found += [f"{file} is in the record and no more here." for file in sorted(gone)]
     return found
 
 
+def has_fast_tests(source: str) -> bool:
+    """Does a file of tests have one that is not marked `slow`: itself, by its class or by `pytestmark`?"""
+    tree = ast.parse(source)
+
+    def slow(*marks: ast.AST) -> bool:
+        return any(isinstance(n, ast.Attribute) and n.attr == "slow" for mark in marks for n in ast.walk(mark))
+
+    def fast(parts: list[ast.stmt]) -> bool:
+        if any(slow(n) for n in parts if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "pytestmark"):
+            return False
+        return any(
+            fast(part.body) if isinstance(part, ast.ClassDef) and part.body and not part.bases
+            else isinstance(part, ast.ClassDef) or (isinstance(part, ast.FunctionDef) and part.name.startswith("test"))
+            for part in parts
+            if not slow(*getattr(part, "decorator_list", []))
+        )  # fmt: skip
+
+    return fast(tree.body)
+
+
+def files_to_record(root: Path) -> set[str]:
+    """Files of tests, as seen from the root, that have tests of the fast suite: the recorded run sees no others."""
+    files = (root / "tests").rglob("test_*.py")
+    return {f.relative_to(root).as_posix() for f in files if has_fast_tests(f.read_text(encoding="utf-8"))}
+
+
+def check(root: Path) -> list[str]:
+    """The problems of a checkout."""
+    record = root / "tests" / RECORD.name
+    if not record.is_file():
+        return [f"There is no {record.relative_to(root)}."]
+    return problems(json.loads(record.read_text(encoding="utf-8")), files_to_record(root))
+
+
 def main() -> int:
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "tests").rglob("test_*.py")}
-    found = problems(record, files)
+    found = check(ROOT)
     if found:
-        print(*found, "Make tests cheaper, then `make test RECORD=1`.", sep="\n", file=sys.stderr)
+        print(*found, "`make test RECORD=1` records a run anew; commit the file.", sep="\n", file=sys.stderr)
     return int(bool(found))
 
 
 _START = pytest.StashKey[float]()
+_RECORDS = pytest.StashKey[bool]()
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,12 @@ def network_of(pipe) -> torch.nn.Module:
     return getattr(pipe, "unet", None) or pipe.transformer
 
 
-def network_calls(pipe, call: dict[str, Any], size: tuple[int, int], steps: int = 1) -> tuple[list[dict], list[dict]]:
+def sides(size: tuple[int, ...]) -> dict[str, int]:
+    """A size (H, W), or (frames, H, W), as a pipeline's call takes it."""
+    return dict(zip(("num_frames", "height", "width")[-len(size) :], size, strict=True))
+
+
+def network_calls(pipe, call: dict[str, Any], size: tuple[int, ...], steps: int = 1) -> tuple[list[dict], list[dict]]:
     """Arguments by name of each network call and of each scheduler step of a run."""
     network, calls, made = network_of(pipe), [], []
     names = list(inspect.signature(type(network).forward).parameters)[1:]
@@ -33,7 +38,7 @@ def network_calls(pipe, call: dict[str, Any], size: tuple[int, int], steps: int 
     pipe.scheduler.step = step
     try:
         pipe(
-            **call, height=size[0], width=size[1], num_inference_steps=steps, output_type="latent",
+            **call, **sides(size), num_inference_steps=steps, output_type="latent",
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     finally:

@@ -16,7 +16,7 @@ class FamilyCase:
 
     Attributes:
         make: A new one.
-        size: An image size (H, W), H != W.
+        size: An image size (H, W), H != W; of a video (frames, H, W).
         call: Arguments of the pipeline's call that make its condition.
         null: Those of the null condition, for a guided call.
         off: What switches its own guidance off.
@@ -25,7 +25,7 @@ class FamilyCase:
     """
 
     make: Callable[[], DiffusionPipeline]
-    size: tuple[int, int]
+    size: tuple[int, ...]
     call: dict[str, Any]
     null: dict[str, Any]
     off: dict[str, Any]
@@ -38,7 +38,7 @@ SCALE = {"off": {"guidance_scale": 1.0}, "guided": {"guidance_scale": 4.0}}
 PROMPT = {"call": {"prompt": "a photo of a cat"}, "null": {"negative_prompt": "a dog"}}
 
 
-def register_case(name: str, size: tuple[int, int], **facts):
+def register_case(name: str, size: tuple[int, ...], **facts):
     """Register a builder: it runs once a process, seeded; each call after gives a copy."""
 
     def register(function: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:

@@ -43,15 +43,13 @@ def extract(folder):
 
 
 def cache(folder):
-    """`cache_latents.py`, as a user launches it; what it wrote to stderr."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from cache_latents import main
-
-    from tests.examples.test_cache_latents import flags
+    """`diffusers-repr cache` in each process: what it wrote to stderr."""
+    from diffusers_repr.cli import main
+    from tests.cli.test_cache import flags
 
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
-        main(flags(folder.parent / "inputs", folder))
+        assert main(["cache", *flags(folder.parent / "inputs", folder)]) == 0, told.getvalue()
     return told.getvalue()
 
 
@@ -88,8 +86,7 @@ def main(folder):
 
 def make_inputs(folder):
     """What the jobs read."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from tests.examples.test_cache_latents import make_inputs as of_cache
+    from tests.cli.test_cache import make_inputs as of_cache
     from tests.features.test_cli_extract import write_data
     from tests.testers.models import saved
 

@@ -10,6 +10,7 @@ from diffusers_repr.denoiser.families import (
     hunyuan_dit,
     hunyuan_image,
     joint_vit,
+    ltx,
     lumina2,
     pixart,
     qwen_image,
@@ -18,6 +19,7 @@ from diffusers_repr.denoiser.families import (
     sit,
     unet2d,
     unet2d_condition,
+    wan,
     z_image,
 )
 
@@ -31,6 +33,7 @@ __all__ = [
     "hunyuan_dit",
     "hunyuan_image",
     "joint_vit",
+    "ltx",
     "lumina2",
     "pixart",
     "qwen_image",
@@ -39,5 +42,6 @@ __all__ = [
     "sit",
     "unet2d",
     "unet2d_condition",
+    "wan",
     "z_image",
 ]

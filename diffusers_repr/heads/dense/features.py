@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture import capture, check_layers
 from diffusers_repr.denoiser import Condition, Denoiser, Family
-from diffusers_repr.denoiser.denoiser import require_denoiser
+from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.family_registry import family_of_or_base
 from diffusers_repr.denoiser.layers import list_layers
 from diffusers_repr.noise import NoiseLevel
@@ -59,7 +59,7 @@ def tap_channels(
     Raises:
         ValueError: For layers that do not exist or give no map and no image tokens.
     """
-    require_denoiser(denoiser)
+    require_images(denoiser, "Dense heads")
     check_layers(denoiser.model, layers)
     table = {layer.path: layer.channels for layer in list_layers(denoiser, image_size, detail="all")}
     silent = [path for path in layers if path not in table]
@@ -88,7 +88,7 @@ def read_features(
     Returns:
         Layer path -> map `(B, C_l, h_l, w_l)` in the network's dtype, in the order of `layers`.
     """
-    require_denoiser(denoiser)
+    require_images(denoiser, "Dense heads")
     size = (x_t.shape[2], x_t.shape[3])
     with denoiser.evaluating(), capture(denoiser.model, layers) as tape:
         denoiser.predict(x_t, level, condition)

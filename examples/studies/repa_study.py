@@ -1,6 +1,6 @@
 """Does alignment help? The same SiT with and without REPA, at equal steps and seeds: samples, probes, CKNNA.
 
-    python examples/repa_study.py --config examples/configs/repa_digits.yaml --out docs/results/repa/digits
+    python examples/studies/repa_study.py --config examples/configs/repa_digits.yaml --out docs/results/repa
 
 Each run is `train_repa.py` with the recipe; the baseline has `--encoder none` and all else equal. At every
 `validation_steps`: Fréchet distance, precision and recall in the features of a judge that learned the labels
@@ -18,24 +18,26 @@ from pathlib import Path
 
 import torch
 from judge import Judge, judged, the_judge
-from recipe_data import load_recipe_data
 from repa_report import write_report
-from train_repa import ModelConfig
-from train_repa import main as train_repa
 
 from diffusers_repr import Denoiser, Encoder
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.data import DataConfig
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.metrics import frechet_distance, precision_recall
 from diffusers_repr.objectives.repa.config import REPAConfig
 from diffusers_repr.sweep import measure_alignment
 from diffusers_repr.training import TrainingConfig
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from train_repa import ModelConfig
+from train_repa import main as train_repa
+
 
 def read_split(data_config: DataConfig, split: str, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images and labels of a split."""
     fields = {**vars(data_config), "dataset_split": split, "cache_images": True}
-    data = load_recipe_data(DataConfig(**fields), channels, data_config.resolution)
+    data = load_train_data(DataConfig(**fields), channels, data_config.resolution)
     batch = data.batch(range(len(data)))
     return batch["pixel_values"], batch["class_labels"]
 
@@ -147,8 +149,13 @@ def main(argv: list[str]) -> None:
         alignment.save(out / f"alignment_{method}", plot=False)
         (out / f"alignment_{method}.png").write_bytes(alignment.plot())
         shutil.copy(folder / "samples.png", out / f"samples_{method}.png")
-    facts = {"judge_accuracy": accuracy, "distance_of_test_images": floor, "device": describe(device),
-             "command": f"python examples/repa_study.py {' '.join(argv)}", "samples": args.samples}  # fmt: skip
+    facts = {
+        "judge_accuracy": accuracy,
+        "distance_of_test_images": floor,
+        "device": describe(device),
+        "command": f"python examples/studies/repa_study.py {' '.join(argv)}",
+        "samples": args.samples,
+    }
     write_report(out, rows, facts, Path(args.config).read_text())
 
 

@@ -1,6 +1,6 @@
 """Edges of real cars as targets of guidance: how near do samples come, by the head's own reading and in truth?
 
-    python examples/readout_control.py --output_dir outputs/readout --dataset_name data/cifar10-cars
+    python examples/studies/readout_control.py --output_dir outputs/readout --dataset_name data/cifar10-cars
 
 The data set is a folder of parquet files or a Hub id with a column `image`; ddpm_cars.yaml says how to make the cars.
 Every row of a seed starts from the same noises, so guided and unguided samples are pairs. `DepthGuidance` has no
@@ -19,15 +19,15 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 from PIL import Image
-from recipe_data import load_split
 from torch import Tensor
 
 from diffusers_repr import Denoiser, DepthGuidance, ReadoutGuidance, guide
 from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.splits import open_split
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead, read_features, sobel_edges
 from diffusers_repr.noise import NoiseLevel
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[1] / "models"
 SIGN = {f"latent_sign {scale}": {"scale": scale} for scale in (0.01, 0.02, 0.04)}
 READOUT = SIGN | {"eps 20": {"scale": 20.0, "update": "eps"}}
 DEPTH = {"depth, eps 100": {"scale": 100.0}, "depth, latent_sign 0.02": {"scale": 0.02, "update": "latent_sign"}}
@@ -60,7 +60,7 @@ class Study:
         self.head: MapHead = ReadoutHead.from_pretrained(args.edge_head).eval()
         self.strong: MapHead = DepthHead.from_pretrained(args.depth_head).eval()
         self.weak: MapHead = DepthHead.from_pretrained(args.depth_head / "weak").eval()
-        data, count = load_split(args.dataset_name, args.dataset_split), args.num_samples
+        data, count = open_split(args.dataset_name, args.dataset_split), args.num_samples
         if len(data) < count:
             raise ValueError(f"--num_samples {count}, but {args.dataset_name!r} has {len(data)} images.")
         pixels = ImagePixels(data, "image", 3, self.denoiser.image_size, cache=False)

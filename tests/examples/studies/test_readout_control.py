@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,7 +13,7 @@ from scipy.ndimage import correlate
 from diffusers_repr import ReadoutGuidance
 from diffusers_repr.heads import ReadoutHead
 
-MODELS = Path(readout_control.__file__).parent / "models"
+MODELS = readout_control.MODELS
 ROWS = ["none", readout_control.SHOWN, readout_control.SHOWN_DEPTH]
 COUNT, STEPS = 2, 2
 

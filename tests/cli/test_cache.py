@@ -1,14 +1,14 @@
-"""cache_latents.py: by flags and by a recipe, on one process and on two, read by the training data."""
+"""`diffusers-repr cache`: by flags and by a recipe, on one process and on two, read by the training data."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from cache_latents import load_data, load_vae, main, parse_args
 
+from diffusers_repr.cli import main, read_settings
+from diffusers_repr.cli.cache import load_data, load_vae
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.loading import load_train_data
 from diffusers_repr.data.teacher_features import list_features
@@ -19,7 +19,6 @@ from tests.data.latent_cases import contents, make_vae
 from tests.encoders.vits import build
 
 ROWS = 11
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +53,7 @@ def flags(folder, out, **changes):
 
 def test_two_processes_write_what_one_writes(together, tmp_path):
     folder, told = together
-    main(flags(folder / "inputs", tmp_path))
+    assert main(["cache", *flags(folder / "inputs", tmp_path)]) == 0
     assert sum("(1 of 2 processes)" in printed for printed in told["cache"]) == 1
     one, two = contents(tmp_path), contents(folder / "cache")
     assert len([name for name in one if name.endswith(".safetensors")]) == 12  # six shards of each kind
@@ -64,15 +63,15 @@ def test_two_processes_write_what_one_writes(together, tmp_path):
     assert [int(cache[i]["index"]) for i in range(ROWS)] == list(range(ROWS))
 
 
-def test_training_reads_what_the_script_wrote(inputs, capsys):
-    main(flags(inputs, inputs / "out"))
+def test_training_reads_what_the_command_wrote(inputs, capsys):
+    assert main(["cache", *flags(inputs, inputs / "out")]) == 0
     assert "11 rows of moments (2, 8, 8, 8), float32" in capsys.readouterr().out
     config = DataConfig(
         dataset_name=str(inputs / "images.parquet"), resolution=16, random_flip=True,
         latents_dir=str(inputs / "out/latents"), features_dir=str(inputs / "out/features"),
     )  # fmt: skip
     encoder = Encoder.from_pretrained(inputs / "dino")
-    data = load_train_data(config, 3, vae=load_vae(parse_args(flags(inputs, inputs))[1]), encoders=[encoder])
+    data = load_train_data(config, 3, vae=load_vae(read_settings("cache", flags(inputs, inputs))), encoders=[encoder])
     sample = data[3]
     assert "pixel_values" not in sample
     images = load_data(config, 3)
@@ -91,40 +90,18 @@ def test_a_recipe_of_the_training_and_only_latents(inputs):
         "random_flip": None,
     }  # fmt: skip
     (inputs / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    main(
-        [
-            "--config",
-            str(inputs / "recipe.yaml"),
-            "--vae_subfolder",
-            "vae",
-            "--dtype",
-            "float16",
-            "--both_mirrors",
-            "false",
-        ]
-    )
+    recipe = ["--config", str(inputs / "recipe.yaml"), "--vae_subfolder", "vae"]
+    assert main(["cache", *recipe, "--dtype", "float16", "--both_mirrors", "false"]) == 0
     manifest = json.loads((inputs / "latents/manifest.json").read_text())
     assert (manifest["recipe"]["dtype"], manifest["recipe"]["mirrors"]) == ("float16", 1)
     assert manifest["about"]["vae"] == "pipeline"
 
 
 def test_the_digits_in_grey():
-    config, args = parse_args(
-        [
-            "--dataset_name",
-            "digits",
-            "--resolution",
-            "8",
-            "--features_dir",
-            "f",
-            "--cache_features",
-            "--encoder",
-            "a",
-            "b",
-        ]
-    )
-    assert args.encoder == ["a", "b"]
-    assert load_data(config, 1)[0]["pixel_values"].shape == (1, 8, 8)
+    words = "--dataset_name digits --resolution 8 --features_dir f --cache_features --encoder a b"
+    settings = read_settings("cache", words.split())
+    assert settings.teachers == ["a", "b"]
+    assert load_data(settings, 1)[0]["pixel_values"].shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +116,6 @@ def test_the_digits_in_grey():
         ({"resolution": None}, "pass --resolution"),
     ],
 )
-def test_bad_calls(inputs, changes, message):
-    with pytest.raises(ValueError, match=message):
-        main(flags(inputs, inputs / "out", **changes))
+def test_bad_calls(inputs, changes, message, capsys):
+    assert main(["cache", *flags(inputs, inputs / "out", **changes)]) == 2
+    assert message in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """What guidance does to samples of a class-conditional digit model: Fréchet distance and class accuracy by scale.
 
-    python examples/guidance_digits.py --output_dir outputs/guidance
-    python examples/guidance_digits.py --output_dir outputs/guidance --seeds 0 --num_samples 500 --rows none "PAG(1.0)"
+    python examples/studies/guidance_digits.py --output_dir outputs/guidance
+    python examples/studies/guidance_digits.py --output_dir outputs/guidance --seeds 0 --num_samples 500 \
+        --rows none "PAG(1.0)"
 
 Each row samples the same number of images of each digit from the same noise as every other row of its seed. A row that
 is done is not done again: several processes may share a folder, each with its own seeds. Writes `rows.jsonl`,
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from diffusers_repr import CFG, PAG, SAG, AutoGuidance, ClassifierGuidance, EnergyGuidance, NoisyClassifier, guide
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[1] / "models"
 CLASSES = 10
 ATTENTION = "up_blocks.0.*"  # the two blocks at 4x4; the default, the middle one alone, changes little here
 

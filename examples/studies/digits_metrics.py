@@ -1,6 +1,6 @@
 """How good are samples of 8x8 digits? Fréchet distance and class accuracy by a classifier of the real ones.
 
-    python examples/digits_metrics.py --seed 0
+    python examples/studies/digits_metrics.py --seed 0
 
 Images are (N, 1, 8, 8), float, in [0, 1]: what a pipeline returns by `output_type="pt"`. The classifier is trained on
 the 997 training digits, the reference of the distance too; the 800 others give its accuracy and that floor.
@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits import load_digits_splits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.data.transforms import augment
 
 CLASSES = 10

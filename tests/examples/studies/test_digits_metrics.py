@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from digits import load_digits_splits
 from digits_metrics import DigitsClassifier, DigitsJudge, augmented_digits, main, random_variants, real_digits
+
+from diffusers_repr.data.digits import load_digits_splits
 
 
 @pytest.fixture(scope="module", autouse=True)

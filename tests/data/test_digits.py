@@ -3,9 +3,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from datasets import DatasetDict, Image, load_dataset
-from digits import SPLIT_SIZES, load_digits_splits, split_indices, write_parquet
+from datasets import DatasetDict, Image
 from sklearn.datasets import load_digits
+
+from diffusers_repr.data import load_images
+from diffusers_repr.data.digits import SPLIT_SIZES, load_digits_splits, split_indices
+from diffusers_repr.data.splits import open_split
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +55,22 @@ def test_splits_never_change():
     assert digest == "607504955f5611aaf040146ca2ca49433447ef0b978cfe7f7d8302ebeea28659"
 
 
-def test_parquet_round_trip(splits, tmp_path):
-    write_parquet(tmp_path / "digits")
-    loaded = load_dataset(str(tmp_path / "digits"), cache_dir=str(tmp_path / "cache"))
-    assert set(loaded) == set(SPLIT_SIZES)
-    for name, split in splits.items():
-        assert loaded[name].features == split.features
-        assert list(loaded[name]["label"]) == list(split["label"])
-        assert loaded[name][0]["image"].tobytes() == split[0]["image"].tobytes()
-
-
-def test_a_file_where_the_folder_should_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="give a folder"):
-        write_parquet(tmp_path / "file")
+def test_it_is_a_data_set_by_name(splits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_images("digits", "validation")
+    assert data.labels() == list(splits["validation"]["label"])
+    assert data.read([7])[0].tobytes() == splits["validation"][7]["image"].tobytes()
+    streamed = next(iter(open_split("digits", "test", streaming=True)))
+    assert streamed["label"] == splits["test"][0]["label"]
+    for split, revision, message in (
+        ("dev", None, "no split 'dev', only .*'validation'"),
+        ("test", "a", "revision='a'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_split("digits", split, revision)
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(ValueError, match=r"'\./digits' means the folder"):
+        open_split("digits", "test")
 
 
 def test_other_digits_are_refused():

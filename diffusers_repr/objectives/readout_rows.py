@@ -1,13 +1,19 @@
 """What a readout head is trained on: images with their labels, triplets, or pairs with corresponding points."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import datasets
 
-from diffusers_repr.config.recipe import setting
+from diffusers_repr.config.recipe import mapping, setting
 from diffusers_repr.data.groups import GroupData
+from diffusers_repr.data.splits import open_split
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import sobel_edges
-from diffusers_repr.objectives import ReadoutConfig
+from diffusers_repr.objectives.readout import ReadoutConfig
 
 # Field of `RowsConfig` with the column of each image in a row, for each kind of head.
 IMAGES = {
@@ -20,9 +26,13 @@ IMAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class RowsConfig:
-    """The data set and its columns; which of them are read depends on the kind of head."""
+    """The data set and its columns; which of them are read depends on the kind of head.
 
-    dataset_name: str = setting("digits", "digits, or a path or Hub id for `datasets`")
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    dataset_name: str = setting("digits", "a folder, a .parquet file, a Hub id, or digits")
     dataset_split: str = setting("train", "split to train on")
     image_column: str = setting("image", "images; for correspondence the first of each pair")
     label_column: str = setting("label_image", "images that show the label; grey where the head has one channel")
@@ -72,17 +82,28 @@ class ReadoutRows(GroupData):
             channels,
             size,
             label=config.label_column if readout.reads_labels and not self.reads_edges else None,
-            label_channels=readout.head.get("out_channels", 1),
-            label_range=readout.label_range,
+            label_channels=mapping("head", readout.head).get("out_channels", 1),
+            label_range=readout.label_range or (-1.0, 1.0),
             points=(config.points_column, config.second_points_column) if readout.kind == "correspondence" else (),
             max_points=config.max_points,
             flip=config.random_flip,
             cache=config.cache_images,
         )
 
-    def on_device(self, batch: dict) -> dict:
+    @classmethod
+    def load(cls, config: RowsConfig, readout: ReadoutConfig, denoiser: Denoiser) -> ReadoutRows:
+        """The rows of the data set that `config` names, at its resolution or that of the denoiser.
+
+        Raises:
+            FileNotFoundError, ValueError: As `open_split`, and as the class.
+        """
+        size = denoiser.image_size if config.resolution is None else (config.resolution, config.resolution)
+        data = open_split(config.dataset_name, config.dataset_split)
+        return cls(data, config, readout, denoiser.image_channels, size)
+
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """As `GroupData.on_device`; edges are computed from the images."""
-        batch = super().on_device(batch)
+        found = super().on_device(batch)
         if self.reads_edges:
-            batch["label"] = sobel_edges(batch["images"][0])
-        return batch
+            found["label"] = sobel_edges(found["images"][0])
+        return found

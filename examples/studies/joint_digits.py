@@ -1,6 +1,6 @@
 """One network for both tasks, or one for each? JDM and HybViT of the digits beside networks that learn one task.
 
-    python examples/joint_digits.py --output_dir outputs/joint --results docs/results/joint
+    python examples/studies/joint_digits.py --output_dir outputs/joint --results docs/results/joint
 
 Every run is `train_joint.py` with the recipe of its method; a task is left out by the weight 0, all else being equal:
 network, steps, seed, noise. Measured on the averaged weights: accuracy on the 500 test digits, the denoising error on
@@ -10,11 +10,11 @@ are kept. `--results` gets README.md, rows.jsonl and pictures.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
-import train_joint
 from diffusers import DDIMScheduler
 from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from digits_metrics import DigitsJudge, real_digits
@@ -24,7 +24,11 @@ from torch import Tensor
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import training_target
 
-CONFIGS = Path(__file__).parent / "configs"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_joint
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 CLASSES = 10
 # Name -> recipe, changes of it, scales of guidance.
 RUNS: dict[str, tuple[str, dict, tuple[float, ...]]] = {
