@@ -27,7 +27,7 @@ ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
 # Where training scripts keep weights, in the order of preference.
 NESTED = ("ema", "model", "state_dict", "model_state_dict")
 # Width -> heads, of the named sizes.
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+ATTENTION_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _WRAPPERS = ("module.", "_orig_mod.")
 # An average of a constant in float32 drifts by less; an unlike table differs by about 1.
 _POSITION_TOLERANCE = 5e-3
@@ -287,13 +287,13 @@ def _sample_size(positions: Tensor | None, patch: int) -> int:
 def _heads(weights: Mapping[str, Tensor], width: int, qk_norm: bool) -> int:
     if qk_norm:
         return width // weights["blocks.0.attn.q_norm.weight"].shape[0]
-    if width not in HEADS:
-        known = ", ".join(f"{size} ({heads})" for size, heads in HEADS.items())
+    if width not in ATTENTION_HEADS:
+        known = ", ".join(f"{size} ({heads})" for size, heads in ATTENTION_HEADS.items())
         raise ValueError(
             f"Shapes do not tell the heads of a network of width {width}; give num_attention_heads. Known widths: "
             f"{known}."
         )
-    return HEADS[width]
+    return ATTENTION_HEADS[width]
 
 
 def _names(config: Mapping[str, Any]) -> dict[str, str]:

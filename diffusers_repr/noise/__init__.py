@@ -13,7 +13,7 @@ from diffusers_repr.noise.conversions import (
     output_difference,
     to_x0_eps,
 )
-from diffusers_repr.noise.level import NoiseLevel
+from diffusers_repr.noise.level import LevelLike, NoiseLevel
 from diffusers_repr.noise.sampler import SamplerLevel, sampler_level
 from diffusers_repr.noise.schedule import KINDS, OUTPUTS, Kind, NoiseSchedule, Output
 from diffusers_repr.noise.targets import training_target
@@ -22,6 +22,7 @@ __all__ = [
     "KINDS",
     "OUTPUTS",
     "Kind",
+    "LevelLike",
     "NoiseLevel",
     "NoiseSchedule",
     "Output",

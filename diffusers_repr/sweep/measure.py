@@ -23,7 +23,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.hub.registry import Registry
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.sweep.grid import Grid
+from diffusers_repr.sweep.grid import SweepGrid
 
 Key = tuple[int, str]  # (index of the level, path of the layer)
 M = TypeVar("M", bound="type[Measure]")
@@ -54,7 +54,7 @@ class Split:
         return pixels.shape[2], pixels.shape[3]
 
 
-class Score(NamedTuple):
+class CellScore(NamedTuple):
     """What was measured of a cell: None where it is undefined, and `why`; the penalty of the fit that gave it."""
 
     value: float | None
@@ -115,7 +115,7 @@ class Tally:
     def close(self, role: str) -> None:
         """All images of a split have been added, on every process; `train` comes first."""
 
-    def scores(self) -> dict[Key, dict[str, Score]]:
+    def scores(self) -> dict[Key, dict[str, CellScore]]:
         """Score of every cell of the pass, by the name of the measure; the same on every process."""
         return {}
 
@@ -159,7 +159,7 @@ class Measure(ABC):  # noqa: B024 - one of `score` and `tally` is overridden
         """Bytes that are kept of one layer at one level: float32 features of every image."""
         return 4 * sum(map(len, bench.splits.values())) * layer.channels * pooled_size(self.pooling)
 
-    def tally(self, grid: Grid, bench: Bench) -> Tally | None:
+    def tally(self, grid: SweepGrid, bench: Bench) -> Tally | None:
         """What it keeps of these layers and levels; None: features, which all such measures share."""
         return None
 

@@ -31,9 +31,9 @@ from diffusers_repr.denoiser.vae import decode_latents, vae_stride
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead
+from diffusers_repr.models.labels import Labels
 from diffusers_repr.models.sit import SiTTransformer2DModel
 
-Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 # Timesteps are float32: 1000 t of a grid point may stand this far (in t) from where the grid has it.
 _SLACK = 1e-6
 

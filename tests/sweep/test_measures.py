@@ -12,8 +12,8 @@ from diffusers_repr import FeatureExtractor
 from diffusers_repr.sweep import (
     CKA,
     Alignment,
+    CellScore,
     Measure,
-    Score,
     Selection,
     Tally,
     measure_alignment,
@@ -54,7 +54,7 @@ class _Hits(Tally):
 
     def scores(self):
         count = len(self.bench.splits["held"])
-        return {at: {self.measure.name: Score(hits / count)} for at, hits in self.hits.items()}
+        return {at: {self.measure.name: CellScore(hits / count)} for at, hits in self.hits.items()}
 
 
 @pytest.fixture
