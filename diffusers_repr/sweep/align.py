@@ -133,14 +133,6 @@ def measure_alignment(
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     _warn_undefined(scores)
     names = tuple(measure.name for measure in measures)
-    cells = tuple(
-        AlignmentCell(
-            **place,
-            dim=grid.layers[place["layer"]].channels,
-            scores={name: scores[at, place["layer"]][name].value for name in names},
-        )
-        for at, place in grid.places()
-    )
     recipe = {
         **_recipe(denoiser, encoder, splits, reads, size),
         "features": features,
@@ -152,7 +144,20 @@ def measure_alignment(
         **condition,
     }
     recipe = json.loads(json.dumps(recipe))  # lists for tuples, as it will be read back
-    return Alignment(cells, names, bench.reference_scores, recipe)
+    return Alignment(_cells(grid, scores, names), names, bench.reference_scores, recipe)
+
+
+def _cells(
+    grid: SweepGrid, scores: Mapping[Key, Mapping[str, CellScore]], names: Sequence[str]
+) -> tuple[AlignmentCell, ...]:
+    return tuple(
+        AlignmentCell(
+            **place,
+            dim=grid.layers[place["layer"]].channels,
+            scores={name: scores[at, place["layer"]][name].value for name in names},
+        )
+        for at, place in grid.places()
+    )
 
 
 def make_measures(metrics: Sequence[str | Measure] | str | Measure, **settings: Any) -> list[Measure]:

@@ -14,7 +14,8 @@ from diffusers_repr.cli import convert as command
 from diffusers_repr.cli import read_settings
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.models import SiTTransformer2DModel
-from diffusers_repr.models.convert import ATTENTION_HEADS, convert_state_dict, read_checkpoint, select_weights
+from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
+from diffusers_repr.models.convert import ATTENTION_HEADS, convert_state_dict
 from diffusers_repr.models.sit import SIZES
 from tests.models.official_sit import OfficialSiT
 
