@@ -60,7 +60,7 @@ def recorded_base(config: Mapping[str, Any]) -> BaseRecord:
     )
 
 
-def check_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None:
+def refuse_other_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None:
     """Refuse a network on whose features a head means nothing.
 
     Args:
@@ -85,4 +85,4 @@ def check_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None
     bases.refuse_other_process(dependent, was, came)
 
 
-__all__ = ["RECORD", "check_base", "describe_base", "recorded_base"]
+__all__ = ["RECORD", "describe_base", "recorded_base", "refuse_other_base"]
