@@ -69,6 +69,7 @@ _PUBLIC = {
     "SAG": "diffusers_repr.guidance",
     "SimCLRObjective": "diffusers_repr.objectives",
     "Selection": "diffusers_repr.sweep",
+    "SeveralConditioner": "diffusers_repr.denoiser",
     "SiTTransformer2DModel": "diffusers_repr.models",
     "StoredPrior": "diffusers_repr.denoiser",
     "Tape": "diffusers_repr.capture",

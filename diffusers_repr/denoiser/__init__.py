@@ -9,6 +9,7 @@ from diffusers_repr.denoiser.conditioner import (
     Conditioner,
     LabelConditioner,
     MapConditioner,
+    SeveralConditioner,
     TokenConditioner,
     VectorConditioner,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "MapConditioner",
     "Prior",
     "QueryPrior",
+    "SeveralConditioner",
     "StoredPrior",
     "TokenConditioner",
     "VectorConditioner",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_repr import noise as process
 from diffusers_repr.denoiser.condition import Condition, eval_mode
-from diffusers_repr.denoiser.conditioner import Conditioner, MapConditioner, default_conditioner
+from diffusers_repr.denoiser.conditioner import Conditioner, default_conditioner
 from diffusers_repr.denoiser.conditioner.inputs import from_embeddings
 from diffusers_repr.denoiser.default_layers import LayerDefault, Method
 from diffusers_repr.denoiser.family import MAP_INPUT, Family, Grid, floating_dtype
@@ -74,7 +74,7 @@ class Denoiser:
         self.model, self.scheduler, self.vae, self.pipe = model, scheduler, vae, pipe
         self.family = family_of(model) if family is None else family.bound_to(self.config)
         self.schedule = schedule or NoiseSchedule.from_scheduler(scheduler)
-        self._conditioner = conditioner
+        self.conditioner = conditioner
         self.name, self.revision = name, revision
         self.prompts: MutableMapping[Any, dict[str, Any]] | None = None  # set a dict to keep encoded prompts
 
@@ -138,6 +138,8 @@ class Denoiser:
 
     @conditioner.setter
     def conditioner(self, conditioner: Conditioner | None) -> None:
+        if conditioner is not None and not isinstance(conditioner, Conditioner):
+            raise TypeError(f"A Conditioner is needed; got {type(conditioner).__name__}.")
         self._conditioner = conditioner
 
     @property
@@ -178,8 +180,7 @@ class Denoiser:
         """Channels of an image: those of x_0 for pixel models, those of the VAE's input else."""
         if self.vae is not None:
             return pixel_channels(self.vae.config)
-        maps = self._conditioner.channels() or 0 if isinstance(self._conditioner, MapConditioner) else 0
-        return self.family.channels() - maps
+        return self.family.channels() - self.conditioner.map_channels
 
     @property
     def image_size(self) -> tuple[int, int]:

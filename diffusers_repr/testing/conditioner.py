@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +33,7 @@ def check_conditioner(denoiser: Denoiser, batch: Mapping[str, Any]) -> None:
     count = len(batch[conditioner.column])
     values = conditioner.from_batch(batch, count)
     expect(len(values) == count, f"{name}.from_batch gave {len(values)} values of {count} samples.")
-    kept = values.clone() if isinstance(values, Tensor) else list(values)
+    kept = copy.deepcopy(values)
     with denoiser.evaluating(), torch.no_grad(), leaving_alone(f"{name}.inputs", denoiser.model):
         plain = _predict(denoiser, conditioner.inputs(values), count)
         turned = _predict(denoiser, conditioner.inputs(_swapped(values)), count)
@@ -43,7 +44,7 @@ def check_conditioner(denoiser: Denoiser, batch: Mapping[str, Any]) -> None:
         )
         if conditioner.has_null:
             _dropped(denoiser, values, count, plain)
-    same = torch.equal(values, kept) if isinstance(kept, Tensor) else list(values) == kept
+    same = torch.equal(values, kept) if isinstance(values, Tensor) else values == kept
     expect(same, f"{name}.inputs changes the values it is given.")
     _draws(denoiser, values, count)
     told = conditioner.describe()

@@ -7,7 +7,13 @@ from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 from diffusers_repr import CFG, PAG, Denoiser, DiffusionObjective, guide
-from diffusers_repr.denoiser import LabelConditioner, MapConditioner, TokenConditioner, VectorConditioner
+from diffusers_repr.denoiser import (
+    LabelConditioner,
+    MapConditioner,
+    SeveralConditioner,
+    TokenConditioner,
+    VectorConditioner,
+)
 from diffusers_repr.testing import check_conditioner
 from tests.pipelines.sit_cases import network as sit
 from tests.testers.models import build
@@ -188,6 +194,37 @@ def test_a_null_of_ones_own_and_none():
     given = {**batch, "pixel_values": randn(2, 3, 8, 8)}
     DiffusionObjective(own, label_dropout=1.0)(given)["loss"].backward()
     assert learned.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_several_are_dropped_together():
+    """A class and a vector in one network: half of each is never seen."""
+    net = sit(condition_dim=6)
+    parts = (LabelConditioner(), VectorConditioner())
+    denoiser = Denoiser(net, FlowMatchODEScheduler(), conditioner=SeveralConditioner(*parts))
+    labels, vectors = torch.tensor([0, 3, 1]), randn(3, 6)
+    given = {
+        "pixel_values": randn(3, 3, 8, 8), "noise": randn(3, 3, 8, 8, seed=2), "time": torch.full((3,), 400),
+        "class_labels": labels, "condition": vectors, "generator": torch.Generator().manual_seed(5),
+    }  # fmt: skip
+    objective = DiffusionObjective(denoiser, label_dropout=0.5).train()
+    objective.check_batch(given)
+    noisy = objective.noised(given)
+    gone = torch.rand(3, generator=torch.Generator().manual_seed(5)) < 0.5
+    assert noisy.condition["drop_mask"].tolist() == gone.tolist()
+    wanted = net.eval()(noisy.x_t, torch.full((3,), 400), labels.masked_fill(gone, 5), vectors, drop_mask=gone).sample
+    assert torch.equal(objective.predict(noisy), wanted)
+    null = denoiser.predict(noisy.x_t, 400, denoiser.conditioner.null(3)).output
+    assert torch.equal(null, net(noisy.x_t, torch.full((3,), 400)).sample)
+    assert [part["kind"] for part in objective.identity()["conditioner"]["parts"]] == ["labels", "vectors"]
+    asked = denoiser.predict(noisy.x_t, 400, denoiser.condition(values=(labels, vectors))).output
+    assert torch.equal(asked, net(noisy.x_t, torch.full((3,), 400), labels, vectors).sample)
+    with pytest.raises(ValueError, match="values are a tuple of 2: labels, vectors"):
+        denoiser.condition(values=labels)
+    mapped = SeveralConditioner(MapConditioner(2), MapConditioner(3)).bound_to(denoiser)
+    assert mapped.map_channels == 5
+    with pytest.raises(ValueError, match="enter the network by 'map_channels'"):
+        mapped.null()
 
 
 def test_what_is_refused():

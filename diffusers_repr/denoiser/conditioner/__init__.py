@@ -4,6 +4,7 @@ from diffusers_repr.denoiser.conditioner.base import Conditioner
 from diffusers_repr.denoiser.conditioner.captions import CaptionConditioner
 from diffusers_repr.denoiser.conditioner.default import bare_conditioner, default_conditioner
 from diffusers_repr.denoiser.conditioner.labels import LabelConditioner
+from diffusers_repr.denoiser.conditioner.several import SeveralConditioner
 from diffusers_repr.denoiser.conditioner.tensors import MapConditioner, TokenConditioner, VectorConditioner
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Conditioner",
     "LabelConditioner",
     "MapConditioner",
+    "SeveralConditioner",
     "TokenConditioner",
     "VectorConditioner",
     "bare_conditioner",

@@ -89,6 +89,11 @@ class Conditioner(ABC):
         return True
 
     @property
+    def map_channels(self) -> int:
+        """Channels of the network's input that are no x_t."""
+        return 0
+
+    @property
     def recorded(self) -> bool:
         """Whether checkpoints keep `describe()`; not where the network's config tells all of it."""
         return True
@@ -157,7 +162,7 @@ class Conditioner(ABC):
                 f"{self._network} is conditioned on {self.kind} and the data have no column {self.column!r}. Give "
                 f"batches one, or name theirs: {type(self).__name__}(column=...)."
             )
-        self.check(batch[self.column])
+        self.check(self.from_batch(batch, len(batch[self.column])))
 
     def check_data(self, data: Any) -> None:  # noqa: B027  (data of most kinds tell nothing beforehand)
         """Raise ValueError unless the data's conditions are those of the model."""

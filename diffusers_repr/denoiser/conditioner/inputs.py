@@ -58,7 +58,9 @@ def _takes_any(denoiser: Conditioned) -> bool:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Every tensor in a value or a nested dict on a device."""
+    """Every tensor in a value, a nested dict or a tuple on a device."""
+    if type(value) is tuple:
+        return tuple(to_device(part, device) for part in value)
     if isinstance(value, Mapping):
         return {name: to_device(part, device) for name, part in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value

@@ -201,6 +201,11 @@ class MapConditioner(TensorConditioner):
     def __init__(self, channels: int, column: str = "map", null: Tensor | float | None = 0.0) -> None:
         super().__init__(MAP_INPUT, column, null, channels)
 
+    @property
+    def map_channels(self) -> int:
+        """C."""
+        return self.width or 0
+
     def _shape(self) -> tuple[int, ...]:
         return (*super()._shape(), *self.denoiser.family.size())
 
