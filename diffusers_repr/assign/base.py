@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.hub.identity import config_hash, weights_hash
+from diffusers_repr.hub.registry import Registry
 from diffusers_repr.models.mixin import ReprModelMixin
 
 Gives = Literal["class", "vector", "neighbours"]
@@ -119,7 +119,7 @@ class Assigner(ReprModelMixin, ModelMixin, ConfigMixin):
 
 
 A = TypeVar("A", bound=type[Assigner])
-_ASSIGNERS: dict[str, type[Assigner]] = {}
+_ASSIGNERS = Registry("assigner", Assigner, "register_assigner", one_name=True)
 
 
 def register_assigner(kind: str) -> Callable[[A], A]:
@@ -127,23 +127,13 @@ def register_assigner(kind: str) -> Callable[[A], A]:
 
     Raises:
         TypeError: If the class is no `Assigner`.
-        ValueError: If the name, or the name of the class, is taken by another class, or what it gives is not told.
+        ValueError: If the name, or the name of the class, is taken by another class, or `gives` is none of the three.
     """
 
     def add(cls: A) -> A:
-        if not (inspect.isclass(cls) and issubclass(cls, Assigner)):
-            raise TypeError(f"An assigner is a subclass of Assigner; got {cls!r}.")
-        if getattr(cls, "gives", None) not in ("class", "vector", "neighbours"):
+        if issubclass(cls, Assigner) and getattr(cls, "gives", None) not in ("class", "vector", "neighbours"):
             raise ValueError(f"{cls.__name__}.gives tells what it gives: 'class', 'vector' or 'neighbours'.")
-        for name, other in _ASSIGNERS.items():
-            if name == kind or other.__name__ == cls.__name__:
-                raise ValueError(
-                    f"register_assigner({kind!r}) of {cls.__module__}.{cls.__name__}: {name!r} is the assigner "
-                    f"{other.__module__}.{other.__name__} already. Choose another name for kind and class."
-                )
-        _ASSIGNERS[kind] = cls
-        cls.kind = kind
-        return cls
+        return _ASSIGNERS.register(kind)(cls)
 
     return add
 
@@ -155,7 +145,7 @@ def list_assigners() -> dict[str, type[Assigner]]:
         >>> list(list_assigners())
         ['identity']
     """
-    return dict(sorted(_ASSIGNERS.items()))
+    return _ASSIGNERS.subclasses()
 
 
 def assigner_class(kind: str) -> type[Assigner]:
@@ -164,12 +154,7 @@ def assigner_class(kind: str) -> type[Assigner]:
     Raises:
         ValueError: With the names there are.
     """
-    known = list_assigners()
-    if kind not in known:
-        raise ValueError(
-            f"Unknown assigner {kind!r}; expected one of {', '.join(known)}. `register_assigner` adds one of your own."
-        )
-    return known[kind]
+    return _ASSIGNERS.find(kind)
 
 
 __all__ = ["Assigner", "Gives", "assigner_class", "list_assigners", "register_assigner"]

@@ -178,11 +178,11 @@ def watching(tape: AttentionTape, model: nn.Module, modules: Mapping[str, nn.Mod
         for path, module in modules.items():
             hooks.before(module, before(path))
             hooks.after(module, after(path))
-        with _Watch(tape, family, keep):
+        with _AttentionCalls(tape, family, keep):
             yield hooks
 
 
-class _Watch(TorchFunctionMode):
+class _AttentionCalls(TorchFunctionMode):
     """Sees every call of `scaled_dot_product_attention`; those of a running named layer are kept."""
 
     def __init__(self, tape: AttentionTape, family: Family, keep: Keep) -> None:

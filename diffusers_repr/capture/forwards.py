@@ -11,12 +11,12 @@ from torch import nn
 from diffusers_repr.denoiser.hooks import hooks_stay, this_thread
 
 # (the module's own forward, arguments, keyword arguments) -> output
-Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Replacement = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _RUNS = "_diffusers_repr_runs"  # thread -> what its calls run, on the function that stands in for a forward
 
 
-def replace_forward(module: nn.Module, run: Run) -> Callable[[], None]:
+def replace_forward(module: nn.Module, run: Replacement) -> Callable[[], None]:
     """Let calls of this thread be `run(forward, args, kwargs)`; those of other threads stay as they are.
 
     Returns:
@@ -28,7 +28,7 @@ def replace_forward(module: nn.Module, run: Run) -> Callable[[], None]:
         if not hasattr(stand_in, _RUNS):
             stand_in = _stand_in(module)
             module.forward = stand_in
-        runs: dict[object, list[Run]] = getattr(stand_in, _RUNS)
+        runs: dict[object, list[Replacement]] = getattr(stand_in, _RUNS)
         runs.setdefault(me, []).append(run)
 
     def undo() -> None:
@@ -47,7 +47,7 @@ def replace_forward(module: nn.Module, run: Run) -> Callable[[], None]:
 
 
 def _stand_in(module: nn.Module) -> Callable[..., Any]:
-    inner, runs = module.forward, dict[object, list[Run]]()
+    inner, runs = module.forward, dict[object, list[Replacement]]()
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -58,4 +58,4 @@ def _stand_in(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-__all__ = ["Run", "replace_forward"]
+__all__ = ["Replacement", "replace_forward"]

@@ -50,7 +50,8 @@ def run(args: Settings) -> int:
     """Convert, and print what was written."""
     from diffusers_repr.hub.files import atomic_folder
     from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
-    from diffusers_repr.models.convert import convert_state_dict, read_checkpoint, select_weights
+    from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
+    from diffusers_repr.models.convert import convert_state_dict
     from diffusers_repr.models.convert_joint import convert_joint_vit, is_joint_vit
 
     out = Path(args.out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub.utils import logging
 
 from diffusers_repr.config.recipe import REQUIRED, setting
-from diffusers_repr.hub.publish import KINDS, Outcome, Publication, publish
+from diffusers_repr.hub.publish import PUBLICATION_KINDS, Outcome, Publication, publish
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Settings:
     """Arguments of the command."""
 
     namespace: str = setting(REQUIRED, "user or organisation: repositories are NAMESPACE/<folder>")
-    only: list[str] = setting(list(KINDS), f"these kinds alone, of {', '.join(KINDS)}")
+    only: list[str] = setting(list(PUBLICATION_KINDS), f"these kinds alone, of {', '.join(PUBLICATION_KINDS)}")
     folder: list[str] = setting(
         [], "more trained pipelines, models, heads or probes: a folder each, or a folder that holds such folders"
     )
@@ -29,9 +29,9 @@ class Settings:
     private: bool = setting(False, "make repositories private that are new")
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.only) - set(KINDS))
+        unknown = sorted(set(self.only) - set(PUBLICATION_KINDS))
         if unknown:
-            raise ValueError(f"--only takes {', '.join(KINDS)}; got {', '.join(unknown)}.")
+            raise ValueError(f"--only takes {', '.join(PUBLICATION_KINDS)}; got {', '.join(unknown)}.")
 
 
 def run(args: Settings) -> int:
@@ -68,7 +68,7 @@ def _quiet_client() -> Iterator[None]:
 
 
 def find_publications(kinds: Sequence[str], folders: list[str]) -> list[Publication]:
-    """What there is to publish, in the order of `KINDS`, each kind by name.
+    """What there is to publish, in the order of `PUBLICATION_KINDS`, each kind by name.
 
     Pipelines and schedulers are those of the package, in a clone and in an installation; trained models and heads are
     those of `examples/models` of a clone, and of `folders`.
@@ -98,7 +98,9 @@ def find_publications(kinds: Sequence[str], folders: list[str]) -> list[Publicat
             found += _trained(root)
     elif folders:
         raise ValueError(f"--folder is for models and heads; --only {' '.join(kinds)} leaves them out.")
-    return sorted((one for one in found if one.kind in kinds), key=lambda one: (KINDS.index(one.kind), one.name))
+    return sorted(
+        (one for one in found if one.kind in kinds), key=lambda one: (PUBLICATION_KINDS.index(one.kind), one.name)
+    )
 
 
 def _examples() -> Path | None:

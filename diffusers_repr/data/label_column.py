@@ -14,7 +14,7 @@ MissingLabels = Literal["error", "keep"]
 
 
 @dataclass(frozen=True)
-class Labels:
+class ClassLabels:
     """Class ids of a data set.
 
     Attributes:
@@ -32,7 +32,7 @@ def class_names(feature: Any, largest: int = -1) -> list[str]:
     return list(names) if names else [str(number) for number in range(largest + 1)]
 
 
-def read_labels(data: datasets.Dataset, column: str, missing: MissingLabels) -> Labels:
+def read_labels(data: datasets.Dataset, column: str, missing: MissingLabels) -> ClassLabels:
     """The class ids of a column of whole numbers, without reading any image.
 
     Args:
@@ -66,4 +66,4 @@ def read_labels(data: datasets.Dataset, column: str, missing: MissingLabels) -> 
             f"Row {wrong[0]} has the class {ids[wrong[0]]} in {column!r}, which has {len(names)} classes "
             f"(0 to {len(names) - 1})."
         )
-    return Labels(ids, names)
+    return ClassLabels(ids, names)

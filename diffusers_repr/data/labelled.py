@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusers_repr.data.image_data import ImageData, from_dataset
 from diffusers_repr.denoiser.images import to_pixels
 
-Source: TypeAlias = ImageData | datasets.Dataset | tuple[Any, Any]
+LabelledSource: TypeAlias = ImageData | datasets.Dataset | tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def open_labelled(data: Any, role: str) -> Labelled:
     """Bring labelled images to one form.
 
     Args:
-        data: A `Source`: `ImageData`, a `datasets.Dataset` with an image and a label column, or `(images, labels)`
-            with images as `to_pixels` takes them.
+        data: A `LabelledSource`: `ImageData`, a `datasets.Dataset` with an image and a label column, or
+            `(images, labels)` with images as `to_pixels` takes them.
         role: What it is for, and the split where the data does not tell: `train`, `validation`, `test`.
 
     Raises:
@@ -188,4 +188,4 @@ def _opened(data: Any, role: str) -> Any:
     return data
 
 
-__all__ = ["ImageRows", "Labelled", "Source", "open_images", "open_labelled"]
+__all__ = ["ImageRows", "Labelled", "LabelledSource", "open_images", "open_labelled"]

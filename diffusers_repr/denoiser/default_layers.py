@@ -66,7 +66,7 @@ def decoder_resnets(model: nn.Module) -> list[str]:
     ]
 
 
-def readout_layers(resnets: Sequence[str], blocks: Sequence[str]) -> LayerDefault:
+def readout_default(resnets: Sequence[str], blocks: Sequence[str]) -> LayerDefault:
     """Layers of a readout head.
 
     U-Nets: the residual branch of every up-block's residual block, `up_blocks.i.resnets.j.conv2`, before the shortcut
@@ -78,11 +78,11 @@ def readout_layers(resnets: Sequence[str], blocks: Sequence[str]) -> LayerDefaul
     return LayerDefault(tuple(blocks[len(blocks) // 2 :]), _SECOND_HALF)
 
 
-def depth_layers(resnets: Sequence[str], blocks: Sequence[str]) -> tuple[LayerDefault, LayerDefault]:
+def depth_default(resnets: Sequence[str], blocks: Sequence[str]) -> tuple[LayerDefault, LayerDefault]:
     """Layers of the strong and of the weak depth head (Kim et al. 2022, Depth-Aware Guidance).
 
     U-Nets: decoder blocks 2, 4, 5, 6, 7 and 6, counted from 0 over `up_blocks.i.resnets.j`; where there are fewer
-    than eight, all but the first, and the one before the last. Transformers: as `readout_layers`, and its middle one.
+    than eight, all but the first, and the one before the last. Transformers: as `readout_default`, and its middle one.
     """
     if not resnets:
         strong = tuple(blocks[len(blocks) // 2 :])
@@ -103,8 +103,8 @@ __all__ = [
     "LayerDefault",
     "Method",
     "decoder_resnets",
-    "depth_layers",
+    "depth_default",
     "middle_attention",
-    "readout_layers",
+    "readout_default",
     "repa_block",
 ]

@@ -21,7 +21,7 @@ from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
 from diffusers_repr.denoiser.sizes import check_size
-from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, vae_stride
+from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, pixel_channels, vae_stride
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
@@ -179,7 +179,7 @@ class Denoiser:
     def image_channels(self) -> int:
         """Channels of an image: those of x_0 for pixel models, those of the VAE's input else."""
         if self.vae is not None:
-            return int(self.vae.config.get("in_channels", 3))
+            return pixel_channels(self.vae.config)
         return self.family.channels() - self.conditioner.map_channels
 
     @property

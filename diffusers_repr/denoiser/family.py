@@ -376,6 +376,17 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def lanes_by_halves(pipe: Any, value: Tensor) -> BatchLanes:
+    """Which rows are null where a pipeline does not tell: of two equal halves the first, else none.
+
+    Not to be asked where the pipeline's own guidance is known to be off: samples that start from equal latents would
+    be taken for a guided batch.
+    """
+    if pipe is not None and equal_halves(value):
+        return null_first(value.shape[0])
+    return BatchLanes(slice(0, value.shape[0]))
+
+
 __all__ = [
     "MAP_INPUT",
     "BatchLanes",
@@ -384,5 +395,6 @@ __all__ = [
     "PatchTransformerFamily",
     "equal_halves",
     "floating_dtype",
+    "lanes_by_halves",
     "null_first",
 ]

@@ -166,8 +166,8 @@ class FamilyLayers:
                 f"({', '.join(self.stacks)}); name the layers. `list_layers(denoiser)` shows them."
             )
         if method == "readout":
-            return rules.readout_layers(resnets, blocks)
-        strong, weak = rules.depth_layers(resnets, blocks)
+            return rules.readout_default(resnets, blocks)
+        strong, weak = rules.depth_default(resnets, blocks)
         return strong if method == "depth_strong" else weak
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from diffusers_repr.denoiser.block_outputs import register_block_output
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.hub.compiled import plain_module
+from diffusers_repr.hub.registry import Registry
 
-_REGISTRY: dict[str, type[Family]] = {}  # model class -> adapter; `families` fills it with ours
+# Model class -> adapter; `families` fills it with ours.
+_FAMILIES = Registry("family adapter", Family, "register_family")
 
 
 def register_family(*class_names: str) -> Callable[[type[Family]], type[Family]]:
@@ -22,27 +24,24 @@ def register_family(*class_names: str) -> Callable[[type[Family]], type[Family]]
     """
 
     def register(cls: type[Family]) -> type[Family]:
-        for name in class_names:
-            if name in _REGISTRY:
-                raise ValueError(f"{name} has a family adapter already. Known: {', '.join(list_families())}.")
+        registered = _FAMILIES.register(*class_names)(cls)
         for block, index in cls.block_outputs.items():
             register_block_output(block, index)
-        _REGISTRY.update(dict.fromkeys(class_names, cls))
-        return cls
+        return registered
 
     return register
 
 
 def list_families() -> list[str]:
     """Model classes with an adapter."""
-    return sorted(_REGISTRY)
+    return sorted(_FAMILIES)
 
 
 def family_by_name(*class_names: str) -> Family | None:
     """The adapter of the first class name that has one, bound to no config."""
     for name in class_names:
-        if name in _REGISTRY:
-            return _REGISTRY[name]()
+        if name in _FAMILIES:
+            return _FAMILIES[name]()
     return None
 
 

@@ -17,8 +17,8 @@ from diffusers_repr.hub import schema
 from diffusers_repr.hub.components import (
     CONSENT,
     OWN_COMPONENTS,
+    check_component_files,
     check_config,
-    check_folder,
     check_index,
     check_weight_files,
 )
@@ -61,7 +61,7 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
             _check(load_json_config(name, INDEX, revision, **where), f"{INDEX} of {name!r}", kwargs)
             place = str(loader.download(name, revision=revision, **kwargs))
         index = read_json(Path(place) / INDEX)
-        check_folder(Path(place), _check(index, f"{place}/{INDEX}", kwargs))
+        check_component_files(Path(place), _check(index, f"{place}/{INDEX}", kwargs))
     try:
         pipe = loader.from_pretrained(place, revision=revision, **kwargs)
     except (OSError, ImportError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers_repr.denoiser.denoiser import Denoiser, require_denoiser
 from diffusers_repr.hub.base_record import BaseRecord
 from diffusers_repr.hub.compiled import plain_module
-from diffusers_repr.hub.identity import digest, fingerprint, weight_marks
+from diffusers_repr.hub.identity import fingerprint, plain_hash, weight_marks
 from diffusers_repr.noise.process_record import process_record
 
 
@@ -35,7 +35,7 @@ def base_record(
         model_class=type(model).__name__,
         config=_public(denoiser.config),
         marks=weight_marks(model, marks),
-        fingerprint=digest({"class": type(model).__name__, "config": changed_config(denoiser)}),
+        fingerprint=plain_hash({"class": type(model).__name__, "config": changed_config(denoiser)}),
         process=process_record(denoiser.schedule),
         dtype=str(denoiser.dtype).removeprefix("torch."),
         weights=fingerprint(denoiser.model, denoiser.vae) if weights else None,

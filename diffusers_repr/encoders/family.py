@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusers_repr.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Statistics
+from diffusers_repr.hub.registry import Registry
 
 # `model_type` of config.json -> module of its adapter; imported when first asked for.
 _BUILTIN = {
@@ -25,7 +26,6 @@ _BUILTIN = {
     "vit": "vit",
     "vit_mae": "vit_mae",
 }
-_REGISTRY: dict[str, type[EncoderFamily]] = {}
 
 
 class EncoderFamily:
@@ -91,6 +91,9 @@ class EncoderFamily:
         return None
 
 
+_FAMILIES = Registry("encoder family", EncoderFamily, "register_encoder_family")
+
+
 def register_encoder_family(*model_types: str) -> Callable[[type[EncoderFamily]], type[EncoderFamily]]:
     """Register an adapter for `model_type`s of `config.json`.
 
@@ -103,25 +106,21 @@ def register_encoder_family(*model_types: str) -> Callable[[type[EncoderFamily]]
         ...     model_class = "ViTModel"
         >>> "my_vit" in list_encoder_families()
         True
-        >>> _ = _REGISTRY.pop("my_vit")
+        >>> _ = _FAMILIES.pop("my_vit")
     """
 
     def register(cls: type[EncoderFamily]) -> type[EncoderFamily]:
         for name in model_types:
-            builtin = f"{__package__}.families.{_BUILTIN.get(name)}"
-            if name in _REGISTRY or (name in _BUILTIN and cls.__module__ != builtin):
-                raise ValueError(
-                    f"{name!r} has an encoder family already. Known: {', '.join(list_encoder_families())}."
-                )
-            _REGISTRY[name] = cls
-        return cls
+            if name in _BUILTIN and cls.__module__ != _builtin_module(name):
+                encoder_family(name)  # registers ours, so that the name is taken
+        return _FAMILIES.register(*model_types)(cls)
 
     return register
 
 
 def list_encoder_families() -> list[str]:
     """Model types with an adapter."""
-    return sorted({*_BUILTIN, *_REGISTRY})
+    return sorted({*_BUILTIN, *_FAMILIES})
 
 
 def encoder_family(model_type: str | None) -> EncoderFamily:
@@ -130,15 +129,19 @@ def encoder_family(model_type: str | None) -> EncoderFamily:
     Raises:
         TypeError: If there is none; lists the known ones and says how to add one.
     """
-    if model_type in _BUILTIN and model_type not in _REGISTRY:
-        importlib.import_module(f"{__package__}.families.{_BUILTIN[model_type]}")
-    if model_type not in _REGISTRY:
+    if model_type in _BUILTIN and model_type not in _FAMILIES:
+        importlib.import_module(_builtin_module(model_type))
+    if model_type is None or model_type not in _FAMILIES:
         raise TypeError(
             f"No encoder family for model_type {model_type!r}. Known: {', '.join(list_encoder_families())}. Write "
             f"one:\n    @register_encoder_family({model_type!r})\n    class MyFamily(EncoderFamily): ...\n"
             "or pass the network itself: Encoder.from_module(model, patch_size=...)."
         )
-    return _REGISTRY[model_type]()
+    return _FAMILIES[model_type]()
+
+
+def _builtin_module(model_type: str) -> str:
+    return f"{__package__}.families.{_BUILTIN[model_type]}"
 
 
 __all__ = ["EncoderFamily", "encoder_family", "list_encoder_families", "register_encoder_family"]

@@ -15,8 +15,8 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.features.extractor import FeatureExtractor, Timestep
-from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.features.extractor import FeatureExtractor
+from diffusers_repr.noise import LevelLike, NoiseLevel
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def attention_maps(
     source: Denoiser | FeatureExtractor,
     images: Any,
     layers: str | Sequence[str],
-    timestep: Timestep | Sequence[Timestep] | None = None,
+    timestep: LevelLike | Sequence[LevelLike] | None = None,
     *,
     prompt: str | Sequence[str] | None = None,
     class_labels: int | Sequence[int] | Tensor | None = None,

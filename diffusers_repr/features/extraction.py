@@ -19,7 +19,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.noise_policy import Policy, pixel_keys
 from diffusers_repr.features.output import FeatureOutput
-from diffusers_repr.features.recipe import recipe_of
+from diffusers_repr.features.recipe import extraction_recipe
 from diffusers_repr.store.feature_layout import Column, FeatureLayout
 from diffusers_repr.store.feature_store import FeatureStore
 from diffusers_repr.store.manifest import recipe_hash
@@ -142,7 +142,7 @@ def _prepare(
     extractor = extractor.replace(output_device="cpu", progress_bar=None)
     rows = len(data) if limit is None else min(limit, len(data))
     size, shapes = _probe(extractor, data, prompt, class_label)
-    recipe = recipe_of(
+    recipe = extraction_recipe(
         extractor, data, rows=rows, image_size=size, dtype=dtype, prompt=prompt, class_label=class_label
     )
     columns = _columns(extractor, shapes)

@@ -22,14 +22,13 @@ from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, pool
 from diffusers_repr.hub.checks import check_whole
-from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.noise import LevelLike, NoiseLevel
 
-Timestep = int | float | NoiseLevel
 _FIELDS = ("timestep", "nsr", "half_log_snr", "alpha", "sigma", "alpha_dot", "sigma_dot")
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """One forward of the network.
 
     Attributes:
@@ -82,7 +81,7 @@ class FeatureExtractor:
         self,
         denoiser: Denoiser,
         layers: str | Sequence[str],
-        timestep: Timestep | Sequence[Timestep],
+        timestep: LevelLike | Sequence[LevelLike],
         noise: str = "per_image",
         ensemble_size: int = 1,
         pooling: str | None = None,
@@ -167,7 +166,7 @@ class FeatureExtractor:
             for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
                 size = tuple(batch.x_t.shape[2:])
 
-                def keep(feature: Tensor, path: str, batch: Batch = batch, size: tuple[int, ...] = size) -> None:
+                def keep(feature: Tensor, path: str, batch: ImageBatch = batch, size: tuple[int, ...] = size) -> None:
                     self._check_rows(feature, path, len(batch.cells))
                     self._place(feature, path, size, places)
                     sums.add(path, pool(feature, self.pooling if early else None, places.get(path)), batch.cells)
@@ -218,7 +217,7 @@ class FeatureExtractor:
         class_labels: int | Sequence[int] | Tensor | None = None,
         embeddings: Mapping[str, Any] | None = None,
         ids: Sequence[Any] | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[ImageBatch]:
         """The forwards that an extraction makes: each image encoded once, levels and members batched.
 
         Args:
@@ -268,7 +267,7 @@ class FeatureExtractor:
 
     def _batch(
         self, x0: Tensor, keys: list[str], condition: Condition, cells: list[tuple[int, int, int]], count: int
-    ) -> Batch:
+    ) -> ImageBatch:
         levels = [level for level, _, _ in cells]
         rows = [image for _, image, _ in cells]
         level = self.levels[levels[0]]
@@ -283,7 +282,7 @@ class FeatureExtractor:
             x_t = clean * self._clean_scale
         else:
             x_t = self.denoiser.add_noise(clean, level, noise.to(clean.device))
-        return Batch(
+        return ImageBatch(
             x_t, level, condition.take(rows), [at * count + row for at, row in zip(levels, rows, strict=True)]
         )
 
@@ -371,4 +370,4 @@ def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     return check_whole("image_size", values[0]), check_whole("image_size", values[1])
 
 
-__all__ = ["Batch", "FeatureExtractor", "Timestep"]
+__all__ = ["FeatureExtractor", "ImageBatch"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers_repr.features.extractor import Timestep
-from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.noise import LevelLike, NoiseLevel
 
 # Architecture -> what it is. Checkpoints come and go; the layer paths belong to the architecture.
 FAMILIES: dict[str, str] = {
@@ -42,7 +41,7 @@ class Preset:
     method: str
     family: str
     layers: tuple[str, ...]
-    timestep: Timestep | tuple[Timestep, ...]
+    timestep: LevelLike | tuple[LevelLike, ...]
     source: str
     ensemble_size: int = 1
     image_size: int | None = None

@@ -10,7 +10,7 @@ from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.features.extractor import FeatureExtractor
 
 
-def recipe_of(
+def extraction_recipe(
     extractor: FeatureExtractor,
     data: ImageData,
     *,

@@ -17,12 +17,11 @@ from diffusers_repr.capture.lanes import Lane, NetworkCall, Observer
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.guidance.step import GuidedStep
-from diffusers_repr.noise import NoiseLevel, NoiseSchedule
+from diffusers_repr.noise import LevelLike, NoiseLevel, NoiseSchedule
 
 _KEYS = itertools.count()
 
-Level = int | float | NoiseLevel
-Interval = tuple[Level, Level]
+Interval = tuple[LevelLike, LevelLike]
 
 
 @dataclass(frozen=True, kw_only=True)

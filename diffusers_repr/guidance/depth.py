@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.base import GradientRequest, Guidance, Level, check_finite
+from diffusers_repr.guidance.base import GradientRequest, Guidance, check_finite
 from diffusers_repr.guidance.energy import EnergyTerm, check_update
-from diffusers_repr.guidance.readout.base import check_head, read_head, seen_levels
+from diffusers_repr.guidance.readout.base import head_readout, require_map_head, seen_levels
 from diffusers_repr.heads import MapHead
-from diffusers_repr.noise import NoiseLevel, add_noise
+from diffusers_repr.noise import LevelLike, NoiseLevel, add_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class DepthGuidance(Guidance):
     prior: Denoiser | None = field(default=None, repr=False, kw_only=True)
     consistency_weight: float = field(default=1.0, kw_only=True)
     prior_weight: float = field(default=1.0, kw_only=True)
-    prior_level: Level = field(default=NoiseLevel(nsr=1.0), kw_only=True)
+    prior_level: LevelLike = field(default=NoiseLevel(nsr=1.0), kw_only=True)
     update: str = field(default="eps", kw_only=True)
     seed: int = field(default=0, kw_only=True)
     checkpoint: bool = field(default=False, kw_only=True)
@@ -71,7 +71,7 @@ class DepthGuidance(Guidance):
         super().__post_init__()
         for name, head in (("strong", self.strong), ("weak", self.weak)):
             if name == "strong" or head is not None:
-                check_head("DepthGuidance", head, name)
+                require_map_head("DepthGuidance", head, name)
         if self.prior is not None and not isinstance(self.prior, Denoiser):
             raise TypeError(
                 "prior must be a Denoiser of depth maps, such as Denoiser.from_pretrained(...) or "
@@ -159,10 +159,10 @@ class DepthTerm(EnergyTerm):
         sizes = [value.shape[-2:] for value in features.values()]
         size = max(h for h, _ in sizes), max(w for _, w in sizes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.likely):
-            strong = read_head(config.strong, features, call, x, size)
+            strong = head_readout(config.strong, features, call, x, size)
         loss = torch.zeros(len(x), device=x.device, dtype=x.dtype)
         if config.consistent and config.weak is not None:
-            weak = read_head(config.weak, features, call, x, size)
+            weak = head_readout(config.weak, features, call, x, size)
             loss = loss + config.consistency_weight * consistency(weak, strong)
         if config.likely and config.prior is not None and self.level is not None:
             maps = self._for_prior(strong, config.prior)

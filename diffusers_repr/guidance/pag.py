@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import Lane, NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.attention.layers import resolve_layers
+from diffusers_repr.guidance.attention.layers import resolve_attentions
 from diffusers_repr.guidance.attention.perturbations import PERTURBATIONS, Drop, Identity, Perturbation, perturbed
 from diffusers_repr.guidance.attention.projections import Needs, check_supported, named_arguments
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm
@@ -66,7 +66,7 @@ class PAGTerm(GuidanceTerm):
     def __init__(self, config: PAG, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
         chosen = config.layers
-        self.layers = denoiser.default_layers("pag").layers if chosen is None else resolve_layers(denoiser, chosen)
+        self.layers = denoiser.default_layers("pag").layers if chosen is None else resolve_attentions(denoiser, chosen)
         named = config.perturbation
         self.perturbation: Any = PERTURBATIONS[named]() if isinstance(named, str) else named
         needs: Needs = "values" if isinstance(self.perturbation, Identity | Drop) else "queries"

@@ -14,7 +14,7 @@ from torch.nn import functional
 from diffusers_repr.capture.batching import UNBATCHED, index_batch
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance.attention.layers import resolve_layers
+from diffusers_repr.guidance.attention.layers import resolve_attentions
 from diffusers_repr.guidance.attention.projections import check_supported, named_arguments
 from diffusers_repr.guidance.attention.received import attention_received
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm, check_finite
@@ -118,7 +118,7 @@ class SAGTerm(GuidanceTerm):
         super().__init__(config, denoiser)
         model = denoiser.model
         chosen = config.layers
-        layers = denoiser.default_layers("sag").layers if chosen is None else resolve_layers(denoiser, chosen)
+        layers = denoiser.default_layers("sag").layers if chosen is None else resolve_attentions(denoiser, chosen)
         if len(layers) != 1:
             raise ValueError(
                 f"SAG reads the attention of one layer; {config.layers!r} matches {len(layers)}: "

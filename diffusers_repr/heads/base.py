@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
 from diffusers import ConfigMixin, ModelMixin
 
+from diffusers_repr.hub.registry import Registry
 from diffusers_repr.models.mixin import ReprModelMixin
 
 
@@ -27,7 +27,7 @@ class Head(ReprModelMixin, ModelMixin, ConfigMixin):
 
 
 H = TypeVar("H", bound=type[Head])
-_HEADS: dict[str, type[Head]] = {}
+_HEADS = Registry("head", Head, "register_head", one_name=True)
 
 
 def register_head(kind: str) -> Callable[[H], H]:
@@ -52,21 +52,7 @@ def register_head(kind: str) -> Callable[[H], H]:
         'CentredHead'
         >>> unregister_head("centred")
     """
-
-    def add(cls: H) -> H:
-        if not (inspect.isclass(cls) and issubclass(cls, Head)):
-            raise TypeError(f"A head is a subclass of Head (PooledHead, MapHead); got {cls!r}.")
-        for name, other in _HEADS.items():
-            if name == kind or other.__name__ == cls.__name__:
-                raise ValueError(
-                    f"register_head({kind!r}) of {cls.__module__}.{cls.__name__}: {name!r} is the head "
-                    f"{other.__module__}.{other.__name__} already. Choose another name for kind and class."
-                )
-        _HEADS[kind] = cls
-        cls.kind = kind
-        return cls
-
-    return add
+    return _HEADS.register(kind)
 
 
 def unregister_head(kind: str) -> None:
@@ -82,7 +68,7 @@ def list_heads(base: type[Head] = Head) -> dict[str, type[Head]]:
         >>> list(list_heads(PooledHead))
         ['knn', 'linear', 'mlp']
     """
-    return {kind: cls for kind, cls in sorted(_HEADS.items()) if issubclass(cls, base)}
+    return _HEADS.subclasses(base)
 
 
 def head_class(kind: str, base: type[Head] = Head) -> type[Head]:
@@ -91,12 +77,7 @@ def head_class(kind: str, base: type[Head] = Head) -> type[Head]:
     Raises:
         ValueError: With the names there are.
     """
-    known = list_heads(base)
-    if kind not in known:
-        raise ValueError(
-            f"Unknown head {kind!r}; expected one of {', '.join(known)}. `register_head` adds one of your own."
-        )
-    return known[kind]
+    return _HEADS.find(kind, base)
 
 
 __all__ = ["Head", "head_class", "list_heads", "register_head", "unregister_head"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from diffusers_repr.capture.unet_halves import UNetFeatures, encode_partial
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.heads.base import Head, register_head
 from diffusers_repr.hub.checks import check_sizes
+from diffusers_repr.hub.compiled import plain_module
+from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.layers import CastBatchNorm1d, CastLayerNorm, CastLinear
 from diffusers_repr.models.outputs import ClassifierOutput, packed
@@ -183,4 +185,34 @@ def _norm(kind: str, width: int) -> nn.Module:
     return CastLayerNorm(width) if kind == "layer" else CastBatchNorm1d(width)
 
 
-__all__ = ["JointHead"]
+def check_joint_parts(unet: Any, classifier: Any) -> None:
+    """Refuse a network and a classifier that do not belong together in a `JointDiffusionPipeline`.
+
+    Raises:
+        TypeError: For a network that is neither U-Net nor `JointViTModel`, and a classifier that is no `JointHead`.
+        ValueError: For a U-Net with classes or without a head, and a `JointViTModel` with one.
+    """
+    unet = plain_module(unet)
+    if isinstance(unet, JointViTModel):
+        if classifier is not None:
+            raise ValueError(
+                f"A JointViTModel brings its own classifier; leave classifier out (got a {type(classifier).__name__})."
+            )
+        return
+    if not isinstance(unet, UNet2DModel):
+        raise TypeError(f"unet is a UNet2DModel or a JointViTModel; got {type(unet).__name__}.")
+    if classifier is None:
+        raise ValueError(
+            "classifier is missing: joint diffusion with a UNet2DModel needs the JointHead that was trained with it, "
+            "JointHead.from_pretrained(folder, subfolder='classifier') of a folder that examples/train_joint.py "
+            "wrote. A U-Net alone is sampled by DDPMPipeline, DDIMPipeline or GuidedUnconditionalPipeline."
+        )
+    if not isinstance(classifier, JointHead):
+        raise TypeError(f"The classifier of a UNet2DModel is a JointHead; got {type(classifier).__name__}.")
+    if unet.config.num_class_embeds is not None or unet.config.class_embed_type is not None:
+        raise ValueError(
+            "This UNet2DModel takes class labels itself; joint diffusion guides one that takes none by its classifier."
+        )
+
+
+__all__ = ["JointHead", "check_joint_parts"]

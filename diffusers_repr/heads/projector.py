@@ -14,7 +14,7 @@ from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.outputs import SampleOutput, packed
 
 ProjectorKind = Literal["mlp", "conv"]
-KINDS: tuple[ProjectorKind, ...] = ("mlp", "conv")
+PROJECTOR_KINDS: tuple[ProjectorKind, ...] = ("mlp", "conv")
 
 
 @register_head("projector")
@@ -51,8 +51,8 @@ class Projector(Head, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         check_sizes(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, kernel_size=kernel_size)
-        if kind not in KINDS:
-            raise ValueError(f"Projector kind {kind!r}; expected one of {', '.join(KINDS)}.")
+        if kind not in PROJECTOR_KINDS:
+            raise ValueError(f"Projector kind {kind!r}; expected one of {', '.join(PROJECTOR_KINDS)}.")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that the grid keeps its size; got {kernel_size}.")
         if kind == "conv":

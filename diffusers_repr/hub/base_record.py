@@ -153,7 +153,7 @@ def called(base: BaseRecord, otherwise: str = "the given model") -> str:
     return otherwise if base.name is None else repr(base.name)
 
 
-def check_class(dependent: Dependent, was: BaseRecord, came: BaseRecord) -> None:
+def refuse_other_class(dependent: Dependent, was: BaseRecord, came: BaseRecord) -> None:
     """Refuse a network of another class.
 
     Raises:
@@ -163,7 +163,7 @@ def check_class(dependent: Dependent, was: BaseRecord, came: BaseRecord) -> None
         raise dependent.refusal(came, f"is a {came.model_class}", f"a {was.model_class}", was)
 
 
-def check_config(dependent: Dependent, was: BaseRecord, came: BaseRecord, defaults: Mapping[str, Any]) -> None:
+def refuse_other_config(dependent: Dependent, was: BaseRecord, came: BaseRecord, defaults: Mapping[str, Any]) -> None:
     """Refuse a network of another config, by the configs where both are known, else by their fingerprint."""
     if was.config is not None:
         differing = config_differences(was, came, defaults)
@@ -186,7 +186,7 @@ def config_differences(was: BaseRecord, came: BaseRecord, defaults: Mapping[str,
     return [f"{printable(key)} is {_brief(new.get(key))}, was {_brief(old.get(key))}" for key in keys]
 
 
-def check_layers(dependent: Dependent, was: BaseRecord, came: BaseRecord, known: Iterable[str]) -> None:
+def refuse_missing_layers(dependent: Dependent, was: BaseRecord, came: BaseRecord, known: Iterable[str]) -> None:
     """Refuse a network that lacks a recorded layer; `known` are all it has."""
     known = list(known)
     present = set(known)
@@ -197,21 +197,21 @@ def check_layers(dependent: Dependent, was: BaseRecord, came: BaseRecord, known:
         raise dependent.refusal(came, has, ", ".join(map(repr, was.features)), was)
 
 
-def check_sizes(dependent: Dependent, was: BaseRecord, came: BaseRecord, found: Mapping[str, int]) -> None:
+def refuse_other_sizes(dependent: Dependent, was: BaseRecord, came: BaseRecord, found: Mapping[str, int]) -> None:
     """Refuse layers that give another number of values than was recorded; those that `found` lacks are left out."""
     for layer, size in was.features.items():
         if found.get(layer, size) != size:
             raise dependent.refusal(came, f"gives {found[layer]} values at layer {layer!r}", f"{size}", was)
 
 
-def check_process(dependent: Dependent, was: BaseRecord, came: BaseRecord) -> None:
+def refuse_other_process(dependent: Dependent, was: BaseRecord, came: BaseRecord) -> None:
     """Refuse another noise process."""
     if was.process is not None and came.process is not None and not was.process.same_as(came.process):
         why = "the same timestep means another noise; give the base its own scheduler"
         raise dependent.refusal(came, f"has the noise process {came.process}", f"{was.process}", was, why)
 
 
-def check_levels(
+def refuse_other_levels(
     dependent: Dependent, was: BaseRecord, came: BaseRecord, recorded: Sequence[Level], found: Sequence[Level]
 ) -> None:
     """Refuse noise levels that come to another noise than was recorded."""
@@ -222,7 +222,7 @@ def check_levels(
             raise dependent.refusal(came, f"has {new} for {asked}", f"{old}", was, why)
 
 
-def check_inputs(dependent: Dependent, was: BaseRecord, came: BaseRecord) -> None:
+def refuse_other_inputs(dependent: Dependent, was: BaseRecord, came: BaseRecord) -> None:
     """Refuse an x_0 of other channels, or on another scale; a scale that `came` does not tell is left out."""
     if was.channels is not None and came.channels != was.channels:
         raise dependent.refusal(came, f"takes x_0 of {came.channels} channels", f"x_0 of {was.channels}", was)
@@ -256,13 +256,13 @@ __all__ = [
     "Level",
     "ProcessRecord",
     "called",
-    "check_class",
-    "check_config",
-    "check_inputs",
-    "check_layers",
-    "check_levels",
-    "check_process",
-    "check_sizes",
     "config_differences",
+    "refuse_missing_layers",
+    "refuse_other_class",
+    "refuse_other_config",
+    "refuse_other_inputs",
+    "refuse_other_levels",
+    "refuse_other_process",
+    "refuse_other_sizes",
     "same_marks",
 ]

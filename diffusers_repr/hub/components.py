@@ -118,7 +118,7 @@ def check_config(config: Any, at: str) -> dict[str, Any]:
     return config
 
 
-def check_folder(folder: Path, components: Mapping[str, tuple[str, str]]) -> None:
+def check_component_files(folder: Path, components: Mapping[str, tuple[str, str]]) -> None:
     """Check the files of a pipeline folder's components before a loader reads them.
 
     Args:

@@ -26,11 +26,11 @@ _SAMPLED = 64  # values of each weight that enter a fingerprint
 _MARKED, _VALUES = 8, 4  # parameters of which a record keeps the first values, and how many
 
 
-def digest(value: Any) -> str:
+def plain_hash(value: Any) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of plain values.
 
     Example:
-        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        >>> plain_hash({"a": 1, "b": 2}) == plain_hash({"b": 2, "a": 1})
         True
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,8 +18,8 @@ from diffusers_repr.hub.push import check_pipeline_file, push_folder
 from diffusers_repr.hub.scheduler_file import stage_scheduler
 from diffusers_repr.hub.upload import Upload
 
-Kind = Literal["pipelines", "schedulers", "models", "heads"]
-KINDS: tuple[Kind, ...] = ("pipelines", "schedulers", "models", "heads")
+PublicationKind = Literal["pipelines", "schedulers", "models", "heads"]
+PUBLICATION_KINDS: tuple[PublicationKind, ...] = ("pipelines", "schedulers", "models", "heads")
 _MESSAGES = {
     "pipelines": "Upload pipeline with diffusers-repr",
     "schedulers": "Upload scheduler with diffusers-repr",
@@ -34,13 +34,13 @@ class Publication:
     """One repository to be.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: One of `PUBLICATION_KINDS`.
         name: Of the repository, without its namespace.
         source: A folder with a README.md, of a pipeline also with `pipeline.py`; of a scheduler its file.
         push: What uploads a folder, with the arguments of `push_folder` (no `kind`); None is `push_folder`.
     """
 
-    kind: Kind
+    kind: PublicationKind
     name: str
     source: Path
     push: Callable[..., str] | None = None

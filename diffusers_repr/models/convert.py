@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from diffusers_repr.hub.components import MAX_DEPTH, check_config
-from diffusers_repr.hub.schema import shown
+from diffusers_repr.hub.components import check_config
+from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
 from diffusers_repr.models.class_token import without_class_token
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
-from diffusers_repr.models.weights import check_tensors
 
 Architecture = Literal["sit", "dit", "hybvit"]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
-# Where training scripts keep weights, in the order of preference.
-NESTED = ("ema", "model", "state_dict", "model_state_dict")
 # Width -> heads, of the named sizes.
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-_WRAPPERS = ("module.", "_orig_mod.")
+ATTENTION_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 # An average of a constant in float32 drifts by less; an unlike table differs by about 1.
 _POSITION_TOLERANCE = 5e-3
 
@@ -56,77 +47,6 @@ class ConvertedCheckpoint:
     architecture: Architecture = "sit"
     notes: tuple[str, ...] = ()
     scheduler: dict[str, Any] = field(default_factory=dict)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint file holds; no code in it is run, and tensors are mapped from the file where that is possible.
-
-    Args:
-        path: A `.safetensors` file, or one written by `torch.save`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        IsADirectoryError: For a folder.
-        ValueError: For a file of another kind, and for one that holds more than tensors and plain values.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder; give the checkpoint file in it (.pt or .safetensors).")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        # Training scripts save their arguments along, a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise ValueError(f"{str(path)!r} is no checkpoint of torch, or it is broken.") from error
-        raise ValueError(
-            f"{str(path)!r} holds pickled Python objects ({found[1].rstrip('.')}), which may run code when they are "
-            "loaded; only tensors, plain values and argparse's records are read. Save its weights alone, where you "
-            "trust the file: torch.save(checkpoint['ema'], 'weights.pt')."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is no checkpoint of torch, or it is broken ({error}).") from error
-    if not isinstance(held, Mapping):
-        raise ValueError(f"{str(path)!r} holds a {type(held).__name__}, no checkpoint: a dict of tensors is needed.")
-    return dict(held)
-
-
-def select_weights(checkpoint: Mapping[str, Any], which: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a checkpoint, without the prefixes that DDP and `torch.compile` put before names.
-
-    Args:
-        checkpoint: As read; a state dict, or one that holds some under `ema`, `model`, `state_dict` or
-            `model_state_dict`.
-        which: One of those names; None takes the first that is there, the average (`ema`) before the trained weights.
-
-    Returns:
-        The state dict, and its name in the checkpoint; empty for one that is not nested.
-
-    Raises:
-        ValueError: If it is not there, or holds something else than tensors.
-
-    Example:
-        >>> select_weights({"ema": {"module.x": torch.ones(1)}, "steps": 3})
-        ({'x': tensor([1.])}, 'ema')
-    """
-    there = [name for name in NESTED if isinstance(checkpoint.get(name), Mapping)]
-    if which is not None and which not in there:
-        held = ", ".join(map(repr, there)) or f"none of {', '.join(NESTED)}: it is one state dict; leave the name out"
-        raise ValueError(f"The checkpoint has no weights {which!r}; it has {held}.")
-    name = which or next(iter(there), "")
-    weights = checkpoint[name] if name else checkpoint
-    wrong = [key for key, value in weights.items() if not isinstance(value, Tensor)]
-    if wrong or not weights:
-        raise ValueError(
-            f"The checkpoint has no state dict: it holds {some_of(wrong or ['nothing'])}. Weights are looked for "
-            f"under {', '.join(NESTED)}, or at the top."
-        )
-    return {_bare(key): value for key, value in weights.items()}, name
 
 
 def convert_state_dict(
@@ -185,28 +105,6 @@ def convert_state_dict(
     return ConvertedCheckpoint(config, renamed, projectors, class_token, architecture, tuple(notes))
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is no safetensors file, or it is broken ({error}).") from error
-
-
-def _bare(key: str) -> str:
-    while key.startswith(_WRAPPERS):
-        key = key[len(next(prefix for prefix in _WRAPPERS if key.startswith(prefix))) :]
-    return key
-
-
-def some_of(names: Iterable[Any], most: int = 6) -> str:
-    """The first names of many, for a message."""
-    shown = [str(name) for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
-
-
 # Tensors from which sizes are read -> their dimensions.
 _RANKS = {
     "x_embedder.proj.weight": 4,
@@ -218,35 +116,6 @@ _RANKS = {
     "y_embedder.embedding_table.weight": 2,
     "pos_embed": 3,
 }
-
-
-def check_weights(weights: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
-    """Refuse tensors that no network of a checkpoint has.
-
-    Args:
-        weights: A state dict.
-        ranks: Name -> dimensions, of tensors from which sizes are read.
-
-    Raises:
-        ValueError: For numbers that are not finite or whole, empty tensors, and other dimensions; names the tensor.
-    """
-    check_tensors(weights, "The checkpoint", floating=True)
-    for key, value in weights.items():
-        if not value.numel() or value.ndim != ranks.get(key, value.ndim):
-            raise ValueError(f"The checkpoint's tensor {key!r} is {tuple(value.shape)}, which no such network has.")
-
-
-def block_numbers(weights: Iterable[str], stack: str) -> list[int]:
-    """Numbers of the blocks `<stack>.<number>.` among names.
-
-    Raises:
-        ValueError: For a number beyond what can be built.
-    """
-    found = [match[1] for key in weights if (match := re.match(rf"{re.escape(stack)}\.(\d+)\.", key))]
-    far = [number for number in found if len(number) > 6 or int(number) >= MAX_DEPTH]
-    if far:
-        raise ValueError(f"The checkpoint has a block {shown(far[0])}; allowed are {MAX_DEPTH} blocks.")
-    return [int(number) for number in found]
 
 
 def _sizes(weights: Mapping[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -287,13 +156,13 @@ def _sample_size(positions: Tensor | None, patch: int) -> int:
 def _heads(weights: Mapping[str, Tensor], width: int, qk_norm: bool) -> int:
     if qk_norm:
         return width // weights["blocks.0.attn.q_norm.weight"].shape[0]
-    if width not in HEADS:
-        known = ", ".join(f"{size} ({heads})" for size, heads in HEADS.items())
+    if width not in ATTENTION_HEADS:
+        known = ", ".join(f"{size} ({heads})" for size, heads in ATTENTION_HEADS.items())
         raise ValueError(
             f"Shapes do not tell the heads of a network of width {width}; give num_attention_heads. Known widths: "
             f"{known}."
         )
-    return HEADS[width]
+    return ATTENTION_HEADS[width]
 
 
 def _names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -330,13 +199,7 @@ def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> No
         for key in weights
         if key not in needed | optional and not re.fullmatch(r"projectors\.\d{1,3}\.\d\.\w+", key)
     ]
-    if missing or unknown:
-        findings = [f"it lacks {some_of(missing)}"] if missing else []
-        findings += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
-        raise ValueError(
-            f"This is not quite a checkpoint of DiT, SiT or REPA ({config['num_layers']} blocks of width "
-            f"{config['hidden_size']}): {'; '.join(findings)}."
-        )
+    check_tensor_names("DiT, SiT or REPA", config, missing, unknown)
     time = weights["t_embedder.mlp.0.weight"].shape[1]
     if time != TIME_CHANNELS:
         raise ValueError(f"t_embedder takes {time} channels; those of DiT, SiT and REPA take {TIME_CHANNELS}.")
@@ -390,14 +253,4 @@ def _renamed(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
     return renamed
 
 
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "ConvertedCheckpoint",
-    "block_numbers",
-    "check_weights",
-    "convert_state_dict",
-    "read_checkpoint",
-    "select_weights",
-    "some_of",
-]
+__all__ = ["ARCHITECTURES", "Architecture", "ConvertedCheckpoint", "convert_state_dict"]

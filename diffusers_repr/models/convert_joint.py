@@ -11,7 +11,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from diffusers_repr.hub.components import check_config
-from diffusers_repr.models.convert import ConvertedCheckpoint, block_numbers, check_weights, some_of
+from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
+from diffusers_repr.models.convert import ConvertedCheckpoint
 
 # Where the authors' diffusion module, whose other tensors are tables of the schedule, keeps the network.
 _NETWORK = "denoise_fn."
@@ -147,14 +148,8 @@ def _check_names(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> No
     needed = {f"{name}.{end}" for name in _names(config) for end in ("weight", "bias")}
     needed |= joined | {"cls_token", "pos_embedding"}
     missing, unknown = sorted(needed - set(weights)), sorted(set(weights) - needed)
-    if missing or unknown:
-        findings = [f"it lacks {some_of(missing)}"] if missing else []
-        findings += [f"it has {some_of(unknown)}, which are unknown"] if unknown else []
-        raise ValueError(
-            f"This is not quite a checkpoint of HybViT ({config['num_layers']} blocks of width "
-            f"{config['hidden_size']}): {'; '.join(findings)}. Its variants with shifted patches (--SPT) and local "
-            "attention (--LSA) have no counterpart here."
-        )
+    remark = " Its variants with shifted patches (--SPT) and local attention (--LSA) have no counterpart here."
+    check_tensor_names("HybViT", config, missing, unknown, remark)
     width = config["hidden_size"]
     wrong = [key for key in sorted(joined) if tuple(weights[key].shape) != (3 * width, width)]
     if wrong:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,4 +80,43 @@ def class_ids(given: Labels | None, names: Sequence[str]) -> Tensor | None:
     return labels.reshape(-1).long().cpu()
 
 
-__all__ = ["Labels", "class_ids", "label_names", "named_ids"]
+def class_or_null_ids(
+    given: Labels | None, null: int | None, ids_of: Callable[[str | Sequence[str]], list[int]]
+) -> Tensor | None:
+    """Ids of classes given by id or by name, for a network with a null class behind the others.
+
+    Args:
+        given: Ids or names, one or several; None for none.
+        null: Id of the null class, the number of classes; None of a network without classes.
+        ids_of: From names to ids.
+
+    Returns:
+        int64 `(N,)`, as many as were given, or None.
+
+    Raises:
+        TypeError: For what is neither id nor name.
+        ValueError: For a class that is not there, and of a network without classes.
+
+    Example:
+        >>> class_or_null_ids([0, 10], 10, lambda names: [])
+        tensor([ 0, 10])
+    """
+    if given is None:
+        return None
+    if null is None:
+        raise ValueError("This model has no classes (num_classes=0); leave class_labels out.")
+    named = isinstance(given, str) or (isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], str))
+    try:
+        labels = torch.as_tensor(ids_of(given) if named else given)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"class_labels are whole numbers or names; got {given!r}.") from error
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1:
+        raise TypeError(f"class_labels are whole numbers, one or one a sample; got {given!r}.")
+    labels = labels.reshape(-1).long()
+    outside = [label for label in labels.tolist() if not 0 <= label <= null]
+    if outside:
+        raise ValueError(f"class_labels are from 0 to {null - 1}, or {null} for the null class; got {outside[:10]}.")
+    return labels
+
+
+__all__ = ["Labels", "class_ids", "class_or_null_ids", "label_names", "named_ids"]

@@ -13,7 +13,13 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
-from diffusers_repr.hub.base_record import BaseRecord, Dependent, ProcessRecord, check_inputs, check_process
+from diffusers_repr.hub.base_record import (
+    BaseRecord,
+    Dependent,
+    ProcessRecord,
+    refuse_other_inputs,
+    refuse_other_process,
+)
 from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.hub.schema import listing, number, optional, record, text
 from diffusers_repr.models.labels import label_names, named_ids
@@ -238,8 +244,8 @@ class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
             config["base_model"], process=process, channels=config["in_channels"], latent_scale=config["latent_scale"]
         )
         came = BaseRecord(process=process_record(schedule), channels=channels, latent_scale=latent_scale)
-        check_process(_CLASSIFIER, was, came)
-        check_inputs(_CLASSIFIER, was, came)
+        refuse_other_process(_CLASSIFIER, was, came)
+        refuse_other_inputs(_CLASSIFIER, was, came)
 
 
 _REMEDY = "Use a classifier trained for this base (examples/train_classifier.py)."

@@ -13,19 +13,20 @@ from diffusers_repr.noise.conversions import (
     output_difference,
     to_x0_eps,
 )
-from diffusers_repr.noise.level import NoiseLevel
+from diffusers_repr.noise.level import LevelLike, NoiseLevel
 from diffusers_repr.noise.sampler import SamplerLevel, sampler_level
-from diffusers_repr.noise.schedule import KINDS, OUTPUTS, Kind, NoiseSchedule, Output
+from diffusers_repr.noise.schedule import OUTPUTS, PROCESS_KINDS, NoiseSchedule, Output, ProcessKind
 from diffusers_repr.noise.targets import training_target
 
 __all__ = [
-    "KINDS",
     "OUTPUTS",
-    "Kind",
+    "PROCESS_KINDS",
+    "LevelLike",
     "NoiseLevel",
     "NoiseSchedule",
     "Output",
     "Prediction",
+    "ProcessKind",
     "SamplerLevel",
     "add_noise",
     "eps_shift_to_output",

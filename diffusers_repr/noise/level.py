@@ -111,14 +111,14 @@ class NoiseLevel:
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.ndim > 1 or not value.numel() or value.dtype == torch.bool or value.is_complex():
-            raise ValueError(f"{name} must be a number or a tensor (B,) of them; got {describe(value)}.")
+            raise ValueError(f"{name} must be a number or a tensor (B,) of them; got {in_words(value)}.")
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, such as 261; got {value!r} ({type(value).__name__}).")
     given = wide(value)
     if bool(given.isnan().any()) or (name == "timestep" and bool(given.isinf().any())):
-        raise ValueError(f"{name} must be finite; got {describe(value)}.")
+        raise ValueError(f"{name} must be finite; got {in_words(value)}.")
     if name == "nsr" and bool((given < 0).any()):
-        raise ValueError(f"nsr must be at least 0 (0 is the clean image); got {describe(value)}.")
+        raise ValueError(f"nsr must be at least 0 (0 is the clean image); got {in_words(value)}.")
 
 
 def wide(value: Any) -> Tensor:
@@ -128,7 +128,11 @@ def wide(value: Any) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-def describe(value: Any) -> str:
+# A level, or a training timestep.
+LevelLike = int | float | NoiseLevel
+
+
+def in_words(value: Any) -> str:
     """For messages."""
     return (
         f"{value!r}" if not isinstance(value, Tensor) else f"a tensor {tuple(value.shape)} of {value.dtype}: {value}"

@@ -7,7 +7,7 @@ import math
 import torch
 
 from diffusers_repr.hub.base_record import ProcessRecord
-from diffusers_repr.hub.identity import digest
+from diffusers_repr.hub.identity import plain_hash
 from diffusers_repr.noise.schedule import NoiseSchedule
 
 _SIGMAS = ("sigma_min", "sigma_max", "sigma_data")
@@ -38,7 +38,7 @@ def _fingerprint(schedule: NoiseSchedule) -> str:
     """Hash of all of the process, to six digits of log alpha-bar."""
     table = [] if schedule.log_alpha_bar is None else [f"{v:.5e}" for v in schedule.log_alpha_bar.tolist()]
     ends = [float(getattr(schedule, name)) for name in _SIGMAS]
-    return digest([schedule.kind, schedule.num_train_timesteps, ends, table])
+    return plain_hash([schedule.kind, schedule.num_train_timesteps, ends, table])
 
 
 __all__ = ["process_record"]

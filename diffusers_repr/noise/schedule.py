@@ -11,13 +11,13 @@ from torch import Tensor
 
 from diffusers_repr.noise.level import NoiseLevel, wide
 
-Kind = Literal["vp", "ve", "edm", "flow", "cosine_flow"]
+ProcessKind = Literal["vp", "ve", "edm", "flow", "cosine_flow"]
 Output = Literal["epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v", "score"]
 
-KINDS: tuple[Kind, ...] = ("vp", "ve", "edm", "flow", "cosine_flow")
+PROCESS_KINDS: tuple[ProcessKind, ...] = ("vp", "ve", "edm", "flow", "cosine_flow")
 OUTPUTS: tuple[Output, ...] = ("epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v", "score")
 # The config of a flow-matching scheduler tells a path by this name.
-_PATHS: dict[str, Kind] = {"linear": "flow", "cosine": "cosine_flow"}
+_PATHS: dict[str, ProcessKind] = {"linear": "flow", "cosine": "cosine_flow"}
 _PREDICTION_TYPES: dict[str, Output] = {
     "epsilon": "epsilon",
     "sample": "sample",
@@ -40,7 +40,7 @@ class NoiseSchedule:
         sigma_min, sigma_max, sigma_data: EDM and VE only.
     """
 
-    kind: Kind
+    kind: ProcessKind
     output: Output
     num_train_timesteps: int = 1000
     log_alpha_bar: Tensor | None = None
@@ -49,9 +49,9 @@ class NoiseSchedule:
     sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.output not in OUTPUTS:
+        if self.kind not in PROCESS_KINDS or self.output not in OUTPUTS:
             raise ValueError(
-                f"NoiseSchedule({self.kind!r}, {self.output!r}): kind is one of {', '.join(KINDS)}; "
+                f"NoiseSchedule({self.kind!r}, {self.output!r}): kind is one of {', '.join(PROCESS_KINDS)}; "
                 f"output is one of {', '.join(OUTPUTS)}."
             )
         if self.kind == "vp" and self.log_alpha_bar is None:

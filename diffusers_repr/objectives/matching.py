@@ -13,7 +13,7 @@ MatchGrid = Literal["resize_image", "pool_student", "interpolate_teacher"]
 MODES: tuple[MatchGrid, ...] = ("resize_image", "pool_student", "interpolate_teacher")
 
 
-def check_mode(mode: str | None) -> None:
+def check_matching(mode: str | None) -> None:
     """Raise ValueError for an unknown way of matching grids."""
     if mode is not None and mode not in MODES:
         raise ValueError(f"match_grid={mode!r}; expected None or one of {', '.join(MODES)}.")
@@ -91,7 +91,7 @@ def with_grid(encoder: EncoderInfo, grid: tuple[int, ...], size: tuple[int, int]
 __all__ = [
     "MatchGrid",
     "check_grids",
-    "check_mode",
+    "check_matching",
     "interpolate_tokens",
     "pool_tokens",
     "with_grid",

@@ -10,7 +10,7 @@ import torch
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 TimeSampling = Literal["uniform", "logit_normal", "lognormal"]
-KINDS: tuple[TimeSampling, ...] = ("uniform", "logit_normal", "lognormal")
+TIME_SAMPLINGS: tuple[TimeSampling, ...] = ("uniform", "logit_normal", "lognormal")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TimeSampler:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"time_sampling={self.kind!r}; expected one of {', '.join(KINDS)}.")
+        if self.kind not in TIME_SAMPLINGS:
+            raise ValueError(f"time_sampling={self.kind!r}; expected one of {', '.join(TIME_SAMPLINGS)}.")
         if not self.std > 0:
             raise ValueError(f"The std of the time sampling must be positive; got {self.std}.")
 

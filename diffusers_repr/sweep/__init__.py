@@ -2,7 +2,7 @@
 
 from diffusers_repr.sweep.align import measure_alignment
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
-from diffusers_repr.sweep.measure import Bench, Held, Measure, Piece, Score, Split, Tally, register_measure
+from diffusers_repr.sweep.measure import Bench, CellScore, Held, Measure, Piece, Split, Tally, register_measure
 from diffusers_repr.sweep.probes import FewShotScore, ProbeScore, few_shot_probe, knn_probe, linear_probe
 from diffusers_repr.sweep.select import select_features
 from diffusers_repr.sweep.selection import Selection, SelectionCell
@@ -15,6 +15,7 @@ __all__ = [
     "Alignment",
     "AlignmentCell",
     "Bench",
+    "CellScore",
     "FewShotScore",
     "Held",
     "KNNAccuracy",
@@ -22,7 +23,6 @@ __all__ = [
     "Measure",
     "Piece",
     "ProbeScore",
-    "Score",
     "Selection",
     "SelectionCell",
     "Split",

@@ -17,15 +17,14 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead, Which, check_which, pick
-from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.noise import LevelLike, NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
-from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
-from diffusers_repr.sweep.measure import Bench, Key, Measure, Score, Split, make_measure
+from diffusers_repr.sweep.grid import SweepGrid, resolve_layers, resolve_levels
+from diffusers_repr.sweep.measure import Bench, CellScore, Key, Measure, Split, make_measure
 from diffusers_repr.sweep.run import Sweep, progress_bar
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise range, where no levels are given
@@ -35,7 +34,7 @@ def measure_alignment(
     denoiser: Denoiser,
     encoder: Encoder,
     data: Any,
-    timesteps: Sequence[Timestep] | None = None,
+    timesteps: Sequence[LevelLike] | None = None,
     layers: Sequence[str] | str | None = None,
     *,
     metrics: Sequence[str | Measure] | str | Measure = ("cknna",),
@@ -113,7 +112,7 @@ def measure_alignment(
         key=lambda level: (float(level.nsr), float(level.timestep)),
     )
     size = splits["train"].image_size(denoiser.image_channels, image_size)
-    grid = Grid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
+    grid = SweepGrid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
 
     def encode(pixels: Tensor) -> Tensor:
         return pick(encoder.encode_pixels(pixels), features)
@@ -134,14 +133,6 @@ def measure_alignment(
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     _warn_undefined(scores)
     names = tuple(measure.name for measure in measures)
-    cells = tuple(
-        AlignmentCell(
-            **place,
-            dim=grid.layers[place["layer"]].channels,
-            scores={name: scores[at, place["layer"]][name].value for name in names},
-        )
-        for at, place in grid.places()
-    )
     recipe = {
         **_recipe(denoiser, encoder, splits, reads, size),
         "features": features,
@@ -153,7 +144,20 @@ def measure_alignment(
         **condition,
     }
     recipe = json.loads(json.dumps(recipe))  # lists for tuples, as it will be read back
-    return Alignment(cells, names, bench.reference_scores, recipe)
+    return Alignment(_cells(grid, scores, names), names, bench.reference_scores, recipe)
+
+
+def _cells(
+    grid: SweepGrid, scores: Mapping[Key, Mapping[str, CellScore]], names: Sequence[str]
+) -> tuple[AlignmentCell, ...]:
+    return tuple(
+        AlignmentCell(
+            **place,
+            dim=grid.layers[place["layer"]].channels,
+            scores={name: scores[at, place["layer"]][name].value for name in names},
+        )
+        for at, place in grid.places()
+    )
 
 
 def make_measures(metrics: Sequence[str | Measure] | str | Measure, **settings: Any) -> list[Measure]:
@@ -201,7 +205,7 @@ def _open(data: Any, role: str, labelled: bool, samples: int | None, seed: int) 
     return Split(images, rows, images.name, None if labels is None else labels[torch.tensor(rows)])
 
 
-def default_levels(denoiser: Denoiser) -> list[Timestep]:
+def default_levels(denoiser: Denoiser) -> list[LevelLike]:
     """Five levels: 10 to 90 % of the training timesteps; of EDM and VE models, evenly spaced in log sigma."""
     schedule = denoiser.schedule
     if schedule.kind in ("edm", "ve"):
@@ -210,7 +214,7 @@ def default_levels(denoiser: Denoiser) -> list[Timestep]:
     return [round(share * schedule.num_train_timesteps) for share in _SHARES]
 
 
-def _warn_undefined(scores: dict[Key, dict[str, Score]]) -> None:
+def _warn_undefined(scores: dict[Key, dict[str, CellScore]]) -> None:
     undefined: dict[tuple[str, str], dict[str, None]] = {}  # (metric, why) -> layers
     for (_, path), named in scores.items():
         for metric, score in named.items():

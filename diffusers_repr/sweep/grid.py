@@ -10,12 +10,11 @@ import torch
 
 from diffusers_repr.capture import check_layers
 from diffusers_repr.denoiser import Denoiser, Layer, list_layers
-from diffusers_repr.features.extractor import Timestep
-from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.noise import LevelLike, NoiseLevel
 
 
 @dataclass(frozen=True)
-class Grid:
+class SweepGrid:
     """Layers by noise levels of one model.
 
     Attributes:
@@ -34,10 +33,10 @@ class Grid:
         where = self.denoiser.device
         return where if where.type in ("cpu", "cuda") else torch.device("cpu")
 
-    def part(self, layers: Sequence[str], levels: Sequence[int]) -> Grid:
+    def part(self, layers: Sequence[str], levels: Sequence[int]) -> SweepGrid:
         """The grid of some layers and of the levels with these indices."""
         table = {path: layer for path, layer in self.layers.items() if path in layers}
-        return Grid(self.denoiser, table, tuple(self.levels[at] for at in levels))
+        return SweepGrid(self.denoiser, table, tuple(self.levels[at] for at in levels))
 
     def level_of(self, timestep: float) -> int:
         """Index of the level with this timestep."""
@@ -67,7 +66,7 @@ def plain_timestep(level: NoiseLevel) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def resolve_levels(denoiser: Denoiser, timesteps: Sequence[Timestep]) -> list[NoiseLevel]:
+def resolve_levels(denoiser: Denoiser, timesteps: Sequence[LevelLike]) -> list[NoiseLevel]:
     """The levels that were asked for, each once, in their order.
 
     Raises:

@@ -10,8 +10,8 @@ from torch import Tensor
 from diffusers_repr.metrics.checks import UndefinedScoreError
 from diffusers_repr.metrics.gather import failing_together, gather_rows, own_rows
 from diffusers_repr.store.processes import process_state
-from diffusers_repr.sweep.grid import Grid
-from diffusers_repr.sweep.measure import Bench, Held, Key, Measure, Piece, Score, Tally, not_finite
+from diffusers_repr.sweep.grid import SweepGrid
+from diffusers_repr.sweep.measure import Bench, CellScore, Held, Key, Measure, Piece, Tally, not_finite
 
 
 class HeldTally(Tally):
@@ -23,7 +23,7 @@ class HeldTally(Tally):
         bench: What they are given besides.
     """
 
-    def __init__(self, measures: Sequence[Measure], grid: Grid, bench: Bench) -> None:
+    def __init__(self, measures: Sequence[Measure], grid: SweepGrid, bench: Bench) -> None:
         self.measures, self.grid, self.bench = measures, grid, bench
         self.kept: dict[tuple[str, str, int], list[Tensor]] = {}  # (split, layer, level) -> batches, in the end one
         self.encoded: list[Tensor] = []
@@ -55,7 +55,7 @@ class HeldTally(Tally):
             self.bench.reference[role] = whole(self.encoded)
             self.encoded = []
 
-    def scores(self) -> dict[Key, dict[str, Score]]:
+    def scores(self) -> dict[Key, dict[str, CellScore]]:
         """Every process scores a share of the cells."""
         from accelerate.utils import gather_object
 
@@ -78,8 +78,8 @@ class HeldTally(Tally):
         return dict(gather_object(found) if state.num_processes > 1 else found)
 
 
-def _score(measure: Measure, cell: Held) -> Score:
+def _score(measure: Measure, cell: Held) -> CellScore:
     try:
-        return Score(measure.score(cell))
+        return CellScore(measure.score(cell))
     except UndefinedScoreError as error:
-        return Score(None, why=str(error))
+        return CellScore(None, why=str(error))

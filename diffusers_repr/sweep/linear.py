@@ -12,8 +12,18 @@ from diffusers_repr.denoiser import Layer
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.heads.fitting.closed_form import CRITERIA, PENALTIES, LinearPath, Moments, check_penalties
 from diffusers_repr.metrics.gather import sum_over_processes
-from diffusers_repr.sweep.grid import Grid
-from diffusers_repr.sweep.measure import Bench, Key, Measure, Piece, Score, Split, Tally, not_finite, register_measure
+from diffusers_repr.sweep.grid import SweepGrid
+from diffusers_repr.sweep.measure import (
+    Bench,
+    CellScore,
+    Key,
+    Measure,
+    Piece,
+    Split,
+    Tally,
+    not_finite,
+    register_measure,
+)
 
 VALUE_METRICS = ("r2", "neg_mse")  # of numbers as targets
 
@@ -61,7 +71,7 @@ class LinearSums(Measure):
         """Of one head for every penalty."""
         return Scorer(self.name, len(self.penalties), columns_of(bench.splits["train"]))
 
-    def tally(self, grid: Grid, bench: Bench) -> Tally:
+    def tally(self, grid: SweepGrid, bench: Bench) -> Tally:
         """Sums over `train`, then hits over `held`."""
         return _SumsTally(self, grid, bench)
 
@@ -78,7 +88,7 @@ def fit_targets(split: Split, at: Tensor) -> Tensor:
 
 
 class _SumsTally(Tally):
-    def __init__(self, measure: LinearSums, grid: Grid, bench: Bench) -> None:
+    def __init__(self, measure: LinearSums, grid: SweepGrid, bench: Bench) -> None:
         self.measure, self.grid, self.bench = measure, grid, bench
         levels = len(grid.levels)
         self.moments = {path: measure.moments(measure.dim(x), levels, bench) for path, x in grid.layers.items()}
@@ -108,11 +118,11 @@ class _SumsTally(Tally):
         cells = [(at, path) for at in range(len(self.grid.levels)) for path in self.grid.layers]
         self.scorers = {cell: self.measure.scorer(self.bench) for cell in cells}
 
-    def scores(self) -> dict[Key, dict[str, Score]]:
+    def scores(self) -> dict[Key, dict[str, CellScore]]:
         found, penalties, held = {}, self.measure.penalties, self.bench.splits["held"].name
         for (at, path), scorer in self.scorers.items():
             best = scorer.best(penalties, not_finite(path, self.grid.levels[at], held))
-            found[at, path] = {self.measure.name: Score(*best)}
+            found[at, path] = {self.measure.name: CellScore(*best)}
         return found
 
 

@@ -21,8 +21,9 @@ from diffusers_repr.data.labelled import ImageRows
 from diffusers_repr.denoiser import Layer
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.pooling import pooled_size
+from diffusers_repr.hub.registry import Registry
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.sweep.grid import Grid
+from diffusers_repr.sweep.grid import SweepGrid
 
 Key = tuple[int, str]  # (index of the level, path of the layer)
 M = TypeVar("M", bound="type[Measure]")
@@ -53,7 +54,7 @@ class Split:
         return pixels.shape[2], pixels.shape[3]
 
 
-class Score(NamedTuple):
+class CellScore(NamedTuple):
     """What was measured of a cell: None where it is undefined, and `why`; the penalty of the fit that gave it."""
 
     value: float | None
@@ -114,7 +115,7 @@ class Tally:
     def close(self, role: str) -> None:
         """All images of a split have been added, on every process; `train` comes first."""
 
-    def scores(self) -> dict[Key, dict[str, Score]]:
+    def scores(self) -> dict[Key, dict[str, CellScore]]:
         """Score of every cell of the pass, by the name of the measure; the same on every process."""
         return {}
 
@@ -158,12 +159,12 @@ class Measure(ABC):  # noqa: B024 - one of `score` and `tally` is overridden
         """Bytes that are kept of one layer at one level: float32 features of every image."""
         return 4 * sum(map(len, bench.splits.values())) * layer.channels * pooled_size(self.pooling)
 
-    def tally(self, grid: Grid, bench: Bench) -> Tally | None:
+    def tally(self, grid: SweepGrid, bench: Bench) -> Tally | None:
         """What it keeps of these layers and levels; None: features, which all such measures share."""
         return None
 
 
-MEASURES: dict[str, type[Measure]] = {}
+MEASURES = Registry("metric", Measure, "register_measure")
 
 
 def register_measure(*names: str) -> Callable[[M], M]:
@@ -172,15 +173,7 @@ def register_measure(*names: str) -> Callable[[M], M]:
     Raises:
         ValueError: For a name that is taken.
     """
-
-    def add(cls: M) -> M:
-        for name in names:
-            if name in MEASURES:
-                raise ValueError(f"A measure {name!r} is registered already: {MEASURES[name].__name__}.")
-            MEASURES[name] = cls
-        return cls
-
-    return add
+    return MEASURES.register(*names)
 
 
 def make_measure(measure: str | Measure, **settings: Any) -> Measure:
@@ -191,9 +184,7 @@ def make_measure(measure: str | Measure, **settings: Any) -> Measure:
     """
     if isinstance(measure, Measure):
         return measure
-    if measure not in MEASURES:
-        raise ValueError(f"Unknown metric {measure!r}; expected one of {', '.join(MEASURES)}.")
-    cls = MEASURES[measure]
+    cls = MEASURES.find(measure)
     own = {f.name for f in dataclasses.fields(cls) if f.init}
     return cls(measure, **{name: value for name, value in settings.items() if name in own})
 

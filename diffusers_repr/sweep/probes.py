@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.heads.base import Head
-from diffusers_repr.heads.fitting.fit import accuracy_of, check_features, fit_head
+from diffusers_repr.heads.fitting.fit import accuracy_of, check_training_set, fit_head
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, KNNProtocol, Protocol
 from diffusers_repr.hub.checks import check_whole
 
@@ -205,8 +205,8 @@ def _probe(
 def _check(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> int:
     """Number of classes of what was checked."""
     classes = int(labels.max()) + 1 if labels.numel() and not labels.is_floating_point() else 0
-    check_features(features, labels, classes, "training")
-    check_features(test_features, test_labels, classes, "test", features.shape[1])
+    check_training_set(features, labels, classes, "training")
+    check_training_set(test_features, test_labels, classes, "test", features.shape[1])
     unseen = sorted(set(test_labels.unique().tolist()) - set(labels.unique().tolist()))
     if unseen:
         raise ValueError(f"Classes {unseen[:10]} of the test set have no training row; use the same label ids.")

@@ -17,9 +17,9 @@ from diffusers_repr.features.pooling import pool
 from diffusers_repr.metrics.encoding import SharedRead, read_shared
 from diffusers_repr.metrics.gather import own_rows
 from diffusers_repr.store.processes import process_state
-from diffusers_repr.sweep.grid import Grid, plan_passes
+from diffusers_repr.sweep.grid import SweepGrid, plan_passes
 from diffusers_repr.sweep.held import HeldTally
-from diffusers_repr.sweep.measure import Bench, Key, Measure, Piece, Score, Tally
+from diffusers_repr.sweep.measure import Bench, CellScore, Key, Measure, Piece, Tally
 
 
 def progress_bar(shown: bool, name: str) -> Any:
@@ -55,12 +55,12 @@ class Sweep:
 
     def run(
         self,
-        grid: Grid,
+        grid: SweepGrid,
         noise: str,
         seeds: Mapping[str, int],
         stage: str,
         on_read: Callable[[str, SharedRead], None],
-    ) -> dict[Key, dict[str, Score]]:
+    ) -> dict[Key, dict[str, CellScore]]:
         """Every measure of every cell, in as few passes over the images as memory allows.
 
         Args:
@@ -80,7 +80,7 @@ class Sweep:
         poolings = list(dict.fromkeys(measure.pooling for measure in self.measures))
         passes = plan_passes(grid.layers, len(grid.levels), self._bytes_of, self.memory)
         self.expect(stage, roles, sum(len(part.levels) for part in passes))
-        scores: dict[Key, dict[str, Score]] = {}
+        scores: dict[Key, dict[str, CellScore]] = {}
         for number, part in enumerate(passes):
             cells = grid.part(part.layers, part.levels)
             tallies = self._tallies(cells)
@@ -95,7 +95,7 @@ class Sweep:
                     scores.setdefault((part.levels[at], path), {}).update(named)
         return scores
 
-    def _tallies(self, grid: Grid) -> list[Tally]:
+    def _tallies(self, grid: SweepGrid) -> list[Tally]:
         own = {measure: measure.tally(grid, self.bench) for measure in self.measures}
         held: dict[str | None, list[Measure]] = {}
         for measure in self.measures:
@@ -119,7 +119,7 @@ class Sweep:
 
     def read(
         self,
-        grid: Grid,
+        grid: SweepGrid,
         role: str,
         tallies: Sequence[Tally],
         poolings: Sequence[str | None],

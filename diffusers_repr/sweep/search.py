@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_repr.heads.fitting.closed_form import LinearPath
 from diffusers_repr.metrics.gather import sum_over_processes
-from diffusers_repr.sweep.grid import Grid
+from diffusers_repr.sweep.grid import SweepGrid
 from diffusers_repr.sweep.linear import LinearSums, Scorer, comparable, fit_targets
 from diffusers_repr.sweep.measure import Key, Piece, Tally, not_finite
 from diffusers_repr.sweep.run import Sweep
@@ -29,7 +29,7 @@ class Addition(NamedTuple):
 
 def grow(
     sweep: Sweep,
-    grid: Grid,
+    grid: SweepGrid,
     units: Mapping[str, Sequence[Key]],
     start: Addition,
     most: int,

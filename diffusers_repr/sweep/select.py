@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from diffusers_repr.data.labelled import Source
+from diffusers_repr.data.labelled import LabelledSource
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_images
-from diffusers_repr.features.extractor import Timestep
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
 from diffusers_repr.features.pooling import check_pooling
 from diffusers_repr.heads.fitting.closed_form import PENALTIES
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.encoding import SharedRead
 from diffusers_repr.metrics.gather import sum_over_processes
-from diffusers_repr.sweep.grid import Grid, resolve_layers, resolve_levels
+from diffusers_repr.noise import LevelLike
+from diffusers_repr.sweep.grid import SweepGrid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.linear import LinearSums, comparable
-from diffusers_repr.sweep.measure import Bench, Measure, Score, make_measure
+from diffusers_repr.sweep.measure import Bench, CellScore, Measure, make_measure
 from diffusers_repr.sweep.run import Sweep, progress_bar
 from diffusers_repr.sweep.search import Addition, grow
 from diffusers_repr.sweep.selection import FeatureSet, Selection, SelectionCell
@@ -32,9 +32,9 @@ from diffusers_repr.sweep.splits import open_splits
 
 def select_features(
     denoiser: Denoiser,
-    train: Source,
-    validation: Source,
-    timesteps: Sequence[Timestep],
+    train: LabelledSource,
+    validation: LabelledSource,
+    timesteps: Sequence[LevelLike],
     layers: Sequence[str] | None = None,
     metric: str | Measure = "accuracy",
     pooling: str | None = "mean",
@@ -125,7 +125,7 @@ def select_features(
     levels = resolve_levels(denoiser, timesteps)
     splits, classes = open_splits(train, validation, measure)
     table = resolve_layers(denoiser, layers, splits["train"].image_size(denoiser.image_channels, image_size))
-    grid = Grid(denoiser, table, tuple(levels))
+    grid = SweepGrid(denoiser, table, tuple(levels))
     bench = Bench(splits, grid.device)
     measure.check(bench)
     with progress_bar(progress, "selection") as bar:
@@ -197,14 +197,14 @@ def _place(cell: SelectionCell) -> tuple[str, float, str]:
 class _Stages:
     """All cells, then the best few with other noise, then sets."""
 
-    grid: Grid
+    grid: SweepGrid
     sweep: Sweep
     measure: Measure
     policies: Sequence[str]
     seeds: Sequence[int]
     keys: dict[str, Sequence[bytes]] = field(default_factory=dict)  # of the pixels of each split
 
-    def run(self, grid: Grid, noise: str, seed: int, stage: str) -> dict[tuple[int, str], Score]:
+    def run(self, grid: SweepGrid, noise: str, seed: int, stage: str) -> dict[tuple[int, str], CellScore]:
         found = self.sweep.run(grid, noise, _seeds(noise, seed), stage, self.record_read)
         for (_, path), named in found.items():
             if named[self.measure.name].value is None:

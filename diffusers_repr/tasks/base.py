@@ -146,10 +146,12 @@ def check_base(denoiser: Denoiser, recipe: ProbeRecipe) -> None:
             was recorded.
     """
     was, came = recipe.base, base_record(denoiser, marks=recipe.base.marks)
-    bases.check_class(_PROBE, was, came)
-    bases.check_layers(_PROBE, was, came, dict(plain_module(denoiser.model).named_modules(remove_duplicate=False)))
+    bases.refuse_other_class(_PROBE, was, came)
+    bases.refuse_missing_layers(
+        _PROBE, was, came, dict(plain_module(denoiser.model).named_modules(remove_duplicate=False))
+    )
     found = [Level({}, float(level.timestep), float(level.nsr)) for level in recipe.extractor(denoiser).levels]
-    bases.check_levels(_PROBE, was, came, recipe.levels, found)
+    bases.refuse_other_levels(_PROBE, was, came, recipe.levels, found)
     name, old = called(came), called(was, "a model without a name")
     differing = bases.config_differences(was, came, config_defaults(denoiser))
     if differing:
@@ -177,4 +179,4 @@ def _measure(denoiser: Denoiser, recipe: ProbeRecipe, differing: str) -> None:
 
 def check_features(recipe: ProbeRecipe, sizes: Mapping[str, int], name: str | None) -> None:
     """Raise ValueError unless each layer gives as many values as it gave when the probe was fitted."""
-    bases.check_sizes(_PROBE, recipe.base, BaseRecord(name), sizes)
+    bases.refuse_other_sizes(_PROBE, recipe.base, BaseRecord(name), sizes)

@@ -26,7 +26,7 @@ def join(output: FeatureOutput, layers: Sequence[str]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def read_features(
+def pooled_features(
     extractor: FeatureExtractor,
     data: Labelled,
     batch_size: int,

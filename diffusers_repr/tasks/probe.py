@@ -18,7 +18,7 @@ from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.tasks import probe_files
 from diffusers_repr.tasks.base import check_features
-from diffusers_repr.tasks.images import class_data, join, read_features
+from diffusers_repr.tasks.images import class_data, join, pooled_features
 from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_extractor
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
@@ -304,7 +304,7 @@ class Probe(Task):
         """
         found = class_data(data, "test")
         check_labels(found, self.recipe.label_names)
-        features, *_ = read_features(
+        features, *_ = pooled_features(
             self.extractor, found, self.batch_size, self.recipe.prompt, self.recipe.class_labels, progress_bar
         )
         with torch.no_grad():

@@ -58,9 +58,9 @@ def load(
 ) -> tuple[PooledHead, ProbeRecipe, Denoiser]:
     """Head, recipe and checked base of a probe; the head is read before the base, which may be large."""
     folder = resolve_folder(id_or_folder, revision, token, _PATTERNS)
-    recipe = read_recipe(folder)
+    recipe = read_probe_recipe(folder)
     recipe = replace(recipe, base=found_base(recipe.base, folder))
-    head = read_head(folder)
+    head = read_probe_head(folder)
     values = sum(recipe.base.features.values()) * len(recipe.levels)
     shape = (head.config["in_features"], head.config["num_classes"])
     if shape != (values, len(recipe.label_names)):
@@ -71,7 +71,7 @@ def load(
     return head, recipe, open_base(recipe, folder, base, base_revision, **kwargs)
 
 
-def read_recipe(folder: Path) -> ProbeRecipe:
+def read_probe_recipe(folder: Path) -> ProbeRecipe:
     """The recipe in a folder.
 
     Raises:
@@ -89,7 +89,7 @@ def read_recipe(folder: Path) -> ProbeRecipe:
     return ProbeRecipe.from_dict(read_json(path), f"{str(path)!r}")
 
 
-def read_head(folder: Path) -> PooledHead:
+def read_probe_head(folder: Path) -> PooledHead:
     """The head in a folder; every weight must be there.
 
     Raises:
@@ -150,8 +150,8 @@ def push_saved(
     Returns:
         Address of the commit.
     """
-    recipe = read_recipe(Path(folder))
-    head = read_head(Path(folder))
+    recipe = read_probe_recipe(Path(folder))
+    head = read_probe_head(Path(folder))
     if base is not None:
         return push(head, recipe.with_base(base, base_revision), repo_id, **kwargs)
     _warn_of_local_base(recipe)

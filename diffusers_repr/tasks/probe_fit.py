@@ -24,7 +24,7 @@ from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.sweep.splits import refuse_one_class
 from diffusers_repr.tasks.base import record_base
-from diffusers_repr.tasks.images import class_data, read_features
+from diffusers_repr.tasks.images import class_data, pooled_features
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
 
 _PACKAGES = ("diffusers-repr", "diffusers", "torch", "transformers")
@@ -70,13 +70,13 @@ def fit_probe(
     keys: list[str] = []
     held_keys: list[str] = []
     read = (batch_size, *condition, progress_bar)
-    features, output, size = read_features(extractor, data, *read, keys)
+    features, output, size = pooled_features(extractor, data, *read, keys)
     extractor = extractor.replace(image_size=size)
     device = extractor.denoiser.device if extractor.denoiser.device.type == "cuda" else torch.device("cpu")
     pair = None
     if held is not None:
         other = extractor.replace(seed=validation_seed(extractor.noise.policy, extractor.seed))
-        pair = (read_features(other, held, *read, held_keys)[0].to(device), held.targets)
+        pair = (pooled_features(other, held, *read, held_keys)[0].to(device), held.targets)
         tell_overlap(keys, held_keys, str(data), str(held))
     result = fit_head(
         features.to(device),

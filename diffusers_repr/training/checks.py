@@ -15,7 +15,7 @@ from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.run import Progress
 
 
-def check_config(config: TrainingConfig) -> None:
+def check_services(config: TrainingConfig) -> None:
     """Places and services that the run will need.
 
     Raises:

@@ -39,7 +39,7 @@ class EMA:
         self.source = dict(averaged_tensors(objective))
         if not self.source:
             raise ValueError("Nothing to average: no module of ema_modules() has a trained parameter.")
-        self.shadow = {name: widened(tensor) for name, tensor in self.source.items()}
+        self.shadow = {name: float_copy(tensor) for name, tensor in self.source.items()}
         self._sharded = any(is_sharded(tensor) for tensor in self.source.values())
         self._pairs = None if self._sharded else self._local_pairs()
 
@@ -117,6 +117,6 @@ def averaged_tensors(objective: Objective) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}", buffer
 
 
-def widened(tensor: Tensor) -> Tensor:
+def float_copy(tensor: Tensor) -> Tensor:
     """A copy, float32 at least."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

@@ -17,7 +17,13 @@ from tqdm.auto import tqdm
 from diffusers_repr.objectives import Objective
 from diffusers_repr.training.batches import gather_streams, make_batches
 from diffusers_repr.training.checkpoints import drop_partial, find_checkpoint
-from diffusers_repr.training.checks import check_accumulation, check_config, check_place, check_result, warn_of_skipped
+from diffusers_repr.training.checks import (
+    check_accumulation,
+    check_place,
+    check_result,
+    check_services,
+    warn_of_skipped,
+)
 from diffusers_repr.training.config import TrainingConfig, recipe_of
 from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.evaluation import Evaluate, Evaluations, validate
@@ -92,7 +98,7 @@ def train(
         HubError: If the result is to be pushed and there is no token.
         ImportError: For a tracker that is not installed.
     """
-    check_config(config)
+    check_services(config)
     check_result(objective, config)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -25,7 +25,7 @@ from diffusers_repr.guidance import Guidance
 from diffusers_repr.guidance.pipeline import GuidedPipelineMixin
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 
-Labels = int | Sequence[int] | Tensor
+LabelIds = int | Sequence[int] | Tensor
 
 
 class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
@@ -72,7 +72,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
-        class_labels: Labels | None = None,
+        class_labels: LabelIds | None = None,
         guidance_scale: float = 1.0,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -147,7 +147,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check(
-        self, output_type: str, guidance_scale: float, class_labels: Labels | None, prior: Prior | None
+        self, output_type: str, guidance_scale: float, class_labels: LabelIds | None, prior: Prior | None
     ) -> None:
         sampling.check_output_type(output_type)
         sampling.check_number("guidance_scale", guidance_scale)
@@ -163,7 +163,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         if guidance_scale > 1 and class_labels is None and prior is None:
             raise ValueError(f"guidance_scale={guidance_scale} guides towards classes: pass class_labels or a prior.")
 
-    def _class_rows(self, class_labels: Labels | None) -> Tensor | None:
+    def _class_rows(self, class_labels: LabelIds | None) -> Tensor | None:
         """Labels on the device, as many as were given, the null id for none; None for a model without classes."""
         given = self.null_label if class_labels is None else class_labels
         table, labels = self.unet.config.class_embed_type is None, None

@@ -28,8 +28,7 @@ from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.guidance import EnergyGuidance, guide
 from diffusers_repr.guidance.activations import NORMALIZATIONS, Steering, steer
-from diffusers_repr.heads.joint import JointHead
-from diffusers_repr.hub.compiled import plain_module
+from diffusers_repr.heads.joint import JointHead, check_joint_parts
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.labels import Labels, class_ids
@@ -86,7 +85,7 @@ class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffusi
         classifier: JointHead | None = None,
     ) -> None:
         super().__init__()
-        _check_parts(unet, classifier)
+        check_joint_parts(unet, classifier)
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
 
     @property
@@ -383,28 +382,3 @@ def _surprise(labels: Tensor) -> Callable[..., Tensor]:
         return -logits.gather(1, labels.to(logits.device)[:, None])[:, 0]
 
     return energy
-
-
-def _check_parts(unet: Any, classifier: Any) -> None:
-    """Refuse a network and a classifier that do not belong together."""
-    unet = plain_module(unet)
-    if isinstance(unet, JointViTModel):
-        if classifier is not None:
-            raise ValueError(
-                f"A JointViTModel brings its own classifier; leave classifier out (got a {type(classifier).__name__})."
-            )
-        return
-    if not isinstance(unet, UNet2DModel):
-        raise TypeError(f"unet is a UNet2DModel or a JointViTModel; got {type(unet).__name__}.")
-    if classifier is None:
-        raise ValueError(
-            "classifier is missing: joint diffusion with a UNet2DModel needs the JointHead that was trained with it, "
-            "JointHead.from_pretrained(folder, subfolder='classifier') of a folder that examples/train_joint.py "
-            "wrote. A U-Net alone is sampled by DDPMPipeline, DDIMPipeline or GuidedUnconditionalPipeline."
-        )
-    if not isinstance(classifier, JointHead):
-        raise TypeError(f"The classifier of a UNet2DModel is a JointHead; got {type(classifier).__name__}.")
-    if unet.config.num_class_embeds is not None or unet.config.class_embed_type is not None:
-        raise ValueError(
-            "This UNet2DModel takes class labels itself; joint diffusion guides one that takes none by its classifier."
-        )

@@ -33,9 +33,9 @@ from diffusers_repr.denoiser.vae import decode_latents, vae_stride
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead
+from diffusers_repr.models.labels import Labels, class_or_null_ids
 from diffusers_repr.models.sit import SiTTransformer2DModel
 
-Labels = int | str | Sequence[int] | Sequence[str] | Tensor
 # Timesteps are float32: 1000 t of a grid point may stand this far (in t) from where the grid has it.
 _SLACK = 1e-6
 
@@ -298,28 +298,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         return inside
 
     def _given_labels(self, class_labels: Labels | None) -> Tensor | None:
-        """Int64 `(B,)` or `(1,)`, as many as were given."""
-        if class_labels is None:
-            return None
-        null = self.null_label
-        if null is None:
-            raise ValueError("This model has no classes (num_classes=0); leave class_labels out.")
-        named = isinstance(class_labels, str) or (
-            isinstance(class_labels, Sequence) and len(class_labels) > 0 and isinstance(class_labels[0], str)
-        )
-        try:
-            labels = torch.as_tensor(self.get_label_ids(class_labels) if named else class_labels)  # type: ignore[arg-type]
-        except (TypeError, RuntimeError) as error:
-            raise TypeError(f"class_labels are whole numbers or names; got {class_labels!r}.") from error
-        if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1:
-            raise TypeError(f"class_labels are whole numbers, one or one a sample; got {class_labels!r}.")
-        labels = labels.reshape(-1).long()
-        outside = [label for label in labels.tolist() if not 0 <= label <= null]
-        if outside:
-            raise ValueError(
-                f"class_labels are from 0 to {null - 1}, or {null} for the null class; got {outside[:10]}."
-            )
-        return labels
+        return class_or_null_ids(class_labels, self.null_label, self.get_label_ids)
 
     def _given_condition(self, condition: Tensor | None) -> Tensor | None:
         dim = self.transformer.config.condition_dim

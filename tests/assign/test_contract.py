@@ -1,5 +1,7 @@
 """Every assigner by the contract tester of the package; and that it finds what is wrong."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -75,7 +77,7 @@ class SignAssigner(Assigner):
 
 
 def test_faults_are_found(monkeypatch):
-    monkeypatch.setattr(registry, "_ASSIGNERS", dict(registry._ASSIGNERS))
+    monkeypatch.setattr(registry, "_ASSIGNERS", copy.copy(registry._ASSIGNERS))
     with pytest.raises(AssertionError, match="is not registered"):
         check_assigner(SignAssigner(6), FEATURES)
     register_assigner("sign")(SignAssigner)

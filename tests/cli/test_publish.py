@@ -37,8 +37,8 @@ def test_a_clone():
     assert everything["digits-class-ddim"] == everything["digits-classifier"] == "models"
     assert everything["cars-edges"] == everything["cars-depth-standin"] == "heads"
     order = list(everything.values())
-    assert order == sorted(order, key=publish.KINDS.index)
-    for kind in publish.KINDS:
+    assert order == sorted(order, key=publish.PUBLICATION_KINDS.index)
+    for kind in publish.PUBLICATION_KINDS:
         assert found("--only", kind) == {name: its for name, its in everything.items() if its == kind}
 
 

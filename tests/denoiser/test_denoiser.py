@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from diffusers_repr.denoiser import Denoiser, Family, GenericFamily, register_family
-from diffusers_repr.denoiser.family_registry import _REGISTRY, list_families
+from diffusers_repr.denoiser.family_registry import _FAMILIES, list_families
 from diffusers_repr.noise import NoiseSchedule
 from tests.testers.cases import rotating, some
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, saved, unet2d
@@ -282,11 +282,11 @@ def test_a_user_registers_a_family():
             pass
 
         assert isinstance(Denoiser(Child(), DDPMScheduler()).family, BlobFamily)  # found by the parent class
-        with pytest.raises(ValueError, match="Blob has a family adapter already"):
+        with pytest.raises(ValueError, match="'Blob' is the family adapter .*BlobFamily already"):
             register_family("Blob")(BlobFamily)
     finally:
-        _REGISTRY.pop("Blob", None)
-    with pytest.raises(ValueError, match="UNet2DModel has a family adapter already"):
+        _FAMILIES.pop("Blob", None)
+    with pytest.raises(ValueError, match="'UNet2DModel' is the family adapter .*already"):
         register_family("UNet2DModel")(BlobFamily)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from diffusers_repr.encoders import Encoder, EncoderFamily, list_encoder_families, register_encoder_family
-from diffusers_repr.encoders.family import _REGISTRY
+from diffusers_repr.encoders.family import _FAMILIES
 from diffusers_repr.testing import check_encoder
 from tests.encoders.test_preprocessing import by_hand
 from tests.encoders.vits import MODELS, PREFIX, build, clip_with_text, save
@@ -338,11 +338,11 @@ def test_a_family_of_ones_own(tmp_path):
         assert "my_vit" in list_encoder_families()
         after = Encoder.from_pretrained(folder).encode_pixels(pixels_of(1, 3, 8, 8))
         assert torch.equal(before.tokens, after.tokens)
-        with pytest.raises(ValueError, match="'my_vit' has an encoder family already"):
+        with pytest.raises(ValueError, match="'my_vit' is the encoder family .*MyFamily already"):
             register_encoder_family("my_vit")(MyFamily)
     finally:
-        _REGISTRY.pop("my_vit", None)
-    with pytest.raises(ValueError, match="'dinov2' has an encoder family already"):
+        _FAMILIES.pop("my_vit", None)
+    with pytest.raises(ValueError, match="'dinov2' is the encoder family .*Dinov2Family already"):
         register_encoder_family("dinov2")(EncoderFamily)
 
 

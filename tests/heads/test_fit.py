@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from diffusers_repr.heads import PROTOCOLS, LinearHead, MLPHead, fit_head, get_protocol
 from diffusers_repr.heads.fitting.closed_form import calibrate, fit_ridge
 from diffusers_repr.heads.fitting.logistic import fit_logistic_path
-from diffusers_repr.heads.fitting.minibatch import LARS, learning_rate, train_head
+from diffusers_repr.heads.fitting.minibatch import LARS, protocol_rate, train_head
 
 
 def planted(rows, size=10, classes=4, seed=0, noise=1.0):
@@ -211,13 +211,13 @@ def test_rates_follow_their_sources():
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 15)
     for epoch in range(15):
-        assert learning_rate(ddae, epoch + 0.5, 128) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert protocol_rate(ddae, epoch + 0.5, 128) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert learning_rate(mae, 0.0, 16384) == 0
-    assert learning_rate(mae, 10.0, 16384) == pytest.approx(6.4)
-    assert learning_rate(mae, 50.0, 16384) == pytest.approx(3.2)
-    assert learning_rate(mae, 90.0, 16384) == pytest.approx(0)
+    assert protocol_rate(mae, 0.0, 16384) == 0
+    assert protocol_rate(mae, 10.0, 16384) == pytest.approx(6.4)
+    assert protocol_rate(mae, 50.0, 16384) == pytest.approx(3.2)
+    assert protocol_rate(mae, 90.0, 16384) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "ridge", "adam", "ddae", "knn"])

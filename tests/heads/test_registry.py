@@ -105,7 +105,7 @@ def test_names_and_classes_are_taken_once(gated):
         register_head("gated")(type("OtherHead", (PooledHead,), {}))
     with pytest.raises(ValueError, match=r"'linear' is the head .*LinearHead already"):
         register_head("mine")(type("LinearHead", (PooledHead,), {}))
-    with pytest.raises(TypeError, match="A head is a subclass of Head"):
+    with pytest.raises(TypeError, match="register_head takes a subclass of Head"):
         register_head("mine")(nn.Linear)
     assert "mine" not in list_heads()
     with pytest.raises(ValueError, match="Unknown head 'readout'; expected one of gated, knn, linear, mlp"):

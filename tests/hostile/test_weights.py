@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from diffusers_repr.cli import main
 from diffusers_repr.heads import DepthHead, JointHead, KNNHead, LinearHead, MLPHead, Projector, ReadoutHead
 from diffusers_repr.models import JointViTModel, NoisyClassifier, SiTTransformer2DModel
-from diffusers_repr.models.convert import convert_state_dict, read_checkpoint
+from diffusers_repr.models.checkpoint import read_checkpoint
+from diffusers_repr.models.convert import convert_state_dict
 from diffusers_repr.models.weights import check_tensor
 from tests.hostile.cases import changed, copied, weights, written
 from tests.models.official_sit import OfficialSiT

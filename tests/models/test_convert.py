@@ -14,7 +14,8 @@ from diffusers_repr.cli import convert as command
 from diffusers_repr.cli import read_settings
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.models import SiTTransformer2DModel
-from diffusers_repr.models.convert import HEADS, convert_state_dict, read_checkpoint, select_weights
+from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
+from diffusers_repr.models.convert import ATTENTION_HEADS, convert_state_dict
 from diffusers_repr.models.sit import SIZES
 from tests.models.official_sit import OfficialSiT
 
@@ -87,7 +88,7 @@ def test_dit():
 
 
 def test_known_widths_are_the_named_sizes():
-    assert {width: heads for _, width, heads in SIZES.values()} == HEADS
+    assert {width: heads for _, width, heads in SIZES.values()} == ATTENTION_HEADS
     official = OfficialSiT(dim=384, heads=6, depth=1)
     assert convert_state_dict(official.state_dict()).config["num_attention_heads"] == 6
     with pytest.raises(ValueError, match=r"width 16; give num_attention_heads. Known widths: 384 \(6\)"):

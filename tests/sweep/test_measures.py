@@ -12,8 +12,8 @@ from diffusers_repr import FeatureExtractor
 from diffusers_repr.sweep import (
     CKA,
     Alignment,
+    CellScore,
     Measure,
-    Score,
     Selection,
     Tally,
     measure_alignment,
@@ -54,7 +54,7 @@ class _Hits(Tally):
 
     def scores(self):
         count = len(self.bench.splits["held"])
-        return {at: {self.measure.name: Score(hits / count)} for at, hits in self.hits.items()}
+        return {at: {self.measure.name: CellScore(hits / count)} for at, hits in self.hits.items()}
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_dense_measure_of_ones_own_selects_the_layer_that_shows_what_it_needs(
     assert found.recipe["pooling"] is None
     with pytest.raises(ValueError, match="pass max_layers=1"):
         select_features(model, bright(24, 0), bright(40, 1), [5], metric="brightest", progress=False)
-    with pytest.raises(ValueError, match="'brightest' is registered already"):
+    with pytest.raises(ValueError, match="'brightest' is the metric .*BrightestColumn already"):
         register_measure("brightest")(BrightestColumn)
 
 

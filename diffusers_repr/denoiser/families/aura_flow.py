@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_repr.denoiser.attention_layouts import SINGLE_TEXT_FIRST, TEXT_FIRST, AttentionLayout
 from diffusers_repr.denoiser.families.text_first import TextFirstFamily
-from diffusers_repr.denoiser.family import BatchLanes, equal_halves, null_first
+from diffusers_repr.denoiser.family import BatchLanes, lanes_by_halves
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.noise import NoiseLevel
 
@@ -40,15 +40,8 @@ class AuraFlowFamily(TextFirstFamily):
         return model_timestep * 1000
 
     def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
-        """The pipeline does not tell whether it guides: a batch of two equal halves is null and condition.
-
-        Not to be asked where its own guidance is known to be off: samples that start from equal latents would be
-        taken for a guided batch.
-        """
-        value = inputs["hidden_states"]
-        if pipe is not None and equal_halves(value):
-            return null_first(value.shape[0])
-        return BatchLanes(slice(0, value.shape[0]))
+        """The pipeline does not tell whether it guides; see `lanes_by_halves`."""
+        return lanes_by_halves(pipe, inputs["hidden_states"])
 
     def image_tokens(self, layout: AttentionLayout, inputs: Mapping[str, Any], tokens: int) -> slice:
         """After the registers and the text."""

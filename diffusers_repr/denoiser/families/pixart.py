@@ -11,8 +11,7 @@ from diffusers_repr.denoiser.default_layers import SECOND_BLOCK
 from diffusers_repr.denoiser.family import (
     BatchLanes,
     PatchTransformerFamily,
-    equal_halves,
-    null_first,
+    lanes_by_halves,
 )
 from diffusers_repr.denoiser.family_registry import register_family
 
@@ -29,15 +28,8 @@ class PixArtFamily(PatchTransformerFamily):
     pipeline_arguments = {"guidance_scale": 1.0, "use_resolution_binning": False}
 
     def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
-        """The pipeline does not tell whether it guides: a batch of two equal halves is null and condition.
-
-        Not to be asked where its own guidance is known to be off: samples that start from equal latents would be
-        taken for a guided batch.
-        """
-        value = inputs["hidden_states"]
-        if pipe is not None and equal_halves(value):
-            return null_first(value.shape[0])
-        return BatchLanes(slice(0, value.shape[0]))
+        """The pipeline does not tell whether it guides; see `lanes_by_halves`."""
+        return lanes_by_halves(pipe, inputs["hidden_states"])
 
     def example(self, batch: int, device: str) -> dict[str, Any]:
         """300 text tokens; resolution and aspect ratio where the model takes them (alpha at 1024)."""

@@ -10,7 +10,7 @@ from diffusers_repr.capture.attention import is_attention
 from diffusers_repr.denoiser import Denoiser
 
 
-def resolve_layers(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple[str, ...]:
+def resolve_attentions(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple[str, ...]:
     """Exact paths or whole-path shell patterns, of self-attention modules.
 
     Raises:
@@ -53,4 +53,4 @@ def resolve_layers(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple[str
     return tuple(path for path in candidates if path in found)
 
 
-__all__ = ["resolve_layers"]
+__all__ = ["resolve_attentions"]

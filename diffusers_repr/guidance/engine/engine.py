@@ -19,7 +19,7 @@ from diffusers_repr.guidance.engine.guided_call import GuidedCall, GuidedModel
 from diffusers_repr.guidance.engine.network_call import CallParser
 from diffusers_repr.guidance.engine.owner import Owner
 from diffusers_repr.guidance.engine.pending_step import PendingStep
-from diffusers_repr.guidance.engine.run import Run
+from diffusers_repr.guidance.engine.run import SamplingRun
 from diffusers_repr.guidance.engine.stats import Example, GuidanceStats, StepStats
 from diffusers_repr.noise import NoiseSchedule
 
@@ -27,9 +27,9 @@ from diffusers_repr.noise import NoiseSchedule
 class Engine:
     """Sees each call of the guided network, lets it be planned and changed, and keeps what outlives it.
 
-    It holds one object a lifetime: the `GuidedModel` as long as the guidance is on, a `Run` from `set_timesteps` to
-    `set_timesteps`, a `PendingStep` from the first call at a step to the scheduler's step, a `GuidedCall` from the
-    hook before the network to the hook after it (docs/how_guidance_runs.md).
+    It holds one object a lifetime: the `GuidedModel` as long as the guidance is on, a `SamplingRun` from
+    `set_timesteps` to `set_timesteps`, a `PendingStep` from the first call at a step to the scheduler's step, a
+    `GuidedCall` from the hook before the network to the hook after it (docs/how_guidance_runs.md).
 
     Args:
         guided: The model and its guidances.
@@ -41,7 +41,7 @@ class Engine:
         self.model: nn.Module = denoiser.model
         self.owner = Owner(self.model, guided.pipe)
         self.stats = GuidanceStats()
-        self.run = Run(None, denoiser.schedule)
+        self.run = SamplingRun(None, denoiser.schedule)
         self._pending = PendingStep()
         self._call: GuidedCall | None = None
         self._busy = False  # plans or finishes a call: calls that terms make meanwhile are not guided
@@ -72,7 +72,7 @@ class Engine:
 
     def step_by(self, scheduler: Any, schedule: NoiseSchedule) -> None:
         """The sampler from now on, and the process that it samples."""
-        self.run, self._pending = Run(scheduler, schedule), PendingStep()
+        self.run, self._pending = SamplingRun(scheduler, schedule), PendingStep()
 
     def new_run(self) -> None:
         """A sampling run begins: nothing of the one before is kept."""

@@ -20,7 +20,7 @@ from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.guidance.cfg import CFGTerm
 from diffusers_repr.guidance.engine.gradients import EpsGradient, latent_change
 from diffusers_repr.guidance.engine.pending_step import PendingStep
-from diffusers_repr.guidance.engine.run import Run
+from diffusers_repr.guidance.engine.run import SamplingRun
 from diffusers_repr.guidance.engine.stats import StepStats
 from diffusers_repr.guidance.step import GuidedStep, widened
 
@@ -67,7 +67,7 @@ class GuidedCall:
     guided: GuidedModel
     executor: Executor
     tape: GradientTape
-    run: Run
+    run: SamplingRun
     pending: PendingStep
     call: NetworkCall
     stats: StepStats

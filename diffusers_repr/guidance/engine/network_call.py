@@ -19,14 +19,14 @@ from diffusers_repr.guidance.engine.callers import (
     refuse_own_guidance,
 )
 from diffusers_repr.guidance.engine.pending_step import PendingStep
-from diffusers_repr.guidance.engine.run import Run
+from diffusers_repr.guidance.engine.run import SamplingRun
 from diffusers_repr.noise import NoiseLevel, sampler_level
 
 _ROUNDED = 2.0**-7  # a timestep divided and multiplied in bfloat16
 
 
 class CallParser:
-    """Reads network calls of one pipeline, or of a loop; what it finds for a whole run is kept in the `Run`.
+    """Reads network calls of one pipeline, or of a loop; what it finds for a whole run is kept in the `SamplingRun`.
 
     Args:
         denoiser: The model.
@@ -36,7 +36,7 @@ class CallParser:
     def __init__(self, denoiser: Denoiser, pipe: Any) -> None:
         self.denoiser, self.pipe = denoiser, pipe
 
-    def parse(self, inputs: dict[str, Any], run: Run, pending: PendingStep) -> tuple[NetworkCall, bool]:
+    def parse(self, inputs: dict[str, Any], run: SamplingRun, pending: PendingStep) -> tuple[NetworkCall, bool]:
         """The call with these keyword inputs.
 
         Args:
@@ -64,7 +64,7 @@ class CallParser:
         call.batch = run.batches[rows]
         return call, False
 
-    def _check_network(self, level: NoiseLevel, run: Run) -> None:
+    def _check_network(self, level: NoiseLevel, run: SamplingRun) -> None:
         """Look at the network where a run begins: of a loop without scheduler, where the noise does not fall."""
         nsr = float(level.nsr)
         if run.nsr is None or (run.scheduler is None and nsr >= run.nsr):
@@ -73,7 +73,7 @@ class CallParser:
             check_plain(self.denoiser.model, COMPILED_SINCE)
         run.nsr = nsr
 
-    def _lanes(self, inputs: dict[str, Any], run: Run) -> BatchLanes:
+    def _lanes(self, inputs: dict[str, Any], run: SamplingRun) -> BatchLanes:
         family = self.denoiser.family
         caller = calling_pipeline(self.denoiser.model)
         alone = BatchLanes(slice(0, inputs[family.sample_name].shape[0]))
@@ -99,7 +99,7 @@ class CallParser:
             )
         return family.lanes(None if family.conditioning == "text" else self.pipe, inputs)
 
-    def _level(self, inputs: Mapping[str, Any], run: Run) -> tuple[NoiseLevel, float]:
+    def _level(self, inputs: Mapping[str, Any], run: SamplingRun) -> tuple[NoiseLevel, float]:
         family = self.denoiser.family
         given = torch.as_tensor(inputs[family.timestep_name])
         if given.numel() > 1 and self.pipe is None and not bool((given == given.flatten()[0]).all()):

@@ -1,4 +1,4 @@
-"""`Run`: what is known of one sampling run, and what guidances did in it."""
+"""`SamplingRun`: what is known of one sampling run, and what guidances did in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 
-class Run:
+class SamplingRun:
     """From one `set_timesteps` of the sampler to the next.
 
     Args:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import refuse_compiled
-from diffusers_repr.capture.forwards import Run, replace_forward
+from diffusers_repr.capture.forwards import Replacement, replace_forward
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG
 from diffusers_repr.guidance.guide import is_guided
 from diffusers_repr.guidance.step import widened
 
-NegativePrediction = Run  # gives the output of the negative lane
+NegativePrediction = Replacement  # gives the output of the negative lane
 
 _COND, _NULL, _NEGATIVE = "pred_cond", "pred_uncond", "pred_negative"
 _SLACK = 1e-3  # timesteps; of float32 sigmas

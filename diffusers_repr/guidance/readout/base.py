@@ -16,9 +16,9 @@ from diffusers_repr.capture.gradient import GradientStop
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.hooks import AfterHook, Hooks
-from diffusers_repr.guidance.base import Interval, Level
+from diffusers_repr.guidance.base import Interval
 from diffusers_repr.heads import MapHead
-from diffusers_repr.noise import NoiseSchedule
+from diffusers_repr.noise import LevelLike, NoiseSchedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Comparison:
 # Heads
 
 
-def check_head(method: str, head: Any, name: str = "head") -> None:
+def require_map_head(method: str, head: Any, name: str = "head") -> None:
     """Raise TypeError unless `head` is a head on maps."""
     if not isinstance(head, MapHead):
         raise TypeError(
@@ -57,7 +57,7 @@ def check_head(method: str, head: Any, name: str = "head") -> None:
         )
 
 
-def read_head(
+def head_readout(
     head: MapHead, features: Mapping[str, Tensor], call: NetworkCall, like: Tensor, size: tuple[int, int] | None = None
 ) -> Tensor:
     """Readout `(B, C, H, W)` of a call's features, computed on the head's device, then as `like` in device and dtype.
@@ -89,7 +89,7 @@ def seen_levels(schedule: NoiseSchedule, *heads: MapHead) -> Interval | None:
         raise ValueError(
             f"No timestep of this model, {first:g} to {last:g}, is in the level_range of each head: {ranges}."
         )
-    ends: tuple[Level, Level] = (low, high)
+    ends: tuple[LevelLike, LevelLike] = (low, high)
     return None if ends == (first, last) else ends
 
 

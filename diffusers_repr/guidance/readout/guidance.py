@@ -13,7 +13,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import GradientRequest, Guidance
 from diffusers_repr.guidance.energy import EnergyTerm, check_update
 from diffusers_repr.guidance.readout.appearance import AppearanceComparison, Box
-from diffusers_repr.guidance.readout.base import Comparison, check_head, read_head, seen_levels
+from diffusers_repr.guidance.readout.base import Comparison, head_readout, require_map_head, seen_levels
 from diffusers_repr.guidance.readout.drag import DragComparison, Point
 from diffusers_repr.guidance.readout.reference import read_reference
 from diffusers_repr.guidance.readout.spatial import SpatialComparison
@@ -95,7 +95,7 @@ class ReadoutGuidance(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_head("ReadoutGuidance", self.head)
+        require_map_head("ReadoutGuidance", self.head)
         check_update(self.update)
         kind = _COMPARISONS[self.kind]
         self._check_given(kind)
@@ -162,4 +162,4 @@ class ReadoutTerm(EnergyTerm):
             self._reference = read_reference(config.reference, config.head, self.denoiser, call, config.seed, forward)
 
     def _loss(self, features: Mapping[str, Tensor], x0: Tensor | None, call: NetworkCall, x: Tensor) -> Tensor:
-        return self.config.comparison.loss(read_head(self.config.head, features, call, x), self._reference, x)
+        return self.config.comparison.loss(head_readout(self.config.head, features, call, x), self._reference, x)

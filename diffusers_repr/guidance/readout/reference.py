@@ -14,7 +14,7 @@ from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.guidance.energy import conditional_inputs
-from diffusers_repr.guidance.readout.base import Comparison, as_tensor, features_of, read_head
+from diffusers_repr.guidance.readout.base import Comparison, as_tensor, features_of, head_readout
 from diffusers_repr.guidance.step import widened
 from diffusers_repr.heads import MapHead
 from diffusers_repr.noise import add_noise
@@ -70,7 +70,7 @@ def read_reference(
     with torch.no_grad(), eval_mode(module):
         features = features_of(denoiser.model, head.config["layers"], lambda: forward(inputs))
         maps = {path: denoiser.feature_map(path, value, call.size).as_map() for path, value in features.items()}
-        return read_head(head, maps, call, widened(x))
+        return head_readout(head, maps, call, widened(x))
 
 
 def _noised(reference: Tensor, call: NetworkCall, seed: int) -> Tensor:

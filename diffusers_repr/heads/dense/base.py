@@ -12,7 +12,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads.base import Head
 from diffusers_repr.heads.dense.features import readout_layers, tap_channels
 from diffusers_repr.heads.dense.parts import timestep_vector
-from diffusers_repr.heads.dense.record import RECORD, check_base, describe_base
+from diffusers_repr.heads.dense.record import RECORD, describe_base, refuse_other_base
 from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.layers import wide_dtype
 from diffusers_repr.models.outputs import SampleOutput, packed
@@ -77,7 +77,7 @@ class MapHead(Head):
             TypeError: If `denoiser` is no `Denoiser`.
             ValueError: If class, config, layers, channels or noise process differ; names both sides.
         """
-        check_base(denoiser, type(self).__name__, self.config)
+        refuse_other_base(denoiser, type(self).__name__, self.config)
 
     @property
     def range(self) -> tuple[float, float]:

@@ -15,8 +15,8 @@ from diffusers_repr.heads.dense.base import MapHead
 from diffusers_repr.heads.dense.parts import TimeEmbedding, group_norm, resized_projections
 from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
 
-Kind = Literal["spatial", "appearance", "correspondence"]
-KINDS: tuple[Kind, ...] = ("spatial", "appearance", "correspondence")
+ReadoutKind = Literal["spatial", "appearance", "correspondence"]
+READOUT_KINDS: tuple[ReadoutKind, ...] = ("spatial", "appearance", "correspondence")
 
 
 class Bottleneck(nn.Module):
@@ -110,8 +110,8 @@ class ReadoutHead(MapHead):
         noise_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"Unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
+        if kind not in READOUT_KINDS:
+            raise ValueError(f"Unknown kind {kind!r}; expected one of {', '.join(READOUT_KINDS)}.")
         if len(output_widths) != 2:
             raise ValueError(f"output_widths must be two whole numbers; got {output_widths!r}.")
         sizes = {"width": width, "bottleneck": bottleneck, "out_channels": out_channels, "time_width": time_width}
@@ -153,4 +153,4 @@ class ReadoutHead(MapHead):
         return self.output(x).tanh()
 
 
-__all__ = ["KINDS", "Bottleneck", "ReadoutHead"]
+__all__ = ["READOUT_KINDS", "Bottleneck", "ReadoutHead"]

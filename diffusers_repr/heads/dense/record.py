@@ -60,7 +60,7 @@ def recorded_base(config: Mapping[str, Any]) -> BaseRecord:
     )
 
 
-def check_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None:
+def refuse_other_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None:
     """Refuse a network on whose features a head means nothing.
 
     Args:
@@ -77,12 +77,12 @@ def check_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) -> None
     remedy = "Pass the model it was trained on, or train a head for this one (examples/train_readout.py)."
     dependent = Dependent(head, "head", "trained", remedy)
     modules = dict(plain_module(denoiser.model).named_modules(remove_duplicate=False))
-    bases.check_class(dependent, was, came)
-    bases.check_config(dependent, was, came, config_defaults(denoiser))
-    bases.check_layers(dependent, was, came, modules)
+    bases.refuse_other_class(dependent, was, came)
+    bases.refuse_other_config(dependent, was, came, config_defaults(denoiser))
+    bases.refuse_missing_layers(dependent, was, came, modules)
     channels = {layer: getattr(modules[layer], "out_channels", None) for layer in was.features}
-    bases.check_sizes(dependent, was, came, {layer: n for layer, n in channels.items() if isinstance(n, int)})
-    bases.check_process(dependent, was, came)
+    bases.refuse_other_sizes(dependent, was, came, {layer: n for layer, n in channels.items() if isinstance(n, int)})
+    bases.refuse_other_process(dependent, was, came)
 
 
-__all__ = ["RECORD", "check_base", "describe_base", "recorded_base"]
+__all__ = ["RECORD", "describe_base", "recorded_base", "refuse_other_base"]

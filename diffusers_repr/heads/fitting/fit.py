@@ -106,12 +106,12 @@ def fit_head(
     labels = torch.as_tensor(labels)
     if num_classes is None:
         num_classes = int(labels.max()) + 1 if len(labels) else 0
-    check_features(features, labels, num_classes, "training")
+    check_training_set(features, labels, num_classes, "training")
     if len(labels.unique()) < 2:
         raise ValueError(f"All {len(labels)} training labels are {int(labels[0])}; a classifier needs two classes.")
     if validation is not None:
         validation = (validation[0], torch.as_tensor(validation[1]))
-        check_features(*validation, num_classes, "validation", features.shape[1])
+        check_training_set(*validation, num_classes, "validation", features.shape[1])
         if len(validation[1].unique()) < 2:
             raise ValueError(
                 f"All {len(validation[1])} validation labels are {int(validation[1][0])}; a score on one class tells "
@@ -128,7 +128,7 @@ def fit_head(
     return FitResult(fitted, {**chosen.describe(), "chosen": notes}, accuracy)
 
 
-def check_features(features: Tensor, labels: Tensor, num_classes: int, what: str, size: int | None = None) -> None:
+def check_training_set(features: Tensor, labels: Tensor, num_classes: int, what: str, size: int | None = None) -> None:
     """Raise ValueError unless features `(N, D)` and labels `(N,)` can be learned from."""
     if not isinstance(features, Tensor) or features.ndim != 2 or not len(features):
         shape = tuple(getattr(features, "shape", ())) or type(features).__name__

@@ -57,7 +57,7 @@ class LARS(torch.optim.Optimizer):
                 parameter.add_(velocity, alpha=-group["lr"])
 
 
-def learning_rate(protocol: MinibatchProtocol, epoch: float, batch_size: int) -> float:
+def protocol_rate(protocol: MinibatchProtocol, epoch: float, batch_size: int) -> float:
     """The rate at a point of training.
 
     Args:
@@ -67,7 +67,7 @@ def learning_rate(protocol: MinibatchProtocol, epoch: float, batch_size: int) ->
 
     Example:
         >>> from diffusers_repr.heads.fitting.protocols import PROTOCOLS
-        >>> learning_rate(PROTOCOLS["mae"], 5.0, 256)
+        >>> protocol_rate(PROTOCOLS["mae"], 5.0, 256)
         0.05
     """
     rate = protocol.learning_rate * (batch_size / 256 if protocol.rate_per_256 else 1)
@@ -122,7 +122,7 @@ def train_head(
             for step in range(steps):
                 rows = order[step * size : (step + 1) * size]
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(protocol, epoch + step / steps, size)
+                    group["lr"] = protocol_rate(protocol, epoch + step / steps, size)
                 inputs = features[rows].float()
                 inputs = head.standardize(inputs) if norm is None else norm(inputs)
                 loss = nn.functional.cross_entropy(head.classify(inputs), labels[rows])

@@ -16,7 +16,7 @@ from diffusers_repr.objectives.cosine import mean_cosine
 from diffusers_repr.objectives.matching import (
     MatchGrid,
     check_grids,
-    check_mode,
+    check_matching,
     interpolate_tokens,
     pool_tokens,
     with_grid,
@@ -76,7 +76,7 @@ class AlignmentLoss(AuxiliaryLoss):
         stop_step: int | None = None,
     ) -> None:
         super().__init__("alignment", weight, stop_step)
-        check_mode(match_grid)
+        check_matching(match_grid)
         self.chosen, self.match_grid = layer, match_grid
         self.projector: dict[str, Any] = {"hidden_dim": projector_dim, "kind": "mlp", "kernel_size": 3}
         self.projectors = nn.ModuleList()

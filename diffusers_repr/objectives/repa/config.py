@@ -19,8 +19,6 @@ from diffusers_repr.objectives.repa.objective import REPAObjective
 from diffusers_repr.objectives.repa.reg import REGObjective
 from diffusers_repr.objectives.times import TimeSampler
 
-MATCH_GRIDS = ("none", "resize_image", "pool_student", "interpolate_teacher")
-
 
 def _arg(default: Any, help: str) -> Any:
     return HfArg(default=default, help=help)
