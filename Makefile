@@ -18,6 +18,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output_dir outputs/demo $(if $(filter 1,$(TRAIN)),--train)
 
+# RECORD=1 writes tests/cpu_seconds.json, what each file of tests costs; `make quality` holds it against the budgets.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(if $(filter 1,$(RECORD)),--record-cost)
 

@@ -21,6 +21,7 @@ from diffusers_repr.noise import (
     sampler_level,
     to_x0_eps,
 )
+from tests.testers.cases import rotating
 
 # Two cases are what it asks users to leave.
 pytestmark = pytest.mark.filterwarnings("ignore:.algorithm_types dpmsolver and sde-dpmsolver. is deprecated")
@@ -254,9 +255,13 @@ def test_every_known_sampler_is_in_the_matrix():
     assert {name for name, _ in CASES} | {"ScoreSdeVeScheduler"} | ours == set(_SAMPLERS)
 
 
-@pytest.mark.parametrize("begin", [True, False])
-@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
-def test_a_run_that_begins_in_the_middle(name, config, begin):
+@pytest.mark.parametrize(
+    ("case", "begin"),
+    rotating(CASES, (True, False)),
+    ids=[f"{name}-{begin}" for name in IDS for begin in ("told", "found")],
+)
+def test_a_run_that_begins_in_the_middle(case, begin):
+    name, config = case
     scheduler, schedule = make(name, config)
     times = start(scheduler)
     skip = 2 * getattr(scheduler, "order", 1)

@@ -47,6 +47,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        return
     if config.getoption("--record-cost") and config.args_source is not config.ArgsSource.TESTPATHS:
         raise pytest.UsageError("--record-cost writes the record of a whole run; name no files, or leave it out.")
 
