@@ -415,7 +415,9 @@ def _shifted(times: np.ndarray, factor: float, path: str) -> np.ndarray:
     if factor == 1:
         return times
     if path == "linear":
-        times = factor * times / (1 + (factor - 1) * times)
+        # With a factor below rounding the divisor at t = 1 is 0; what comes is cut to 1, which is right.
+        with np.errstate(divide="ignore"):
+            times = factor * times / (1 + (factor - 1) * times)
     else:
         angle = 0.5 * math.pi * times
         times = np.arctan2(factor * np.sin(angle), np.cos(angle)) * 2 / math.pi

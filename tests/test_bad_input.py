@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor, FeatureStore, Probe, list_layers, match_layers, select_features
 from diffusers_repr.cli import main
+from tests.testers.cases import rotating
 from tests.testers.models import build, saved
 
 
@@ -74,8 +75,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("command", TASKS)
-@pytest.mark.parametrize("case", CASES)
+# The commands read models and data by the same code: each case once, each command with several.
+@pytest.mark.parametrize(("case", "command"), rotating(CASES, TASKS))
 def test_commands_tell_in_one_line_and_write_nothing(place, tmp_path, capfd, command, case):
     change, message = CASES[case]
     model, data = str(saved("ddpm")), str(place / "good.parquet")

@@ -71,7 +71,7 @@ def cases():
                 yield process, kind
 
 
-@pytest.mark.parametrize(("process", "kind"), cases())
+@pytest.mark.parametrize(("process", "kind"), list(cases()))
 def test_every_form_from_every_output(process, kind):
     schedule = with_output(SCHEDULES[process], kind)
     for level in levels_of(schedule):
@@ -94,7 +94,7 @@ def test_every_form_from_every_output(process, kind):
             torch.testing.assert_close(found, expected[form], rtol=1e-12, atol=1e-12 * scale)
 
 
-@pytest.mark.parametrize(("process", "kind"), cases())
+@pytest.mark.parametrize(("process", "kind"), list(cases()))
 def test_identities_hold_for_any_output(process, kind):
     """guidance_and_alignment.md E.1, for an output that is no perfect prediction."""
     schedule = with_output(SCHEDULES[process], kind)
@@ -116,7 +116,7 @@ def test_identities_hold_for_any_output(process, kind):
         torch.testing.assert_close(ds / s * x_t - delta / s * p.x0, p.velocity, **close)
 
 
-@pytest.mark.parametrize(("process", "kind"), cases())
+@pytest.mark.parametrize(("process", "kind"), list(cases()))
 def test_analytic_gaussian_denoiser(process, kind):
     """Data N(mu, s^2): guidance_and_alignment.md E.5."""
     schedule, mu, std = with_output(SCHEDULES[process], kind), 0.3, 0.7

@@ -22,7 +22,8 @@ from diffusers_repr.noise import (
     to_x0_eps,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# Two cases are what it asks users to leave.
+pytestmark = pytest.mark.filterwarnings("ignore:.algorithm_types dpmsolver and sde-dpmsolver. is deprecated")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 CONTINUOUS = {"prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0}

@@ -7,7 +7,6 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, I
 
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VP = [
     "CogVideoXDDIMScheduler",

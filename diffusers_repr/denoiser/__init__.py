@@ -4,26 +4,56 @@ from diffusers_repr.denoiser import families
 from diffusers_repr.denoiser.attention_layouts import AttentionLayout
 from diffusers_repr.denoiser.block_outputs import register_block_output
 from diffusers_repr.denoiser.condition import Condition
+from diffusers_repr.denoiser.conditioner import (
+    CaptionConditioner,
+    Conditioner,
+    LabelConditioner,
+    MapConditioner,
+    SeveralConditioner,
+    TokenConditioner,
+    VectorConditioner,
+)
 from diffusers_repr.denoiser.default_layers import LayerDefault
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family, GenericFamily
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
+from diffusers_repr.denoiser.prior import (
+    GeneratorPrior,
+    HistogramPrior,
+    Prior,
+    QueryPrior,
+    StoredPrior,
+    load_prior,
+)
 
 __all__ = [
     "AttentionLayout",
+    "CaptionConditioner",
     "Condition",
+    "Conditioner",
     "Denoiser",
     "Family",
     "FeatureMap",
+    "GeneratorPrior",
     "GenericFamily",
+    "HistogramPrior",
+    "LabelConditioner",
     "Layer",
     "LayerDefault",
+    "MapConditioner",
+    "Prior",
+    "QueryPrior",
+    "SeveralConditioner",
+    "StoredPrior",
+    "TokenConditioner",
+    "VectorConditioner",
     "families",
     "layer_table",
     "list_layers",
     "list_layers_from_config",
+    "load_prior",
     "register_block_output",
     "register_family",
 ]

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr import noise as process
-from diffusers_repr.denoiser import conditioning
 from diffusers_repr.denoiser.condition import Condition, eval_mode
+from diffusers_repr.denoiser.conditioner import Conditioner, default_conditioner
+from diffusers_repr.denoiser.conditioner.inputs import from_embeddings
 from diffusers_repr.denoiser.default_layers import LayerDefault, Method
-from diffusers_repr.denoiser.family import Family, Grid, floating_dtype
+from diffusers_repr.denoiser.family import MAP_INPUT, Family, Grid, floating_dtype
 from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
 from diffusers_repr.denoiser.sizes import check_size
-from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, vae_stride
+from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, pixel_channels, vae_stride
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
@@ -38,6 +39,7 @@ class Denoiser:
         pipe: The pipeline whose code makes text conditions.
         family: Adapter; by the model's class if None.
         schedule: Noise process; read from the scheduler if None.
+        conditioner: What the network is conditioned on; as its family tells if None.
         name: Hub id or folder it came from, for recipes.
         revision: Its revision.
 
@@ -63,6 +65,7 @@ class Denoiser:
         pipe: Any = None,
         family: Family | None = None,
         schedule: NoiseSchedule | None = None,
+        conditioner: Conditioner | None = None,
         name: str | None = None,
         revision: str | None = None,
     ) -> None:
@@ -71,6 +74,7 @@ class Denoiser:
         self.model, self.scheduler, self.vae, self.pipe = model, scheduler, vae, pipe
         self.family = family_of(model) if family is None else family.bound_to(self.config)
         self.schedule = schedule or NoiseSchedule.from_scheduler(scheduler)
+        self.conditioner = conditioner
         self.name, self.revision = name, revision
         self.prompts: MutableMapping[Any, dict[str, Any]] | None = None  # set a dict to keep encoded prompts
 
@@ -127,6 +131,18 @@ class Denoiser:
     # What it is
 
     @property
+    def conditioner(self) -> Conditioner:
+        """What the network is conditioned on: for training, sampling and guidance alike. May be set."""
+        # Bound anew: one that was kept would hold this object, and with it the weights, in a circle.
+        return (self._conditioner or default_conditioner(self.family)).bound_to(self)
+
+    @conditioner.setter
+    def conditioner(self, conditioner: Conditioner | None) -> None:
+        if conditioner is not None and not isinstance(conditioner, Conditioner):
+            raise TypeError(f"A Conditioner is needed; got {type(conditioner).__name__}.")
+        self._conditioner = conditioner
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """The network's config; empty for a plain nn.Module."""
         return getattr(plain_module(self.model), "config", {})
@@ -163,8 +179,8 @@ class Denoiser:
     def image_channels(self) -> int:
         """Channels of an image: those of x_0 for pixel models, those of the VAE's input else."""
         if self.vae is not None:
-            return int(self.vae.config.get("in_channels", 3))
-        return self.family.channels()
+            return pixel_channels(self.vae.config)
+        return self.family.channels() - self.conditioner.map_channels
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -294,6 +310,7 @@ class Denoiser:
         *,
         negative_prompt: str | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
+        values: Any = None,
         embeddings: Mapping[str, Any] | None = None,
         batch: int | None = None,
         size: tuple[int, ...] | None = None,
@@ -307,6 +324,8 @@ class Denoiser:
             prompt: One prompt for all or one per sample. None is the empty prompt.
             negative_prompt: Also make the null condition, from this prompt.
             class_labels: An id for all or one per sample. None is the null class where the model has one.
+            values: Vectors, tokens or maps of a `conditioner` that takes such, one row for all or one per sample. None
+                is its null condition.
             embeddings: Ready inputs instead: by the names of the pipeline's call (`prompt_embeds`, ...) or of the
                 network's forward (`encoder_hidden_states`, ...), with 1 or `batch` rows.
             batch: Number of samples; as many as there are prompts, labels or rows if None.
@@ -321,26 +340,23 @@ class Denoiser:
             self.check_size(size)  # some pipelines round the size with a mere warning
             size = (1, *size) if len(size) < self.family.axes else size
         if embeddings is not None:
-            if prompt is not None or negative_prompt is not None or class_labels is not None:
-                raise ValueError("Pass embeddings, or prompt / class_labels, not both.")
-            return conditioning.from_embeddings(self, embeddings, batch, size)
-        if self.family.conditioning == "text":
-            if class_labels is not None:
-                raise ValueError(f"{type(self.model).__name__} takes a prompt, not class_labels.")
-            store = {} if cache is None else cache
-            return conditioning.from_prompts(self, prompt, negative_prompt, batch, size, store)
-        if prompt not in (None, "") or negative_prompt not in (None, ""):
-            raise ValueError(
-                f"{type(self.model).__name__} takes no prompt"
-                + ("; class-conditional models take class_labels." if self.family.conditioning == "class" else ".")
-            )
-        return conditioning.from_labels(self, class_labels, batch)
+            if not (prompt is None and negative_prompt is None and class_labels is None and values is None):
+                raise ValueError("Pass embeddings, or prompt / class_labels / values, not both.")
+            return from_embeddings(self, embeddings, batch, size)
+        conditioner = self.conditioner
+        given = {"prompt": prompt or None, "class_labels": class_labels, "values": values}
+        conditioner.refuse(**given, negative_prompt=negative_prompt or None)
+        chosen = prompt if conditioner.argument == "prompt" else given[conditioner.argument]
+        return conditioner.condition(chosen, batch, size, cache, negative_prompt)
 
     # The network
 
     def network_inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword inputs of the network's forward for `x_t` at a resolved level."""
-        return self.family.inputs(x_t, level, condition)
+        if MAP_INPUT not in condition:
+            return self.family.inputs(x_t, level, condition)
+        others = {name: value for name, value in condition.items() if name != MAP_INPUT}
+        return self.family.with_condition(self.family.inputs(x_t, level, others), {MAP_INPUT: condition[MAP_INPUT]})
 
     def predict(
         self, x_t: Tensor, level: NoiseLevel | float | Tensor, condition: Condition | Mapping[str, Any] | None = None

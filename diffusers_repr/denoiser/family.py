@@ -15,6 +15,8 @@ from diffusers_repr.noise import NoiseLevel
 
 # Cells along each axis, two for an image and three for a video (hence `Any`, which fits both), and the first token.
 Grid = tuple[tuple[Any, ...], int]
+# Under this name a condition has the map that is concatenated to x_t; no network's forward has such an input.
+MAP_INPUT = "map_channels"
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,23 @@ class Family(FamilyLayers):
         """The inputs of a call with another x_t."""
         extra = inputs[self.sample_name][:, x_t.shape[1] :]
         return {**inputs, self.sample_name: torch.cat([x_t, extra], 1) if extra.shape[1] else x_t}
+
+    def with_condition(self, inputs: Mapping[str, Any], condition: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a call with other condition inputs; a map takes the place of what stands behind x_t.
+
+        Raises:
+            ValueError: For a map of another size, or where the network takes no channels beside x_t.
+        """
+        inputs = {**inputs, **{name: value for name, value in condition.items() if name != MAP_INPUT}}
+        if MAP_INPUT not in condition:
+            return inputs
+        x_t, maps = self.sample(inputs), condition[MAP_INPUT]
+        if inputs[self.sample_name].ndim != 4 or maps.shape[::2] != x_t.shape[::2] or maps.shape[3] != x_t.shape[3]:
+            raise ValueError(
+                f"Maps {tuple(maps.shape)} do not fit x_t {tuple(x_t.shape)}: they have its rows, height and width, "
+                "and a network that takes both as one (B, C, H, W)."
+            )
+        return {**inputs, self.sample_name: torch.cat([x_t, maps.to(x_t)], 1)}
 
     def sample_channels(self, value: Tensor) -> int:
         """Channels of x_t in the network's input: as many as it predicts, at most."""
@@ -244,6 +263,10 @@ class Family(FamilyLayers):
         """
         count = int(self.config.get("num_classes") or 0) if self.conditioning == "class" else 0
         return count, count or None
+
+    def vector_input(self) -> str | None:
+        """Name of the network's input of vectors `(B, D)` that it is conditioned on, whose width `example` shows."""
+        return None
 
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Condition inputs from class labels `(B,)`; None asks for the null class."""
@@ -365,6 +388,7 @@ def lanes_by_halves(pipe: Any, value: Tensor) -> BatchLanes:
 
 
 __all__ = [
+    "MAP_INPUT",
     "BatchLanes",
     "Family",
     "GenericFamily",

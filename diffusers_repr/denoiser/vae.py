@@ -34,6 +34,14 @@ def config_stride(config: Mapping[str, Any]) -> int:
     return 2 ** (len(stages) - 1)
 
 
+def pixel_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the images that an autoencoder takes, from its config."""
+    channels = int(config.get("in_channels", 3))
+    # Wan 2.2's counts those of a patch of pixels, LTX's those of a pixel.
+    patch = config.get("patch_size") if "scale_factor_spatial" in config else None
+    return channels // int(patch or 1) ** 2
+
+
 def frame_stride(config: Mapping[str, Any]) -> int:
     """Frames per latent frame behind the first, which is one by itself, from the autoencoder's config."""
     for name in ("temporal_compression_ratio", "scale_factor_temporal"):

@@ -49,7 +49,8 @@ def guide(
         scheduler: For a `Denoiser`: the scheduler that your loop steps. Without it noise levels are those of training
             timesteps, and methods that move the latents are refused. All rows of a call are conditional; a second
             call for the same samples at one step is the null condition's, for a guidance of the loop's own.
-        null: For a `Denoiser` and `CFG`: the null condition, one row or as many as the calls have.
+        null: For a `Denoiser` and `CFG`: the null condition, one row or as many as the calls have;
+            `denoiser.conditioner.null()` is that of training.
 
     Returns:
         A handle: context manager, `remove()`, `stats`.

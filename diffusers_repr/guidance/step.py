@@ -78,7 +78,7 @@ class GuidedStep:
         inputs = index_batch(call.inputs, call.rows, rows, unbatched)
         own = call.x[rows]
         if condition is not None:
-            inputs = {**inputs, **condition}
+            inputs = family.with_condition(inputs, condition)
         if x is not None:
             inputs = family.with_sample(inputs, x.to(own.dtype))
         raw = self._forward(self.denoiser.model if model is None else model, inputs)

@@ -19,7 +19,8 @@ class Objective(nn.Module):
 
     A batch is a dict: `pixel_values` (B, C, H, W) float32 in [-1, 1]; and, where the data have them, `class_labels`
     (B,) int64, `caption` (list of str), `moments` (B, 2c, h, w), mean and standard deviation of the VAE's posterior,
-    `features` (encoder name -> (B, N, D) of its tokens) and `features_global` (name -> (B, D)), `index` (B,).
+    `features` (encoder name -> (B, N, D) of its tokens) and `features_global` (name -> (B, D)), `index` (B,), and what
+    the denoiser's `conditioner` reads.
 
     Frozen parts (teachers, VAEs) are kept by `freeze`: they move with the objective, stay in eval mode, and are absent
     from parameters, from `state_dict` and from the moving average.

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_repr.capture.names import check_layers
-from diffusers_repr.denoiser import Denoiser, FeatureMap, list_layers
-from diffusers_repr.denoiser.condition import forward_names
+from diffusers_repr.denoiser import Denoiser, FeatureMap, LabelConditioner, list_layers
 from diffusers_repr.denoiser.denoiser import COMPONENTS, require_images
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.layers import Layer
@@ -42,16 +41,18 @@ class DiffusionObjective(Objective):
         encoders: Frozen teachers of these: `Encoder`s, or name -> `Encoder`; `CachedFeatures` where all features lie
             in a cache.
         time_sampling: How noise levels are drawn.
-        label_dropout: Probability that a sample's class (or caption) becomes null, one draw a sample
-            (Ho and Salimans 2022, arXiv 2207.12598, alg. 1). With 1 data without captions will do.
-        null_label: Id of the null class where the family does not tell (`UNet2DModel`: the last id by default).
+        label_dropout: Probability that a sample's condition (class, caption, vector, ...) becomes null, one draw a
+            sample (Ho and Salimans 2022, arXiv 2207.12598, alg. 1). With 1 data without captions will do.
+        null_label: Id of the null class where the family does not tell (`UNet2DModel`: the last id by default),
+            -1 for none.
 
     Raises:
-        ValueError: If labels are to be dropped and there is no null class; for a pipeline whose network denoises a
+        ValueError: If conditions are to be dropped and there is no null one; for a pipeline whose network denoises a
             class token, which this method would not train; for two losses of one name.
         RuntimeError: If losses read layers and the network is compiled already.
 
     Attributes:
+        conditioner: The denoiser's: what batches are to have, and how the network gets it.
         trains_class_token: Whether the method trains the `class_token` of a pipeline (REG).
         own_losses: Names of what the method itself logs.
     """
@@ -75,14 +76,12 @@ class DiffusionObjective(Objective):
             raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
         self.denoiser, self.network = denoiser, denoiser.model
         self.time_sampling, self.label_dropout = time_sampling or TimeSampler(), label_dropout
-        self.num_classes, self.null_label = classes_of(denoiser, null_label)
-        if self.num_classes and label_dropout > 0 and self.null_label is None:
-            raise ValueError(
-                f"label_dropout={label_dropout} has no null class to drop to; set it to 0, or name one by null_label."
-            )
-        self.label_input = label_input(denoiser) if self.num_classes else ""
-        self.masks_labels = "drop_mask" in forward_names(self.network)
-        self.prompts: dict[Any, dict[str, Any]] = {}
+        self.conditioner = denoiser.conditioner
+        if null_label is not None:
+            if not isinstance(self.conditioner, LabelConditioner):
+                raise ValueError(f"null_label={null_label}, but the model is conditioned on {self.conditioner.kind}.")
+            self.conditioner = LabelConditioner(null_label).bound_to(denoiser)
+        self.conditioner.check_dropout(label_dropout)
         if getattr(denoiser.pipe, "class_token", None) is not None and not self.trains_class_token:
             raise ValueError(
                 f"This pipeline denoises images together with a class token (REG), and {type(self).__name__} would "
@@ -159,22 +158,11 @@ class DiffusionObjective(Objective):
         return NoisyBatch(x0, noise, level, add_noise(x0, level, noise), target, condition, batch)
 
     def condition(self, batch: Batch, count: int, drop: bool = True) -> dict[str, Any]:
-        """The network's further inputs; a dropped label is null for the whole network."""
+        """The network's further inputs; a dropped condition is null for the whole network."""
         chance = self.label_dropout if drop else 0.0
-        family = self.denoiser.family
-        if family.conditioning == "text":
-            captions = list(batch.get("caption") or [""] * count)
-            dropped = (torch.rand(count, generator=batch.get("generator")) < chance).tolist()
-            captions = ["" if gone else text for text, gone in zip(captions, dropped, strict=True)]
-            return self.denoiser.condition(prompt=captions, cache=self.prompts).kwargs()
-        if self.num_classes == 0:
-            return {}
-        labels = batch["class_labels"]
-        if chance > 0:
-            gone = torch.rand(count, device=labels.device, generator=batch.get("generator")) < chance
-            labels = torch.where(gone, self.null_label, labels)  # type: ignore[arg-type]
-        masks = {"drop_mask": torch.zeros(count, dtype=torch.bool, device=labels.device)} if self.masks_labels else {}
-        return {self.label_input: labels, **masks}
+        values = self.conditioner.from_batch(batch, count)
+        dropped = self.conditioner.draw_dropped(values, chance, batch.get("generator"))
+        return self.conditioner.inputs(values, dropped)
 
     # Loss
 
@@ -254,11 +242,13 @@ class DiffusionObjective(Objective):
             loss.on_step_end(step, ema)
 
     def identity(self) -> dict[str, Any]:
-        """Settings of every auxiliary loss, and the fingerprints of the encoders."""
+        """Settings of the conditioner and every auxiliary loss, and the fingerprints of the encoders."""
+        own = {"conditioner": self.conditioner.describe()} if self.conditioner.recorded else {}
         if not self.losses:
-            return super().identity()
+            return {**super().identity(), **own}
         return {
             **super().identity(),
+            **own,
             "terms": {name: loss.describe() for name, loss in self.losses.each.items()},
             "encoders": {name: encoder.fingerprint() for name, encoder in self.encoders.items()},
         }
@@ -266,32 +256,13 @@ class DiffusionObjective(Objective):
     # Checks
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Labels must be there, and in range; captions too, unless `label_dropout` is 1; what the encoders need.
+        """The condition must be there, and in range (captions need not, if `label_dropout` is 1); what encoders need.
 
         Raises:
-            ValueError: Naming the label and the allowed range, or what is missing.
+            ValueError: Naming what is wrong and what is allowed, or what is missing.
         """
         self.check_encoders(batch)
-        if self.denoiser.family.conditioning == "text" and "caption" not in batch and self.label_dropout < 1:
-            raise ValueError(
-                f"{type(self.network).__name__} is conditioned on text and the data have no captions; name a column "
-                "of texts by caption_column, or set label_dropout to 1 to train on the empty prompt alone."
-            )
-        if self.num_classes == 0:
-            return
-        labels = batch.get("class_labels")
-        if labels is None:
-            raise ValueError(
-                f"{type(self.network).__name__} is class-conditional and the data have no class_labels; name a "
-                "ClassLabel column by label_column, or build the model with num_classes=0."
-            )
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"A batch has class_labels from {low} to {high}; the model's classes are 0 to {self.num_classes - 1}"
-                f"{'' if self.null_label is None else f' (null: {self.null_label})'}. Check label_column, or build "
-                "the model with as many classes as the data have."
-            )
+        self.conditioner.check_batch(batch, self.label_dropout)
 
     def check_encoders(self, batch: Mapping[str, Any]) -> None:
         """Features of every encoder must be there, or images to make them from.
@@ -312,13 +283,7 @@ class DiffusionObjective(Objective):
         Raises:
             ValueError: Naming both numbers.
         """
-        classes = getattr(data, "num_classes", None)
-        if self.num_classes and classes is not None and classes != self.num_classes:
-            raise ValueError(
-                f"The data have {classes} classes, {type(self.network).__name__} has {self.num_classes}"
-                f"{'' if self.null_label is None else ' and the null class'}; set the model's number of classes to "
-                f"{classes}."
-            )
+        self.conditioner.check_data(data)
 
     # The result
 
@@ -334,37 +299,12 @@ class DiffusionObjective(Objective):
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """Samples; of class-conditional models the classes in turn, rows of 8 a class."""
-        if self.num_classes and "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
+        given = self.conditioner.preview(count)
+        if "class_labels" in given and "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
             # diffusers has no pipeline that tells a `UNet2DModel` a class.
             pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
-        given: dict[str, Any] = {"generator": generator, "num_inference_steps": steps}
-        if self.num_classes:
-            given["class_labels"] = [place // 8 % self.num_classes for place in range(count)]
-        elif self.denoiser.family.conditioning == "text":
-            given["prompt"] = [""] * count
-        else:
-            given["batch_size"] = count
-        return pipe(**given).images
+        return pipe(**given, generator=generator, num_inference_steps=steps).images
 
 
-def label_input(denoiser: Denoiser) -> str:
-    """Name of the network's input of class ids."""
-    made = denoiser.family.from_class_labels(torch.zeros(1, dtype=torch.long))
-    names = [name for name, value in made.items() if isinstance(value, Tensor) and value.dtype == torch.long]
-    return names[0] if len(names) == 1 else "class_labels"
-
-
-def classes_of(denoiser: Denoiser, null_label: int | None) -> tuple[int, int | None]:
-    """Number of classes of a class-conditional network (0: none) and the id of its null class.
-
-    `UNet2DModel` does not tell which of its ids is null: the last one, unless `null_label` says otherwise; -1 says
-    that there is none.
-    """
-    count, null = denoiser.family.classes()
-    if not count or null is not None:
-        return count, null
-    return (count, None) if null_label == -1 else (count - 1, count - 1 if null_label is None else null_label)
-
-
-__all__ = ["DiffusionObjective", "classes_of"]
+__all__ = ["DiffusionObjective"]

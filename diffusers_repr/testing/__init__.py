@@ -1,6 +1,7 @@
 """Contracts of the extension points, as functions: what each asks of a class of yours, checked on a small model."""
 
 from diffusers_repr.testing.assigner import check_assigner
+from diffusers_repr.testing.conditioner import check_conditioner
 from diffusers_repr.testing.encoder import check_encoder
 from diffusers_repr.testing.guidance import check_guidance
 from diffusers_repr.testing.head import check_head
@@ -10,6 +11,7 @@ from diffusers_repr.testing.task import check_task
 __all__ = [
     "check_assigner",
     "check_auxiliary_loss",
+    "check_conditioner",
     "check_encoder",
     "check_guidance",
     "check_head",

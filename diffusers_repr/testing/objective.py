@@ -68,7 +68,7 @@ def check_phase(objective: Objective, batch: Batch, phase: str) -> None:
     for name, value in out.items():
         _holds(isinstance(value, Tensor) and value.ndim == 0, f"{name!r} of the phase {phase!r} is no scalar tensor")
         _holds(name == "loss" or not value.requires_grad, f"{name!r} is logged with its graph; detach it")
-    _holds(bool(out["loss"].isfinite()), f"the loss of the phase {phase!r} is {float(out['loss'])}")
+    _holds(bool(out["loss"].isfinite()), f"the loss of the phase {phase!r} is {float(out['loss'].detach())}")
     groups = objective.param_groups(phase)
     trained = {id(p): p for group in groups for p in group["params"]}
     names = {id(p): name for name, p in objective.named_parameters()}

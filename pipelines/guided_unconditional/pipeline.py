@@ -18,7 +18,9 @@ from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_
 from torch import Tensor
 
 from diffusers_repr.denoiser import sampling
+from diffusers_repr.denoiser.conditioner import bare_conditioner
 from diffusers_repr.denoiser.family_registry import family_of
+from diffusers_repr.denoiser.prior import Prior
 from diffusers_repr.guidance import Guidance
 from diffusers_repr.guidance.pipeline import GuidedPipelineMixin
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
@@ -80,6 +82,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_label: int = 1,
+        prior: Prior | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples.
 
@@ -102,6 +105,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
                 returns by name take the place of these.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`.
             num_images_per_label: Samples of each of the class_labels, side by side.
+            prior: Draws the class_labels by the generator, after the noise, where these are not given.
 
         Returns:
             `.images`; with `return_dict=False` a tuple of them.
@@ -112,19 +116,21 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
                 their ranges, latents that do not fit or are not finite, settings that this model or scheduler does
                 not act on, and a scheduler made from the config of another noise process.
         """
-        self._check(output_type, guidance_scale, class_labels)
+        self._check(output_type, guidance_scale, class_labels, prior)
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
         extra = sampling.step_arguments(self.scheduler, generator, eta, use_clipped_model_output)
-        rows = self._class_rows(class_labels)
+        rows = None if prior is not None else self._class_rows(class_labels)
         given = None if class_labels is None else rows
         (repeated,) = sampling.repeat_rows(num_images_per_label, class_labels=given)
         rows = rows if repeated is None else repeated
         batch_size = sampling.count_samples(
             batch_size=batch_size, class_labels=rows, latents=latents, generator=generator
         )
-        rows = None if rows is None else rows.expand(batch_size, *rows.shape[1:])
         noise = self._noise(batch_size, generator, latents)
+        if prior is not None:
+            rows = self._class_rows(prior.draw(batch_size, generator))
+        rows = None if rows is None else rows.expand(batch_size, *rows.shape[1:])
         self._guidance_scale, self._interrupt = guidance_scale, False
         if num_inference_steps is None:
             num_inference_steps = 1000 if isinstance(self.scheduler, DDPMScheduler) else 50
@@ -140,7 +146,9 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, output_type: str, guidance_scale: float, class_labels: LabelIds | None) -> None:
+    def _check(
+        self, output_type: str, guidance_scale: float, class_labels: LabelIds | None, prior: Prior | None
+    ) -> None:
         sampling.check_output_type(output_type)
         sampling.check_number("guidance_scale", guidance_scale)
         if guidance_scale > 1 and self.null_label is None:
@@ -150,8 +158,10 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
                 f"class_embed_type={self.unet.config.class_embed_type!r}). Leave it at 1; other guidance needs no "
                 "classes: guidance=[PAG(3.0)]."
             )
-        if guidance_scale > 1 and class_labels is None:
-            raise ValueError(f"guidance_scale={guidance_scale} guides towards classes: pass class_labels.")
+        if class_labels is not None and prior is not None:
+            raise ValueError("prior draws class_labels that are not given; pass one of both.")
+        if guidance_scale > 1 and class_labels is None and prior is None:
+            raise ValueError(f"guidance_scale={guidance_scale} guides towards classes: pass class_labels or a prior.")
 
     def _class_rows(self, class_labels: LabelIds | None) -> Tensor | None:
         """Labels on the device, as many as were given, the null id for none; None for a model without classes."""
@@ -181,12 +191,13 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
     def _predict(self, step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Tensor]:
         """What the scheduler steps with, classifier-free guidance included."""
         latents, class_labels = tensors["latents"], tensors["class_labels"]
-        guided, null_label, channels = self.do_classifier_free_guidance, self.null_label, latents.shape[1]
+        guided, channels = self.do_classifier_free_guidance, latents.shape[1]
         x = torch.cat([latents] * 2) if guided else latents
         if hasattr(self.scheduler, "scale_model_input"):
             x = self.scheduler.scale_model_input(x, t)
-        if guided and class_labels is not None and null_label is not None:
-            class_labels = torch.cat([torch.full_like(class_labels, null_label), class_labels])
+        if guided and class_labels is not None:
+            dropped = torch.arange(len(x), device=x.device) < len(latents)
+            class_labels = bare_conditioner(self.unet).inputs(torch.cat([class_labels] * 2), dropped)["class_labels"]
         output = self.unet(x, t, class_labels=class_labels, return_dict=False)[0]
         if guided:
             null, cond = output[:, :channels].chunk(2)

@@ -26,7 +26,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
-from diffusers_repr.denoiser import sampling
+from diffusers_repr.denoiser import LabelConditioner, VectorConditioner, sampling
+from diffusers_repr.denoiser.conditioner import bare_conditioner
+from diffusers_repr.denoiser.prior import HistogramPrior, Prior
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
@@ -149,12 +151,13 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_label: int = 1,
+        prior: Prior | None = None,
     ) -> SiTPipelineOutput | tuple[Any]:
         """Samples.
 
         Args:
             class_labels: One id or name for all samples, or one a sample; the id `num_classes` is the null class.
-                None: drawn by the generator, after the noise; none for a model without classes.
+                None: drawn by the generator, after the noise, as `prior` says; none for a model without classes.
             batch_size: Number of samples; as many as there are labels, latents, conditions or generators if None,
                 else 1.
             guidance_scale: Classifier-free guidance, `null + guidance_scale (cond - null)`; off up to 1.
@@ -176,6 +179,8 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`,
                 `class_token`.
             num_images_per_label: Samples of each of the class_labels or conditions, side by side.
+            prior: Draws the class_labels, or the conditions if it gives vectors, that are not given; class_labels are
+                drawn from all alike if None.
 
         Returns:
             `.images`, `.class_labels` and `.class_tokens`.
@@ -190,14 +195,13 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
         labels, vectors = self._given_labels(class_labels), self._given_condition(condition)
-        self._check_guided_condition(guidance_scale, class_labels, labels, vectors)
+        self._check_guided_condition(guidance_scale, class_labels, labels, vectors, prior)
         labels, vectors = sampling.repeat_rows(num_images_per_label, class_labels=labels, condition=vectors)
         batch_size = sampling.count_samples(
             batch_size=batch_size, class_labels=labels, condition=vectors, latents=latents, generator=generator
         )
         noise = self._noise(batch_size, generator, latents, height, width)
-        if labels is None and self.null_label is not None:
-            labels = _draw_labels(self.null_label, batch_size, generator)
+        labels, vectors = self._drawn(prior, batch_size, generator, labels, vectors)
         labels, vectors = (
             None if rows is None else rows.to(noise.device).expand(batch_size, *rows.shape[1:])
             for rows in (labels, vectors)
@@ -252,9 +256,26 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 f"{type(self.transformer).__name__} has neither (num_classes=0, condition_dim=None). Leave it at 1."
             )
 
-    def _check_guided_condition(self, scale: float, given: Any, labels: Tensor | None, vectors: Tensor | None) -> None:
+    def _drawn(
+        self, prior: Prior | None, count: int, generator: Any, labels: Tensor | None, vectors: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and vectors, those that were not given drawn."""
+        values = None if prior is None else prior.draw(count, generator)
+        if values is not None and (labels if not values.is_floating_point() else vectors) is not None:
+            raise ValueError("prior draws what is not given; pass it, or class_labels (or condition), not both.")
+        if values is not None and values.is_floating_point():
+            vectors = self._given_condition(values)
+        elif values is not None:
+            labels = self._given_labels(values)
+        if labels is None and self.null_label is not None:
+            labels = HistogramPrior.uniform(self.null_label).draw(count, generator)
+        return labels, vectors
+
+    def _check_guided_condition(
+        self, scale: float, given: Any, labels: Tensor | None, vectors: Tensor | None, prior: Prior | None
+    ) -> None:
         """Guidance between two null conditions would change nothing."""
-        if scale <= 1 or vectors is not None:
+        if scale <= 1 or vectors is not None or (prior is not None and labels is None):
             return
         drawn = self.null_label is not None and given is None
         if not drawn and (labels is None or bool(labels.eq(self.null_label or 0).all())):
@@ -340,16 +361,13 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         x = torch.cat([latents] * 2) if guided else latents
         if hasattr(self.scheduler, "scale_model_input"):
             x = self.scheduler.scale_model_input(x, t)
-        inputs: dict[str, Any] = {}
-        if class_labels is not None:
-            null = torch.full_like(class_labels, self.null_label)  # type: ignore[arg-type]
-            inputs["class_labels"] = torch.cat([null, class_labels]) if guided else class_labels
-        if condition is not None:
-            inputs["condition"] = torch.cat([condition] * 2) if guided else condition
-            # The null vector is learned: the network puts it where the mask says.
-            inputs["drop_mask"] = torch.arange(len(x), device=x.device) < len(x) - batch
-        elif self.transformer.training:  # which otherwise drops labels at random
-            inputs["drop_mask"] = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        dropped = torch.arange(len(x), device=x.device) < len(x) - batch
+        # In training mode the network otherwise drops labels at random.
+        inputs: dict[str, Any] = {"drop_mask": torch.zeros_like(dropped)} if self.transformer.training else {}
+        for values, kind in ((class_labels, LabelConditioner()), (condition, VectorConditioner())):
+            if values is not None:
+                values = torch.cat([values] * 2) if guided else values
+                inputs |= bare_conditioner(self.transformer, kind).inputs(values, dropped if guided else None)
         timestep = torch.as_tensor(t, device=x.device).expand(len(x))
         if class_token is not None:
             inputs["class_token"] = self.class_token.enter(torch.cat([class_token] * 2) if guided else class_token)
@@ -372,11 +390,3 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             return latents
         images = latents if self.vae is None else decode_latents(self.vae, latents)
         return sampling.pack_images(images.float(), output_type)
-
-
-def _draw_labels(classes: int, batch_size: int, generator: Any) -> Tensor:
-    """A class for each sample, by its own generator where there is one a sample."""
-    if isinstance(generator, (list, tuple)):
-        return torch.cat([_draw_labels(classes, 1, one).cpu() for one in generator])
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(classes, (batch_size,), generator=generator, device=device)

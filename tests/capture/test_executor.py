@@ -22,13 +22,18 @@ from tests.capture.lane_cases import (
     units_by_call,
 )
 from tests.capture.models import NAMES
+from tests.testers.cases import pairs, rotating
 
 # Every family
 
 
-@pytest.mark.parametrize(("name", "layer"), CASES)
-@pytest.mark.parametrize("guided", [False, True])
-def test_a_lane_equals_a_pass_of_its_own(name, layer, guided):
+# Without guidance one layer a network: the last, after all others. test_batches_of_every_size has its rows.
+@pytest.mark.parametrize(
+    ("case", "guided"),
+    pairs(CASES, (False, True), *((case, True) for case in CASES), *(((n, LAYERS[n][-1]), False) for n in NAMES)),
+)
+def test_a_lane_equals_a_pass_of_its_own(case, guided):
+    name, layer = case
     denoiser = denoiser_of(name)
     rows = 4 if guided else 2
     batch = BatchLanes(slice(2, 4), slice(0, 2)) if guided else None
@@ -47,8 +52,7 @@ def test_several_lanes_with_layers_of_their_own(name):
     assert call.joined == ("" if name == "sana" else ".".join(first.split(".")[:2]))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "rows"), rotating(NAMES, (1, 3, 2)))
 def test_batches_of_every_size(name, rows):
     denoiser = denoiser_of(name)
     call = call_of(denoiser, inputs_of(name, rows), rows)

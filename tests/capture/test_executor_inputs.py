@@ -1,5 +1,7 @@
 """Lanes in U-Nets of unusual build, and in calls with inputs that are added on the way through the network."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -21,6 +23,7 @@ from tests.capture.lane_cases import (
     scaled,
     together,
 )
+from tests.testers.cases import some
 from tests.testers.models import WIDTH, build, unet2d
 
 # U-Nets of unusual build
@@ -120,9 +123,12 @@ def _note(kept):
     return lambda m, a, kwargs: kept.append(kwargs["res_hidden_states_tuple"])
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("rows", [1, 2])
+# A network, where the lanes part, rows of a half: each pair of two once.
+HALVES = list(itertools.product(("sd", "sdxl"), (0, 1, 2), (1, 2)))
+PAIRED = [("sd", 0, 1), ("sd", 1, 2), ("sd", 2, 1), ("sdxl", 0, 2), ("sdxl", 1, 1), ("sdxl", 2, 2)]
+
+
+@pytest.mark.parametrize(("name", "place", "rows"), some(HALVES, *PAIRED))
 def test_controlnet_residuals(name, place, rows):
     denoiser = denoiser_of(name)
     inputs = inputs_of(name, 2 * rows)
@@ -136,10 +142,13 @@ def test_controlnet_residuals(name, place, rows):
     check(denoiser, call, {"first": ([LAYERS[name][1], layer], 0.0), "second": ([LAYERS[name][2]], 0.0)})
 
 
-@pytest.mark.parametrize("deprecated", [False, True])
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "place", "rows", "deprecated"),
+    some(
+        [(*case, deprecated) for case in HALVES for deprecated in (False, True)],
+        *((*case, at in (0, 4, 5)) for at, case in enumerate(PAIRED)),
+    ),
+)
 @pytest.mark.filterwarnings("ignore:.*T2I:FutureWarning", "ignore:.*intrablock:FutureWarning")
 def test_adapter_residuals(name, place, rows, deprecated):
     """T2I-Adapter: the forward takes them out of the list; the list of the call stays whole."""

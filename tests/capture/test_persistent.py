@@ -81,6 +81,7 @@ def test_norms_across_heads_see_all_heads():
     assert torch.allclose(query.transpose(1, 2).flatten(2), wanted, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")  # in diffusers' checkpointing
 def test_checkpointing_and_compilation_change_nothing():
     torch._dynamo.reset()
     model = sit()

@@ -99,6 +99,7 @@ def test_a_selection_is_taken(place, tmp_path, capsys):
     assert "not both" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:The probe's base is .*which is not on the Hub")
 def test_wrong_use(place, tmp_path, capsys):
     out = ["--out", str(tmp_path / "p"), "--quiet"]
     model, data, probe = str(place / "model"), str(place / "data"), str(place / "probe")

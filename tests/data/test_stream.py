@@ -15,7 +15,7 @@ from diffusers_repr.data.image_files import UnreadableImage
 from diffusers_repr.data.loading import load_train_data
 from diffusers_repr.data.stream import StreamData
 from tests.data.data_cases import NAMES, rows, with_broken
-from tests.testers.marks import slow, slow_but
+from tests.testers.cases import pairs, slow
 
 COUNT = 23
 
@@ -59,10 +59,7 @@ def numbers(samples):
 
 @pytest.mark.parametrize(
     ("kind", "threads"),
-    slow_but(
-        [("memory", 2), ("generator", 0), ("parquet", 0)],
-        [(kind, threads) for kind in ("memory", "generator", "parquet") for threads in (0, 2)],
-    ),
+    pairs(("memory", "generator", "parquet"), (0, 2), ("memory", 2), ("generator", 0), ("parquet", 0)),
 )
 def test_resumes_at_the_next_sample_wherever_it_stopped(tmp_path, kind, threads):
     settings = {"threads": threads}

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from diffusers_repr.denoiser import Denoiser, Family, GenericFamily, register_family
 from diffusers_repr.denoiser.family_registry import _FAMILIES, list_families
 from diffusers_repr.noise import NoiseSchedule
-from tests.testers.marks import slow_but
+from tests.testers.cases import rotating, some
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, saved, unet2d
 
 
@@ -91,10 +91,7 @@ def test_predict_keeps_gradients_and_train_mode():
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    slow_but(
-        [(name, torch.float16 if at % 2 else torch.bfloat16) for at, name in enumerate(sorted(PIPELINES))],
-        [(name, dtype) for name in sorted(PIPELINES) for dtype in (torch.float16, torch.bfloat16)],
-    ),
+    rotating(sorted(PIPELINES), (torch.bfloat16, torch.float16)),
 )
 @torch.no_grad()
 def test_half_precision(name, dtype):
@@ -145,7 +142,7 @@ FAST = [("ddim", "model"), ("dit", "sequential"), ("sdxl", "leaf_level"), ("flux
         ("sd3", "block_level"), ("sana", "leaf_level"), ("pixart", "sequential")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kind"), slow_but(FAST, OFFLOAD))
+@pytest.mark.parametrize(("name", "kind"), some(OFFLOAD, *FAST))
 @torch.no_grad()
 def test_offload(name, kind):
     """Same numbers under every offload of diffusers, and the pipeline still samples."""
@@ -171,7 +168,7 @@ def test_offload(name, kind):
     assert_close(run(denoiser), want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", slow_but(sorted(set(PIPELINES) - {"sd", "flux"}), sorted(PIPELINES)))
+@pytest.mark.parametrize("name", some(sorted(PIPELINES), *(set(PIPELINES) - {"sd", "flux"})))
 def test_from_pretrained_folder(name):
     denoiser = Denoiser.from_pretrained(saved(name))
     assert denoiser.name == str(saved(name))

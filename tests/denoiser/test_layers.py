@@ -21,15 +21,17 @@ from diffusers_repr.denoiser.family_registry import family_by_name
 from diffusers_repr.denoiser.layers import list_layers_from_config
 from diffusers_repr.models.weights import build_on_meta
 from tests.denoiser.test_denoiser import Blob, start
-from tests.testers.marks import slow, slow_but
+from tests.testers.cases import pairs, slow, some
 from tests.testers.models import PIPELINES, SIZES, build, saved
 
 
 @pytest.mark.parametrize(
     ("name", "detail"),
-    slow_but(
-        [("sdxl", "blocks"), *((name, "all") for name in ("class_unet", "dit", "flux", "pixart", "sana", "sd3"))],
-        [(name, detail) for name in sorted(PIPELINES) for detail in ("blocks", "all")],
+    pairs(
+        sorted(PIPELINES),
+        ("blocks", "all"),
+        ("sdxl", "blocks"),
+        *((name, "all") for name in ("class_unet", "dit", "flux", "pixart", "sana", "sd3")),
     ),
 )
 @torch.no_grad()
@@ -63,7 +65,7 @@ def test_every_listed_place_is_what_capture_reads(name, detail):
     assert min(shares) >= 0
 
 
-@pytest.mark.parametrize("name", slow_but(("ddim", "dit", "flux", "pixart", "sana", "sd3", "sdxl"), sorted(PIPELINES)))
+@pytest.mark.parametrize("name", some(sorted(PIPELINES), "ddim", "dit", "flux", "pixart", "sana", "sd3", "sdxl"))
 def test_what_the_table_holds(name):
     """Every transformer block, residual block and stage is in it; text and time never are."""
     denoiser = Denoiser.from_pipe(build(name))
@@ -262,7 +264,7 @@ def bare(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", slow_but(("ddpm", "dit", "flux", "pixart", "sana", "sd3", "sdxl"), sorted(PIPELINES)))
+@pytest.mark.parametrize("name", some(sorted(PIPELINES), "ddpm", "dit", "flux", "pixart", "sana", "sd3", "sdxl"))
 def test_from_configs_alone(name, bare):
     want = list_layers(Denoiser.from_pipe(build(name)), SIZES[name])
     assert list_layers_from_config(bare / name, SIZES[name]) == want

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -27,6 +24,7 @@ from diffusers_repr.objectives import ClassifierConfig
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective, timesteps_at
 from diffusers_repr.tasks import ClassifierAccuracy
 from diffusers_repr.training import TrainingConfig
+from tests.examples.scripts import run_script
 from tests.testers.models import build, saved
 from tests.training.loop_cases import forget_accelerate
 
@@ -60,16 +58,6 @@ def write_recipe(folder: Path, **changes) -> str:
     return str(path)
 
 
-def launch(config: str, output: Path) -> str:
-    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = [str(EXAMPLES / "train_classifier.py"), "--config", config, "--output_dir", str(output)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -95,14 +83,15 @@ def image_folder(place: Path, names: list[str], labels: list[int | None]) -> str
     return str(place)
 
 
-# --- a launched run
+# --- a whole run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
-    """Two steps by the command of the docstring, and what they printed."""
+    """Two steps, and what they printed."""
     folder = tmp_path_factory.mktemp("run")
-    return folder / "out", launch(write_recipe(folder), folder / "out")
+    flags = ("--config", write_recipe(folder), "--output_dir", str(folder / "out"))
+    return folder / "out", run_script(main, "train_classifier", *flags)
 
 
 def test_saved_folder_is_a_classifier_of_its_base(finished):
@@ -112,7 +101,7 @@ def test_saved_folder_is_a_classifier_of_its_base(finished):
     assert model.labels == DIGITS
     assert (model.config.in_channels, model.config.sample_size, model.config.base_model) == (1, 8, "digits-ddpm")
     model.check_base(Denoiser.from_pretrained(DIGITS_MODEL).schedule, 1)
-    with pytest.raises(ValueError, match="'digits-ddpm' on the process vp .*; the base has flow"):
+    with pytest.raises(ValueError, match="the noise process flow .* trained on vp .*'digits-ddpm'"):
         model.check_base(NoiseSchedule("flow", "velocity"), 1)
     weights = load_file(output / "diffusion_pytorch_model.safetensors")
     averaged = load_file(output / "checkpoint-00000002" / "ema.safetensors")

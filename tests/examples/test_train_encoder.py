@@ -21,6 +21,7 @@ from diffusers_repr.encoders import Encoder
 from diffusers_repr.objectives import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.simclr import nt_xent
 from diffusers_repr.tasks import EncoderAccuracy
+from tests.examples.scripts import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = {
@@ -76,8 +77,8 @@ def fresh_accelerate():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("encoder")
-    config = write_recipe(folder)
-    return folder / "out", launch(config, folder / "out")
+    flags = ("--config", write_recipe(folder), "--output_dir", str(folder / "out"))
+    return folder / "out", run_script(main, "train_encoder", *flags)
 
 
 def test_the_folder_is_an_encoder(finished):

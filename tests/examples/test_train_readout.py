@@ -1,9 +1,6 @@
 """`train_readout.py`: its data, its losses, what it measures and saves; the loop has tests of its own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -25,6 +22,7 @@ from diffusers_repr.heads import DepthHead, ReadoutHead, sobel_edges
 from diffusers_repr.objectives import ReadoutConfig, ReadoutObjective, ReadoutRows, RowsConfig
 from diffusers_repr.training import TrainingConfig
 from diffusers_repr.training.seeds import reseed
+from tests.examples.scripts import run_script
 from tests.testers.models import saved
 from tests.training.loop_cases import forget_accelerate
 
@@ -147,18 +145,16 @@ def test_the_measured_errors_are_those_of_the_saved_head(edges):
     assert measured["constant"] == pytest.approx(float(sobel_edges(images).var(correction=0)), rel=1e-4)
 
 
-def test_by_accelerate_launch(tmp_path):
-    script = [str(EXAMPLES / "train_readout.py"), "--config", write_recipe(tmp_path, max_train_steps=1)]
-    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *script]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command += ["--output_dir", str(tmp_path / "out"), "--layers", "mid_block", "up_blocks.0.resnets.0.conv2"]
-    done = subprocess.run([*command, "--level_range", "0", "500"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_flags_over_the_recipe(tmp_path):
+    flags = ["--config", write_recipe(tmp_path, max_train_steps=1), "--output_dir", str(tmp_path / "out")]
+    flags += ["--layers", "mid_block", "up_blocks.0.resnets.0.conv2", "--level_range", "0", "500"]
+    run_script(main, "train_readout", *flags)
     head = ReadoutHead.from_pretrained(tmp_path / "out")
     assert list(head.config.layers) == ["mid_block", "up_blocks.0.resnets.0.conv2"]
     assert list(head.config.level_range) == [0, 500]
     assert log_of(tmp_path / "out")[-1]["step"] == 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`accelerate launch examples/train_readout.py --config recipe.yaml`" in card
 
 
 def test_the_dry_run_of_the_recipe(capsys):

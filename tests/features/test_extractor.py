@@ -1,7 +1,6 @@
-"""The extractor against a plain loop, and what it promises about neighbours, batches, seeds and its surroundings."""
+"""What the extractor promises about neighbours, batches, seeds, levels, noise and its surroundings."""
 
 import copy
-import hashlib
 
 import accelerate
 import numpy as np
@@ -12,177 +11,11 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor, NoiseLevel
 from diffusers_repr.denoiser import conditioning
-from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build, unet2d
-
-LAYERS = {
-    "ddpm": ["mid_block", "up_blocks.1"],
-    "ddim": ["down_blocks.1", "up_blocks.1.resnets.0"],
-    "class_unet": ["mid_block"],
-    "sd": ["up_blocks.1", "up_blocks.2.attentions.0"],
-    "sdxl": ["mid_block", "up_blocks.0.attentions.1"],
-    "dit": ["transformer_blocks.1"],
-    "pixart": ["transformer_blocks.0"],
-    "sd3": ["transformer_blocks.0"],
-    "flux": ["transformer_blocks.1", "single_transformer_blocks.0"],
-    "flux_guidance": ["single_transformer_blocks.0"],
-    "sana": ["transformer_blocks.1"],
-}
-
-
-def images_for(name, count=2, seed=0, size=None):
-    channels = 1 if name == "ddpm" else 3
-    return torch.rand(count, channels, *(size or SIZES[name]), generator=torch.Generator().manual_seed(seed))
-
-
-def make(name, layers=None, timestep=261, **settings):
-    return FeatureExtractor(
-        Denoiser.from_pipe(build(name)), LAYERS[name] if layers is None else layers, timestep, **settings
-    )
-
-
-def assert_close(a, b, tolerance=1e-5):
-    assert a.shape == b.shape
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max())))
-
-
-# The plain way: one image, one member, one level at a time; the whole forward; noise multiplied in float64.
-
-
-def own_noise(pixels, member, shape, seed):
-    key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest()
-    digest = hashlib.blake2b(f"{seed}|{key}|{member}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(*shape, generator=generator)
-
-
-def own_coefficients(pipe, t):
-    if "Flow" in type(pipe.scheduler).__name__ or pipe.scheduler.config.get("use_flow_sigmas"):
-        return 1 - t / 1000, t / 1000
-    bar = torch.cumprod(1 - pipe.scheduler.betas.double(), 0)[t]
-    return bar.sqrt().item(), (1 - bar).sqrt().item()
-
-
-def own_latents(pipe, pixels):
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return pixels
-    out = vae.encode(pixels)
-    mean = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent
-    return (mean - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
-
-
-def recorded_call(pipe, model, name):
-    """What the pipeline itself passes to its network, from a whole run of it."""
-    calls = []
-    handle = model.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    height, width = SIZES[name]
-    call = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "latent"}
-    if name == "dit":
-        call = {"num_inference_steps": 2, "output_type": "np"}
-    if not name.startswith("flux"):
-        call["guidance_scale"] = 1.0
-    if name in ("pixart", "sana"):
-        call["use_resolution_binning"] = False
-    condition = CONDITIONS[name]
-    if name == "dit":
-        condition = {"class_labels": [condition["class_labels"]]}
-    pipe(**condition, **call)
-    handle.remove()
-    return calls[0]
-
-
-def own_forward(pipe, model, name, recorded, x_t, t):
-    if name in ("ddpm", "ddim"):
-        return model(x_t, t)
-    if name == "class_unet":
-        return model(x_t, t, class_labels=torch.tensor([CONDITIONS[name]["class_labels"]]))
-    args, kwargs = recorded
-    args, kwargs = list(args), dict(kwargs)
-    if name.startswith("flux"):
-        b, c, h, w = x_t.shape
-        x_t = x_t.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-    scaled = {"flux": t / 1000, "flux_guidance": t / 1000, "sana": t * model.config.get("timestep_scale", 1.0)}
-    t = torch.tensor([scaled.get(name, t)])
-    if args:
-        args[0] = x_t
-    else:
-        kwargs["sample" if "sample" in kwargs else "hidden_states"] = x_t
-    if len(args) > 1:
-        args[1] = t
-    else:
-        kwargs["timestep"] = t
-    return model(*args, **kwargs)
-
-
-def image_part(name, module, output):
-    if not isinstance(output, tuple):
-        return output
-    two_streams = {"JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
-    return output[1] if type(module).__name__ in two_streams else output[0]
-
-
-@torch.no_grad()
-def plain_features(pipe, name, layers, timesteps, images, members, seed=0):
-    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    text = name not in ("ddpm", "ddim", "class_unet")
-    recorded = recorded_call(pipe, model, name) if text else None
-    found = {layer: [] for layer in layers}
-    for t in timesteps:
-        for image in images:
-            pixels = (2 * image - 1)[None]
-            x0 = own_latents(pipe, pixels)
-            total = {}
-            for member in range(members):
-                alpha, sigma = own_coefficients(pipe, t)
-                noise = own_noise(pixels[0], member, x0.shape[1:], seed)
-                x_t = (alpha * x0.double() + sigma * noise.double()).float()
-                seen = {}
-                handles = [
-                    model.get_submodule(path).register_forward_hook(
-                        lambda m, a, out, path=path, seen=seen: seen.__setitem__(
-                            path, image_part(name, m, out).clone()
-                        )
-                    )
-                    for path in layers
-                ]
-                own_forward(pipe, model, name, recorded, x_t, t)
-                for handle in handles:
-                    handle.remove()
-                for path, value in seen.items():
-                    total[path] = total.get(path, 0) + value[0].double()
-            for path in layers:
-                found[path].append((total[path] / members).float())
-    return {path: torch.stack(rows).unflatten(0, (len(timesteps), len(images))) for path, rows in found.items()}
-
+from tests.features.extractor_cases import LAYERS, assert_close, images_for, make
+from tests.testers.cases import rotating
+from tests.testers.models import CONDITIONS, PIPELINES, build, unet2d
 
 SOME = [n if n in ("ddpm", "dit", "sd") else pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES]
-
-
-@pytest.mark.parametrize("name", list(PIPELINES))
-def test_equals_a_plain_loop(name):
-    images, timesteps, members = images_for(name), [261, 40], 2
-    condition = CONDITIONS[name]
-    features = make(name, timestep=timesteps, ensemble_size=members, batch_size=3, seed=5)(images, **condition)
-    plain = plain_features(build(name), name, LAYERS[name], timesteps, images, members, seed=5)
-    for layer in LAYERS[name]:
-        assert_close(features[layer], plain[layer])
-
-
-@pytest.mark.parametrize("name", [n for n in PIPELINES if n != "dit"])
-def test_maps_of_images_with_unequal_sides(name):
-    """H != W: every layer lies as its image; a transposed grid would have the other shape."""
-    output = make(name)(images_for(name), **CONDITIONS[name])
-    height, width = SIZES[name]
-    for layer in output.layers:
-        h, w = output.as_map(layer).shape[2:]
-        assert h * width == w * height
-
-
-def test_dit_takes_square_images_only():
-    with pytest.raises(ValueError, match="square images only.*32 x 48"):
-        make("dit")(torch.rand(1, 3, 32, 48))
-    with pytest.raises(ValueError, match="square images only"):
-        make("dit", image_size=(32, 48))
 
 
 # Neighbours, order, batch size.
@@ -407,8 +240,7 @@ def test_posterior_sample_is_seeded_per_image():
 # Pooling and where.
 
 
-@pytest.mark.parametrize("name", ["sd", "flux"])
-@pytest.mark.parametrize("pooling", ["mean", "max", "adaptive:2"])
+@pytest.mark.parametrize(("pooling", "name"), rotating(["mean", "max", "adaptive:2"], ["sd", "flux"]))
 def test_pooling_on_the_fly_equals_pooling_after(name, pooling):
     images, condition = images_for(name), CONDITIONS[name]
     maps = make(name, ensemble_size=2)(images, **condition)
@@ -525,97 +357,3 @@ def test_replace_keeps_the_rest():
     assert (other.seed, other.ensemble_size, other.pooling, other.noise.policy) == (5, 2, "mean", "shared")
     assert other.image_size == (32, 32)
     assert other.levels[0] is extractor.levels[0]
-
-
-# Bad input: what came, what is allowed.
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"layers": "up_blocks.9"}, ValueError, "No layer 'up_blocks.9'.*Closest"),
-        ({"layers": "midblock"}, ValueError, "Closest.*mid_block"),
-        ({"layers": 3}, TypeError, "full module paths"),
-        ({"layers": [1]}, TypeError, "never by an index"),
-        ({"layers": []}, ValueError, "list is empty"),
-        ({"layers": ["mid_block", "mid_block"]}, ValueError, "given twice"),
-        ({"timestep": 1000}, ValueError, "outside"),
-        ({"timestep": -1}, ValueError, "outside"),
-        ({"timestep": [10, 5000]}, ValueError, "outside"),
-        ({"timestep": "261"}, TypeError, "must be a number"),
-        ({"timestep": True}, TypeError, "must be a number"),
-        ({"timestep": float("nan")}, ValueError, "finite"),
-        ({"timestep": []}, ValueError, "No timesteps"),
-        ({"timestep": [[1]]}, TypeError, "must be a number"),
-        ({"timestep": NoiseLevel(timestep=torch.tensor([1.0, 2.0]))}, ValueError, "per sample"),
-        ({"noise": "random"}, ValueError, "per_image, shared, fresh, clean"),
-        ({"noise": "clean", "ensemble_size": 2}, ValueError, "average equal features"),
-        ({"pooling": "adaptive:0"}, ValueError, "adaptive:P"),
-        ({"ensemble_size": 0}, ValueError, "whole number from 1"),
-        ({"ensemble_size": 1.5}, ValueError, "whole number from 1"),
-        ({"batch_size": True}, ValueError, "whole number from 1"),
-        ({"seed": 0.5}, TypeError, "seed must be a whole number"),
-        ({"where": "middle"}, ValueError, "output, input, residual"),
-        ({"image_size": (32, 33)}, ValueError, "multiples of"),
-        ({"image_size": (32, 32, 3)}, ValueError, "one side or"),
-    ],
-)
-def test_bad_settings(settings, error, message):
-    with pytest.raises(error, match=message):
-        make("ddpm", **{"layers": "mid_block", "timestep": 100, **settings})
-
-
-@pytest.mark.parametrize(
-    ("images", "call", "error", "message"),
-    [
-        ([], {}, ValueError, "list is empty"),
-        (torch.rand(0, 3, 32, 32), {}, ValueError, "list is empty"),
-        ([torch.rand(3, 32, 32), torch.rand(3, 32, 48)], {}, ValueError, "mixed sizes"),
-        (torch.full((1, 3, 32, 32), torch.nan), {}, ValueError, "NaN"),
-        (torch.full((1, 3, 32, 32), 2.0), {}, ValueError, r"\[0, 1\]"),
-        (torch.rand(1, 3, 33, 32), {}, ValueError, "multiples of"),
-        ("cat.png", {}, TypeError, "Cannot read images from str"),
-        (torch.rand(2, 3, 32, 32), {"ids": ["a"]}, ValueError, "1 ids for 2 images"),
-        (torch.rand(2, 3, 32, 32), {"ids": "ab"}, TypeError, "one text"),
-        (torch.rand(2, 3, 32, 32), {"ids": [0.5, None]}, TypeError, "text or a whole number"),
-        (torch.rand(2, 3, 32, 32), {"prompt": ["a", "b", "c"]}, ValueError, "3 prompts for 2 images"),
-        (torch.rand(2, 3, 32, 32), {"class_labels": 1}, ValueError, "takes a prompt"),
-    ],
-)
-def test_bad_calls(images, call, error, message):
-    with pytest.raises(error, match=message):
-        make("sd", "mid_block")(images, **call)
-
-
-def test_wrong_number_of_labels():
-    with pytest.raises(ValueError, match="3 class_labels for 2 images"):
-        make("class_unet")(images_for("class_unet"), class_labels=[1, 2, 3])
-
-
-def test_a_layer_that_never_runs_or_holds_no_image():
-    with pytest.raises(ValueError, match="Never called"):
-        make("ddpm", "time_proj", where="output", timestep=5).replace(layers=["mid_block", "down_blocks"])(
-            images_for("ddpm")
-        )
-    extractor = make("flux", "pos_embed")
-    with pytest.raises((TypeError, ValueError), match="pos_embed"):
-        extractor(images_for("flux"), prompt="a")
-
-
-def test_nan_features_name_their_layer():
-    pipe = build("ddpm")
-    with torch.no_grad():
-        pipe.unet.mid_block.resnets[0].conv1.weight.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="'mid_block'.*float32"):
-        FeatureExtractor(Denoiser.from_pipe(pipe), ["conv_in", "mid_block"], 5)(images_for("ddpm"))
-
-
-def test_as_map_refuses_what_is_no_map():
-    pooled = make("ddpm", "mid_block", pooling="mean")(images_for("ddpm"))
-    with pytest.raises(ValueError, match="pooled"):
-        pooled.as_map("mid_block")
-    with pytest.raises(KeyError, match="not extracted"):
-        pooled.as_map("up_blocks.0")
-    vectors = make("ddpm", "time_embedding")(images_for("ddpm"))
-    with pytest.raises(ValueError, match="neither a map nor tokens"):
-        vectors.as_map("time_embedding")

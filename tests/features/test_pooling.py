@@ -77,6 +77,6 @@ def test_what_cannot_be_pooled():
     with pytest.raises(ValueError, match="do not fit"):
         tokens_to_map(values(2, 7, 3), (2, 3))
     with pytest.raises(ValueError, match="Cannot pool"):
-        pool(values(2, 3, 4, 5, 6), "mean")
+        pool(values(2, 3, 4, 5, 6, 2), "mean")
     with pytest.raises(ValueError, match="leaves maps"):
         pooled_size(None)

@@ -58,7 +58,7 @@ def test_prompts_and_attention_maps_in_threads():
 
 
 def test_more_prompts_than_are_kept_in_threads(monkeypatch):
-    monkeypatch.setattr("diffusers_repr.denoiser.conditioning._PROMPTS_KEPT", 1)
+    monkeypatch.setattr("diffusers_repr.denoiser.conditioner.captions._PROMPTS_KEPT", 1)
     denoiser = Denoiser.from_pipe(build("sd"))
     cache = {}
 

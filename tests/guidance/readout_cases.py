@@ -3,11 +3,15 @@
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_repr import Denoiser, NoiseLevel
+from diffusers_repr import Denoiser, NoiseLevel, guide
 from diffusers_repr.heads import DepthHead, ReadoutHead, read_features, readout_layers
 from diffusers_repr.heads.dense.features import tap_channels
 from diffusers_repr.heads.dense.record import describe_base
 from tests.testers.models import CONDITIONS, SIZES, unet2d
+
+AT = 300
+TARGET = torch.linspace(-0.8, 0.8, 6)[:, None].expand(6, 9)
+
 
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4), "time_width": 16}
 
@@ -131,3 +135,28 @@ def smooth(count, shape, generator=None):
     """Random images without small structure, about in [-1, 1]."""
     coarse = torch.randn(count, shape[0], 4, 4, generator=generator)
     return torch.nn.functional.interpolate(coarse, shape[1:], mode="bicubic").clamp(-2, 2) / 2
+
+
+def eps_gradient(denoiser, config, x, at=AT):
+    """What `update="eps"` adds to the network's output, over scale and sigma."""
+    with torch.no_grad():
+        plain = denoiser.model(x, at).sample
+        with guide(denoiser, config.replace(update="eps", scale=1e3)) as handle:
+            guided = denoiser.model(x, at).sample
+    return (guided - plain) / (1e3 * denoiser.level(at).sigma), handle.stats
+
+
+def stepped(denoiser):
+    """The scheduler of a loop that stands at `AT` among other steps."""
+    denoiser.scheduler.set_timesteps(10)
+    return denoiser.scheduler
+
+
+def seen_inputs(denoiser, config, x, at=AT):
+    """What the network takes in the pass whose output counts, under a guidance."""
+    seen = []
+    hook = denoiser.model.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with torch.no_grad(), guide(denoiser, config, scheduler=stepped(denoiser)):
+        denoiser.model(x, at)
+    hook.remove()
+    return seen[-1]

@@ -1,135 +1,32 @@
-"""ReadoutGuidance: losses against loops, gradients against differences, steps, references, cost, bad input."""
+"""ReadoutGuidance: gradients against differences, steps, references, cost, what is left behind, bad input."""
 
 import functools
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler
 from torch.nn import functional
 
-from diffusers_repr import CFG, PAG, Denoiser, NoiseLevel, ReadoutGuidance, guide
-from diffusers_repr.guidance.readout.appearance import appearance_loss
+from diffusers_repr import Denoiser, NoiseLevel, ReadoutGuidance, guide
 from diffusers_repr.guidance.readout.base import resize_target
-from diffusers_repr.guidance.readout.drag import drag_loss
-from diffusers_repr.guidance.readout.spatial import spatial_loss
 from diffusers_repr.heads import LinearHead
-from tests.guidance.readout_cases import bare, gradient, hooks_of, images, normal, read, readout, slope, train
+from tests.guidance.readout_cases import (
+    AT,
+    TARGET,
+    bare,
+    eps_gradient,
+    gradient,
+    hooks_of,
+    images,
+    normal,
+    read,
+    readout,
+    seen_inputs,
+    slope,
+    stepped,
+)
 from tests.testers.models import build
-
-AT = 300
-TARGET = torch.linspace(-0.8, 0.8, 6)[:, None].expand(6, 9)
-
-
-def eps_gradient(denoiser, config, x, at=AT):
-    """What `update="eps"` adds to the network's output, over scale and sigma."""
-    with torch.no_grad():
-        plain = denoiser.model(x, at).sample
-        with guide(denoiser, config.replace(update="eps", scale=1e3)) as handle:
-            guided = denoiser.model(x, at).sample
-    return (guided - plain) / (1e3 * denoiser.level(at).sigma), handle.stats
-
-
-def stepped(denoiser):
-    """The scheduler of a loop that stands at `AT` among other steps."""
-    denoiser.scheduler.set_timesteps(10)
-    return denoiser.scheduler
-
-
-def seen_inputs(denoiser, config, x, at=AT):
-    """What the network takes in the pass whose output counts, under a guidance."""
-    seen = []
-    hook = denoiser.model.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    with torch.no_grad(), guide(denoiser, config, scheduler=stepped(denoiser)):
-        denoiser.model(x, at)
-    hook.remove()
-    return seen[-1]
-
-
-def cosine(a, b):
-    return sum(u * v for u, v in zip(a, b, strict=True)) / math.sqrt(sum(u * u for u in a) * sum(v * v for v in b))
-
-
-# Losses against loops
-
-
-def test_spatial_loss_is_the_papers():
-    r, target, x = normal(2, 3, 4, 5), normal(1, 3, 4, 5, seed=1), normal(2, 4, 6, 6, seed=2)
-    a, b = -0.5, 0.5
-    got = spatial_loss(r, target, x, (a, b))
-    for n in range(2):
-        low, high = float(x[n].min()), float(x[n].max())
-
-        def phi(y, low=low, high=high):
-            return (y - a) / (b - a) * (high - low) + low
-
-        squares = [
-            (phi(float(r[n, c, i, j])) - phi(float(target[0, c, i, j]))) ** 2
-            for c in range(3)
-            for i in range(4)
-            for j in range(5)
-        ]
-        assert float(got[n]) == pytest.approx(sum(squares) / len(squares), rel=1e-12)
-    plain = spatial_loss(r, target, x, (a, b), rescale=False)
-    torch.testing.assert_close(plain, (r - target).square().mean((1, 2, 3)), rtol=1e-12, atol=0)
-
-
-def test_a_mask_weighs_places():
-    r, target, x = normal(2, 2, 3, 4), normal(2, 2, 3, 4, seed=1), normal(2, 1, 6, 6, seed=2)
-    weights = normal(2, 1, 3, 4, seed=3).abs()
-    got = spatial_loss(r, target, x, (-1, 1), rescale=False, weights=weights)
-    other = appearance_loss(r, target, x, rescale=False, weights=weights)
-    for n in range(2):
-        total = squares = cosines = 0.0
-        for i in range(3):
-            for j in range(4):
-                w = float(weights[n, 0, i, j])
-                total += w
-                squares += w * float((r[n, :, i, j] - target[n, :, i, j]).square().mean())
-                cosines += w * (1 - cosine(target[n, :, i, j].tolist(), r[n, :, i, j].tolist()))
-        assert float(got[n]) == pytest.approx(squares / total, rel=1e-12)
-        assert float(other[n]) == pytest.approx(cosines / total, rel=1e-9)
-
-
-def test_appearance_loss_is_the_papers():
-    r, reference, x = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1), normal(2, 4, 6, 6, seed=2)
-    got, plain = appearance_loss(r, reference, x), appearance_loss(r, reference, x, rescale=False)
-    pooled = appearance_loss(r, reference, x, rescale=False, pooled=True)
-    boxes = ((0, 1, 2, 4), (1, 0, 4, 5))
-    boxed = appearance_loss(r, reference, x, rescale=False, boxes=boxes, pooled=True)
-    for n in range(2):
-        places = [(i, j) for i in range(4) for j in range(5)]
-        parts = [1 - cosine(reference[n, :, i, j].tolist(), r[n, :, i, j].tolist()) for i, j in places]
-        expected = sum(parts) / len(parts)
-        assert float(plain[n]) == pytest.approx(expected, rel=1e-9)
-        assert float(got[n]) == pytest.approx(expected * float(x[n].max() - x[n].min()) ** 2, rel=1e-9)
-        means = [[float(part[n, c].mean()) for c in range(3)] for part in (reference, r)]
-        assert float(pooled[n]) == pytest.approx(1 - cosine(*means), rel=1e-9)
-        cut = functional.interpolate(reference[n : n + 1, :, 0:2, 1:4], (4, 5), mode="bilinear").mean((0, 2, 3))
-        own = functional.interpolate(r[n : n + 1, :, 1:4, 0:5], (4, 5), mode="bilinear").mean((0, 2, 3))
-        assert float(boxed[n]) == pytest.approx(1 - cosine(cut.tolist(), own.tolist()), rel=1e-9)
-
-
-def test_drag_loss_is_the_papers():
-    r, reference = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1)
-    points = [((0, 1), (3, 4)), ((2, 2), (1, 0)), ((3, 0), (3, 1))]
-    got = drag_loss(r, reference, points)
-    for n in range(2):
-
-        def similar(p, q, n=n):
-            return (cosine(reference[n, :, p[0], p[1]].tolist(), r[n, :, q[0], q[1]].tolist()) + 1) / 2
-
-        expected = -0.5 * sum(similar(p, q) for p, q in points) / 3 + 0.5 * sum(similar(p, p) for p, _ in points) / 3
-        assert float(got[n]) == pytest.approx(expected, rel=1e-9)
-
-
-def test_targets_are_averaged_when_they_shrink():
-    target = normal(1, 1, 4, 6)
-    torch.testing.assert_close(resize_target(target, (2, 3)), functional.avg_pool2d(target, 2))
-    grown = resize_target(target, (8, 12))
-    torch.testing.assert_close(grown, functional.interpolate(target, (8, 12), mode="bilinear"))
-    assert resize_target(target, (4, 6)) is target
-
 
 # Gradients
 
@@ -342,113 +239,6 @@ def test_acts_at_the_levels_that_the_head_has_seen():
     assert acted(config) == [600, 500, 400, 300, 200, 100, 0]
     assert acted(config.replace(interval=(450, 850))) == [800, 700, 600, 500]
     assert acted(ReadoutGuidance(readout(denoiser), target)) == list(range(900, -1, -100))
-
-
-# Whole pipelines
-
-
-def bright(x0):
-    return x0.mean(1, keepdim=True).mul(1.5).clamp(-1, 1)
-
-
-LAST = {"ddim": "up_blocks.2.resnets.1.conv2", "sd": "up_blocks.3.resnets.2.conv2", "dit": "transformer_blocks.2"}
-
-
-@pytest.mark.parametrize(("name", "guidance_scale"), [("ddim", None), ("sd", 4.0), ("dit", 4.0)])
-def test_samples_come_nearer_to_the_target(name, guidance_scale):
-    pipe = build(name)
-    denoiser = Denoiser.from_pipe(pipe)
-    denoiser.prompts = {}
-    head = readout(denoiser, layers=[LAST[name]], width=16, bottleneck=8)
-    length = (
-        {"steps": 40, "batch": 8} if name == "dit" else {"steps": 16, "batch": 4}
-    )  # a DiT is quick, and learns less
-    train(denoiser, head, bright, **length, shape=(3 if name == "ddim" else 4, 16, 16))
-    target = torch.full((16, 16), -0.6)
-    target[:, 8:] = 0.6
-
-    def sample():
-        seen = []
-        if name == "dit":
-            hook = pipe.vae.post_quant_conv.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        found = images(
-            pipe,
-            name,
-            2,
-            guidance_scale,
-            steps=6 if name == "dit" else 4,
-            **({"height": 32, "width": 32} if name == "sd" else {}),
-        )
-        if name == "dit":
-            hook.remove()
-            return seen[0] * pipe.vae.config.scaling_factor
-        return found if name == "sd" else found.permute(0, 3, 1, 2) * 2 - 1
-
-    def error(x):
-        r = read(denoiser, head, x, 20)
-        return (r - resize_target(target[None, None], tuple(r.shape[2:]))).square().mean((1, 2, 3))
-
-    plain = error(sample())
-    updates = {"latent_sign": 0.2} if name != "dit" else {"latent_sign": 0.2, "latent_adam": 0.2, "eps": 100.0}
-    for update, scale in updates.items():
-        with guide(pipe, ReadoutGuidance(head, target, scale=scale, update=update)):
-            guided = error(sample())
-        assert bool((guided < 0.9 * plain).all()), (update, guided, plain)
-    assert hooks_of(denoiser.model) == 0
-
-
-@pytest.mark.parametrize("name", ["ddpm", "sd", "sdxl", "pixart", "sd3", "flux", "sana"])
-def test_every_family_with_a_reference(name):
-    pipe = build(name)
-    denoiser = Denoiser.from_pipe(pipe)
-    head = readout(denoiser, "appearance")
-    plain = images(pipe, name, 2, steps=2)
-    size = {"ddpm": (16, 16), "sdxl": (8, 12), "sana": (8, 16)}.get(name, (16, 24))
-    x0 = torch.randn(denoiser.family.channels(), *size, generator=torch.Generator().manual_seed(2))
-    with guide(pipe, ReadoutGuidance(head, reference=x0, scale=0.1)) as handle:
-        guided = images(pipe, name, 2, steps=2)
-    assert guided.isfinite().all()
-    assert (guided - plain).abs().max() > 1e-3
-    assert all(step.backward_passes == 1 for step in handle.stats.steps)
-    assert hooks_of(denoiser.model) == 0
-
-
-def test_beside_other_guidances():
-    pipe = build("sd")
-    head = readout(Denoiser.from_pipe(pipe))
-    configs = [
-        CFG(3.0),
-        PAG(2.0),
-        ReadoutGuidance(head, TARGET),
-        ReadoutGuidance(head, -TARGET, update="eps", scale=9),
-    ]
-    with guide(pipe, configs) as handle:
-        found = images(pipe, "sd", 1, 3.0, steps=1)
-    assert found.isfinite().all()
-    assert len(handle.stats.steps[0].acted) >= 3
-    assert handle.stats.steps[0].backward_passes == 2
-
-
-def test_a_scaled_sampler_and_half_precision():
-    pipe = build("sd")
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    head = readout(Denoiser.from_pipe(pipe))
-    plain = images(pipe, "sd", 1, 1.0, steps=2)
-    with guide(pipe, ReadoutGuidance(head, TARGET, scale=0.1)):
-        assert (images(pipe, "sd", 1, 1.0, steps=2) - plain).abs().max() > 1e-2
-    halved = build("sd").to(torch.bfloat16)
-    assert next(head.parameters()).dtype == torch.float32
-    with guide(halved, ReadoutGuidance(head, TARGET, scale=0.1)):
-        assert images(halved, "sd", 1, 1.0, steps=1).isfinite().all()
-
-
-def test_checkpoints_give_the_same_gradient():
-    denoiser, x = bare(), normal(1, 2, 16, 24)
-    config = ReadoutGuidance(readout(denoiser, layers=["up_blocks.1"]), TARGET)
-    plain, _ = eps_gradient(denoiser, config, x)
-    denoiser.model.train()
-    again, _ = eps_gradient(denoiser, config.replace(checkpoint=True), x)
-    torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-14)
 
 
 # What is left behind

@@ -156,11 +156,11 @@ def test_null_labels_of_a_unet():
     denoiser = grey_unet(classes=True)
     count = denoiser.config["num_class_embeds"]
     objective = DiffusionObjective(denoiser)
-    assert (objective.num_classes, objective.null_label) == (count - 1, count - 1)
+    assert (objective.conditioner.num_classes, objective.conditioner.null_label) == (count - 1, count - 1)
     first = DiffusionObjective(denoiser, null_label=0)
-    assert first.null_label == 0
+    assert first.conditioner.null_label == 0
     without = DiffusionObjective(denoiser, label_dropout=0.0, null_label=-1)
-    assert (without.num_classes, without.null_label) == (count, None)
+    assert (without.conditioner.num_classes, without.conditioner.null_label) == (count, None)
     with pytest.raises(ValueError, match="label_dropout=0.1 has no null class to drop to"):
         DiffusionObjective(denoiser, null_label=-1)
     with pytest.raises(ValueError, match="label_dropout is a probability; got 1.5"):

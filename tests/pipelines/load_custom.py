@@ -1,7 +1,9 @@
-"""Run by `test_custom_pipeline.py` in its own process: every local custom pipeline is one and the same module there.
+"""Run by `test_loading.py`, and by `test_custom_pipeline.py` for all families: the folder `feature_extraction`.
+
+In a process of its own: every local custom pipeline is one and the same module there.
 
 Loads a folder of each family that it is told with `custom_pipeline=`, compares with the plain extractor, saves, loads
-again; prints a JSON line a family, `{"name": ..., "error": null or a traceback}`.
+again.
 """
 
 import json
@@ -93,23 +95,24 @@ def check(name: str, root: str) -> None:
     assert new.config.class_name == type(stock).__name__
 
 
-def main() -> None:
+def check_all(names: list[str]) -> dict[str, str | None]:
+    """What went wrong with each; under "no consent" what is told where nobody trusts the folder."""
     torch.set_num_threads(1)
     diffusers.utils.logging.disable_progress_bar()
+    errors: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as root:
         try:
             DiffusionPipeline.from_pretrained(saved("ddpm"), custom_pipeline=str(FOLDER))
         except ValueError as error:
-            print(json.dumps({"name": "no consent", "error": str(error)}))
-        for name in sys.argv[1:]:
-            error = None
+            errors["no consent"] = str(error)
+        for name in names:
+            errors[name] = None
             try:
                 check(name, root)
             except Exception:
-                error = traceback.format_exc()
-            print(json.dumps({"name": name, "error": error}))
-    sys.stdout.flush()
+                errors[name] = traceback.format_exc()
+    return errors
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({"errors": check_all(sys.argv[1:])}), flush=True)

@@ -1,7 +1,7 @@
 """Run by `test_loading.py`: loads each folder of ours with `custom_pipeline=`, in a process of its own.
 
 Guided ones are compared with `guide` on the stock pipeline, saved, loaded again with and without the folder; SiT and
-joint diffusion with what the test, whose folder is the argument, has sampled.
+joint diffusion with what the test, whose folder is the argument, has sampled; features with the plain extractor.
 """
 
 import multiprocessing
@@ -17,7 +17,10 @@ from diffusers import DiffusionPipeline
 
 from diffusers_repr import PAG, guide
 from tests.pipelines.guided_cases import GUIDED, arguments, run
+from tests.pipelines.load_custom import check_all
 from tests.testers.models import saved
+
+FEW = ("class_unet", "sd", "dit")  # a network alone, one with text, one with classes by name
 
 
 def consent(folder: str) -> dict:
@@ -89,10 +92,18 @@ def load_joint(place: Path) -> None:
     print("joint is good", flush=True)
 
 
+def load_features(*names: str) -> None:
+    errors = check_all(list(names))
+    assert "trust_remote_code=True" in errors.pop("no consent")
+    assert errors == dict.fromkeys(names), errors
+    print("feature_extraction is good", flush=True)
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
-    for case in (*cases, (load_sit, (place,)), (load_joint, (place,))):  # forked, so that the imports are paid once
-        process = multiprocessing.get_context("fork").Process(target=case[0], args=case[1])
+    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW)]
+    for function, given in cases:  # forked, so that the imports are paid once
+        process = multiprocessing.get_context("fork").Process(target=function, args=given)
         process.start()
         process.join()

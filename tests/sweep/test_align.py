@@ -59,7 +59,7 @@ def test_every_cell_is_what_one_extraction_and_one_metric_give(swept, encoder):
 def test_a_layer_that_shows_what_the_encoder_sees_scores_one():
     x = images(20)
     denoiser = rows_denoiser()
-    with pytest.warns(UserWarning, match="No cka for none"):
+    with pytest.warns(UserWarning, match="No cka for none"), pytest.warns(UserWarning, match="No cknna for none"):
         found = measure_alignment(
             denoiser, rows_encoder(), x, [10, 500], metrics=("cka", "cknna"), k=3, noise="clean", batch_size=20
         )

@@ -58,3 +58,9 @@ def fitted():
     """A probe on an unsaved pipeline, with a validation score; do not change it."""
     settings = {"layers": LAYERS, "timestep": 50, "pooling": "adaptive:2", "label_names": NAMES}
     return Probe.fit(pipeline(), images(60), images(30, seed=1), **settings)
+
+
+def small(source=None, **changes):
+    """A probe that is quick to fit."""
+    settings = {"layers": ["mid_block"], "timestep": 50, "protocol": "ridge", **changes}
+    return Probe.fit(pipeline() if source is None else source, images(24), **settings)

@@ -1,36 +1,28 @@
+"""Probes: fitting and predicting, saving and loading."""
+
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
-from PIL import Image
 
+from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep import select_features
-from diffusers_repr.tasks import Probe, ProbeRecipe, Score
-from tests.tasks.planted import LAYERS, NAMES, dataset, fitted, images, pipeline
+from diffusers_repr.tasks import Probe, ProbeRecipe
+from tests.tasks.planted import LAYERS, NAMES, dataset, fitted, images, pipeline, small
 from tests.testers.models import CONDITIONS, build
 
 SETTINGS = {"layers": LAYERS, "timestep": 50, "pooling": "adaptive:2"}
-
-
-def small(source=None, **changes):
-    """A probe that is quick to fit."""
-    settings = {"layers": ["mid_block"], "timestep": 50, "protocol": "ridge", **changes}
-    return Probe.fit(pipeline() if source is None else source, images(24), **settings)
 
 
 # Fitting and predicting
@@ -153,10 +145,7 @@ def test_digits():
     examples = Path(__file__).parents[2] / "examples"
     if not (examples / "models" / "digits-ddpm" / "model_index.json").is_file():
         pytest.skip("examples/models/digits-ddpm is not there")
-    spec = importlib.util.spec_from_file_location("digits_of_the_examples", examples / "digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    splits = module.load_digits_splits()
+    splits = load_digits_splits()
     denoiser = Denoiser.from_pretrained(examples / "models" / "digits-ddpm")
     settings = {"layers": ["mid_block"], "timestep": 50, "pooling": "adaptive:2", "protocol": "ridge"}
     probe = Probe.fit(denoiser, splits["train"], splits["validation"], **settings)
@@ -272,249 +261,3 @@ def test_a_relative_base_is_found_from_elsewhere(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"was the folder 'models/base', which is not here.*Pass base="):
         Probe.from_pretrained("project/outputs/probe")
     assert torch.equal(Probe.from_pretrained("project/outputs/probe", project / "gone/base")(x).probabilities, here)
-
-
-# The wrong base
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probes") / "probe"
-    fitted().save_pretrained(folder)
-    return folder
-
-
-def test_another_class_is_refused(saved):
-    with pytest.raises(ValueError, match="is a UNet2DConditionModel; the probe was fitted on a UNet2DModel"):
-        Probe.from_pretrained(saved, base=build("sd"))
-
-
-def test_a_missing_layer_is_refused(tmp_path):
-    probe = small(pipeline(layers_per_block=2), layers=["up_blocks.0.resnets.2"])
-    probe.save_pretrained(tmp_path / "deep")
-    with pytest.raises(ValueError, match=r"has no layer 'up_blocks.0.resnets.2' \(closest: \['up_blocks.0.resnets"):
-        Probe.from_pretrained(tmp_path / "deep", base=pipeline())
-
-
-def test_other_channels_are_refused(saved):
-    with pytest.raises(ValueError, match="gives 128 values at layer 'mid_block'; the probe was fitted on 64"):
-        Probe.from_pretrained(saved, base=pipeline(block_out_channels=(16, 32)))
-
-
-def test_another_config_with_the_same_features_warns(saved):
-    with pytest.warns(UserWarning, match="other weights"), pytest.warns(UserWarning, match="in_channels is 3, was 1"):
-        Probe.from_pretrained(saved, base=pipeline(in_channels=3, out_channels=3))
-
-
-def test_other_weights_warn(saved, recwarn):
-    with pytest.warns(UserWarning, match="has other weights than the probe's base"):
-        Probe.from_pretrained(saved, base=pipeline(seed=1))
-    recwarn.clear()
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        Probe.from_pretrained(saved, base=pipeline().to(dtype))
-    assert not [w for w in recwarn if "weights" in str(w.message)]
-
-
-def test_another_noise_schedule_is_refused_and_another_sampler_is_not(saved):
-    pipe = pipeline()
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    Probe.from_pretrained(saved, base=pipe)
-    pipe.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
-    with pytest.raises(ValueError, match="the noise schedules differ"):
-        Probe.from_pretrained(saved, base=pipe)
-
-
-def test_a_base_without_a_name_must_be_given(saved):
-    with pytest.raises(ValueError, match="UNet2DModel that has no name.*base="):
-        Probe.from_pretrained(saved)
-
-
-def test_a_base_swapped_behind_the_probe_is_noticed():
-    probe = small()
-    probe.extractor = probe.recipe.extractor(Denoiser.from_pipe(pipeline(block_out_channels=(16, 32))))
-    with pytest.raises(ValueError, match="gives 32 values at layer 'mid_block'; the probe was fitted on 16"):
-        probe(images(2)[0])
-
-
-# Damaged and wrong folders
-
-
-def damage(folder, name, content):
-    (folder / name).write_bytes(content((folder / name).read_bytes()))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "error", "message"),
-    [
-        ("probe.json", lambda b: b[: len(b) // 2], ValueError, "probe.json.*is not valid JSON"),
-        ("probe.json", lambda b: b"", ValueError, "is empty"),
-        ("probe.json", lambda b: b"[1]", ValueError, "is no probe's recipe"),
-        ("probe.json", lambda b: b.replace(b'"layers"', b'"layer"'), ValueError, "is damaged or was edited"),
-        ("probe.json", lambda b: b.replace(b"probe/1", b"probe/9"), ValueError, "'diffusers_repr.probe/9'.*Upgrade"),
-        ("probe.json", lambda b: b.replace(b'"right"', b'"right", "more"'), ValueError, "are of two probes"),
-        ("config.json", lambda b: b[:20], ValueError, "config.json"),
-        ("config.json", lambda b: b.replace(b"LinearHead", b"OtherHead"), ValueError, "class 'OtherHead'"),
-        ("config.json", lambda b: b.replace(b": 128", b": 127"), ValueError, "damaged or do not fit each other"),
-        (
-            "diffusion_pytorch_model.safetensors",
-            lambda b: b[: len(b) // 2],
-            ValueError,
-            "weights or the config in .* are damaged",
-        ),
-        ("diffusion_pytorch_model.safetensors", lambda b: b"", ValueError, "are damaged"),
-        ("diffusion_pytorch_model.safetensors", lambda b: b"x" * 999, ValueError, "are damaged"),
-    ],
-)
-def test_damaged_files(name, content, error, message, tmp_path):
-    fitted().save_pretrained(tmp_path / "probe")
-    damage(tmp_path / "probe", name, content)
-    with pytest.raises(error, match=message):
-        Probe.from_pretrained(tmp_path / "probe", base=pipeline())
-
-
-def test_missing_files(tmp_path):
-    fitted().save_pretrained(tmp_path / "probe")
-    (tmp_path / "probe" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="has no weights"):
-        Probe.from_pretrained(tmp_path / "probe", base=pipeline())
-    (tmp_path / "probe" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        Probe.from_pretrained(tmp_path / "probe", base=pipeline())
-
-
-def test_folders_that_are_no_probe(tmp_path):
-    pipeline().save_pretrained(tmp_path / "pipe")
-    with pytest.raises(FileNotFoundError, match="has no probe.json; it is a pipeline: pass it as base="):
-        Probe.from_pretrained(tmp_path / "pipe")
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "manifest.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="is a store of features"):
-        Probe.from_pretrained(tmp_path / "store")
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
-        Probe.from_pretrained("./nowhere")
-
-
-def test_saving_does_not_replace_what_is_no_probe(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "image.png").write_bytes(b"x")
-    with pytest.raises(FileExistsError, match="holds no probe"):
-        fitted().save_pretrained(tmp_path / "data")
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["image.png"]
-
-    fitted().save_pretrained(tmp_path / "probe")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "probe").iterdir()}
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("diffusers_repr.tasks.probe_files.write_json", full)
-    with pytest.raises(OSError, match="No space left"):
-        small().save_pretrained(tmp_path / "probe")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "probe").iterdir()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "probe"]
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"layers": None}, ValueError, r"Pass layers=\.\.\., or selection="),
-        ({"timestep": None}, ValueError, r"Pass timestep=\.\.\."),
-        ({"layers": ["mid_blok"]}, ValueError, "No layer 'mid_blok'.*Closest"),
-        ({"layers": [3]}, TypeError, "never by an index"),
-        ({"timestep": 5000}, ValueError, "5000"),
-        ({"head": "tree"}, ValueError, "expected one of knn, linear, mlp"),
-        ({"protocol": "sgd"}, ValueError, "expected one of lbfgs"),
-        ({"label_names": ["a", "b"]}, ValueError, "class ids run from 0 to 1"),
-        ({"label_names": ["a", "a", "b"]}, ValueError, "must differ"),
-        ({"prompt": "a photo"}, ValueError, "takes no prompt"),
-        ({"pooling": "sum"}, ValueError, "Unknown pooling"),
-        ({"colour": 3}, TypeError, "colour"),
-    ],
-)
-def test_bad_settings(changes, error, message):
-    with pytest.raises(error, match=message):
-        small(**changes)
-
-
-def bad_data():
-    pictures, labels = images(6)
-    nan = torch.rand(2, 1, 16, 16)
-    nan[1, 0, 3, 3] = math.nan
-    columns = {"image": [*pictures[:4], None, pictures[5]], "label": labels}
-    no_image = Dataset.from_dict(columns, features=dataset(6).features)
-    return {
-        "empty": (([], []), ValueError, "has no images"),
-        "counts": ((pictures, labels[:5]), ValueError, "6 images and 5 labels"),
-        "floats": ((pictures, [0.5] * 6), ValueError, "one whole-number class id per image"),
-        "negative": ((pictures, [-1, 0, 1] * 2), ValueError, "run from -1 to 1"),
-        "huge": ((pictures, [0, 10**9, 1] * 2), ValueError, "run to 1000000000; class ids are numbered"),
-        "one class": ((pictures, [0] * 6), ValueError, "a classifier needs two classes"),
-        "nan": ((nan, [0, 1]), ValueError, "NaN"),
-        "sizes": (([pictures[0], Image.new("L", (20, 20))], [0, 1]), ValueError, "mixed sizes"),
-        "no tuple": (pictures, TypeError, "tuple .images, labels."),
-        "no image": (no_image, ValueError, "Row 4 of .* has no image"),
-        "no labels": (dataset(6).remove_columns("label"), ValueError, "no label column"),
-    }
-
-
-@pytest.mark.parametrize("case", bad_data())
-def test_bad_data(case):
-    data, error, message = bad_data()[case]
-    with pytest.raises(error, match=message):
-        Probe.fit(pipeline(), data, layers="mid_block", timestep=50)
-
-
-def test_sizes_that_change_between_batches():
-    pictures, labels = images(8)
-    pictures[6] = pictures[6].resize((32, 32))
-    pictures[7] = pictures[7].resize((32, 32))
-    with pytest.raises(ValueError, match=re.escape("is (32, 32) (H, W), those before it are (16, 16)")):
-        Probe.fit(pipeline(), (pictures, labels), layers="mid_block", timestep=50, batch_size=2)
-    probe = Probe.fit(pipeline(), (pictures, labels), layers="mid_block", timestep=50, batch_size=2, image_size=16)
-    assert probe.recipe.image_size == (16, 16)
-
-
-def test_other_classes_are_refused():
-    renamed = dataset(6).cast_column("label", dataset(6).features["label"].__class__(names=["dark", "right", "left"]))
-    with pytest.raises(ValueError, match=r"has the classes \['dark', 'right', 'left'\]; the probe has"):
-        fitted().evaluate(renamed, record=False)
-    with pytest.raises(ValueError, match="class ids run from 0 to 2"):
-        fitted().evaluate((images(2)[0], [0, 3]), record=False)
-
-
-def test_maps_and_double_orders_are_refused():
-    extractor = FeatureExtractor(Denoiser.from_pipe(pipeline()), "mid_block", 50)
-    with pytest.raises(ValueError, match="pooling=None leaves maps"):
-        Probe.fit(extractor, images(6))
-
-
-def test_scores_of_one_place_are_replaced():
-    recipe = fitted().recipe.with_scores([Score("accuracy", 0.1, "images", "validation", 30)])
-    assert [s.value for s in recipe.scores] == [0.1]
-
-
-def test_to_moves_base_and_head():
-    probe = small().to("cpu")
-    assert probe.head.mean.device.type == "cpu"
-    assert "LinearHead" in repr(probe)
-
-
-def test_fresh_noise_is_not_the_same_in_both_splits(monkeypatch):
-    import diffusers_repr.tasks.probe_fit as module
-
-    seen, fit = {}, module.fit_head
-
-    def spy(features, targets, *args, validation, **kwargs):
-        seen.update(train=features, validation=validation[0])
-        return fit(features, targets, *args, validation=validation, **kwargs)
-
-    monkeypatch.setattr(module, "fit_head", spy)
-    monkeypatch.setattr(module, "tell_overlap", lambda *_: 0)
-    data = images(24)
-    again = (list(data[0]), list(data[1]))
-    for noise, equal in (("per_image", True), ("fresh", False)):
-        Probe.fit(pipeline(), data, again, layers=["mid_block"], timestep=300, protocol="ridge", noise=noise)
-        assert torch.allclose(seen["train"], seen["validation"], atol=1e-5) == equal

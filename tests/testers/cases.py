@@ -11,7 +11,7 @@ def some(cases: Iterable[Any], *fast: Any) -> list[Any]:
     """Cases for `parametrize`; all but those in `fast` are marked slow."""
     cases = list(cases)
     assert all(case in cases for case in fast), "no such case"
-    return [case if case in fast else _slow(case) for case in cases]
+    return [case if case in fast else slow(*(case if isinstance(case, tuple) else (case,))) for case in cases]
 
 
 def pairs(first: Iterable[Any], second: Iterable[Any], *fast: tuple[Any, Any]) -> list[Any]:
@@ -19,6 +19,12 @@ def pairs(first: Iterable[Any], second: Iterable[Any], *fast: tuple[Any, Any]) -
     return some(itertools.product(first, second), *fast)
 
 
-def _slow(case: Any) -> Any:
-    values = case if isinstance(case, tuple) else (case,)
+def rotating(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
+    """As `pairs`; fast are each of the first once and each of the second in turn."""
+    first, second = list(first), list(second)
+    return pairs(first, second, *((one, second[at % len(second)]) for at, one in enumerate(first)))
+
+
+def slow(*values: Any) -> Any:
+    """A case of `parametrize` that `make test-slow` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)

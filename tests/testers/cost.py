@@ -20,10 +20,12 @@ WHOLE_BUDGET = 840.0  # of a run, imports and collection included
 DEARER: dict[str, tuple[float, str]] = {
     "diffusers_repr": (60.0, "the doctests of all the package are one entry"),
 }
+SHARED = {"together": "two processes"}  # fixtures that serve several files, whichever asks first
 WHOLE = "whole run"  # the entry of all processes from start to end
 SHOWN = 10
 
 _costs: dict[str, float] = defaultdict(float)
+_shared: dict[str, float] = defaultdict(float)
 _workers: list[float] = []
 
 
@@ -56,17 +58,32 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    if fixturedef.argname not in SHARED:
+        return (yield)
+    before = spent()
+    try:
+        return (yield)
+    finally:
+        _shared[SHARED[fixturedef.argname]] += spent() - before
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     # A report travels from a worker to the main process with all its attributes.
     report = yield
     now = spent()
-    report.cpu_seconds = now - item.stash.get(_START, now)
+    report.shared_seconds = dict(_shared)
+    report.cpu_seconds = now - item.stash.get(_START, now) - sum(_shared.values())
+    _shared.clear()
     item.stash[_START] = now
     return report
 
 
 def pytest_runtest_logreport(report):
     _costs[entry(report.nodeid)] += getattr(report, "cpu_seconds", 0.0)
+    for name, seconds in getattr(report, "shared_seconds", {}).items():
+        _costs[name] += seconds
 
 
 @pytest.hookimpl(optionalhook=True)

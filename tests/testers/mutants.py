@@ -9,16 +9,20 @@ of the package can be planted into another, where code has moved.
 
 import argparse
 import ast
+import importlib
 import json
 import os
 import random
 import re
-import subprocess
+import select
+import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("diffusers_repr", "pipelines", "schedulers_ext")
@@ -181,54 +185,79 @@ def mutated(text: str, line: int, column: int, old: str, new: str) -> str:
     return "".join(lines)
 
 
-def tests_of(root: Path, file: Path) -> tuple[list[str], list[str]]:
-    """Test files that are near (of the room, or naming the module), and all others, the nearest first."""
-    room, module = room_of(file.relative_to(root).as_posix()), file.stem
-    every = sorted((root / "tests").rglob("test_*.py"))
-    defined = re.findall(r"^(?:class|def) ([A-Za-z]\w+)", file.read_text("utf-8"), re.M)
+def tests_of(root: Path, file: Path, function: str) -> tuple[list[str], list[str]]:
+    """Test files that are near (of the room, or naming what the file defines), the nearest first, and all others."""
+    room, parts = room_of(file.relative_to(root).as_posix()), set(function.split("."))
+    defined = set(re.findall(r"^(?:class|def) ([A-Za-z]\w+)", file.read_text("utf-8"), re.M)) | {file.stem}
 
-    def rank(test: Path) -> int:
-        text = test.read_text("utf-8")
-        if module != "__init__" and re.search(rf"\b{module}\b", text) or any(name in text for name in defined):
-            return 0 if test.parent.name == room else 1
-        return 2 if test.parent.name == room else 3
+    def rank(test: Path) -> tuple[int, int, int]:
+        words = set(re.findall(r"\w+", test.read_text("utf-8")))
+        return (-len(words & parts), -int(test.parent.name == room), -len(words & defined))
 
-    ranked = sorted(every, key=lambda test: (rank(test), test.as_posix()))
-    return [test.relative_to(root).as_posix() for test in ranked if rank(test) < 3], [
-        test.relative_to(root).as_posix() for test in ranked if rank(test) == 3
-    ]
+    ranks = {test: rank(test) for test in sorted((root / "tests").rglob("test_*.py"))}
+    ordered = [test.relative_to(root).as_posix() for test in sorted(ranks, key=lambda test: (ranks[test], test))]
+    near = sum(any(rank) for rank in ranks.values())
+    return ordered[:near], ordered[near:]
 
 
-def run_one(root: Path, mutant: dict, whole: bool, limit: int) -> dict:
+def run_tests(root: Path, tests: list[str], limit: float) -> tuple[int | None, str]:
+    """Exit code (None: no end within `limit` seconds) and output of pytest in a fork of this process.
+
+    What takes long to import is imported by now; the package and its tests are not.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.chdir(root)
+        sys.path.insert(0, str(root))
+        code = pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        os._exit(int(code))
+    os.close(write)
+    output, end, ready = b"", time.monotonic() + limit, True
+    with os.fdopen(read, "rb", buffering=0) as stream:
+        while ready:
+            ready = bool(select.select([stream], [], [], max(0.0, end - time.monotonic()))[0])
+            chunk = stream.read(1 << 16) if ready else b""
+            if ready and not chunk:
+                break
+            output += chunk
+    if not ready:
+        os.killpg(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return (os.waitstatus_to_exitcode(status) if ready else None), output.decode(errors="replace")
+
+
+def run_one(root: Path, mutant: dict, whole: bool, limit: float) -> dict:
     """Plant a mutant, run tests until one fails, and take it out again."""
     found = place(root, mutant)
     if found is None:
         return {**mutant, "result": "gone"}
     file, line, column = found
     text = file.read_text("utf-8")
-    near, far = tests_of(root, file)
+    near, far = tests_of(root, file, mutant["function"])
     start = time.monotonic()
+    told = {**mutant, "planted": f"{file.relative_to(root).as_posix()}:{line}"}
     try:
         file.write_text(mutated(text, line, column, mutant["old"], mutant["new"]), "utf-8")
         for tests in (near, far if whole else []):
-            if not tests:
-                continue
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-            try:
-                done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=limit)
-            except subprocess.TimeoutExpired:
-                return {**mutant, "result": "caught", "by": "no end within the limit", "seconds": limit}
-            if done.returncode not in (0, 5):
-                failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-                by = failed[0] if failed else f"exit code {done.returncode}"
-                return {**mutant, "result": "caught", "by": by, "seconds": round(time.monotonic() - start)}
+            code, output = run_tests(root, tests, limit) if tests else (0, "")
+            failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+            if code is None:
+                return {**told, "result": "undecided", "by": f"no end in {limit:g} s"}
+            if code not in (0, 5):
+                by = failed[0] if failed else f"exit code {code}"
+                return {**told, "result": "caught", "by": by, "seconds": round(time.monotonic() - start)}
     finally:
         file.write_text(text, "utf-8")
-    return {**mutant, "result": "survived", "seconds": round(time.monotonic() - start)}
+    return {**told, "result": "survived", "seconds": round(time.monotonic() - start)}
 
 
 def main() -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("draw", "run"))
     parser.add_argument("mutants", nargs="?")
@@ -236,12 +265,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--whole", action="store_true", help="of survivors, run all other tests too")
-    parser.add_argument("--limit", type=int, default=900, help="seconds that the tests of one mutant may take")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that the tests of one mutant may take")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.what == "draw":
         args.out.write_text(json.dumps(draw(args.root, args.seed, args.count), indent=1) + "\n", "utf-8")
         return
+    for name in ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "sklearn.linear_model"):
+        importlib.import_module(name)
     results = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else []
     for mutant in json.loads(Path(args.mutants).read_text("utf-8"))[len(results) :]:
         results.append(run_one(args.root.resolve(), mutant, args.whole, args.limit))

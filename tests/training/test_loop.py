@@ -19,7 +19,7 @@ from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import CheckpointError
 from diffusers_repr.training.checks import check_place
 from diffusers_repr.training.run import Run
-from tests.testers.marks import slow
+from tests.testers.cases import slow
 from tests.training.loop_cases import (
     STEPS,
     Numbers,

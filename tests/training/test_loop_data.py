@@ -14,7 +14,7 @@ from diffusers_repr.data.image_files import UnreadableImage
 from diffusers_repr.training import make_accelerator, train
 from diffusers_repr.training.sharding import check_sharding
 from tests.data.data_cases import NAMES, rows, with_broken
-from tests.testers.marks import slow
+from tests.testers.cases import slow
 from tests.training.loop_cases import (
     Numbers,
     assert_same_checkpoint,

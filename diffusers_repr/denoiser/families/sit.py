@@ -30,6 +30,10 @@ class SiTFamily(PatchTransformerFamily):
     attentions = {"blocks.*.attn": replace(SELF, processors={**SELF_PROCESSORS, **_PROCESSORS})}
     not_image = (*PatchTransformerFamily.not_image, "label_embed", "condition_embed", "modulation")
 
+    def vector_input(self) -> str | None:
+        """`condition`, of a network with `condition_dim`."""
+        return "condition" if self.config.get("condition_dim") else None
+
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Ids 0 to `num_classes`, the last being null; None gives null. Nothing for a network without classes."""
         null = int(self.config["num_classes"])

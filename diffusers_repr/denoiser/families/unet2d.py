@@ -71,6 +71,10 @@ class UNet2DFamily(Family):
         """`num_class_embeds`; it does not tell which of them is null, if any is."""
         return int(self.config.get("num_class_embeds") or 0), None
 
+    def vector_input(self) -> str | None:
+        """`class_labels`, which an `identity` embedding adds to that of the time."""
+        return "class_labels" if self.config.get("class_embed_type") == "identity" else None
+
     def multiple(self) -> int:
         """Two to the number of down-samplings."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)

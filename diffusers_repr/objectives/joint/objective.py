@@ -69,7 +69,7 @@ class JointObjective(DiffusionObjective):
         self.loss_name = f"{'eps' if output == 'epsilon' else output}_{'l1' if loss == 'l1' else 'mse'}"
         self.own_losses = ("loss", self.loss_name, "ce", "ce_noised", "accuracy", "labelled")
         super().__init__(denoiser, label_dropout=0.0, **options)
-        if self.num_classes or denoiser.family.conditioning == "text":
+        if self.conditioner.conditional:
             raise ValueError(
                 f"This {type(self.network).__name__} is told the class (or a text); a joint model finds it. Build it "
                 "without classes."

@@ -1,0 +1,47 @@
+"""Which sizes of images and videos suit a network and its autoencoder."""
+
+from __future__ import annotations
+
+
+def check_size(
+    name: str, size: tuple[int, ...], *, axes: int, multiple: int, frame_stride: int = 1, square: bool = False
+) -> None:
+    """Raise ValueError unless images, or videos, of a size suit.
+
+    Args:
+        name: Of the network's class, for messages.
+        size: (H, W), or (frames, H, W), in pixels.
+        axes: 2 for a network of images; 3 for one of videos, which takes images too.
+        multiple: What H and W must be multiples of.
+        frame_stride: Frames of a video per frame of x_0, behind the first.
+        square: Whether only H = W is right.
+
+    Example:
+        >>> check_size("Net", (8, 16, 16), axes=3, multiple=8, frame_stride=4)
+        Traceback (most recent call last):
+        ...
+        ValueError: Videos have 8 frames; Net takes 4 k + 1, such as 9: one, and one for each 4 after it.
+    """
+    if not 2 <= len(size) <= axes:
+        what = "images of a size (H, W)" + (", or videos of (frames, H, W)" if axes == 3 else "")
+        raise ValueError(f"{name} takes {what}; got {tuple(size)}.")
+    *frames, h, w = size
+    if frames and (frames[0] < 1 or (frames[0] - 1) % frame_stride):
+        near = max(0, round((frames[0] - 1) / frame_stride)) * frame_stride + 1
+        raise ValueError(
+            f"Videos have {frames[0]} frames; {name} takes {frame_stride} k + 1, such as {near}: one, and one for "
+            f"each {frame_stride} after it."
+        )
+    if h % multiple or w % multiple:
+        good = tuple(max(multiple, round(v / multiple) * multiple) for v in (h, w))
+        raise ValueError(
+            f"Images are {h} x {w} (H x W); {name} takes multiples of {multiple}. Pass image_size={good} to resize."
+        )
+    if square and h != w:
+        raise ValueError(
+            f"{name} takes square images only (its forward assumes a square token grid); got {h} x {w}. Crop, or pass "
+            f"image_size={min(h, w)}."
+        )
+
+
+__all__ = ["check_size"]
