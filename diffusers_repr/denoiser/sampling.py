@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
 from diffusers_repr.hub.checks import check_whole
@@ -317,6 +317,13 @@ def step_arguments(
     return given | ({"generator": generator} if "generator" in accepted else {})
 
 
+def without_variance(scheduler: Any, output: Tensor, channels: int) -> Tensor:
+    """A network's output as the sampler steps with it: a learned variance is cut off where the sampler reads none."""
+    # Only this scheduler reads one, and only where its config says so.
+    learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
+    return output if learned and isinstance(scheduler, DDPMScheduler) else output[:, :channels]
+
+
 # Callbacks
 
 
@@ -374,4 +381,5 @@ __all__ = [
     "repeat_rows",
     "set_timesteps",
     "step_arguments",
+    "without_variance",
 ]

@@ -136,8 +136,8 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     with _encoding_dtype(vae) as dtype, torch.no_grad():
         given = (latents.unsqueeze(2) if one else latents).to(dtype)
         timed = vae.config.get("timestep_conditioning")
-        told = {"temb": torch.zeros(len(given), device=given.device, dtype=dtype)} if timed else {}
-        pixels = vae.decode(given, **told).sample
+        time = {"temb": torch.zeros(len(given), device=given.device, dtype=dtype)} if timed else {}
+        pixels = vae.decode(given, **time).sample
     return pixels.squeeze(2) if one else pixels
 
 

@@ -15,18 +15,16 @@ from diffusers_repr.noise.conversions import (
 )
 from diffusers_repr.noise.level import LevelLike, NoiseLevel
 from diffusers_repr.noise.sampler import SamplerLevel, sampler_level
-from diffusers_repr.noise.schedule import OUTPUTS, PROCESS_KINDS, NoiseSchedule, Output, ProcessKind
+from diffusers_repr.noise.schedule import OUTPUTS, NoiseSchedule, Output
 from diffusers_repr.noise.targets import training_target
 
 __all__ = [
     "OUTPUTS",
-    "PROCESS_KINDS",
     "LevelLike",
     "NoiseLevel",
     "NoiseSchedule",
     "Output",
     "Prediction",
-    "ProcessKind",
     "SamplerLevel",
     "add_noise",
     "eps_shift_to_output",

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser.hooks import count_hooks
+
 
 def expect(condition: bool, message: str) -> None:
     """Raise AssertionError with a message unless a condition holds."""
@@ -39,7 +41,7 @@ def leaving_alone(what: str, *modules: nn.Module) -> Iterator[None]:
         parts = [part for module in modules for part in module.modules()]
         return [
             [part.training for part in parts],
-            [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts],
+            [count_hooks(part) for part in parts],
         ]
 
     draws, before = torch.get_rng_state(), state()

@@ -47,8 +47,8 @@ def check_conditioner(denoiser: Denoiser, batch: Mapping[str, Any]) -> None:
     same = torch.equal(values, kept) if isinstance(values, Tensor) else values == kept
     expect(same, f"{name}.inputs changes the values it is given.")
     _draws(denoiser, values, count)
-    told = conditioner.describe()
-    expect(json.loads(json.dumps(told)) == told, f"{name}.describe is no plain data: {told}.")
+    description = conditioner.describe()
+    expect(json.loads(json.dumps(description)) == description, f"{name}.describe is no plain data: {description}.")
 
 
 def _dropped(denoiser: Denoiser, values: Any, count: int, plain: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.hooks import count_hooks
 from diffusers_repr.guidance import CFG, Guidance, GuidanceStats, guide
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.testing.checks import expect
@@ -214,9 +215,8 @@ def _state(pipe: Any) -> dict[str, Any]:
     """What a guidance must leave as it was, by what it is called."""
     modules = [module for part in pipe.components.values() if isinstance(part, nn.Module) for module in part.modules()]
     parameters = [p for module in modules for p in module.parameters(recurse=False)]
-    # Hooks are torch's private dicts: it has no question for what is set on a module.
     return {
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in modules],
+        "hooks": [count_hooks(module) for module in modules],
         "forwards of modules": ["forward" in vars(module) for module in modules],
         "train mode": [module.training for module in modules],
         "requires_grad": [p.requires_grad for p in parameters],

@@ -203,7 +203,4 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
             null, cond = output[:, :channels].chunk(2)
             combined = null + self.guidance_scale * (cond - null)
             output = torch.cat([combined, output[len(latents) :, channels:]], 1)
-        # Only this scheduler reads a learned variance, and only where its config says so.
-        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        whole = learned and isinstance(self.scheduler, DDPMScheduler)
-        return {"latents": output if whole else output[:, :channels]}
+        return {"latents": sampling.without_variance(self.scheduler, output, channels)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -382,10 +382,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             null, cond = output.chunk(2)
             combined = null[:, :n] + self.guidance_scale * (cond[:, :n] - null[:, :n])
             output = torch.cat([combined, cond[:, n:]], 1)
-        # Only this scheduler reads a learned variance, and only where its config says so.
-        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
-        whole = learned and isinstance(self.scheduler, DDPMScheduler)
-        outputs = {"latents": output if whole else output[:, :channels]}
+        outputs = {"latents": sampling.without_variance(self.scheduler, output, channels)}
         return outputs if turn is None else {**outputs, "class_token": turn}
 
     def _images(self, latents: Tensor, output_type: str) -> Any:

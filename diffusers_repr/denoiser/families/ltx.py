@@ -43,10 +43,10 @@ class LTXFamily(VideoFamily):
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
         """Tokens, and the size they have; the scale of positions is the condition's, which knows the frame rate."""
-        told = self.timestep(level, x_t)
+        timestep = self.timestep(level, x_t)
         sides = dict(zip(_SIDES, x_t.shape[2:], strict=True))
         scaled = {"rope_interpolation_scale": _SCALE, **condition}
-        return {"hidden_states": _packed(x_t), "timestep": told, **scaled, **sides}
+        return {"hidden_states": _packed(x_t), "timestep": timestep, **scaled, **sides}
 
     def output(self, raw: Any, x_t: Tensor) -> Tensor:
         """Unpacked to `(B, C, f, h, w)`."""
