@@ -24,15 +24,8 @@ output = extract(images)
 print(output["mid_block"].shape, output.level)
 
 # 3. Which level, which layers
-selection = select_features(
-    denoiser,
-    digits["train"],
-    digits["validation"],
-    timesteps=[30, 100, 300],
-    noise=("per_image", "clean"),
-    progress=False,
-)
-print(selection.best.layer, selection.best.timestep, selection.best.noise, round(selection.best.mean, 3))
+selection = select_features(denoiser, digits["train"], digits["validation"], timesteps=[30, 100, 300], progress=False)
+print(selection.best.layer, selection.best.timestep, round(selection.best.mean, 3))
 selection.save("outputs/quickstart/selection")  # selection.json, selection.parquet, heatmap.png
 
 # 4. A probe

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from PIL import Image
+
 from tests.training.loop_cases import forget_accelerate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,3 +23,9 @@ def run_script(main, name: str, *flags: str) -> str:
     finally:
         forget_accelerate()
     return printed.getvalue()
+
+
+def picture(path: Path) -> Image.Image:
+    """A picture that a script wrote, its file closed."""
+    with Image.open(path) as image:
+        return image.copy()

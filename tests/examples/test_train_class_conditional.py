@@ -7,13 +7,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from PIL import Image
 from safetensors.torch import load_file
 from train_unconditional import main
 
 from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.objectives import DiffusionObjective
+from tests.examples.scripts import picture
 from tests.examples.test_train_unconditional import EXAMPLES, assert_recipe_of, fresh_accelerate
 from tests.examples.test_train_unconditional import RECIPE as UNCONDITIONAL
 
@@ -45,7 +45,7 @@ class TestRun:
         assert json.loads((output / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
         assert pipeline.scheduler.config.num_train_timesteps == RECIPE["scheduler"]["num_train_timesteps"]
         assert pipeline.unet.config.num_class_embeds == NULL + 1
-        assert Image.open(output / "samples.png").size == (8 * 32, 2 * 32)
+        assert picture(output / "samples.png").size == (8 * 32, 2 * 32)
         card = (output / "README.md").read_text()
         assert "Classes: 10" in card
         assert "label_dropout: 0.25" in card

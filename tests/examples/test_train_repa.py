@@ -7,13 +7,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline
 from diffusers_repr.pipelines.sit import SiTPipeline
-from PIL import Image
 from train_repa import ModelConfig, main
 from transformers import ViTConfig, ViTModel
 
 from diffusers_repr import Denoiser, Encoder, Projector, SiTTransformer2DModel
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.sweep import measure_alignment
+from tests.examples.scripts import picture
 from tests.training.loop_cases import read_lines
 
 TINY = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
@@ -52,7 +52,7 @@ def test_a_new_sit(tmp_path, teacher):
     assert pipe(class_labels=[3], num_inference_steps=2).images[0].size == (8, 8)
     assert Projector.from_pretrained(tmp_path / "heads" / "projector-vit").config["out_dim"] == 16
     assert {"denoising", "alignment"} <= read_lines(tmp_path)[-1].keys()
-    assert Image.open(tmp_path / "samples.png").size == (8 * 32, 32)
+    assert picture(tmp_path / "samples.png").size == (8 * 32, 32)
     more = ["--pretrained_model", str(tmp_path), "--encoder", teacher, "--dry_run", "true", "--projector_dim"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

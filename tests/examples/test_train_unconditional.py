@@ -23,6 +23,7 @@ from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.training import TrainingConfig
+from tests.examples.scripts import picture
 from tests.training.loop_cases import forget_accelerate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -116,7 +117,7 @@ def test_a_launched_run(tmp_path):
     averaged = load_file(output / "checkpoint-00000002" / "ema.safetensors")
     for name, tensor in weights.items():
         assert torch.equal(tensor, averaged[f"network.{name}"].half()), name
-    assert Image.open(output / "samples.png").size == (8 * 32, 32)
+    assert picture(output / "samples.png").size == (8 * 32, 32)
     forget_accelerate()
     main(["--config", str(output / "recipe.yaml"), "--output_dir", str(tmp_path / "again")])  # as the card says
     again = load_file(tmp_path / "again" / "checkpoint-00000002" / "model.safetensors")

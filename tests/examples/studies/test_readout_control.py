@@ -12,6 +12,7 @@ from scipy.ndimage import correlate
 
 from diffusers_repr import ReadoutGuidance
 from diffusers_repr.heads import ReadoutHead
+from tests.examples.scripts import picture
 
 MODELS = readout_control.MODELS
 ROWS = ["none", readout_control.SHOWN, readout_control.SHOWN_DEPTH]
@@ -131,8 +132,8 @@ def test_report_and_pictures(study):
     assert float(cells["*the car itself*"][1]) == 0
     sizes = {"control": (6, 3), "depth": (6, 3), "strip_readout": (2, 2), "strip_depth": (2, 2)}
     for name, (rows_, scale) in sizes.items():
-        assert Image.open(folder / f"{name}.png").size == (32 * COUNT * scale, 32 * rows_ * scale)
-    shown = np.array(Image.open(folder / "control.png").resize((32 * COUNT, 192), Image.Resampling.NEAREST))[:32, :, 0]
+        assert picture(folder / f"{name}.png").size == (32 * COUNT * scale, 32 * rows_ * scale)
+    shown = np.array(picture(folder / "control.png").resize((32 * COUNT, 192), Image.Resampling.NEAREST))[:32, :, 0]
     np.testing.assert_allclose(shown / 127.5 - 1, np.concatenate(list(target), 1), atol=0.01)
 
 
