@@ -1,4 +1,4 @@
-"""The pages that a reader follows, and how their python blocks are run: in order, in one namespace, in an empty folder."""
+"""The pages that a reader follows, and how their python blocks are run: in order, one namespace, an empty folder."""
 
 import re
 from pathlib import Path
