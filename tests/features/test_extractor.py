@@ -10,7 +10,7 @@ from diffusers import EDMEulerScheduler
 from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor, NoiseLevel
-from diffusers_repr.denoiser import conditioning
+from diffusers_repr.denoiser.conditioner import captions
 from tests.features.extractor_cases import LAYERS, assert_close, images_for, make
 from tests.testers.cases import rotating
 from tests.testers.models import CONDITIONS, PIPELINES, build, unet2d
@@ -137,7 +137,7 @@ def test_a_model_may_be_cast_between_calls(name):
 
 
 def test_more_prompts_than_are_kept(monkeypatch):
-    monkeypatch.setattr(conditioning, "_PROMPTS_KEPT", 2)
+    monkeypatch.setattr(captions, "_PROMPTS_KEPT", 2)
     images, prompts = images_for("sd", 4), ["a", "b", "c", "d"]
     extractor = make("sd", "mid_block")
     extractor.denoiser.prompts = {}
