@@ -64,7 +64,8 @@ def parse_recipe(
     parser.add_argument("--config", help="YAML recipe; flags win over it")
     known, flags = parser.parse_known_args(list(argv))
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    flags = _whole_switches(flags, [name for name, hint in hints.items() if hint is bool])
+    positional = any(getattr(kind, "POSITIONAL", ()) for kind in kinds)
+    flags = _whole_switches(flags, [name for name, hint in hints.items() if hint is bool], words=positional)
     given: list[str] = []
     empty: dict[str, list[Any]] = {}
     if known.config:
@@ -80,32 +81,51 @@ def parse_recipe(
             elif isinstance(value, list) and _is_list(hints[key]):
                 given += [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
             elif value is not None:  # null leaves the default
-                given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+                given.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")  # may begin with -
     full = HfArgumentParser(
         cast(Any, list(kinds)), description=description, parents=[parser], allow_abbrev=False, **parser_options
     )
     # argparse lists its flags in this private dict alone; without it an unknown flag is met by argparse's own message.
     _check_flags(flags, list(full._option_string_actions))
     full.set_defaults(**empty)
+    if known.config:
+        given.append(f"--config={known.config}")  # ends a list of the recipe before what stands without a flag
     for kind in kinds:
         _add_positional(full, kind, [*given, *flags])
-    return full.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)[: len(kinds)]
+    *found, rest = full.parse_args_into_dataclasses(
+        [*given, *flags], return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise ValueError(_too_many(rest, kinds))
+    return tuple(found[: len(kinds)])
 
 
 def _add_positional(parser: argparse.ArgumentParser, kind: type, given: Sequence[str]) -> None:
     """Declare the positional settings of a kind; their flags stay, unseen, for a recipe to say them by."""
     for name in getattr(kind, "POSITIONAL", ()):
         flag = parser._option_string_actions[f"--{name}"]  # argparse has no public way to an argument it was given
-        several, is_given = flag.nargs == "+", f"--{name}" in given
+        several, is_given = flag.nargs == "+", any(word.partition("=")[0] == f"--{name}" for word in given)
         nargs = {(False, False): None, (False, True): "?", (True, False): "+", (True, True): "*"}[several, is_given]
         parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, type=flag.type or str, help=flag.help)
         flag.required, flag.default, flag.help = False, argparse.SUPPRESS, argparse.SUPPRESS
 
 
-def _whole_switches(flags: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Flags in which a switch without a value does not take what stands behind it for its value."""
+def _too_many(rest: Sequence[str], kinds: Sequence[type]) -> str:
+    names = [name.upper() for kind in kinds for name in getattr(kind, "POSITIONAL", ())]
+    takes = f"{' '.join(names)} stand without a flag, together" if names else "all settings are flags, --name value"
+    return f"Nothing takes {', '.join(map(repr, rest))}; {takes}. --help lists all."
+
+
+def _whole_switches(flags: Sequence[str], names: Sequence[str], words: bool) -> list[str]:
+    """Flags in which a switch without a value does not take what stands behind it for its value.
+
+    Args:
+        flags: As given.
+        names: Of the switches.
+        words: Whether a single letter or digit behind one is never its value: it may be a folder.
+    """
     switches = {f"--{spelled}" for name in names for spelled in (name, name.replace("_", "-"))}
-    values = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # as `HfArgumentParser` reads them
+    values = ["yes", "true", "no", "false", *([] if words else "ty1fn0")]  # as `HfArgumentParser` reads them
     behind = [*flags, ""][1:]
     return [
         f"{flag}=true" if flag in switches and after.lower() not in values else flag
@@ -119,7 +139,8 @@ def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:
     Raises:
         ValueError: Naming the flag and the closest ones.
     """
-    for flag in (token.partition("=")[0] for token in flags if token.startswith("--")):
+    before = flags[: flags.index("--")] if "--" in flags else flags  # what follows a bare -- is no flag
+    for flag in (token.partition("=")[0] for token in before if token.startswith("--")):
         if flag not in known:
             near = difflib.get_close_matches(flag, known, n=3)
             hint = f"Closest: {', '.join(near)}." if near else "--help lists all."

@@ -197,9 +197,27 @@ def test_what_stands_without_a_flag(tmp_path, capsys):
         (recipe, Command(model="r", images=["x", "y"], quiet=True)),
         ([*recipe, "m"], Command(model="m", images=["x", "y"], quiet=True)),
         ([*recipe, "m", "a", "--quiet=false"], Command(model="m", images=["a"])),
+        (["--quiet", "t", "1"], Command(model="t", images=["1"], quiet=True)),  # nor are folders of one letter
+        (["--layers", "u", "--", "m", "--a"], Command(model="m", images=["--a"], layers=["u"])),
     ):
         assert parse_recipe([Command], argv) == (wanted,), argv
     for argv in ([], ["m"], write(tmp_path, images=["x"])):
         with pytest.raises(SystemExit, match="2"):
             parse_recipe([Command], argv)
         assert "required: model" in capsys.readouterr().err or argv == ["m"]
+
+
+def test_a_list_of_a_recipe_ends_before_what_stands_without_a_flag(tmp_path):
+    recipe = write(tmp_path, layers=["u", "v"])
+    assert parse_recipe([Command], [*recipe, "m", "a"])[0] == Command(model="m", images=["a"], layers=["u", "v"])
+    recipe = write(tmp_path, model="-m", images=["x"])  # no flag either
+    assert parse_recipe([Command], recipe)[0] == Command(model="-m", images=["x"])
+
+
+def test_words_that_nothing_takes():
+    for kind, argv, message in (
+        (Command, ["m", "a", "--quiet", "b"], "Nothing takes 'b'; MODEL IMAGES stand without a flag, together"),
+        (Other, ["b"], "Nothing takes 'b'; all settings are flags"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_recipe([kind], argv)
