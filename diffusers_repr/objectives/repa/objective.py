@@ -49,7 +49,7 @@ class REPAObjective(DiffusionObjective):
         >>> from diffusers_repr.encoders import Encoder
         >>> unet = UNet2DModel(8, 3, 3, block_out_channels=(8, 16), norm_num_groups=4,
         ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-        >>> teacher = Encoder.from_module(nn.Conv2d(3, 5, 2, stride=2), patch_size=2, name="teacher")
+        >>> teacher = Encoder.from_module(torch.nn.Conv2d(3, 5, 2, stride=2), patch_size=2, name="teacher")
         >>> objective = REPAObjective(Denoiser(unet, DDPMScheduler()), [teacher], "mid_block", projector_dim=16)
         >>> sorted(objective({"pixel_values": torch.zeros(2, 3, 8, 8)}))
         ['alignment', 'denoising', 'loss']
