@@ -107,8 +107,15 @@ class HistogramPrior(Prior):
         Args:
             labels: Whole numbers, such as the `class_id` of a store of assignments.
             classes: K.
+
+        Raises:
+            ValueError: For what are no ids, and ids of K and more.
         """
         ids = torch.as_tensor(labels).reshape(-1)
+        if ids.is_floating_point() or ids.is_complex():
+            raise ValueError(f"labels are whole numbers; got {ids.dtype}.")
+        if len(ids) and int(ids.max()) >= classes:
+            raise ValueError(f"labels go up to {int(ids.max())}; of {classes} classes the last is {classes - 1}.")
         return cls(torch.bincount(ids[ids >= 0], minlength=classes))
 
     def sample(self, count: int, generator: torch.Generator | None) -> Tensor:
@@ -137,7 +144,8 @@ class StoredPrior(Prior):
 
     def __init__(self, values: Tensor, in_order: bool = False) -> None:
         if not isinstance(values, Tensor) or not values.ndim or not len(values):
-            raise ValueError(f"values are a tensor (N, ...) with N of 1 or more; got {type(values).__name__}.")
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"values are a tensor (N, ...) with N of 1 or more; got {found}.")
         self.values, self.in_order, self._next = values, in_order, 0
 
     def sample(self, count: int, generator: torch.Generator | None) -> Tensor:
@@ -206,15 +214,18 @@ def load_prior(folder: str | os.PathLike[str]) -> Prior:
     path = Path(folder) / FILE
     found = read_json(path)
     kind = found.get("kind") if isinstance(found, Mapping) else None
-    if kind not in _SCHEMAS:
+    if not isinstance(kind, str) or kind not in _SCHEMAS:
         raise ValueError(f"{path}: kind is one of {', '.join(_SCHEMAS)}; got {kind!r}.")
     data = _SCHEMAS[kind](found, str(path))
     if kind == "histogram":
-        return HistogramPrior(data["frequencies"])
+        try:
+            return HistogramPrior(data["frequencies"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     tensors = Path(folder) / TENSORS
     try:
         return StoredPrior(load_file(tensors)["values"], data["in_order"])
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{tensors} is no file of a stored prior: {error}.") from error
 
 

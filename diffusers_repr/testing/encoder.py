@@ -63,8 +63,10 @@ def _check_attention(name: str, encoder: AttentionEncoder, images: Tensor, found
     layer = -1 if not isinstance(encoder, Encoder) else 0  # the first block is run whatever layer is read
     try:
         output, (attention,) = encoder.encode_with_attention(images, [layer])
-    except TypeError:  # the attention of this network is not known
-        return
+    except TypeError as error:
+        if not isinstance(encoder, Encoder):
+            raise AssertionError(f"encode_with_attention of {name} cannot be called: {error}.") from error
+        return  # the attention of this network is not known
     expect_close(output.tokens, found.tokens, "Tokens beside attention")
     count = found.tokens.shape[1]
     shape = tuple(attention.shape)

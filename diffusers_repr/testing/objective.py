@@ -92,9 +92,13 @@ def check_state(objective: Objective) -> None:
     state, kept = objective.state_dict(), objective.trained_state()
     _holds(kept.keys() <= state.keys(), "trained_state holds more than state_dict")
     for path, module in objective.ema_modules().items():
-        _holds(objective.get_submodule(path) is module, f"ema_modules names {path!r}, and another module lies there")
+        _holds(_lies_at(objective, path, module), f"ema_modules names {path!r}, and another module lies there")
     identity = objective.identity()
-    _holds(json.loads(json.dumps(identity)) is not None, "identity is no JSON")
+    try:
+        plain = json.loads(json.dumps(identity))
+    except TypeError as error:
+        raise AssertionError(f"The contract does not hold: identity is no JSON ({error}).") from error
+    _holds(isinstance(plain, dict), f"identity is a {type(identity).__name__}, not a dict")
     objective.on_step_end(0, _Average(objective))
 
 
@@ -105,7 +109,7 @@ def check_artifacts(objective: Objective) -> None:
     state = {name: value + 1 if value.is_floating_point() else value for name, value in objective.state_dict().items()}
     before = {name: value.clone() for name, value in state.items()}
     for part in trained_parts(artifacts):
-        _holds(objective.get_submodule(part.path) is part.module, f"{part} says that it lies at {part.path!r}")
+        _holds(_lies_at(objective, part.path, part.module), f"{part} says that it lies at {part.path!r}")
         if type(part) is ModelArtifact:
             _same_weights(part, part.build(state), state, "made")
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +121,10 @@ def check_artifacts(objective: Objective) -> None:
                 _same_weights(artifact, again, state, "saved")
     changed = [name for name, value in before.items() if not torch.equal(value, state[name])]
     _holds(not changed, f"saving changed the state: {changed}")
+
+
+def _lies_at(objective: Objective, path: str, module: nn.Module) -> bool:
+    return dict(objective.named_modules(remove_duplicate=False)).get(path) is module
 
 
 def _same_weights(part: ModelArtifact, model: nn.Module, state: Mapping[str, Tensor], how: str) -> None:

@@ -243,3 +243,14 @@ def test_what_is_refused():
         DiffusionObjective(vectors, null_label=3)
     with pytest.raises(RuntimeError, match="is bound to no model"):
         TokenConditioner().null()
+
+
+def test_a_null_class_that_is_named():
+    network = unet(UNet2DModel, ("DownBlock2D", "UpBlock2D"), in_channels=3, num_class_embeds=6)
+    named = Denoiser(network, DDIMScheduler(), conditioner=LabelConditioner(2))
+    assert named.condition(batch=2).kwargs()["class_labels"].tolist() == [2, 2]
+    for unnamed in (LabelConditioner(), LabelConditioner(-1)):
+        with pytest.raises(ValueError, match="does not tell a null class"):
+            Denoiser(network, DDIMScheduler(), conditioner=unnamed).condition(batch=2)
+    with pytest.raises(ValueError, match=r"null class 6 is not in the table .* 0 to 5"):
+        DiffusionObjective(named, null_label=6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
+from safetensors.torch import save_file
 
 from diffusers_repr.denoiser import GeneratorPrior, HistogramPrior, QueryPrior, StoredPrior, load_prior
 from tests.pipelines.sit_cases import CLASSES, pipeline
@@ -27,6 +28,10 @@ def test_a_histogram_draws_by_frequency():
     assert torch.equal(alike, torch.randint(3, (50,), generator=seeded()))
     singly = prior.draw(2, [seeded(1), seeded(2)])
     assert singly.tolist() == [int(prior.draw(1, seeded(seed))) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="labels go up to 3; of 3 classes the last is 2"):
+        HistogramPrior.of_labels(labels, 3)
+    with pytest.raises(ValueError, match=r"labels are whole numbers; got torch\.float32"):
+        HistogramPrior.of_labels([0.5], 3)
     with pytest.raises(ValueError, match="a sum above 0"):
         HistogramPrior([0.0, 0.0])
     with pytest.raises(ValueError, match="are 0 or more; got -1"):
@@ -59,11 +64,17 @@ def test_damaged_files_and_code(tmp_path):
     with pytest.raises(ValueError, match="no file of a stored prior"):
         load_prior(tmp_path)
     for told, message in (({"kind": "os.system"}, "kind is one of histogram, stored"),
+                          ({"kind": ["stored"]}, "kind is one of histogram, stored"),
                           ({"kind": "histogram", "frequencies": [-1]}, r"frequencies\[0\] is -1"),
+                          ({"kind": "histogram", "frequencies": [0]}, r"prior\.json: frequencies .* a sum above 0"),
                           ({"kind": "stored", "in_order": True, "code": "x"}, "does not know")):  # fmt: skip
         (tmp_path / "prior.json").write_text(json.dumps(told))
         with pytest.raises(ValueError, match=message):
             load_prior(tmp_path)
+    save_file({"values": torch.zeros(0, 3)}, tmp_path / "prior.safetensors")
+    (tmp_path / "prior.json").write_text('{"kind": "stored", "in_order": false}')
+    with pytest.raises(ValueError, match=r"prior\.safetensors is no file of a stored prior: .* got \(0, 3\)"):
+        load_prior(tmp_path)
     with pytest.raises(TypeError, match="A GeneratorPrior is code"):
         GeneratorPrior(lambda count, generator: torch.zeros(count)).save_pretrained(tmp_path)
 

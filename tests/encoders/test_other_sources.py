@@ -116,6 +116,15 @@ def test_what_the_tester_finds():
     with pytest.raises(AssertionError, match="lacks name, dim"):
         check_encoder(nn.Linear(1, 1), pixels_of(2, 3, 8, 12))
 
+    class Attentive(Plain):
+        fault, num_blocks = "", 1
+
+        def encode_with_attention(self, pixels):
+            return self.encode_pixels(pixels), []
+
+    with pytest.raises(AssertionError, match="encode_with_attention of Attentive cannot be called"):
+        check_encoder(Attentive(), pixels_of(2, 3, 8, 12))
+
 
 # --- layers of denoisers
 

@@ -14,6 +14,7 @@ from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import (
     AlignmentLoss,
     AttentionAlignmentLoss,
+    DiffusionObjective,
     DispersiveLoss,
     REPAConfig,
     REPAObjective,
@@ -208,6 +209,17 @@ def test_attention_of_other_families():
             match_grid="interpolate_teacher",
             losses=[AttentionAlignmentLoss(None, ["transformer_blocks.0.attn"], (0,))],
         )
+
+
+def test_attention_is_paired_alike_in_front_of_the_alignment():
+    paired = []
+    for at in (0, 1):
+        losses = [AlignmentLoss("blocks.2", **SMALL)]
+        losses.insert(at, AttentionAlignmentLoss())
+        objective = DiffusionObjective(sit(), losses=losses, encoders=[attention_teacher()])
+        paired.append(objective.losses["attention"].describe())
+    assert paired[0] == paired[1]
+    assert paired[0]["layers"][-1] == "blocks.2.attn"
 
 
 def test_attention_needs_a_teacher_with_as_many_layers():

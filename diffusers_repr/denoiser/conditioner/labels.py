@@ -34,10 +34,19 @@ class LabelConditioner(Conditioner):
         self.num_classes, self.null_label = 0, null
 
     def bound_to(self, denoiser: Conditioned) -> Self:
-        """See `Conditioner`; counts the classes."""
+        """See `Conditioner`; counts the classes.
+
+        Raises:
+            ValueError: For a null class that the table has not.
+        """
         bound = super().bound_to(denoiser)
         count, null = denoiser.family.classes()
         if count and null is None:
+            if self._null is not None and not -1 <= self._null < count:
+                raise ValueError(
+                    f"The null class {self._null} is not in the table of {type(denoiser.model).__name__}: its ids are "
+                    f"0 to {count - 1}, and -1 says that there is no null class."
+                )
             null = None if self._null == -1 else count - 1 if self._null is None else self._null
             count -= self._null != -1
         bound.num_classes, bound.null_label = count, null
@@ -105,10 +114,12 @@ class LabelConditioner(Conditioner):
         cache: Cache | None = None,
         negative: str | None = None,
     ) -> Condition:
-        """Ids, checked by the family; None is its null class."""
+        """Ids, checked by the family; None is its null class, or the one that was named here."""
         labels = None if values is None else _labels(values)
         if labels is not None and not len(labels):
             raise ValueError("class_labels is empty; pass one id, or one per image.")
+        if labels is None and self._null is not None and self.has_null and self.conditional:
+            labels = torch.tensor([self._null_id()])
         inputs = self.denoiser.family.from_class_labels(labels)
         placed = {name: value.to(self.denoiser.device) for name, value in inputs.items()}
         return rows_of(self.denoiser, placed, batch, "class_labels")

@@ -136,7 +136,9 @@ def default_attentions(host: LossHost, most: int, exactly: bool) -> list[str]:
     model, denoiser = host.network, host.denoiser
     blocks, last = denoiser.family.stack(model), LAST_BLOCK
     if len(blocks) <= LAST_BLOCK:
-        aligned = getattr(host.losses["alignment"], "layers", ("",))[0] if "alignment" in host.losses else ""
+        alignment = dict(host.losses.items()).get("alignment")
+        # One that comes later in the list is attached later, and tells only the layer that it was given.
+        aligned = next(iter(getattr(alignment, "layers", ())), getattr(alignment, "chosen", None) or "")
         (default,) = denoiser.default_layers("repa").layers
         last = blocks.index(next((block for block in blocks if f"{aligned}.".startswith(f"{block}.")), default))
     count = min(most, last + 1)
