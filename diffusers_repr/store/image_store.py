@@ -209,6 +209,8 @@ def write_images(
     names = [key.name for key in keys]
     if not keys:
         raise ValueError("No keys of images; give one for each image that is to be made.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{keys[names.index(name)]} stands {times} times; each image is made once.")
