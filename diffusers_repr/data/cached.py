@@ -113,7 +113,12 @@ class CachedData(TrainData):
             if "global" in stored:
                 sample.setdefault("features_global", {})[name] = stored["global"]
         if self.needs_pixels or self.images.images.annotated:
-            row, tensors = self.images.images.sample(index)
+            read, tensors = self.images.images.sample(index)
+            if read != row:
+                raise ValueError(
+                    f"For image {index} the cache holds row {row}, and the run reads row {read}: what can be read has "
+                    "changed, or the cache was made without the column of masks. Make it with the settings of the run."
+                )
             sample |= {name: value for name, value in tensors.items() if self.needs_pixels or name != "pixel_values"}
         return {**sample, **self.images.annotations(row)}
 

@@ -171,8 +171,9 @@ def write_assignments(
     """
     folder = Path(out)
     check_folder(folder)
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}.")
+    for name, value in (("rows", rows), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     columns = {name: np.shape(values)[1:] for name, values in assign(0, 1).items()}
     if not columns or not set(columns) <= set(DTYPES):
         raise ValueError(f"`assign` gives {', '.join(columns) or 'nothing'}; allowed are {', '.join(DTYPES)}.")
@@ -185,7 +186,7 @@ def write_assignments(
         for start, stop in spans:
             for at in range(start, stop, batch_size):
                 end = min(at + batch_size, stop)
-                found = {name: np.asarray(v, DTYPES[name]) for name, v in assign(at, end).items()}
+                found = {name: _column(name, values) for name, values in assign(at, end).items()}
                 shapes = {name: (end - at, *shape) for name, shape in columns.items()}
                 if {name: values.shape for name, values in found.items()} != shapes:
                     raise ValueError(f"`assign` gave rows {at} to {end - 1} other columns or shapes than row 0.")
@@ -197,6 +198,14 @@ def write_assignments(
 
     write_store(Plan(AssignmentStore, folder, layout, recipe, batches, progress=progress, what="assign"))
     return AssignmentStore.open(folder)
+
+
+def _column(name: str, values: Any) -> np.ndarray:
+    """Values in the dtype of their column; a cast would round down what is no whole number."""
+    values = np.asarray(values)
+    if name != "distances" and values.dtype.kind not in "iu":
+        raise ValueError(f"`assign` gave {name!r} as {values.dtype}; give whole numbers.")
+    return values.astype(DTYPES[name])
 
 
 def _values(layout: AssignmentLayout, name: str, array: pa.Array) -> np.ndarray:

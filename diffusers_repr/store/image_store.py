@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffusers_repr.hub.components import MAX_SIDE
+from diffusers_repr.hub.places import is_place, last_name
 from diffusers_repr.hub.schema import Check, anything, digest, integer, mapping, one_of, optional, record, text
 from diffusers_repr.store.manifest import layout_schema, manifest_schema, recipe_hash
 from diffusers_repr.store.parquet import ParquetLayout
@@ -50,7 +51,7 @@ class ImageKey:
     """All that decides a generated image.
 
     Attributes:
-        model: Hub id or name.
+        model: Hub id or name; published, as `source` is.
         revision: Commit of the model.
         prompt: Text it was conditioned on.
         condition: What else it was conditioned on, as text: a class id, the name of a control image.
@@ -201,7 +202,8 @@ def write_images(
 
     Raises:
         FileExistsError: If the folder holds images of other keys, or is no store of images.
-        ValueError: If there is no key, a key stands twice, or an image has another size than its key tells.
+        ValueError: If there is no key, a key stands twice or names a place of this machine, or an image has another
+            size than its key tells.
         OSError: If the disk is full; what is written stays valid.
     """
     folder = Path(out)
@@ -209,9 +211,13 @@ def write_images(
     names = [key.name for key in keys]
     if not keys:
         raise ValueError("No keys of images; give one for each image that is to be made.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{keys[names.index(name)]} stands {times} times; each image is made once.")
+    for key in keys:
+        _refuse_places(key)
     models = Counter(f"{key.model}@{key.revision or ''}" for key in keys)
     recipe = {"keys": recipe_hash({"keys": names}), "models": dict(sorted(models.items()))}
     pixels = max(3 * key.height * key.width for key in keys)
@@ -235,6 +241,17 @@ def not_yet_made(keys: Iterable[ImageKey], stores: Iterable[ImageStore]) -> list
     """The keys that no store holds, each once, in their order."""
     known = {key.name for store in stores for key in store.image_keys()}
     return list({key.name: key for key in keys if key.name not in known}.values())
+
+
+def _refuse_places(key: ImageKey) -> None:
+    """Refuse folders of this machine: a store may be published, and elsewhere they name nothing."""
+    for name in ("model", "source", "condition"):
+        value = getattr(key, name)
+        if is_place(value):
+            raise ValueError(
+                f"The {name} of a key is a place of this machine: {value!r}. Give an id or a name, such as "
+                f"{last_name(value)!r}."
+            )
 
 
 def _encoded(image: Image.Image, key: ImageKey) -> dict[str, Any]:

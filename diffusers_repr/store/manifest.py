@@ -70,8 +70,8 @@ def checked_manifest(
         agrees(manifest, at)
     except ValueError as error:
         raise ValueError(
-            f"{error} The {MANIFEST} is damaged or of another version. Delete it and run the same `{command}` command "
-            "again: whole shards of this recipe are kept."
+            f"{error} The {MANIFEST} is damaged, or of another version or kind of store. If `{command}` made this "
+            "folder, delete the manifest and run the same command again: whole shards of this recipe are kept."
         ) from error
     return manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -104,8 +105,13 @@ def choose_shard_size(store: type[Store], out: Path, most: int, row_bytes: int, 
         most: Rows at most, where nobody chose.
         row_bytes: Bytes of one row.
         given: What the caller chose.
+
+    Raises:
+        ValueError: If `given` is below 1.
     """
     if given is not None:
+        if given < 1:
+            raise ValueError(f"shard_size must be at least 1, got {given}.")
         return given
     if (out / MANIFEST).is_file():
         return store.layout_of(store.read_manifest(out)).shard_size
@@ -136,8 +142,12 @@ def _prepare(plan: Plan) -> None:
 
 
 def _check_same(plan: Plan, manifest: dict[str, Any]) -> None:
-    old = {**manifest["recipe"], "shard_size": plan.store.layout_of(manifest).shard_size}
+    layout = plan.store.layout_of(manifest)
+    old = {**manifest["recipe"], "shard_size": layout.shard_size}
     differences = recipe_differences(old, {**plan.recipe, "shard_size": plan.layout.shard_size})
+    if not differences:  # what the recipe does not tell: other columns would be written over those that are there
+        described = [plan.store.describe(one, plan.recipe, {}) for one in (layout, plan.layout)]
+        differences = recipe_differences(*json.loads(json.dumps(described)))
     if differences:
         raise FileExistsError(
             f"{str(plan.out)!r} holds a {plan.store.noun} of another recipe; nothing was changed. "

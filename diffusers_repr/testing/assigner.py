@@ -38,7 +38,10 @@ def check_assigner(assigner: Assigner, features: Tensor) -> None:
     _check_form(assigner, found, len(features))
     alone = torch.cat([assigner.assign(row[None]) for row in features[:8]])
     expect(torch.equal(alone, found[:8]), f"{name} gives a row otherwise among others.")
-    again = type(assigner).from_config(assigner.config).fit(features, torch.Generator().manual_seed(0))
+    again = type(assigner).from_config(assigner.config)
+    told = again.fingerprint() != assigner.fingerprint()
+    expect(told, f"{name}.fingerprint() does not tell a fitted one from a new one; stores go on by it.")
+    again.fit(features, torch.Generator().manual_seed(0))
     expect(torch.equal(again.assign(features), found), f"{name} fitted again from one seed assigns otherwise.")
     with tempfile.TemporaryDirectory() as folder:
         assigner.save_pretrained(folder)

@@ -71,6 +71,9 @@ class SignAssigner(Assigner):
         cells = ((features > middle)[:, :2] * torch.tensor([1, 2])).sum(1)
         return cells.int() if self.fault == "dtype" else cells
 
+    def fingerprint(self):
+        return {"assigner": "sign"} if self.fault == "fingerprint" else super().fingerprint()
+
     @property
     def null(self):
         return torch.tensor(3 if self.fault == "null" else 4)
@@ -87,6 +90,7 @@ def test_faults_are_found(monkeypatch):
         "batch": "otherwise among others",
         "dtype": "gives torch.int32",
         "null": "beyond all classes",
+        "fingerprint": "does not tell a fitted one from a new one",
     }.items():
         with pytest.raises(AssertionError, match=told):
             check_assigner(SignAssigner(6, fault), FEATURES)

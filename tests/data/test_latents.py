@@ -259,3 +259,8 @@ def test_masks_and_points_beside_latents_are_flipped_alike(tmp_path):
     assert "pixel_values" not in found["cache"]
     for key in ("masks", "points", "visible", "class_labels"):
         assert torch.equal(found["cache"][key], found["images"][key])
+    gap = data.remove_columns("mask").add_column("mask", [None, *ids[1:]])
+    run = load(gap, vae=make_vae(), latents_dir=str(tmp_path / "out"), bad_images="skip", **kept)
+    assert torch.equal(run[1]["masks"], cached[1]["masks"])
+    with pytest.raises(ValueError, match="image 0 the cache holds row 0, and the run reads row 1"):
+        run[0]  # the latent of one image and the mask of another

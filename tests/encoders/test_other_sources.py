@@ -113,6 +113,15 @@ def test_what_the_tester_finds():
         encoder.fault = fault
         with pytest.raises(AssertionError, match=message) if message else contextlib.nullcontext():
             check_encoder(encoder, pixels_of(2, 3, 8, 12))
+
+    class Attending(Plain):
+        num_blocks = 2
+
+        def encode_with_attention(self, pixels):
+            raise NotImplementedError
+
+    with pytest.raises(AssertionError, match=r"num_blocks, but encode_with_attention\(pixels, \[-1\]\) fails"):
+        check_encoder(Attending(), pixels_of(2, 3, 8, 12))
     with pytest.raises(AssertionError, match="lacks name, dim"):
         check_encoder(nn.Linear(1, 1), pixels_of(2, 3, 8, 12))
 

@@ -52,6 +52,15 @@ def test_is_gone_on_with_and_refuses_another_record(tmp_path):
     assert asked == [(0, 1), (4, 6), (6, 7)]  # the first for the shapes
     with pytest.raises(FileExistsError, match="another recipe.*assigner.seed: 0 -> 1"):
         write(tmp_path / "out", assigner={"kind": "kmeans", "seed": 1})
+    before = {file: file.read_bytes() for file in (tmp_path / "out").glob("data/*")}
+    for changes, message in (
+        ({"assign": assign({"class_id": CLASSES})}, r"layout.columns.neighbours: \[3\] -> null"),
+        ({"num_classes": 9}, "layout.num_classes: 3 -> 9"),
+        ({"split": "test"}, 'layout.split: "train" -> "test"'),
+    ):  # the record is the same
+        with pytest.raises(FileExistsError, match=message):
+            write(tmp_path / "out", **changes)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").glob("data/*")} == before
 
 
 @pytest.mark.parametrize(
@@ -63,6 +72,7 @@ def test_is_gone_on_with_and_refuses_another_record(tmp_path):
         ({"distances": DISTANCES + np.inf}, "NaN or infinity in 'distances'"),
         ({"cluster": CLASSES}, "gives .*cluster; allowed are class_id"),
         ({"class_id": NEIGHBOURS}, "layout.columns.class_id is .3."),
+        ({"class_id": CLASSES / 2}, "gave 'class_id' as float64; give whole numbers"),
     ],
 )
 def test_what_cannot_be(tmp_path, changes, message):

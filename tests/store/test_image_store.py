@@ -79,6 +79,11 @@ def test_what_a_store_of_images_is_not(tmp_path):
         write(tmp_path / "out", make=lambda keys: [image.rotate(90, expand=True) for image in make(keys)])
     with pytest.raises(ValueError, match="No keys"):
         write(tmp_path / "none", [])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        write_images(tmp_path / "none", KEYS, make, batch_size=0)
+    for name in ("model", "source", "condition"):  # it would be published with the store
+        with pytest.raises(ValueError, match=f"The {name} of a key is a place.*such as 'cats'"):
+            write(tmp_path / "none", [replace(KEYS[0], **{name: "/data/me/cats"})])
     path = write(tmp_path / "out").folder / "data/train-00001-of-00003.parquet"
     good = pq.read_table(path)
     jpeg = [{"bytes": b"\xff\xd8 no png", "path": None}] * 2

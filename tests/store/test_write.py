@@ -220,7 +220,7 @@ def test_a_lost_manifest_is_made_again(kind, tmp_path):
 
 def test_a_damaged_manifest(kind, tmp_path):
     store = make(kind, tmp_path / "out")
-    for text, message in (('{"complete": tr', "not valid JSON"), ('{"complete": true}', "damaged or of another")):
+    for text, message in (('{"complete": tr', "not valid JSON"), ('{"complete": true}', "damaged, or of another ver")):
         (tmp_path / "out/manifest.json").write_text(text)
         for use in (lambda: make(kind, tmp_path / "out"), lambda: type(store).open_folder(tmp_path / "out")):
             with pytest.raises(ValueError, match=rf"manifest\.json.*{message}"):
