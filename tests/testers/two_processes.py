@@ -9,11 +9,8 @@ import io
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -72,7 +69,7 @@ def everywhere(value):
     return values
 
 
-def work(folder):
+def main(folder):
     """All jobs, as one of the two processes."""
     from accelerate import Accelerator
 
@@ -86,43 +83,6 @@ def work(folder):
     if torch.distributed.get_rank() == 0:
         (folder / "told.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()
-
-
-def start(rank, folder):
-    """Fork a process that is told by its environment what it is, as a launcher tells it; its id."""
-    if process := os.fork():
-        return process
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    code = 1
-    try:
-        work(folder)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(code)  # what Python does at its end is the parent's
-
-
-def main(folder):
-    """Two processes of one: what both import, the dearest of it all, is imported once."""
-    import tests.features.test_cli_extract
-    import tests.metrics.two_processes
-    import tests.training.two_processes  # noqa: F401
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    processes = {start(rank, folder) for rank in (0, 1)}
-    failed = False
-    while processes:
-        ended, status = os.wait()
-        processes.discard(ended)
-        if status and not failed:
-            failed = True
-            for process in processes:  # it would wait for the one that is gone
-                os.kill(process, signal.SIGTERM)
-    return int(failed)
 
 
 def make_inputs(folder):
@@ -140,7 +100,9 @@ def make_inputs(folder):
 def launch(folder):
     """Run `main` in two processes, and give what they told: of each job a list, one entry a process."""
     make_inputs(folder / "inputs")
-    command = [sys.executable, "-m", "tests.testers.two_processes", str(folder)]
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tests.testers.two_processes", str(folder)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -148,4 +110,4 @@ def launch(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))
