@@ -48,7 +48,8 @@ def test_the_folder_is_a_pipeline_of_the_averaged_weights(finished):
 
 
 def test_grids_of_samples(finished):
-    assert Image.open(finished / "samples.png").size == (8 * 32, 2 * 32)
+    with Image.open(finished / "samples.png") as image:
+        assert image.size == (8 * 32, 2 * 32)
     assert sorted(p.name for p in (finished / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
     assert len({p.read_bytes() for p in [*(finished / "samples").iterdir(), finished / "samples.png"]}) == 3
 
