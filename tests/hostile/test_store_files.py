@@ -119,7 +119,7 @@ MANIFESTS = [
 def test_a_manifest_that_says_what_cannot_be(store, place, value, message):
     path = store / "manifest.json"
     path.write_text(json.dumps(changed(json.loads(path.read_text()), place, value)))
-    with pytest.raises(ValueError, match=rf"manifest\.json.*({message}).*same `diffusers-repr extract` command"):
+    with pytest.raises(ValueError, match=rf"manifest\.json.*({message}).*If `diffusers-repr extract` made this"):
         FeatureStore.open(store)
 
 
@@ -238,7 +238,7 @@ CACHES = [
 def test_a_caches_manifest_that_says_what_cannot_be(cache, place, value, message):
     path = cache / "manifest.json"
     path.write_text(json.dumps(changed(json.loads(path.read_text()), place, value)))
-    with pytest.raises(ValueError, match=rf"manifest\.json.*({message}).*same `diffusers-repr cache` command"):
+    with pytest.raises(ValueError, match=rf"manifest\.json.*({message}).*If `diffusers-repr cache` made this"):
         TensorCache.open(cache, "features")
 
 
