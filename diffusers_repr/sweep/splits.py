@@ -68,6 +68,7 @@ def _as_values(data: Labelled) -> Labelled:
 
 def _classes(fit: Labelled, score: Labelled, metric: str) -> tuple[Labelled, Labelled, list[int]]:
     ids, held = _ids(fit, metric), _ids(score, metric)
+    fit.check_classes()
     classes, counts = ids.unique(return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"{fit} has the single class {classes.tolist()}; nothing tells features apart. Need 2.")
