@@ -21,7 +21,7 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDE
 
 from diffusers_repr import Denoiser, Encoder
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
@@ -45,7 +45,7 @@ class ModelConfig:
     sampler: str = setting("ode", "scheduler that is saved with a new SiT: ode or sde")
 
     def __post_init__(self) -> None:
-        arguments = mapping("model", self.model)
+        arguments = json_mapping("model", self.model)
         check_keys("`model`", arguments, inspect.signature(SiTTransformer2DModel.__init__).parameters)
         object.__setattr__(self, "model", arguments)
         others = [field for field in dataclasses.fields(self) if field.name != "pretrained_model"]
