@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
+from diffusers_repr.cli.recorded import save_result
 from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.encoders import Encoder
-    from diffusers_repr.sweep.alignment import Alignment
+    from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 
 
-OUT = options.Out("alignment", ("alignment.json",))
+OUT = options.Out("alignment", ("alignment.json",), again="same")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class Settings(options.ImageSettings):
     """Arguments of the command."""
 
     POSITIONAL: ClassVar = ("model", "encoder", "dataset")
+    EARLIER_KEYS: ClassVar = {"samples": "limit"}
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
     encoder: str = setting(
@@ -29,11 +32,11 @@ class Settings(options.ImageSettings):
     )
     dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, a Hub id, or digits")
     out: str = setting("alignment", "folder for alignment.json and alignment.png")
-    layers: list[str] | None = setting(None, "full module paths; all layers if not given")
-    timesteps: list[float] | None = setting(None, "levels; five over the range if not given")
+    layers: list[str] | None = setting(None, "full module paths; default: all layers")
+    timesteps: list[float] | None = setting(None, "levels; larger is noisier; default: five over the range")
     metric: list[str] = setting(["cknna"], "cknna, cka, linear, knn; the first decides which is best")
     k: int = setting(10, "neighbours of CKNNA")
-    samples: int | None = setting(None, "as many images, drawn by the seed; all if not given")
+    limit: int | None = setting(None, "as many images, drawn by --seed; default: all")
     features: Literal["tokens", "global"] = setting("tokens", "of the encoder: tokens (their mean) or global")
     split: str = setting("train", "of the data set")
     test_split: str | None = setting(None, "on which linear and knn probes are measured")
@@ -43,11 +46,13 @@ class Settings(options.ImageSettings):
     batch_size: int = setting(64, "images a forward")
     seed: int = setting(0, "of the noise and of the choice of samples")
     memory_gib: float = setting(4.0, "limit on the features held at a time")
-    dtype: options.DType = setting("float32", "of the model")
-    device: str | None = setting(None, "cuda, cpu, ...; an accelerator if there is one")
+    dtype: options.DType = setting("float32", "of the model, what it computes in")
+    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
     revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
     encoder_revision: str | None = setting(None, "branch, tag or commit of the encoder on the Hub")
     no_plot: bool = setting(False, "do not draw the picture (it needs matplotlib)")
+    json: bool = setting(False, "print JSON instead of a table")
+    overwrite: bool = setting(False, "replace an alignment of another recipe in --out")
     quiet: bool = setting(False, "no progress bar")
 
 
@@ -85,7 +90,7 @@ def run(args: Settings) -> int:
         args.layers,
         metrics=args.metric,
         k=args.k,
-        samples=args.samples,
+        samples=args.limit,
         features=args.features,
         test=test,
         protocol=args.protocol,
@@ -100,9 +105,9 @@ def run(args: Settings) -> int:
         progress=not args.quiet,
     )
     if state.is_main_process:
-        _print(alignment)
-        options.save_or_keep(lambda folder: alignment.save(folder, plot=not args.no_plot), args.out, "alignment")
-        print(f"Saved to {args.out}")
+        _print_json(alignment, args.out) if args.json else _print(alignment)
+        save_result(args, "alignment", lambda folder: alignment.save(folder, plot=not args.no_plot))
+        options.say(f"Saved to {args.out}", aside=args.json)
     return 0
 
 
@@ -128,16 +133,34 @@ def _encoder(args: Settings, denoiser: Any, device: str) -> Encoder:
     )
 
 
+def _best(alignment: Alignment, metric: str) -> list[AlignmentCell]:
+    """The best layer of each level, where the metric is defined."""
+    found: dict[float, AlignmentCell] = {}
+    for cell in alignment.cells:
+        score, best = cell.scores[metric], found.get(cell.timestep)
+        if score is not None and (best is None or score > (best.scores[metric] or 0.0)):
+            found[cell.timestep] = cell
+    return list(found.values())
+
+
+def _print_json(alignment: Alignment, out: str) -> None:
+    """What `_print` prints, in one line."""
+    best = {
+        metric: [
+            {"layer": cell.layer, "timestep": cell.timestep, "score": cell.scores[metric]}
+            for cell in _best(alignment, metric)
+        ]
+        for metric in alignment.metrics
+    }
+    print(json.dumps({"out": out, "best": best, "encoder": alignment.encoder_scores}))
+
+
 def _print(alignment: Alignment) -> None:
     """Of every metric, the best layer of each level, and the encoder's own score."""
     width = max(len(cell.layer) for cell in alignment.cells)
     for metric in alignment.metrics:
         print(f"{metric}: best layer of each level")
-        for timestep in dict.fromkeys(cell.timestep for cell in alignment.cells):
-            scored = [
-                cell for cell in alignment.cells if cell.timestep == timestep and cell.scores[metric] is not None
-            ]
-            for cell in sorted(scored, key=lambda c: -(c.scores[metric] or 0.0))[:1]:
-                print(f"{cell.layer:<{width}}  {timestep:>8g}  {cell.scores[metric]:.4f}")
+        for cell in _best(alignment, metric):
+            print(f"{cell.layer:<{width}}  {cell.timestep:>8g}  {cell.scores[metric]:.4f}")
         if metric in alignment.encoder_scores:
             print(f"{'(the encoder itself)':<{width}}  {'':>8}  {alignment.encoder_scores[metric]:.4f}")

@@ -29,6 +29,7 @@ class Settings(DataConfig):
     """The data, and what is encoded by what."""
 
     OTHER_KEYS: ClassVar = True  # a recipe of the training has more than the data
+    EARLIER_KEYS: ClassVar = {"dtype": "store_dtype"}
 
     vae: str | None = setting(None, "folder or Hub id of a VAE, or of a pipeline with one")
     vae_subfolder: str | None = setting(None, "where the VAE lies in it; default: vae, if a local folder has one")
@@ -37,12 +38,14 @@ class Settings(DataConfig):
     encoder: list[str] = setting([], "folders or Hub ids of the teachers")
     cache_features: bool = setting(False, "write the teachers' features to --features_dir")
     image_channels: Literal[1, 3] = setting(3, "1: features for a model of grey pixels")
-    dtype: Literal["float32", "float16"] = setting("float32", "of the stored moments")
+    store_dtype: Literal["float32", "float16"] = setting("float32", "of the stored moments")
     features_dtype: Literal["float32", "float16"] = setting("float16", "of the stored features")
     both_mirrors: bool = setting(True, "moments of the mirrored images too; features follow --random_flip")
     batch_size: int = setting(16, "images of one process and forward")
     shard_size: int | None = setting(None, "images of a shard; default: what makes 256 MiB")
     dataloader_num_workers: int = setting(0, "processes that decode images")
+    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
+    quiet: bool = setting(False, "no progress bar")
     verify: bool = setting(False, "read shards that are there and compare their checksums")
 
     def __post_init__(self) -> None:
@@ -93,10 +96,12 @@ def run(args: Settings) -> int:
     data = load_data(args, args.image_channels)
     settings = CacheSettings(
         args.both_mirrors,
-        args.dtype,
+        args.store_dtype,
         args.batch_size,
         args.shard_size,
         args.dataloader_num_workers,
+        args.device,
+        progress=not args.quiet,
         verify=args.verify,
     )
     if args.latents_dir:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffusers_repr.models.convert import ConvertedCheckpoint
 
 
-OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
+OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True, again="refused")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

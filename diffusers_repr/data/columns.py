@@ -93,8 +93,8 @@ def _no_ids(column: str, feature: Any, name: str) -> str:
         return f"Column {column!r} of {name} holds {feature}, not class ids, which are whole numbers, one an image."
     return (
         f"Column {column!r} of {name} holds {kind}, not class ids. "
-        f"`dataset = dataset.class_encode_column({column!r})` numbers them and keeps them as names; for a command, save "
-        "the result by `dataset.save_to_disk(folder)` and give that folder."
+        f"`dataset = dataset.class_encode_column({column!r})` numbers them and keeps them as names; for a command, "
+        "save the result by `dataset.save_to_disk(folder)` and give that folder."
     )
 
 
@@ -108,9 +108,8 @@ def _unlabelled(features: Mapping[str, Any], used: Sequence[str | None], name: s
     encoded = [column for column in others if _dtype(features[column]) in _KINDS]
     hints = [f"Whole numbers are in {', '.join(map(repr, whole))}; name one by label_column." if whole else ""]
     if encoded:
-        hints += [
-            f"If {encoded[0]!r} holds the classes, `dataset = dataset.class_encode_column({encoded[0]!r})` numbers them."
-        ]
+        line = f"`dataset = dataset.class_encode_column({encoded[0]!r})`"
+        hints += [f"If {encoded[0]!r} holds the classes, {line} numbers them."]
     hints += ["In a folder of images, put each class into a subfolder."]
     return f"{name} has no label column; its columns are {list(features)}. {' '.join(filter(None, hints))}"
 
