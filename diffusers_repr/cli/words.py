@@ -33,8 +33,8 @@ def as_typed(text: str, names: tuple[str, ...]) -> str:
         names: Of the command's settings.
 
     Example:
-        >>> as_typed("Images are of mixed sizes; pass image_size=(H, W). `list_layers(denoiser)` shows all.", ("image_size",))
-        'Images are of mixed sizes; pass --image_size H W. `diffusers-repr layers MODEL` shows all.'
+        >>> as_typed("Mixed sizes; pass image_size=(H, W). `list_layers(denoiser)` shows all.", ("image_size",))
+        'Mixed sizes; pass --image_size H W. `diffusers-repr layers MODEL` shows all.'
         >>> as_typed("ensemble_size must be a whole number from 1; got 0.", ("ensemble_size",))
         '--ensemble_size must be a whole number from 1; got 0.'
     """

@@ -103,7 +103,8 @@ def test_labels_that_are_no_class_ids(column, values, held):
     words = labelled(4).remove_columns("label").add_column(column, values * 2)
     data = from_dataset(words, name="pets")
     assert len(next(data.batches(4))[0]) == 4
-    told = rf"Column '{column}' of pets holds {held}, not class ids. `dataset = dataset.class_encode_column\('{column}'\)`"
+    line = rf"`dataset = dataset.class_encode_column\('{column}'\)`"
+    told = rf"Column '{column}' of pets holds {held}, not class ids. {line}"
     with pytest.raises(ValueError, match=told):
         data.labels()
     with pytest.raises(ValueError, match=told):

@@ -70,7 +70,7 @@ def test_from_command_to_files(model, encoder, data, tmp_path, capsys):
 
 def test_all_metrics_and_a_layer_of_a_denoiser_as_encoder(model, data, tmp_path, capsys):
     flags = ["--layers", "mid_block", "--timesteps", "100", "--metric", "cka", "linear", "knn", "--knn_k", "3"]
-    flags += ["--test_split", "validation", "--samples", "16", "--no_plot", "--quiet", "--out", str(tmp_path)]
+    flags += ["--test_split", "validation", "--limit", "16", "--no_plot", "--quiet", "--out", str(tmp_path)]
     assert main(["align", model, f"{model}:mid_block@100", data, *flags]) == 0
     found = Alignment.load(tmp_path)
     assert found.score("mid_block", 100) == pytest.approx(1, abs=1e-5)
