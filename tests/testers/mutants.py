@@ -213,7 +213,9 @@ def run_tests(root: Path, tests: list[str], limit: float) -> tuple[int | None, s
         os.dup2(write, 2)
         os.chdir(root)
         sys.path.insert(0, str(root))
-        code = pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        known = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # of what was imported before
+        options = ("-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *known)
+        code = pytest.main([*options, *tests])
         os._exit(int(code))
     os.close(write)
     output, end, ready = b"", time.monotonic() + limit, True
