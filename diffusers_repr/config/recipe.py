@@ -46,7 +46,8 @@ def parse_recipe(
     Args:
         kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe. Fields
             that the class attribute `POSITIONAL` names are given without a flag, in that order. Where one has a true
-            `OTHER_KEYS`, the recipe may be another command's too, whose keys are passed over.
+            `OTHER_KEYS`, the recipe may be another command's too, whose keys are passed over. One with a method
+            `refuse_config` is asked first whether what `--config` names may be a recipe at all.
         argv: Flags, without the program's name.
         description: For `--help`.
         **parser_options: Of `argparse.ArgumentParser`.
@@ -69,6 +70,8 @@ def parse_recipe(
     given: list[str] = []
     empty: dict[str, list[Any]] = {}
     if known.config:
+        for kind in kinds:
+            getattr(kind, "refuse_config", lambda given: None)(known.config)
         recipe = read_recipe(known.config)
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
         if any(getattr(kind, "OTHER_KEYS", False) for kind in kinds):
