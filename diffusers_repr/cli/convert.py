@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: checkpoints of papers to a pipeline, or of MoCo v3 to an encoder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: papers' checkpoints to pipelines, MoCo v3 to an encoder."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def _interpolate_pos_encoding(self: Any, embeddings: Tensor, height: int, width:
 def use_repa_positions(embeddings: nn.Module) -> None:
     """Let an embedding module of transformers resample its positions as REPA's code does, from now on.
 
-    Only the method that resamples is put in front; the forward is upstream's. It is bound to the module, so that a copy
-    of the network reads its own table.
+    Only the method that resamples is put in front; the forward is upstream's. It is bound to the module, so that a
+    copy of the network reads its own table.
     """
     embeddings.interpolate_pos_encoding = MethodType(_interpolate_pos_encoding, embeddings)
 

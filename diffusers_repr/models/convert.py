@@ -109,7 +109,7 @@ def convert_state_dict(
 
 
 def _present_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Early checkpoints of REPA count the blocks behind the aligned one anew, as `decoder_blocks`; and a note of it."""
+    """Early checkpoints of REPA count blocks behind the aligned one anew, as `decoder_blocks`; and a note of it."""
     behind = block_numbers(weights, "decoder_blocks")
     if not behind:
         return dict(weights), []
@@ -126,7 +126,7 @@ def _present_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
 
 
 def _without_idle_projectors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Leave out projectors to no channel, which REPA's code makes for its baseline (`z_dims=[0]`); and a note of it."""
+    """Leave out projectors to no channel, as REPA's code makes for its baseline (`z_dims=[0]`); and a note of it."""
     last = re.compile(r"(projectors\.\d{1,3}\.)4\.(weight|bias)")
     ends = [(match[1], value) for key, value in weights.items() if (match := last.fullmatch(key))]
     idle = tuple(sorted({prefix for prefix, value in ends if not value.shape[0]}))

@@ -186,7 +186,9 @@ def moco_positions(side: int, width: int) -> Tensor:
 
 def _check_positions(table: Tensor, width: int) -> None:
     if width % 4 or table.shape[0] != 1 or table.shape[2] != width:
-        raise ValueError(f"pos_embed is {tuple(table.shape)}; (1, places, {width}) is needed, the width a multiple of 4.")
+        raise ValueError(
+            f"pos_embed is {tuple(table.shape)}; (1, places, {width}) is needed, the width a multiple of 4."
+        )
     away = float((table.float() - moco_positions(math.isqrt(table.shape[1] - 1), width)).abs().max())
     if not away <= _POSITION_TOLERANCE:
         raise ValueError(

@@ -115,7 +115,9 @@ def test_positions_are_a_part_of_what_an_encoder_is(dino, tmp_path):
 
 def test_encoders_of_a_recipe(tmp_path):
     """Two of one name keep both, each called by the folder above it too."""
-    folders = [save(build("vit"), tmp_path / at / "teacher") for at in "ab"] + [save(build("ijepa"), tmp_path / "jepa")]
+    folders = [save(build("vit"), tmp_path / at / "teacher") for at in "ab"] + [
+        save(build("ijepa"), tmp_path / "jepa")
+    ]
     found = load_encoders([str(folder) for folder in folders], ["repa", "repa", "transformers"])
     assert [encoder.name for encoder in found] == ["a-teacher", "b-teacher", "jepa"]
     assert [encoder.source.positions for encoder in found] == ["repa", "repa", "transformers"]

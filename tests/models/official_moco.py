@@ -48,7 +48,10 @@ class OfficialMoCo(nn.Module):
             state[f"module.{encoder}.head.0.weight"] = torch.ones(4, 4)
             state[f"module.{encoder}.head.1.num_batches_tracked"] = torch.tensor(3)
         state["module.predictor.0.weight"] = torch.ones(4, 4)
-        optimizer = {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+        optimizer = {
+            "state": {0: {"step": 3, "exp_avg": torch.ones(2)}},
+            "param_groups": [{"lr": 1e-4, "params": [0]}],
+        }
         return {"epoch": 300, "arch": arch, "state_dict": state, "optimizer": optimizer, "scaler": {"scale": 65536.0}}
 
     def part(self, name, x):

@@ -39,7 +39,7 @@ class REPAConfig:
 
     encoder: list[str] = _args("folders or Hub ids of frozen encoders; none: the plain denoising loss")
     encoder_positions: list[str] = _args(
-        "how they resample position embeddings: transformers (default) or repa, as REPA's code; one for all or one each"
+        "how they resample position embeddings: transformers (default), or repa as its code; one for all or one each"
     )
     repa_layer: str | None = _arg(None, help="path of the aligned layer; default: REPA's for the depth")
     repa_coefficient: float = _arg(0.5, help="weight of the alignment loss (iREPA: 1)")
