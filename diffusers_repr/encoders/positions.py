@@ -64,7 +64,8 @@ def use_repa_positions(embeddings: nn.Module) -> None:
     Only the method that resamples is put in front; the forward is upstream's. It is bound to the module, so that a
     copy of the network reads its own table.
     """
-    embeddings.interpolate_pos_encoding = MethodType(_interpolate_pos_encoding, embeddings)
+    bound: Any = MethodType(_interpolate_pos_encoding, embeddings)
+    embeddings.interpolate_pos_encoding = bound
 
 
 __all__ = ["Positions", "check_positions", "resample_as_repa", "use_repa_positions"]
