@@ -19,12 +19,13 @@ from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-from diffusers_repr import Denoiser, Encoder
+from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
+from diffusers_repr.encoders import load_encoders
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import REPAConfig, build_repa, load_heads
 from diffusers_repr.training import TrainingConfig, recipe_of, train
@@ -72,7 +73,7 @@ def main(argv: list[str], evaluate=None) -> None:
     if config.lora_rank and not model_config.pretrained_model:
         raise ValueError("`lora_rank` adapts a trained network, and a new SiT is none; name a `pretrained_model`.")
     torch.manual_seed(config.seed)
-    encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder if name != "none"]
+    encoders = load_encoders(repa_config.teachers, repa_config.encoder_positions)
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
         vae, channels, own = denoiser.vae, denoiser.image_channels, denoiser.image_size

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.encoders.loading import spread_positions
 from diffusers_repr.objectives.auxiliary.alignment import AlignmentLoss
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss
 from diffusers_repr.objectives.auxiliary.dispersive import DispersiveLoss
@@ -37,6 +38,9 @@ class REPAConfig:
     """
 
     encoder: list[str] = _args("folders or Hub ids of frozen encoders; none: the plain denoising loss")
+    encoder_positions: list[str] = _args(
+        "how they resample position embeddings: transformers (default), or repa as its code; one for all or one each"
+    )
     repa_layer: str | None = _arg(None, help="path of the aligned layer; default: REPA's for the depth")
     repa_coefficient: float = _arg(0.5, help="weight of the alignment loss (iREPA: 1)")
     repa_stop_step: int | None = _arg(None, help="optimizer steps after which all alignment ends (HASTE)")
@@ -69,8 +73,9 @@ class REPAConfig:
     reg_weight: float = _arg(0.0, help="weight of the class token's denoising loss (REG: 0.03)")
 
     def __post_init__(self) -> None:
-        if not set(self.encoder) - {"none"} and (self.haste_weight or self.reg_weight):
+        if not self.teachers and (self.haste_weight or self.reg_weight):
             raise ValueError("`haste_weight` and `reg_weight` need a teacher; name one by `encoder`.")
+        spread_positions(self.encoder_positions, len(self.teachers))
         if self.projectors not in ("load", "new"):
             raise ValueError(f"`projectors` is load or new, got {self.projectors!r}.")
         if self.projector_dim < 1:
@@ -81,6 +86,11 @@ class REPAConfig:
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"`label_dropout` is a probability, got {self.label_dropout}.")
         self.times()
+
+    @property
+    def teachers(self) -> list[str]:
+        """The encoders, without the word of a recipe for none."""
+        return [name for name in self.encoder if name != "none"]
 
     def times(self) -> TimeSampler:
         """How noise levels are drawn."""
