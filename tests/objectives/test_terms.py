@@ -360,16 +360,6 @@ def test_the_teacher_follows_adapters():
     assert torch.equal(frozen.blocks[1].attn.to_q.weight, objective.network.blocks[1].attn.to_q.base_layer.weight)
 
 
-@pytest.mark.parametrize(
-    ("depth", "blocks"),
-    [(12, ("blocks.3", "blocks.7")), (28, ("blocks.7", "blocks.19")), (3, ("blocks.0", "blocks.1"))],
-)
-def test_blocks_of_self_alignment(depth, blocks):
-    objective = REPAObjective(sit(layers=depth), losses=[SelfAlignmentLoss()])
-    term = objective.losses["self_alignment"]
-    assert (term.layer, term.teacher_layer) == blocks
-
-
 def test_the_weight_of_self_alignment_falls_as_in_its_code():
     term = SelfAlignmentLoss(distance="smooth_l1")
     objective = REPAObjective(sit(), losses=[term])
