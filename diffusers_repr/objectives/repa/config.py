@@ -147,11 +147,11 @@ class REPAConfig:
 
     def sra_fall(self) -> WeightFall | None:
         """How the weight of the self-alignment falls; None: as its code has it for the distance."""
-        own = (self.sra_fall_start, self.sra_fall_length, self.sra_epoch_steps)
-        if own == (None, WeightFall.length, WeightFall.epoch_steps):
-            return None
-        start = WeightFall.start if self.sra_fall_start is None else self.sra_fall_start
-        return WeightFall(start, self.sra_fall_length, self.sra_epoch_steps)
+        if self.sra_fall_start is not None:
+            return WeightFall(self.sra_fall_start, self.sra_fall_length, self.sra_epoch_steps)
+        if (self.sra_fall_length, self.sra_epoch_steps) != (WeightFall.length, WeightFall.epoch_steps):
+            raise ValueError("`sra_fall_length` and `sra_epoch_steps` act with `sra_fall_start`; give it (SRA: 149).")
+        return None
 
 
 def build_repa(
