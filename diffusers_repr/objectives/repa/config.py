@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,10 @@ def _args(help: str) -> Any:
     return HfArg(default_factory=list, help=help)
 
 
+_WITHOUT = (
+    "REPA-E trains the VAE by L1, KL and alignment here: its perceptual loss (LPIPS) and its discriminator are no "
+    "parts of this package, and without them reconstructions blur. Pass your own to REPAEObjective in Python."
+)
 _WEIGHTS = (
     "repa_coefficient", "dispersive_weight", "haste_weight", "sra_weight", "reg_weight", "repa_e_vae_coefficient",
     "repa_e_kl_weight",
@@ -86,7 +91,7 @@ class REPAConfig:
     sra_epoch_steps: int = _arg(5004, help="optimizer steps of such an epoch (ImageNet in batches of 256); 1: steps")
     sra_ema_decay: float = _arg(0.9999, help="of the average that teaches, apart from `ema_max_decay`, no warm-up")
     reg_weight: float = _arg(0.0, help="weight of the class token's denoising loss (REG: 0.03)")
-    repa_e: bool = _arg(False, help="train the VAE too (REPA-E), by L1, KL and alignment; without LPIPS and GAN")
+    repa_e: bool = _arg(False, help="train the VAE too (REPA-E), by L1, KL and alignment; without LPIPS and GAN loss")
     repa_e_vae_coefficient: float = _arg(1.5, help="weight of the alignment in the VAE's loss")
     repa_e_kl_weight: float = _arg(1e-6, help="weight of the KL divergence in the VAE's loss")
 
@@ -175,6 +180,7 @@ def build_repa(
         "label_dropout": config.label_dropout,
     }
     if config.repa_e:
+        warnings.warn(_WITHOUT, stacklevel=2)
         weights = {"vae_coefficient": config.repa_e_vae_coefficient, "kl_weight": config.repa_e_kl_weight}
         return REPAEObjective(denoiser, encoders, **weights, **settings)
     if config.reg_weight:
