@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 
 from diffusers_repr.cli import main
+from tests.testers.hosts import close_session
 from tests.testers.hub_server import hub_env, hub_server, run_python
 
 ROUND_TRIP = """
