@@ -98,19 +98,20 @@ def run(args: Settings) -> int:
     if out.exists() and not args.overwrite:
         raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
     overrides = read_config(args.model_config)
-    weights, name = select_weights(read_checkpoint(args.checkpoint), args.weights)
+    held = read_checkpoint(args.checkpoint)
+    weights, name = select_weights(held, args.weights)
     if is_moco_v3(weights):
         _refuse(args, ("architecture", "vae", "path", "sampler"), "MoCo v3 is an encoder, no pipeline")
         _save_encoder(args, weights, overrides, out)
     else:
         joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
         _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
-        _save_pipeline(args, weights, overrides, name, joint)
+        _save_pipeline(args, weights, overrides, name, joint, held.get("vae"))
     return 0
 
 
 def _save_pipeline(
-    args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], name: str, joint: bool
+    args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], name: str, joint: bool, vae: Any
 ) -> None:
     """A diffusion model, its projectors and its scheduler."""
     from diffusers_repr.hub.files import atomic_folder
@@ -126,11 +127,11 @@ def _save_pipeline(
             converted = convert_state_dict(weights, args.architecture, overrides)
     except ValueError as error:
         raise ValueError(f"{args.checkpoint!r}: {error}") from error
-    pipe = _joint_pipeline(converted) if joint else _pipeline(converted, args)
+    pipe = _joint_pipeline(converted) if joint else _pipeline(converted, args, vae)
     with atomic_folder(Path(args.out), overwrite=args.overwrite) as folder:
         pipe.save_pretrained(folder)
         _save_projectors(converted, folder)
-    _report(converted, name, Path(args.out))
+    _report(converted, name, Path(args.out), getattr(pipe, "vae", None) is not None)
 
 
 def _save_encoder(args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], out: Path) -> None:
@@ -216,10 +217,9 @@ def checked(config: dict[str, Any], model: type) -> dict[str, Any]:
     return config
 
 
-def _pipeline(converted: ConvertedCheckpoint, args: Settings) -> Any:
+def _pipeline(converted: ConvertedCheckpoint, args: Settings, own_vae: Any) -> Any:
     from diffusers import DDIMScheduler
 
-    from diffusers_repr.denoiser.loading import load_autoencoder
     from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
     from diffusers_repr.pipelines.sit import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -233,13 +233,39 @@ def _pipeline(converted: ConvertedCheckpoint, args: Settings) -> Any:
     else:
         cls = FlowMatchODEScheduler if args.sampler == "ode" else FlowMatchSDEScheduler
         scheduler = cls(path=args.path or "linear")
-    vae = None if args.vae is None else load_autoencoder(args.vae)
+    vae = _autoencoder(converted, args, own_vae)
     head = None
     if converted.class_token is not None:
         embed = converted.class_token["embed.weight"]
         head = ClassTokenHead(*embed.shape).to(embed.dtype)
         head.load_state_dict(converted.class_token)
     return SiTPipeline(model, scheduler, vae, class_token=head)
+
+
+def _autoencoder(converted: ConvertedCheckpoint, args: Settings, own: Any) -> Any:
+    """The VAE that is put beside: the one named, or REPA-E's own, with the statistics of its latents in it."""
+    from diffusers_repr.denoiser.loading import load_autoencoder
+    from diffusers_repr.models.convert_autoencoder import convert_autoencoder
+    from diffusers_repr.objectives.repa.vae_statistics import write_statistics
+    from diffusers_repr.pipelines.sit import SiTPipeline
+
+    mean, var = converted.relatives.latent_mean, converted.relatives.latent_var
+    if isinstance(own, dict) and mean is not None:  # REPA-E
+        _refuse(args, ("vae",), "This checkpoint brings the VAE that was trained with it")
+        try:
+            vae = convert_autoencoder(own)
+        except ValueError as error:
+            raise ValueError(f"{args.checkpoint!r}, its 'vae': {error}") from error
+    else:
+        vae = None if args.vae is None else load_autoencoder(args.vae)
+    if vae is not None and mean is not None and var is not None:
+        if len(mean) != vae.config["latent_channels"]:
+            raise ValueError(
+                f"{args.checkpoint!r} is of latents of {len(mean)} channels, the VAE's have "
+                f"{vae.config['latent_channels']}."
+            )
+        write_statistics(vae, mean.double(), var.double().sqrt(), SiTPipeline)
+    return vae
 
 
 def _joint_pipeline(converted: ConvertedCheckpoint) -> Any:
@@ -261,16 +287,40 @@ def _network(model: Any, converted: ConvertedCheckpoint) -> Any:
 
 
 def _save_projectors(converted: ConvertedCheckpoint, folder: Path) -> None:
+    heads = {f"projector-{at}": state for at, state in enumerate(converted.projectors)}
+    if converted.relatives.self_head is not None:
+        heads["projector-self-alignment"] = converted.relatives.self_head
+    for name, state in heads.items():
+        _projector(state).save_pretrained(folder / "heads" / name)
+
+
+def _projector(state: dict[str, Tensor]) -> Any:
+    """A projector of one linear layer or convolution (`weight`, `bias`), or of several layers (`0.weight`, ...)."""
     from diffusers_repr.heads.projector import Projector
 
-    for at, state in enumerate(converted.projectors):
-        (hidden, width), out = state["0.weight"].shape, state["4.weight"].shape[0]
-        projector = Projector(width, out, hidden_dim=hidden).to(state["0.weight"].dtype)
-        projector.load_state_dict({f"layers.{name}": value for name, value in state.items()})
-        projector.save_pretrained(folder / "heads" / f"projector-{at}")
+    settings: dict[str, Any]
+    if "weight" in state:
+        out, width, *kernel = state["weight"].shape
+        settings = {"kind": "conv", "kernel_size": kernel[0]} if kernel else {"num_layers": 1}
+        prefix = "layers." if kernel else "layers.0."
+    else:
+        hidden, width = state["0.weight"].shape
+        last = max(int(key.partition(".")[0]) for key in state)
+        out, prefix = state[f"{last}.weight"].shape[0], "layers."
+        settings = {"hidden_dim": hidden, "num_layers": last // 2 + 1}
+    projector = Projector(width, out, **settings).to(next(iter(state.values())).dtype)
+    projector.load_state_dict({f"{prefix}{key}": value for key, value in state.items()})
+    return projector
 
 
-def _report(converted: ConvertedCheckpoint, name: str, out: Path) -> None:
+_NORMALIZED = "REPA-E normalises its latents: mean and variance are written into the weights of the VAE."
+_NO_VAE = (
+    "REPA-E normalises its latents, and no VAE was put beside: give the one it was trained with by --vae, or take "
+    "(z - mean) / std by the file's bn.running_mean and bn.running_var."
+)
+
+
+def _report(converted: ConvertedCheckpoint, name: str, out: Path, has_vae: bool) -> None:
     config = converted.config
     count = sum(value.numel() for value in converted.transformer.values())
     source = f"the weights {name!r}" if name else "the weights"
@@ -279,5 +329,10 @@ def _report(converted: ConvertedCheckpoint, name: str, out: Path) -> None:
         f"{config['hidden_size']} with {config['num_attention_heads']} heads, patch {config['patch_size']}, "
         f"{config['num_classes']} classes, {count / 1e6:.1f} M parameters, {len(converted.projectors)} projectors."
     )
+    relatives = converted.relatives
+    if relatives.self_head is not None:
+        print("The projector of SRA is in heads/projector-self-alignment.")
+    if relatives.latent_mean is not None:
+        print(_NORMALIZED if has_vae else _NO_VAE)
     for note in converted.notes:
         print(note)

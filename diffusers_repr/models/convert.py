@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusers_repr.hub.components import check_config
 from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
 from diffusers_repr.models.class_token import without_class_token
+from diffusers_repr.models.convert_relatives import RelativeParts, split_relatives
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
 
 Architecture = Literal["sit", "dit", "hybvit"]
@@ -32,12 +33,13 @@ class ConvertedCheckpoint:
         config: Arguments of `SiTTransformer2DModel`, or of `JointViTModel`.
         transformer: Its state dict.
         projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
-            sequence; none for the others.
+            sequence (iREPA: `RelativeParts.projectors`); none for the others.
         class_token: State dict of the `ClassTokenHead` of a REG; None for the others.
         architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999, `hybvit`
             noise and classes.
         notes: What was left out or assumed, a sentence each.
         scheduler: Arguments of its `DDPMScheduler`, of a `hybvit`.
+        relatives: What iREPA, SRA and REPA-E have beside it.
     """
 
     config: dict[str, Any]
@@ -47,6 +49,7 @@ class ConvertedCheckpoint:
     architecture: Architecture = "sit"
     notes: tuple[str, ...] = ()
     scheduler: dict[str, Any] = field(default_factory=dict)
+    relatives: RelativeParts = field(default_factory=RelativeParts)
 
 
 def convert_state_dict(
@@ -58,10 +61,10 @@ def convert_state_dict(
     a formula (`grid_positions`): those of the file are compared with it, not taken.
 
     Args:
-        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740), REPA (arXiv 2410.06940) or REG
-            (arXiv 2507.01467).
+        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740), REPA (arXiv 2410.06940) or one of its
+            relatives: REG (arXiv 2507.01467), iREPA (2512.10794), SRA (2505.02831), REPA-E (2504.10483).
         architecture: `sit` or `dit`. Their names and shapes are the same; None is for files that tell: those with
-            projectors and those without a learned variance are `sit`.
+            projectors and those without a learned variance are `sit`, one of SRA with a learned variance is `dit`.
         overrides: Arguments of `SiTTransformer2DModel` that shapes do not tell, or tell wrong: `num_attention_heads`
             for widths of no named size, `class_dropout_prob`.
 
@@ -75,6 +78,8 @@ def convert_state_dict(
     projected = any(key.startswith("projectors.") for key in weights)
     weights, idle = _without_idle_projectors(weights)
     notes += idle
+    weights, relatives = split_relatives(weights)
+    projected = projected or bool(relatives.projectors) or relatives.self_head is not None
     matrices = [key for key in weights if key.startswith("projectors.") and key.endswith(".weight")]
     check_weights(weights, _RANKS | dict.fromkeys(matrices, 2))
     weights, class_token = without_class_token(weights)
@@ -85,7 +90,9 @@ def convert_state_dict(
         _check_positions(weights["pos_embed"], config)
     outputs = weights["final_layer.linear.weight"].shape[0] // config["patch_size"] ** 2
     variance = outputs == 2 * config["in_channels"]
-    projectors = _projectors(weights)
+    projectors = _projectors(weights) or relatives.projectors
+    if architecture is None and variance and relatives.self_head is not None:
+        architecture = "dit"  # SRA's SiT predicts no variance
     if architecture is None:
         if variance and not projected:
             raise ValueError(
@@ -105,7 +112,9 @@ def convert_state_dict(
             renamed[name] = rows[:, : config["in_channels"]].flatten(0, 1).clone()
         notes.append("The learned variance, which SiT computes and throws away, was left out.")
     config |= overrides or {}
-    return ConvertedCheckpoint(config, renamed, projectors, class_token, architecture, tuple(notes))
+    return ConvertedCheckpoint(
+        config, renamed, projectors, class_token, architecture, tuple(notes), relatives=relatives
+    )
 
 
 def _present_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
