@@ -186,7 +186,8 @@ class FeatureExtractor:
                     "infinite features. Load the model in float32 or bfloat16, or take an earlier layer."
                 )
             features[layer] = mean.unflatten(0, (len(self.levels), len(pixels))) if self.many else mean
-        return FeatureOutput(features, self.levels if self.many else self.levels[0], places, self.pooling)
+        levels = self.levels if self.many else self.levels[0]
+        return FeatureOutput(features, levels, places, self.pooling, None if self.pooling else pixels)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
