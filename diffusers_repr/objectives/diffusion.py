@@ -306,5 +306,9 @@ class DiffusionObjective(Objective):
             pipe.set_progress_bar_config(disable=True)
         return pipe(**given, generator=generator, num_inference_steps=steps).images
 
+    def preview_labels(self, count: int) -> Sequence[int] | None:
+        """See `Objective`."""
+        return self.conditioner.preview(count).get("class_labels")
+
 
 __all__ = ["DiffusionObjective"]

@@ -89,7 +89,7 @@ def draw_sweep(
             _draw_curves(line, levels, list(layers), grid, panel, lower_is_better)
         if panel.best is not None:
             _mark(axis, list(levels).index(panel.best[1]), list(layers).index(panel.best[0]))
-    maps[0].set_ylabel("layer, in execution order, and share of the forward's FLOPs")
+    maps[0].set_ylabel("layer, in execution order;\nshare of the forward's FLOPs")
     picture.suptitle(title, fontsize=10)
     return png_of(picture)
 
