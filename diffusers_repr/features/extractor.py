@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -146,7 +146,8 @@ class FeatureExtractor:
                 with offloaded weights, with `fresh` noise.
         """
         pixels = self.denoiser.pixels(images, self.image_size)
-        return self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
+        found = self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
+        return found if self.pooling else replace(found, images=images)
 
     @torch.no_grad()
     def from_pixels(
@@ -186,8 +187,7 @@ class FeatureExtractor:
                     "infinite features. Load the model in float32 or bfloat16, or take an earlier layer."
                 )
             features[layer] = mean.unflatten(0, (len(self.levels), len(pixels))) if self.many else mean
-        levels = self.levels if self.many else self.levels[0]
-        return FeatureOutput(features, levels, places, self.pooling, None if self.pooling else pixels)
+        return FeatureOutput(features, self.levels if self.many else self.levels[0], places, self.pooling)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

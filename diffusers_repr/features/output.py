@@ -25,14 +25,14 @@ class FeatureOutput:
         level: The resolved noise level; the list of them with a list of timesteps.
         places: Layer path -> `((H, W), start)` for layers of tokens: grid and first token of the image.
         pooling: As asked for.
-        pixels: The images as the network saw them, `(B, C, H, W)` in [-1, 1]; None for pooled features.
+        images: What was passed, for pictures; None for pooled features.
     """
 
     features: Mapping[str, Tensor]
     level: NoiseLevel | list[NoiseLevel]
     places: Mapping[str, Grid]
     pooling: str | None = None
-    pixels: Tensor | None = None
+    images: Any = None
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.features[layer]
@@ -83,7 +83,7 @@ class FeatureOutput:
 
         Args:
             layer: Its path; of maps, or tokens of a known grid.
-            images: The same images in another size, to be shown beside; as the network saw them if None.
+            images: To be shown beside, of any size, the same whole images; what was passed to the extractor if None.
             limit: How many are shown, the first ones.
 
         Raises:
@@ -95,10 +95,9 @@ class FeatureOutput:
         if found.ndim != 4 + several:
             raise ValueError(f"Layer {layer!r} gave {tuple(found.shape)}, of videos; `plot_pca` is of images.")
         levels = self.level if isinstance(self.level, list) else [self.level]
+        images = self.images if images is None else images
         if images is None:
-            if self.pixels is None:
-                raise ValueError("These features came without their images; pass plot_pca(layer, images).")
-            images = (self.pixels[:, :3].clamp(-1, 1) + 1) / 2
+            raise ValueError("These features came without their images; pass plot_pca(layer, images).")
         maps = list(found) if several else [found]
         names = [f"timestep {level.timestep:g}" for level in levels]
         return draw_pca(maps, images, layer, names, check_whole("limit", limit))

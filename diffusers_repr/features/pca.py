@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -55,7 +56,7 @@ def draw_pca(maps: Sequence[Tensor], images: Any, layer: str, levels: Sequence[s
 
     Args:
         maps: `(B, C, h, w)` of each level.
-        images: What to show beside; as `to_pixels` takes them, or `(B, C, H, W)` floats in [0, 1].
+        images: To show beside, as `to_pixels` takes them, but of any sizes.
         layer: Its name.
         levels: Names of the levels.
         limit: The first images that are shown; the components are those of all.
@@ -64,35 +65,38 @@ def draw_pca(maps: Sequence[Tensor], images: Any, layer: str, levels: Sequence[s
         ValueError: If there are not as many images as maps.
         ImportError: If matplotlib is missing.
     """
-    count, shown = len(maps[0]), _shown(images)
-    if len(shown) != count:
-        raise ValueError(f"{len(shown)} images for the features of {count}; pass those that were extracted.")
-    figure, rows, columns = require_matplotlib(), min(limit, count), 1 + len(maps)
-    tall = max(image.shape[0] / image.shape[1] for image in shown[:rows])
-    size = 2.4 * columns, 0.75 + 2.4 * min(tall, 3) * rows
-    picture = figure.Figure(figsize=size, layout="constrained", dpi=min(140, 30_000 / max(size)))
-    axes = picture.subplots(rows, columns, squeeze=False)
+    count, given = len(maps[0]), _each(images)
+    if len(given) != count:
+        raise ValueError(f"{len(given)} images for the features of {count}; pass those that were extracted.")
+    rows, columns = min(limit, count), 1 + len(maps)
+    shown = [(to_pixels(image, 3)[0].movedim(0, -1).cpu().numpy() + 1) / 2 for image in given[:rows]]
+    tall = [min(image.shape[0] / image.shape[1], 3) for image in shown]
+    size = 2.5 * columns, 0.6 + sum(2.4 * height + 0.1 for height in tall)
+    picture = require_matplotlib().Figure(figsize=size, layout="compressed", dpi=min(140, 30_000 / max(size)))
+    axes = picture.subplots(rows, columns, squeeze=False, height_ratios=tall)
     for at, colours in enumerate(map(pca_rgb, maps)):
-        for row in range(rows):
-            height, width = shown[row].shape[:2]
+        for row, image in enumerate(shown):
+            height, width = image.shape[:2]
             # Over the extent of the image: a cell lies where it saw, and the aspect ratio is the image's.
             axes[row][1 + at].imshow(colours[row].numpy(), extent=(0, width, height, 0), interpolation="nearest")
         axes[0][1 + at].set_title(levels[at], fontsize=9)
-    for row in range(rows):
-        axes[row][0].imshow(shown[row], interpolation="nearest")
+    for row, image in enumerate(shown):
+        axes[row][0].imshow(image, interpolation="nearest")
     axes[0][0].set_title("image", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
-    some = "" if rows == count else f", {rows} of {count} images"
+    some = "" if rows == count else f" ({rows} of {count} images)"
     picture.suptitle(f"{layer}: principal components 1, 2, 3 as red, green, blue{some}", fontsize=10)
     return picture
 
 
-def _shown(images: Any) -> list[Any]:
-    """Arrays `(H, W, 3)` in [0, 1], each of its own size."""
-    alone = isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4
-    pixels = [to_pixels(image, 3)[0] for image in ([images] if alone else images)]
-    return [(image.movedim(0, -1).cpu().numpy() + 1) / 2 for image in pixels]
+def _each(images: Any) -> list[Any]:
+    """One by one, as `to_pixels` would take them together."""
+    if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:
+        return [images]
+    if isinstance(images, (np.ndarray, Tensor)):
+        return list(images)
+    return [part for image in images for part in _each(image)]
 
 
 __all__ = ["draw_pca", "pca_rgb"]
