@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 from diffusers_repr import Denoiser, FeatureExtractor
 
 MODEL = Path(__file__).parents[1] / "models" / "cars-ddpm"
-SIZE = (256, 384)  # H, W that the network sees: an eighth of it at its deepest layers
+SIZE = (256, 384)  # H, W that the network sees; it was trained on 32 x 32
 
 
 def main(argv: list[str] | None = None) -> None:
