@@ -50,7 +50,7 @@ class ModelConfig:
         arguments = json_mapping("model", self.model)
         check_keys("`model`", arguments, inspect.signature(SiTTransformer2DModel.__init__).parameters)
         object.__setattr__(self, "model", arguments)
-        vae_arguments = mapping("vae_model", self.vae_model)
+        vae_arguments = json_mapping("vae_model", self.vae_model)
         check_keys("`vae_model`", vae_arguments, inspect.signature(AutoencoderKL.__init__).parameters)
         object.__setattr__(self, "vae_model", vae_arguments)
         if self.vae and self.vae_model:

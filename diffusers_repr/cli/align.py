@@ -71,9 +71,9 @@ class Settings(options.ImageSettings):
 def run(args: Settings) -> int:
     """Measure, save and print."""
     from diffusers_repr.data.image_data import load_images
+    from diffusers_repr.pictures.figure import require_matplotlib
     from diffusers_repr.store.processes import process_state
     from diffusers_repr.sweep.align import make_measures
-    from diffusers_repr.sweep.picture import require_matplotlib
 
     several = _check(args)
     measures = make_measures(args.metric)
