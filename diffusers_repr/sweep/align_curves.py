@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from diffusers_repr.sweep.picture import require_matplotlib
+from diffusers_repr.pictures.figure import require_matplotlib
 
 _LEGEND = 10  # up to as many models have their name beside the curves
 _TITLES = {"cknna": "CKNNA", "cka": "CKA"}
