@@ -36,6 +36,9 @@ class Settings(DataConfig):
     vae_revision: str | None = setting(None, "branch, tag or commit of a Hub id")
     vae_dtype: options.DType = setting("float32", "what the VAE computes in")
     encoder: list[str] = setting([], "folders or Hub ids of the teachers")
+    encoder_positions: list[str] = setting(
+        [], "how they resample position embeddings: transformers (default) or repa; one for all or one each"
+    )
     cache_features: bool = setting(False, "write the teachers' features to --features_dir")
     image_channels: Literal[1, 3] = setting(3, "1: features for a model of grey pixels")
     store_dtype: Literal["float32", "float16"] = setting("float32", "of the stored moments")
@@ -90,8 +93,8 @@ def run(args: Settings) -> int:
     """Encode, and say what was written."""
     from diffusers_repr.data.cache_writer import CacheSettings
     from diffusers_repr.data.latents import cache_latents
-    from diffusers_repr.encoders import Encoder
     from diffusers_repr.encoders.feature_cache import cache_features
+    from diffusers_repr.encoders.loading import iter_encoders
 
     data = load_data(args, args.image_channels)
     settings = CacheSettings(
@@ -106,7 +109,7 @@ def run(args: Settings) -> int:
     )
     if args.latents_dir:
         print(cache_latents(load_vae(args), data, args.latents_dir, settings, args.vae_revision))
-    for name in args.teachers if args.cache_features else []:
+    for encoder in iter_encoders(args.teachers, args.encoder_positions) if args.cache_features else []:
         of_features = dataclasses.replace(settings, both_mirrors=args.random_flip, dtype=args.features_dtype)
-        print(cache_features(Encoder.from_pretrained(name), data, cast(str, args.features_dir), of_features))
+        print(cache_features(encoder, data, cast(str, args.features_dir), of_features))
     return 0

@@ -55,7 +55,7 @@ class Settings(options.ImageSettings, options.ModelSettings):
 
 def run(args: Settings) -> int:
     """Select, save and print."""
-    from diffusers_repr.sweep.picture import require_matplotlib
+    from diffusers_repr.pictures.figure import require_matplotlib
     from diffusers_repr.sweep.splits import refuse_test
 
     refuse_test(args.train_split)

@@ -35,7 +35,8 @@ def parse_recipe(
         kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe. Fields
             that the class attribute `POSITIONAL` names are given without a flag, in that order. Where one has a true
             `OTHER_KEYS`, the recipe may be another command's too, whose keys are passed over. `EARLIER_KEYS` has
-            today's names of keys of earlier versions; see `today`.
+            today's names of keys of earlier versions; see `today`. One with a method `refuse_config` is asked first
+            whether what `--config` names may be a recipe at all.
         argv: Flags, without the program's name.
         description: For `--help`.
         **parser_options: Of `argparse.ArgumentParser`.
@@ -58,6 +59,8 @@ def parse_recipe(
     given: list[str] = []
     empty: dict[str, list[Any]] = {}
     if known.config:
+        for kind in kinds:
+            getattr(kind, "refuse_config", lambda given: None)(known.config)
         recipe = read_recipe(known.config)
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
         for kind in kinds:

@@ -53,7 +53,10 @@ def test_wrong_use():
 def test_a_config_of_another_class_is_refused(tmp_path):
     IdentityAssigner(6).fit(FEATURES).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    for name, told in (("OtherAssigner", "holds a 'OtherAssigner', not a IdentityAssigner"), (["x"], "not a Identity")):
+    for name, told in (
+        ("OtherAssigner", "holds a 'OtherAssigner', not a IdentityAssigner"),
+        (["x"], "not a Identity"),
+    ):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
         with pytest.raises(ValueError, match=told):
             IdentityAssigner.from_pretrained(tmp_path)
