@@ -19,7 +19,7 @@ TEST_FRACTION = (
     "of a data set that is one split: held out to measure the probe on, and left alone by `select`; 0: none"
 )
 SPLIT_SEED = "of what is held out"
-LIMIT = "images of each split, of each class its share, drawn by --split_seed: for a quick try"
+LIMIT = "images of each split, of each class its share, drawn by --split_seed: for a quick try; default: all"
 _ROOM = 2**20  # bytes that must be free where a result is to be written
 
 
@@ -57,8 +57,10 @@ class ImageSettings:
 
     image_column: str | None = setting(None, "of the images; default: found by type")
     label_column: str | None = setting(None, "of the class ids; default: found by type")
-    prompt: str | None = setting(None, "one for all images")
-    class_label: int | None = setting(None, "condition of a class-conditional model, one for all images")
+    prompt: str | None = setting(None, "one for all images; default: the empty one")
+    class_label: int | None = setting(
+        None, "of class-conditional models, one for all images; default: the null class, if it has one"
+    )
     image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
 
 
