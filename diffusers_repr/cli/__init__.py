@@ -92,7 +92,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
     """Read the settings, check the device and the folder to write to, then work."""
     settings = read_settings(command, argv)
     module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
-    with words.in_words_of(settings):
+    with words.in_words_of(settings), options.bars(not getattr(settings, "quiet", False)):
         code = _work(module, settings)
     sys.stdout.flush()
     return code

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffusers_repr.cli import options
 from diffusers_repr.config.recipe import REQUIRED, setting
+
+if TYPE_CHECKING:
+    from diffusers_repr.data.image_data import ImageData
+    from diffusers_repr.features import FeatureExtractor
+    from diffusers_repr.store.feature_store import FeatureStore
 
 OUT = options.Out("store of features", ("manifest.json", "data"), again="resumed")
 
@@ -50,7 +55,6 @@ def run(args: Settings) -> int:
 
     from diffusers_repr.data.image_data import load_images
     from diffusers_repr.denoiser import Denoiser
-    from diffusers_repr.features.extraction import extract_to_store
     from diffusers_repr.features.extractor import FeatureExtractor
     from diffusers_repr.store.processes import process_state
 
@@ -75,7 +79,19 @@ def run(args: Settings) -> int:
     if args.overwrite:
         with state.main_process_first():
             _clear(Path(args.out), state.is_main_process)
-    store = extract_to_store(
+    try:
+        store = _extract(extractor, data, args)
+    except FileExistsError as error:
+        raise FileExistsError(f"{error} --overwrite deletes what is there first.") from error
+    if state.is_main_process:
+        _report(store, args.out, state.num_processes)
+    return 0
+
+
+def _extract(extractor: FeatureExtractor, data: ImageData, args: Settings) -> FeatureStore:
+    from diffusers_repr.features.extraction import extract_to_store
+
+    return extract_to_store(
         extractor,
         data,
         args.out,
@@ -86,17 +102,19 @@ def run(args: Settings) -> int:
         limit=args.limit,
         progress=not args.quiet,
     )
-    if state.is_main_process:
-        processes = "" if state.num_processes == 1 else f", written by {state.num_processes} processes"
-        shards = f"{store.layout.shards} shard{'s' if store.layout.shards > 1 else ''}"
-        print(f"{len(store)} rows in {shards}{processes}: {args.out}")
-        for column in store.columns:
-            print(f"  {column.name}  {' x '.join(map(str, column.shape))}")
-    return 0
+
+
+def _report(store: FeatureStore, out: str, processes: int) -> None:
+    by = "" if processes == 1 else f", written by {processes} processes"
+    shards = f"{store.layout.shards} shard{'s' if store.layout.shards > 1 else ''}"
+    print(f"{len(store)} rows in {shards}{by}: {out}")
+    for column in store.columns:
+        print(f"  {column.name}  {' x '.join(map(str, column.shape))}")
 
 
 def _clear(out: Path, is_main: bool) -> None:
     """Delete what a store of another recipe has in its folder; the rest of the folder stays."""
     if is_main and out.is_dir():
-        (out / "manifest.json").unlink(missing_ok=True)
+        for name in ("manifest.json", "README.md"):
+            (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "data", ignore_errors=True)

@@ -32,6 +32,7 @@ class Settings:
     limit: int | None = setting(None, "the first images only, for a quick try; default: all")
     dtype: options.DType = setting("float32", "of the base model, what it computes in")
     device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
+    quiet: bool = setting(False, "no progress bar")
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):
