@@ -19,12 +19,13 @@ from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-from diffusers_repr import Denoiser, Encoder
+from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
+from diffusers_repr.encoders import load_encoders
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import REPAConfig, build_repa, load_heads
 from diffusers_repr.training import TrainingConfig, recipe_of, train
@@ -46,10 +47,10 @@ class ModelConfig:
     sampler: str = setting("ode", "scheduler that is saved with a new SiT: ode or sde")
 
     def __post_init__(self) -> None:
-        arguments = mapping("model", self.model)
+        arguments = json_mapping("model", self.model)
         check_keys("`model`", arguments, inspect.signature(SiTTransformer2DModel.__init__).parameters)
         object.__setattr__(self, "model", arguments)
-        vae_arguments = mapping("vae_model", self.vae_model)
+        vae_arguments = json_mapping("vae_model", self.vae_model)
         check_keys("`vae_model`", vae_arguments, inspect.signature(AutoencoderKL.__init__).parameters)
         object.__setattr__(self, "vae_model", vae_arguments)
         if self.vae and self.vae_model:
@@ -80,7 +81,7 @@ def main(argv: list[str], evaluate=None) -> None:
     if model_config.vae_model and not repa_config.repa_e:
         raise ValueError("`vae_model` makes a new VAE, which only `repa_e` trains; name a trained one by `vae`.")
     torch.manual_seed(config.seed)
-    encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder if name != "none"]
+    encoders = load_encoders(repa_config.teachers, repa_config.encoder_positions)
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
         vae, channels, own = denoiser.vae, denoiser.image_channels, denoiser.image_size

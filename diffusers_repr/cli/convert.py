@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: SiT, DiT, REPA and relatives, HybViT checkpoints to a pipeline."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: papers' checkpoints to pipelines, MoCo v3 to an encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
-from diffusers_repr.config.recipe import REQUIRED, setting
+from diffusers_repr.config.recipe import REQUIRED, read_recipe, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from diffusers_repr.models.convert import ConvertedCheckpoint
 
 
-OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
+OUT = options.Out(
+    "converted pipeline or encoder", ("model_index.json", "preprocessor_config.json"), replaced=True, again="refused"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,14 @@ class Settings:
 
     POSITIONAL: ClassVar = ("checkpoint",)
 
-    checkpoint: str = setting(REQUIRED, "a .pt file (read without running code in it) or .safetensors")
-    out: str = setting(REQUIRED, "folder to write; `SiTPipeline` (of HybViT `JointDiffusionPipeline`) loads it")
+    checkpoint: str = setting(
+        REQUIRED, "a .pt, .pth or .pth.tar file (read without running code in it) or .safetensors"
+    )
+    out: str = setting(
+        REQUIRED,
+        "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
+        "`Encoder.from_pretrained`)",
+    )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
         None, "which of those in the file; ema if there, else model"
     )
@@ -47,14 +55,44 @@ class Settings:
     )
     overwrite: bool = setting(False, "replace the folder if it exists")
 
+    @classmethod
+    def refuse_config(cls, given: str) -> None:
+        """Tell who means the network's arguments that these are `--model_config`.
+
+        Raises:
+            ValueError: If `--config` is given JSON text, or a file with arguments of a network.
+        """
+        from diffusers_repr.hub.schema import shown
+
+        if not given.lstrip().startswith("{"):
+            held = read_recipe(given) if Path(given).is_file() else {}
+            settings = {field.name for field in dataclasses.fields(cls)}
+            if not held or settings & set(held) or not (network_arguments() | {"_class_name"}) & set(held):
+                return
+        raise ValueError(
+            f"--config is the recipe of the command, a YAML file with its settings (checkpoint, out, ...); "
+            f"{shown(given)} holds arguments of the network: give them as --model_config."
+        )
+
+
+def network_arguments() -> set[str]:
+    """Names of the arguments of all networks that are converted to."""
+    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
+
+    return _arguments(SiTTransformer2DModel) | _arguments(JointViTModel)
+
+
+def _arguments(model: type) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.__init__).parameters) - {"self"}  # type: ignore[misc]
+
 
 def run(args: Settings) -> int:
     """Convert, and print what was written."""
-    from diffusers_repr.hub.files import atomic_folder
-    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
-    from diffusers_repr.models.convert import convert_state_dict
-    from diffusers_repr.models.convert_joint import convert_joint_vit, is_joint_vit
+    from diffusers_repr.models.convert_joint import is_joint_vit
+    from diffusers_repr.models.convert_moco import is_moco_v3
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:
@@ -62,8 +100,25 @@ def run(args: Settings) -> int:
     overrides = read_config(args.model_config)
     held = read_checkpoint(args.checkpoint)
     weights, name = select_weights(held, args.weights)
-    joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
-    _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
+    if is_moco_v3(weights):
+        _refuse(args, ("architecture", "vae", "path", "sampler"), "MoCo v3 is an encoder, no pipeline")
+        _save_encoder(args, weights, overrides, out)
+    else:
+        joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
+        _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
+        _save_pipeline(args, weights, overrides, name, joint, held.get("vae"))
+    return 0
+
+
+def _save_pipeline(
+    args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], name: str, joint: bool, vae: Any
+) -> None:
+    """A diffusion model, its projectors and its scheduler."""
+    from diffusers_repr.hub.files import atomic_folder
+    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
+    from diffusers_repr.models.convert import convert_state_dict
+    from diffusers_repr.models.convert_joint import convert_joint_vit
+
     overrides = checked(overrides, JointViTModel if joint else SiTTransformer2DModel)
     try:
         if joint:
@@ -72,12 +127,39 @@ def run(args: Settings) -> int:
             converted = convert_state_dict(weights, args.architecture, overrides)
     except ValueError as error:
         raise ValueError(f"{args.checkpoint!r}: {error}") from error
-    pipe = _joint_pipeline(converted) if joint else _pipeline(converted, args, held.get("vae"))
-    with atomic_folder(out, overwrite=args.overwrite) as folder:
+    pipe = _joint_pipeline(converted) if joint else _pipeline(converted, args, vae)
+    with atomic_folder(Path(args.out), overwrite=args.overwrite) as folder:
         pipe.save_pretrained(folder)
         _save_projectors(converted, folder)
-    _report(converted, name, out, getattr(pipe, "vae", None) is not None)
-    return 0
+    _report(converted, name, Path(args.out), getattr(pipe, "vae", None) is not None)
+
+
+def _save_encoder(args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], out: Path) -> None:
+    """A vision transformer as transformers keeps it."""
+    from safetensors.torch import save_file
+
+    from diffusers_repr.hub.files import atomic_folder, write_json
+    from diffusers_repr.models.convert_moco import convert_moco_v3
+
+    unknown = sorted(set(overrides) - {"num_attention_heads"})
+    if unknown:
+        raise ValueError(f"--model_config has {', '.join(unknown)}; of a MoCo v3 it takes num_attention_heads alone.")
+    try:
+        converted = convert_moco_v3(weights, overrides.get("num_attention_heads"))
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint!r}: {error}") from error
+    with atomic_folder(out, overwrite=args.overwrite) as folder:
+        save_file(converted.weights, folder / "model.safetensors", {"format": "pt"})
+        write_json(folder / "config.json", converted.config)
+        write_json(folder / "preprocessor_config.json", converted.processor)
+    config = converted.config
+    print(
+        f"Wrote the encoder of a MoCo v3 to {out}: {config['num_hidden_layers']} blocks of width "
+        f"{config['hidden_size']} with {config['num_attention_heads']} heads, patch {config['patch_size']}, made for "
+        f"{config['image_size']} pixels. Encoder.from_pretrained({str(out)!r}) reads it."
+    )
+    for note in converted.notes:
+        print(note)
 
 
 def _refuse(args: Settings, names: tuple[str, ...], why: str) -> None:
@@ -126,9 +208,7 @@ def checked(config: dict[str, Any], model: type) -> dict[str, Any]:
     Raises:
         ValueError: For unknown ones.
     """
-    import inspect
-
-    known = set(inspect.signature(model.__init__).parameters) - {"self"}  # type: ignore[misc]
+    known = _arguments(model)
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(

@@ -74,14 +74,18 @@ def convert_state_dict(
     """
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
+    weights, notes = _present_names(weights)
+    projected = any(key.startswith("projectors.") for key in weights)
+    weights, idle = _without_idle_projectors(weights)
+    notes += idle
     weights, relatives = split_relatives(weights)
+    projected = projected or bool(relatives.projectors) or relatives.self_head is not None
     matrices = [key for key in weights if key.startswith("projectors.") and key.endswith(".weight")]
     check_weights(weights, _RANKS | dict.fromkeys(matrices, 2))
     weights, class_token = without_class_token(weights)
     config = _sizes(weights, dict(overrides or {}))
     check_config(config, "The checkpoint's network")
     _check_names(weights, config)
-    notes: list[str] = []
     if "pos_embed" in weights:
         _check_positions(weights["pos_embed"], config)
     outputs = weights["final_layer.linear.weight"].shape[0] // config["patch_size"] ** 2
@@ -90,13 +94,13 @@ def convert_state_dict(
     if architecture is None and variance and relatives.self_head is not None:
         architecture = "dit"  # SRA's SiT predicts no variance
     if architecture is None:
-        if variance and not projectors:
+        if variance and not projected:
             raise ValueError(
                 "DiT and SiT checkpoints with a learned variance have the same names and shapes, but other timesteps "
                 "and outputs: say which it is, --architecture dit or sit."
             )
         architecture = "sit"
-        if not projectors and relatives.self_head is None:
+        if not projected:
             notes.append("Taken for a SiT: it predicts no variance (--architecture dit says otherwise).")
     config |= {"out_channels": outputs, "time_divisor": 1.0 if architecture == "dit" else 1000.0}
     renamed = _renamed(weights, config)
@@ -111,6 +115,34 @@ def convert_state_dict(
     return ConvertedCheckpoint(
         config, renamed, projectors, class_token, architecture, tuple(notes), relatives=relatives
     )
+
+
+def _present_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Early checkpoints of REPA count blocks behind the aligned one anew, as `decoder_blocks`; and a note of it."""
+    behind = block_numbers(weights, "decoder_blocks")
+    if not behind:
+        return dict(weights), []
+    depth = max(block_numbers(weights, "blocks"), default=-1) + 1
+
+    def present(key: str) -> str:
+        if not key.startswith("decoder_blocks."):
+            return key
+        _, number, rest = key.split(".", 2)
+        return f"blocks.{int(number) + depth}.{rest}"
+
+    note = f"An early checkpoint of REPA: its decoder_blocks are the blocks from {depth} on."
+    return {present(key): value for key, value in weights.items()}, [note]
+
+
+def _without_idle_projectors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out projectors to no channel, as REPA's code makes for its baseline (`z_dims=[0]`); and a note of it."""
+    last = re.compile(r"(projectors\.\d{1,3}\.)4\.(weight|bias)")
+    ends = [(match[1], value) for key, value in weights.items() if (match := last.fullmatch(key))]
+    idle = tuple(sorted({prefix for prefix, value in ends if not value.shape[0]}))
+    if not idle:
+        return dict(weights), []
+    note = "A baseline of REPA: its projector, which gives no channel, was left out."
+    return {key: value for key, value in weights.items() if not key.startswith(idle)}, [note]
 
 
 # Tensors from which sizes are read -> their dimensions.

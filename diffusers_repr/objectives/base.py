@@ -127,6 +127,10 @@ class Objective(nn.Module):
         """
         return pipe(batch_size=count, generator=generator, num_inference_steps=steps).images
 
+    def preview_labels(self, count: int) -> Sequence[int] | None:
+        """Class of each of `preview`'s images, equal in a row of 8; None where they are of no class."""
+        return None
+
     # Frozen parts
 
     def freeze(self, name: str, module: Any) -> Any:

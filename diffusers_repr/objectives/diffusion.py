@@ -23,6 +23,7 @@ from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, Pipelin
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, Observation
 from diffusers_repr.objectives.auxiliary.losses import AuxiliaryLosses
 from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.objectives.card import card_of
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.teachers import Teachers, missing, name_encoders
 from diffusers_repr.objectives.times import TimeSampler
@@ -75,6 +76,7 @@ class DiffusionObjective(Objective):
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
         self.denoiser, self.network = denoiser, denoiser.model
+        self.card = {**type(self).card, **card_of(denoiser)}
         self.time_sampling, self.label_dropout = time_sampling or TimeSampler(), label_dropout
         self.conditioner = denoiser.conditioner
         if null_label is not None:
@@ -309,6 +311,10 @@ class DiffusionObjective(Objective):
             pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
         return pipe(**given, generator=generator, num_inference_steps=steps).images
+
+    def preview_labels(self, count: int) -> Sequence[int] | None:
+        """See `Objective`."""
+        return self.conditioner.preview(count).get("class_labels")
 
 
 __all__ = ["DiffusionObjective"]

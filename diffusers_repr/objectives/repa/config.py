@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.encoders.loading import spread_positions
 from diffusers_repr.objectives.auxiliary.alignment import AlignmentLoss
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss
 from diffusers_repr.objectives.auxiliary.dispersive import DispersiveLoss
@@ -49,6 +50,9 @@ class REPAConfig:
     """
 
     encoder: list[str] = _args("folders or Hub ids of frozen encoders; none: the plain denoising loss")
+    encoder_positions: list[str] = _args(
+        "how they resample position embeddings: transformers (default), or repa as its code; one for all or one each"
+    )
     repa_layer: str | None = _arg(None, help="path of the aligned layer; default: REPA's for the depth")
     repa_coefficient: float = _arg(0.5, help="weight of the alignment loss (iREPA: 1)")
     repa_stop_step: int | None = _arg(None, help="optimizer steps after which all alignment ends (HASTE)")
@@ -97,10 +101,11 @@ class REPAConfig:
 
     def __post_init__(self) -> None:
         needing = [name for name in ("haste_weight", "reg_weight", "repa_e") if getattr(self, name)]
-        if needing and not set(self.encoder) - {"none"}:
+        if needing and not self.teachers:
             raise ValueError(f"`{'`, `'.join(needing)}` need a teacher; name one by `encoder`.")
         if self.repa_e and self.reg_weight:
             raise ValueError("`repa_e` trains the VAE, `reg_weight` a class token; choose one of them.")
+        spread_positions(self.encoder_positions, len(self.teachers))
         if self.projectors not in ("load", "new"):
             raise ValueError(f"`projectors` is load or new, got {self.projectors!r}.")
         if self.projector_dim < 1:
@@ -112,6 +117,11 @@ class REPAConfig:
             raise ValueError(f"`label_dropout` is a probability, got {self.label_dropout}.")
         self.times()
         self.losses()  # their own checks
+
+    @property
+    def teachers(self) -> list[str]:
+        """The encoders, without the word of a recipe for none."""
+        return [name for name in self.encoder if name != "none"]
 
     def times(self) -> TimeSampler:
         """How noise levels are drawn."""
