@@ -42,7 +42,14 @@ _EPILOG = f"{EXIT_CODES}\n\n--debug prints where an error arose, before its line
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Exit codes in lines as they are, and every default."""
+    """Exit codes in lines as they are, and every default; a flag without one says in words what holds then."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return f"{action.help} (required)" if action.required and action.option_strings else action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})" if action.default else action.help
+        return super()._get_help_string(action)
 
 
 _HELP: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": _HelpFormatter}
@@ -85,7 +92,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
     """Read the settings, check the device and the folder to write to, then work."""
     settings = read_settings(command, argv)
     module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
-    with words.in_words_of(settings):
+    with words.in_words_of(settings), options.bars(not getattr(settings, "quiet", False)):
         code = _work(module, settings)
     sys.stdout.flush()
     return code
