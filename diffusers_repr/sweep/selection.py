@@ -29,6 +29,7 @@ from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.picture import Panel, draw_sweep
 from diffusers_repr.sweep.result import CELL, NAME, Cell, SweepResult, tuples
 
+
 @dataclass(frozen=True)
 class _Shown:
     """How people read a metric: `factor * score`, with so many digits in a title and in a cell."""
@@ -93,7 +94,7 @@ _SCHEMA = record(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SelectionCell(Cell):
     """One layer at one noise level, with its score.
 

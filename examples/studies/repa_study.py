@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from train_repa import ModelConfig
 from train_repa import main as train_repa
 
-
 CURVE_POINTS = 8  # measurements of a run, unless --validation_steps is given
 
 
