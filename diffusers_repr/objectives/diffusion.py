@@ -228,7 +228,7 @@ class DiffusionObjective(Objective):
 
     def loss_weights(self) -> dict[str, float]:
         """Factor of each loss; 1 for those left out."""
-        return {name: loss.weight for name, loss in self.losses.each.items()}
+        return {name: loss.current_weight for name, loss in self.losses.each.items()}
 
     def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """What a layer returned, as tokens of the image."""
@@ -242,6 +242,10 @@ class DiffusionObjective(Objective):
         """Tell every auxiliary loss."""
         for loss in self.losses.each.values():
             loss.on_step_end(step, ema)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """With what the auxiliary losses keep, such as a teacher that follows the network."""
+        return {**super().trained_state(), **self.losses.kept_state("terms")}
 
     def identity(self) -> dict[str, Any]:
         """Settings of the conditioner and every auxiliary loss, and the fingerprints of the encoders."""

@@ -199,7 +199,13 @@ def test_command_holds_out_where_there_is_no_validation_split(folder, tmp_path, 
 def test_command_on_one_file(folder, tmp_path, capsys):
     data = folder(train=rows(40)) + "/train.parquet"
     assert command(data, tmp_path / "out", "--no_heatmap") == 0
-    assert "held out 8 of 40" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "held out 8 of 40 images for the probe to be measured on (--test_fraction 0.2)" in told
+    assert "held out 6 of 32 images to score on (--validation_fraction 0.2)" in told
+    recipe = Selection.load(tmp_path / "out").recipe
+    assert (recipe["train"]["rows"], recipe["validation"]["rows"]) == (26, 6)
+    assert command(data, tmp_path / "whole", "--no_heatmap", "--test_fraction", "0") == 0
+    assert "held out 8 of 40 images to score on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
