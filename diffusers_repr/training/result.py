@@ -107,7 +107,8 @@ def card(
     apart = "; projectors and heads lie apart in `heads/`" if (folder / "heads").is_dir() else ""
     kind, name = about.pop("kind"), data_name(data, recipe)
     of, split = ("", "") if name is None else (f" of `{name}`", f", split `{recipe.get('dataset_split', 'train')}`")
-    text = f"""{"An" if kind[0] in "aeiou" else "A"} {kind} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
+    what = f"{'An' if kind[0] in 'aeiou' else 'A'} {kind} of {size:,} parameters"
+    text = f"""{what}, trained with `{method}` of diffusers-repr. The weights are
 {weights}, saved in {config.save_dtype}{apart}.
 
 {own}
