@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from diffusers_repr.capture.capture import Tape, Transform, recording, refuse_compiled
+from diffusers_repr.capture.hidden_softmax import softmax_remedy
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.family_registry import family_of_or_base
@@ -165,10 +166,11 @@ def watching(tape: AttentionTape, model: nn.Module, modules: Mapping[str, nn.Mod
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             tape._running.pop()
             if path not in tape.features:
+                linear = "Linear" in _processor(module)
+                why = " Linear attention has no probabilities." if linear else softmax_remedy(module)
                 raise ValueError(
                     f"Layer {path!r} ({type(module).__name__} with {_processor(module)}) made no call of "
-                    "scaled_dot_product_attention. Linear attention has no probabilities; other processors and "
-                    "attention backends hide theirs: set AttnProcessor2_0, or the backend 'native'."
+                    f"scaled_dot_product_attention.{why}"
                 )
 
         return hook

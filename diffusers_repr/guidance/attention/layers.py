@@ -42,10 +42,14 @@ def resolve_attentions(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple
                 if matched
                 else "matches nothing"
             )
-            example = near[0].split(".")[0] + ".*" if near else "mid_block.*"
+            if not near:
+                raise ValueError(
+                    f"Layer {pattern!r} of {type(model).__name__} {why}. The network has no self-attention that its "
+                    f"family, {type(denoiser.family).__name__}, knows."
+                )
             raise ValueError(
                 f"Layer {pattern!r} of {type(model).__name__} {why}. Self-attention: {near}. Give full paths, or "
-                f"patterns of them such as {example!r}."
+                f"patterns of them such as {near[0].split('.')[0] + '.*'!r}."
             )
         found.update(dict.fromkeys(good))
     if not found:
