@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch, map_rows
+from diffusers_repr.capture.batching import index_batch, map_rows, without_rows
 from diffusers_repr.capture.lanes import Lane, LaneFunction, NetworkCall, Observer
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.hooks import Hooks, Turn
+from diffusers_repr.hub.compiled import is_compiled_in_place, plain_module, wrap_compiled_call
 
 Hook = Callable[..., Any]
 
@@ -29,6 +30,9 @@ class Executor:
         family: Its adapter.
         lanes: All lanes that calls may ask for.
         observers: Key -> (path, function): what to keep of the arguments of a module, of the rows of the call.
+
+    Attributes:
+        hooked: Paths of the modules that have hooks of their own; top-level modules that are compiled have none.
     """
 
     def __init__(
@@ -40,7 +44,8 @@ class Executor:
     ) -> None:
         self.model, self.family = model, family
         self.lanes, self.observers = tuple(lanes), dict(observers or {})
-        self.unbatched = (UNBATCHED | set(family.unbatched)) - set(family.batched)
+        self.hooked = frozenset[str]()
+        self.unbatched = without_rows(family)
         self._active: tuple[Lane, ...] = ()
         self._observed: frozenset[str] = frozenset()
         self._call: NetworkCall | None = None
@@ -54,16 +59,42 @@ class Executor:
     def install(self, stack: ExitStack) -> None:
         """Set the hooks; they do nothing but during a pass, in its thread. The stack removes them."""
         modules, hooks = dict(self.model.named_modules()), Hooks(stack, self._turn)
+        self.hooked = self.touched
         if self.lanes:
             for path, unit in top_level(self.model):
+                early = self._early_hook(path) if path in self.family.early_rows else None
+                if is_compiled_in_place(unit):
+                    stack.callback(wrap_compiled_call(unit, self._around(unit, self._unit_hook(path), early)))
+                    continue
+                if plain_module(unit) is unit:  # not on the wrapper of `torch.compile(block)`, where they act
+                    self.hooked |= {path}
                 hooks.before(unit, self._unit_hook(path))
-                if path in self.family.early_rows:
-                    hooks.after(unit, self._early_hook(path))
+                if early is not None:
+                    hooks.after(unit, early)
         changed = {path for lane in self.lanes for path in lane.modules}
-        for path in sorted(changed | {path for path, _ in self.observers.values()}):
+        for path in sorted(self.touched):
             hooks.before(modules[path], self._enter_hook(path))
             if path in changed:
                 hooks.after(modules[path], self._leave_hook(path))
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Paths of the modules that lanes change or observers read."""
+        changed = {path for lane in self.lanes for path in lane.modules}
+        return frozenset(changed | {path for path, _ in self.observers.values()})
+
+    def _around(self, unit: nn.Module, before: Hook, after: Hook | None) -> Callable[..., Any]:
+        """Hooks of a unit that is compiled as a whole: around its compiled call, in which they would be ignored."""
+
+        def run(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self._turn():
+                return compiled(*args, **kwargs)
+            args, kwargs = before(unit, args, kwargs) or (args, kwargs)
+            output = compiled(*args, **kwargs)
+            changed = None if after is None else after(unit, args, kwargs, output)
+            return output if changed is None else changed
+
+        return run
 
     # One pass
 

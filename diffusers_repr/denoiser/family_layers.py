@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser import default_layers as rules
 from diffusers_repr.denoiser.attention_layouts import SELF, AttentionLayout
 from diffusers_repr.denoiser.default_layers import METHODS, STACKS, LayerDefault, Method
-from diffusers_repr.hub.compiled import plain_module
+from diffusers_repr.hub.compiled import plain_module, plain_path
 
 
 class FamilyLayers:
@@ -65,7 +65,7 @@ class FamilyLayers:
         """The layout that `attentions` tells for a path; None where it tells none."""
         if _fits(path, self.other_attentions):
             return None
-        parts = path.split(".")
+        parts = plain_path(path).split(".")
         for pattern, layout in self.attentions.items():
             wanted = pattern.split(".")
             if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
@@ -91,7 +91,7 @@ class FamilyLayers:
         return [path for path, module in model.named_modules() if path and self._attends_to_image(path, module)]
 
     def image_attentions(self, model: nn.Module) -> list[str]:
-        """Those of `self_attentions` that the family tells to be the image's: by `attentions`, or by `stacks` of its own."""
+        """Those of `self_attentions` that the family tells to be the image's: by `attentions` or its own `stacks`."""
         attentions = self.self_attentions(model)
         told = [path for path in attentions if self.fixed_layout(path) is not None]
         if told or type(self).stacks is FamilyLayers.stacks:
@@ -193,7 +193,7 @@ class FamilyLayers:
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(plain_path(path), pattern) for pattern in patterns)
 
 
 __all__ = ["FamilyLayers"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch
+from diffusers_repr.capture.batching import index_batch, without_rows
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.attention.layers import resolve_attentions
@@ -155,7 +155,7 @@ class SAGTerm(GuidanceTerm):
         # A pass runs all rows of the call, or the conditional ones alone.
         null = call.batch.null if hidden.shape[0] == call.rows else None
         if null is not None:
-            arguments = index_batch(arguments, hidden.shape[0], null, UNBATCHED | set(self.denoiser.family.unbatched))
+            arguments = index_batch(arguments, hidden.shape[0], null, without_rows(self.denoiser.family))
         if hidden.ndim == 4:
             grid = (hidden.shape[2], hidden.shape[3])
         else:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from diffusers_repr.capture.attention import is_attention
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.hub.compiled import plain_path
 
 
 def resolve_attentions(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple[str, ...]:
@@ -29,7 +30,7 @@ def resolve_attentions(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple
                 f"A layer is a full module path such as {candidates[0] if candidates else 'mid_block'!r}, or a "
                 f"pattern of one; got {pattern!r} ({type(pattern).__name__})."
             )
-        matched = [path for path in known if fnmatch.fnmatchcase(path, pattern)]
+        matched = [path for path in known if any(fnmatch.fnmatchcase(p, pattern) for p in (path, plain_path(path)))]
         good = [path for path in matched if path in candidates]
         if not good:
             near = [path for path in candidates if pattern.strip(".*") in path][:3]

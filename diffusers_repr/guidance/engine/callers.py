@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,10 @@ from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.hub.compiled import is_compiled_in_place, plain_module
 
 _PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
+_OTHERS = (
+    "A compiled block may be guided around, not in: load the network anew, and compile the blocks that no guidance "
+    "changes or reads (block.compile() for each of them)."
+)
 COMPILED_SINCE = (
     "It was not when it was guided: remove the guidance (handle.remove()) before a part of its network is compiled, "
     "and guide the plain module."
@@ -62,18 +66,20 @@ def component_of(pipe: Any, model: nn.Module) -> str | None:
     return None
 
 
-def check_plain(model: nn.Module, remedy: str = _PLAIN) -> None:
+def check_plain(model: nn.Module, touched: Collection[str] = (), remedy: str | None = None) -> None:
     """Raise unless hooks on a network act, and see the activations of the call that is being made.
 
     Args:
         model: The network.
-        remedy: What to do about a compiled one.
+        touched: Paths of the parts that guidances change or read; the network itself always is.
+        remedy: What to do about compiled ones.
 
     Raises:
-        RuntimeError: If it, or a part of it, is compiled.
+        RuntimeError: If one of them is compiled, or a part of the network that holds it.
         ValueError: If it uses activations of earlier calls.
     """
-    refuse_compiled(model, remedy)
+    refuse_compiled(model, remedy or _PLAIN, ())
+    refuse_compiled(model, remedy or _OTHERS, touched)
     refuse_caches(model, "which lanes would mix")
 
 

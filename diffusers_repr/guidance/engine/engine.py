@@ -50,8 +50,13 @@ class Engine:
         layers = dict.fromkeys(path for term in terms if term.gradient is not None for path in term.gradient.layers)
         self._executor = Executor(self.model, denoiser.family, lanes, observers)
         self._tape = GradientTape(self.model, list(layers))
-        self._parser = CallParser(denoiser, guided.pipe)
+        self._parser = CallParser(denoiser, guided.pipe, lambda: self.touched)
         self._names = forward_names(self.model)
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Paths of the parts of the network that guidances change or read, and of those that have hooks for it."""
+        return self._executor.touched | self._executor.hooked | set(self._tape.layers)
 
     def install(self, stack: ExitStack) -> None:
         """Set the hooks; the stack removes them."""

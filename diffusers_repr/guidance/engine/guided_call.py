@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch, map_rows
+from diffusers_repr.capture.batching import index_batch, map_rows, without_rows
 from diffusers_repr.capture.executor import Executor
 from diffusers_repr.capture.gradient import GradientStop, GradientTape
 from diffusers_repr.capture.lanes import NetworkCall
@@ -46,7 +46,7 @@ class GuidedModel:
     @property
     def unbatched(self) -> frozenset[str]:
         """Names of inputs that have no rows."""
-        return frozenset(UNBATCHED | set(self.denoiser.family.unbatched))
+        return without_rows(self.denoiser.family)
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,10 +31,11 @@ class CallParser:
     Args:
         denoiser: The model.
         pipe: The pipeline that is guided; None for a loop of the user's.
+        touched: Gives the paths of the parts that guidances change or read.
     """
 
-    def __init__(self, denoiser: Denoiser, pipe: Any) -> None:
-        self.denoiser, self.pipe = denoiser, pipe
+    def __init__(self, denoiser: Denoiser, pipe: Any, touched: Callable[[], Collection[str]]) -> None:
+        self.denoiser, self.pipe, self._touched = denoiser, pipe, touched
 
     def parse(self, inputs: dict[str, Any], run: SamplingRun, pending: PendingStep) -> tuple[NetworkCall, bool]:
         """The call with these keyword inputs.
@@ -70,7 +71,7 @@ class CallParser:
         if run.nsr is None or (run.scheduler is None and nsr >= run.nsr):
             if self.pipe is not None:
                 check_seen(self.pipe, self.denoiser.model, called=True)
-            check_plain(self.denoiser.model, COMPILED_SINCE)
+            check_plain(self.denoiser.model, self._touched(), COMPILED_SINCE)
         run.nsr = nsr
 
     def _lanes(self, inputs: dict[str, Any], run: SamplingRun) -> BatchLanes:
