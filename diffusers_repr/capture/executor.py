@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusers_repr.capture.batching import index_batch, map_rows, without_rows
+from diffusers_repr.capture.caches import replace_beneath_cache
 from diffusers_repr.capture.lanes import Lane, LaneFunction, NetworkCall, Observer
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.hooks import Hooks, Turn
@@ -131,6 +132,36 @@ class Executor:
                 inputs[name] = self._join(inputs[name])
         return inputs
 
+    @contextmanager
+    def alone(self, lane: Lane, call: NetworkCall) -> Iterator[set[str]]:
+        """Inside, the network runs one lane: its modules compute what it says, all rows being its own.
+
+        For networks that cache activations between calls: a cache on one of its modules caches what the lane computes
+        there. It is not for networks that other threads call meanwhile.
+
+        Args:
+            lane: The lane.
+            call: Whose conditional rows are run.
+
+        Yields:
+            Paths of the modules that were changed so far.
+        """
+        ran: set[str] = set()
+
+        def replace(path: str, function: LaneFunction) -> Callable[[], None]:
+            module = self.model.get_submodule(path)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                ran.add(path)
+                return function(module, args, kwargs, call)
+
+            return replace_beneath_cache(module, run)
+
+        with ExitStack() as stack:
+            for path, function in lane.modules.items():
+                stack.callback(replace(path, function))
+            yield ran
+
     def end(self) -> None:
         """Close the pass, finished or not."""
         self._turn.end()
@@ -146,8 +177,7 @@ class Executor:
             return output, {}
         assert self._call is not None
         if output.shape[0] == self._rows:
-            paths = [path for lane in self._active for path in lane.modules]
-            raise RuntimeError(f"None of {paths} was called in the forward; nothing would be changed.")
+            raise RuntimeError(not_called(self._active))
         samples = self._call.samples
         parts = output[self._rows :].split(samples)
         return output[: self._rows], {lane.name: part for lane, part in zip(self._active, parts, strict=True)}
@@ -243,6 +273,12 @@ class Executor:
         return [slice(0, self._rows), *others]
 
 
+def not_called(lanes: Sequence[Lane]) -> str:
+    """Message for lanes that changed nothing."""
+    paths = [path for lane in lanes for path in lane.modules]
+    return f"None of {paths} was called in the forward; nothing would be changed."
+
+
 def top_level(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The network's children, lists of modules by their elements: what its own forward calls."""
     found: list[tuple[str, nn.Module]] = []
@@ -269,4 +305,4 @@ def _concatenate(values: Sequence[Any]) -> Any:
     return type(first)(_concatenate(items) for items in zip(*values, strict=True))
 
 
-__all__ = ["Executor", "LaneFunction", "top_level"]
+__all__ = ["Executor", "LaneFunction", "not_called", "top_level"]

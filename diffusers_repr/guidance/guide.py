@@ -88,7 +88,7 @@ def guide(
     inputs = null.kwargs() if isinstance(null, Condition) else null
     guided = GuidedModel(denoiser, active, cfgs[0] if cfgs else None, pipe, inputs)
     engine = Engine(guided)
-    check_plain(denoiser.model, engine.touched)
+    engine.check()
     return GuidanceHandle(engine, scheduler)
 
 

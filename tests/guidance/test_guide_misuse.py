@@ -271,9 +271,9 @@ def compile_repeated_blocks(network):
 
 
 def replace_by_a_compiled_one(network):
-    plain = network.proj_out
-    network.proj_out = torch.compile(plain, backend="eager")
-    return lambda: setattr(network, "proj_out", plain)
+    plain = network.transformer_blocks[1]
+    network.transformer_blocks[1] = torch.compile(plain, backend="eager")
+    return lambda: network.transformer_blocks.__setitem__(1, plain)
 
 
 def enable_a_cache(network):
@@ -292,8 +292,8 @@ def apply_a_cache(network):
     ("change", "error", "message"),
     [
         (compile_a_block, RuntimeError, r"transformer_blocks.1 .* is compiled"),
-        (compile_repeated_blocks, RuntimeError, r"transformer_blocks.0 .* is compiled"),
-        (replace_by_a_compiled_one, RuntimeError, r"proj_out \(OptimizedModule\) is compiled"),
+        (compile_repeated_blocks, RuntimeError, r"transformer_blocks.[01] .* is compiled"),
+        (replace_by_a_compiled_one, RuntimeError, r"transformer_blocks.1 \(OptimizedModule\) is compiled"),
         (enable_a_cache, ValueError, r"caches activations between steps.*disable_cache\(\)"),
         (apply_a_cache, ValueError, r"caches activations between steps \(pyramid_attention_broadcast\)"),
     ],
