@@ -23,7 +23,10 @@ Energy = Callable[[Mapping[str, Tensor], Tensor | None, Mapping[str, Any]], Tens
 
 @dataclass(frozen=True)
 class EnergyGuidance(Guidance):
-    """Guidance towards low values of a differentiable function of your own, `p(x_t) exp(-scale energy)`.
+    """Guidance towards low values of a differentiable function of your own.
+
+    At each noise level the score becomes that of `p(x_t) exp(-scale energy(x_t))`; samples of a law of that form are
+    not promised (see `ClassifierGuidance`).
 
     With g the gradient of the energy with respect to what the network takes, for the conditional rows:
 
