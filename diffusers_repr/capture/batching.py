@@ -14,7 +14,13 @@ UNBATCHED = frozenset({"image_rotary_emb", "rotary_emb", "img_ids", "txt_ids", "
 
 
 def without_rows(family: Family) -> frozenset[str]:
-    """Names of arguments, of a network of this family and of its modules, that have no row a sample."""
+    """Names of arguments, of a network of this family and of its modules, that have no row a sample.
+
+    Example:
+        >>> from diffusers_repr.denoiser.families.ltx import LTXFamily
+        >>> "image_rotary_emb" in UNBATCHED, "image_rotary_emb" in without_rows(LTXFamily())
+        (True, False)
+    """
     return (UNBATCHED | set(family.unbatched)) - set(family.batched)
 
 

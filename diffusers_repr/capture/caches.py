@@ -81,6 +81,10 @@ class LaneCaches:
         self._places: dict[nn.Module, list[_Place]] = {}
         self._kept: dict[tuple[nn.Module, str], list[Any]] = {}
 
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._kinds, self._places, self._kept = {}, {}, {}
+
     def are_on(self, model: nn.Module, label: str) -> bool:
         """Whether a network has caches; it is looked at once.
 

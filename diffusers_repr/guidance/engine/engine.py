@@ -74,6 +74,7 @@ class Engine:
         Hooks(stack, self._acts).before(self.model, self._before)
         Hooks(stack, self.owner.is_in).after(self.model, self._after, prepend=True, always_call=True)
         stack.callback(self._recover)
+        stack.callback(lambda: self.run.caches.clear())
 
     def _acts(self) -> bool:
         if self.owner.enters():
