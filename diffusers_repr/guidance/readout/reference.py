@@ -61,16 +61,23 @@ class ReferenceComparison(Comparison):
 
 
 def read_reference(
-    reference: Tensor, head: MapHead, denoiser: Denoiser, call: NetworkCall, seed: int, forward: Callable[..., Any]
+    reference: Tensor,
+    head: MapHead,
+    denoiser: Denoiser,
+    call: NetworkCall,
+    seed: int,
+    forward: Callable[..., Any],
+    *,
+    published: bool = False,
 ) -> Tensor:
-    """Readout of a reference that is noised to the level of a call, under the samples' conditions."""
+    """Readout of a reference that is noised to the level of a call, under the conditions of its conditional rows."""
     x = _noised(reference, call, seed)
     inputs = conditional_inputs(denoiser, call, x)
     module: Any = head
     with torch.no_grad(), eval_mode(module):
         features = features_of(denoiser.model, head.config["layers"], lambda: forward(inputs))
         maps = {path: denoiser.feature_map(path, value, call.size).as_map() for path, value in features.items()}
-        return head_readout(head, maps, call, widened(x))
+        return head_readout(head, maps, call, widened(x), published=published)
 
 
 def _noised(reference: Tensor, call: NetworkCall, seed: int) -> Tensor:

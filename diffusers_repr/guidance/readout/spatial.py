@@ -32,9 +32,12 @@ class SpatialComparison(Comparison):
 
     def loss(self, read: Tensor, reference: Tensor | None, x: Tensor) -> Tensor:
         """As `spatial_loss`."""
-        target = at_readout("target", self.target, read)
-        weights = None if self.mask is None else at_readout("mask", self.mask, read)
-        return spatial_loss(read, target, x, self.head.range, rescale=self.rescale, weights=weights)
+        published = self.published
+        target = at_readout("target", self.target, read, nearest=published)
+        weights = None if self.mask is None else at_readout("mask", self.mask, read, nearest=published)
+        return spatial_loss(
+            read, target, x, self.head.range, rescale=self.rescale, weights=weights, whole=published
+        )
 
 
 def spatial_loss(
@@ -45,6 +48,7 @@ def spatial_loss(
     *,
     rescale: bool = True,
     weights: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """`mean (phi(r) - phi(target))^2` with `phi(y) = (y - a) / (b - a) (M - m) + m`.
 
@@ -58,6 +62,7 @@ def spatial_loss(
         label_range: (a, b).
         rescale: False leaves phi out.
         weights: Of places, `(B or 1, 1, H, W)`: a weighted mean.
+        whole: Take (m, M) from the whole batch.
 
     Returns:
         `(B,)`.
@@ -66,7 +71,7 @@ def spatial_loss(
     if not rescale:
         return loss
     low, high = label_range
-    return loss * (span(x) / (high - low)).square().to(loss.dtype)
+    return loss * (span(x, whole=whole) / (high - low)).square().to(loss.dtype)
 
 
 def _target(value: Any, head: MapHead) -> Tensor:
