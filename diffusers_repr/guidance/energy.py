@@ -113,7 +113,9 @@ class EnergyTerm(GuidanceTerm):
         super().__init__(config, denoiser)
         check_update(request.update)
         if request.update == "eps" and (request.both or request.steps > 1):
-            raise ValueError(f"{self.label}: published=True and steps= are of steps on the latents; leave update='eps'.")
+            raise ValueError(
+                f"{self.label}: published=True and steps= are of steps on the latents, not of update='eps'."
+            )
         if request.layers:
             check_layers(denoiser.model, request.layers)
         if request.reads_network:

@@ -183,14 +183,15 @@ def _check_channels(weights: Mapping[str, Tensor], head: ReadoutHead) -> None:
     own = [weights[f"{_STACK}.{at}.conv1.weight"].shape[1] for at in range(len(head.project))]
     if own != list(head.config["channels"]):
         raise ValueError(
-            f"The head reads maps of {own} channels; those of this base have {list(head.config['channels'])}. Give the "
-            "base it was trained on."
+            f"The head reads maps of {own} channels; those of this base have {list(head.config['channels'])}. Give "
+            "the base it was trained on."
         )
 
 
 def _check_names(weights: Mapping[str, Tensor], count: int, width: int, kind: str, *, timed: bool) -> None:
     parts = [name for name in _PARTS if timed or name != "emb_layers"]
-    norms = [f"{name}.{leaf}" for name in parts if "norm" in name or name == "emb_layers" for leaf in ("weight", "bias")]
+    pairs = [name for name in parts if "norm" in name or name == "emb_layers"]
+    norms = [f"{name}.{leaf}" for name in pairs for leaf in ("weight", "bias")]
     block = [*norms, "conv1.weight", "conv2.weight", "conv3.weight", "shortcut.weight"]
     expected = {f"{_STACK}.{at}.{name}" for at in range(count) for name in block} | {"mixing_weights"}
     if kind == "spatial":
@@ -203,8 +204,8 @@ def _check_names(weights: Mapping[str, Tensor], count: int, width: int, kind: st
     )
     if weights["mixing_weights"].shape != (count,):
         raise ValueError(
-            f"The head mixes {weights['mixing_weights'].numel()} maps of {count} layers: it reads several timesteps at "
-            "once, which `ReadoutHead` does not."
+            f"The head mixes {weights['mixing_weights'].numel()} maps of {count} layers: it reads several timesteps "
+            "at once, which `ReadoutHead` does not."
         )
 
 

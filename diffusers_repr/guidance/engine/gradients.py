@@ -139,8 +139,8 @@ def _halves(call: NetworkCall, label: str) -> list[NetworkCall]:
     """
     if call.batch.null is None:
         raise ValueError(
-            f"{label} sums its loss over the conditional and the null rows (published=True), and this call has no null "
-            "rows: call a pipeline that guides in one batch, with guidance_scale above 1, or leave published=False."
+            f"{label} sums its loss over the conditional and the null rows (published=True), and this call has no "
+            "null rows: call a pipeline that guides in one batch, with guidance_scale above 1, or leave published=False."
         )
     return [dataclasses.replace(call, batch=BatchLanes(rows)) for rows in (call.batch.null, call.batch.cond)]
 
@@ -170,8 +170,8 @@ class LatentSteps:
     """Steps on what the network takes, against gradients: what is kept from one to the next at one noise level.
 
     `latent_sign`: `-rate sign(g)`. `latent_adam`: a fresh Adam without weight decay, whose first step is
-    `-rate g / (|g| + 1e-8)`: a sign step but where the gradient vanishes (Luo et al. 2024, arXiv 2312.02150). NaN stays
-    NaN.
+    `-rate g / (|g| + 1e-8)`: a sign step but where the gradient vanishes (Luo et al. 2024, arXiv 2312.02150). NaN
+    stays NaN.
 
     Args:
         rate: Size of a step.
@@ -180,17 +180,15 @@ class LatentSteps:
 
     def __init__(self, rate: float, update: str) -> None:
         self.rate, self.update, self.count = rate, update, 0
-        self._mean: Tensor | float = 0.0
-        self._square: Tensor | float = 0.0
+        self._mean = self._square = torch.zeros(())
 
     def change(self, gradient: Tensor) -> Tensor:
         """The next step, in the shape of the gradient."""
         if self.update == "latent_sign":
             return -self.rate * torch.where(gradient.isnan(), gradient, gradient.sign())
         self.count += 1
-        first, second = ADAM_BETAS
-        self._mean = first * self._mean + (1 - first) * gradient
-        self._square = second * self._square + (1 - second) * gradient.square()
-        mean, square = self._mean / (1 - first**self.count), self._square / (1 - second**self.count)
-        assert isinstance(square, Tensor)
-        return -self.rate * mean / (square.sqrt() + ADAM_EPS)
+        # Adam's averages with their bias corrected; each share is exactly 1 in the first step.
+        first, second = ((1 - beta) / (1 - beta**self.count) for beta in ADAM_BETAS)
+        self._mean = self._mean + first * (gradient - self._mean)
+        self._square = self._square + second * (gradient.square() - self._square)
+        return -self.rate * self._mean / (self._square.sqrt() + ADAM_EPS)

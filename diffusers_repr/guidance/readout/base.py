@@ -176,7 +176,28 @@ def as_pixels(name: str, value: Any, shape: str) -> tuple[int, ...]:
     return tuple(int(v) for v in numbers)
 
 
+def check_row(row: Any) -> None:
+    """Raise ValueError unless it is the number of a sample, or None."""
+    if row is not None and (isinstance(row, bool) or not isinstance(row, Integral) or row < 0):
+        raise ValueError(f"reference_row must be the number of a sample, from 0; got {row!r}.")
+
+
 # Maps
+
+
+def without_row(loss: Tensor, row: int) -> Tensor:
+    """Losses `(B,)` without that of a sample which is not guided itself.
+
+    Raises:
+        ValueError: If there is no such sample, or no other one.
+    """
+    if len(loss) < 2 or row >= len(loss):
+        raise ValueError(
+            f"reference_row={row} of a batch of {len(loss)}: the batch must hold the reference and at least one "
+            "sample to guide."
+        )
+    # zero, exactly: what rounding leaves would be a whole sign step
+    return loss * (torch.arange(len(loss), device=loss.device) != row)
 
 
 def at_readout(name: str, value: Tensor, read: Tensor, *, nearest: bool = False) -> Tensor:

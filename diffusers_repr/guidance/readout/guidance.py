@@ -35,8 +35,8 @@ class ReadoutGuidance(Guidance):
     - `correspondence` (drag): `-1/2 mean S[p1, p2] + 1/2 mean S[p1, p1]`, `S[p, q] = (cos(r_reference[p], r[q]) + 1)
       / 2`: what the reference has at p1 is brought to p2.
 
-    The loss is that of the conditional rows, in one lane; a sign step does not depend on its size. Several of these are
-    steps after one another, but with `update="eps"` sums; `SummedReadoutGuidance` makes one step on a summed loss.
+    The loss is that of the conditional rows, in one lane; a sign step does not depend on its size. Several of these
+    are steps after one another, but with `update="eps"` sums; `SummedReadoutGuidance` makes one step on a summed loss.
     `published=True` is the paper's code, to the digit.
 
     Attributes:
@@ -55,7 +55,8 @@ class ReadoutGuidance(Guidance):
             noise of its own and read under the samples' conditions, one more lane without gradient that stops after
             the last layer. (The paper inverts a real image by DDIM.)
         reference_row: A sample of the batch to take as the reference; it is not guided itself. The paper's way for
-            generated images, where all start from the same noise: `generator=[...]` of equal seeds.
+            generated images, where all start from the same noise: `generator=[...]` of equal seeds. A spatial head
+            needs none, and compares with none.
         points: Of a correspondence head: pairs (p1, p2), each (y, x) in pixels of the readout.
         boxes: Of an appearance head: (reference's, samples'), each (top, left, bottom, right) in pixels of the
             readout; only what is inside is compared.

@@ -85,6 +85,6 @@ class SummedReadoutGuidance(Guidance):
             given.append("published")
         if given:
             raise ValueError(
-                f"A part of SummedReadoutGuidance has {', '.join(given)}, which the sum decides for all parts: give it "
-                "to SummedReadoutGuidance. Of its own a part has head, target, reference, weight and the like."
+                f"A part of SummedReadoutGuidance has {', '.join(given)}, which the sum decides for all parts: give "
+                "it to SummedReadoutGuidance. Of its own a part has head, target, reference, weight and the like."
             )
