@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffusers_repr.models.convert import ConvertedCheckpoint
 
 
-OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
+OUT = options.Out("converted pipeline or head", ("model_index.json", "config.json"), replaced=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,19 @@ class Settings:
     vae: str | None = setting(
         None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
     )
+    base: str | None = setting(
+        None, "of a readout head: folder or Hub id of the model it was trained on, whose time embedding it takes over"
+    )
+    kind: Literal["spatial", "appearance", "correspondence"] | None = setting(
+        None, "of a readout head, where the file does not tell"
+    )
     overwrite: bool = setting(False, "replace the folder if it exists")
 
 
 def run(args: Settings) -> int:
     """Convert, and print what was written."""
+    from diffusers_repr.cli.convert_readout import save_readout
+    from diffusers_repr.heads.convert import is_published_readout
     from diffusers_repr.hub.files import atomic_folder
     from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
@@ -57,8 +65,15 @@ def run(args: Settings) -> int:
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
+    held = read_checkpoint(args.checkpoint)
+    if is_published_readout(held):
+        others = ("weights", "architecture", "model_config", "path", "sampler", "vae")
+        _refuse(args, others, "A readout head is no network by itself")
+        save_readout(args, held)
+        return 0
+    _refuse(args, ("base", "kind"), "This is no checkpoint of a readout head")
     overrides = read_config(args.model_config)
-    weights, name = select_weights(read_checkpoint(args.checkpoint), args.weights)
+    weights, name = select_weights(held, args.weights)
     joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
     _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
     overrides = checked(overrides, JointViTModel if joint else SiTTransformer2DModel)

@@ -82,8 +82,8 @@ def convert_readout(
 
 
 def _without_sequence(name: str) -> str:
-    stack, number, *rest = name.split(".")
-    return ".".join([stack, number, *rest[1:]]) if stack == _STACK and rest[:1] == ["0"] else name
+    pieces = name.split(".")
+    return ".".join(pieces[:2] + pieces[3:]) if pieces[0] == _STACK and pieces[2] == "0" else name
 
 
 def _kind(weights: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str | None) -> str:

@@ -140,7 +140,8 @@ def _halves(call: NetworkCall, label: str) -> list[NetworkCall]:
     if call.batch.null is None:
         raise ValueError(
             f"{label} sums its loss over the conditional and the null rows (published=True), and this call has no "
-            "null rows: call a pipeline that guides in one batch, with guidance_scale above 1, or leave published=False."
+            "null rows: call a pipeline that guides in one batch, with guidance_scale above 1, or leave "
+            "published=False."
         )
     return [dataclasses.replace(call, batch=BatchLanes(rows)) for rows in (call.batch.null, call.batch.cond)]
 
