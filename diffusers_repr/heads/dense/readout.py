@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
@@ -57,7 +58,7 @@ class Bottleneck(nn.Module):
 
 
 @register_head("readout")
-class ReadoutHead(MapHead):
+class ReadoutHead(MapHead, ModelMixin, ConfigMixin):
     """Luo et al. 2024, Readout Guidance: a residual block a map, their learned average F, a small output head.
 
     `F = sum_l softmax(w)_l b_l(map_l, t)`. `kind="spatial"` gives `tanh(convolutions(F))`, `(B, out_channels, H, W)`;
