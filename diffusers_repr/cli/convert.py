@@ -109,7 +109,7 @@ def run(args: Settings) -> int:
     if is_published_readout(held):
         others = ("weights", "architecture", "model_config", "path", "sampler", "vae")
         _refuse(args, others, "A readout head is no network by itself")
-        save_readout(args, held)
+        save_readout(held, args.checkpoint, args.out, args.base, args.kind, overwrite=args.overwrite)
         return 0
     _refuse(args, ("base", "kind"), "This is no checkpoint of a readout head")
     overrides = read_config(args.model_config)

@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers_repr.cli.convert import Settings
     from diffusers_repr.denoiser import Denoiser
 
 
-def save_readout(args: Settings, checkpoint: Mapping[str, Any]) -> None:
+def save_readout(
+    checkpoint: Mapping[str, Any], file: str, out: str, base: str | None, kind: str | None, *, overwrite: bool
+) -> None:
     """Write a head with its config, the record of its base, and a card.
 
     Args:
-        args: With `base`, and `kind` where the file does not tell.
         checkpoint: As read.
+        file: Its name, for messages.
+        out: Folder to write.
+        base: Folder or Hub id of the model it was trained on.
+        kind: Of the head, where the file does not tell.
+        overwrite: Replace the folder if it exists.
 
     Raises:
         ValueError: Without a base; as `convert_readout`.
@@ -25,25 +30,25 @@ def save_readout(args: Settings, checkpoint: Mapping[str, Any]) -> None:
     from diffusers_repr.heads.convert import convert_readout
     from diffusers_repr.hub.files import atomic_folder, atomic_write
 
-    if args.base is None:
+    if base is None:
         settings = checkpoint.get("config")
         named = settings.get("model_id") if isinstance(settings, Mapping) else None
         raise ValueError(
-            f"{args.checkpoint!r} is a head of Readout Guidance, which takes over the time embedding of its base: "
+            f"{file!r} is a head of Readout Guidance, which takes over the time embedding of its base: "
             f"give --base, a folder or Hub id{f' (it was trained on {str(named)!r})' if named else ''}."
         )
     try:
-        head, notes = convert_readout(checkpoint, load_network(args.base), args.kind)
+        head, notes = convert_readout(checkpoint, load_network(base), kind)
     except ValueError as error:
-        raise ValueError(f"{args.checkpoint!r}: {error}") from error
-    with atomic_folder(args.out, overwrite=args.overwrite) as folder:
+        raise ValueError(f"{file!r}: {error}") from error
+    with atomic_folder(out, overwrite=overwrite) as folder:
         head.save_pretrained(folder)
-        atomic_write(folder / "README.md", card(head, Path(args.out).name, notes))
+        atomic_write(folder / "README.md", card(head, Path(out).name, notes))
     config = head.config
     print(
-        f"Wrote a {config['kind']} head to {args.out}: it reads {config['target'] or config['kind']} from "
-        f"{len(config['layers'])} maps of {args.base!r}, {sum(p.numel() for p in head.parameters()) / 1e6:.1f} M "
-        f"parameters. ReadoutHead.from_pretrained({args.out!r}) loads it, for ReadoutGuidance."
+        f"Wrote a {config['kind']} head to {out}: it reads {config['target'] or config['kind']} from "
+        f"{len(config['layers'])} maps of {base!r}, {sum(p.numel() for p in head.parameters()) / 1e6:.1f} M "
+        f"parameters. ReadoutHead.from_pretrained({out!r}) loads it, for ReadoutGuidance."
     )
     for note in notes:
         print(note)
