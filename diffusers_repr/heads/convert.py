@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads.dense.features import readout_layers
 from diffusers_repr.heads.dense.readout import READOUT_KINDS, ReadoutHead
+from diffusers_repr.hub.schema import integer, listing, number
 from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
 
 _STACK = "bottleneck_layers"
@@ -25,6 +27,7 @@ _PARTS = {
     "emb_layers": "time",
 }
 _OUTPUT = {"output_head.0": "hidden.0", "output_head.2": "hidden.1", "output_head.4": "output"}
+_SPAN, _IDXS = listing(number(-1e6, 1e6), 2, 2), listing(integer(0, 999), 1, 1000)
 _UNUSED = ("logit_scale",)  # of the training loss of correspondence heads
 
 
@@ -76,8 +79,14 @@ def convert_readout(
     if not timed:
         weights = {name: value for name, value in weights.items() if ".emb_layers." not in name}
     head = _head(weights, settings, base, kind, timed=timed, notes=notes)
-    state = {**head.state_dict(), **_renamed(weights)}  # the time embedding is the base's
-    head.load_state_dict(state)
+    own, found = head.state_dict(), _renamed(weights)
+    wrong = [name for name, value in found.items() if value.shape != own[name].shape]
+    if wrong:
+        raise ValueError(
+            f"The checkpoint's {wrong[0]} (by our name) is {tuple(found[wrong[0]].shape)}; a head of its other sizes, "
+            f"on this base, has {tuple(own[wrong[0]].shape)}."
+        )
+    head.load_state_dict({**own, **found})  # the time embedding is the base's
     return head.eval(), tuple(notes)
 
 
@@ -159,7 +168,7 @@ def _spatial(weights: Mapping[str, Tensor], settings: Mapping[str, Any], notes: 
     return {
         "out_channels": sizes[2],
         "output_widths": tuple(sizes[:2]),
-        "label_range": tuple(float(end) for end in span),
+        "label_range": tuple(_SPAN(span, "The checkpoint's dataset_args.control_range")),
         "target": None if target is None else str(target),
     }
 
@@ -168,8 +177,10 @@ def _layers(settings: Mapping[str, Any], base: Denoiser, count: int) -> list[str
     """The layers that the head reads: all residual branches of the up-blocks, or those of `idxs`."""
     every = readout_layers(base.model)
     chosen = settings.get("idxs")
-    if isinstance(chosen, str):
-        chosen = [int(part) for part in chosen.strip("[]() ,").split(",")]
+    if isinstance(chosen, str) and re.fullmatch(r"[\[(][\d, ]*[\])]", chosen):
+        chosen = [int(part) for part in re.findall(r"\d+", chosen)]
+    if chosen is not None:
+        chosen = _IDXS(chosen, "The checkpoint's idxs")
     layers = every if chosen is None else [every[at] for at in chosen if at < len(every)]
     if len(layers) != count:
         raise ValueError(

@@ -73,6 +73,12 @@ def test_what_the_settings_tell(base):
         (lambda state, config: config.update(idxs="[0, 1]"), "channels"),
         (lambda state, config: config["aggregation_kwargs"].update(output_head_act=False), "no tanh"),
         (lambda state, config: state.update(mixing_weights="code"), "no tensors"),
+        (
+            lambda state, config: state.update({"output_head.2.weight": torch.ones(8, 9, 3, 3)}),
+            "hidden.1.weight.*9, 3",
+        ),
+        (lambda state, config: config.update(idxs="__import__('os')"), "idxs"),
+        (lambda state, config: config["dataset_args"].update(control_range=[0.0]), "control_range"),
     ],
 )
 def test_what_is_refused(base, change, what):
