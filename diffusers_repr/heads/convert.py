@@ -11,7 +11,9 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads.dense.features import readout_layers
+from diffusers_repr.heads.dense.parts import NetworkTimeEmbedding, network_time_layers
 from diffusers_repr.heads.dense.readout import READOUT_KINDS, ReadoutHead
+from diffusers_repr.heads.dense.record import describe_base
 from diffusers_repr.hub.schema import integer, listing, number
 from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
 
@@ -147,9 +149,14 @@ def _head(
     if kind == "spatial":
         options |= _spatial(weights, settings, notes)
     _check_names(weights, count, width, kind, timed=timed)
-    layers = _layers(settings, base, count)
-    head = ReadoutHead.for_base(base, layers, **options)
-    _check_channels(weights, head)
+    record = {**describe_base(base), "level_range": base.schedule.timestep_range}
+    channels = [weights[f"{_STACK}.{at}.conv1.weight"].shape[1] for at in range(count)]
+    if timed:
+        options["time_width"] = network_time_layers(base.model)[1].out_features
+    head = ReadoutHead(**{**record, "layers": _layers(settings, base, count), "channels": channels, **options})
+    head.check_base(base)
+    if isinstance(head.time_embedding, NetworkTimeEmbedding):
+        head.time_embedding.take(base.model)
     return head
 
 
@@ -188,15 +195,6 @@ def _layers(settings: Mapping[str, Any], base: Denoiser, count: int) -> list[str
             f"it was trained on (its settings name {settings.get('model_id', 'none')!r})."
         )
     return layers
-
-
-def _check_channels(weights: Mapping[str, Tensor], head: ReadoutHead) -> None:
-    own = [weights[f"{_STACK}.{at}.conv1.weight"].shape[1] for at in range(len(head.project))]
-    if own != list(head.config["channels"]):
-        raise ValueError(
-            f"The head reads maps of {own} channels; those of this base have {list(head.config['channels'])}. Give "
-            "the base it was trained on."
-        )
 
 
 def _check_names(weights: Mapping[str, Tensor], count: int, width: int, kind: str, *, timed: bool) -> None:

@@ -4,7 +4,6 @@ import torch
 from torch.nn import functional
 
 from diffusers_repr.heads import readout_layers
-from diffusers_repr.heads.dense.features import tap_channels
 
 WIDTH, INNER, GROUPS = 128, 32, 32
 IDXS = (8, 11)  # of the residual branches, so that tests take little time
@@ -26,7 +25,8 @@ def checkpoint(denoiser, kind="spatial", idxs=IDXS, sequential=False, seed=0):
         )
 
     state = {"mixing_weights": weight(len(layers))}
-    for at, channels in enumerate(tap_channels(denoiser, layers)):
+    for at, layer in enumerate(layers):
+        channels = denoiser.model.get_submodule(layer).out_channels
         place = f"bottleneck_layers.{at}." + ("0." if sequential else "")
         sizes = {"shortcut": (WIDTH, channels, 1, 1), "conv1": (INNER, channels, 1, 1)}
         sizes |= {"conv2": (INNER, INNER, 3, 3), "conv3": (WIDTH, INNER, 1, 1)}

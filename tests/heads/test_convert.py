@@ -70,7 +70,7 @@ def test_what_the_settings_tell(base):
         (lambda state, config: state.update(mixing_weights=torch.ones(4)), "several timesteps"),
         (lambda state, config: state["mixing_weights"].fill_(torch.nan), "not finite"),
         (lambda state, config: config.update(idxs="[0]"), "reads 2 maps.*tiny/model"),
-        (lambda state, config: config.update(idxs="[0, 1]"), "channels"),
+        (lambda state, config: config.update(idxs="[0, 1]"), "values at layer"),
         (lambda state, config: config["aggregation_kwargs"].update(output_head_act=False), "no tanh"),
         (lambda state, config: state.update(mixing_weights="code"), "no tensors"),
         (

@@ -21,12 +21,29 @@ from diffusers_repr.heads import MapHead
 class Readout(Protocol):
     """One head, and what its readouts are compared with: a `ReadoutGuidance`."""
 
-    head: MapHead
-    reference: Tensor | None
-    seed: int
-    weight: float
-    published: bool
-    comparison: Comparison
+    @property
+    def head(self) -> MapHead:
+        """What reads."""
+
+    @property
+    def reference(self) -> Tensor | None:
+        """Clean x_0 that is read at each level, or None."""
+
+    @property
+    def seed(self) -> int:
+        """Of the reference's noise."""
+
+    @property
+    def weight(self) -> float:
+        """Factor of its loss."""
+
+    @property
+    def published(self) -> bool:
+        """Whether it is read as the published code does."""
+
+    @property
+    def comparison(self) -> Comparison:
+        """What readouts are compared with."""
 
 
 class ReadoutTerm(EnergyTerm):
