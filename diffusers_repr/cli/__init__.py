@@ -27,7 +27,7 @@ COMMANDS = {
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
     "align": "compare the layers of a model with an encoder, level by level",
-    "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT or MoCo v3 into a folder that loads",
+    "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT, MoCo v3 or a readout head into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",
     "push": "push a probe, a feature store, a pipeline or a model to the Hub",
 }

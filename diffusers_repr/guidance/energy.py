@@ -115,6 +115,10 @@ class EnergyTerm(GuidanceTerm):
     def __init__(self, config: Guidance, denoiser: Denoiser, request: GradientRequest) -> None:
         super().__init__(config, denoiser)
         check_update(request.update)
+        if request.update == "eps" and (request.both or request.steps > 1):
+            raise ValueError(
+                f"{self.label}: published=True and steps= are of steps on the latents, not of update='eps'."
+            )
         if request.layers:
             check_layers(denoiser.model, request.layers)
         if request.reads_network:

@@ -18,7 +18,7 @@ from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.guidance.cfg import CFGTerm
-from diffusers_repr.guidance.engine.gradients import EpsGradient, latent_change
+from diffusers_repr.guidance.engine.gradients import EpsGradient, LatentSteps
 from diffusers_repr.guidance.engine.pending_step import PendingStep
 from diffusers_repr.guidance.engine.run import SamplingRun
 from diffusers_repr.guidance.engine.stats import StepStats
@@ -188,13 +188,18 @@ class GuidedCall:
                 return self.forward(self.denoiser.model, inputs)
 
         for term in gradient.terms:
-            term.prepare(self.call, forward)
+            for half in gradient.halves:
+                term.prepare(half, forward)
 
     def _gradient_pass(self, gradient: EpsGradient) -> None:
-        """A pass of its own over the conditional rows, as far as the loss reads."""
+        """A pass of its own over the conditional rows, or all of them, as far as the loss reads."""
         call = self.call
         self._prepare(gradient)
-        inputs = index_batch(call.inputs, call.rows, call.batch.cond, self.guided.unbatched)
+        inputs = call.inputs
+        if gradient.both:
+            self.stats.lanes += 1
+        else:
+            inputs = index_batch(inputs, call.rows, call.batch.cond, self.guided.unbatched)
         inputs = gradient.begin(self.tape, inputs, stop=True)
         self.stats.backward_passes += 1
         try:
@@ -205,25 +210,28 @@ class GuidedCall:
         gradient.found = self.tape.gradient
 
     def _move(self, term: GuidanceTerm, weight: float) -> None:
-        """Step on the latents, for the network's input now and for the scheduler's step after."""
-        call = self.call
-        gradient = EpsGradient(self.denoiser, self.run.schedule, call, [(term, 1.0)])
-        if gradient.reads_network:
-            self._gradient_pass(gradient)
-        else:
-            gradient.compute_direct()
-            self.stats.backward_passes += 1
-        assert term.gradient is not None
-        assert gradient.found is not None
-        shift = latent_change(widened(gradient.found), weight, term.gradient.update)
-        self._note(term, shift)
-        x = widened(call.x).clone()
-        for rows in (call.batch.cond, call.batch.null):
-            if rows is not None:
-                x[rows] += shift
-        call.x = x.to(call.x.dtype)
-        call.inputs = self.denoiser.family.with_sample(call.inputs, call.x)
-        self.pending.move(shift, call.scale)
+        """Steps on the latents, for the network's input now and for the scheduler's step after."""
+        call, request = self.call, term.gradient
+        assert request is not None
+        steps = LatentSteps(weight, request.update)
+        for _ in range(request.steps):
+            gradient = EpsGradient(self.denoiser, self.run.schedule, call, [(term, 1.0)])
+            if gradient.reads_network:
+                self._gradient_pass(gradient)
+            else:
+                gradient.compute_direct()
+                self.stats.backward_passes += 1
+            assert gradient.found is not None
+            shift = steps.change(widened(gradient.found))
+            self.run.note(term.label, shift)
+            x = widened(call.x).clone()
+            for rows in (call.batch.cond, call.batch.null):
+                if rows is not None:
+                    x[rows] += shift
+            call.x = x.to(call.x.dtype)
+            call.inputs = self.denoiser.family.with_sample(call.inputs, call.x)
+            self.pending.move(shift, call.scale)
+        self.stats.acted.append(term.label)
 
     # After the network
 
