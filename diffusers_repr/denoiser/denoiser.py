@@ -20,7 +20,7 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
-from diffusers_repr.denoiser.sizes import check_size
+from diffusers_repr.denoiser.sizes import ImageSize, check_size, image_sides
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, pixel_channels, vae_stride
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.hub.compiled import plain_module
@@ -225,15 +225,36 @@ class Denoiser:
 
     # Images and latents
 
-    def pixels(self, images: Any, image_size: int | tuple[int, int] | None = None) -> Tensor:
+    def resize_to(self, image_size: ImageSize = None) -> tuple[int, int] | None:
+        """The size (H, W) to which images are brought that are asked for in `image_size`; None: they keep theirs.
+
+        Args:
+            image_size: (H, W) or one side, in pixels; None for the size that the model was configured for (a model
+                whose config tells none takes images as they are); `"keep"` for the images' own.
+
+        Raises:
+            ValueError: For anything else, and for sizes that do not suit the model.
+        """
+        if image_size == "keep":
+            return None
+        try:
+            size = self.image_size if image_size is None else image_sides(image_size)
+        except ValueError:
+            if image_size is not None:
+                raise
+            return None
+        self.check_size(size)
+        return size
+
+    def pixels(self, images: Any, image_size: ImageSize = None) -> Tensor:
         """Images to `(B, C, H, W)` float32 in [-1, 1]; for a network of videos, videos to `(B, C, frames, H, W)`.
 
         Args:
             images: See `to_pixels`; of videos `to_video_pixels`, to which an image is a video of one frame.
-            image_size: Resize to `(H, W)`.
+            image_size: See `resize_to`. The whole image is stretched to it, the aspect ratio is not kept.
         """
         convert = to_video_pixels if self.family.axes == 3 else to_pixels
-        return convert(images, self.image_channels, image_size)
+        return convert(images, self.image_channels, self.resize_to(image_size))
 
     def latent_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Size of x_0 for images of `size` (H, W), or videos of (frames, H, W), in pixels.
@@ -260,7 +281,7 @@ class Denoiser:
         self,
         images: Any,
         *,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: ImageSize = None,
         sample: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
@@ -268,7 +289,7 @@ class Denoiser:
 
         Args:
             images: See `pixels`.
-            image_size: Resize to `(H, W)`.
+            image_size: See `resize_to`: the model's own size if None, `"keep"` for the images'.
             sample: Latent models: draw from the VAE's posterior instead of taking its mean.
             generator: For `sample`: one, or one per image.
         """
@@ -383,29 +404,16 @@ class Denoiser:
         with eval_mode(self.model):
             yield
 
-
-def require_denoiser(value: Any) -> None:
-    """Raise TypeError unless `value` is a `Denoiser`."""
-    if not isinstance(value, Denoiser):
-        raise TypeError(
-            f"A Denoiser is needed; got {type(value).__name__}. Make one: Denoiser.from_pipe(pipe), or "
-            "Denoiser.from_pretrained(folder_or_id)."
+    def __repr__(self) -> str:
+        size = self.resize_to()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        condition = self.family.conditioning if self._conditioner is None else type(self._conditioner).__name__
+        return (
+            f"Denoiser({type(self.model).__name__}, {parameters:,} parameters, {self.dtype}, {self.device}, "
+            f"name={self.name!r},\n"
+            f"    image_size={size}, condition={condition!r}, noise={self.schedule.kind!r}, "
+            f"predicts={self.schedule.output!r})"
         )
 
 
-def require_images(denoiser: Denoiser, what: str) -> None:
-    """Raise ValueError for a network of videos.
-
-    Args:
-        denoiser: The network.
-        what: Is for images alone; begins a sentence.
-    """
-    require_denoiser(denoiser)
-    if denoiser.family.axes != 2:
-        raise ValueError(
-            f"{what}: for networks of images; {type(denoiser.model).__name__} makes videos. What there is for those: "
-            "features (FeatureExtractor, capture, list_layers), PAG and CFG."
-        )
-
-
-__all__ = ["COMPONENTS", "Denoiser", "require_denoiser", "require_images"]
+__all__ = ["COMPONENTS", "Denoiser"]

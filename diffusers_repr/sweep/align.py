@@ -14,8 +14,9 @@ from torch import Tensor
 from diffusers_repr.data.labelled import open_images, open_labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.record import base_record
+from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
@@ -50,7 +51,7 @@ def measure_alignment(
     seed: int = 0,
     prompt: str | None = None,
     class_labels: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize = None,
     batch_size: int = 64,
     memory_gib: float = 4.0,
     progress: bool = False,
@@ -82,7 +83,7 @@ def measure_alignment(
         seed: Of the noise, the choice of samples and the probes.
         prompt: One for all images instead of the null condition.
         class_labels: One class id for all images instead of the null class.
-        image_size: Resize to (H, W) or a square.
+        image_size: As in `FeatureExtractor`: the model's own size if None; `"keep"` for the images'.
         batch_size: Images a forward.
         memory_gib: Features held at a time; beyond it, levels, then layers, are read one after another.
         progress: Show a bar.
@@ -111,7 +112,8 @@ def measure_alignment(
         resolve_levels(denoiser, default_levels(denoiser) if timesteps is None else timesteps),
         key=lambda level: (float(level.nsr), float(level.timestep)),
     )
-    size = splits["train"].image_size(denoiser.image_channels, image_size)
+    resize = denoiser.resize_to(image_size)
+    size = splits["train"].image_size(denoiser.image_channels, resize)
     grid = SweepGrid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
 
     def encode(pixels: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def measure_alignment(
             tell_overlap(reads["train"].keys, found.keys, "data", "test")
 
     with progress_bar(progress, "alignment") as bar:
-        sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, image_size, bar)
+        sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, resize, bar)
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     _warn_undefined(scores)
     names = tuple(measure.name for measure in measures)

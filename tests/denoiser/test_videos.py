@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusers_repr import PAG, SAG, AutoGuidance, EnergyGuidance, FeatureExtractor, guide
 from diffusers_repr.denoiser import Denoiser, list_layers
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.encoders.denoiser import DenoiserSource
