@@ -77,6 +77,7 @@ def run(args: Settings) -> int:
     dtype = getattr(torch, args.dtype)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=dtype)
     denoiser.pipe.to(device)
+    image_size = options.sides(args.image_size)
     alignment = measure_alignment(
         denoiser,
         _encoder(args, denoiser, device),
@@ -94,12 +95,13 @@ def run(args: Settings) -> int:
         seed=args.seed,
         prompt=args.prompt,
         class_labels=args.class_label,
-        image_size=options.sides(args.image_size),
+        image_size=image_size,
         batch_size=args.batch_size,
         memory_gib=args.memory_gib,
         progress=not args.quiet,
     )
     if state.is_main_process:
+        options.tell_size(denoiser, image_size)
         _print(alignment)
         options.save_or_keep(lambda folder: alignment.save(folder, plot=not args.no_plot), args.out, "alignment")
         print(f"Saved to {args.out}")

@@ -33,7 +33,7 @@ class Settings:
     shard_size: int | None = setting(None, "rows of a file; at most 1000 and 256 MiB if not given")
     dtype: Literal["float32", "float16"] = setting("float32", "of the stored features")
     model_dtype: options.DType = setting("float32", "of the model")
-    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
+    image_size: list[str] | None = setting(None, options.IMAGE_SIZE)
     prompt: str | None = setting(None, "of text models; {label} stands for the class name")
     class_label: int | None = setting(None, "of class-conditional models; the null class if it has one")
     seed: int = setting(0, "of the noise")
@@ -59,6 +59,7 @@ def run(args: Settings) -> int:
         denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.model_dtype))
     if denoiser.pipe is not None:
         denoiser.pipe.to(state.device)
+    image_size = options.sides(args.image_size)
     extractor = FeatureExtractor(
         denoiser,
         args.layers,
@@ -69,7 +70,7 @@ def run(args: Settings) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
         where=args.where,
-        image_size=options.sides(args.image_size),
+        image_size=image_size,
     )
     store = extract_to_store(
         extractor,
@@ -83,6 +84,7 @@ def run(args: Settings) -> int:
         progress=not args.quiet,
     )
     if state.is_main_process:
+        options.tell_size(denoiser, image_size)
         processes = "" if state.num_processes == 1 else f", written by {state.num_processes} processes"
         shards = f"{store.layout.shards} shard{'s' if store.layout.shards > 1 else ''}"
         print(f"{len(store)} rows in {shards}{processes}: {args.out}")

@@ -9,10 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffusers_repr.config.recipe import setting
 
+if TYPE_CHECKING:
+    from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.denoiser.sizes import ImageSize
+
+IMAGE_SIZE = "pixels: one side, or height and width; keep: the images' own; the model's size if not given"
 DType = Literal["float32", "bfloat16", "float16"]
 _ROOM = 2**20  # bytes that must be free where a result is to be written
 
@@ -40,10 +45,10 @@ class ImageSettings:
     label_column: str | None = setting(None, "class ids; found by type if not given")
     prompt: str | None = setting(None, "one for all images")
     class_label: int | None = setting(None, "condition of a class-conditional model, one for all images")
-    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
+    image_size: list[str] | None = setting(None, IMAGE_SIZE)
 
 
-def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
+def two_sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     """(H, W) of `--image_size`; None if not given.
 
     Raises:
@@ -54,6 +59,30 @@ def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     if len(image_size) > 2:
         raise ValueError(f"--image_size takes one side, or height and width; got {len(image_size)} numbers.")
     return image_size[0], image_size[-1]
+
+
+def sides(image_size: Sequence[str] | None) -> ImageSize:
+    """`image_size` of Python, from an `--image_size` that may be `keep`.
+
+    Raises:
+        ValueError: For what is neither one or two whole numbers nor `keep`.
+    """
+    if image_size is None:
+        return None
+    if list(image_size) == ["keep"]:
+        return "keep"
+    if not all(word.isascii() and word.isdigit() for word in image_size):
+        raise ValueError(f"--image_size takes one side, or height and width, or keep; got {' '.join(image_size)}.")
+    return two_sides([int(word) for word in image_size])
+
+
+def tell_size(denoiser: Denoiser, image_size: ImageSize) -> None:
+    """Print the size at which the network sees images, where nobody chose it."""
+    resize = denoiser.resize_to(image_size)
+    if image_size is None and resize is not None:
+        print(
+            f"images: {resize[0]} x {resize[1]} pixels (H x W), the model's own size; --image_size keep leaves theirs"
+        )
 
 
 def numbers(values: Sequence[float]) -> list[int | float]:

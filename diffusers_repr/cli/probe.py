@@ -68,6 +68,8 @@ def run(args: Settings) -> int:
             data[part] = load_images(args.dataset, named or part, *columns)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
+    if args.selection is None:
+        options.tell_size(denoiser, settings.get("image_size"))
     bar = None if args.quiet else _bar
     probe = Probe.fit(
         denoiser,

@@ -104,8 +104,9 @@ def test_every_family(name):
     labels = torch.arange(12) % 2
     layers = [layer.path for layer in list_layers(denoiser, size)][2:6:2]
     train, held, condition = (images[:8], labels[:8]), (images[8:], labels[8:]), CONDITIONS[name]
-    found = select_features(denoiser, train, held, [300, 100], layers, "neg_mse", batch_size=3, **condition, **BASE)
-    read = FeatureExtractor(denoiser, layers, 300, pooling="mean", batch_size=3)
+    settings = {"batch_size": 3, "image_size": "keep"}
+    found = select_features(denoiser, train, held, [300, 100], layers, "neg_mse", **settings, **condition, **BASE)
+    read = FeatureExtractor(denoiser, layers, 300, pooling="mean", **settings)
     out = read(images, **condition)
     for layer in layers:
         z, y = out[layer].double().numpy(), labels.double().numpy()
