@@ -12,7 +12,8 @@ from typing import Any, Self
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
-from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser
+from diffusers_repr.denoiser.denoiser import Denoiser
+from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.hub.load import load_json_config
 
 logger = logging.getLogger(__name__)

@@ -20,13 +20,12 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
+from diffusers_repr.denoiser.parts import denoiser_parts
 from diffusers_repr.denoiser.sizes import ImageSize, check_size, image_sides
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, pixel_channels, vae_stride
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
-
-COMPONENTS = ("unet", "transformer")
 
 
 class Denoiser:
@@ -86,28 +85,10 @@ class Denoiser:
             TypeError: If no component of the pipeline is a denoiser we know.
             ValueError: If the pipeline has two networks, one for high and one for low noise.
         """
-        if getattr(pipe, "transformer_2", None) is not None:
-            raise ValueError(
-                f"{type(pipe).__name__} has two networks, `transformer` for high noise and `transformer_2` for low; "
-                "features are of one: Denoiser(pipe.transformer, pipe.scheduler, pipe.vae, pipe=pipe). For the other "
-                "leave out pipe=, and take the first one's condition: embeddings=denoiser.condition(...).inputs."
-            )
-        for component in COMPONENTS:
-            model = getattr(pipe, component, None)
-            if isinstance(model, nn.Module):
-                place = pipe.config.get("_name_or_path")
-                kwargs.setdefault("name", None if place is None else str(place))
-                return cls(
-                    model,
-                    pipe.scheduler,
-                    getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None),
-                    pipe=pipe,
-                    **kwargs,
-                )
-        raise TypeError(
-            f"{type(pipe).__name__} has no component named {' or '.join(COMPONENTS)} to take as the denoiser; "
-            f"it has {', '.join(sorted(pipe.components))}. Build it from parts: Denoiser(model, scheduler, vae)."
-        )
+        model, scheduler, vae = denoiser_parts(pipe)
+        place = pipe.config.get("_name_or_path")
+        kwargs.setdefault("name", None if place is None else str(place))
+        return cls(model, scheduler, vae, pipe=pipe, **kwargs)
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **kwargs: Any) -> Denoiser:
@@ -416,4 +397,4 @@ class Denoiser:
         )
 
 
-__all__ = ["COMPONENTS", "Denoiser"]
+__all__ = ["Denoiser"]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.denoiser import Denoiser, FeatureMap, LabelConditioner, list_layers
-from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.layers import Layer
+from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.vae import draw_latents
 from diffusers_repr.encoders import ImageEncoder

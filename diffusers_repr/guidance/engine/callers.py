@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import refuse_compiled
-from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.hub.compiled import is_compiled_in_place, plain_module
 
 _PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
