@@ -9,8 +9,8 @@ from torch import nn
 from diffusers_repr import Denoiser, Family, GenericFamily
 from diffusers_repr.denoiser import AttentionLayout
 from diffusers_repr.testing import check_family
-from tests.testers.models import CONDITIONS, SIZES, build
-from tests.testers.models_text import FAMILIES, family_pipeline
+from tests.testers.models import SIZES, build
+from tests.testers.models_text import FAMILIES
 from tests.testers.models_video import VIDEOS
 
 
