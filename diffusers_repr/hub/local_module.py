@@ -25,8 +25,8 @@ class LocalModuleMixin:
                 raise ImportError(
                     f"{cls.__name__} cannot be loaded from a folder here: diffusers runs the pipeline.py of every "
                     f"local folder in one module, {cls.__module__!r}, and {name} is loaded there already. Import it, "
-                    f"which needs no remote code (`from diffusers_repr.pipelines.<folder> import {cls.__name__}`), take "
-                    "it by its Hub id, or load it in another process."
+                    f"which needs no remote code (`from diffusers_repr.pipelines.<folder> import {cls.__name__}`), "
+                    "take it by its Hub id, or load it in another process."
                 )
 
 

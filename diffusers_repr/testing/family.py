@@ -102,7 +102,7 @@ def check_family(denoiser: Denoiser, *, image_size: ImageSize = None, **conditio
     """
     require_denoiser(denoiser)
     findings: list[FamilyFinding] = []
-    with torch.random.fork_rng(devices=[]), leaving_alone("check_family", denoiser.model), warnings.catch_warnings():
+    with leaving_alone("check_family", denoiser.model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         made = _tried("call", lambda: make_case(denoiser, image_size, condition))

@@ -44,8 +44,8 @@ def check_rows(case: FamilyCase) -> str:
     both, (first,) = case.output(), [case.output(case.condition.take([0]), case.x_t[:1])]
     if not _close(first, both[:1]):
         raise Wrong(
-            f"a sample alone is predicted otherwise than beside another, by {_apart(first, both[:1]):.3g}. Name inputs "
-            "without a batch dimension in `unbatched`; see that `inputs` mixes no rows."
+            f"a sample alone is predicted otherwise than beside another, by {_apart(first, both[:1]):.3g}. Name "
+            "inputs without a batch dimension in `unbatched`; see that `inputs` mixes no rows."
         )
     return ""
 
@@ -138,8 +138,8 @@ def _check_timestep(case: FamilyCase) -> None:
         if not math.isclose(back, float(level.timestep), rel_tol=1e-2, abs_tol=1e-3):
             first = float(torch.as_tensor(given).flatten()[0])
             raise Wrong(
-                f"at timestep {float(level.timestep):g} the network is told {first:g}, which `training_timestep` reads "
-                f"as {back:g}. Write it: the inverse of `timestep`."
+                f"at timestep {float(level.timestep):g} the network is told {first:g}, which `training_timestep` "
+                f"reads as {back:g}. Write it: the inverse of `timestep`."
             )
 
 

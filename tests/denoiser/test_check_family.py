@@ -1,5 +1,7 @@
 """`check_family` on our families, and on a toy whose family is wrong in one thing at a time."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from diffusers_repr.denoiser import AttentionLayout
 from diffusers_repr.testing import check_family
 from tests.testers.models import SIZES, build
 from tests.testers.models_text import FAMILIES
-from tests.testers.models_video import VIDEOS
+from tests.testers.models_video import VIDEOS  # noqa: F401  (registers them)
 
 
 class ToyAttention(nn.Module):
@@ -142,8 +144,6 @@ def test_a_fault_is_named(fault):
     line = next(line for line in report.splitlines() if line.startswith(f"  {part} "))
     words = line.split()
     assert words[1] in state.split("|"), report
-    import re
-
     assert re.search(text, line), report
 
 
@@ -172,10 +172,6 @@ def test_any_module():
     torch.manual_seed(0)
     family = GenericFamily("x", "t", 3, lambda level: level.timestep / 1000, lambda tokens, size: (4, 4))
     net = ToyNet()
-    net.register_forward_pre_hook(
-        lambda m, args, kwargs: (args, {"label": torch.zeros(len(kwargs["x"]), dtype=torch.long), **kwargs}),
-        with_kwargs=True,
-    )  # noqa: E501
     report = found(Denoiser(net, DDPMScheduler(), family=family))
     assert "call           wrong     size() tells none. Write `def size(self)` in GenericFamily" in report
 
@@ -193,9 +189,9 @@ def test_our_families(name):
 
 
 @SLOW
-@pytest.mark.parametrize("name", [*FAMILIES, *VIDEOS])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_further_families(name):
-    case = {**FAMILIES, **VIDEOS}[name]
+    case = FAMILIES[name]
     pipe = case.make()
     given = {} if set(case.call) == {"prompt"} else {"embeddings": case.call}
     report = check_family(Denoiser.from_pipe(pipe), image_size=case.size[-2:], **given)
