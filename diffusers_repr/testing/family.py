@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ PARTS: dict[str, tuple[Callable[[FamilyCase], str], str]] = {
     "training": (family_methods.check_training, "inputs, output, from_class_labels"),
     "REPA": (family_methods.check_repa, "stacks, layer_defaults, grid"),
 }
-_NEEDS_CALL = tuple(name for name in PARTS if name != "call")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ class FamilyReport:
         return "\n".join(lines)
 
 
-def check_family(denoiser: Denoiser, *, image_size: ImageSize = None, **condition: Any) -> FamilyReport:
+def check_family(
+    denoiser: Denoiser, *, image_size: ImageSize = None, parts: Sequence[str] | None = None, **condition: Any
+) -> FamilyReport:
     """Try a family on a small network: its call, features, PAG, CFG, energy guidance, training and REPA.
 
     What the family does not tell, and the network may well not have, is reported as lacking, with what to write; what
@@ -87,12 +88,14 @@ def check_family(denoiser: Denoiser, *, image_size: ImageSize = None, **conditio
         denoiser: Of a small network whose weights act; for text models from a pipeline that encodes prompts, or with
             `embeddings=`.
         image_size: Of the images it is tried with, (H, W) with H != W where the network takes such; its own if None.
+        parts: Which to try beside `call`; all if None.
         **condition: As `Denoiser.condition` takes it; two class ids, or two prompts, if nothing is said.
 
     Returns:
         The report; print it.
 
     Raises:
+        ValueError: For a part that there is none of.
         AssertionError: With the whole report, if a part is wrong.
 
     Example:
@@ -101,24 +104,29 @@ def check_family(denoiser: Denoiser, *, image_size: ImageSize = None, **conditio
         ok
     """
     require_denoiser(denoiser)
+    unknown = sorted({*(parts or ())} - {*PARTS})
+    if unknown:
+        raise ValueError(f"parts={unknown}; there are {', '.join(PARTS)}.")
+    chosen = [name for name in PARTS if name != "call" and (parts is None or name in parts)]
     findings: list[FamilyFinding] = []
     with leaving_alone("check_family", denoiser.model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        made = _tried("call", lambda: make_case(denoiser, image_size, condition))
-        if isinstance(made, FamilyFinding):
-            findings += [made, *(FamilyFinding(name, "not tried", "") for name in _NEEDS_CALL)]
+        case = _tried("call", lambda: make_case(denoiser, image_size, condition))
+        findings.append(case if isinstance(case, FamilyFinding) else _found("call", case))
+        if findings[0].state == "ok":
+            findings += [_found(name, case) for name in chosen]
         else:
-            for name, (check, _) in PARTS.items():
-                found = FamilyFinding(name, "not tried", "")
-                if not findings or findings[0].state == "ok":
-                    made_text = _tried(name, lambda check=check: check(made))  # type: ignore[misc]
-                    found = made_text if isinstance(made_text, FamilyFinding) else FamilyFinding(name, "ok", made_text)
-                findings.append(found)
+            findings += [FamilyFinding(name, "not tried", "") for name in chosen]
     report = FamilyReport(type(denoiser.family).__name__, type(denoiser.model).__name__, tuple(findings))
     if report.wrong:
         raise AssertionError(f"Something is wrong in {', '.join(report.wrong)}.\n{report}")
     return report
+
+
+def _found(name: str, case: FamilyCase) -> FamilyFinding:
+    text = _tried(name, lambda: PARTS[name][0](case))
+    return text if isinstance(text, FamilyFinding) else FamilyFinding(name, "ok", text)
 
 
 def _tried(name: str, run: Callable[[], Any]) -> Any:

@@ -23,7 +23,7 @@ def check_call(case: FamilyCase) -> str:
     unknown = [name for name in inputs if name not in names]
     if unknown and not _takes_any(case):
         raise Wrong(
-            f"`inputs` gives {', '.join(map(repr, unknown))}, and the forward takes {', '.join(names[1:])}. Set "
+            f"`inputs` gives {', '.join(map(repr, unknown))}, and the forward takes {', '.join(names)}. Set "
             "sample_name and timestep_name to its names, or write `def inputs(self, x_t, level, condition)`."
         )
     with case.denoiser.evaluating(), torch.no_grad():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from typing import Any
 
 import torch
@@ -121,9 +120,7 @@ def _guided(case: FamilyCase, guidance: Guidance, **null: Any) -> Tensor:
 def check_training(case: FamilyCase) -> str:
     """A loss whose gradient reaches the network."""
     batch = _batch(case)
-    with _restored(case):
-        objective = DiffusionObjective(case.denoiser, label_dropout=0.0)
-        _step(case, objective, batch)
+    _step(DiffusionObjective(copy.deepcopy(case.denoiser), label_dropout=0.0), batch)
     return ""
 
 
@@ -142,8 +139,7 @@ def check_repa(case: FamilyCase) -> str:
     teacher = Encoder.from_module(
         nn.Conv2d(channels, 4, patch, stride=patch), patch_size=patch, channels=channels, name="teacher"
     )
-    with _restored(case):
-        _step(case, REPAObjective(case.denoiser, [teacher], projector_dim=8, label_dropout=0.0), batch)
+    _step(REPAObjective(copy.deepcopy(case.denoiser), [teacher], projector_dim=8, label_dropout=0.0), batch)
     return layer
 
 
@@ -175,8 +171,10 @@ def _batch(case: FamilyCase) -> dict[str, Any]:
     return {**batch, "class_labels": torch.tensor([0, 1 % max(1, denoiser.family.classes()[0])])}
 
 
-def _step(case: FamilyCase, objective: DiffusionObjective, batch: dict[str, Any]) -> None:
-    device = case.denoiser.device
+def _step(objective: DiffusionObjective, batch: dict[str, Any]) -> None:
+    """Of an objective whose denoiser is a copy: it is left with hooks and gradients."""
+    denoiser = objective.denoiser
+    device = denoiser.device
     objective.train()
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     objective.check_batch(given)
@@ -184,27 +182,8 @@ def _step(case: FamilyCase, objective: DiffusionObjective, batch: dict[str, Any]
     loss.backward()
     if not bool(loss.isfinite()):
         raise Wrong(f"the loss is {float(loss.detach())}.")
-    if not any(p.grad is not None and bool(p.grad.any()) for p in case.denoiser.model.parameters()):
+    if not any(p.grad is not None and bool(p.grad.any()) for p in denoiser.model.parameters()):
         raise Wrong("no gradient of the loss reaches the network: see that `inputs` and `output` detach nothing.")
-
-
-@contextlib.contextmanager
-def _restored(case: FamilyCase) -> Iterator[None]:
-    """Modes, gradients and what is trained of all parts of the denoiser as they were."""
-    parts = [case.denoiser.model, case.denoiser.vae, *getattr(case.denoiser.pipe, "components", {}).values()]
-    modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
-    modes = [(module, module.training) for module in modules]
-    parameters = [(p, p.requires_grad, p.grad) for module in modules for p in module.parameters(recurse=False)]
-    for p, _, _ in parameters:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for p, trained, grad in parameters:
-            p.requires_grad_(trained)
-            p.grad = grad
 
 
 __all__ = ["check_cfg", "check_energy", "check_pag", "check_repa", "check_training"]
