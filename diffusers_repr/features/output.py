@@ -36,7 +36,8 @@ class FeatureOutput:
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{layer!r}: {tuple(feature.shape)}" for layer, feature in self.features.items())
-        levels = ", ".join(f"{float(level.timestep):g}" for level, _ in self.per_level())
+        known = [(level, level.timestep) for level, _ in self.per_level()]
+        levels = ", ".join(repr(level) if time is None else f"{float(time):g}" for level, time in known)
         timestep = f"[{levels}]" if isinstance(self.level, list) else levels
         return (
             f"FeatureOutput({{{shapes}}},\n"

@@ -10,10 +10,12 @@ from torch import nn
 
 from diffusers_repr import Denoiser, Family, GenericFamily
 from diffusers_repr.denoiser import AttentionLayout
+from diffusers_repr.denoiser.family_layers import FamilyLayers
 from diffusers_repr.testing import check_family
 from tests.testers.models import SIZES, build
 from tests.testers.models_text import FAMILIES
 from tests.testers.models_video import VIDEOS  # noqa: F401  (registers them)
+from tests.testers.pages import ROOT
 
 
 class ToyAttention(nn.Module):
@@ -199,3 +201,11 @@ def test_further_families(name):
     report = check_family(Denoiser.from_pipe(pipe), image_size=case.size[-2:], **given)
     for part in ("call", "rows", "features", "guidance", "PAG", "CFG"):
         assert report[part].state == "ok", report
+
+
+def test_the_page_has_every_name():
+    """Whatever a subclass may override stands in one of the tables of `docs/adding_a_family.md`."""
+    page = (ROOT / "docs" / "adding_a_family.md").read_text()
+    told = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", "".join(re.findall(r"^\| (.*?) \|", page, re.MULTILINE))))
+    names = {name for cls in (Family, FamilyLayers) for name in vars(cls) if name[0] != "_"} - {"bound_to"}
+    assert names - told == set()

@@ -78,6 +78,39 @@ def test_image_size_resizes():
     assert extractor(torch.rand(1, 3, 50, 30))["down_blocks.1"].shape[2:] == (4, 6)
 
 
+def test_the_models_own_size_is_the_default():
+    """16 pixels, whatever the photo's size and shape; its own size by one word."""
+    photos = images_for("ddim", 2, size=(50, 30))
+    own = make("ddim", image_size=None)
+    output = own(photos)
+    assert (own.image_size, output.image_size) == ((16, 16), (16, 16))
+    assert torch.equal(output["down_blocks.1"], make("ddim", image_size=16)(photos)["down_blocks.1"])
+    assert own.denoiser.encode(photos).shape == (2, 3, 16, 16)
+    assert own.denoiser.encode(photos[..., :48, :24], image_size="keep").shape == (2, 3, 48, 24)
+    kept = own.replace(image_size="keep", pooling="mean")
+    assert kept.replace(seed=1).image_size == "keep"
+    assert kept(photos[..., :48, :24]).image_size == (48, 24)
+    with pytest.raises(ValueError, match="one side, or .*'keep' for the images' own size; or None for the model's"):
+        own.replace(image_size="own")
+
+
+def test_reprs_of_two_lines():
+    extractor = make("ddpm", "mid_block", [100, 261.5], image_size=None, pooling="mean", ensemble_size=2)
+    network = extractor.denoiser.model
+    size = sum(p.numel() for p in network.parameters())
+    assert repr(extractor.denoiser) == (
+        f"Denoiser(UNet2DModel, {size:,} parameters, torch.float32, cpu, name=None,\n"
+        "    image_size=(16, 16), condition='none', noise='vp', predicts='epsilon')"
+    )
+    assert repr(extractor) == (
+        "FeatureExtractor(UNet2DModel, layers=['mid_block'],\n"
+        "    timestep=[100, 261.5], noise='per_image', seed=0, ensemble_size=2, pooling='mean', image_size=(16, 16))"
+    )
+    assert repr(extractor(torch.rand(1, 1, 8, 8))) == (
+        "FeatureOutput({'mid_block': (2, 1, 16)},\n    timestep=[100, 261.5], pooling='mean', image_size=(16, 16))"
+    )
+
+
 # Levels.
 
 
