@@ -139,7 +139,8 @@ def _tried(name: str, run: Callable[[], Any]) -> Any:
         return FamilyFinding(name, "wrong", str(found))
     except Exception as error:  # whatever an adapter does
         text = " ".join(str(error).split())[:600]
-        return FamilyFinding(name, "wrong", f"{type(error).__name__}: {text} (Look at {PARTS[name][1]}.)")
+        hint = "" if isinstance(error, ValueError) else f" (Look at {PARTS[name][1]}.)"  # ours say what to write
+        return FamilyFinding(name, "wrong", f"{type(error).__name__}: {text}{hint}")
 
 
 __all__ = ["FamilyFinding", "FamilyReport", "check_family"]
