@@ -19,12 +19,13 @@ from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-from diffusers_repr import Denoiser, Encoder
+from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
+from diffusers_repr.encoders import load_encoders
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import REPAConfig, build_repa, load_heads
 from diffusers_repr.training import TrainingConfig, recipe_of, train
@@ -40,14 +41,20 @@ class ModelConfig:
     model_size: str = setting("S/2", "of a new SiT: S, B, L or XL at patch 2, 4 or 8")
     model: dict | str | None = setting(None, "arguments of SiTTransformer2DModel over those of the size, a mapping")
     vae: str | None = setting(None, "folder or Hub id of an AutoencoderKL: train on its latents")
+    vae_model: dict | str | None = setting(None, "arguments of a new AutoencoderKL for `repa_e`, a mapping; no `vae`")
     image_channels: int = setting(3, "1 (grey) or 3 (RGB), of models without a VAE")
     path: str = setting("linear", "of a new SiT: linear or cosine")
     sampler: str = setting("ode", "scheduler that is saved with a new SiT: ode or sde")
 
     def __post_init__(self) -> None:
-        arguments = mapping("model", self.model)
+        arguments = json_mapping("model", self.model)
         check_keys("`model`", arguments, inspect.signature(SiTTransformer2DModel.__init__).parameters)
         object.__setattr__(self, "model", arguments)
+        vae_arguments = json_mapping("vae_model", self.vae_model)
+        check_keys("`vae_model`", vae_arguments, inspect.signature(AutoencoderKL.__init__).parameters)
+        object.__setattr__(self, "vae_model", vae_arguments)
+        if self.vae and self.vae_model:
+            raise ValueError("`vae` names a VAE, `vae_model` makes a new one; give one of them.")
         others = [field for field in dataclasses.fields(self) if field.name != "pretrained_model"]
         unused = [field.name for field in others if (getattr(self, field.name) or None) != (field.default or None)]
         if self.pretrained_model and unused:
@@ -71,8 +78,10 @@ def main(argv: list[str], evaluate=None) -> None:
     config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
     if config.lora_rank and not model_config.pretrained_model:
         raise ValueError("`lora_rank` adapts a trained network, and a new SiT is none; name a `pretrained_model`.")
+    if model_config.vae_model and not repa_config.repa_e:
+        raise ValueError("`vae_model` makes a new VAE, which only `repa_e` trains; name a trained one by `vae`.")
     torch.manual_seed(config.seed)
-    encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder if name != "none"]
+    encoders = load_encoders(repa_config.teachers, repa_config.encoder_positions)
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
         vae, channels, own = denoiser.vae, denoiser.image_channels, denoiser.image_size
@@ -83,9 +92,13 @@ def main(argv: list[str], evaluate=None) -> None:
             )
     else:
         vae = load_autoencoder(model_config.vae) if model_config.vae else None
-        channels, size = 3 if vae else model_config.image_channels, data_config.resolution or 256
+        if model_config.vae_model:
+            vae = AutoencoderKL(**model_config.vae_model)
+        channels = model_config.image_channels if vae is None else vae.config.get("in_channels", 3)
+        size = data_config.resolution or 256
     parts = {"vae": vae, "encoders": encoders, "num_workers": config.dataloader_num_workers}
-    needs_pixels = bool(encoders) and (not data_config.features_dir or repa_config.haste_weight > 0)
+    images = not data_config.features_dir or repa_config.haste_weight > 0 or repa_config.repa_e
+    needs_pixels = bool(encoders) and images
     data = load_train_data(data_config, channels, size, seed=config.seed, needs_pixels=needs_pixels, **parts)
     if not model_config.pretrained_model:
         image_size = (size, size) if isinstance(size, int) else size

@@ -75,10 +75,10 @@ KINDS: Mapping[str, Kind] = {
     "model": Kind("model", (*_CARD, *_MODEL, *_PROCESSOR, *_MEASURED)),
 }
 
-# What a run, Python and the Hub's client leave beside a result: it stays here, and nothing is said of it.
+# What a run, a command, Python and the Hub's client leave beside a result: it stays here, and nothing is said of it.
 _LEFT_BEHIND = (
     "checkpoint-*", ".checkpoint-*", "logs", "samples", "__pycache__", "*/__pycache__", ".*.tmp", "*/.*.tmp",
-    ".DS_Store", "*/.DS_Store", ".git", ".gitattributes", ".gitignore", ".cache",
+    ".DS_Store", "*/.DS_Store", ".git", ".gitattributes", ".gitignore", ".cache", "recipe.yaml",
 )  # fmt: skip
 _NEVER = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
 

@@ -126,7 +126,7 @@ FAULTS = {
     "no size": ({"size": Family.size}, "call", "wrong", r"Write `def size\(self\)` in ToyFamily"),
     "output": ({"output": lambda self, raw, x_t: raw[:, :1]}, "call", "wrong", "Write `def output"),
     "rows": ({"output": mixed_output}, "rows", "wrong", "a sample alone is predicted otherwise"),
-    "no grid": ({"grid": lambda self, tokens, size: None}, "features", "wrong|lacks", "grid"),
+    "no grid": ({"grid": lambda self, tokens, size: None}, "REPA", "wrong", "'tower.0' gives no image.* or `grid`"),
     "grid": ({"grid": image_first}, "features", "wrong", "the 16 from 0 on; those from 3 on change most with x_t"),
     "no example": ({"example": Family.example}, "features", "wrong", r"`example\(batch, device\)`.* write it"),
     "timestep": ({"timestep": told_in_thousandths}, "guidance", "wrong", "Write it: the inverse of `timestep`"),
@@ -145,7 +145,7 @@ def test_a_fault_is_named(fault):
     report = found(toy(type("ToyFamily", (ToyFamily,), change)()), parts=[part])
     line = next(line for line in report.splitlines() if line.startswith(f"  {part} "))
     words = line.split()
-    assert words[1] in state.split("|"), report
+    assert words[1] == state, report
     assert re.search(text, line), report
 
 
