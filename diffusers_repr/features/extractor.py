@@ -133,8 +133,8 @@ class FeatureExtractor:
         """Features of images.
 
         Args:
-            images: PIL images, numpy arrays or tensors of one size, see `to_pixels`; for a network of videos also
-                videos, see `to_video_pixels`.
+            images: PIL images, numpy arrays or tensors, see `to_pixels`; for a network of videos also videos, see
+                `to_video_pixels`.
             prompt: One for all images or one per image.
             class_labels: One id for all images or one per image.
             embeddings: Ready network inputs; see `Denoiser.condition`.
