@@ -218,14 +218,16 @@ class Denoiser:
         """
         if image_size == "keep":
             return None
-        try:
-            size = self.image_size if image_size is None else image_sides(image_size)
-        except ValueError:
-            if image_size is not None:
-                raise
-            return None
-        self.check_size(size)
+        size = self._own_size() if image_size is None else image_sides(image_size)
+        if size is not None:
+            self.check_size(size)
         return size
+
+    def _own_size(self) -> tuple[int, int] | None:
+        try:
+            return self.image_size
+        except ValueError:  # the config does not tell
+            return None
 
     def pixels(self, images: Any, image_size: ImageSize = None) -> Tensor:
         """Images to `(B, C, H, W)` float32 in [-1, 1]; for a network of videos, videos to `(B, C, frames, H, W)`.
@@ -249,14 +251,9 @@ class Denoiser:
 
     def check_size(self, size: tuple[int, ...]) -> None:
         """Raise ValueError unless images of `size` (H, W), or videos of (frames, H, W), in pixels suit the model."""
-        check_size(
-            type(self.model).__name__,
-            size,
-            axes=self.family.axes,
-            multiple=self.multiple,
-            frame_stride=self.frame_stride,
-            square=self.family.square(),
-        )
+        family = self.family
+        frames, square, name = self.frame_stride, family.square(), type(self.model).__name__
+        check_size(name, size, axes=family.axes, multiple=self.multiple, frame_stride=frames, square=square)
 
     def encode(
         self,
@@ -386,13 +383,12 @@ class Denoiser:
             yield
 
     def __repr__(self) -> str:
-        size = self.resize_to()
         parameters = sum(p.numel() for p in self.model.parameters())
         condition = self.family.conditioning if self._conditioner is None else type(self._conditioner).__name__
         return (
             f"Denoiser({type(self.model).__name__}, {parameters:,} parameters, {self.dtype}, {self.device}, "
             f"name={self.name!r},\n"
-            f"    image_size={size}, condition={condition!r}, noise={self.schedule.kind!r}, "
+            f"    image_size={self._own_size()}, condition={condition!r}, noise={self.schedule.kind!r}, "
             f"predicts={self.schedule.output!r})"
         )
 
