@@ -385,6 +385,8 @@ class Denoiser:
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
         condition = self.family.conditioning if self._conditioner is None else type(self._conditioner).__name__
+        if condition == "class" and not self.family.classes()[0]:
+            condition = "none" if self.family.vector_input() is None else "vector"
         return (
             f"Denoiser({type(self.model).__name__}, {parameters:,} parameters, {self.dtype}, {self.device}, "
             f"name={self.name!r},\n"
