@@ -12,9 +12,9 @@ from torch import Tensor
 from diffusers_repr.capture.attention import GIB, AttentionTokens, Heads, capture_attention, check_keys, too_much
 from diffusers_repr.capture.attention_memory import attention_memory
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
@@ -105,7 +105,7 @@ def attention_maps(
     denoiser = extractor.denoiser
     require_images(denoiser, "Attention maps")
     check_keys(keys)
-    pixels = to_pixels(images, denoiser.image_channels, extractor.image_size)
+    pixels = to_pixels(images, denoiser.image_channels, extractor.resize)
     cells = len(pixels) * len(extractor.levels)
     members = cells * extractor.ensemble_size
     size = (pixels.shape[2], pixels.shape[3])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.vae import encode_latents, scale_latents
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.models import NoisyClassifier, describe_process

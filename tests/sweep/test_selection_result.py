@@ -1,6 +1,7 @@
 """What a selection leaves behind: files, an extractor, a picture; over every family, and by command."""
 
 import builtins
+import dataclasses
 import io
 import json
 import math
@@ -39,6 +40,20 @@ def test_saved_and_loaded_is_the_same(selection, tmp_path):
     folder = selection.save(tmp_path / "new" / "folder")
     assert sorted(p.name for p in folder.iterdir()) == ["heatmap.png", "selection.json", "selection.parquet"]
     assert Selection.load(folder) == selection
+
+
+def test_the_size_and_the_repr(selection, model):
+    """A selection knows the size of its images: None, as older ones have it, is theirs."""
+    assert selection.recipe["image_size"] == [8, 8]
+    assert selection.extractor(model).image_size == (8, 8)
+    older = dataclasses.replace(selection, recipe={**selection.recipe, "image_size": None})
+    assert older.extractor(model).image_size == "keep"
+    best = selection.best
+    assert repr(selection) == (
+        f"Selection(best {best.layer!r} at timestep {best.timestep:g}, noise={best.noise!r}: "
+        f"{selection.metric} {best.score:.4g},\n"
+        f"    18 cells, {len(selection.finalists)} finalists, sets of layers, levels, model=None)"
+    )
 
 
 def test_files_read_without_this_library(selection, tmp_path):
@@ -144,8 +159,9 @@ def test_every_family(name):
     labels = torch.arange(12) % 2
     layers = [layer.path for layer in list_layers(denoiser, size)][2:6:2]
     train, held, condition = (images[:8], labels[:8]), (images[8:], labels[8:]), CONDITIONS[name]
-    found = select_features(denoiser, train, held, [300, 100], layers, "neg_mse", batch_size=3, **condition, **BASE)
-    read = FeatureExtractor(denoiser, layers, 300, pooling="mean", batch_size=3)
+    settings = {"batch_size": 3, "image_size": "keep"}
+    found = select_features(denoiser, train, held, [300, 100], layers, "neg_mse", **settings, **condition, **BASE)
+    read = FeatureExtractor(denoiser, layers, 300, pooling="mean", **settings)
     out = read(images, **condition)
     for layer in layers:
         z, y = out[layer].double().numpy(), labels.double().numpy()

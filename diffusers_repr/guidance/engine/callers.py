@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_repr.capture.caches import cache_kinds, refuse_caches, refuse_shared_caches
 from diffusers_repr.capture.capture import refuse_compiled
-from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.hub.compiled import is_compiled_in_place, plain_module
 

@@ -52,6 +52,7 @@ class CallParser:
             RuntimeError: If a part of the network that is changed or read is compiled.
         """
         family = self.denoiser.family
+        family.check_names(inputs)
         given = inputs[family.sample_name]
         rows = given.shape[0]
         level, scale = self._level(inputs, run)
