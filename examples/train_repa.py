@@ -10,8 +10,8 @@ The result is a plain diffusers folder (`SiTPipeline.from_pretrained(output_dir)
 
 import dataclasses
 import inspect
-import sys
 import warnings
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,7 +20,9 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 from diffusers_repr import Denoiser, Encoder
+from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
@@ -28,7 +30,9 @@ from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import REPAConfig, build_repa, load_heads
 from diffusers_repr.training import TrainingConfig, recipe_of, train
+from diffusers_repr.training.assumed import AssumedData, assumed_encoder, assumed_vae, is_here
 
+RECIPES = Path(__file__).parent / "configs"
 SCHEDULERS = {"ode": FlowMatchODEScheduler, "sde": FlowMatchSDEScheduler}
 
 
@@ -66,13 +70,14 @@ def build_sit(
     return SiTPipeline(transformer=model, scheduler=SCHEDULERS[config.sampler](path=config.path), vae=vae)
 
 
-def main(argv: list[str], evaluate=None) -> None:
-    kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
-    config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
-    if config.lora_rank and not model_config.pretrained_model:
-        raise ValueError("`lora_rank` adapts a trained network, and a new SiT is none; name a `pretrained_model`.")
-    torch.manual_seed(config.seed)
-    encoders = [Encoder.from_pretrained(name) for name in repa_config.encoder if name != "none"]
+def teachers(config: REPAConfig) -> list[str]:
+    """The encoders, without the word of a recipe for none."""
+    return [name for name in config.encoder if name != "none"]
+
+
+def load(config: TrainingConfig, data_config: DataConfig, model_config: ModelConfig, repa_config: REPAConfig):
+    """What is trained, the data and the encoders."""
+    encoders = [Encoder.from_pretrained(name) for name in teachers(repa_config)]
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
         vae, channels, own = denoiser.vae, denoiser.image_channels, denoiser.image_size
@@ -90,6 +95,57 @@ def main(argv: list[str], evaluate=None) -> None:
     if not model_config.pretrained_model:
         image_size = (size, size) if isinstance(size, int) else size
         denoiser = Denoiser.from_pipe(build_sit(model_config, vae, image_size, data.num_classes))
+    return denoiser, data, encoders
+
+
+def assume(config: TrainingConfig, data_config: DataConfig, model_config: ModelConfig, repa_config: REPAConfig):
+    """As `load`, for a dry run: what is not on this disk is taken for granted, and a new network has no weights."""
+    names, vae, device, told = teachers(repa_config), None, "cpu", []
+    size = (data_config.resolution or 256,) * 2
+    classes = 0 if data_config.label_column == "none" else model_config.model.get("num_classes", 1000)
+    if not is_here(data_config.dataset_name):
+        told.append(f"images of {size[0]} px in {classes} classes; {data_config.dataset_name!r} was not read")
+    if model_config.pretrained_model:
+        denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
+        size, vae, classes = denoiser.image_size, denoiser.vae, denoiser.conditioner.num_classes
+    else:
+        if model_config.vae:
+            vae = load_autoencoder(model_config.vae) if is_here(model_config.vae) else assumed_vae()
+        if not is_here(model_config.vae):
+            told.append(f"latents of 4 channels, 8 pixels each; {model_config.vae!r} was not read")
+        device = "meta"
+        with torch.device(device):
+            denoiser = Denoiser.from_pipe(build_sit(model_config, vae, size, classes))
+    encoders = [Encoder.from_pretrained(name) if is_here(name) else assumed_encoder(name, size) for name in names]
+    for name, encoder in zip(names, encoders, strict=True):
+        if not is_here(name):
+            told.append(
+                f"{encoder.dim} channels on {encoder.grid[0]} x {encoder.grid[1]} tokens; {name!r} was not read"
+            )
+    shape = (denoiser.family.channels(), *(side // denoiser.stride for side in size))
+    parts = {"latent": vae is not None, "image_size": size, "device": device, "assumed": told}
+    return denoiser, AssumedData(shape, classes, encoders, **parts), encoders
+
+
+def main(argv: list[str], evaluate=None) -> None:
+    kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
+    config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    if config.lora_rank and not model_config.pretrained_model:
+        raise ValueError("`lora_rank` adapts a trained network, and a new SiT is none; name a `pretrained_model`.")
+    needed = {
+        "dataset_name": data_config.dataset_name,
+        "vae": model_config.vae,
+        "encoder": teachers(repa_config),
+        "pretrained_model": model_config.pretrained_model,
+    }
+    torch.manual_seed(config.seed)
+    files = [data_config.dataset_name, data_config.latents_dir, data_config.features_dir, model_config.vae]
+    if config.dry_run and not all(map(is_here, [*files, *teachers(repa_config)])):
+        get = assume
+    else:
+        check_made(RECIPES, **needed)
+        get = load
+    denoiser, data, encoders = get(config, data_config, model_config, repa_config)
     objective = build_repa(denoiser, encoders, repa_config)
     if model_config.pretrained_model and repa_config.projectors == "load":
         load_heads(objective, model_config.pretrained_model)
@@ -97,4 +153,4 @@ def main(argv: list[str], evaluate=None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 
 from diffusers_repr.config.recipe import to_yaml
 from diffusers_repr.objectives import Objective
+from diffusers_repr.training.assumed import AssumedData
 from diffusers_repr.training.config import TrainingConfig
 
 
@@ -22,8 +23,8 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
     and multiplied.
 
     Args:
-        objective: On the CPU.
-        data: Map-style; None, or a stream, leaves the activations out.
+        objective: On the CPU, or for `AssumedData` where these are, in parts: it is brought there.
+        data: Map-style; None, or a stream, leaves the activations out. `AssumedData` says what it took for granted.
         config: The loop's settings.
         recipe: What to print.
     """
@@ -37,10 +38,13 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
         if count := _count(child.parameters()):
             lines.append(f"# {name}: {count:,} parameters ({type(child).__name__})")
     lines += [f"# saved: {artifact}" for artifact in objective.artifacts()]
+    lines += [f"# assumed: {line}" for line in getattr(data, "assumed", ())]
     lines.append(f"# trained: {_count(trained):,} parameters; frozen: {_count(frozen):,}")
     lines.append(
         f"# weights, gradients, optimizer and average: {_size(moving)}; frozen parts: {_size(_bytes(frozen))}"
     )
+    if isinstance(data, AssumedData):
+        objective.to(data.device)
     if hasattr(data, "__len__") and len(data):
         kept = activation_bytes(objective, data) * config.train_batch_size
         lines.append(
@@ -52,14 +56,16 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
 
 def activation_bytes(objective: Objective, data: Any) -> int:
     """Bytes that the loss of one sample keeps for the backward pass, weights left out; the random state stays."""
-    seen = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    known = [p.untyped_storage() for p in objective.parameters()]
+    seen = {_mark(storage) for storage in known}
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if _mark(storage) not in seen:
+            seen.add(_mark(storage))
+            known.append(storage)  # kept, so that no mark is given out twice
             total += storage.nbytes()
         return tensor
 
@@ -69,6 +75,11 @@ def activation_bytes(objective: Objective, data: Any) -> int:
         for phase in objective.phases:  # all are kept until the end, so that no memory is given out twice
             _ = objective.train()({**batch, "micro": 0}, phase=phase)
     return total // 2
+
+
+def _mark(storage: torch.UntypedStorage) -> int:
+    """What tells one storage from another; on the meta device all lie at 0, and the object itself does."""
+    return storage.data_ptr() or id(storage)
 
 
 def _parameters(part: Any) -> list[Tensor]:

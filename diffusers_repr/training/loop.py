@@ -103,7 +103,8 @@ def train(
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
-    given, accelerator = accelerator, accelerator or make_accelerator(config, len(objective.phases) > 1)
+    asked = dataclasses.replace(config, mixed_precision="no") if config.dry_run else config  # fp16 needs a GPU
+    given, accelerator = accelerator, accelerator or make_accelerator(asked, len(objective.phases) > 1)
     check_sharding(accelerator)
     check_accumulation(accelerator)
     objective.check_data(data)
