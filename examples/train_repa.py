@@ -100,7 +100,7 @@ def load(config: TrainingConfig, data_config: DataConfig, model_config: ModelCon
 
 def assume(config: TrainingConfig, data_config: DataConfig, model_config: ModelConfig, repa_config: REPAConfig):
     """As `load`, for a dry run: what is not on this disk is taken for granted, and a new network has no weights."""
-    names, vae, device, told = teachers(repa_config), None, "cpu", []
+    names, vae, told = teachers(repa_config), None, []
     size = (data_config.resolution or 256,) * 2
     classes = 0 if data_config.label_column == "none" else model_config.model.get("num_classes", 1000)
     if not is_here(data_config.dataset_name):
@@ -113,8 +113,7 @@ def assume(config: TrainingConfig, data_config: DataConfig, model_config: ModelC
             vae = load_autoencoder(model_config.vae) if is_here(model_config.vae) else assumed_vae()
         if not is_here(model_config.vae):
             told.append(f"latents of 4 channels, 8 pixels each; {model_config.vae!r} was not read")
-        device = "meta"
-        with torch.device(device):
+        with torch.device("meta"):
             denoiser = Denoiser.from_pipe(build_sit(model_config, vae, size, classes))
     encoders = [Encoder.from_pretrained(name) if is_here(name) else assumed_encoder(name, size) for name in names]
     for name, encoder in zip(names, encoders, strict=True):
@@ -123,7 +122,7 @@ def assume(config: TrainingConfig, data_config: DataConfig, model_config: ModelC
                 f"{encoder.dim} channels on {encoder.grid[0]} x {encoder.grid[1]} tokens; {name!r} was not read"
             )
     shape = (denoiser.family.channels(), *(side // denoiser.stride for side in size))
-    parts = {"latent": vae is not None, "image_size": size, "device": device, "assumed": told}
+    parts = {"latent": vae is not None, "image_size": size, "assumed": told}
     return denoiser, AssumedData(shape, classes, encoders, **parts), encoders
 
 

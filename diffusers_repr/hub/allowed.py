@@ -58,6 +58,7 @@ KINDS: Mapping[str, Kind] = {
             *_MEASURED,
             "recipe.yaml",
             "model_index.json",
+            "pytorch_lora_weights.safetensors",
             *(f"heads/*/{name}" for name in _MODEL),
             *(f"weak/{name}" for name in _MODEL),
         ),

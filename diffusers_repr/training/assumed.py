@@ -55,7 +55,6 @@ class AssumedData(TrainData):
         encoders: Whose features each sample has.
         latent: Whether `shape` is that of latents.
         image_size: (H, W) of the images that the features are of.
-        device: Where the samples are; the meta device for networks that are there.
         assumed: What was taken for granted, a line each, for `describe_run`.
     """
 
@@ -67,26 +66,25 @@ class AssumedData(TrainData):
         *,
         latent: bool,
         image_size: tuple[int, int],
-        device: str = "cpu",
         assumed: Sequence[str] = (),
     ) -> None:
         self.shape, self.classes, self.encoders, self.latent = tuple(shape), classes, tuple(encoders), latent
-        self.image_size, self.device, self.assumed = image_size, device, tuple(assumed)
+        self.image_size, self.assumed = image_size, tuple(assumed)
 
     def __len__(self) -> int:
         return 2
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         channels, *grid = self.shape
-        sample: dict[str, Any] = {"index": torch.tensor(index, device=self.device)}
+        sample: dict[str, Any] = {"index": torch.tensor(index)}
         if self.latent:
-            sample["moments"] = torch.zeros(2 * channels, *grid, device=self.device)
+            sample["moments"] = torch.zeros(2 * channels, *grid)
         else:
-            sample["pixel_values"] = torch.zeros(*self.shape, device=self.device)
+            sample["pixel_values"] = torch.zeros(*self.shape)
         if self.classes:
-            sample["class_labels"] = torch.tensor(0, device=self.device)
+            sample["class_labels"] = torch.tensor(0)
         for encoder in self.encoders:
-            tokens = torch.zeros(_count(encoder.grid_for(self.image_size)), encoder.dim, device=self.device)
+            tokens = torch.zeros(_count(encoder.grid_for(self.image_size)), encoder.dim)
             sample.setdefault("features", {})[encoder.name] = tokens
             sample.setdefault("features_global", {})[encoder.name] = tokens[0]
         return sample

@@ -23,7 +23,7 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
     and multiplied.
 
     Args:
-        objective: On the CPU, or for `AssumedData` where these are, in parts: it is brought there.
+        objective: On the CPU; beside `AssumedData` on the meta device, all or in part: it gets memory without values.
         data: Map-style; None, or a stream, leaves the activations out. `AssumedData` says what it took for granted.
         config: The loop's settings.
         recipe: What to print.
@@ -43,8 +43,8 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
     lines.append(
         f"# weights, gradients, optimizer and average: {_size(moving)}; frozen parts: {_size(_bytes(frozen))}"
     )
-    if isinstance(data, AssumedData):
-        objective.to(data.device)
+    if isinstance(data, AssumedData) and any(p.is_meta for p in objective.parameters()):
+        objective.to_empty(device="cpu")  # pages that nobody writes to cost nothing
     if hasattr(data, "__len__") and len(data):
         kept = activation_bytes(objective, data) * config.train_batch_size
         lines.append(
@@ -56,16 +56,14 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
 
 def activation_bytes(objective: Objective, data: Any) -> int:
     """Bytes that the loss of one sample keeps for the backward pass, weights left out; the random state stays."""
-    known = [p.untyped_storage() for p in objective.parameters()]
-    seen = {_mark(storage) for storage in known}
+    seen = {p.untyped_storage().data_ptr() for p in objective.parameters()}
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
         storage = tensor.untyped_storage()
-        if _mark(storage) not in seen:
-            seen.add(_mark(storage))
-            known.append(storage)  # kept, so that no mark is given out twice
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
             total += storage.nbytes()
         return tensor
 
@@ -75,11 +73,6 @@ def activation_bytes(objective: Objective, data: Any) -> int:
         for phase in objective.phases:  # all are kept until the end, so that no memory is given out twice
             _ = objective.train()({**batch, "micro": 0}, phase=phase)
     return total // 2
-
-
-def _mark(storage: torch.UntypedStorage) -> int:
-    """What tells one storage from another; on the meta device all lie at 0, and the object itself does."""
-    return storage.data_ptr() or id(storage)
 
 
 def _parameters(part: Any) -> list[Tensor]:

@@ -13,6 +13,8 @@ import torch
 from diffusers_repr.config.recipe import to_yaml
 from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder
 from diffusers_repr.hub.places import without_places
+from diffusers_repr.objectives import Objective, PipelineArtifact
+from diffusers_repr.objectives.adapters import ADAPTERS, loading
 from diffusers_repr.training.config import recipe_of
 from diffusers_repr.training.run import Run
 
@@ -105,6 +107,7 @@ def card(
     own = about.pop("text", "").replace("{folder}", config.hub_model_id or folder.name)
     weights = "the moving average" if config.ema_max_decay else "those of the last step"
     apart = "; projectors and heads lie apart in `heads/`" if (folder / "heads").is_dir() else ""
+    own += adapters_text(objective, folder, config.hub_model_id or folder.name)
     text = f"""A {about.pop("kind")} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
 {weights}, saved in {config.save_dtype}{apart}.
 
@@ -134,6 +137,25 @@ def card(
         metrics=[Metric(value=measured[key], **parts) for key, parts in named.items() if key in measured],
         datasets=[name] if "/" in name and is_repo_id(name) and not Path(name).exists() else [],
         **about,
+    )
+
+
+def adapters_text(objective: Objective, folder: Path, name: str) -> str:
+    """How to load the adapters that lie in the folder of a result; empty without.
+
+    Args:
+        objective: Of the run.
+        folder: Of the result.
+        name: What readers know it by.
+    """
+    first = objective.artifacts()[0]
+    if not (folder / ADAPTERS).is_file() or not isinstance(first, PipelineArtifact):
+        return ""
+    found = (loading(first.pipeline, part, name) for part in first.components)
+    line = next((line for line in found if line), None)
+    return (
+        f"\n\nLow-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for the "
+        f"model that they were trained on: `{line}`. Loaded onto these weights they would act twice."
     )
 
 

@@ -131,7 +131,7 @@ class AuxiliaryLoss(nn.Module):
 
 def full_precision(device: torch.device) -> Any:
     """A block outside of any autocast: losses are made in float32 or wider."""
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False)
 
 
 def widen(value: Tensor) -> Tensor:
