@@ -1,4 +1,4 @@
-"""Low-rank adapters of peft in the state of an objective: merged into the weights, and apart as diffusers saves them."""
+"""Low-rank adapters of peft in the state of an objective: merged into the weights, and apart as diffusers has them."""
 
 from __future__ import annotations
 

@@ -154,8 +154,8 @@ def adapters_text(objective: Objective, folder: Path, name: str) -> str:
     found = (loading(first.pipeline, part, name) for part in first.components)
     line = next((line for line in found if line), None)
     return (
-        f"\n\nLow-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for the "
-        f"model that they were trained on: `{line}`. Loaded onto these weights they would act twice."
+        f"\n\nLow-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for "
+        f"the model that they were trained on: `{line}`. Loaded onto these weights they would act twice."
     )
 
 
