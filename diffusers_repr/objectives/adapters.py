@@ -71,7 +71,7 @@ def loading(pipe: Any, name: str, folder: str) -> str | None:
     if hasattr(pipe, "load_lora_weights"):
         return f'pipe.load_lora_weights("{folder}")'
     if hasattr(getattr(pipe, name, None), "load_lora_adapter"):
-        return f'pipe.{name}.load_lora_adapter("{folder}", prefix="{name}")'
+        return f'pipe.{name}.load_lora_adapter("{folder}", prefix="{name}", use_safetensors=True)'
     return None
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from diffusers_repr.config.recipe import to_yaml
-from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder
+from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder, write_json
+from diffusers_repr.hub.allowed import ARTIFACTS
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.objectives import Objective, PipelineArtifact
 from diffusers_repr.objectives.adapters import ADAPTERS, loading
@@ -25,8 +26,23 @@ def save_result(run: Run, recipe: Mapping[str, Any]) -> None:
     if run.accelerator.is_main_process:
         folder = Path(config.output_dir)
         run.objective.save_pretrained(folder, state, getattr(torch, config.save_dtype))
+        record_artifacts(run.objective, folder)
         atomic_write(folder / "recipe.yaml", to_yaml(kept_settings(run, recipe)))
     run.accelerator.wait_for_everyone()
+
+
+def record_artifacts(objective: Objective, folder: Path) -> None:
+    """Write down the files of artifacts in folders of their own, which belong to what is uploaded.
+
+    Args:
+        objective: Of the run.
+        folder: Of the result.
+    """
+    places = [folder / artifact.folder for artifact in objective.artifacts() if artifact.folder]
+    files = sorted({path.relative_to(folder).as_posix() for place in places for path in place.rglob("*")
+                    if path.is_file()})  # fmt: skip
+    if files:
+        write_json(folder / ARTIFACTS, files)
 
 
 def write_card(

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from diffusers_repr.pipelines.sit import SiTPipeline
 from safetensors.torch import load_file
@@ -117,11 +117,12 @@ def test_adapters_apart_load_by_diffusers_onto_the_base_and_give_what_the_merged
     place = saved("sd")
     objective = DiffusionObjective(Denoiser.from_pretrained(place), label_dropout=1.0)
     run_here(tmp_path, objective, Photos(), **SETTINGS, max_train_steps=3)
-    base, merged = StableDiffusionPipeline.from_pretrained(place), StableDiffusionPipeline.from_pretrained(tmp_path)
+    base = StableDiffusionPipeline.from_pretrained(place)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     x, t = torch.randn(2, 4, 4, 6), torch.tensor([3, 600])
     text = torch.randn(2, 7, base.unet.config.cross_attention_dim)
     with torch.no_grad():
-        plain, wanted = (pipe.unet(x, t, text).sample for pipe in (base, merged))
+        plain, wanted = (network(x, t, text).sample for network in (base.unet, unet))
         base.load_lora_weights(str(tmp_path))
         torch.testing.assert_close(base.unet(x, t, text).sample, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
@@ -136,7 +137,7 @@ def test_adapters_of_a_sit_load_onto_its_network(tmp_path):
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([30, 600])
     with torch.no_grad():
         plain, wanted = before(x, t).sample, merged(x, t).sample
-        before.load_lora_adapter(str(tmp_path), prefix="transformer")
+        before.load_lora_adapter(str(tmp_path), prefix="transformer", use_safetensors=True)
         torch.testing.assert_close(before(x, t).sample, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
     assert 'pipe.transformer.load_lora_adapter("' in (tmp_path / "README.md").read_text()
