@@ -1,11 +1,12 @@
 # Two commands do all the set-up: `make demo` and `make test`. Everything runs from .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin
 READY := .venv/.ready
 TRAIN ?= 0
 RECORD ?= 0
 
-.PHONY: setup demo test test-slow quality style bench clean
+.PHONY: setup demo test test-lowest test-slow quality style bench clean
 
 setup: $(READY)
 
@@ -21,6 +22,12 @@ demo: $(READY)
 # RECORD=1 writes tests/cpu_seconds.json, what each file of tests costs; `make quality` holds it against the budgets.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(if $(filter 1,$(RECORD)),--record-cost)
+
+# The oldest libraries that pyproject.toml allows, in an environment of their own.
+test-lowest:
+	test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[dev]"
+	$(LOWEST)/python -m pytest -n 2 --dist worksteal -m "not slow" -o filterwarnings=
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
@@ -42,4 +49,4 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-lowest outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

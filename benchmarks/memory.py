@@ -16,7 +16,7 @@ def peak_mib(folder: Path, count: int) -> float:
         "import resource, sys\nfrom diffusers_repr.cli import main\n"
         "rc = main(sys.argv[1:])\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\nsys.exit(rc)"
     )
-    command = ["extract", str(MODEL), str(folder / f"{count}.parquet"), "--layers", "mid_block", "--timestep", "200"]
+    command = ["extract", str(MODEL), str(folder / f"{count}.parquet"), "--layers", "mid_block", "--timesteps", "200"]
     command += ["--out", str(folder / f"features-{count}"), "--batch_size", "64", "--pooling", "mean"]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -5,18 +5,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-SCALE = 6
+from diffusers_repr.pictures.grid import image_grid
 
 
 def draw_samples(images: list[Image.Image], path: Path) -> None:
     """Sixteen a row, enlarged."""
-    side, columns = images[0].width * SCALE, 16
-    rows = -(-len(images) // columns)
-    sheet = Image.new("L", (columns * (side + 2), rows * (side + 2)))
-    for at, image in enumerate(images):
-        tile = image.convert("L").resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (at % columns * (side + 2), at // columns * (side + 2)))
-    sheet.save(path)
+    image_grid(images, 16, title="Samples of the model, not chosen", side=48).save(path)
 
 
 def draw_pca(features: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor, path: Path) -> None:
@@ -58,9 +52,9 @@ Model: {report["model"]}. Images: {splits}; the model was trained on the train s
 
 Selected on the validation split: layer `{best["layer"]}` at timestep {best["timestep"]:g}, noise `{best["noise"]}`,
 pooling `{best["pooling"]}`: Brier score {-best["validation_neg_brier"]:.3f}
-(standard deviation over noise seeds {best["std_over_noise_seeds"]:.3f}; all cells below, higher is better).
+(standard deviation over noise seeds {best["std_over_noise_seeds"]:.3f}; all cells below, lower is better).
 
-![negative Brier score on validation by level and layer](heatmap.png)
+![Brier score on validation by level and layer](heatmap.png)
 
 | test accuracy of a logistic regression | all labels | 10 labels a class |
 |---|---|---|

@@ -30,7 +30,7 @@ selection.save("outputs/quickstart/selection")  # selection.json, selection.parq
 
 # 4. A probe
 probe = Probe.fit(selection.extractor(denoiser), digits["train"], digits["validation"])
-print(probe.evaluate(digits["test"]))
+print({name: round(score, 3) for name, score in probe.evaluate(digits["test"]).items()})
 probe.save_pretrained("outputs/quickstart/probe")
 
 again = Probe.from_pretrained("outputs/quickstart/probe")

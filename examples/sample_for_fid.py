@@ -29,7 +29,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import REQUIRED, check_keys, mapping, setting
+from diffusers_repr.config.recipe import REQUIRED, check_keys, json_mapping, setting
 from diffusers_repr.denoiser import LabelConditioner
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.hub.places import last_name
@@ -68,7 +68,7 @@ class Settings:
     quiet: bool = setting(False, "no progress bar")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scheduler_args", mapping("scheduler_args", self.scheduler_args))
+        object.__setattr__(self, "scheduler_args", json_mapping("scheduler_args", self.scheduler_args))
         for name in ("num_samples", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")

@@ -19,7 +19,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
@@ -37,7 +37,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, target in (("model", UNet2DModel), ("scheduler", DDPMScheduler)):
-            arguments = mapping(name, getattr(self, name))
+            arguments = json_mapping(name, getattr(self, name))
             check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
             object.__setattr__(self, name, arguments)
         if self.model.get("sample_size") is None:

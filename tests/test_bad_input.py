@@ -50,16 +50,16 @@ def place(tmp_path_factory):
 
 
 TASKS = {
-    "extract": ["--timestep", "10", "--layers", "mid_block"],
+    "extract": ["--timesteps", "10", "--layers", "mid_block"],
     "select": ["--timesteps", "10", "--layers", "mid_block", "--seeds", "0", "--no_heatmap", "--quiet"],
-    "probe": ["--timestep", "10", "--layers", "mid_block", "--quiet"],
+    "probe": ["--timesteps", "10", "--layers", "mid_block", "--quiet"],
 }
 CASES = {
     "unknown layer": ({"--layers": "midblock"}, r"No layer 'midblock' in UNet2DModel\. Closest: \['mid_block'"),
     "index": ({"--layers": "3"}, "No layer '3' .* full module path, such as '.*', never by an index"),
     "negative index": ({"--layers=-1": None}, "No layer '-1' .* never by an index"),
-    "timestep too large": ({"--timestep": "1000"}, r"timestep 1000 is outside \[0, 999\]"),
-    "timestep not finite": ({"--timestep": "nan"}, "timestep must be finite; got nan"),
+    "timestep too large": ({"--timesteps": "1000"}, r"timestep 1000 is outside \[0, 999\]"),
+    "timestep not finite": ({"--timesteps": "nan"}, "timestep must be finite; got nan"),
     "no such column": ({"--image_column": "photo"}, r"no column 'photo'; columns are \['image', 'label'\]"),
     "no column of images": ({"data": "no_image.parquet"}, r"no column of images; its columns are \['label'\].*cast"),
     "mixed sizes": ({"data": "mixed.parquet"}, "32 x 48|mixed sizes.*image_size"),
@@ -91,7 +91,7 @@ def test_commands_tell_in_one_line_and_write_nothing(place, tmp_path, capfd, com
             at = arguments.index("--layers")
             arguments[at : at + 2] = [name]
         else:
-            arguments += ["--timesteps" if (name, command) == ("--timestep", "select") else name, value]
+            arguments += [name, value]
     assert main([command, model, data, "--out", str(tmp_path / "out"), *arguments]) == 2
     told = capfd.readouterr().err.splitlines()
     assert told[-1].startswith(f"diffusers-repr {command}: "), told
@@ -132,7 +132,7 @@ def test_layers_of_what_is_no_model(place, capfd, model, message):
 
 @pytest.mark.parametrize("command", TASKS)
 def test_a_timestep_that_is_no_number_is_a_wrong_use(place, capsys, command):
-    flag = "--timesteps" if command == "select" else "--timestep"
+    flag = "--timesteps"
     with pytest.raises(SystemExit) as stopped:
         main([command, "model", "data", "--out", "out", *TASKS[command], flag, "late"])
     assert stopped.value.code == 2

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.hub.identity import config_hash, weights_hash
 from diffusers_repr.hub.registry import Registry
+from diffusers_repr.hub.schema import shown
 from diffusers_repr.models.mixin import ReprModelMixin
 
 Gives = Literal["class", "vector", "neighbours"]
@@ -36,6 +37,23 @@ class Assigner(ReprModelMixin, ModelMixin, ConfigMixin):
     gives: ClassVar[Gives]
 
     fitted: Tensor
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' own; a config that names another class is refused, for its buffers may have the same names.
+
+        Raises:
+            ValueError: With both classes.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        name = config.get("_class_name")
+        if name not in (None, cls.__name__):
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} holds a {shown(name)}, not a {cls.__name__}; load it by the "
+                "class that its config.json names."
+            )
+        return loaded
 
     def make_state(self, in_features: int, normalize: bool = False) -> None:
         """Make the buffers that all assigners have.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffusers_repr
-from diffusers_repr.cli import options
+from diffusers_repr.cli import options, words
 from diffusers_repr.cli.guard import EXIT_CODES, HELP, guarded, plain_warnings
 
 # Command -> one line of help. Each lives in cli/<command>.py with a dataclass `Settings` and `run(settings) -> int`.
@@ -21,7 +21,7 @@ COMMANDS = {
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
     "align": "compare the layers of a model with an encoder, level by level",
-    "convert": "turn a checkpoint of SiT, DiT, REPA, REG or HybViT into a diffusers folder",
+    "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT or MoCo v3 into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",
     "push": "push a probe, a feature store, a pipeline or a model to the Hub",
 }
@@ -63,13 +63,21 @@ def _run(command: str, argv: Sequence[str]) -> int:
     """Read the settings, check the device and the folder to write to, then work."""
     settings = read_settings(command, argv)
     module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
-    if hasattr(settings, "out"):
-        options.check_out(settings.out, module.OUT, overwrite=getattr(settings, "overwrite", True))
-    if getattr(settings, "device", None) is not None:
-        options.check_device(settings.device)
-    code = module.run(settings)
+    with words.in_words_of(settings):
+        code = _work(module, settings)
     sys.stdout.flush()
     return code
+
+
+def _work(module: Any, settings: Any) -> int:
+    if hasattr(settings, "out"):
+        options.check_out(settings.out, module.OUT, settings.overwrite)
+        if module.OUT.again == "same" and not settings.overwrite:
+            importlib.import_module("diffusers_repr.cli.recorded").refuse_other_recipe(settings, module.OUT)
+    options.check_limit(getattr(settings, "limit", None))
+    if getattr(settings, "device", None) is not None:
+        options.check_device(settings.device)
+    return module.run(settings)
 
 
 __all__ = ["COMMANDS", "EXIT_CODES", "main", "read_settings"]

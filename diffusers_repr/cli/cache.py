@@ -29,20 +29,26 @@ class Settings(DataConfig):
     """The data, and what is encoded by what."""
 
     OTHER_KEYS: ClassVar = True  # a recipe of the training has more than the data
+    EARLIER_KEYS: ClassVar = {"dtype": "store_dtype"}
 
     vae: str | None = setting(None, "folder or Hub id of a VAE, or of a pipeline with one")
     vae_subfolder: str | None = setting(None, "where the VAE lies in it; default: vae, if a local folder has one")
     vae_revision: str | None = setting(None, "branch, tag or commit of a Hub id")
     vae_dtype: options.DType = setting("float32", "what the VAE computes in")
     encoder: list[str] = setting([], "folders or Hub ids of the teachers")
+    encoder_positions: list[str] = setting(
+        [], "how they resample position embeddings: transformers (default) or repa; one for all or one each"
+    )
     cache_features: bool = setting(False, "write the teachers' features to --features_dir")
     image_channels: Literal[1, 3] = setting(3, "1: features for a model of grey pixels")
-    dtype: Literal["float32", "float16"] = setting("float32", "of the stored moments")
+    store_dtype: Literal["float32", "float16"] = setting("float32", "of the stored moments")
     features_dtype: Literal["float32", "float16"] = setting("float16", "of the stored features")
     both_mirrors: bool = setting(True, "moments of the mirrored images too; features follow --random_flip")
     batch_size: int = setting(16, "images of one process and forward")
     shard_size: int | None = setting(None, "images of a shard; default: what makes 256 MiB")
     dataloader_num_workers: int = setting(0, "processes that decode images")
+    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
+    quiet: bool = setting(False, "no progress bar")
     verify: bool = setting(False, "read shards that are there and compare their checksums")
 
     def __post_init__(self) -> None:
@@ -87,21 +93,23 @@ def run(args: Settings) -> int:
     """Encode, and say what was written."""
     from diffusers_repr.data.cache_writer import CacheSettings
     from diffusers_repr.data.latents import cache_latents
-    from diffusers_repr.encoders import Encoder
     from diffusers_repr.encoders.feature_cache import cache_features
+    from diffusers_repr.encoders.loading import iter_encoders
 
     data = load_data(args, args.image_channels)
     settings = CacheSettings(
         args.both_mirrors,
-        args.dtype,
+        args.store_dtype,
         args.batch_size,
         args.shard_size,
         args.dataloader_num_workers,
+        args.device,
+        progress=not args.quiet,
         verify=args.verify,
     )
     if args.latents_dir:
         print(cache_latents(load_vae(args), data, args.latents_dir, settings, args.vae_revision))
-    for name in args.teachers if args.cache_features else []:
+    for encoder in iter_encoders(args.teachers, args.encoder_positions) if args.cache_features else []:
         of_features = dataclasses.replace(settings, both_mirrors=args.random_flip, dtype=args.features_dtype)
-        print(cache_features(Encoder.from_pretrained(name), data, cast(str, args.features_dir), of_features))
+        print(cache_features(encoder, data, cast(str, args.features_dir), of_features))
     return 0

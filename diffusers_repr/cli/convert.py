@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: REPA, REG, SiT, DiT and HybViT checkpoints to a pipeline."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: papers' checkpoints to pipelines, MoCo v3 to an encoder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
-from diffusers_repr.config.recipe import REQUIRED, setting
+from diffusers_repr.config.recipe import REQUIRED, read_recipe, setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffusers_repr.models.convert import ConvertedCheckpoint
 
 
-OUT = options.Out("converted pipeline", ("model_index.json",), replaced=True)
+OUT = options.Out(
+    "converted pipeline or encoder", ("model_index.json", "preprocessor_config.json"), replaced=True, again="refused"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,14 @@ class Settings:
 
     POSITIONAL: ClassVar = ("checkpoint",)
 
-    checkpoint: str = setting(REQUIRED, "a .pt file (read without running code in it) or .safetensors")
-    out: str = setting(REQUIRED, "folder to write; `SiTPipeline` (of HybViT `JointDiffusionPipeline`) loads it")
+    checkpoint: str = setting(
+        REQUIRED, "a .pt, .pth or .pth.tar file (read without running code in it) or .safetensors"
+    )
+    out: str = setting(
+        REQUIRED,
+        "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
+        "`Encoder.from_pretrained`)",
+    )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
         None, "which of those in the file; ema if there, else model"
     )
@@ -45,22 +55,70 @@ class Settings:
     )
     overwrite: bool = setting(False, "replace the folder if it exists")
 
+    @classmethod
+    def refuse_config(cls, given: str) -> None:
+        """Tell who means the network's arguments that these are `--model_config`.
+
+        Raises:
+            ValueError: If `--config` is given JSON text, or a file with arguments of a network.
+        """
+        from diffusers_repr.hub.schema import shown
+
+        if not given.lstrip().startswith("{"):
+            held = read_recipe(given) if Path(given).is_file() else {}
+            settings = {field.name for field in dataclasses.fields(cls)}
+            if not held or settings & set(held) or not (network_arguments() | {"_class_name"}) & set(held):
+                return
+        raise ValueError(
+            f"--config is the recipe of the command, a YAML file with its settings (checkpoint, out, ...); "
+            f"{shown(given)} holds arguments of the network: give them as --model_config."
+        )
+
+
+def network_arguments() -> set[str]:
+    """Names of the arguments of all networks that are converted to."""
+    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
+
+    return _arguments(SiTTransformer2DModel) | _arguments(JointViTModel)
+
+
+def _arguments(model: type) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.__init__).parameters) - {"self"}  # type: ignore[misc]
+
 
 def run(args: Settings) -> int:
     """Convert, and print what was written."""
-    from diffusers_repr.hub.files import atomic_folder
-    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
-    from diffusers_repr.models.convert import convert_state_dict
-    from diffusers_repr.models.convert_joint import convert_joint_vit, is_joint_vit
+    from diffusers_repr.models.convert_joint import is_joint_vit
+    from diffusers_repr.models.convert_moco import is_moco_v3
 
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
     overrides = read_config(args.model_config)
-    weights, name = select_weights(read_checkpoint(args.checkpoint), args.weights)
-    joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
-    _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
+    held = read_checkpoint(args.checkpoint)
+    weights, name = select_weights(held, args.weights)
+    if is_moco_v3(weights):
+        _refuse(args, ("architecture", "vae", "path", "sampler"), "MoCo v3 is an encoder, no pipeline")
+        _save_encoder(args, weights, overrides, out)
+    else:
+        joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
+        _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
+        _save_pipeline(args, weights, overrides, name, joint, held.get("vae"))
+    return 0
+
+
+def _save_pipeline(
+    args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], name: str, joint: bool, vae: Any
+) -> None:
+    """A diffusion model, its projectors and its scheduler."""
+    from diffusers_repr.hub.files import atomic_folder
+    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
+    from diffusers_repr.models.convert import convert_state_dict
+    from diffusers_repr.models.convert_joint import convert_joint_vit
+
     overrides = checked(overrides, JointViTModel if joint else SiTTransformer2DModel)
     try:
         if joint:
@@ -69,12 +127,39 @@ def run(args: Settings) -> int:
             converted = convert_state_dict(weights, args.architecture, overrides)
     except ValueError as error:
         raise ValueError(f"{args.checkpoint!r}: {error}") from error
-    pipe = _joint_pipeline(converted) if joint else _pipeline(converted, args)
-    with atomic_folder(out, overwrite=args.overwrite) as folder:
+    pipe = _joint_pipeline(converted) if joint else _pipeline(converted, args, vae)
+    with atomic_folder(Path(args.out), overwrite=args.overwrite) as folder:
         pipe.save_pretrained(folder)
         _save_projectors(converted, folder)
-    _report(converted, name, out)
-    return 0
+    _report(converted, name, Path(args.out), getattr(pipe, "vae", None) is not None)
+
+
+def _save_encoder(args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], out: Path) -> None:
+    """A vision transformer as transformers keeps it."""
+    from safetensors.torch import save_file
+
+    from diffusers_repr.hub.files import atomic_folder, write_json
+    from diffusers_repr.models.convert_moco import convert_moco_v3
+
+    unknown = sorted(set(overrides) - {"num_attention_heads"})
+    if unknown:
+        raise ValueError(f"--model_config has {', '.join(unknown)}; of a MoCo v3 it takes num_attention_heads alone.")
+    try:
+        converted = convert_moco_v3(weights, overrides.get("num_attention_heads"))
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint!r}: {error}") from error
+    with atomic_folder(out, overwrite=args.overwrite) as folder:
+        save_file(converted.weights, folder / "model.safetensors", {"format": "pt"})
+        write_json(folder / "config.json", converted.config)
+        write_json(folder / "preprocessor_config.json", converted.processor)
+    config = converted.config
+    print(
+        f"Wrote the encoder of a MoCo v3 to {out}: {config['num_hidden_layers']} blocks of width "
+        f"{config['hidden_size']} with {config['num_attention_heads']} heads, patch {config['patch_size']}, made for "
+        f"{config['image_size']} pixels. Encoder.from_pretrained({str(out)!r}) reads it."
+    )
+    for note in converted.notes:
+        print(note)
 
 
 def _refuse(args: Settings, names: tuple[str, ...], why: str) -> None:
@@ -123,9 +208,7 @@ def checked(config: dict[str, Any], model: type) -> dict[str, Any]:
     Raises:
         ValueError: For unknown ones.
     """
-    import inspect
-
-    known = set(inspect.signature(model.__init__).parameters) - {"self"}  # type: ignore[misc]
+    known = _arguments(model)
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(
@@ -134,10 +217,9 @@ def checked(config: dict[str, Any], model: type) -> dict[str, Any]:
     return config
 
 
-def _pipeline(converted: ConvertedCheckpoint, args: Settings) -> Any:
+def _pipeline(converted: ConvertedCheckpoint, args: Settings, own_vae: Any) -> Any:
     from diffusers import DDIMScheduler
 
-    from diffusers_repr.denoiser.loading import load_autoencoder
     from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
     from diffusers_repr.pipelines.sit import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
@@ -151,13 +233,39 @@ def _pipeline(converted: ConvertedCheckpoint, args: Settings) -> Any:
     else:
         cls = FlowMatchODEScheduler if args.sampler == "ode" else FlowMatchSDEScheduler
         scheduler = cls(path=args.path or "linear")
-    vae = None if args.vae is None else load_autoencoder(args.vae)
+    vae = _autoencoder(converted, args, own_vae)
     head = None
     if converted.class_token is not None:
         embed = converted.class_token["embed.weight"]
         head = ClassTokenHead(*embed.shape).to(embed.dtype)
         head.load_state_dict(converted.class_token)
     return SiTPipeline(model, scheduler, vae, class_token=head)
+
+
+def _autoencoder(converted: ConvertedCheckpoint, args: Settings, own: Any) -> Any:
+    """The VAE that is put beside: the one named, or REPA-E's own, with the statistics of its latents in it."""
+    from diffusers_repr.denoiser.loading import load_autoencoder
+    from diffusers_repr.models.convert_autoencoder import convert_autoencoder
+    from diffusers_repr.objectives.repa.vae_statistics import write_statistics
+    from diffusers_repr.pipelines.sit import SiTPipeline
+
+    mean, var = converted.relatives.latent_mean, converted.relatives.latent_var
+    if isinstance(own, dict) and mean is not None:  # REPA-E
+        _refuse(args, ("vae",), "This checkpoint brings the VAE that was trained with it")
+        try:
+            vae = convert_autoencoder(own)
+        except ValueError as error:
+            raise ValueError(f"{args.checkpoint!r}, its 'vae': {error}") from error
+    else:
+        vae = None if args.vae is None else load_autoencoder(args.vae)
+    if vae is not None and mean is not None and var is not None:
+        if len(mean) != vae.config["latent_channels"]:
+            raise ValueError(
+                f"{args.checkpoint!r} is of latents of {len(mean)} channels, the VAE's have "
+                f"{vae.config['latent_channels']}."
+            )
+        write_statistics(vae, mean.double(), var.double().sqrt(), SiTPipeline)
+    return vae
 
 
 def _joint_pipeline(converted: ConvertedCheckpoint) -> Any:
@@ -179,16 +287,40 @@ def _network(model: Any, converted: ConvertedCheckpoint) -> Any:
 
 
 def _save_projectors(converted: ConvertedCheckpoint, folder: Path) -> None:
+    heads = {f"projector-{at}": state for at, state in enumerate(converted.projectors)}
+    if converted.relatives.self_head is not None:
+        heads["projector-self-alignment"] = converted.relatives.self_head
+    for name, state in heads.items():
+        _projector(state).save_pretrained(folder / "heads" / name)
+
+
+def _projector(state: dict[str, Tensor]) -> Any:
+    """A projector of one linear layer or convolution (`weight`, `bias`), or of several layers (`0.weight`, ...)."""
     from diffusers_repr.heads.projector import Projector
 
-    for at, state in enumerate(converted.projectors):
-        (hidden, width), out = state["0.weight"].shape, state["4.weight"].shape[0]
-        projector = Projector(width, out, hidden_dim=hidden).to(state["0.weight"].dtype)
-        projector.load_state_dict({f"layers.{name}": value for name, value in state.items()})
-        projector.save_pretrained(folder / "heads" / f"projector-{at}")
+    settings: dict[str, Any]
+    if "weight" in state:
+        out, width, *kernel = state["weight"].shape
+        settings = {"kind": "conv", "kernel_size": kernel[0]} if kernel else {"num_layers": 1}
+        prefix = "layers." if kernel else "layers.0."
+    else:
+        hidden, width = state["0.weight"].shape
+        last = max(int(key.partition(".")[0]) for key in state)
+        out, prefix = state[f"{last}.weight"].shape[0], "layers."
+        settings = {"hidden_dim": hidden, "num_layers": last // 2 + 1}
+    projector = Projector(width, out, **settings).to(next(iter(state.values())).dtype)
+    projector.load_state_dict({f"{prefix}{key}": value for key, value in state.items()})
+    return projector
 
 
-def _report(converted: ConvertedCheckpoint, name: str, out: Path) -> None:
+_NORMALIZED = "REPA-E normalises its latents: mean and variance are written into the weights of the VAE."
+_NO_VAE = (
+    "REPA-E normalises its latents, and no VAE was put beside: give the one it was trained with by --vae, or take "
+    "(z - mean) / std by the file's bn.running_mean and bn.running_var."
+)
+
+
+def _report(converted: ConvertedCheckpoint, name: str, out: Path, has_vae: bool) -> None:
     config = converted.config
     count = sum(value.numel() for value in converted.transformer.values())
     source = f"the weights {name!r}" if name else "the weights"
@@ -197,5 +329,10 @@ def _report(converted: ConvertedCheckpoint, name: str, out: Path) -> None:
         f"{config['hidden_size']} with {config['num_attention_heads']} heads, patch {config['patch_size']}, "
         f"{config['num_classes']} classes, {count / 1e6:.1f} M parameters, {len(converted.projectors)} projectors."
     )
+    relatives = converted.relatives
+    if relatives.self_head is not None:
+        print("The projector of SRA is in heads/projector-self-alignment.")
+    if relatives.latent_mean is not None:
+        print(_NORMALIZED if has_vae else _NO_VAE)
     for note in converted.notes:
         print(note)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from diffusers_repr.cli import options
 from diffusers_repr.config.recipe import REQUIRED, setting
 
-OUT = options.Out("store of features", ("manifest.json", "data"))
+OUT = options.Out("store of features", ("manifest.json", "data"), again="resumed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(options.ModelSettings):
     """Arguments of the command."""
 
     POSITIONAL: ClassVar = ("model", "dataset")
+    EARLIER_KEYS: ClassVar = {"timestep": "timesteps", "model_dtype": "dtype", "dtype": "store_dtype"}
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
     dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, a Hub id, or digits")
     out: str = setting(REQUIRED, "folder of the store; the same command resumes it")
     layers: list[str] = setting(REQUIRED, "full module paths (`diffusers-repr layers MODEL`)")
-    timestep: list[float] = setting(REQUIRED, "larger is noisier, e.g. 261")
+    timesteps: list[float] = setting(REQUIRED, "levels, each a column of the store; larger is noisier, e.g. 261")
     split: str = setting("train", "of the data set")
     image_column: str | None = setting(None, "found by type if not given")
     label_column: str | None = setting(None, "class ids; found by type if not given")
@@ -31,16 +34,14 @@ class Settings:
     ensemble_size: int = setting(1, "noise draws an image, averaged")
     batch_size: int = setting(32, "rows of one forward, levels and draws counted")
     shard_size: int | None = setting(None, "rows of a file; at most 1000 and 256 MiB if not given")
-    dtype: Literal["float32", "float16"] = setting("float32", "of the stored features")
-    model_dtype: options.DType = setting("float32", "of the model")
+    store_dtype: Literal["float32", "float16"] = setting("float32", "of the stored features")
     image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
     prompt: str | None = setting(None, "of text models; {label} stands for the class name")
     class_label: int | None = setting(None, "of class-conditional models; the null class if it has one")
     seed: int = setting(0, "of the noise")
-    revision: str | None = setting(None, "of the model on the Hub")
-    dataset_revision: str | None = setting(None, "of the data set on the Hub")
-    limit: int | None = setting(None, "the first rows only")
-    quiet: bool = setting(False, "no progress bar")
+    dataset_revision: str | None = setting(None, "branch, tag or commit of the data set on the Hub")
+    limit: int | None = setting(None, "the first images only, for a quick try")
+    overwrite: bool = setting(False, "delete a store of another recipe in --out first")
 
 
 def run(args: Settings) -> int:
@@ -56,13 +57,13 @@ def run(args: Settings) -> int:
     state = process_state()
     with state.main_process_first():  # the others find it in the cache
         data = load_images(args.dataset, args.split, args.image_column, args.label_column, args.dataset_revision)
-        denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.model_dtype))
+        denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     if denoiser.pipe is not None:
-        denoiser.pipe.to(state.device)
+        denoiser.pipe.to(args.device or state.device)
     extractor = FeatureExtractor(
         denoiser,
         args.layers,
-        options.numbers(args.timestep),
+        options.numbers(args.timesteps),
         noise=args.noise,
         ensemble_size=args.ensemble_size,
         pooling=None if args.pooling == "none" else args.pooling,
@@ -71,13 +72,16 @@ def run(args: Settings) -> int:
         where=args.where,
         image_size=options.sides(args.image_size),
     )
+    if args.overwrite:
+        with state.main_process_first():
+            _clear(Path(args.out), state.is_main_process)
     store = extract_to_store(
         extractor,
         data,
         args.out,
         prompt=args.prompt,
         class_label=args.class_label,
-        dtype=args.dtype,
+        dtype=args.store_dtype,
         shard_size=args.shard_size,
         limit=args.limit,
         progress=not args.quiet,
@@ -89,3 +93,10 @@ def run(args: Settings) -> int:
         for column in store.columns:
             print(f"  {column.name}  {' x '.join(map(str, column.shape))}")
     return 0
+
+
+def _clear(out: Path, is_main: bool) -> None:
+    """Delete what a store of another recipe has in its folder; the rest of the folder stays."""
+    if is_main and out.is_dir():
+        (out / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(out / "data", ignore_errors=True)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,11 @@ from typing import Literal
 from diffusers_repr.config.recipe import setting
 
 DType = Literal["float32", "bfloat16", "float16"]
+TEST_FRACTION = (
+    "of a data set that is one split: held out to measure the probe on, and left alone by `select`; 0: none"
+)
+SPLIT_SEED = "of what is held out"
+LIMIT = "images of each split, of each class its share, drawn by --split_seed: for a quick try"
 _ROOM = 2**20  # bytes that must be free where a result is to be written
 
 
@@ -25,19 +31,32 @@ class Out:
         what: In words.
         marks: Files, one of which a folder holds that may be written to again; none: it must be new or empty.
         replaced: Whether the whole folder is replaced, and not single files in it.
+        again: What is done with one that is there, without `--overwrite`: `refused`; `same`: taken where the same
+            command made it, by its recipe (`cli/recorded.py`); `resumed`: what writes it looks at it itself.
     """
 
     what: str
     marks: tuple[str, ...] = ()
     replaced: bool = False
+    again: Literal["refused", "same", "resumed"] = "refused"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How a model is loaded and run."""
+
+    dtype: DType = setting("float32", "of the model, what it computes in")
+    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
+    revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
+    quiet: bool = setting(False, "no progress bar")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """How labelled images are found, conditioned on and resized."""
 
-    image_column: str | None = setting(None, "found by type if not given")
-    label_column: str | None = setting(None, "class ids; found by type if not given")
+    image_column: str | None = setting(None, "of the images; default: found by type")
+    label_column: str | None = setting(None, "of the class ids; default: found by type")
     prompt: str | None = setting(None, "one for all images")
     class_label: int | None = setting(None, "condition of a class-conditional model, one for all images")
     image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
@@ -54,6 +73,21 @@ def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     if len(image_size) > 2:
         raise ValueError(f"--image_size takes one side, or height and width; got {len(image_size)} numbers.")
     return image_size[0], image_size[-1]
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a number of images below 1, before anything is loaded.
+
+    Raises:
+        ValueError: Names the flag.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit is a number of images, at least 1; got {limit}.")
+
+
+def say(text: str, aside: bool) -> None:
+    """Print a line for people: aside, on stderr, where stdout has JSON."""
+    print(text, file=sys.stderr if aside else sys.stdout)
 
 
 def numbers(values: Sequence[float]) -> list[int | float]:
@@ -86,13 +120,13 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name!r} is not on this machine; it has {', '.join(here)}.")
 
 
-def check_out(folder: str, out: Out, overwrite: bool = True) -> None:
+def check_out(folder: str, out: Out, overwrite: bool = False) -> None:
     """Refuse a folder that cannot be written, or holds something else, before there is work to lose.
 
     Args:
         folder: As given.
         out: What the command writes.
-        overwrite: False: only a new or empty folder is taken.
+        overwrite: Take a folder with an earlier one, whatever `out.again` says.
 
     Raises:
         NotADirectoryError: If it, or a folder above it, is a file.
@@ -120,7 +154,7 @@ def check_out(folder: str, out: Out, overwrite: bool = True) -> None:
                 f"--out {folder!r} is not empty and holds no {out.what}{hint}. Name a new folder; what is in this one "
                 "stays as it is."
             )
-        if not overwrite:
+        if not overwrite and out.again == "refused":
             raise FileExistsError(f"--out {folder!r} exists already; name another folder, or add --overwrite.")
     _check_writable(folder, above if above != path or not out.replaced else path.parent)
 

@@ -24,13 +24,14 @@ class Settings:
     images: list[str] = setting(REQUIRED, "image files, or folders that are searched for them")
     top: int = setting(5, "classes shown an image")
     json: bool = setting(False, "print JSON lines instead of a table")
-    base: str | None = setting(None, "folder or Hub id of the base model, if not the recorded one")
+    base: str | None = setting(None, "folder or Hub id of the base model; default: the recorded one")
     base_revision: str | None = setting(None, "branch, tag or commit of --base")
     revision: str | None = setting(None, "branch, tag or commit of the probe")
-    prompt: str | None = setting(None, "instead of the probe's own")
+    prompt: str | None = setting(None, "of all images; default: that of the probe")
     batch_size: int = setting(64, "images a forward")
-    dtype: options.DType = setting("float32", "of the base model")
-    device: str | None = setting(None, "cuda, cpu, ...; an accelerator if there is one")
+    limit: int | None = setting(None, "the first images only, for a quick try")
+    dtype: options.DType = setting("float32", "of the base model, what it computes in")
+    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):
@@ -40,7 +41,7 @@ class Settings:
 
 def run(args: Settings) -> int:
     """Load, predict and print, one line an image."""
-    files = find_images(args.images)
+    files = find_images(args.images)[: args.limit]
 
     import torch
 

@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusers_repr.cli import options
+from diffusers_repr.cli.parts import open_parts
+from diffusers_repr.cli.recorded import save_result
 from diffusers_repr.config.recipe import REQUIRED, setting
 
-OUT = options.Out("probe", ("probe.json",), replaced=True)
+if TYPE_CHECKING:
+    from diffusers_repr.tasks import Probe
+
+OUT = options.Out("probe", ("probe.json",), replaced=True, again="same")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(options.ImageSettings):
+class Settings(options.ImageSettings, options.ModelSettings):
     """Arguments of the command."""
 
     POSITIONAL: ClassVar = ("model", "dataset")
+    EARLIER_KEYS: ClassVar = {"timestep": "timesteps"}
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
     dataset: str = setting(REQUIRED, "folder of images or Parquet files, a .parquet file, a Hub id, or digits")
     out: str = setting(REQUIRED, "folder for the probe")
     layers: list[str] | None = setting(None, "full module paths; `diffusers-repr layers MODEL` shows them")
-    timestep: list[float] | None = setting(None, "larger is noisier; several are joined")
-    selection: str | None = setting(None, "folder that `diffusers-repr select` wrote, instead of the two above")
-    use: str | None = setting(None, "of the selection: best (the default), layers or levels")
+    timesteps: list[float] | None = setting(None, "levels, whose features are joined; larger is noisier")
+    selection: str | None = setting(
+        None, "folder that `diffusers-repr select` wrote, instead of --layers and --timesteps"
+    )
+    use: str | None = setting(None, "of the selection: best, layers or levels; default: best")
     head: str = setting("linear", "linear, mlp or knn")
-    protocol: str | None = setting(None, "lbfgs, ridge, adam, ddae, mae, repa or knn; the head's default if none")
-    pooling: str | None = setting(None, "mean (the default), max or adaptive:P")
-    noise: str | None = setting(None, "per_image (the default), shared, fresh or clean")
-    ensemble_size: int | None = setting(None, "noise draws an image")
+    protocol: str | None = setting(None, "lbfgs, ridge, adam, ddae, mae, repa or knn; default: that of the head")
+    pooling: str | None = setting(None, "mean, max or adaptive:P; default: mean, or that of the selection")
+    noise: str | None = setting(
+        None, "per_image, shared, fresh or clean; default: per_image, or that of the selection"
+    )
+    ensemble_size: int | None = setting(None, "noise draws an image; default: 1")
     train_split: str = setting("train", "of the data set")
-    validation_split: str | None = setting(None, "'validation' if there is one; else part of train tunes the head")
-    test_split: str | None = setting(None, "measured once, at the end; 'test' if there is one")
+    validation_split: str | None = setting(None, "to tune the head on; default: validation, if there is one")
+    test_split: str | None = setting(None, "to measure on, once, at the end; default: test, if there is one")
     batch_size: int = setting(64, "images a forward")
-    seed: int | None = setting(None, "of the noise and of fitting")
-    dtype: options.DType = setting("float32", "of the model")
-    device: str | None = setting(None, "cuda, cpu, ...; an accelerator if there is one")
-    revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
-    quiet: bool = setting(False, "no progress bar")
+    test_fraction: float = setting(0.2, options.TEST_FRACTION)
+    seed: int | None = setting(None, "of the noise and of fitting; default: 0, or that of the selection")
+    split_seed: int = setting(0, options.SPLIT_SEED)
+    limit: int | None = setting(None, options.LIMIT)
+    json: bool = setting(False, "print JSON instead of lines")
+    overwrite: bool = setting(False, "replace a probe of another recipe in --out")
 
 
 def run(args: Settings) -> int:
@@ -48,10 +60,8 @@ def run(args: Settings) -> int:
     import datasets
     import torch
 
-    from diffusers_repr.data.image_data import load_images
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.heads import get_protocol
-    from diffusers_repr.hub.schema import printable
     from diffusers_repr.sweep.selection import Selection
     from diffusers_repr.tasks import Probe
 
@@ -60,19 +70,14 @@ def run(args: Settings) -> int:
         settings["selection"], settings["use"] = Selection.load(args.selection), args.use or "best"
     if args.quiet:
         datasets.disable_progress_bars()
-    columns = (args.image_column, args.label_column)
-    data = {"train": load_images(args.dataset, args.train_split, *columns)}
-    for part in ("validation", "test"):
-        named = getattr(args, f"{part}_split")
-        if named is not None or _has_split(args.dataset, part):
-            data[part] = load_images(args.dataset, named or part, *columns)
+    parts = open_parts(args, measured=True)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
     bar = None if args.quiet else _bar
     probe = Probe.fit(
         denoiser,
-        data["train"],
-        data.get("validation"),
+        parts["train"],
+        parts.get("validation"),
         head=args.head,
         protocol=args.protocol,
         prompt=args.prompt,
@@ -81,22 +86,38 @@ def run(args: Settings) -> int:
         progress_bar=bar,
         **settings,
     )
-    if "test" in data:
-        probe.evaluate(data["test"], progress_bar=bar)
-    print(probe)
-    for score in probe.recipe.scores:
-        print(f"{printable(score.split):<12} {score.name:<18} {score.value:.4f}  ({score.rows} images)")
-    options.save_or_keep(lambda folder: probe.save_pretrained(folder, title=Path(args.out).name), args.out, "probe")
-    print(f"Saved to {args.out}")
+    if "test" in parts:
+        probe.evaluate(parts["test"], progress_bar=bar)
+    _print(probe, args)
+    save_result(args, "probe", lambda folder: probe.save_pretrained(folder, title=Path(args.out).name))
+    options.say(f"Saved to {args.out}", aside=args.json)
     return 0
+
+
+def _print(probe: Probe, args: Settings) -> None:
+    """What was fitted, and its scores."""
+    from diffusers_repr.hub.schema import printable
+
+    recipe = probe.recipe
+    if args.json:
+        found = {"layers": recipe.layers, "timesteps": [level.timestep for level in recipe.levels]}
+        scores = [dataclasses.asdict(score) for score in recipe.scores]
+        print(json.dumps({"out": args.out, **found, "label_names": recipe.label_names, "scores": scores}))
+        return
+    print(probe)
+    for score in recipe.scores:
+        print(f"{printable(score.split)}: {score.name} {score.value:.4f} ({score.rows} images)")
 
 
 def _settings(args: Settings) -> dict[str, Any]:
     """Settings of the extractor that were given."""
-    if (args.selection is None) == (args.layers is None and args.timestep is None):
-        raise ValueError("Give --layers and --timestep, or --selection, not both.")
-    if args.selection is None and (args.layers is None or args.timestep is None):
-        raise ValueError("Give both --layers and --timestep; `diffusers-repr select` finds good ones.")
+    if (args.selection is None) == (args.layers is None and args.timesteps is None):
+        raise ValueError(
+            "Give --layers and --timesteps, or --selection, not both. `diffusers-repr layers MODEL` lists layers, and "
+            "`diffusers-repr select` finds the best layer and level."
+        )
+    if args.selection is None and (args.layers is None or args.timesteps is None):
+        raise ValueError("Give both --layers and --timesteps; `diffusers-repr select` finds good ones.")
     if args.selection is None and args.use is not None:
         raise ValueError(f"--use {args.use} says what of a selection to take; give --selection too.")
     settings = {
@@ -104,20 +125,12 @@ def _settings(args: Settings) -> dict[str, Any]:
         for name in ("layers", "pooling", "noise", "ensemble_size", "seed")
         if getattr(args, name) is not None
     }
-    if args.timestep is not None:
-        steps = options.numbers(args.timestep)
+    if args.timesteps is not None:
+        steps = options.numbers(args.timesteps)
         settings["timestep"] = steps if len(steps) > 1 else steps[0]
     if args.image_size is not None:
         settings["image_size"] = options.sides(args.image_size)
     return settings
-
-
-def _has_split(dataset: str, split: str) -> bool:
-    from pathlib import Path
-
-    import datasets
-
-    return not Path(dataset).is_file() and split in datasets.get_dataset_split_names(dataset)
 
 
 def _bar(total: int) -> Any:

@@ -6,26 +6,14 @@ import argparse
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from diffusers_repr.hub.schema import (
-    Check,
-    anything,
-    boolean,
-    either,
-    integer,
-    listing,
-    number,
-    one_of,
-    optional,
-    text,
-)
-from diffusers_repr.hub.schema import mapping as mapping_of
+from diffusers_repr.hub import schema
 from diffusers_repr.hub.yaml_text import import_yaml, read_yaml
 
 REQUIRED = dataclasses.MISSING  # as the default of a setting that must be given
@@ -46,7 +34,9 @@ def parse_recipe(
     Args:
         kinds: Settings dataclasses with fields of different names; together they are the keys of a recipe. Fields
             that the class attribute `POSITIONAL` names are given without a flag, in that order. Where one has a true
-            `OTHER_KEYS`, the recipe may be another command's too, whose keys are passed over.
+            `OTHER_KEYS`, the recipe may be another command's too, whose keys are passed over. `EARLIER_KEYS` has
+            today's names of keys of earlier versions; see `today`. One with a method `refuse_config` is asked first
+            whether what `--config` names may be a recipe at all.
         argv: Flags, without the program's name.
         description: For `--help`.
         **parser_options: Of `argparse.ArgumentParser`.
@@ -69,13 +59,17 @@ def parse_recipe(
     given: list[str] = []
     empty: dict[str, list[Any]] = {}
     if known.config:
+        for kind in kinds:
+            getattr(kind, "refuse_config", lambda given: None)(known.config)
         recipe = read_recipe(known.config)
         names = [setting.name for kind in kinds for setting in dataclasses.fields(kind)]
+        for kind in kinds:
+            recipe = today(recipe, getattr(kind, "EARLIER_KEYS", {}), names, str(known.config))
         if any(getattr(kind, "OTHER_KEYS", False) for kind in kinds):
             recipe = {key: value for key, value in recipe.items() if key in names}
         check_keys(known.config, recipe, names)
         for key, value in recipe.items():
-            optional(check_of(hints[key]))(value, f"{known.config}: {key}")
+            schema.optional(check_of(hints[key]))(value, f"{known.config}: {key}")
             if value == [] and _is_list(hints[key]):  # a flag cannot say it
                 empty[key] = []
             elif isinstance(value, list) and _is_list(hints[key]):
@@ -98,6 +92,38 @@ def parse_recipe(
     if rest:
         raise ValueError(_too_many(rest, kinds))
     return tuple(found[: len(kinds)])
+
+
+def today(recipe: dict[str, Any], earlier: Mapping[str, str], names: Sequence[str], place: str) -> dict[str, Any]:
+    """A recipe by today's names of its keys, in their order.
+
+    A key that there no longer is tells that a recipe was written before; then every key has the meaning it had.
+
+    Args:
+        recipe: As read.
+        earlier: A key of before -> its name today. It may be a key today too, of another meaning.
+        names: Today's keys.
+        place: Of the recipe, for messages.
+
+    Raises:
+        ValueError: If a key stands under both names.
+
+    Example:
+        >>> earlier = {"timestep": "timesteps", "dtype": "store_dtype"}
+        >>> today({"timestep": 5, "dtype": "float16"}, earlier, ["timesteps", "dtype", "store_dtype"], "recipe.yaml")
+        {'timesteps': 5, 'store_dtype': 'float16'}
+        >>> today({"timesteps": 5, "dtype": "float16"}, earlier, ["timesteps", "dtype", "store_dtype"], "recipe.yaml")
+        {'timesteps': 5, 'dtype': 'float16'}
+    """
+    gone = [key for key in recipe if key in earlier and key not in names]
+    if not gone:
+        return recipe
+    renamed = [(earlier.get(key, key), key) for key in recipe]
+    twice = [pair for pair in renamed if sum(new == pair[0] for new, _ in renamed) > 1]
+    if twice:
+        (new, one), (_, other) = twice[:2]
+        raise ValueError(f"{place} has {one!r} and {other!r}, an earlier name of {new!r}; write today's names.")
+    return {new: recipe[key] for new, key in renamed}
 
 
 def _add_positional(parser: argparse.ArgumentParser, kind: type, given: Sequence[str]) -> None:
@@ -147,28 +173,30 @@ def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:
             raise ValueError(f"Unknown flag {flag}. {hint}")
 
 
-_CHECKS: dict[Any, Check] = {
-    bool: boolean(),
-    int: either(text(100, pattern=r"[+-]?\d{1,18}"), integer(-(2**63), 2**63)),
-    float: either(text(100, pattern=r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"), number()),  # YAML: 1e-3 is a text
-    str: either(text(), number(), boolean(), listing(anything())),  # what is no text goes on as JSON
-    dict: either(text(), mapping_of(anything())),
+_INT, _FLOAT = r"[+-]?\d{1,18}", r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?"
+_CHECKS: dict[Any, schema.Check] = {
+    bool: schema.boolean(),
+    int: schema.either(schema.text(100, pattern=_INT), schema.integer(-(2**63), 2**63)),
+    float: schema.either(schema.text(100, pattern=_FLOAT), schema.number()),  # YAML: 1e-3 is a text
+    # What is no text goes on as JSON.
+    str: schema.either(schema.text(), schema.number(), schema.boolean(), schema.listing(schema.anything())),
+    dict: schema.either(schema.text(), schema.mapping(schema.anything())),
 }
 
 
-def check_of(hint: Any) -> Check:
+def check_of(hint: Any) -> schema.Check:
     """The check of a recipe's value by the type of its setting; null, which leaves the default, apart."""
     if get_origin(hint) is Literal:
-        return one_of(*get_args(hint))
+        return schema.one_of(*get_args(hint))
     if get_origin(hint) is list:
         inner = check_of(get_args(hint)[0])
-        return either(inner, listing(inner))
+        return schema.either(inner, schema.listing(inner))
     if hint in _CHECKS:
         return _CHECKS[hint]
     parts = [part for part in get_args(hint) if part is not type(None)]
     if get_origin(hint) is dict or dict in parts or any(get_origin(part) is dict for part in parts):
         return _CHECKS[dict]
-    return either(*(check_of(part) for part in parts)) if parts else anything()
+    return schema.either(*(check_of(part) for part in parts)) if parts else schema.anything()
 
 
 def _is_list(hint: Any) -> bool:
@@ -211,7 +239,7 @@ def check_keys(place: str, given: Iterable[str], allowed: Iterable[str]) -> None
             raise ValueError(f"Unknown key {key!r} in {place}. Closest allowed: {near}.")
 
 
-def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+def json_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
     """A mapping setting, given as such or as JSON on the command line.
 
     Raises:

@@ -144,6 +144,11 @@ class CachedData(TrainData):
         return {**self.images.fingerprint(), "latents": latents, "features": features}
 
     @property
+    def name(self) -> str | None:
+        """Of the data set; None if it has none."""
+        return self.images.name
+
+    @property
     def class_names(self) -> list[str] | None:
         """Name of each class id; None without labels."""
         return self.images.class_names

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+
+LABEL = "label"  # the name by which whole numbers are class ids, and other kinds are told of
+_LABEL_LIKE = (LABEL, "labels", "class", "classes", "category", "target")
+_KINDS = {"string": "texts", "large_string": "texts", "bool": "true and false"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Columns:
         caption: Texts.
         mask: Segmentation masks.
         points: Points on the image.
+        unlabelled: Without class ids, why: what the columns hold that might be meant, and what makes ids of it.
     """
 
     image: str
@@ -26,6 +31,7 @@ class Columns:
     caption: str | None = None
     mask: str | None = None
     points: str | None = None
+    unlabelled: str = field(default="", compare=False)
 
     def used(self) -> list[str]:
         """The columns that there are, the images first."""
@@ -48,7 +54,7 @@ def choose_columns(
     Args:
         features: Type of each column, as `datasets` has them.
         image: The one column of type `datasets.Image`, that of masks apart, if None.
-        label: The column of type `ClassLabel`, or an integer column named `label`, if None.
+        label: The column of type `ClassLabel`, or whole numbers named `label`, if None.
         caption: No texts if None.
         mask: Class ids of pixels, as images or as arrays of whole numbers `(H, W)`; no masks if None.
         points: Lists of `[x, y]` or `[x, y, visible]`; no points if None.
@@ -65,13 +71,10 @@ def choose_columns(
         label = None
     elif label is None:
         classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
-        found = classes or [k for k in ("label",) if _dtype(features.get(k)).startswith("int")]
+        found = classes or [k for k in (LABEL,) if _is_whole(features.get(k))]
         label = found[0] if found else None
     if label is not None and not _is_whole(features[label]):
-        raise ValueError(
-            f"Column {label!r} of {name} holds {features[label]}, not class ids. Use whole numbers or a "
-            f"ClassLabel (`dataset.class_encode_column({label!r})` makes one)."
-        )
+        raise ValueError(_no_ids(label, features[label], name))
     if caption is not None and _dtype(features.get(caption)) not in ("string", "large_string"):
         kinds = {column: _dtype(kind) or type(kind).__name__ for column, kind in features.items()}
         raise ValueError(f"No column {caption!r} of texts in {name}; its columns are {kinds}.")
@@ -79,7 +82,44 @@ def choose_columns(
         _grid(features[mask], _is_whole, f"Column {mask!r} of {name}", "masks: images, or whole numbers (H, W)")
     if points is not None:
         _grid(features[points], _is_number, f"Column {points!r} of {name}", "points: lists of [x, y], or Array2D")
-    return Columns(image, label, caption, mask, points)
+    unlabelled = "" if label is not None else _unlabelled(features, (image, mask, points, caption), name)
+    return Columns(image, label, caption, mask, points, unlabelled)
+
+
+def _no_ids(column: str, feature: Any, name: str) -> str:
+    """What to do with a column of labels that are no class ids."""
+    kind = _kind(feature)
+    if kind is None:
+        return f"Column {column!r} of {name} holds {feature}, not class ids, which are whole numbers, one an image."
+    return (
+        f"Column {column!r} of {name} holds {kind}, not class ids. "
+        f"`dataset = dataset.class_encode_column({column!r})` numbers them and keeps them as names; for a command, "
+        "save the result by `dataset.save_to_disk(folder)` and give that folder."
+    )
+
+
+def _unlabelled(features: Mapping[str, Any], used: Sequence[str | None], name: str) -> str:
+    """Why there are no class ids, by the columns that are there."""
+    others = [column for column in features if column not in used]
+    meant = [column for column in _LABEL_LIKE if column in others and _kind(features[column]) is not None]
+    if meant:
+        return _no_ids(meant[0], features[meant[0]], name)
+    whole = [column for column in others if _is_whole(features[column])]
+    encoded = [column for column in others if _dtype(features[column]) in _KINDS]
+    hints = [f"Whole numbers are in {', '.join(map(repr, whole))}; name one by label_column." if whole else ""]
+    if encoded:
+        line = f"`dataset = dataset.class_encode_column({encoded[0]!r})`"
+        hints += [f"If {encoded[0]!r} holds the classes, {line} numbers them."]
+    hints += ["In a folder of images, put each class into a subfolder."]
+    return f"{name} has no label column; its columns are {list(features)}. {' '.join(filter(None, hints))}"
+
+
+def _kind(feature: Any) -> str | None:
+    """What a column of single values that are no whole numbers holds, in words; None for anything else."""
+    if not isinstance(feature, datasets.Value):
+        return None
+    dtype = _dtype(feature)
+    return _KINDS.get(dtype, f"numbers with fractions ({dtype})" if dtype.startswith(("float", "decimal")) else None)
 
 
 def innermost(feature: Any) -> tuple[Any, int]:

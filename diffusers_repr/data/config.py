@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from diffusers_repr.config.recipe import setting
-from diffusers_repr.data.columns import Columns, choose_columns
+from diffusers_repr.data.columns import LABEL, Columns, choose_columns
 from diffusers_repr.data.masks import IGNORE_INDEX, MaskColumn
 from diffusers_repr.data.placement import CROPS
 
@@ -86,11 +86,19 @@ class DataConfig:
         )
 
     def columns(self, features: Mapping[str, Any], name: str) -> Columns:
-        """The columns that are chosen, among those of a data set; see `choose_columns`."""
+        """The columns that are chosen, among those of a data set; see `choose_columns`.
+
+        Raises:
+            ValueError: As `choose_columns`, and if the column named `label` holds no class ids: training would go on
+                without labels in silence.
+        """
         labelled = self.label_column != "none"
         label = self.label_column if labelled else None
         chosen = (self.image_column, label, self.caption_column, self.mask_column, self.points_column)
-        return choose_columns(features, *chosen, labelled=labelled, name=name)
+        found = choose_columns(features, *chosen, labelled=labelled, name=name)
+        if labelled and found.label is None and LABEL in features and LABEL not in found.used():
+            raise ValueError(f"{found.unlabelled} To train without labels: --label_column none.")
+        return found
 
     def masks(self, features: Mapping[str, Any]) -> MaskColumn | None:
         """What the column of masks holds; None without."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 from PIL import Image as PILImage
 
 DIGITS = "digits"
@@ -68,4 +68,4 @@ def _hash(index: int) -> bytes:
 
 def _select(pixels: np.ndarray, labels: Sequence[int], members: Sequence[int]) -> Dataset:
     columns = {"image": [PILImage.fromarray(pixels[i]) for i in members], "label": [labels[i] for i in members]}
-    return Dataset.from_dict(columns, features=FEATURES)
+    return Dataset.from_dict(columns, info=DatasetInfo(features=FEATURES, dataset_name=DIGITS))

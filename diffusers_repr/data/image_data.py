@@ -53,13 +53,10 @@ class ImageData:
         """Class id of every row.
 
         Raises:
-            ValueError: If there is no label column.
+            ValueError: If there is no label column, or a row has no label.
         """
         if self.label_column is None:
-            raise ValueError(
-                f"{self.name} has no label column; columns are {self.dataset.column_names}. Name one by label_column "
-                "if it is not called 'label'; in a folder of images, put each class into a subfolder."
-            )
+            raise ValueError(self.columns.unlabelled)
         return self._whole(self.dataset[self.label_column])
 
     def select(self, rows: Sequence[int]) -> ImageData:

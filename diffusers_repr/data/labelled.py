@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData, from_dataset
+from diffusers_repr.data.label_column import check_ids
 from diffusers_repr.denoiser.images import to_pixels
 
 LabelledSource: TypeAlias = ImageData | datasets.Dataset | tuple[Any, Any]
@@ -116,6 +117,11 @@ class Labelled(ImageRows):
             )
         return targets.long()
 
+    def check_classes(self) -> None:
+        """Refuse class ids to learn from that are as `check_ids` refuses them, where the classes have no names."""
+        if not self.label_names:
+            check_ids(self.class_ids().numpy(), f"The labels of {self}")
+
 
 def open_images(data: Any, role: str) -> ImageRows:
     """Bring images to one form.
@@ -178,7 +184,10 @@ def open_labelled(data: Any, role: str) -> Labelled:
     try:
         targets = torch.as_tensor(labels).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"The labels of {role} are no numbers, or some are missing: {error}.") from error
+        raise ValueError(
+            f"The labels of {role} are no numbers, or some are missing: {error}. Class ids are whole numbers from 0: "
+            "`numpy.unique(labels, return_inverse=True)` gives the names and the ids of texts."
+        ) from error
     return Labelled(images, "images", targets, role)
 
 

@@ -65,7 +65,7 @@ def load_train_data(
     if config.streaming:
         raise ValueError(f"`streaming` is set, but {name} was given as a map-style data set; leave it out.")
     kind = InMemoryTrainData if config.cache_images else ImageTrainData
-    images = kind(dataset, config, channels, height_width, name)
+    images = kind(dataset, config, channels, height_width, config.dataset_name)
     if not (config.latents_dir or config.features_dir):
         return images
     return CachedData.open(images, vae=vae, encoders=encoders, needs_pixels=needs_pixels)

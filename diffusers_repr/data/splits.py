@@ -47,6 +47,33 @@ def open_split(path: str, split: str, revision: str | None = None, streaming: bo
     return found[split]
 
 
+def has_split(path: str, split: str, revision: str | None = None) -> bool:
+    """Whether a data set has a split of this name; one Parquet file, or one split of `save_to_disk`, has no names.
+
+    Args:
+        path: As in `load_images`.
+        split: Its name.
+        revision: Of a Hub id.
+
+    Raises:
+        FileNotFoundError: If the path does not exist or the id cannot be reached.
+    """
+    local = Path(path)
+    if path == DIGITS:
+        return split in SPLIT_SIZES
+    if local.is_file() or (local / "state.json").is_file():
+        return False
+    if (local / "dataset_dict.json").is_file():
+        return split in datasets.load_from_disk(path)
+    preprocessed = open_edm_folder(local, split) if local.is_dir() else None
+    if preprocessed is not None:
+        return split in preprocessed
+    try:
+        return split in datasets.get_dataset_split_names(path, revision=revision)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise FileNotFoundError(f"Could not open {path!r} as a data set: {error}.") from error
+
+
 def _digits(split: str, revision: str | None, streaming: bool) -> Any:
     if Path(DIGITS).exists():
         raise ValueError(

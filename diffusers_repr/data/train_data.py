@@ -29,10 +29,11 @@ class ImageTrainData(TrainData):
         config: Columns, crop, augmentation and what to do with unreadable images.
         channels: 1 (grey) or 3 (RGB).
         size: (H, W) of the pixels.
-        name: For messages.
+        name: Of the data set, for messages and cards; what it calls itself if None.
 
     Attributes:
         images: The uint8 pixels.
+        name: Of the data set; None if it has none.
         config: As given.
         masks: Names of the classes of pixels; None without masks.
 
@@ -50,10 +51,11 @@ class ImageTrainData(TrainData):
         config: DataConfig,
         channels: int,
         size: tuple[int, int],
-        name: str = "the data set",
+        name: str | None = None,
     ) -> None:
         check_crop(config.center_crop, size)
-        columns = config.columns(dataset.features, name)
+        self.name = name or dataset.info.dataset_name
+        columns = config.columns(dataset.features, self.name or "the data set")
         self._labels = None if columns.label is None else read_labels(dataset, columns.label, config.missing_labels)
         self._captions = None if columns.caption is None else dataset.with_format(None).select_columns(columns.caption)
         self.config, self.masks = config, config.masks(dataset.features)

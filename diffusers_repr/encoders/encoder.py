@@ -17,6 +17,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders.denoiser import DenoiserSource
 from diffusers_repr.encoders.module import ModuleSource
 from diffusers_repr.encoders.output import EncoderOutput
+from diffusers_repr.encoders.positions import Positions
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import Source, device_of
 from diffusers_repr.encoders.transformer import load_transformer
@@ -56,6 +57,7 @@ class Encoder:
         layer: int | None = None,
         image_size: int | tuple[int, int] | None = None,
         pooling: str | None = None,
+        positions: Positions = "transformers",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         token: str | None = None,
@@ -75,6 +77,9 @@ class Encoder:
                 patch tokens, after the final norm where the family's docstring does not say otherwise.
             image_size: Resize to (H, W) or a square instead; a multiple of the patch.
             pooling: Global features: `cls`, `mean`, or None for the family's own.
+            positions: How position embeddings are resampled: `transformers`, as that library does, and nearly so
+                DINOv2's own code; or `repa`, as REPA's code, with antialiasing, for DINOv2, ViT (DINO, MoCo v3) and
+                MAE. It is a part of the fingerprint.
             dtype: The network's; outputs are float32 whatever it is.
             device: Where it goes.
             token: Hub token.
@@ -82,10 +87,11 @@ class Encoder:
 
         Raises:
             TypeError: If the `model_type` in the config has no family.
-            ValueError: For a layer, size or pooling that the network does not have, or files that lack weights.
+            ValueError: For a layer, size, pooling or positions that the network does not have, or files that lack
+                weights.
             OSError: If the folder or repository does not exist or cannot be read.
         """
-        source, loaded = load_transformer(id_or_folder, revision, token, dtype, layer, image_size, pooling)
+        source, loaded = load_transformer(id_or_folder, revision, token, dtype, layer, image_size, pooling, positions)
         source.module.to(device)
         return cls(source, name or Path(id_or_folder).resolve().name, loaded)
 

@@ -40,6 +40,8 @@ class EncoderFamily:
         final_norm: Whether patch tokens are those after the network's final norm; else those of its last block.
         statistics: Mean and std of pixels, for folders without an image processor.
         interpolates: Whether the forward takes `interpolate_pos_encoding`.
+        positions: Path of the module with the table `position_embeddings` and the method `interpolate_pos_encoding`,
+            of networks whose table REPA's code resamples; None for the others.
     """
 
     model_class: str | type[nn.Module] = "AutoModel"
@@ -48,6 +50,7 @@ class EncoderFamily:
     final_norm: bool = True
     statistics: Statistics = Statistics(IMAGENET_MEAN, IMAGENET_STD)
     interpolates: bool = True
+    positions: str | None = None
 
     def loading(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Further arguments of the class's `from_pretrained`."""
@@ -89,6 +92,11 @@ class EncoderFamily:
     def global_features(self, output: Any) -> Tensor | None:
         """`(B, D)` of the forward's output; None: the class token of the sequence read, or the mean of the patches."""
         return None
+
+
+def families_with_positions() -> list[str]:
+    """Model types whose positions can be resampled as REPA's code does."""
+    return [name for name in list_encoder_families() if encoder_family(name).positions]
 
 
 _FAMILIES = Registry("encoder family", EncoderFamily, "register_encoder_family")

@@ -14,7 +14,8 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.attention import recording_attention
-from diffusers_repr.encoders.family import EncoderFamily, encoder_family
+from diffusers_repr.encoders.family import EncoderFamily, encoder_family, families_with_positions
+from diffusers_repr.encoders.positions import Positions, check_positions, use_repa_positions
 from diffusers_repr.encoders.preprocessing import Statistics, check_processor, statistics_from_processor
 from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
 from diffusers_repr.hub import schema
@@ -44,9 +45,11 @@ class TransformerSource(Source):
         image_size: (H, W) or a side to resize to; None: the default rule.
         pooling: `cls`, `mean`, or None for the family's own global features.
         config: `config.json` as it was loaded.
+        positions: How position embeddings are resampled; `repa` changes the network's method for it.
 
     Raises:
-        ValueError: For a layer, size or pooling that the network does not have.
+        ValueError: For a layer, size or pooling that the network does not have, and positions that REPA's code does
+            not resample.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class TransformerSource(Source):
         image_size: int | tuple[int, int] | None,
         pooling: str | None,
         config: Mapping[str, Any],
+        positions: Positions = "transformers",
     ) -> None:
         self.module, self.family = model, family
+        self.positions = self._resampling(positions)
         self.mean, self.std = statistics.mean, statistics.std
         self.channels, self.dim = int(model.config.num_channels), int(model.config.hidden_size)
         if {len(self.mean), len(self.std)} - {1, self.channels}:
@@ -80,6 +85,16 @@ class TransformerSource(Source):
     def num_blocks(self) -> int:
         """All of them."""
         return len(self.paths)
+
+    def _resampling(self, positions: Positions) -> Positions:
+        if check_positions(positions) == "repa":
+            if self.family.positions is None:
+                raise ValueError(
+                    f"REPA's code resamples no positions of a {type(self.module).__name__}: positions='repa' is for "
+                    f"{', '.join(families_with_positions())}. Leave it out."
+                )
+            use_repa_positions(self.module.get_submodule(self.family.positions))
+        return positions
 
     def _block(self, layer: int) -> int:
         count = len(self.paths)
@@ -135,7 +150,9 @@ class TransformerSource(Source):
         return recording_attention(self.module, paths, self.family.prefix(self.module.config))
 
     def describe(self) -> dict[str, Any]:
-        """Class, config, layer, pooling and size."""
+        """Class, config, layer, pooling and size; positions where they are not those of transformers."""
+        # Left out by default, so that what was made before there was a choice is still what it was made with.
+        resampled = {} if self.positions == "transformers" else {"positions": self.positions}
         return {
             "model": type(self.module).__name__,
             "config": self._config,
@@ -143,6 +160,7 @@ class TransformerSource(Source):
             "pooling": self.pooling,
             "image_size": None if self.image_size is None else list(self.image_size),
             "side": self.side,
+            **resampled,
         }
 
 
@@ -154,6 +172,7 @@ def load_transformer(
     layer: int | None,
     image_size: int | tuple[int, int] | None,
     pooling: str | None,
+    positions: Positions = "transformers",
 ) -> tuple[TransformerSource, str | None]:
     """Load a vision network of transformers; gives the source and the revision that was loaded.
 
@@ -205,7 +224,7 @@ def load_transformer(
         )
     model.requires_grad_(False).eval()
     statistics = statistics_from_processor(processor, family.statistics)
-    source = TransformerSource(model, family, statistics, layer, image_size, pooling, config)
+    source = TransformerSource(model, family, statistics, layer, image_size, pooling, config, positions)
     commit = folder.name if folder.parent.name == "snapshots" else None
     return source, commit or revision
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -146,7 +146,8 @@ class FeatureExtractor:
                 with offloaded weights, with `fresh` noise.
         """
         pixels = self.denoiser.pixels(images, self.image_size)
-        return self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
+        found = self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
+        return found if self.pooling else replace(found, images=images)
 
     @torch.no_grad()
     def from_pixels(

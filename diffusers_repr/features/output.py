@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.feature_map import FeatureMap
+from diffusers_repr.features.pca import draw_pca
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import NoiseLevel
 
 
@@ -22,12 +25,14 @@ class FeatureOutput:
         level: The resolved noise level; the list of them with a list of timesteps.
         places: Layer path -> `((H, W), start)` for layers of tokens: grid and first token of the image.
         pooling: As asked for.
+        images: What was passed, for pictures; None for pooled features.
     """
 
     features: Mapping[str, Tensor]
     level: NoiseLevel | list[NoiseLevel]
     places: Mapping[str, Grid]
     pooling: str | None = None
+    images: Any = None
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.features[layer]
@@ -69,6 +74,33 @@ class FeatureOutput:
             KeyError, ValueError: As `feature_map`.
         """
         return self.feature_map(layer).as_map()
+
+    def plot_pca(self, layer: str, images: Any = None, *, limit: int = 8) -> Any:
+        """A figure of matplotlib: each image, and beside it its first three principal components as colours.
+
+        The components are those of all images of a level together: equal colours mean like features. With a list of
+        timesteps a column for each. `figure.savefig("pca.png")` keeps it; a notebook shows it.
+
+        Args:
+            layer: Its path; of maps, or tokens of a known grid.
+            images: To be shown beside, of any size, the same whole images; what was passed to the extractor if None.
+            limit: How many are shown, the first ones.
+
+        Raises:
+            KeyError, ValueError: As `feature_map`; for videos, and for fewer than three channels.
+            ImportError: If matplotlib is missing.
+        """
+        found = self.as_map(layer)
+        several = isinstance(self.level, list)
+        if found.ndim != 4 + several:
+            raise ValueError(f"Layer {layer!r} gave {tuple(found.shape)}, of videos; `plot_pca` is of images.")
+        levels = self.level if isinstance(self.level, list) else [self.level]
+        images = self.images if images is None else images
+        if images is None:
+            raise ValueError("These features came without their images; pass plot_pca(layer, images).")
+        maps = list(found) if several else [found]
+        names = [f"timestep {level.timestep:g}" for level in levels]
+        return draw_pca(maps, images, layer, names, check_whole("limit", limit))
 
     def per_level(self) -> Iterator[tuple[NoiseLevel, FeatureOutput]]:
         """One output a level, for a list of timesteps."""

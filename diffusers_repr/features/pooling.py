@@ -12,7 +12,8 @@ from torch.nn import functional
 from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.feature_map import FeatureMap
 
-POOLINGS = "None, 'mean', 'max' or 'adaptive:P' with a whole number P, e.g. 'adaptive:2'"
+VECTORS = r"mean|max|adaptive:[1-9]\d{0,2}"  # poolings that leave vectors, as a pattern
+POOLINGS = "'mean', 'max' or 'adaptive:P', P to 999"  # the same in words
 
 
 def tokens_to_map(tokens: Tensor, grid: tuple[int, ...], text_tokens: int = 0) -> Tensor:
@@ -40,9 +41,9 @@ def check_pooling(pooling: str | None) -> str | None:
     Raises:
         ValueError: With the poolings there are.
     """
-    if pooling in (None, "mean", "max") or (isinstance(pooling, str) and re.fullmatch(r"adaptive:[1-9]\d*", pooling)):
+    if pooling is None or (isinstance(pooling, str) and re.fullmatch(VECTORS, pooling)):
         return pooling
-    raise ValueError(f"Unknown pooling {pooling!r}; expected {POOLINGS}.")
+    raise ValueError(f"Unknown pooling {pooling!r}; expected {POOLINGS} (e.g. 'adaptive:2'), or None.")
 
 
 def is_linear(pooling: str | None) -> bool:
@@ -53,7 +54,7 @@ def is_linear(pooling: str | None) -> bool:
 def pooled_size(pooling: str | None) -> int:
     """Values per channel that a pooling leaves (1 for `mean` and `max`)."""
     if pooling is None:
-        raise ValueError("pooling=None leaves maps; choose 'mean', 'max' or 'adaptive:P' to get vectors.")
+        raise ValueError(f"pooling=None leaves maps; choose {POOLINGS}, to get vectors.")
     return int(pooling.split(":")[1]) ** 2 if pooling.startswith("adaptive") else 1
 
 

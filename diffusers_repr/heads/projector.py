@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from diffusers import ConfigMixin, ModelMixin
@@ -24,11 +25,12 @@ class Projector(Head, ModelMixin, ConfigMixin):
     Args:
         in_dim: Channels of the hidden states, D.
         out_dim: Channels of the encoder's features.
-        hidden_dim: Of the two hidden layers of the MLP; REPA's 2048 (Yu et al. 2024, arXiv 2410.06940).
-        kind: `mlp`: Linear, SiLU, Linear, SiLU, Linear on every token. `conv`: one convolution over the token grid,
-            so that a token is matched together with its neighbours (iREPA, arXiv 2512.10794).
+        hidden_dim: Of the hidden layers of the MLP; REPA's 2048 (Yu et al. 2024, arXiv 2410.06940).
+        kind: `mlp`: Linear, SiLU, Linear, SiLU, Linear on every token, if `num_layers` is 3. `conv`: one convolution
+            over the token grid, so that a token is matched together with its neighbours (iREPA, arXiv 2512.10794).
         kernel_size: Side of the convolution, odd: 3 as iREPA's README says, zeros around the grid.
         encoder: A hash of the encoder whose features it was trained to meet; None: not known.
+        num_layers: Linear layers of the MLP: 3 in REPA, 2 in SRA (arXiv 2505.02831), 1 is a linear map.
 
     Raises:
         ValueError: For a size that is no whole number from 1, an unknown kind or an even kernel.
@@ -48,9 +50,12 @@ class Projector(Head, ModelMixin, ConfigMixin):
         kind: ProjectorKind = "mlp",
         kernel_size: int = 3,
         encoder: str | None = None,
+        num_layers: int = 3,
     ) -> None:
         super().__init__()
-        check_sizes(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, kernel_size=kernel_size)
+        check_sizes(
+            in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, kernel_size=kernel_size, num_layers=num_layers
+        )
         if kind not in PROJECTOR_KINDS:
             raise ValueError(f"Projector kind {kind!r}; expected one of {', '.join(PROJECTOR_KINDS)}.")
         if kernel_size % 2 == 0:
@@ -58,13 +63,10 @@ class Projector(Head, ModelMixin, ConfigMixin):
         if kind == "conv":
             self.layers: nn.Module = nn.Conv2d(in_dim, out_dim, kernel_size, padding=kernel_size // 2)
             return
-        self.layers = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.SiLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.SiLU(),
-            nn.Linear(hidden_dim, out_dim),
-        )
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
+        linear = [nn.Linear(*pair) for pair in pairwise(widths)]
+        parts = [part for layer in linear for part in (nn.SiLU(), layer)]
+        self.layers = nn.Sequential(*parts[1:])
         for layer in self.layers:
             if isinstance(layer, nn.Linear):  # as the layers of the transformer they hang on
                 nn.init.xavier_uniform_(layer.weight)

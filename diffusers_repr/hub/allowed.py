@@ -79,10 +79,10 @@ KINDS: Mapping[str, Kind] = {
     "model": Kind("model", (*_CARD, *_MODEL, *_PROCESSOR, *_MEASURED)),
 }
 
-# What a run, Python and the Hub's client leave beside a result: it stays here, and nothing is said of it.
+# What a run, a command, Python and the Hub's client leave beside a result: it stays here, and nothing is said of it.
 _LEFT_BEHIND = (
     "checkpoint-*", ".checkpoint-*", "logs", "samples", "__pycache__", "*/__pycache__", ".*.tmp", "*/.*.tmp",
-    ".DS_Store", "*/.DS_Store", ".git", ".gitattributes", ".gitignore", ".cache",
+    ".DS_Store", "*/.DS_Store", ".git", ".gitattributes", ".gitignore", ".cache", "recipe.yaml",
 )  # fmt: skip
 _NEVER = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
 
@@ -133,8 +133,8 @@ def allowed_names(folder: Path, kind: str, include: Iterable[str] = ()) -> Allow
         include: Further paths in the folder, as in `Kind.files`.
 
     Raises:
-        ValueError: For an unknown kind, a damaged `model_index.json` or `artifacts.json`, or an `include` that is never
-            uploaded.
+        ValueError: For an unknown kind, a damaged `model_index.json` or `artifacts.json`, or an `include` that is
+            never uploaded.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}; allowed are {', '.join(map(repr, KINDS))}.")

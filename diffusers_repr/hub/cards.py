@@ -22,7 +22,7 @@ class Metric:
 
     Args:
         type: Metric id: `"accuracy"`, `"mean_iou"`, `"fid"`.
-        value: Its value, finite, in the metric's own unit (an accuracy in 0..1).
+        value: Its value, finite, in the metric's own unit (an accuracy in 0..1); the card has six digits of it.
         dataset: Name of the data set for people: `"Digits (8x8)"`.
         dataset_type: Id of the data set on the Hub; None makes a plain name out of `dataset`.
         split: The split it was measured on.
@@ -73,7 +73,7 @@ class Metric:
             dataset_split=self.split,
             metric_type=self.type,
             metric_name=self.name,
-            metric_value=float(self.value),
+            metric_value=float(f"{self.value:.6g}"),  # a card is read by people
         )
 
 

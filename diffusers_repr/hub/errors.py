@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, errors, get_token
 from huggingface_hub.errors import (
     BadRequestError,
     EntryNotFoundError,
@@ -14,7 +14,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
-    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -22,6 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+# Clients before 1.0 do not tell a snapshot that is partly in the cache from one that is not there.
+_INCOMPLETE = getattr(errors, "IncompleteSnapshotError", ())
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass `token=`"
 _TOKEN = re.compile(r"\bhf_\w{8,}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -120,7 +121,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
 
 def _explain_not_cached(error: LocalEntryNotFoundError, revision: str | None) -> str:
     """The Hub was not reached and the cache does not hold (all of) what was asked for."""
-    cached = "is only partly in the cache" if isinstance(error, IncompleteSnapshotError) else "is not in the cache"
+    cached = "is only partly in the cache" if isinstance(error, _INCOMPLETE) else "is not in the cache"
     if constants.is_offline_mode():
         return (
             f"HF_HUB_OFFLINE is set and revision {revision or 'main'!r} {cached}. Unset HF_HUB_OFFLINE to download "

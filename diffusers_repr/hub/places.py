@@ -44,6 +44,17 @@ def public_name(name: str) -> str:
     return last_name(name) if is_place(name) else name
 
 
+def short_name(name: str) -> str:
+    """A Hub id as it is; of any folder, one of this machine or a relative one, its last name: for titles.
+
+    Example:
+        >>> short_name("org/name"), short_name("outputs/runs/tuned"), short_name("/data/cats")
+        ('org/name', 'tuned', 'cats')
+    """
+    hub = name.count("/") <= 1 and not is_place(name) and not os.path.exists(name)
+    return name if hub else last_name(name)
+
+
 def without_places(value: Any) -> Any:
     """Settings with last names in place of the places in them, in all depths.
 

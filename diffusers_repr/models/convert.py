@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusers_repr.hub.components import check_config
 from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
 from diffusers_repr.models.class_token import without_class_token
+from diffusers_repr.models.convert_relatives import RelativeParts, split_relatives
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
 
 Architecture = Literal["sit", "dit", "hybvit"]
@@ -32,12 +33,13 @@ class ConvertedCheckpoint:
         config: Arguments of `SiTTransformer2DModel`, or of `JointViTModel`.
         transformer: Its state dict.
         projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
-            sequence; none for the others.
+            sequence (iREPA: `RelativeParts.projectors`); none for the others.
         class_token: State dict of the `ClassTokenHead` of a REG; None for the others.
         architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999, `hybvit`
             noise and classes.
         notes: What was left out or assumed, a sentence each.
         scheduler: Arguments of its `DDPMScheduler`, of a `hybvit`.
+        relatives: What iREPA, SRA and REPA-E have beside it.
     """
 
     config: dict[str, Any]
@@ -47,6 +49,7 @@ class ConvertedCheckpoint:
     architecture: Architecture = "sit"
     notes: tuple[str, ...] = ()
     scheduler: dict[str, Any] = field(default_factory=dict)
+    relatives: RelativeParts = field(default_factory=RelativeParts)
 
 
 def convert_state_dict(
@@ -58,10 +61,10 @@ def convert_state_dict(
     a formula (`grid_positions`): those of the file are compared with it, not taken.
 
     Args:
-        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740), REPA (arXiv 2410.06940) or REG
-            (arXiv 2507.01467).
+        weights: State dict of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740), REPA (arXiv 2410.06940) or one of its
+            relatives: REG (arXiv 2507.01467), iREPA (2512.10794), SRA (2505.02831), REPA-E (2504.10483).
         architecture: `sit` or `dit`. Their names and shapes are the same; None is for files that tell: those with
-            projectors and those without a learned variance are `sit`.
+            projectors and those without a learned variance are `sit`, one of SRA with a learned variance is `dit`.
         overrides: Arguments of `SiTTransformer2DModel` that shapes do not tell, or tell wrong: `num_attention_heads`
             for widths of no named size, `class_dropout_prob`.
 
@@ -71,26 +74,33 @@ def convert_state_dict(
     """
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ValueError(f"architecture is one of {', '.join(ARCHITECTURES)}, or None; got {architecture!r}.")
+    weights, notes = _present_names(weights)
+    projected = any(key.startswith("projectors.") for key in weights)
+    weights, idle = _without_idle_projectors(weights)
+    notes += idle
+    weights, relatives = split_relatives(weights)
+    projected = projected or bool(relatives.projectors) or relatives.self_head is not None
     matrices = [key for key in weights if key.startswith("projectors.") and key.endswith(".weight")]
     check_weights(weights, _RANKS | dict.fromkeys(matrices, 2))
     weights, class_token = without_class_token(weights)
     config = _sizes(weights, dict(overrides or {}))
     check_config(config, "The checkpoint's network")
     _check_names(weights, config)
-    notes: list[str] = []
     if "pos_embed" in weights:
         _check_positions(weights["pos_embed"], config)
     outputs = weights["final_layer.linear.weight"].shape[0] // config["patch_size"] ** 2
     variance = outputs == 2 * config["in_channels"]
-    projectors = _projectors(weights)
+    projectors = _projectors(weights) or relatives.projectors
+    if architecture is None and variance and relatives.self_head is not None:
+        architecture = "dit"  # SRA's SiT predicts no variance
     if architecture is None:
-        if variance and not projectors:
+        if variance and not projected:
             raise ValueError(
                 "DiT and SiT checkpoints with a learned variance have the same names and shapes, but other timesteps "
                 "and outputs: say which it is, --architecture dit or sit."
             )
         architecture = "sit"
-        if not projectors:
+        if not projected:
             notes.append("Taken for a SiT: it predicts no variance (--architecture dit says otherwise).")
     config |= {"out_channels": outputs, "time_divisor": 1.0 if architecture == "dit" else 1000.0}
     renamed = _renamed(weights, config)
@@ -102,7 +112,37 @@ def convert_state_dict(
             renamed[name] = rows[:, : config["in_channels"]].flatten(0, 1).clone()
         notes.append("The learned variance, which SiT computes and throws away, was left out.")
     config |= overrides or {}
-    return ConvertedCheckpoint(config, renamed, projectors, class_token, architecture, tuple(notes))
+    return ConvertedCheckpoint(
+        config, renamed, projectors, class_token, architecture, tuple(notes), relatives=relatives
+    )
+
+
+def _present_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Early checkpoints of REPA count blocks behind the aligned one anew, as `decoder_blocks`; and a note of it."""
+    behind = block_numbers(weights, "decoder_blocks")
+    if not behind:
+        return dict(weights), []
+    depth = max(block_numbers(weights, "blocks"), default=-1) + 1
+
+    def present(key: str) -> str:
+        if not key.startswith("decoder_blocks."):
+            return key
+        _, number, rest = key.split(".", 2)
+        return f"blocks.{int(number) + depth}.{rest}"
+
+    note = f"An early checkpoint of REPA: its decoder_blocks are the blocks from {depth} on."
+    return {present(key): value for key, value in weights.items()}, [note]
+
+
+def _without_idle_projectors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out projectors to no channel, as REPA's code makes for its baseline (`z_dims=[0]`); and a note of it."""
+    last = re.compile(r"(projectors\.\d{1,3}\.)4\.(weight|bias)")
+    ends = [(match[1], value) for key, value in weights.items() if (match := last.fullmatch(key))]
+    idle = tuple(sorted({prefix for prefix, value in ends if not value.shape[0]}))
+    if not idle:
+        return dict(weights), []
+    note = "A baseline of REPA: its projector, which gives no channel, was left out."
+    return {key: value for key, value in weights.items() if not key.startswith(idle)}, [note]
 
 
 # Tensors from which sizes are read -> their dimensions.

@@ -139,6 +139,10 @@ class Objective(nn.Module):
         """
         return pipe(batch_size=count, generator=generator, num_inference_steps=steps).images
 
+    def preview_labels(self, count: int) -> Sequence[int] | None:
+        """Class of each of `preview`'s images, equal in a row of 8; None where they are of no class."""
+        return None
+
     # Frozen parts
 
     def freeze(self, name: str, module: Any) -> Any:
@@ -178,7 +182,10 @@ class Objective(nn.Module):
     # State
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: parameters that require a gradient, and persistent buffers, by name."""
+        """What a checkpoint keeps, by name: parameters that require a gradient, and persistent buffers.
+
+        The tensors themselves, not copies: a checkpoint is written back into them.
+        """
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         fixed = {name for name, p in self.named_parameters() if not p.requires_grad}
         return {k: v for k, v in self.state_dict().items() if k in trained or k not in fixed}

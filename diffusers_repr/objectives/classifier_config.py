@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.models import NoisyClassifier
 
 # Arguments of NoisyClassifier that base and data decide.
@@ -30,7 +30,7 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
             raise ValueError("`pretrained_model_name_or_path` is missing: the pipeline that is to be guided.")
-        arguments = mapping("model", self.model)
+        arguments = json_mapping("model", self.model)
         if taken := [name for name in GIVEN if name in arguments]:
             raise ValueError(f"`model` sets {taken}, which the pipeline and the data set decide; leave them out.")
         known = inspect.signature(NoisyClassifier.__init__).parameters

@@ -23,6 +23,7 @@ from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, Pipelin
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, Observation
 from diffusers_repr.objectives.auxiliary.losses import AuxiliaryLosses
 from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.objectives.card import card_of
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.teachers import Teachers, missing, name_encoders
 from diffusers_repr.objectives.times import TimeSampler
@@ -75,6 +76,7 @@ class DiffusionObjective(Objective):
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
         self.denoiser, self.network = denoiser, denoiser.model
+        self.card = {**type(self).card, **card_of(denoiser)}
         self.time_sampling, self.label_dropout = time_sampling or TimeSampler(), label_dropout
         self.conditioner = denoiser.conditioner
         if null_label is not None:
@@ -226,7 +228,7 @@ class DiffusionObjective(Objective):
 
     def loss_weights(self) -> dict[str, float]:
         """Factor of each loss; 1 for those left out."""
-        return {name: loss.weight for name, loss in self.losses.each.items()}
+        return {name: loss.current_weight for name, loss in self.losses.each.items()}
 
     def layer_tokens(self, path: str, value: Tensor, size: tuple[int, int]) -> FeatureMap:
         """What a layer returned, as tokens of the image."""
@@ -240,6 +242,10 @@ class DiffusionObjective(Objective):
         """Tell every auxiliary loss."""
         for loss in self.losses.each.values():
             loss.on_step_end(step, ema)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """With what the auxiliary losses keep, such as a teacher that follows the network."""
+        return {**super().trained_state(), **self.losses.kept_state("terms")}
 
     def identity(self) -> dict[str, Any]:
         """Settings of the conditioner and every auxiliary loss, and the fingerprints of the encoders."""
@@ -305,6 +311,10 @@ class DiffusionObjective(Objective):
             pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
             pipe.set_progress_bar_config(disable=True)
         return pipe(**given, generator=generator, num_inference_steps=steps).images
+
+    def preview_labels(self, count: int) -> Sequence[int] | None:
+        """See `Objective`."""
+        return self.conditioner.preview(count).get("class_labels")
 
 
 __all__ = ["DiffusionObjective"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.heads import (
@@ -66,7 +66,7 @@ class ReadoutConfig:
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
             raise ValueError("No base; pass --pretrained_model_name_or_path, a pipeline folder or a Hub id.")
-        arguments = mapping("head", self.head)
+        arguments = json_mapping("head", self.head)
         allowed = [name for name in inspect.signature(HEADS[self.kind].__init__).parameters if name not in GIVEN]
         check_keys("`head`", arguments, allowed)
         object.__setattr__(self, "head", arguments)
@@ -129,7 +129,7 @@ class ReadoutObjective(Objective):
         config, (low, high) = self.config, self.denoiser.schedule.timestep_range
         default = [low, low + 0.8 * (high - low)] if config.kind == "depth" else [low, high]
         options = {
-            **mapping("head", config.head),
+            **json_mapping("head", config.head),
             "level_range": config.level_range or default,
             "label_range": config.label_range,
         }

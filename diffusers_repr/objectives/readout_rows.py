@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from diffusers_repr.config.recipe import mapping, setting
+from diffusers_repr.config.recipe import json_mapping, setting
 from diffusers_repr.data.groups import GroupData
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.denoiser import Denoiser
@@ -82,7 +82,7 @@ class ReadoutRows(GroupData):
             channels,
             size,
             label=config.label_column if readout.reads_labels and not self.reads_edges else None,
-            label_channels=mapping("head", readout.head).get("out_channels", 1),
+            label_channels=json_mapping("head", readout.head).get("out_channels", 1),
             label_range=readout.label_range or (-1.0, 1.0),
             points=(config.points_column, config.second_points_column) if readout.kind == "correspondence" else (),
             max_points=config.max_points,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from transformers import ViTConfig, ViTModel
 
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.hub.files import write_json
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
@@ -56,7 +56,7 @@ class SimCLRConfig:
     eval_split: str | None = setting(None, "split whose labels measure the result; none: no measurement")
 
     def __post_init__(self) -> None:
-        arguments = mapping("model", self.model)
+        arguments = json_mapping("model", self.model)
         check_keys("`model`", arguments, ViTConfig().to_dict())
         missing = [key for key in ("image_size", "patch_size", "num_channels") if key not in arguments]
         if missing:

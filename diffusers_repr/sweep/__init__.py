@@ -1,6 +1,8 @@
 """Levels and layers compared: by what a task needs, by nearness to an encoder; and probes of features."""
 
 from diffusers_repr.sweep.align import measure_alignment
+from diffusers_repr.sweep.align_comparison import AlignmentComparison, ComparisonCell
+from diffusers_repr.sweep.align_models import compare_alignments
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 from diffusers_repr.sweep.measure import Bench, CellScore, Held, Measure, Piece, Split, Tally, register_measure
 from diffusers_repr.sweep.probes import FewShotScore, ProbeScore, few_shot_probe, knn_probe, linear_probe
@@ -14,8 +16,10 @@ __all__ = [
     "CKNNA",
     "Alignment",
     "AlignmentCell",
+    "AlignmentComparison",
     "Bench",
     "CellScore",
+    "ComparisonCell",
     "FewShotScore",
     "Held",
     "KNNAccuracy",
@@ -27,6 +31,7 @@ __all__ = [
     "SelectionCell",
     "Split",
     "Tally",
+    "compare_alignments",
     "few_shot_probe",
     "hold_out",
     "knn_probe",

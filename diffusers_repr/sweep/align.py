@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,22 +107,101 @@ def measure_alignment(
         seed=seed,
     )
     check_which(features)
-    check_whole("batch_size", batch_size, 1)
     splits = _open_splits(measures, data, test, samples, seed)
-    levels = sorted(
-        resolve_levels(denoiser, default_levels(denoiser) if timesteps is None else timesteps),
-        key=lambda level: (float(level.nsr), float(level.timestep)),
-    )
-    size = splits["train"].image_size(denoiser.image_channels, image_size)
-    grid = SweepGrid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
+    condition = {"prompt": prompt, "class_labels": class_labels}
 
     def encode(pixels: Tensor) -> Tensor:
         return pick(encoder.encode_pixels(pixels), features)
 
+    found = sweep_denoiser(
+        denoiser,
+        measures,
+        splits,
+        encode,
+        resolve_timesteps(denoiser, timesteps),
+        layers,
+        noise=noise,
+        seed=seed,
+        condition=condition,
+        image_size=image_size,
+        batch_size=batch_size,
+        memory_gib=memory_gib,
+        progress=progress,
+    )
+    warn_undefined(found.scores)
+    names = tuple(measure.name for measure in measures)
+    recipe = {
+        **_recipe(denoiser, encoder, splits, found.reads, found.size),
+        "features": features,
+        "noise": noise,
+        "sample_posterior": False,
+        "seed": seed,
+        "k": k,
+        "settings": {measure.name: measure.describe() for measure in measures},
+        **condition,
+    }
+    recipe = json.loads(json.dumps(recipe))  # lists for tuples, as it will be read back
+    return Alignment(_cells(found.grid, found.scores, names), names, found.bench.reference_scores, recipe)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep over one denoiser found.
+
+    Attributes:
+        grid: Its cells.
+        scores: Of every cell, by the name of the measure.
+        bench: With the features that were compared with.
+        reads: What is known of the images of each split.
+        size: (H, W) of the images as they were read.
+    """
+
+    grid: SweepGrid
+    scores: Mapping[Key, Mapping[str, CellScore]]
+    bench: Bench
+    reads: Mapping[str, SharedRead]
+    size: tuple[int, int]
+
+
+def sweep_denoiser(
+    denoiser: Denoiser,
+    measures: Sequence[Measure],
+    splits: Mapping[str, Split],
+    encode: Callable[[Tensor], Tensor],
+    levels: Sequence[NoiseLevel],
+    layers: Sequence[str] | str | None,
+    *,
+    noise: str,
+    seed: int,
+    condition: Mapping[str, Any],
+    image_size: int | tuple[int, int] | None,
+    batch_size: int,
+    memory_gib: float,
+    progress: bool,
+) -> Swept:
+    """Every measure of every layer of a denoiser at every level, in one pass where memory allows.
+
+    Args:
+        denoiser: The model.
+        measures: What is measured.
+        splits: `train`, and `held` for measures that score on other images.
+        encode: From pixels to the features `(n, D)` to compare with.
+        levels: Of `resolve_timesteps`.
+        layers: As in `measure_alignment`, and the rest.
+        noise: Policy.
+        seed: Of the noise.
+        condition: `prompt` and `class_labels`.
+        image_size: Resize to (H, W) or a square.
+        batch_size: Images a forward.
+        memory_gib: Features held at a time.
+        progress: Show a bar.
+    """
+    check_whole("batch_size", batch_size, 1)
+    size = splits["train"].image_size(denoiser.image_channels, image_size)
+    grid = SweepGrid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
     bench = Bench(splits, grid.device, encode)
     for measure in measures:
         measure.check(bench)
-    condition = {"prompt": prompt, "class_labels": class_labels}
     reads: dict[str, SharedRead] = {}
 
     def read(role: str, found: SharedRead) -> None:
@@ -132,20 +212,13 @@ def measure_alignment(
     with SweepBar(progress, "alignment") as bar:
         sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, image_size, bar)
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
-    _warn_undefined(scores)
-    names = tuple(measure.name for measure in measures)
-    recipe = {
-        **_recipe(denoiser, encoder, splits, reads, size),
-        "features": features,
-        "noise": noise,
-        "sample_posterior": False,
-        "seed": seed,
-        "k": k,
-        "settings": {measure.name: measure.describe() for measure in measures},
-        **condition,
-    }
-    recipe = json.loads(json.dumps(recipe))  # lists for tuples, as it will be read back
-    return Alignment(_cells(grid, scores, names), names, bench.reference_scores, recipe)
+    return Swept(grid, scores, bench, reads, size)
+
+
+def resolve_timesteps(denoiser: Denoiser, timesteps: Sequence[LevelLike] | None) -> list[NoiseLevel]:
+    """The levels asked for, the least noisy first; `default_levels` if None."""
+    levels = resolve_levels(denoiser, default_levels(denoiser) if timesteps is None else timesteps)
+    return sorted(levels, key=lambda level: (float(level.nsr), float(level.timestep)))
 
 
 def _cells(
@@ -186,11 +259,12 @@ def _open_splits(
     scored = any("held" in measure.roles for measure in measures)
     if scored and test is None:
         raise ValueError("Probes are measured on images they were not fitted on; pass test=(images, labels).")
-    splits = {"train": _open(data, "data", labelled, samples, seed)}
-    return {**splits, "held": _open(test, "test", labelled, None, seed)} if scored else splits
+    splits = {"train": open_split(data, "data", labelled, samples, seed)}
+    return {**splits, "held": open_split(test, "test", labelled, None, seed)} if scored else splits
 
 
-def _open(data: Any, role: str, labelled: bool, samples: int | None, seed: int) -> Split:
+def open_split(data: Any, role: str, labelled: bool, samples: int | None, seed: int) -> Split:
+    """Images, or `(images, labels)`, as a split; as many as `samples`, drawn by the seed."""
     labels = None
     if labelled or (isinstance(data, tuple) and len(data) == 2):
         opened = open_labelled(data, role)
@@ -215,7 +289,8 @@ def default_levels(denoiser: Denoiser) -> list[LevelLike]:
     return [round(share * schedule.num_train_timesteps) for share in _SHARES]
 
 
-def _warn_undefined(scores: dict[Key, dict[str, CellScore]]) -> None:
+def warn_undefined(scores: Mapping[Key, Mapping[str, CellScore]]) -> None:
+    """One warning for each metric and reason, that names the layers."""
     undefined: dict[tuple[str, str], dict[str, None]] = {}  # (metric, why) -> layers
     for (_, path), named in scores.items():
         for metric, score in named.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers_repr.hub.components import MAX_SIDE
+from diffusers_repr.hub.places import short_name
 from diffusers_repr.hub.schema import (
     Check,
     anything,
@@ -172,7 +173,7 @@ class Alignment(SweepResult):
         )
 
     def plot(self) -> bytes:
-        """PNG with a panel each metric: score by layer and noise level, and beside it one line a level.
+        """PNG with a panel each metric: score by layer and noise level, and beside it the best layers by level.
 
         A dashed line is the encoder's own score, where it has one; the best cell is marked. Needs matplotlib.
         """
@@ -186,7 +187,11 @@ class Alignment(SweepResult):
             for metric in self.metrics
         ]
         recipe = self.recipe
-        title = f"{recipe['model']['name'] or recipe['model']['class']} against {recipe['encoder']['name']}"
+        model, encoder = (
+            short_name(part.get("name") or part.get("class") or "a network")
+            for part in (recipe["model"], recipe["encoder"])
+        )
+        title = f"{model} against {encoder}"
         title += f", {recipe['data']['samples']} images" + (f", k={recipe['k']}" if "cknna" in self.metrics else "")
         title += "; dashed: the encoder's own" if self.encoder_scores else ""
         return draw_sweep(self.cells, panels, title, curves=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers_repr.pictures.figure import png_of, require_matplotlib
 from diffusers_repr.sweep.result import Cell
 
-_LEGEND = 12  # up to as many levels have their name beside the curves
+_NAMED = 5  # layers, the best ones, that have colour and name among the curves
+_LEVELS = 3  # from as many on, curves run over levels
+
+Grid = list[list[float]]  # a row for each layer, a column for each level, NaN where there is no score
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Panel:
         scores: `(layer, timestep)` -> number; None where there is none.
         best: The cell to mark.
         own: A score to compare with, as a dashed line beside the curves.
-        clean: Whether no noise was added, whatever the network is told.
+        clean: Whether no noise was added, whatever timestep the network is given.
     """
 
     title: str
@@ -32,19 +35,6 @@ class Panel:
     clean: bool = False
 
 
-def require_matplotlib() -> Any:
-    """The `matplotlib.figure` module.
-
-    Raises:
-        ImportError: If matplotlib is missing; names the extra.
-    """
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise ImportError('The heat map needs matplotlib: pip install "diffusers-repr[plot]"') from error
-    return figure
-
-
 def draw_sweep(
     cells: Sequence[Cell],
     panels: Sequence[Panel],
@@ -52,8 +42,12 @@ def draw_sweep(
     label: str | None = None,
     style: str = "{:.2f}",
     curves: bool = False,
+    lower_is_better: bool = False,
 ) -> bytes:
     """PNG of panels side by side: layers in execution order downwards, noisier to the right.
+
+    Colours run over the scores of all layers but the worst one, which would take most of them for itself; what lies
+    beyond has the colour of the end, and the bar an arrow.
 
     Args:
         cells: Say which layers and levels there are.
@@ -61,7 +55,9 @@ def draw_sweep(
         title: Of the whole.
         label: Of the one scale that all panels share; None: each has a scale of its own.
         style: Of the numbers written into the cells.
-        curves: Also draw score by layer, one line a level, beside each heat map.
+        curves: Also draw curves beside each heat map: score by level of the best layers, which are named, and of the
+            others in grey; by layer where there are only one or two levels.
+        lower_is_better: Whether scores are errors.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -69,90 +65,131 @@ def draw_sweep(
     figure = require_matplotlib()
     layers = {c.layer: c for c in sorted(cells, key=lambda c: c.order)}
     levels = {c.timestep: c for c in sorted(cells, key=lambda c: (c.nsr, c.timestep))}
-    beside = 2.6 if curves else 0.0
+    beside = 3.4 if curves else 0.0
     width = 3.4 + (max(4.0, 0.62 * len(levels)) + beside) * len(panels)
-    height = 1.9 + max(2.4, 0.26 * len(layers))
+    height = 1.9 + max(2.8 if curves else 2.4, 0.26 * len(layers))
     picture = figure.Figure(figsize=(width, height), layout="constrained", dpi=min(140, 20000 / max(width, height)))
     ratios = [max(4.0, 0.62 * len(levels)), *([beside] if curves else [])] * len(panels)
-    axes = picture.subplots(1, len(ratios), sharey=True, squeeze=False, width_ratios=ratios)[0]
+    axes = picture.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
     maps, lines = axes[:: 2 if curves else 1], axes[1::2] if curves else [None] * len(panels)
-    every = [score for panel in panels for score in panel.scores.values() if score is not None]
-    image = None
-    for axis, line, panel in zip(maps, lines, panels, strict=True):
-        grid = [[_number(panel.scores[layer, level]) for level in levels] for layer in layers]
-        own = every if label is not None else [score for score in panel.scores.values() if score is not None]
-        low, high = min(own, default=0.0), max(own, default=1.0)
-        image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-        _name_axes(axis, levels, layers, panel)
+    grids: list[Grid] = [[[_number(p.scores[a, t]) for t in levels] for a in layers] for p in panels]
+    shared = _colour_range(grids, lower_is_better)
+    for axis, line, panel, grid in zip(maps, lines, panels, grids, strict=True):
+        low, high, extend = shared if label is not None else _colour_range([grid], lower_is_better)
+        colours = "viridis_r" if lower_is_better else "viridis"
+        image = axis.imshow(grid, aspect="auto", cmap=colours, vmin=low, vmax=high)
+        _name_axes(axis, levels, layers, panel, axis is maps[0])
         if len(levels) <= 16:
-            _write_values(axis, grid, low, high, style)
+            _write_values(axis, grid, image, style)
         if label is None:
-            picture.colorbar(image, ax=axis, shrink=0.9)
+            picture.colorbar(image, ax=axis, shrink=0.9, extend=extend)
+        elif axis is maps[-1]:
+            picture.colorbar(image, ax=list(maps), label=label, shrink=0.9, extend=extend)
         if line is not None:
-            _draw_curves(line, levels, grid, panel)
+            _draw_curves(line, levels, list(layers), grid, panel, lower_is_better)
         if panel.best is not None:
-            row, column = list(layers).index(panel.best[0]), list(levels).index(panel.best[1])
-            _mark(axis, column, row)
-            if line is not None:
-                line.plot(grid[row][column], row, "o", ms=9, mfc="none", mec="red", mew=1.6, zorder=5)
-    maps[0].set_ylabel("layer, in execution order, and share of the forward's FLOPs")
-    if label is not None:
-        picture.colorbar(image, ax=list(maps), label=label, shrink=0.9)
+            _mark(axis, list(levels).index(panel.best[1]), list(layers).index(panel.best[0]))
+    maps[0].set_ylabel("layer, in execution order;\nshare of the forward's FLOPs")
     picture.suptitle(title, fontsize=10)
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png_of(picture)
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _name_axes(axis: Any, levels: Mapping[float, Cell], layers: Mapping[str, Cell], panel: Panel) -> None:
-    names = [f"{t:g}" if panel.clean else f"{t:g}\n{_short(c.nsr)}" for t, c in levels.items()]
-    axis.set_xticks(range(len(levels)), names, fontsize=8)
-    axis.set_xlabel("timestep told (no noise added)" if panel.clean else "timestep\nnoise-to-signal ratio")
-    axis.set_yticks(range(len(layers)), [f"{p}  {c.flops_share:4.0%}" for p, c in layers.items()], fontsize=8)
+def _colour_range(grids: Sequence[Grid], lower_is_better: bool) -> tuple[float, float, str]:
+    """Lowest and highest score of all layers but the worst, and to which side others lie beyond (`extend`)."""
+    rows = [[v for grid in grids for v in grid[at] if not math.isnan(v)] for at in range(len(grids[0]))]
+    known = [row for row in rows if row]
+    scores = [v for row in known for v in row]
+    if not scores:
+        return 0.0, 1.0, "neither"
+    if len(known) > 2:
+        order = sorted(known, key=lambda row: sum(row) / len(row), reverse=not lower_is_better)
+        known = order[:-1]
+    low, high = min(map(min, known)), max(map(max, known))
+    beyond = min(scores) < low, max(scores) > high
+    return low, high, {(True, False): "min", (False, True): "max", (True, True): "both"}.get(beyond, "neither")
+
+
+def _name_axes(
+    axis: Any, levels: Mapping[float, Cell], layers: Mapping[str, Cell], panel: Panel, name_layers: bool
+) -> None:
+    axis.set_xticks(range(len(levels)), _level_names(levels, panel), fontsize=8)
+    axis.set_xlabel("timestep given to the network\n(image without noise)" if panel.clean else _LEVEL)
+    names = [f"{path}  {cell.flops_share:4.0%}" for path, cell in layers.items()]
+    axis.set_yticks(range(len(layers)), names if name_layers else [], fontsize=8)
     if panel.title:
         axis.set_title(panel.title, fontsize=9)
+
+
+_LEVEL = "timestep\nnoise-to-signal ratio"
+
+
+def _level_names(levels: Mapping[float, Cell], panel: Panel) -> list[str]:
+    return [f"{t:g}" if panel.clean else f"{t:g}\n{_short(c.nsr)}" for t, c in levels.items()]
 
 
 def _short(nsr: float) -> str:
     return f"{nsr:.2f}" if nsr < 10 else f"{nsr:.3g}"
 
 
-def _write_values(axis: Any, grid: list[list[float]], low: float, high: float, style: str) -> None:
+def _write_values(axis: Any, grid: Grid, image: Any, style: str) -> None:
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
-            dark = value < low + 0.6 * (high - low)
-            axis.text(
-                column,
-                row,
-                "" if math.isnan(value) else style.format(value),
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                color="white" if dark else "black",
-            )
+            if math.isnan(value):
+                continue
+            red, green, blue, _ = image.to_rgba(value)
+            ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+            axis.text(column, row, style.format(value), ha="center", va="center", fontsize=6.5, color=ink)
 
 
-def _draw_curves(axis: Any, levels: Mapping[float, Cell], grid: list[list[float]], panel: Panel) -> None:
-    """Score by layer, beside the rows of the heat map; darker lines are less noisy levels."""
-    from matplotlib import colormaps
-
-    shades = colormaps["viridis"]
-    for at, timestep in enumerate(levels):
-        shade = shades(0.92 * at / max(len(levels) - 1, 1))
-        axis.plot([row[at] for row in grid], range(len(grid)), ".-", lw=1, color=shade, label=f"{timestep:g}")
+def _draw_curves(
+    axis: Any,
+    levels: Mapping[float, Cell],
+    layers: Sequence[str],
+    grid: Grid,
+    panel: Panel,
+    lower_is_better: bool,
+) -> None:
+    """Score by level, a line a layer; with one or two levels score by layer, a line a level."""
+    if len(levels) < _LEVELS:
+        for at, timestep in enumerate(levels):
+            axis.plot(range(len(layers)), [row[at] for row in grid], ".-", lw=1, label=f"timestep {timestep:g}")
+        axis.set_xlabel("layer, in execution order")
+    else:
+        sign = -1 if lower_is_better else 1
+        peaks = {at: max(sign * v for v in row if not math.isnan(v)) for at, row in enumerate(grid) if _any(row)}
+        named = sorted(peaks, key=lambda at: -peaks[at])[:_NAMED]
+        for at in peaks:
+            if at not in named:
+                axis.plot(range(len(levels)), grid[at], "-", lw=0.8, color="0.8", zorder=1)
+        for at in named:
+            axis.plot(range(len(levels)), grid[at], ".-", lw=1.4, label=layers[at])
+        axis.set_xticks(range(len(levels)), _level_names(levels, panel), fontsize=8)
+        axis.set_xlabel(_LEVEL)
     if panel.own is not None:
-        axis.axvline(panel.own, color="0.4", ls="--", lw=1)
-    if len(levels) <= _LEGEND:
-        axis.legend(title="timestep", fontsize=7, title_fontsize=7)
-    axis.set_xlabel("score by layer")
+        axis.axhline(panel.own, color="0.4", ls="--", lw=1)
+    if axis.get_legend_handles_labels()[0]:
+        others = len(levels) >= _LEVELS and len(layers) > _NAMED
+        axis.legend(title="best layers; others grey" if others else None, fontsize=7, title_fontsize=7)
+    if panel.best is not None:
+        row, column = layers.index(panel.best[0]), list(levels).index(panel.best[1])
+        at = column if len(levels) >= _LEVELS else row
+        axis.plot(at, grid[row][column], "o", ms=9, mfc="none", mec="red", mew=1.6, zorder=5)
+    axis.set_title(panel.title, fontsize=9)
     axis.grid(alpha=0.3)
+
+
+def _any(row: Sequence[float]) -> bool:
+    return any(not math.isnan(value) for value in row)
 
 
 def _mark(axis: Any, column: int, row: int) -> None:
     from matplotlib.patches import Rectangle
 
     axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.2, zorder=3))
+
+
+__all__ = ["Panel", "draw_sweep"]

@@ -29,12 +29,24 @@ from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.picture import Panel, draw_sweep
 from diffusers_repr.sweep.result import CELL, NAME, Cell, SweepResult, tuples
 
-_TITLES = {
-    "accuracy": "validation accuracy (%)",
-    "balanced_accuracy": "validation accuracy, mean over classes (%)",
-    "neg_brier": "negative squared distance to the one-hot label, validation",
-    "r2": "validation R²",
-    "neg_mse": "negative mean squared error on validation",
+
+@dataclass(frozen=True)
+class _Shown:
+    """How people read a metric: `factor * score`, with so many digits in a title and in a cell."""
+
+    title: str
+    factor: int = 1
+    digits: int = 3
+    unit: str = ""
+    in_cell: int = 2
+
+
+_PLAIN = {
+    "accuracy": _Shown("validation accuracy (%)", 100, 1, " %", 1),
+    "balanced_accuracy": _Shown("validation accuracy, mean over classes (%)", 100, 1, " %", 1),
+    "neg_brier": _Shown("Brier score on validation (lower is better)", -1),
+    "r2": _Shown("validation R²"),
+    "neg_mse": _Shown("mean squared error on validation (lower is better)", -1),
 }
 
 
@@ -184,27 +196,27 @@ class Selection(SweepResult):
     def heatmap(self) -> bytes:
         """PNG of score by layer (rows, in execution order) and noise level, a panel each policy; needs matplotlib.
 
-        A frame marks the best cell.
+        A frame marks the best cell. Accuracies are in percent; losses, which scores hold with a minus, positive.
         """
-        factor, (digits, unit) = (100, (1, " %")) if "accuracy" in self.metric else (1, (3, ""))
-        best = self.best
+        shown, best = _PLAIN.get(self.metric, _Shown(self.metric)), self.best
         policies = list(dict.fromkeys(cell.noise for cell in self.cells))
         panels = [
             Panel(
                 f"noise: {policy}" if len(policies) > 1 else "",
-                {(c.layer, c.timestep): factor * c.score for c in self.cells if c.noise == policy},
+                {(c.layer, c.timestep): shown.factor * c.score for c in self.cells if c.noise == policy},
                 (best.layer, best.timestep) if best.noise == policy else None,
                 clean=policy == "clean",
             )
             for policy in policies
         ]
-        value = f"{factor * best.score:.{digits}f}{unit}"
+        value = f"{shown.factor * best.score:.{shown.digits}f}{shown.unit}"
         if best.mean is not None and best.std is not None and len(self.seeds) > 1:
-            value = f"{factor * best.mean:.{digits}f} ± {factor * best.std:.{digits}f}{unit}"
-            value += f" over {len(self.seeds)} noise seeds"
-        title = f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {value}"
-        style = "{:.1f}" if factor == 100 else "{:.2f}"
-        return draw_sweep(self.cells, panels, title, _TITLES.get(self.metric, self.metric), style)
+            spread = f"{abs(shown.factor) * best.std:.{shown.digits}f}{shown.unit}"
+            value = f"{shown.factor * best.mean:.{shown.digits}f} ± {spread} over {len(self.seeds)} noise seeds"
+        name = shown.title.split(" (")[0]
+        title = f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {name} {value}"
+        style = f"{{:.{shown.in_cell}f}}"
+        return draw_sweep(self.cells, panels, title, shown.title, style, lower_is_better=shown.factor < 0)
 
     def save(self, folder: str | Path, heatmap: bool = True) -> Path:
         """Write `selection.json`, `selection.parquet` (the cells) and `heatmap.png` into a folder.

@@ -23,23 +23,32 @@ class CKNNA(Measure):
     k: int = 10
     symmetric: bool = True
     clamp_quantile: float | None = None
+    unbiased: bool = True
+    normalize_rows: bool = True
+    eps: float = 0.0
 
     roles: ClassVar[tuple[str, ...]] = ("train",)
     needs_encoder: ClassVar[bool] = True
 
     def check(self, bench: Bench) -> None:
-        """K has to leave a row out."""
-        check_whole("k", self.k, 1, len(bench.splits["train"]) - 1)
+        """K has to leave a row out, if the estimator is unbiased."""
+        check_whole("k", self.k, 1, len(bench.splits["train"]) - self.unbiased)
+
+    def describe(self) -> dict[str, Any]:
+        """Every field; the later ones where they are not as they always were, so that older records compare."""
+        usual = {"unbiased": True, "normalize_rows": True, "eps": 0.0}
+        return {key: value for key, value in super().describe().items() if usual.get(key, ...) != value}
 
     def score(self, cell: Held) -> float:
         """About 0 to 1."""
         shared = cell.bench.shared
         if self not in shared:
             shared[self] = self._graph(cell.bench.reference["train"].to(cell.train.device))
-        return compare_graphs(self._graph(cell.train), shared[self], symmetric=self.symmetric)
+        return compare_graphs(self._graph(cell.train), shared[self], symmetric=self.symmetric, eps=self.eps)
 
     def _graph(self, features: Tensor) -> NeighbourGraph:
-        return neighbour_graph(features, self.k, clamp_quantile=self.clamp_quantile)
+        settings = {name: getattr(self, name) for name in ("unbiased", "normalize_rows", "clamp_quantile")}
+        return neighbour_graph(features, self.k, **settings)
 
 
 @register_measure("cka")

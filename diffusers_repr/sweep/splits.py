@@ -68,6 +68,7 @@ def _as_values(data: Labelled) -> Labelled:
 
 def _classes(fit: Labelled, score: Labelled, metric: str) -> tuple[Labelled, Labelled, list[int]]:
     ids, held = _ids(fit, metric), _ids(score, metric)
+    fit.check_classes()
     classes, counts = ids.unique(return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"{fit} has the single class {classes.tolist()}; nothing tells features apart. Need 2.")
@@ -122,9 +123,10 @@ def _refuse_same(train: Any, validation: Any) -> None:
 
 
 def hold_out(data: ImageData, fraction: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:
-    """Split a part off train, to validate on, for data sets without a validation split.
+    """Split a part off train, to validate or to test on, for data sets without such a split.
 
     Rows are put in the order of a hash of (seed, position), so the same on every machine; each class gives its share.
+    The names of both parts tell how they were made, and so do recipes and cards.
 
     Args:
         data: A train split.
@@ -132,22 +134,47 @@ def hold_out(data: ImageData, fraction: float = 0.2, seed: int = 0) -> tuple[Ima
         seed: Of the hash.
 
     Returns:
-        `(train, validation)`.
+        `(train, held out)`.
 
     Raises:
         ValueError: For a fraction outside (0, 1), a test split, or if one part would be empty.
     """
     refuse_test(data.split)
     if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1; got {fraction!r}.")
-    labels = data.labels() if data.label_column is not None else [0] * len(data)
-    order = sorted(range(len(labels)), key=lambda row: hashlib.blake2b(f"{seed}:{row}".encode()).digest())
-    order = _spread(order, labels)
+        raise ValueError(f"The fraction to hold out must lie between 0 and 1; got {fraction!r}.")
+    order = _drawn(data, seed)
     count = round(fraction * len(order))
     if not 0 < count < len(order):
         raise ValueError(f"A fraction {fraction} of {len(order)} rows leaves one part empty.")
-    held = data.select(sorted(order[:count]))
-    return data.select(sorted(order[count:])), replace(held, split=f"{data.split}, held out")
+    part = f"{fraction:g} held out by seed {seed}"
+    return (
+        replace(data.select(sorted(order[count:])), split=f"{data.split} without {part}"),
+        replace(data.select(sorted(order[:count])), split=f"{data.split}, {part}"),
+    )
+
+
+def draw_rows(data: ImageData, count: int, seed: int = 0) -> ImageData:
+    """A few rows, in their order, of each class its share; all if there are no more.
+
+    Args:
+        data: Any split.
+        count: Of rows.
+        seed: As in `hold_out`.
+
+    Raises:
+        ValueError: For a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"The number of rows must be at least 1; got {count}.")
+    return data if count >= len(data) else data.select(sorted(_drawn(data, seed)[:count]))
+
+
+def _drawn(data: ImageData, seed: int) -> list[int]:
+    """All rows in the order in which `hold_out` takes them."""
+    labels = data.labels() if data.label_column is not None else [0] * len(data)
+    return _spread(
+        sorted(range(len(labels)), key=lambda row: hashlib.blake2b(f"{seed}:{row}".encode()).digest()), labels
+    )
 
 
 def _spread(order: Sequence[int], labels: Sequence[int]) -> list[int]:

@@ -106,13 +106,20 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     changed = list(protocol.get("changed", []))
     changes = f" with other values of {', '.join(changed)}" if changed else ""
     settings = {k: v for k, v in protocol.items() if k not in ("name", "version", "source", "changed", "chosen")}
-    lines = [f"| {name} | {value} |" for name, value in settings.items()]
+    lines = [f"| {name} | {_short(value)} |" for name, value in settings.items()]
     chosen = [
         f"| chosen {name} | {('no', 'yes')[value] if isinstance(value, bool) else f'{value:.6g}'} |"
         for name, value in protocol.get("chosen", {}).items()
     ]
     head = f"Protocol `{protocol['name']}`, version {protocol['version']}{changes}. {protocol.get('source', '')}"
     return "\n".join(["## Fitting", "", head, "", "| | |", "|---|---|", *lines, *chosen])
+
+
+def _short(value: Any) -> str:
+    """Numbers with as many digits as people read."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_short, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _scores(recipe: ProbeRecipe) -> str:

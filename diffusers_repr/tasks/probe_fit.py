@@ -19,7 +19,6 @@ from diffusers_repr.heads import PooledHead, fit_head
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.base_record import Level
 from diffusers_repr.hub.places import public_name
-from diffusers_repr.hub.schema import MAX_ITEMS
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.sweep.splits import refuse_one_class
@@ -162,12 +161,9 @@ def _levels(extractor: FeatureExtractor, asked: Any) -> tuple[Level, ...]:
 
 
 def _names(data: Labelled, held: Labelled | None, given: Sequence[str] | None) -> list[str]:
+    if given is None:
+        data.check_classes()
     classes = int(data.targets.max()) + 1
-    if classes > MAX_ITEMS:
-        raise ValueError(
-            f"Labels of {data} run to {classes - 1}; class ids are numbered from 0 to at most {MAX_ITEMS - 1}. "
-            "`dataset.class_encode_column(column)` numbers what there is."
-        )
     names = list(given) if given is not None else data.label_names or [str(i) for i in range(classes)]
     if len(set(names)) < len(names):
         raise ValueError(f"label_names must differ; got {names}.")

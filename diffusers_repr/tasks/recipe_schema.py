@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.features.noise_policy import Policy
+from diffusers_repr.features.pooling import POOLINGS, VECTORS
 from diffusers_repr.hub.components import MAX_SIDE, MAX_WIDTH
 from diffusers_repr.hub.errors import is_repo_id
 from diffusers_repr.hub.schema import (
@@ -61,7 +62,7 @@ def recipe_schema(score: type) -> Check:
         "noise": one_of(*get_args(Policy)),
         "seed": integer(-(1 << 63), (1 << 64) - 1),
         "ensemble_size": integer(1, MAX_ENSEMBLE),
-        "pooling": text(20, pattern=r"mean|max|adaptive:[1-9]\d{0,2}", what="'mean', 'max' or 'adaptive:P', P to 999"),
+        "pooling": text(20, pattern=VECTORS, what=POOLINGS),
         "image_size": listing(_SIZE, 2, 2),
         "preprocessing": mapping(anything(4, 1000), 0, 100),
         "sample_posterior": boolean(),

@@ -89,7 +89,9 @@ def check_state(objective: Objective) -> None:
     inside = sorted(name for name, p in _frozen_parameters(objective) if id(p) in owned)
     _holds(not inside, f"the frozen {inside} are parameters of the objective")
     state, kept = objective.state_dict(), objective.trained_state()
-    _holds(kept.keys() <= state.keys(), "trained_state holds more than state_dict")
+    places = {p.data_ptr() for _, p in _frozen_parameters(objective)}
+    more = sorted(name for name in kept.keys() - state.keys() if kept[name].data_ptr() not in places)
+    _holds(not more, f"trained_state holds {more}, which neither state_dict nor a frozen part has")
     for path, module in objective.ema_modules().items():
         _holds(_lies_at(objective, path, module), f"ema_modules names {path!r}, and another module lies there")
     identity = objective.identity()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
 
 from diffusers_repr.hub import atomic_write
+from diffusers_repr.pictures.grid import image_grid
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.logs import read_log
 from diffusers_repr.training.run import Run
@@ -54,13 +53,14 @@ class Evaluations:
             self.accelerator.log(numbers, step=step)
 
 
-def validate(run: Run, evaluations: Evaluations, picture: str) -> None:
+def validate(run: Run, evaluations: Evaluations, picture: str, names: Sequence[str] | None) -> None:
     """Write a PNG grid of samples of the averaged weights, in rows of 8, and measure; every process must call it.
 
     Args:
         run: The run.
         evaluations: What is measured.
         picture: Path of the grid in the output folder.
+        names: Of the classes, if the data have some.
     """
     config = run.config
     if not config.eval_batch_size and evaluations.evaluate is None:
@@ -73,16 +73,22 @@ def validate(run: Run, evaluations: Evaluations, picture: str) -> None:
             pipe.set_progress_bar_config(disable=True)
         with torch.random.fork_rng():
             if config.eval_batch_size:
-                write_samples(run, pipe, Path(config.output_dir) / picture)
+                write_samples(run, pipe, Path(config.output_dir) / picture, names)
             evaluations.measure(pipe, run.progress.step)
     run.accelerator.wait_for_everyone()
 
 
-def write_samples(run: Run, pipe: Any, path: Path) -> None:
-    """The grid of samples."""
-    config = run.config
+def write_samples(run: Run, pipe: Any, path: Path, names: Sequence[str] | None) -> None:
+    """The grid of samples, with the run's name and step above, and of classes their names beside."""
+    config, objective = run.config, run.objective
     generator = torch.Generator("cpu").manual_seed(config.seed)
-    images = run.objective.preview(pipe, config.eval_batch_size, generator, config.num_inference_steps)
-    images = [ImageOps.scale(image, max(1, 32 // image.width), Image.Resampling.NEAREST) for image in images]
+    images = objective.preview(pipe, config.eval_batch_size, generator, config.num_inference_steps)
+    labels = objective.preview_labels(len(images))
+    rows = None if labels is None else [_name(labels[at], names) for at in range(0, len(images), 8)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(images) // 8, cols=8).save(path)
+    title = f"{Path(config.output_dir).name}, step {run.progress.step:,}"
+    image_grid(images, title=title, row_titles=rows).save(path)
+
+
+def _name(label: int, names: Sequence[str] | None) -> str:
+    return names[label] if names and label < len(names) else f"class {label}"

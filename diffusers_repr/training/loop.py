@@ -135,7 +135,7 @@ def train(
 
     settings = recipe or dataclasses.asdict(config)
     save_result(run, settings)
-    validate(run, evaluations, "samples.png")
+    validate(run, evaluations, "samples.png", getattr(data, "class_names", None))
     write_card(run, data, log.lines, settings, evaluations.last)
     progress = run.progress
     warn_of_skipped(progress)
@@ -175,7 +175,7 @@ def train_loop(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluat
         if step % config.checkpointing_steps == 0 or last:
             run.save(gather_streams(data, accelerator))
         if config.validation_steps and step % config.validation_steps == 0 and not last:
-            validate(run, evaluations, f"samples/step-{step:08d}.png")
+            validate(run, evaluations, f"samples/step-{step:08d}.png", getattr(data, "class_names", None))
             since = time.perf_counter(), step
     bar.close()
 

@@ -13,7 +13,7 @@ import torch
 from diffusers_repr.config.recipe import to_yaml
 from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder, write_json
 from diffusers_repr.hub.allowed import ARTIFACTS
-from diffusers_repr.hub.places import without_places
+from diffusers_repr.hub.places import public_name, without_places
 from diffusers_repr.objectives import Objective, PipelineArtifact
 from diffusers_repr.objectives.adapters import ADAPTERS, loading
 from diffusers_repr.training.config import recipe_of
@@ -124,13 +124,16 @@ def card(
     weights = "the moving average" if config.ema_max_decay else "those of the last step"
     apart = "; projectors and heads lie apart in `heads/`" if (folder / "heads").is_dir() else ""
     own += adapters_text(objective, folder, config.hub_model_id or folder.name)
-    text = f"""A {about.pop("kind")} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
+    kind, name = about.pop("kind"), data_name(data, recipe)
+    of, split = ("", "") if name is None else (f" of `{name}`", f", split `{recipe.get('dataset_split', 'train')}`")
+    article = "An" if kind[0] in "aeiou" else "A"
+    text = f"""{article} {kind} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
 {weights}, saved in {config.save_dtype}{apart}.
 
 {own}
 {"![samples](samples.png)" if config.eval_batch_size else ""}
 
-- Data: {size_of_data} of `{recipe.get("dataset_name")}`, split `{recipe.get("dataset_split", "train")}`, and no other.
+- Data: {size_of_data}{of}{split}, and no other.
 - Classes: {len(names) if names else "none"}.
 - Steps: {last["step"]:,} with seed {config.seed}; {last["skipped"]} skipped, where the loss was not finite.
 
@@ -146,12 +149,11 @@ def card(
 ```yaml
 {to_yaml(dict(recipe))}```
 """
-    name = str(recipe.get("dataset_name") or "")
     return model_card(
         title=folder.name,
         text=text,
         metrics=[Metric(value=measured[key], **parts) for key, parts in named.items() if key in measured],
-        datasets=[name] if "/" in name and is_repo_id(name) and not Path(name).exists() else [],
+        datasets=[name] if name and "/" in name and is_repo_id(name) and not Path(name).exists() else [],
         **about,
     )
 
@@ -173,6 +175,12 @@ def adapters_text(objective: Objective, folder: Path, name: str) -> str:
         f"\n\nLow-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for "
         f"the model that they were trained on: `{line}`. Loaded onto these weights they would act twice."
     )
+
+
+def data_name(data: Any, recipe: Mapping[str, Any]) -> str | None:
+    """The data set's name, in the words of the recipe or its own, without places on this machine; None without one."""
+    name = recipe.get("dataset_name") or getattr(data, "name", None)
+    return None if name is None else public_name(str(name))
 
 
 def final_loss(lines: list[dict[str, Any]]) -> float:

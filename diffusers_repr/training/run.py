@@ -219,13 +219,13 @@ class Run:
         missing = [name for name in ("progress", "ema_updates", "scaler") if name not in state]
         if missing:
             raise CheckpointError(f"{path.name} is damaged: its state.json has no {', '.join(missing)}.")
-        own, trained = self.objective.state_dict(), self.objective.trained_state()
+        trained = self.objective.trained_state()
         model, ema, optimizer = (read_tensors(path, name) for name in ("model", "ema", "optimizer"))
         check_same_tensors(path, "model", model, trained)
         check_same_tensors(path, "ema", ema, self.ema.shadow)
         states = self._optimizer_states(path, optimizer)
         for name, value in model.items():
-            put(own[name], value)
+            put(trained[name], value)
         self.ema.load_state_dict(ema)
         self.ema.updates = state["ema_updates"]
         self._load_optimizers(states)

@@ -6,7 +6,7 @@
 
 Each row samples the same number of images of each digit from the same noise as every other row of its seed. A row that
 is done is not done again: several processes may share a folder, each with its own seeds. Writes `rows.jsonl`,
-`report.md`, `scales.png` and a picture for each method.
+`report.md`, `scales.png` and `digits.png`, samples of all methods.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_repr import CFG, PAG, SAG, AutoGuidance, ClassifierGuidance, EnergyGuidance, NoisyClassifier, guide
+from diffusers_repr.pictures.grid import image_grid
 
 MODELS = Path(__file__).parents[1] / "models"
 CLASSES = 10
@@ -171,36 +172,41 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def grid(images: Tensor, scale: int = 6, columns: int = CLASSES) -> Image.Image:
-    rows = [torch.cat(list(row), dim=-1) for row in images.clamp(0, 1).split(columns)]
-    pixels = (torch.cat(rows, dim=-2)[0] * 255).round().to(torch.uint8).numpy()
-    image = Image.fromarray(pixels, "L")
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
 def less_ink(features, x0: Tensor, condition) -> Tensor:
     return x0.clamp(-1, 1).mean(dim=(1, 2, 3))
 
 
 def pictures(folder: Path, pipe, weaker: UNet2DModel | None, steps: int) -> None:
-    """Two samples of each digit, all methods from the same noise."""
+    """Two samples of each digit, a column each, all methods from the same noise: digits.png."""
     labels = torch.arange(2 * CLASSES) % CLASSES
     noise = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(0))
     shown: dict[str, tuple] = {
-        "none": (),
-        "cfg": (CFG(3.0),),
-        "pag": (pag(2.0),),
-        "sag": (SAG(1.0),),
-        "energy": (EnergyGuidance(less_ink, scale=20.0),),
+        "no guidance": (),
+        "CFG(3.0)": (CFG(3.0),),
+        "PAG(2.0)": (pag(2.0),),
+        "SAG(1.0)": (SAG(1.0),),
+        "EnergyGuidance: less ink": (EnergyGuidance(less_ink, scale=20.0),),
     }
     if weaker is not None:
-        shown["auto"] = (AutoGuidance(weaker, scale=1.0),)
-    for name, guidance in shown.items():
-        grid(sample(pipe, guidance, labels, noise, steps)).save(folder / f"{name}.png")
+        shown["AutoGuidance(1.0)"] = (AutoGuidance(weaker, scale=1.0),)
+    images = {name: sample(pipe, guidance, labels, noise, steps) for name, guidance in shown.items()}
     plain = load(MODELS / "digits-ddpm")
     classifier = NoisyClassifier.from_pretrained(MODELS / "digits-classifier")
     guidance = (ClassifierGuidance(classifier, labels.tolist(), scale=1.0),)
-    grid(sample(plain, guidance, None, noise, steps)).save(folder / "classifier.png")
+    images["ClassifierGuidance(1.0),\nmodel without classes"] = sample(plain, guidance, None, noise, steps)
+    draw(images).save(folder / "digits.png")
+
+
+def draw(images: Mapping[str, Tensor]) -> Image.Image:
+    """Two rows of each method, a column of each digit."""
+    return image_grid(
+        torch.cat(list(images.values())),
+        CLASSES,
+        title="Digits asked for, two samples each; all methods from the same noises",
+        row_titles=[title for name in images for title in (name, "")],
+        column_titles=[str(digit) for digit in range(CLASSES)],
+        side=48,
+    )
 
 
 def main() -> None:

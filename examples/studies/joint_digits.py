@@ -18,11 +18,12 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from digits_metrics import DigitsJudge, real_digits
-from guidance_digits import grid
+from PIL import Image
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import training_target
+from diffusers_repr.pictures.grid import image_grid
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -164,14 +165,31 @@ def pictures(folder: Path, pipes: dict[str, JointDiffusionPipeline], steps: int)
     images, labels = real_digits("test")
     for name, scale in TURNED.items():
         if name in pipes:
-            title = name.lower()
-            grid(samples(pipes[name], 20, steps, 0.0)).save(folder / f"{title}_none.png")
-            grid(samples(pipes[name], 20, steps, scale)).save(folder / f"{title}_guided.png")
+            free, guided = (samples(pipes[name], 20, steps, by) for by in (0.0, scale))
+            draw_samples(name, scale, free, guided).save(folder / f"{name.lower()}_samples.png")
             first = torch.stack([images[labels == digit][0] for digit in range(CLASSES)])
             rows = [
                 turned(pipes[name], first, torch.full((CLASSES,), digit), scale, steps) for digit in range(CLASSES)
             ]
-            grid(torch.cat([first, *rows])).save(folder / f"{title}_counterfactual.png")
+            draw_turned(name, scale, torch.cat([first, *rows])).save(folder / f"{name.lower()}_counterfactual.png")
+
+
+def draw_samples(name: str, scale: float, free: Tensor, guided: Tensor) -> Image.Image:
+    """Two rows without guidance, where a column means nothing, and two rows with."""
+    rows = ["no guidance"] * 2 + [f"guided,\nscale {scale:g}"] * 2
+    title = f"{name}: samples, and below samples guided by its own classifier to the digit of the column"
+    return draw(torch.cat([free, guided]), title, rows)
+
+
+def draw_turned(name: str, scale: float, images: Tensor) -> Image.Image:
+    """A row of test digits, and below it all of them guided to one digit."""
+    rows = ["a test image", *(f"turned into {digit}" for digit in range(CLASSES))]
+    return draw(images, f"{name}: a test image a column, turned into each digit, scale {scale:g}", rows)
+
+
+def draw(images: Tensor, title: str, rows: list[str]) -> Image.Image:
+    digits = [str(digit) for digit in range(CLASSES)]
+    return image_grid(images, CLASSES, title=title, row_titles=rows, column_titles=digits, side=40)
 
 
 def main(argv: list[str] | None = None) -> None:

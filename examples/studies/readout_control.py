@@ -5,13 +5,14 @@
 The data set is a folder of parquet files or a Hub id with a column `image`; ddpm_cars.yaml says how to make the cars.
 Every row of a seed starts from the same noises, so guided and unguided samples are pairs. `DepthGuidance` has no
 depth here: its heads read the same edges, a stand-in. Rows that are done are not done again. Writes `rows.jsonl`,
-`report.md`, `control.png`, `depth.png` and, with ten samples each, `strip_readout.png` and `strip_depth.png`.
+`report.md`, `control.png` and `depth.png`.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead, read_features, sobel_edges
 from diffusers_repr.noise import NoiseLevel
+from diffusers_repr.pictures.grid import image_grid
 
 MODELS = Path(__file__).parents[1] / "models"
 SIGN = {f"latent_sign {scale}": {"scale": scale} for scale in (0.01, 0.02, 0.04)}
@@ -33,6 +35,15 @@ READOUT = SIGN | {"eps 20": {"scale": 20.0, "update": "eps"}}
 DEPTH = {"depth, eps 100": {"scale": 100.0}, "depth, latent_sign 0.02": {"scale": 0.02, "update": "latent_sign"}}
 ROWS = ["none", *READOUT, *DEPTH]
 SHOWN, SHOWN_STRONGER, SHOWN_DEPTH = "latent_sign 0.02", "latent_sign 0.04", "depth, latent_sign 0.02"
+SHOWN_COUNT = 8  # columns of the pictures
+CONTROL = (
+    "Edges of real cars as targets; a column of samples starts from the same noise",
+    ("target edges", "no guidance", "scale 0.02", "its edges", "scale 0.04", "its edges"),
+)
+DEPTHS = (
+    "Two heads that read edges, a stand-in for depth; a column starts from the same noise",
+    ("no guidance", "strong head", "weak head", "scale 0.02", "strong head", "weak head"),
+)
 LOW, MIDDLE = 50, 300  # timesteps: finished images are read at the first, and judged as images at the second
 
 COLUMNS = {  # key of a row -> title and format
@@ -154,25 +165,21 @@ def table(rows: list[dict], references: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def grid(rows: list[Tensor], scale: int = 3) -> Image.Image:
-    """Each tensor `(N, 1 or 3, H, W)` in [-1, 1] is a row."""
-    strips = [torch.cat(list(row.clamp(-1, 1).expand(-1, 3, -1, -1)), dim=-1) for row in rows]
-    pixels = ((torch.cat(strips, dim=-2) / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels)
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+def draw(words: tuple[str, Sequence[str]], rows: Sequence[Tensor]) -> Image.Image:
+    """Title and names of rows; each tensor `(N, 1 or 3, H, W)` in [-1, 1] is one of them."""
+    title, names = words
+    images = torch.cat([row[:SHOWN_COUNT].expand(-1, 3, -1, -1) for row in rows]) / 2 + 0.5
+    return image_grid(images, len(images) // len(rows), title=title, row_titles=names, side=96)
 
 
 def pictures(folder: Path, study: Study, seed: int) -> None:
-    count = min(10, len(study.real))
+    count = min(SHOWN_COUNT, len(study.real))
     shown = ("none", SHOWN, SHOWN_STRONGER, SHOWN_DEPTH)
     plain, guided, stronger, deep = (study.sample(row, seed, count)[0] for row in shown)
-    target = study.target[:count]
-    control = (target, plain, guided, sobel_edges(guided), stronger, sobel_edges(stronger))
-    grid([x[:8] for x in control]).save(folder / "control.png")
     maps = [study.read(head, images) for images in (plain, deep) for head in (study.strong, study.weak)]
-    grid([x[:8] for x in (plain, *maps[:2], deep, *maps[2:])]).save(folder / "depth.png")
-    grid([target, guided], 2).save(folder / "strip_readout.png")
-    grid([plain, deep], 2).save(folder / "strip_depth.png")
+    control = [study.target[:count], plain, guided, sobel_edges(guided), stronger, sobel_edges(stronger)]
+    draw(CONTROL, control).save(folder / "control.png")
+    draw(DEPTHS, [plain, *maps[:2], deep, *maps[2:]]).save(folder / "depth.png")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -53,7 +53,7 @@ def draw_curves(rows: Sequence[dict], path: Path) -> None:
             steps = sorted({r["step"] for r in rows if series(rows, method, r["step"], key)})
             means = [statistics.mean(series(rows, method, step, key)) for step in steps]
             axis.plot(steps, means, color=color, linewidth=2.2, marker="o", label=method)
-        axis.set(title=title, xlabel="steps")
+        axis.set(title=title, xlabel="steps", xticks=sorted({r["step"] for r in rows}))
         if key == "frechet_distance":
             axis.set_yscale("log")
         axis.grid(alpha=0.3)

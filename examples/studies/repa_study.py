@@ -3,9 +3,10 @@
     python examples/studies/repa_study.py --config examples/configs/repa_digits.yaml --out docs/results/repa
 
 Each run is `train_repa.py` with the recipe; the baseline has `--encoder none` and all else equal. At every
-`validation_steps`: Fréchet distance, precision and recall in the features of a judge that learned the labels
-(`judge.py`), and the linear probe of the aligned layer and of one in the middle. At the end CKNNA with the teacher, by
-layer and level. `--out` gets rows.jsonl, curves.png, alignment pictures and README.md. Finished runs are kept.
+`--validation_steps`, an eighth of the run if not given: Fréchet distance, precision and recall in the features of a
+judge that learned the labels (`judge.py`), and the linear probe of the aligned layer and of one in the middle. At the
+end CKNNA with the teacher, by layer and level. `--out` gets rows.jsonl, curves.png, alignment pictures and README.md.
+Finished runs are kept.
 """
 
 import argparse
@@ -32,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from train_repa import ModelConfig
 from train_repa import main as train_repa
+
+CURVE_POINTS = 8  # measurements of a run, unless --validation_steps is given
 
 
 def read_split(data_config: DataConfig, split: str, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,6 +93,8 @@ def run(args, method: str, seed: int, evaluation: Evaluation) -> list[dict]:
     """Train one model, or read what a finished run measured."""
     folder = Path(args.work) / f"{method}-seed{seed}"
     flags = ["--config", args.config, "--output_dir", str(folder), "--seed", str(seed), *args.flags]
+    if not any(flag.split("=")[0] == "--validation_steps" for flag in args.flags):
+        flags += ["--validation_steps", str(max(1, args.max_train_steps // CURVE_POINTS))]
     if method == "baseline":
         flags += ["--encoder", "none"]
     since = time.perf_counter()
@@ -138,7 +143,7 @@ def main(argv: list[str]) -> None:
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, args.max_train_steps = [], config.max_train_steps
     for seed in args.seeds:
         for method in args.methods:
             rows += run(args, method, seed, evaluation)

@@ -69,7 +69,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         vae: Decodes the samples; None of a model that works on pixels in [-1, 1].
         id2label: Class id -> name, or several names with commas between: `class_labels` may then be names.
         class_token: Of a network trained by REG (arXiv 2507.01467): a class token is denoised together with the image,
-            by the same scheduler and with the same guidance. None: the network was trained without.
+            by the same scheduler and inside the same interval of guidance. None: the network was trained without.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -152,6 +152,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_label: int = 1,
         prior: Prior | None = None,
+        class_token_guidance_scale: float | None = None,
     ) -> SiTPipelineOutput | tuple[Any]:
         """Samples.
 
@@ -181,6 +182,8 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             num_images_per_label: Samples of each of the class_labels or conditions, side by side.
             prior: Draws the class_labels, or the conditions if it gives vectors, that are not given; class_labels are
                 drawn from all alike if None.
+            class_token_guidance_scale: Guidance of the class token, of a model of REG (`--cls-cfg-scale` of its code);
+                1 leaves the token conditional. It acts where `guidance_scale` does, which it equals if None.
 
         Returns:
             `.images`, `.class_labels` and `.class_tokens`.
@@ -192,6 +195,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 and a scheduler made from the config of another noise process.
         """
         self._check(output_type, guidance_scale, guidance_interval, guidance_channels)
+        self._check_token_scale(class_token_guidance_scale, guidance_scale)
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
         labels, vectors = self._given_labels(class_labels), self._given_condition(condition)
@@ -222,7 +226,8 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             def predict(step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Tensor]:
                 if getattr(self.scheduler, "state_in_first_order", True):
                     self._guides_now = inside[step] and self.guidance_scale > 1
-                return self._predict(t, guidance_channels=guidance_channels, **tensors)
+                own = self.guidance_scale if class_token_guidance_scale is None else class_token_guidance_scale
+                return self._predict(t, guidance_channels=guidance_channels, token_scale=own, **tensors)
 
             steps = self.scheduler.timesteps
             tensors = self._denoise(steps, tensors, predict, samplers, extra, callback_on_step_end, names)
@@ -254,6 +259,20 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             raise ValueError(
                 f"guidance_scale={scale} needs a model with classes or a vector condition; this "
                 f"{type(self.transformer).__name__} has neither (num_classes=0, condition_dim=None). Leave it at 1."
+            )
+
+    def _check_token_scale(self, token_scale: float | None, scale: float) -> None:
+        if token_scale is None:
+            return
+        if self.class_token is None:
+            raise ValueError(
+                "class_token_guidance_scale guides a class token, and this pipeline has none; leave it out."
+            )
+        sampling.check_number("class_token_guidance_scale", token_scale, 0, above=True)
+        if scale <= 1:
+            raise ValueError(
+                f"class_token_guidance_scale={token_scale} acts where guidance_scale does, and that is {scale}; give "
+                "it more than 1, or leave both."
             )
 
     def _drawn(
@@ -355,6 +374,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         condition: Tensor | None,
         class_token: Tensor | None,
         guidance_channels: int | None,
+        token_scale: float,
     ) -> dict[str, Tensor]:
         """What image and class token are stepped with, classifier-free guidance included, in the sample's dtype."""
         guided, batch, channels = self.do_classifier_free_guidance, len(latents), latents.shape[1]
@@ -376,7 +396,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         turn = self.class_token.leave(state[0]).to(latents.dtype) if state else None
         if guided and turn is not None:
             null, cond = turn.chunk(2)
-            turn = null + self.guidance_scale * (cond - null)
+            turn = null + token_scale * (cond - null)
         if guided:
             n = channels if guidance_channels is None else guidance_channels
             null, cond = output.chunk(2)

@@ -1,6 +1,7 @@
 """Every assigner by the contract tester of the package; and that it finds what is wrong."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def test_wrong_use():
         register_assigner("other")(dict)
     with pytest.raises(ValueError, match="tells what it gives"):
         register_assigner("other")(type("Other", (Assigner,), {}))
+
+
+def test_a_config_of_another_class_is_refused(tmp_path):
+    IdentityAssigner(6).fit(FEATURES).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    for name, told in (
+        ("OtherAssigner", "holds a 'OtherAssigner', not a IdentityAssigner"),
+        (["x"], "not a Identity"),
+    ):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
+        with pytest.raises(ValueError, match=told):
+            IdentityAssigner.from_pretrained(tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "IdentityAssigner"}))
+    assert bool(IdentityAssigner.from_pretrained(tmp_path).fitted)
 
 
 class SignAssigner(Assigner):

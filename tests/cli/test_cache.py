@@ -91,7 +91,7 @@ def test_a_recipe_of_the_training_and_only_latents(inputs):
     }  # fmt: skip
     (inputs / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     recipe = ["--config", str(inputs / "recipe.yaml"), "--vae_subfolder", "vae"]
-    assert main(["cache", *recipe, "--dtype", "float16", "--both_mirrors", "false"]) == 0
+    assert main(["cache", *recipe, "--store_dtype", "float16", "--both_mirrors", "false"]) == 0
     manifest = json.loads((inputs / "latents/manifest.json").read_text())
     assert (manifest["recipe"]["dtype"], manifest["recipe"]["mirrors"]) == ("float16", 1)
     assert manifest["about"]["vae"] == "pipeline"

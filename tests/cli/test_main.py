@@ -70,8 +70,8 @@ def test_scripts_answer_as_commands_do(monkeypatch, capsys, raised, code, told):
 
     monkeypatch.setattr(sys, "argv", ["examples/train_it.py", "--seed", "1", *(["--debug"] if code == 2 else [])])
     monkeypatch.setattr(warnings, "showwarning", lambda *what: print(warnings.formatwarning(*what), end=""))
-    with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
-        warnings.simplefilter("always")
+    monkeypatch.setattr(warnings, "filters", [("always", None, Warning, None, 0)])
+    with pytest.raises(SystemExit) as stopped:
         run_script(script)
     printed = capsys.readouterr()
     assert stopped.value.code == code

@@ -1,15 +1,25 @@
 """`diffusers-repr probe`, `predict` and `push`, in this process; one run as a command of its own."""
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
+import types
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from diffusers_repr.cli import main
+from diffusers_repr.cli import COMMANDS, main, read_settings
 from diffusers_repr.cli.predict import find_images
 from diffusers_repr.cli.push import what_is
+from diffusers_repr.data.image_data import load_images
+from diffusers_repr.hub.upload import plan_upload
+from diffusers_repr.sweep import Selection, hold_out
+from diffusers_repr.tasks import Probe, ProbeRecipe
 from tests.tasks.planted import NAMES, dataset, images, pipeline
 from tests.testers.hub_server import hub_env
 
@@ -25,7 +35,7 @@ def place(tmp_path_factory):
     for label, picture in enumerate(images(3, seed=9)[0]):
         (folder / "images" / NAMES[label]).mkdir(parents=True)
         picture.save(folder / "images" / NAMES[label] / "one.png")
-    settings = ["--layers", "mid_block", "up_blocks.0", "--timestep", "50", "--pooling", "adaptive:2", "--quiet"]
+    settings = ["--layers", "mid_block", "up_blocks.0", "--timesteps", "50", "--pooling", "adaptive:2", "--quiet"]
     assert main(["probe", str(folder / "model"), str(folder / "data"), "--out", str(folder / "probe"), *settings]) == 0
     return folder
 
@@ -78,11 +88,12 @@ def test_predict_as_a_command_of_its_own(place, tmp_path):
 @pytest.mark.parametrize("options", [["--head", "knn"], ["--head", "mlp"], ["--protocol", "ddae", "--seed", "3"]])
 def test_heads_and_protocols(place, options, tmp_path, capsys):
     arguments = ["probe", str(place / "model"), str(place / "data" / "train.parquet"), "--out", str(tmp_path / "p")]
-    assert main([*arguments, "--layers", "mid_block", "--timestep", "10", "300", *options, "--quiet"]) == 0
-    assert "timesteps=[10, 300]" in lines(capsys)[0]
+    assert main([*arguments, "--layers", "mid_block", "--timesteps", "10", "300", *options, "--quiet"]) == 0
+    assert "timesteps=[10, 300]" in lines(capsys)[1]
     recipe = json.loads((tmp_path / "p" / "probe.json").read_text())
     assert recipe["protocol"]["name"] == {"knn": "knn", "mlp": "adam", "ddae": "ddae"}[options[1]]
-    assert recipe["scores"] == []  # one file: no other splits
+    held = "train, 0.2 held out by seed 0"  # one file: no other splits
+    assert {(s["split"], s["rows"]) for s in recipe["scores"]} == {(held, 12)}
 
 
 def test_a_selection_is_taken(place, tmp_path, capsys):
@@ -95,8 +106,132 @@ def test_a_selection_is_taken(place, tmp_path, capsys):
     recipe = json.loads((tmp_path / "probe" / "probe.json").read_text())
     assert recipe["layers"] == [best["layer"]]
     assert recipe["levels"][0]["timestep"] == best["timestep"]
-    assert main([*common, "--selection", str(tmp_path / "selection"), "--timestep", "3"]) == 2
+    assert main([*common, "--selection", str(tmp_path / "selection"), "--timesteps", "3", "--overwrite"]) == 2
     assert "not both" in capsys.readouterr().err
+
+
+def pets(folder, count=20):
+    """A folder of two classes of images, nothing else."""
+    for name, picture in zip(("left", "right"), (0, 1), strict=True):
+        (folder / name).mkdir(parents=True)
+        for i, image in enumerate(images(3 * count, seed=4)[0][picture::3]):
+            image.save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def test_a_folder_of_classes_alone_gets_a_score(place, tmp_path, capsys):
+    """A fifth of each class is held out, the same by each command; recipe, card and output tell it."""
+    data, out = pets(tmp_path / "pets"), str(tmp_path / "probe")
+    reads = ["--layers", "mid_block", "--timesteps", "50", "--pooling", "adaptive:2", "--quiet"]
+    assert main(["probe", str(place / "model"), data, *reads, "--out", out, "--json"]) == 0
+    told = capsys.readouterr()
+    assert f"{data} has one split: held out 8 of 40 images to measure on (--test_fraction 0.2)." in told.err
+    (found,) = map(json.loads, told.out.splitlines())
+    assert (found["layers"], found["timesteps"], found["label_names"]) == (["mid_block"], [50], ["left", "right"])
+    recipe = ProbeRecipe.from_dict(json.loads((tmp_path / "probe" / "probe.json").read_text()))
+    assert [dataclasses.asdict(score) for score in recipe.scores] == found["scores"]
+    assert recipe.train["split"] == "train without 0.2 held out by seed 0"
+    assert {(s.name, s.split, s.rows) for s in recipe.scores} == {
+        (name, "train, 0.2 held out by seed 0", 8) for name in ("accuracy", "balanced_accuracy")
+    }
+    rest, held = hold_out(load_images(data), 0.2, 0)
+    assert np.bincount(held.labels()).tolist() == [4, 4]
+    probe = Probe.from_pretrained(out)
+    assert probe.evaluate(held, record=False)["accuracy"] == pytest.approx(recipe.scores[0].value)
+    assert "train, 0.2 held out by seed 0" in (tmp_path / "probe" / "README.md").read_text()
+    # `select` works on what is left
+    select = ["select", str(place / "model"), data, "--timesteps", "50", "--seeds", "0", "--out", str(tmp_path / "s")]
+    assert main([*select, *reads[:2], "--no_heatmap", "--quiet", "--json"]) == 0
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    selection = Selection.load(tmp_path / "s")
+    assert selection.recipe["train"]["rows"] + selection.recipe["validation"]["rows"] == len(rest) == 32
+    assert found["best"]["layer"] == selection.best.layer == "mid_block"
+    assert found["best"]["mean"] == selection.best.mean
+
+
+def test_a_quick_try(place, tmp_path, capsys):
+    data = pets(tmp_path / "pets")
+    reads = ["--layers", "mid_block", "--timesteps", "50", "--quiet", "--limit", "10", "--test_fraction", "0.4"]
+    assert main(["probe", str(place / "model"), data, *reads, "--out", str(tmp_path / "probe")]) == 0
+    assert "held out 4 of 10 images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["train"]["rows"] == 6
+    assert main(["predict", str(tmp_path / "probe"), data, "--limit", "3", "--json"]) == 0
+    assert len(lines(capsys)) == 3
+    assert main(["predict", str(tmp_path / "probe"), data, "--limit", "0"]) == 2
+    assert "--limit is a number of images, at least 1; got 0" in capsys.readouterr().err
+
+
+def test_another_recipe_is_not_overwritten(place, tmp_path, capsys):
+    out = tmp_path / "probe"
+    command = ["probe", str(place / "model"), str(place / "data"), "--out", str(out), "--quiet", "--layers"]
+    assert main([*command, "mid_block", "--timesteps", "50"]) == 0
+    assert main([*command, "mid_block", "--timesteps", "50", "--batch_size", "7"]) == 0  # the same again
+    first = (out / "probe.json").read_bytes()
+    capsys.readouterr()
+    assert main([*command, "mid_block", "up_blocks.0", "--timesteps", "50", "--seed", "1"]) == 2
+    told = capsys.readouterr().err
+    assert 'layers: ["mid_block"] -> ["mid_block", "up_blocks.0"]; seed: not given -> 1' in told
+    assert "or add --overwrite to replace it" in told
+    assert (out / "probe.json").read_bytes() == first
+    again = ["probe", "--config", str(out / "recipe.yaml"), "--out", str(tmp_path / "again"), "--quiet"]
+    assert main(again) == 0
+    assert (tmp_path / "again" / "probe.json").read_bytes() == first
+    assert main([*command, "up_blocks.0", "--timesteps", "50", "--overwrite"]) == 0
+    assert json.loads((out / "probe.json").read_text())["layers"] == ["up_blocks.0"]
+    (out / "recipe.yaml").unlink()
+    capsys.readouterr()
+    assert main([*command, "up_blocks.0", "--timesteps", "50"]) == 2
+    assert "no recipe.yaml that tells which command made it" in capsys.readouterr().err
+    assert plan_upload(tmp_path / "again").left_out == ()  # it is not sent, and nobody is told
+
+
+def test_recipes_of_before_still_read(tmp_path):
+    def read(command, **recipe):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": "m", "dataset": "d", "out": "o", **recipe}))
+        return read_settings(command, ["--config", str(tmp_path / "recipe.yaml")])
+
+    found = read("extract", layers=["a"], timestep=[10, 100], dtype="float16")
+    assert (found.timesteps, found.store_dtype, found.dtype) == ([10, 100], "float16", "float32")
+    found = read("extract", layers=["a"], timestep=10, dtype="float16", model_dtype="bfloat16")
+    assert (found.timesteps, found.store_dtype, found.dtype) == ([10], "float16", "bfloat16")
+    found = read("extract", layers=["a"], timesteps=10, dtype="bfloat16")
+    assert (found.store_dtype, found.dtype) == ("float32", "bfloat16")
+    assert read("probe", timestep=[5]).timesteps == [5]
+    assert read("align", encoder="e", samples=7).limit == 7
+    with pytest.raises(ValueError, match="has 'timestep' and 'timesteps', an earlier name of 'timesteps'"):
+        read("probe", timestep=[5], timesteps=[6])
+
+
+SHARED = {  # of one kind and one default wherever a command has it
+    "timesteps": None, "seed": None, "dtype": "float32", "store_dtype": "float32", "batch_size": None, "device": None,
+    "out": None, "overwrite": False, "json": False, "limit": None, "quiet": False, "dry_run": False, "revision": None,
+}  # fmt: skip
+HAVE = {
+    "layers": "json revision", "extract": "timesteps seed dtype store_dtype batch_size device out overwrite limit",
+    "cache": "store_dtype batch_size device quiet", "convert": "out overwrite", "push": "dry_run",
+    "publish": "dry_run",
+    "select": "timesteps seed dtype batch_size device out overwrite json limit quiet",
+    "probe": "timesteps seed dtype batch_size device out overwrite json limit quiet",
+    "predict": "dtype batch_size device json limit",
+    "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
+}  # fmt: skip
+
+
+def test_flags_agree():
+    hints = {}
+    for command in COMMANDS:
+        settings = importlib.import_module(f"diffusers_repr.cli.{command}").Settings
+        fields = {field.name: field for field in dataclasses.fields(settings)}
+        assert set(HAVE[command].split()) <= set(fields), command
+        assert not {"timestep", "samples", "model_dtype", "workers", "force", "output"} & set(fields), command
+        for name, default in SHARED.items():
+            if name in fields:
+                kind = get_type_hints(settings)[name]
+                kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+                hints.setdefault(name, set()).add(tuple(part for part in kinds if part is not type(None)))
+                if default is not None:
+                    assert fields[name].default == default, (command, name)
+    assert {name for name, kinds in hints.items() if len(kinds) > 1} == set()
 
 
 @pytest.mark.filterwarnings("ignore:The probe's base is .*which is not on the Hub")
@@ -109,13 +244,13 @@ def test_wrong_use(place, tmp_path, capsys):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text("{}")
     cases = [
-        (["probe", model, data, *out], "Give --layers and --timestep, or --selection"),
-        (["probe", model, data, "--layers", "mid_block", *out], "Give both --layers and --timestep"),
-        (["probe", model, data, "--layers", "mid", "--timestep", "1", *out], "No layer 'mid'"),
-        (["probe", model, data, "--layers", "mid_block", "--timestep", "5000", *out], "5000"),
-        (["probe", model, data, "--layers", "m", "--timestep", "1", "--protocol", "x", *out], "Unknown protocol 'x'"),
-        (["probe", model, image + "/x", "--layers", "mid_block", "--timestep", "1", *out], "/x"),
-        (["probe", probe, data, "--layers", "mid_block", "--timestep", "1", *out], "is no pipeline folder"),
+        (["probe", model, data, *out], "Give --layers and --timesteps, or --selection"),
+        (["probe", model, data, "--layers", "mid_block", *out], "Give both --layers and --timesteps"),
+        (["probe", model, data, "--layers", "mid", "--timesteps", "1", *out], "No layer 'mid'"),
+        (["probe", model, data, "--layers", "mid_block", "--timesteps", "5000", *out], "5000"),
+        (["probe", model, data, "--layers", "m", "--timesteps", "1", "--protocol", "x", *out], "Unknown protocol 'x'"),
+        (["probe", model, image + "/x", "--layers", "mid_block", "--timesteps", "1", *out], "/x"),
+        (["probe", probe, data, "--layers", "mid_block", "--timesteps", "1", *out], "is no pipeline folder"),
         (["predict", model, image], "has no probe.json; it is a pipeline"),
         (["predict", probe, str(tmp_path / "none.png")], "No file or folder"),
         (["predict", probe, str(tmp_path / "nothing")], "No image in the folder"),

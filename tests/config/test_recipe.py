@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from diffusers_repr.config import parse_recipe
-from diffusers_repr.config.recipe import REQUIRED, check_keys, mapping, read_recipe, setting, to_yaml
+from diffusers_repr.config.recipe import REQUIRED, check_keys, json_mapping, read_recipe, setting, to_yaml
 from diffusers_repr.data import DataConfig
 from diffusers_repr.training import TrainingConfig, recipe_of
 from diffusers_repr.training.logs import read_log
@@ -47,10 +47,10 @@ def test_lists_and_mappings(tmp_path):
     (other,) = parse_recipe([Other], argv)
     assert other.layers == ["a.0", "b"]
     assert json.loads(other.levels) == [0, 0.5]
-    assert mapping("model", other.model) == {"sizes": [1, 2], "name": None}
+    assert json_mapping("model", other.model) == {"sizes": [1, 2], "name": None}
     (other,) = parse_recipe([Other], [*argv, "--layers", "c", "--model", '{"x": 1}'])
     assert other.layers == ["c"]
-    assert mapping("model", other.model) == {"x": 1}
+    assert json_mapping("model", other.model) == {"x": 1}
     assert parse_recipe([Other], write(tmp_path, layers=[]))[0].layers == []
 
 
@@ -64,7 +64,11 @@ def test_a_recipe_of_settings_gives_them_again(tmp_path):
     config, data, other = parse_recipe([TrainingConfig, DataConfig, Other], argv)
     assert config == dataclasses.replace(given[0], push_to_hub=False, hub_model_id=None)
     assert data == given[1]
-    assert (other.layers, json.loads(other.levels), mapping("model", other.model)) == (["x", "y"], [1], {"a": [1]})
+    assert (other.layers, json.loads(other.levels), json_mapping("model", other.model)) == (
+        ["x", "y"],
+        [1],
+        {"a": [1]},
+    )
     assert list(read_recipe(tmp_path / "recipe.yaml")) == list(recipe)  # in their order
 
 
@@ -84,9 +88,9 @@ def test_unknown_keys_and_flags(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown key 'zzz' in `model`. Closest allowed: \['a', 'b'\]"):
         check_keys("`model`", {"zzz": 1}, ["self", "b", "a"])
     with pytest.raises(ValueError, match="`model` must be a mapping"):
-        mapping("model", "[1]")
+        json_mapping("model", "[1]")
     with pytest.raises(ValueError, match=r"`model` is no JSON .*--model '\{"):
-        mapping("model", "{a: 1}")
+        json_mapping("model", "{a: 1}")
     with pytest.raises(ValueError, match="Unknown flag --zzz. --help lists all"):
         parse_recipe([TrainingConfig], ["--zzz=1"])
 

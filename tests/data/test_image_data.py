@@ -90,6 +90,40 @@ def test_columns_are_found_or_named():
     assert from_dataset(numbers).label_names is None
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "held"),
+    [
+        ("label", ["cat", "dog"], "texts"),
+        ("category", [0.0, 1.0], r"numbers with fractions \(float64\)"),
+        ("labels", [True, False], "true and false"),
+    ],
+)
+def test_labels_that_are_no_class_ids(column, values, held):
+    """The advice, followed, gives class ids; images alone can still be read."""
+    words = labelled(4).remove_columns("label").add_column(column, values * 2)
+    data = from_dataset(words, name="pets")
+    assert len(next(data.batches(4))[0]) == 4
+    line = rf"`dataset = dataset.class_encode_column\('{column}'\)`"
+    told = rf"Column '{column}' of pets holds {held}, not class ids. {line}"
+    with pytest.raises(ValueError, match=told):
+        data.labels()
+    with pytest.raises(ValueError, match=told):
+        from_dataset(words, label_column=column, name="pets")
+    encoded = from_dataset(words.class_encode_column(column))
+    assert [encoded.label_names[label] for label in encoded.labels()] == [str(value) for value in values * 2]
+
+
+def test_columns_that_may_be_meant_are_named():
+    plain = labelled(2).remove_columns("label")
+    for column, values, told in (
+        ("breed", ["a", "b"], "If 'breed' holds the classes, .*class_encode_column"),
+        ("kind", [4, 9], "Whole numbers are in 'kind'; name one by label_column"),
+        ("size", [0.5, 0.7], r"its columns are \['image', 'size'\]. In a folder of images"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            from_dataset(plain.add_column(column, values)).labels()
+
+
 def twice(data):
     return datasets.concatenate_datasets([data, data.select_columns("image").rename_column("image", "again")], axis=1)
 

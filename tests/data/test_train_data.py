@@ -217,8 +217,35 @@ def test_whole_numbers_as_labels():
     with pytest.raises(ValueError, match="Row 0 has the class -5 in 'digit'"):
         load(wrong, label_column="digit")
     wrong = Dataset.from_dict({"image": [picture(0)], "digit": [10**9]}, features=features)
-    with pytest.raises(ValueError, match="the class 1000000000 in 'digit'; classes are numbered .* to at most 999999"):
+    with pytest.raises(ValueError, match="Column 'digit': 1 different class ids from 1000000000 to 1000000000"):
         load(wrong, label_column="digit")
+
+
+def test_classes_of_which_nearly_all_are_empty():
+    features = Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for ids, refused in (([0, 1000], False), ([0, 1001], True), ([0, 1_000_000], True)):
+        data = Dataset.from_dict({"image": [picture(0)] * 2, "label": ids}, features=features)
+        if not refused:
+            assert load(data).num_classes == ids[1] + 1
+            continue
+        with pytest.raises(ValueError, match=f"{ids[1] + 1} classes, of which {ids[1] - 1} were empty") as told:
+            load(data)
+        assert "class_encode_column" in str(told.value)
+        assert load(data.class_encode_column("label")).class_names == [str(i) for i in ids]
+    named = Dataset.from_dict({"image": [picture(0)] * 2, "label": [0, 1001]}, features=features)
+    assert load(named.cast_column("label", ClassLabel(num_classes=1002))).num_classes == 1002
+    none = Dataset.from_dict({"image": [picture(0)] * 2, "label": [None, None]}, features=features)
+    with pytest.raises(ValueError, match="'label' has no class in any of 2 rows"):
+        load(none, missing_labels="keep")
+
+
+def test_labels_of_another_kind_are_not_passed_over():
+    data = Dataset.from_dict({"image": [picture(0)], "label": ["cat"]}).cast_column("image", datasets.Image())
+    for given in (data, data.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="'label' .* texts.*class_encode_column.*--label_column none"):
+            load(given)
+    assert "class_labels" not in load(data, label_column="none")[0]
+    assert load(data, caption_column="label")[0]["caption"] == "cat"
 
 
 @pytest.mark.parametrize(

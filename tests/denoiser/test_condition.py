@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from diffusers_repr.denoiser import Denoiser, GenericFamily
 from diffusers_repr.denoiser.family import PatchTransformerFamily
-from tests.testers.models import CONDITIONS, PIPELINES, SIZES, autoencoder, build, t5_encoder, t5_tokenizer
+from tests.testers.models import CONDITIONS, PIPELINES, SIZES, autoencoder, build, t5_encoder
+from tests.testers.tokenizers import t5_tokenizer
 
 TEXT = [name for name, condition in CONDITIONS.items() if "prompt" in condition]
 

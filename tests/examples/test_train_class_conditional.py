@@ -45,7 +45,7 @@ class TestRun:
         assert json.loads((output / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
         assert pipeline.scheduler.config.num_train_timesteps == RECIPE["scheduler"]["num_train_timesteps"]
         assert pipeline.unet.config.num_class_embeds == NULL + 1
-        assert picture(output / "samples.png").size == (8 * 32, 2 * 32)
+        assert picture(output / "samples.png").width > 2 * 6 + 8 * 64 + 7 * 4  # names of classes in front
         card = (output / "README.md").read_text()
         assert "Classes: 10" in card
         assert "label_dropout: 0.25" in card

@@ -125,5 +125,5 @@ def test_the_studys_measures(tmp_path):
     assert len(guided.splitlines()) == 2 + len(rows) - 1
     joint_digits.pictures(tmp_path, {"HybViT": pipe}, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"hybvit_{kind}.png" for kind in ("counterfactual", "guided", "none")
+        f"hybvit_{kind}.png" for kind in ("counterfactual", "samples")
     ]

@@ -54,7 +54,7 @@ def test_a_new_sit(tmp_path, teacher):
     assert pipe(class_labels=[3], num_inference_steps=2).images[0].size == (8, 8)
     assert Projector.from_pretrained(tmp_path / "heads" / "projector-vit").config["out_dim"] == 16
     assert {"denoising", "alignment"} <= read_lines(tmp_path)[-1].keys()
-    assert picture(tmp_path / "samples.png").size == (8 * 32, 32)
+    assert picture(tmp_path / "samples.png").width > 2 * 6 + 8 * 64 + 7 * 4  # names of classes in front
     more = ["--pretrained_model", str(tmp_path), "--encoder", teacher, "--dry_run", "true", "--projector_dim"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -166,7 +166,8 @@ PUBLISHED = {
     "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "adam_weight_decay": 0.0, "max_grad_norm": 1.0,
     "ema_max_decay": 0.9999, "ema_warmup": False, "mixed_precision": "fp16", "allow_tf32": True, "seed": 0,
     "train_batch_size": 256, "gradient_accumulation_steps": 1, "resolution": 256, "random_flip": False,
-    "path": "linear", "vae": "stabilityai/sd-vae-ft-mse", "encoder": ["facebook/dinov2-base"], "repa_coefficient": 0.5,
+    "path": "linear", "vae": "stabilityai/sd-vae-ft-mse", "encoder": ["facebook/dinov2-base"],
+    "encoder_positions": ["repa"], "repa_coefficient": 0.5,
     "label_dropout": 0.1, "time_sampling": "uniform", "projector_dim": 2048, "projector_kind": "mlp",
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ def write_data(path, rows, size=(16, 16)):
 
 
 def command(model, data, out, *more, **settings):
-    settings = {"layers": "mid_block", "timestep": 100, "batch_size": 4, "shard_size": 5, **settings}
+    settings = {"layers": "mid_block", "timesteps": 100, "batch_size": 4, "shard_size": 5, **settings}
     flags = [part for name, value in settings.items() for part in (f"--{name}", *str(value).split())]
     return ["extract", str(model), str(data), "--out", str(out), *flags, *more]
 
@@ -56,7 +56,12 @@ def shards(out):
 
 def test_from_command_to_dataset(tmp_path, capsys):
     data, out = write_data(tmp_path / "pets.parquet", 7), tmp_path / "out"
-    flags = {"layers": "mid_block up_blocks.1", "timestep": "100 261.5", "dtype": "float16", "pooling": "adaptive:2"}
+    flags = {
+        "layers": "mid_block up_blocks.1",
+        "timesteps": "100 261.5",
+        "store_dtype": "float16",
+        "pooling": "adaptive:2",
+    }
     assert main(command(saved("ddpm"), data, out, ensemble_size=2, seed=3, **flags)) == 0
     printed = capsys.readouterr()
     assert "7 rows in 2 shards" in printed.out
@@ -76,7 +81,7 @@ def test_from_command_to_dataset(tmp_path, capsys):
 
 def test_text_model_with_class_names_and_maps(tmp_path):
     data, out = write_data(tmp_path / "pets.parquet", 3), tmp_path / "out"
-    flags = {"pooling": "none", "image_size": "32 48", "layers": "up_blocks.1", "timestep": 261, "limit": 2}
+    flags = {"pooling": "none", "image_size": "32 48", "layers": "up_blocks.1", "timesteps": 261, "limit": 2}
     assert main([*command(saved("sd"), data, out, **flags), "--prompt", "a photo of a {label}"]) == 0
     store = FeatureStore.open(out)
     assert store.array("up_blocks.1").shape == (2, 16, 8, 12)
@@ -88,7 +93,7 @@ def test_text_model_with_class_names_and_maps(tmp_path):
     [
         ({"layers": "midblock"}, "No layer 'midblock'.*Closest.*mid_block"),
         ({"layers": "3"}, "No layer '3'"),
-        ({"timestep": 1000}, "outside"),
+        ({"timesteps": 1000}, "outside"),
         ({"image_column": "photo"}, "no column 'photo'; columns are"),
         ({"label_column": "kind"}, "no column 'kind'"),
         ({"pooling": "median"}, "Unknown pooling 'median'"),
@@ -109,7 +114,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, capsys, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [["--timestep", "late"], ["--noise", "fresh"], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("flag", [["--timesteps", "late"], ["--noise", "fresh"], ["--store_dtype", "bfloat16"]])
 def test_flags_with_a_fixed_choice(tmp_path, capsys, flag):
     with pytest.raises(SystemExit):
         main([*command("model", "data", tmp_path / "out"), *flag])

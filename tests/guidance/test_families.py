@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, HunyuanDiTPAGPipeline
+from diffusers import HunyuanDiTPAGPipeline
 
 from diffusers_repr import CFG, PAG, SAG, EnergyGuidance, guide
 from diffusers_repr.denoiser import Denoiser
 from tests.guidance.test_pag_pipelines import of_parts
 from tests.testers.families import network_calls, network_of, sides, two_lanes
 from tests.testers.family_cases import embeds
+from tests.testers.hosts import newer
 from tests.testers.models_text import FAMILIES, family_pipeline, kolors_class
 from tests.testers.models_video import VIDEOS
 
@@ -60,7 +61,7 @@ def test_as_a_plain_loop_of_two_lanes(name, guided):
     call = {**case.guided, **case.null} if guided else case.off
     ours, theirs = lively(name), lively(name)
     if guided and name == "flux2":  # whose guidance is distilled, FLUX.2 klein's is not
-        ours, theirs = (of_parts(Flux2KleinPipeline, pipe) for pipe in (ours, theirs))
+        ours, theirs = (of_parts(newer("diffusers", "Flux2KleinPipeline"), pipe) for pipe in (ours, theirs))
         call = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(1, 12, 24, seed=2)}
     if name == "hunyuan_image":
         for pipe in (ours, theirs):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, EulerDiscreteScheduler, HeunDiscreteScheduler
-from diffusers.modular_pipelines import StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
+from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 
 from diffusers_repr import (
@@ -27,6 +27,7 @@ from diffusers_repr.guidance import Blur, Mask
 from diffusers_repr.guidance.modular import AutoGuidanceGuider, CFGGuider, PAGGuider
 from diffusers_repr.noise import NoiseLevel
 from tests.testers.guidance import Counter, noise
+from tests.testers.hosts import newer
 from tests.testers.models import build
 
 STEPS, MIDDLE = 4, (300, 800)  # two of the four timesteps: 666 and 333
@@ -161,7 +162,9 @@ def test_pag_equals_guide_on_joint_attention():
         "height": 32,
         "width": 48,
     }
-    made = modular(pipe, config.as_guider(cfg=4.0), blocks=StableDiffusion3AutoBlocks())
+    made = modular(
+        pipe, config.as_guider(cfg=4.0), blocks=newer("diffusers.modular_pipelines", "StableDiffusion3AutoBlocks")()
+    )
     found = made(**call, output="latents")
     stock = pipe(**call, guidance_scale=4.0, output_type="latent").images
     with guide(pipe, config):

@@ -22,9 +22,9 @@ from tests.testers.disk import mounted
 
 MODEL = ["no/such/model/at/all", "no-data"]
 COMMANDS = {  # that take --device or --out, with arguments that would fail later
-    "extract": [*MODEL, "--layers", "x", "--timestep", "1"],
+    "extract": [*MODEL, "--layers", "x", "--timesteps", "1"],
     "select": [*MODEL, "--timesteps", "1"],
-    "probe": [*MODEL, "--layers", "x", "--timestep", "1"],
+    "probe": [*MODEL, "--layers", "x", "--timesteps", "1"],
     "align": [MODEL[0], "no/such/encoder/at/all", MODEL[1]],
     "convert": ["no.pt"],
     "predict": ["no-probe", "no.png"],
@@ -154,9 +154,11 @@ def test_out_is_looked_at_first(command, tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / OWN[command]).write_text("{}")
-    for name in ("own", "new/deep"):  # taken, so that the next mistake is told
-        assert main([command, *COMMANDS[command], "--out", str(tmp_path / name)]) == 2
-        assert ("--overwrite" if (command, name) == ("convert", "own") else "no") in capsys.readouterr().err
+    for name in ("own", "new/deep"):  # taken with --overwrite, so that the next mistake is told
+        for more in ([], ["--overwrite"]):
+            assert main([command, *COMMANDS[command], "--out", str(tmp_path / name), *more]) == 2
+            refused = name == "own" and not more and command != "extract"  # which looks at the store itself
+            assert ("--overwrite" in capsys.readouterr().err) == refused, (name, more)
     assert not (tmp_path / "new").exists()
 
 
@@ -210,7 +212,7 @@ def test_the_command_keeps_a_probe_that_it_could_not_save(small_disk, tmp_path, 
     monkeypatch.setattr(options, "_ROOM", 0)  # as if the disk had filled up during the work
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spare"))
     words = ["probe", str(tmp_path / "model"), str(tmp_path / "train.parquet"), "--out", str(small_disk / "out")]
-    assert main([*words, "--layers", "mid_block", "--timestep", "50", "--quiet"]) == 1
+    assert main([*words, "--layers", "mid_block", "--timesteps", "50", "--quiet"]) == 1
     out, err = capsys.readouterr()
     (kept,) = (tmp_path / "spare").glob("diffusers-repr-probe-*")
     told = err.splitlines()[-1]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -22,6 +22,7 @@ from diffusers_repr.hub.upload import plan_upload
 from diffusers_repr.store.card import store_card
 from diffusers_repr.tasks import Probe
 from tests.tasks.planted import images, pipeline
+from tests.testers.hosts import close_session
 from tests.testers.hub_server import hub_server
 
 SECRET = "s3cr3t-0f-a-user"

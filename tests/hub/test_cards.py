@@ -23,7 +23,7 @@ def test_model_card_round_trip(tmp_path):
     path = atomic_write(tmp_path / "README.md", text)
     card = ModelCard.load(path)
     assert card.data.eval_results == [metric.to_eval_result() for metric in metrics]
-    assert [result.metric_value for result in card.data.eval_results] == [0.9444444, 1.0, 0.5]
+    assert [result.metric_value for result in card.data.eval_results] == [0.944444, 1.0, 0.5]  # six digits
     assert card.data.model_name == "Probe: digits #1"
     assert card.data.base_model == "user/base"
     assert card.data.tags == ["diffusers-repr", "probe"]

@@ -139,7 +139,7 @@ hub.resolve_folder("user/public")
 
 # the same process, cut off: the cache still serves what it holds
 import huggingface_hub.constants as constants
-from huggingface_hub import close_session
+from tests.testers.hosts import close_session
 constants.HF_HUB_OFFLINE = True
 assert hub.load_json_config("user/public", "config.json") == {"a": 1}
 assert (hub.resolve_folder("user/public") / "config.json").is_file()

@@ -11,22 +11,35 @@ def hsic(p, q):
     return float(total / (n * (n - 3)))
 
 
-def masks(kernel, k):
+def biased_hsic(p, q):
+    """`tr(P H Q H)` entry by entry: P without the mean of each row times Q' without that of each of its rows."""
+    p, q = p.tolist(), q.tolist()
+    n, total = len(p), 0.0
+    for i in range(n):
+        for j in range(n):
+            total += (p[i][j] - sum(p[i]) / n) * (q[j][i] - sum(q[j]) / n)
+    return total
+
+
+def masks(kernel, k, itself=False):
     """`m[i, j]` for the k largest of row i off the diagonal, the first of equals, by sorting in Python."""
     n = len(kernel)
     mask = torch.zeros_like(kernel)
     for i in range(n):
-        order = sorted((j for j in range(n) if j != i), key=lambda j, i=i: (-float(kernel[i, j]), j))
+        order = sorted((j for j in range(n) if itself or j != i), key=lambda j, i=i: (-float(kernel[i, j]), j))
         mask[i, order[:k]] = 1
     return mask
 
 
-def cknna(a, b, k):
-    a, b = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (a, b))
+def cknna(a, b, k, unbiased=True, normalize_rows=True, eps=0.0):
+    a, b = a.double(), b.double()
+    if normalize_rows:
+        a, b = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
     kernel, other = a @ a.T, b @ b.T
-    m_a, m_b = masks(kernel, k), masks(other, k)
-    m = m_a * m_b
-    return hsic(m * kernel, m * other) / (hsic(m_a * kernel, m_a * kernel) * hsic(m_b * other, m_b * other)) ** 0.5
+    m_a, m_b = masks(kernel, k, not unbiased), masks(other, k, not unbiased)
+    m, measure = m_a * m_b, hsic if unbiased else biased_hsic
+    own = measure(m_a * kernel, m_a * kernel) * measure(m_b * other, m_b * other)
+    return measure(m * kernel, m * other) / (own**0.5 + eps)
 
 
 def cka(a, b, unbiased):

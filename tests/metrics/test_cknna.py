@@ -3,6 +3,7 @@ import torch
 
 from diffusers_repr.metrics import cka, cknna, compare_graphs, neighbour_graph
 from diffusers_repr.metrics.checks import clamp_outliers
+from diffusers_repr.sweep import CKNNA
 from tests.metrics import oracles
 
 
@@ -21,6 +22,37 @@ def test_equals_explicit_masks_and_matrices(n, k, strength):
     assert cknna(a, b, k) == pytest.approx(sum(expected) / 2, abs=1e-12)
 
 
+@pytest.mark.parametrize(("n", "k"), [(5, 2), (24, 5), (24, 24)])
+@pytest.mark.parametrize("normalize_rows", [True, False])
+def test_the_biased_estimator_equals_loops(n, k, normalize_rows):
+    """Each row is among its own neighbours where it is near itself, as in the code of Huh et al."""
+    a, b = randn(n, 6, seed=1), randn(n, 9, seed=2)
+    b[:, :6] += 0.5 * a
+    b[0] /= 50  # inner products of a short row: it is not near itself
+    settings = {"unbiased": False, "normalize_rows": normalize_rows}
+    wanted = oracles.cknna(a, b, k, **settings)
+    assert cknna(a, b, k, **settings) == pytest.approx(wanted, abs=1e-12)
+    assert cknna(b, a, k, symmetric=False, **settings) == pytest.approx(wanted, abs=1e-12)
+    assert cknna(a, a, k, **settings) == pytest.approx(1, abs=1e-12)
+    if k == n and normalize_rows:
+        assert wanted == pytest.approx(cka(a, b, unbiased=False, normalize_rows=True), abs=1e-12)
+
+
+def test_published_numbers_to_the_digit():
+    """`eps` is added to the root of the product; on raw rows the scale decides how much it does."""
+    a, b = randn(40, 6, seed=1), randn(40, 9, seed=2)
+    b[:, :6] += a
+    for settings in ({"eps": 1e-6}, {"eps": 0.01}, {"eps": 1e-6, "normalize_rows": False}):
+        wanted = oracles.cknna(a, b, 10, **settings)
+        assert cknna(a, b, 10, symmetric=False, **settings) == pytest.approx(wanted, abs=1e-12)
+    lowered = 1 - cknna(a, a, 10, eps=1e-3)
+    assert 0.01 < lowered < 0.2
+    assert cknna(1000 * a, 1000 * a, 10, eps=1e-3) == pytest.approx(1 - lowered, abs=1e-9)
+    assert cknna(1000 * a, 1000 * a, 10, eps=1e-3, normalize_rows=False) == pytest.approx(1, abs=1e-6)
+    assert CKNNA("cknna").describe() == {"k": 10, "symmetric": True, "clamp_quantile": None}
+    assert CKNNA("cknna", eps=1e-6, unbiased=False).describe().items() >= {"eps": 1e-6, "unbiased": False}.items()
+
+
 @pytest.mark.parametrize("n", [64, 256, 1000, 2500])
 def test_a_representation_agrees_with_itself_whatever_n(n):
     a = randn(n, 16)
@@ -32,6 +64,20 @@ def test_all_neighbours_is_unbiased_cka():
     a, b = randn(300, 8, seed=1), randn(300, 5, seed=2)
     b[:, :4] += a[:, :4]
     assert cknna(a, b, 299) == pytest.approx(cka(a, b, normalize_rows=True), abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "least", "most"),
+    [(16, 2, 1e-3, 3e-2), (64, 10, 5e-5, 3e-3), (1000, 10, 0, 1e-5), (200, 150, 5e-5, 2e-3)],
+)
+def test_the_order_matters_most_of_few_rows_or_many_neighbours(n, k, least, most):
+    """What docs/metrics.md says of it."""
+    away = []
+    for seed in range(4):
+        a = randn(n, 32, seed=seed)
+        b = 0.8 * a + randn(n, 32, seed=100 + seed)
+        away.append(abs(cknna(a, b, k, symmetric=False) - cknna(b, a, k, symmetric=False)))
+    assert least <= max(away) <= most
 
 
 def test_the_order_matters_a_little_and_the_mean_does_not():
@@ -97,6 +143,8 @@ def test_a_graph_is_made_once_for_many_comparisons():
     assert compare_graphs(neighbour_graph(a, 5), neighbour_graph(b, 5)) == cknna(a, b, 5)
     with pytest.raises(ValueError, match="both must be equal"):
         compare_graphs(neighbour_graph(a, 5), neighbour_graph(b, 6))
+    with pytest.raises(ValueError, match="for the unbiased HSIC and the other is not"):
+        compare_graphs(neighbour_graph(a, 5), neighbour_graph(b, 5, unbiased=False))
 
 
 def test_outliers_are_clamped_at_the_quantile_of_sizes():
@@ -125,6 +173,9 @@ def test_outliers_are_clamped_at_the_quantile_of_sizes():
         (randn(9, 2), torch.full((9, 2), torch.nan), {"k": 2}, "9 of 9 rows of B are not finite"),
         (randn(9, 2), torch.ones(9, 2), {"k": 2}, "are alike"),
         (randn(9, 2), torch.arange(1.0, 10.0)[:, None], {"k": 2}, "scaled to length 1, are alike"),
+        (randn(9, 2), randn(9, 2), {"k": 10, "unbiased": False}, "k must be a whole number from 1 to 9; got 10"),
+        (randn(9, 2), randn(9, 2), {"k": 2, "eps": -1e-6}, "eps must not be negative"),
+        (randn(9, 2), torch.ones(9, 2), {"k": 2, "normalize_rows": False}, "rows of the features are alike"),
         (randn(9, 2), randn(9, 2), {"k": 2, "clamp_quantile": 0.0}, "quantile"),
         (randn(9, 2), randn(9, 2), {"k": 2, "block_rows": 0}, "block_rows"),
         (randn(9, 2), randn(9, 2), {"k": 2, "dtype": torch.float16}, "dtype"),

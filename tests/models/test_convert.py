@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from diffusers_repr import Denoiser
 from diffusers_repr.cli import convert as command
 from diffusers_repr.cli import read_settings
+from diffusers_repr.encoders import Encoder
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
 from diffusers_repr.models.convert import ATTENTION_HEADS, convert_state_dict
 from diffusers_repr.models.sit import SIZES
+from diffusers_repr.objectives import REPAObjective, load_heads
 from tests.models.official_sit import OfficialSiT
 
 TWO = {"num_attention_heads": 2}
@@ -98,6 +100,41 @@ def test_known_widths_are_the_named_sizes():
 def test_a_network_without_labels():
     weights = {k: v for k, v in OfficialSiT().state_dict().items() if not k.startswith("y_embedder")}
     assert convert_state_dict(weights, overrides=TWO).config["num_classes"] == 0
+
+
+def test_early_names_of_repa():
+    """`decoder_blocks` count anew behind the `encoder_depth` first blocks; REPA's `--legacy` renames them alike."""
+    official, (x, t, y) = OfficialSiT(depth=5, z_dims=(6,)), inputs()
+
+    def early(key, depth=2):
+        name, number, *rest = key.split(".")
+        later = name == "blocks" and int(number) >= depth
+        return ".".join(["decoder_blocks", str(int(number) - depth), *rest]) if later else key
+
+    weights = {early(key) if key.startswith("blocks.") else key: v for key, v in official.state_dict().items()}
+    assert sum(key.startswith("decoder_blocks.2.") for key in weights) == 10
+    converted = convert_state_dict(weights, overrides=TWO)
+    assert converted.config["num_layers"] == 5
+    assert "its decoder_blocks are the blocks from 2 on" in converted.notes[0]
+    wanted = outputs(official, x, t / 1000, y)
+    torch.testing.assert_close(outputs(network(converted), x, t, y), wanted, rtol=1e-5, atol=1e-5)
+    del weights["decoder_blocks.0.mlp.fc2.bias"]
+    with pytest.raises(ValueError, match=r"\(5 blocks of width 16\): it lacks blocks.2.mlp.fc2.bias"):
+        convert_state_dict(weights, overrides=TWO)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_baseline_of_repa_has_a_projector_to_nothing():
+    """`z_dims=[0]`: it tells a SiT, also of a learned variance, and is left out."""
+    official, (x, t, y) = OfficialSiT(z_dims=(0,)), inputs()
+    assert official.state_dict()["projectors.0.4.weight"].shape == (0, 24)
+    converted = convert_state_dict(official.state_dict(), overrides=TWO)
+    assert converted.projectors == []
+    assert converted.notes == ("A baseline of REPA: its projector, which gives no channel, was left out.",)
+    wanted = outputs(official, x, t / 1000, y)
+    torch.testing.assert_close(outputs(network(converted), x, t, y), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="'x_embedder.proj.bias' is \\(0,\\)"):
+        convert_state_dict({**official.state_dict(), "x_embedder.proj.bias": torch.empty(0)}, overrides=TWO)
 
 
 # Positions
@@ -313,6 +350,38 @@ def test_weights_and_sampler_by_name(tmp_path):
         run(*words)
     run(*words, "--overwrite")
     assert all(parameter.any() for parameter in SiTPipeline.from_pretrained(tmp_path / "out").transformer.parameters())
+
+
+def test_projectors_of_encoders_of_one_name(tmp_path):
+    """REPA's `--enc-type dinov2-vit-b,dinov2-vit-b`: each has a folder, and goes on with an encoder of its own."""
+    official = saved(tmp_path, z_dims=(6, 6))
+    run(tmp_path / "c.pt", "--out", tmp_path / "out", "--model_config", json.dumps(TWO))
+    encoders = {}
+    for name in ("teacher", "teacher-again"):
+        net = torch.nn.Conv2d(4, 6, 2, stride=2)
+        encoders[name] = Encoder.from_module(net, patch_size=2, channels=4, name="teacher")
+    denoiser = Denoiser.from_pretrained(tmp_path / "out")
+    objective = REPAObjective(denoiser, encoders, layer="blocks.0", projector_dim=24)
+    assert load_heads(objective, tmp_path / "out") == {}
+    tokens = torch.randn(2, 16, 16)
+    heads = [part.module for part in objective.artifacts() if part.folder.startswith("heads/")]
+    for head, theirs in zip(heads, official.projectors, strict=True):
+        torch.testing.assert_close(head(tokens, (4, 4)), theirs(tokens))
+    assert len({part.folder for part in objective.artifacts()}) == len(objective.artifacts())
+
+
+@pytest.mark.parametrize("given", ['{"num_attention_heads": 2}', "config.json", "network.yaml"])
+def test_the_networks_arguments_are_no_recipe(tmp_path, given, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "SiTTransformer2DModel", "num_layers": 2}')
+    (tmp_path / "network.yaml").write_text("num_attention_heads: 2\n")
+    with pytest.raises(ValueError, match="holds arguments of the network: give them as --model_config"):
+        read_settings("convert", ["c.pt", "--out", "out", "--config", given])
+    (tmp_path / "recipe.yaml").write_text("checkpoint: c.pt\nout: out\n")
+    assert read_settings("convert", ["--config", "recipe.yaml"]).checkpoint == "c.pt"
+    (tmp_path / "other.yaml").write_text("learning_rate: 1\n")
+    with pytest.raises(ValueError, match="Unknown key 'learning_rate'"):
+        read_settings("convert", ["--config", "other.yaml"])
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,18 @@ def test_text_models_want_captions():
 # Latents
 
 
+def test_the_card_is_of_the_bases_kind():
+    text = DiffusionObjective(Denoiser.from_pipe(build("sd"), name="org/base")).card
+    assert (text["pipeline_tag"], text["kind"]) == ("text-to-image", "text-to-image diffusion model")
+    assert "text-to-image" in text["tags"]
+    assert text["base_model"] == "org/base"
+    classes = DiffusionObjective(Denoiser.from_pipe(build("dit"), name="outputs/dit/run")).card
+    assert classes["pipeline_tag"] == "unconditional-image-generation"
+    assert "class-conditional-image-generation" in classes["tags"]
+    assert "base_model" not in classes  # a folder is no model of the Hub
+    assert DiffusionObjective(Denoiser.from_pipe(build("ddpm"))).card["kind"] == "unconditional diffusion model"
+
+
 def test_moments_equal_the_encoder_they_come_from():
     torch.manual_seed(0)
     denoiser = Denoiser.from_pipe(build("dit"))

@@ -44,15 +44,19 @@ def repa_e():
     return REPAEObjective(Denoiser.from_pipe(pipe), [teacher()], "blocks.1", **SMALL)
 
 
-@pytest.mark.parametrize("make", [repa, reg, repa_e])
-def test_resumed_is_uninterrupted(make, tmp_path):
-    whole = run_here(tmp_path / "whole", make(), Coloured(), gradient_accumulation_steps=2, lr_scheduler="constant")
-    run_here(
-        tmp_path / "broken", make(), Coloured(), gradient_accumulation_steps=2, lr_scheduler="constant",
-        max_train_steps=2,
-    )  # fmt: skip
-    resumed = run_here(tmp_path / "broken", make(), Coloured(), gradient_accumulation_steps=2, lr_scheduler="constant")
+CASES = [(repa, 0), (reg, 0), (repa_e, 0), *(pytest.param(make, 2, marks=pytest.mark.slow) for make in (repa, repa_e))]
+
+
+@pytest.mark.parametrize(("make", "lora_rank"), CASES)
+def test_resumed_is_uninterrupted(make, lora_rank, tmp_path):
+    settings = {"gradient_accumulation_steps": 2, "lr_scheduler": "constant", "lora_rank": lora_rank}
+    whole = run_here(tmp_path / "whole", make(), Coloured(), **settings)
+    run_here(tmp_path / "broken", make(), Coloured(), **settings, max_train_steps=2)
+    resumed = run_here(tmp_path / "broken", make(), Coloured(), **settings)
     assert_same_checkpoint(whole, resumed)
+    if make is repa:
+        kept = [name for name in load_file(whole / "model.safetensors") if ".teacher." in name]
+        assert len(kept) == len(sit().model.state_dict())
     line = read_lines(tmp_path / "whole")[-1]
     assert line["skipped"] == 0
     heads = sorted(path.name for path in (tmp_path / "whole" / "heads").iterdir())

@@ -194,26 +194,49 @@ def after(x):
     return generator.get_state()
 
 
-def test_the_papers_sampler_moves_both_by_its_own_noise():
-    """Euler-Maruyama from t = 1 to 0.04 and the mean to 0; the image's noise is drawn before the token's."""
+@pytest.mark.parametrize(("scale", "token_scale"), [(1.0, None), (2.3, None), (2.3, 1.5), (2.3, 1.0)])
+def test_the_papers_sampler_moves_both_by_its_own_noise(scale, token_scale):
+    """REG's Euler-Maruyama from t = 1 to 0.04 and the mean to 0: drifts are guided, each with its own scale.
+
+    The image's noise is drawn before the token's.
+    """
     pipe = token_pipeline(FlowMatchSDEScheduler())
-    out = pipe([0, 3], num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="latent")
+    settings = {"guidance_scale": scale, "class_token_guidance_scale": token_scale, "guidance_interval": (0.0, 0.85)}
+    drawn = torch.Generator().manual_seed(1)
+    out = pipe([0, 3], num_inference_steps=3, generator=drawn, output_type="latent", **settings)
     generator = torch.Generator().manual_seed(1)
     state = [torch.randn(2, *shape, generator=generator).double() for shape in ((3, 8, 8), (6,))]
+    scales = [scale, scale if token_scale is None else token_scale]
     times = [1.0, 0.52, 0.04, 0.0]
     with torch.no_grad():
         for now, then in zip(times, times[1:], strict=False):
-            entering = entered(pipe.class_token, state[1])
-            time = torch.full((2,), 1000 * now, dtype=torch.float32)
-            velocity, hidden, _ = forward_with_token(pipe.transformer, state[0], time, torch.tensor([0, 3]), entering)
-            dt = then - now
-            for at, v in enumerate((velocity, pipe.class_token.read(hidden))):
-                score = -(state[at] + (1 - now) * v) / now
-                state[at] = state[at] + (v - now * score) * dt
+            entering, time = entered(pipe.class_token, state[1]), torch.full((2,), 1000 * now, dtype=torch.float32)
+            dt, drifts = then - now, []
+            for row in (torch.tensor([0, 3]), torch.tensor([5, 5])):
+                velocity, hidden, _ = forward_with_token(pipe.transformer, state[0], time, row, entering)
+                moves = (velocity, pipe.class_token.read(hidden))
+                scores = [-(x + (1 - now) * v) / now for v, x in zip(moves, state, strict=True)]
+                drifts.append([v - 0.5 * (2 * now) * score for v, score in zip(moves, scores, strict=True)])
+            for at, (cond, null) in enumerate(zip(*drifts, strict=True)):
+                drift = null + scales[at] * (cond - null) if scale > 1 and now <= 0.85 else cond
+                state[at] = state[at] + drift * dt
                 if then > 0:
-                    state[at] = state[at] + (2 * now * -dt) ** 0.5 * torch.randn(v.shape, generator=generator)
-    torch.testing.assert_close(out.images.double(), state[0], rtol=0, atol=1e-4)
-    torch.testing.assert_close(out.class_tokens.double(), state[1], rtol=0, atol=1e-4)
+                    state[at] = state[at] + (2 * now * -dt) ** 0.5 * torch.randn(cond.shape, generator=generator)
+    torch.testing.assert_close(out.images.double(), state[0], rtol=0, atol=2e-4)
+    torch.testing.assert_close(out.class_tokens.double(), state[1], rtol=0, atol=2e-4)
+
+
+def test_scales_of_the_token_that_would_not_act():
+    pipe = token_pipeline(FlowMatchODEScheduler())
+    for options, message in (
+        ({"class_token_guidance_scale": 2.0}, "acts where guidance_scale does, and that is 1.0"),
+        ({"class_token_guidance_scale": 0.0, "guidance_scale": 2.0}, "lies above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe([0, 3], num_inference_steps=1, **options)
+    pipe.register_modules(class_token=None)
+    with pytest.raises(ValueError, match="this pipeline has none"):
+        pipe([0, 3], num_inference_steps=1, guidance_scale=2.0, class_token_guidance_scale=2.0)
 
 
 def test_the_recipe():

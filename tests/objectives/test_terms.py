@@ -25,7 +25,7 @@ from diffusers_repr.objectives import (
 from diffusers_repr.objectives.auxiliary.dispersive import dispersive_loss
 from diffusers_repr.objectives.auxiliary.haste import attention_alignment_loss
 from diffusers_repr.objectives.auxiliary.irepa import standardize_spatially
-from diffusers_repr.objectives.auxiliary.sra import less_noisy
+from diffusers_repr.objectives.auxiliary.sra import WeightFall, less_noisy
 from tests.objectives.cases import COSINE, LINEAR, SMALL, attention_teacher, backward, batch, sit, teacher
 from tests.testers.models import build
 
@@ -245,67 +245,144 @@ def test_attention_needs_a_teacher_with_as_many_layers():
 # SRA
 
 
-def averaged(objective, change=0.0):
-    """Stands for the moving average of the loop."""
-    shadow = {f"network.{name}": value.detach() + change for name, value in objective.network.named_parameters()}
-    return types.SimpleNamespace(shadow=shadow)
+def moved(objective, change):
+    """As after an optimizer step that adds to all weights."""
+    with torch.no_grad():
+        for parameter in objective.network.parameters():
+            parameter += change
 
 
 def test_self_alignment_is_0_with_itself():
-    term = SelfAlignmentLoss("blocks.1", "blocks.1", max_shift=0.0, projector_dim=0)
+    term = SelfAlignmentLoss("blocks.1", "blocks.1", max_shift=0.0, projector_dim=0, distance="smooth_l1", ema_decay=0)
     objective = REPAObjective(sit(), losses=[term])
     assert objective(batch())["self_alignment"].item() < 1e-10
-    objective.on_step_end(1, averaged(objective))
-    assert objective(batch())["self_alignment"].item() < 1e-10
-    objective.on_step_end(2, averaged(objective, 0.1))
+    moved(objective, 0.02)
     assert objective(batch())["self_alignment"].item() > 1e-3
+    objective.on_step_end(1, None)
+    assert objective(batch())["self_alignment"].item() < 1e-8
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
-def test_self_alignment_by_hand(schedule):
-    term = SelfAlignmentLoss("blocks.0", "blocks.2", projector_dim=8)
+def columns(rows):
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def looped_distance(a, b, distance):
+    """Over tokens (the papers' code) or channels, number by number."""
+    a, b = a.tolist(), b.tolist()
+    rows = [(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)]
+    if distance == "cosine":
+        rows = [(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(columns(s), columns(t), strict=True)]
+    if "cosine" in distance:
+        norms = [math.hypot(*x) * math.hypot(*y) for x, y in rows]
+        dots = [sum(p * q for p, q in zip(x, y, strict=True)) for x, y in rows]
+        return sum(1 - dot / norm for dot, norm in zip(dots, norms, strict=True)) / len(rows)
+    away = [abs(p - q) for x, y in rows for p, q in zip(x, y, strict=True)]
+    of = {"l1": lambda d: d, "l2": lambda d: d * d,
+          "smooth_l1": lambda d: d * d / 0.1 if d < 0.05 else d - 0.025}[distance]  # fmt: skip
+    return sum(map(of, away)) / len(away)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "distance"),
+    [(LINEAR, "cosine"), (COSINE, "smooth_l1"), (LINEAR, "token_cosine"), (LINEAR, "l1"), (COSINE, "l2")],
+)
+def test_self_alignment_by_hand(schedule, distance):
+    """The teacher, written out: an average by the loop, fed with an input made by the papers' formula."""
+    term = SelfAlignmentLoss("blocks.0", "blocks.2", distance=distance, ema_decay=0.75)
     objective = REPAObjective(sit(schedule), losses=[term], label_dropout=0.5)
-    objective.on_step_end(1, averaged(objective, 0.05))
+    twin = copy.deepcopy(objective.network).eval()
+    for step in (1, 2):
+        objective(batch())
+        moved(objective, 0.01 * step)
+        objective.on_step_end(step, None)
+        with torch.no_grad():
+            for mean, value in zip(twin.parameters(), objective.network.parameters(), strict=True):
+                mean.copy_(0.75 * mean + 0.25 * value)
     torch.manual_seed(3)
     noisy = objective.noised(batch())
     state = torch.get_rng_state()
-    _, step = objective.observe(noisy)
-    loss = term(step)
+    _, seen = objective.observe(noisy)
+    loss = term(seen)
     torch.set_rng_state(state)
     time = noisy.level.timestep.double() / 1000
     earlier = (time - 0.2 * torch.rand(3, dtype=torch.float64)).clamp(0, 1) * 1000
     level = schedule.resolve(earlier)
     x_t = level.alpha.view(-1, 1, 1, 1) * noisy.x0 + level.sigma.view(-1, 1, 1, 1) * noisy.noise
-    twin = copy.deepcopy(objective.network).eval()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter += 0.05
-        with capture(twin, "blocks.2", stop_early=False) as tape:
-            twin(x_t, level.timestep.float(), **noisy.condition)
-    difference = (term.projector(step.layers["blocks.0"].values, (4, 4)) - tape["blocks.2"]).abs()
-    wanted = torch.where(difference < 0.05, difference**2 / 0.1, difference - 0.025).mean()
-    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
+    with torch.no_grad(), capture(twin, "blocks.2", stop_early=False) as tape:
+        twin(x_t, level.timestep.float(), **noisy.condition)
+    one, two = (term.projector.layers[at] for at in (0, 2))
+    assert (one.in_features, one.out_features, two.out_features) == (16, 32, 16)
+    projected = two(nn.functional.silu(one(seen.layers["blocks.0"].values)))
+    wanted = looped_distance(projected, tape["blocks.2"], distance)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
-def test_the_teacher_is_the_average_and_no_part_of_the_state():
-    objective = REPAObjective(sit(), losses=[SelfAlignmentLoss(projector_dim=8)])
+def test_the_teacher_is_an_average_of_its_own_that_a_checkpoint_keeps():
+    objective = REPAObjective(sit(), losses=[SelfAlignmentLoss()])
     term = objective.losses["self_alignment"]
-    assert (term.layer, term.teacher_layer) == ("blocks.0", "blocks.2")
+    assert (term.layer, term.teacher_layer, term.distance, term.weight) == ("blocks.0", "blocks.2", "cosine", 0.5)
     assert not [key for key in objective.state_dict() if "teacher" in key]
     frozen = objective.frozen["self-alignment-teacher"]
     objective.train()
     assert not frozen.training
-    average = averaged(objective, 0.25)
-    objective.on_step_end(5, average)
-    assert all(torch.equal(value, average.shadow[f"network.{name}"]) for name, value in frozen.named_parameters())
+    first = {name: value.clone() for name, value in frozen.state_dict().items()}
     _, grads = backward(objective, batch())
     assert all(parameter.grad is None for parameter in frozen.parameters())
     assert grads["terms.self_alignment.projector.layers.0.weight"].abs().max() > 0
-    with pytest.raises(ValueError, match="moving average"):
-        objective.on_step_end(6, None)
-    adapters = {**average.shadow, "network.blocks.0.attn.to_q.lora_A.default.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match="LoRA"):
-        objective.on_step_end(6, types.SimpleNamespace(shadow=adapters))
+    moved(objective, 1.0)
+    # The run's average, with its warm-up, has no part in it: 1e-4 of the way, from the first step on.
+    objective.on_step_end(1, types.SimpleNamespace(shadow={}, decay=0.0))
+    kept = {name: value for name, value in objective.trained_state().items() if ".teacher." in name}
+    assert len(kept) == len(first)
+    for name, value in first.items():
+        assert torch.allclose(kept[f"terms.self_alignment.teacher.{name}"] - value, torch.tensor(1e-4), atol=1e-6)
+    after = {name: value.clone() for name, value in frozen.state_dict().items()}
+    objective.on_step_end(1, None)  # as where a run is resumed: no step took place
+    assert all(torch.equal(value, after[name]) for name, value in frozen.state_dict().items())
+    half = REPAObjective(Denoiser(sit().model.half(), schedule=LINEAR), losses=[SelfAlignmentLoss()])
+    assert half.frozen["self-alignment-teacher"].dtype == torch.float32
+
+
+def test_the_teacher_follows_adapters():
+    from diffusers_repr.training.lora import add_lora
+
+    objective = REPAObjective(sit(), losses=[SelfAlignmentLoss(ema_decay=0.5)])
+    frozen = objective.frozen["self-alignment-teacher"]
+    before = frozen.blocks[0].attn.to_q.weight.clone()
+    add_lora(objective, 2)
+    objective(batch())
+    q = objective.network.blocks[0].attn.to_q
+    with torch.no_grad():
+        q.lora_B.default.weight += 0.3
+    objective.on_step_end(1, None)
+    merged = q.base_layer.weight + q.lora_B.default.weight @ q.lora_A.default.weight
+    assert torch.allclose(frozen.blocks[0].attn.to_q.weight, (before + merged) / 2, atol=1e-6)
+    assert torch.equal(frozen.blocks[1].attn.to_q.weight, objective.network.blocks[1].attn.to_q.base_layer.weight)
+
+
+def test_the_weight_of_self_alignment_falls_as_in_its_code():
+    term = SelfAlignmentLoss(distance="smooth_l1")
+    objective = REPAObjective(sit(), losses=[term])
+    assert objective.identity()["terms"]["self_alignment"]["fall"] == {
+        "start": 149, "length": 1000, "epoch_steps": 5004,
+    }  # fmt: skip
+    for epoch in (0, 149, 150, 400, 1149):
+        for within in (0, 5003):
+            objective.on_step_end(epoch * 5004 + within, None)
+            code = 2 * (0.1 ** (((epoch - 149) / 1000 + 1) if epoch > 149 else 1))
+            assert objective.loss_weights()["self_alignment"] == pytest.approx(code, rel=1e-12)
+    out = objective(batch())
+    assert out["loss"].item() == pytest.approx((out["denoising"] + 0.02 * out["self_alignment"]).item(), abs=1e-6)
+    steps = WeightFall(start=2, length=4, epoch_steps=1)
+    assert [steps.factor(step) for step in (2, 6)] == [1.0, pytest.approx(0.1)]
+    constant = REPAObjective(sit(), losses=[SelfAlignmentLoss()])
+    constant.on_step_end(10**7, None)
+    assert constant.loss_weights()["self_alignment"] == 0.5
+    dit = REPAObjective(Denoiser.from_pipe(build("dit")), losses=[SelfAlignmentLoss()]).losses["self_alignment"]
+    assert (dit.distance, dit.current_weight, dit.fall) == ("smooth_l1", 0.04, WeightFall())
+    for bad in ({"ema_decay": 1.5}, {"distance": "cos"}, {"max_shift": -1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SelfAlignmentLoss(**bad)
 
 
 def test_less_noisy_times():
@@ -315,12 +392,14 @@ def test_less_noisy_times():
     assert bool((earlier >= (level.timestep - 200).clamp(min=0)).all())
     assert float((level.timestep - earlier)[1::3].max()) > 190
     table = Denoiser.from_pipe(build("ddim")).schedule
-    whole = less_noisy(table.resolve(torch.tensor([300.0, 900.0])), table, 0.2).timestep.double()
-    assert torch.equal(whole, whole.round())
+    times = torch.tensor([3.0, 500.0]).repeat(4000)
+    whole = less_noisy(table.resolve(times), table, 0.2, torch.Generator().manual_seed(0)).timestep
+    assert sorted(set((times - whole)[1::2].tolist())) == list(range(200))  # randint(0, 200) of DiT's code
+    assert sorted(set(whole[::2].tolist())) == [1, 2, 3]
     with pytest.raises(ValueError, match="no time in"):
         less_noisy(EDM.resolve(0.2), EDM, 0.2)
     with pytest.raises(ValueError, match="no time in"):
-        REPAObjective(sit(EDM), losses=[SelfAlignmentLoss(projector_dim=8)])
+        REPAObjective(sit(EDM), losses=[SelfAlignmentLoss()])
 
 
 # The recipe

@@ -66,8 +66,13 @@ def test_the_share_of_a_sweep_only_grows():
 
 def test_a_sweep_that_fails_is_not_told_to_be_done():
     shares = []
-    with pytest.raises(ValueError, match="broken"), SweepBar(shares.append, "selection") as bar:
-        bar.begin("all", 4)
-        bar.update()
-        raise ValueError("broken")
+
+    def fail():
+        with SweepBar(shares.append, "selection") as bar:
+            bar.begin("all", 4)
+            bar.update()
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        fail()
     assert shares == [0.25]

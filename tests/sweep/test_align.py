@@ -9,8 +9,9 @@ from diffusers_repr import Denoiser, FeatureExtractor, list_layers
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.metrics import UnlikeRecordsError, cka, cknna, compare
-from diffusers_repr.sweep import Alignment, knn_probe, linear_probe, measure_alignment
+from diffusers_repr.sweep import Alignment, knn_probe, linear_probe, measure_alignment, picture
 from diffusers_repr.sweep.align import default_levels
+from diffusers_repr.sweep.alignment import AlignmentCell
 from tests.metrics.models import images, rows_denoiser, rows_encoder, unet, vit
 from tests.sweep.selection_models import Rows, planted, striped
 
@@ -132,6 +133,33 @@ def test_saved_loaded_and_drawn(swept, tmp_path):
         Alignment.load(folder)
     with pytest.raises(FileNotFoundError, match="has no alignment.json"):
         Alignment.load(tmp_path)
+
+
+def drawn_sweep(layers, levels):
+    """Cells whose score falls with the layer's place and rises with the level."""
+    return [
+        AlignmentCell(layer=f"layer{at}", order=at, timestep=t, nsr=t / 10, flops_share=0.1 * at, dim=2,
+                      scores={"cka": 0.1 * (layers - at) + t / 1000})
+        for t in levels for at in range(layers)
+    ]  # fmt: skip
+
+
+def test_curves_run_over_levels_with_the_best_layers_named(monkeypatch):
+    monkeypatch.setattr(picture, "png_of", lambda figure: figure)
+    recipe = {"model": {"name": "/home/me/runs/tuned"}, "encoder": {"name": "org/teacher"}, "data": {"samples": 9}}
+    found = Alignment(tuple(drawn_sweep(8, [10, 50, 300])), ("cka",), {"cka": 0.4}, recipe)
+    figure = found.plot()
+    assert figure.get_suptitle() == "tuned against org/teacher, 9 images; dashed: the encoder's own"
+    curves = next(axis for axis in figure.axes if axis.get_legend() is not None)
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == [f"layer{at}" for at in range(5)]
+    named = {line.get_label(): list(line.get_ydata()) for line in curves.lines}
+    assert named["layer2"] == pytest.approx([0.61, 0.65, 0.9])
+    assert [text.get_text() for text in curves.get_xticklabels()] == ["10\n1.00", "50\n5.00", "300\n30"]
+    assert sum(len(line.get_xdata()) == 3 and line.get_label().startswith("_") for line in curves.lines) == 3  # grey
+    two = Alignment(tuple(drawn_sweep(8, [10, 50])), ("cka",), {}, recipe).plot()
+    curves = next(axis for axis in two.axes if axis.get_legend() is not None)
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == ["timestep 10", "timestep 50"]
+    assert list(curves.lines[1].get_ydata()) == pytest.approx([0.1 * (8 - at) + 0.05 for at in range(8)])
 
 
 def test_a_plot_has_room_for_undefined_scores():

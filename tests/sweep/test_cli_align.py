@@ -1,6 +1,8 @@
 """`diffusers-repr align` as a user runs it, in one process."""
 
 import json
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,7 +17,7 @@ from diffusers_repr import FeatureExtractor
 from diffusers_repr.cli import main
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.metrics import cknna
-from diffusers_repr.sweep import Alignment
+from diffusers_repr.sweep import Alignment, AlignmentComparison
 from tests.metrics.models import unet, vit
 from tests.sweep.selection_models import striped
 
@@ -70,7 +72,7 @@ def test_from_command_to_files(model, encoder, data, tmp_path, capsys):
 
 def test_all_metrics_and_a_layer_of_a_denoiser_as_encoder(model, data, tmp_path, capsys):
     flags = ["--layers", "mid_block", "--timesteps", "100", "--metric", "cka", "linear", "knn", "--knn_k", "3"]
-    flags += ["--test_split", "validation", "--samples", "16", "--no_plot", "--quiet", "--out", str(tmp_path)]
+    flags += ["--test_split", "validation", "--limit", "16", "--no_plot", "--quiet", "--out", str(tmp_path)]
     assert main(["align", model, f"{model}:mid_block@100", data, *flags]) == 0
     found = Alignment.load(tmp_path)
     assert found.score("mid_block", 100) == pytest.approx(1, abs=1e-5)
@@ -80,9 +82,46 @@ def test_all_metrics_and_a_layer_of_a_denoiser_as_encoder(model, data, tmp_path,
     assert "(the encoder itself)" in capsys.readouterr().out
 
 
+def test_several_models_and_encoders(model, encoder, data, tmp_path, capsys):
+    """The same pair twice is known by its folders; scores are those of `align` for one pair."""
+    again = shutil.copytree(model, tmp_path / "later")
+    flags = [
+        "--layers",
+        "mid_block",
+        "conv_in",
+        "--timesteps",
+        "50",
+        "--k",
+        "4",
+        "--quiet",
+        "--encoder_positions",
+        "repa",
+    ]
+    words = ["align", model, encoder, data, *flags, "--no_plot", "--out", str(tmp_path / "out")]
+    layer = f"{model}:conv_in@50"
+    assert main([*words, "--models", str(again), "--steps", "100", "300", "--encoders", layer]) == 0
+    found = AlignmentComparison.load(tmp_path / "out")
+    assert list(found.models) == [Path(model).name, "later"]
+    assert [about["step"] for about in found.models.values()] == [100, 300]
+    assert list(found.encoders) == [Path(encoder).name, layer]
+    assert found.encoders[Path(encoder).name]["positions"] == "repa"
+    assert found.best_of("later", layer).layer == "conv_in"
+    assert found.best_of("later", layer).score == pytest.approx(1, abs=1e-4)
+    out = capsys.readouterr().out
+    assert f"cknna with {layer}: best layer and level of each model" in out
+    assert f"(the encoder {layer})" in out
+    assert main(["align", model, encoder, data, *flags, "--out", str(tmp_path / "one"), "--no_plot"]) == 0
+    alone = Alignment.load(tmp_path / "one")
+    assert found.best_of("later", Path(encoder).name).score == pytest.approx(alone.best.scores["cknna"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--steps", "3"], "--steps would not act: one model is measured; --models names further ones"),
+        (["--models", "m", "--steps", "3"], "--steps has 1 values for 2 models; give each its own, MODEL first"),
+        (["--models", "m", "--labels", "a", "a"], "--labels has 2 values for 2 models; give each its own"),
+        (["--encoders", "e", "--metric", "cka", "cknna"], "compared by one --metric"),
         (["--k", "20"], "k must be a whole number from 1 to 19"),
         (["--metric", "cnka"], "Unknown metric 'cnka'"),
         (["--metric", "linear"], "need a --test_split"),

@@ -102,7 +102,7 @@ def test_unusable_labels(model, data, change, message):
 
 
 def test_a_data_set_without_labels(model):
-    with pytest.raises(ValueError, match="no label column; columns are"):
+    with pytest.raises(ValueError, match="no label column; its columns are"):
         select_features(model, rows(24).remove_columns("label"), rows(24, 1), **BASE)
 
 

@@ -3,6 +3,8 @@
 import builtins
 import io
 import json
+import math
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor, list_layers
 from diffusers_repr.cli import main
-from diffusers_repr.sweep import Selection, select_features
+from diffusers_repr.sweep import Selection, picture, select_features
 from tests.sweep.selection_models import Rows, planted, striped
 from tests.sweep.test_selection_data import rows
 from tests.testers.cases import some
@@ -57,6 +59,37 @@ def test_the_picture_is_a_png_of_every_cell(selection):
     image = Image.open(io.BytesIO(selection.heatmap()))
     assert image.format == "PNG"
     assert image.width > image.height > 300
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def test_losses_are_shown_positive_and_accuracies_in_percent(selection, monkeypatch):
+    monkeypatch.setattr(picture, "png_of", lambda figure: figure)
+    cells = sorted((c for c in selection.cells if c.noise == "clean"), key=lambda c: (c.order, c.nsr))
+    figure = selection.heatmap()
+    assert texts(figure.axes[1]) == [f"{100 * cell.score:.1f}" for cell in cells]
+    assert figure.axes[-1].get_ylabel() == "validation accuracy (%)"
+    assert "image without noise" in figure.axes[1].get_xlabel()
+    losses = tuple(replace(cell, score=cell.score - 1) for cell in selection.cells)
+    best = replace(selection.best, score=selection.best.score - 1, mean=-0.0625, std=0.003)
+    figure = replace(selection, cells=losses, best=best, metric="neg_brier").heatmap()
+    assert texts(figure.axes[1]) == [f"{1 - cell.score:.2f}" for cell in cells]
+    assert figure.axes[-1].get_ylabel() == "Brier score on validation (lower is better)"
+    assert figure.get_suptitle().endswith("Brier score on validation 0.062 ± 0.003 over 2 noise seeds")
+    colours = figure.axes[1].get_images()[0]
+    low, high = colours.to_rgba(colours.norm.vmin)[:2], colours.to_rgba(colours.norm.vmax)[:2]
+    assert low[0] > 0.9 > 0.3 > high[0]  # the lowest loss is bright
+
+
+def test_colours_leave_out_the_worst_layer():
+    grid = [[0.9, 0.8], [0.7, math.nan], [0.1, 0.2]]
+    assert picture._colour_range([grid], False) == (0.7, 0.9, "min")
+    assert picture._colour_range([grid], True) == (0.1, 0.7, "max")
+    assert picture._colour_range([grid, [[0.5, 0.5], [0.9, 0.9], [0.3, 0.4]]], False) == (0.5, 0.9, "min")
+    assert picture._colour_range([grid[:2]], False) == (0.7, 0.9, "neither")
+    assert picture._colour_range([[[math.nan]]], False) == (0.0, 1.0, "neither")
 
 
 def test_without_matplotlib_the_rest_is_saved(selection, tmp_path, monkeypatch):
@@ -159,7 +192,13 @@ def test_command_holds_out_where_there_is_no_validation_split(folder, tmp_path, 
 def test_command_on_one_file(folder, tmp_path, capsys):
     data = folder(train=rows(40)) + "/train.parquet"
     assert command(data, tmp_path / "out", "--no_heatmap") == 0
-    assert "held out 8 of 40" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "held out 8 of 40 images for the probe to be measured on (--test_fraction 0.2)" in told
+    assert "held out 6 of 32 images to score on (--validation_fraction 0.2)" in told
+    recipe = Selection.load(tmp_path / "out").recipe
+    assert (recipe["train"]["rows"], recipe["validation"]["rows"]) == (26, 6)
+    assert command(data, tmp_path / "whole", "--no_heatmap", "--test_fraction", "0") == 0
+    assert "held out 8 of 40 images to score on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 
 from diffusers_repr.cli import main
+from tests.testers.hosts import close_session
 from tests.testers.hub_server import hub_env, hub_server, run_python
 
 ROUND_TRIP = """
@@ -72,7 +73,7 @@ report["private"] = HfApi().model_info("user/named").private
 # the command tells a store, a pipeline and a custom pipeline apart
 (work / "data").mkdir()
 dataset(6).to_parquet(work / "data" / "train.parquet")
-store, reads = str(work / "store"), ["--layers", "mid_block", "--timestep", "50"]
+store, reads = str(work / "store"), ["--layers", "mid_block", "--timesteps", "50"]
 assert main(["extract", str(work / "base"), str(work / "data"), *reads, "--out", store]) == 0
 (work / "custom").mkdir()
 (work / "custom" / "pipeline.py").write_text("import diffusers\\nclass X(diffusers.DiffusionPipeline): ...\\n")

@@ -7,7 +7,6 @@ import atexit
 import copy
 import functools
 import shutil
-import string
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,16 +42,15 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizer,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
-CHARACTERS = string.ascii_letters + string.digits + string.punctuation
+from tests.testers.tokenizers import clip_tokenizer, gemma_tokenizer, t5_tokenizer
+
 WIDTH = 16  # of every text encoder but T5's, which is 32
 
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {}
@@ -99,30 +97,10 @@ def saved(name: str) -> Path:
     return Path(folder)
 
 
-# Tokenizers: one token a character, made on the spot.
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    tokens = [c for c in CHARACTERS if not c.isupper()]
-    tokens = [*tokens, *(c + "</w>" for c in tokens), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: at for at, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
-
-
-def t5_tokenizer() -> T5Tokenizer:
-    tokens = ["<pad>", "</s>", "<unk>", "▁", *CHARACTERS]
-    return T5Tokenizer(vocab=[(token, -float(at > 2)) for at, token in enumerate(tokens)], extra_ids=0)
-
-
-def gemma_tokenizer() -> GemmaTokenizer:
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *CHARACTERS]
-    return GemmaTokenizer(vocab={token: at for at, token in enumerate(tokens)}, merges=[])
-
-
 # Text encoders and autoencoders.
 
 
-def clip_config(tokenizer: CLIPTokenizer, **changes) -> CLIPTextConfig:
+def clip_config(tokenizer: PreTrainedTokenizerFast, **changes) -> CLIPTextConfig:
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -137,7 +115,7 @@ def clip_config(tokenizer: CLIPTokenizer, **changes) -> CLIPTextConfig:
     return CLIPTextConfig(**{**settings, **changes})
 
 
-def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def t5_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(vocab_size=len(tokenizer), d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     )

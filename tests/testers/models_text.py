@@ -38,10 +38,11 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from transformers import BertConfig, BertModel, BertTokenizer, Gemma2Config, Gemma2Model
+from transformers import BertConfig, BertModel, Gemma2Config, Gemma2Model
 
 from tests.testers.family_cases import FAMILIES, embeds, family_pipeline, register_case
-from tests.testers.models import CHARACTERS, WIDTH, autoencoder, gemma_tokenizer, t5_encoder, t5_tokenizer
+from tests.testers.models import WIDTH, autoencoder, t5_encoder
+from tests.testers.tokenizers import bert_tokenizer, gemma_tokenizer, t5_tokenizer
 
 __all__ = ["FAMILIES", "family_pipeline", "kolors_class"]
 
@@ -111,8 +112,7 @@ def kolors() -> DiffusionPipeline:
            guided={"guidance_scale": 4.0, "use_resolution_binning": False})  # fmt: skip
 def hunyuan_dit() -> HunyuanDiTPipeline:
     """BERT and T5 text in one cross-attention, long skips, learned variance; its rope is an input."""
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CHARACTERS, *("##" + c for c in CHARACTERS)]
-    tokenizer = BertTokenizer(vocab={token: at for at, token in enumerate(vocab)}, model_max_length=77)
+    tokenizer = bert_tokenizer()
     text = BertConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )

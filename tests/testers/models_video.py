@@ -13,7 +13,8 @@ from diffusers import (
 from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.testers.family_cases import register_case
-from tests.testers.models import WIDTH, t5_encoder, t5_tokenizer
+from tests.testers.models import WIDTH, t5_encoder
+from tests.testers.tokenizers import t5_tokenizer
 
 VIDEOS = ("wan", "ltx")
 

@@ -213,7 +213,9 @@ def run_tests(root: Path, tests: list[str], limit: float) -> tuple[int | None, s
         os.dup2(write, 2)
         os.chdir(root)
         sys.path.insert(0, str(root))
-        code = pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        known = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # of what was imported before
+        options = ("-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *known)
+        code = pytest.main([*options, *tests])
         os._exit(int(code))
     os.close(write)
     output, end, ready = b"", time.monotonic() + limit, True
@@ -230,8 +232,8 @@ def run_tests(root: Path, tests: list[str], limit: float) -> tuple[int | None, s
     return (os.waitstatus_to_exitcode(status) if ready else None), output.decode(errors="replace")
 
 
-def run_one(root: Path, mutant: dict, whole: bool, limit: float) -> dict:
-    """Plant a mutant, run tests until one fails, and take it out again."""
+def run_one(root: Path, mutant: dict, nearest: int, whole: bool, limit: float) -> dict:
+    """Plant a mutant, run tests until one fails, the `nearest` files first, and take it out again."""
     found = place(root, mutant)
     if found is None:
         return {**mutant, "result": "gone"}
@@ -242,7 +244,7 @@ def run_one(root: Path, mutant: dict, whole: bool, limit: float) -> dict:
     told = {**mutant, "planted": f"{file.relative_to(root).as_posix()}:{line}"}
     try:
         file.write_text(mutated(text, line, column, mutant["old"], mutant["new"]), "utf-8")
-        for tests in (near, far if whole else []):
+        for tests in (near[:6], near[6:nearest], [*near[nearest:], *far] if whole else []):
             code, output = run_tests(root, tests, limit) if tests else (0, "")
             failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
             if code is None:
@@ -252,7 +254,8 @@ def run_one(root: Path, mutant: dict, whole: bool, limit: float) -> dict:
                 return {**told, "result": "caught", "by": by, "seconds": round(time.monotonic() - start)}
     finally:
         file.write_text(text, "utf-8")
-    return {**told, "result": "survived", "seconds": round(time.monotonic() - start)}
+    asked = len(near) + len(far) if whole else min(nearest, len(near))
+    return {**told, "result": "survived", "by": f"{asked} test files", "seconds": round(time.monotonic() - start)}
 
 
 def main() -> None:
@@ -264,6 +267,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--nearest", type=int, default=24, help="test files to run, the nearest first")
     parser.add_argument("--whole", action="store_true", help="of survivors, run all other tests too")
     parser.add_argument("--limit", type=float, default=300, help="seconds that the tests of one mutant may take")
     parser.add_argument("--out", type=Path, required=True)
@@ -275,7 +279,7 @@ def main() -> None:
         importlib.import_module(name)
     results = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else []
     for mutant in json.loads(Path(args.mutants).read_text("utf-8"))[len(results) :]:
-        results.append(run_one(args.root.resolve(), mutant, args.whole, args.limit))
+        results.append(run_one(args.root.resolve(), mutant, args.nearest, args.whole, args.limit))
         args.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         told = results[-1]
         print(

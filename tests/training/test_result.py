@@ -15,7 +15,7 @@ from diffusers_repr.hub import HubError
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.hub.upload import plan_upload
 from diffusers_repr.objectives import DiffusionObjective, FixedArtifact
-from diffusers_repr.training import TrainingConfig, train
+from diffusers_repr.training import TrainingConfig, evaluation, train
 from diffusers_repr.training.result import final_loss
 from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.training.loop_cases import Numbers, read_lines, run_here, settings, tiny_objective
@@ -51,7 +51,8 @@ def test_the_folder_is_a_pipeline_of_the_averaged_weights(finished):
 
 def test_grids_of_samples(finished):
     with Image.open(finished / "samples.png") as image:
-        assert image.size == (8 * 32, 2 * 32)
+        assert image.width == 2 * 6 + 8 * 64 + 7 * 4
+        assert image.height > 2 * 6 + 2 * 64 + 4  # with a title
     assert sorted(p.name for p in (finished / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
     assert len({p.read_bytes() for p in [*(finished / "samples").iterdir(), finished / "samples.png"]}) == 3
 
@@ -71,6 +72,23 @@ def test_what_a_method_saves_in_folders_of_its_own_is_uploaded(tmp_path):
     (tmp_path / "artifacts.json").write_text('["../other/config.json"]')
     with pytest.raises(ValueError, match=r"artifacts.json' is damaged .*never uploaded"):
         plan_upload(tmp_path)
+
+
+def test_rows_of_classes_have_their_names(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(
+        evaluation, "image_grid", lambda images, **words: drawn.append(words) or Image.new("L", (8, 8))
+    )
+    data = Numbers(classes=3)
+    monkeypatch.setattr(Numbers, "class_names", ["cat", "dog", "owl"])
+    train(tiny_objective(classes=3), data, settings(tmp_path / "owls", eval_batch_size=24, max_train_steps=1))
+    assert drawn == [{"title": "owls, step 1", "row_titles": ["cat", "dog", "owl"]}]
+    card = (tmp_path / "owls" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["pipeline_tag"] == "unconditional-image-generation"
+    assert "class-conditional-image-generation" in front["tags"]
+    assert "A class-conditional diffusion model of" in card
+    assert "- Data: 13 images of `numbers`, split `train`" in card
 
 
 def test_looking_changes_nothing(finished, tmp_path):

@@ -12,6 +12,7 @@ class Dinov2Family(EncoderFamily):
     """Patch tokens after the final norm; global: the class token after it. Always resamples its positions."""
 
     model_class = "Dinov2Model"
+    positions = "embeddings"
     blocks = "encoder.layer"
     interpolates = False
 

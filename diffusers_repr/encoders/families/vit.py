@@ -13,6 +13,7 @@ class ViTFamily(EncoderFamily):
     """Patch tokens after the final norm; global: the class token after it, never the pooler's projection."""
 
     model_class = "ViTModel"
+    positions = "embeddings"
 
     def loading(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """No pooler: self-supervised checkpoints do not have one."""

@@ -16,6 +16,7 @@ class ViTMAEFamily(EncoderFamily):
     """All patches in their order, of the last block without norm, as REPA; global: the class token of that block."""
 
     model_class = "ViTMAEModel"
+    positions = "embeddings"
     final_norm = False
 
     def loading(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class AuxiliaryLoss(nn.Module):
         """Whether the loss still counts."""
         return self.stop_step is None or self.step < self.stop_step
 
+    @property
+    def current_weight(self) -> float:
+        """Factor in the loss of the coming step; `weight` where no schedule changes it."""
+        return self.weight
+
     def attach(self, host: LossHost) -> None:
         """Called once, when the objective is made: find layers, build what is trained."""
 
@@ -110,6 +115,10 @@ class AuxiliaryLoss(nn.Module):
     def on_step_end(self, step: int, ema: Any) -> None:
         """As `Objective.on_step_end`; also called when a run is resumed."""
         self.step = step
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """Tensors besides those of `state_dict` that a checkpoint keeps and writes back in place, by name."""
+        return {}
 
     def head_modules(self) -> dict[str, str]:
         """Models to be saved beside the pipeline: name of the folder -> path in this loss."""

@@ -45,7 +45,8 @@ class SpatialAlignmentLoss(AlignmentLoss):
         match_grid: As `AlignmentLoss`.
         projector_dim: Hidden width of the projectors, of the kind `mlp`.
         projector_kind: `conv`, or `mlp` as REPA.
-        projector_kernel: Side of the convolution; 3 is said in the repository's README only, its code has 1.
+        projector_kernel: Side of the convolution: 3 in the repository's README and its code on pixels; its code on
+            latents has 1 unless told.
         spatial_norm: gamma of `standardize_spatially`; None: the targets as they are.
         stop_step: As `AlignmentLoss`.
     """

@@ -86,6 +86,18 @@ class AuxiliaryLosses(nn.ModuleDict):
             out["loss"] = out["loss"] + sum(idle)
         return out
 
+    def kept_state(self, path: str) -> dict[str, Tensor]:
+        """What the losses have a checkpoint keep besides their `state_dict`.
+
+        Args:
+            path: Of this module in the objective.
+        """
+        return {
+            f"{path}.{name}.{key}": value
+            for name, loss in self.each.items()
+            for key, value in loss.kept_state().items()
+        }
+
     def artifacts(self, path: str) -> list[ModelArtifact]:
         """The heads that the losses train; as trained, not averaged.
 

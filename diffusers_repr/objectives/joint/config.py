@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from diffusers import DDPMScheduler, UNet2DModel
 
-from diffusers_repr.config.recipe import check_keys, mapping, setting
+from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
@@ -47,7 +47,7 @@ class JointConfig:
         kinds = {"model": NETWORKS[self.method], "head": JointHead, "scheduler": DDPMScheduler}
         given: set[str] = set()
         for name, kind in kinds.items():
-            arguments = mapping(name, getattr(self, name))
+            arguments = json_mapping(name, getattr(self, name))
             given |= set() if name == "scheduler" else set(arguments)
             check_keys(f"`{name}`", arguments, inspect.signature(kind.__init__).parameters)
             object.__setattr__(self, name, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,14 +10,16 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.encoders.loading import spread_positions
 from diffusers_repr.objectives.auxiliary.alignment import AlignmentLoss
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss
 from diffusers_repr.objectives.auxiliary.dispersive import DispersiveLoss
 from diffusers_repr.objectives.auxiliary.haste import AttentionAlignmentLoss
 from diffusers_repr.objectives.auxiliary.irepa import SpatialAlignmentLoss
-from diffusers_repr.objectives.auxiliary.sra import SelfAlignmentLoss
+from diffusers_repr.objectives.auxiliary.sra import SelfAlignmentLoss, WeightFall
 from diffusers_repr.objectives.repa.objective import REPAObjective
 from diffusers_repr.objectives.repa.reg import REGObjective
+from diffusers_repr.objectives.repa.repa_e import REPAEObjective
 from diffusers_repr.objectives.times import TimeSampler
 
 
@@ -28,6 +31,16 @@ def _args(help: str) -> Any:
     return HfArg(default_factory=list, help=help)
 
 
+_WITHOUT = (
+    "REPA-E trains the VAE by L1, KL and alignment here: its perceptual loss (LPIPS) and its discriminator are no "
+    "parts of this package, and without them reconstructions blur. Pass your own to REPAEObjective in Python."
+)
+_WEIGHTS = (
+    "repa_coefficient", "dispersive_weight", "haste_weight", "sra_weight", "reg_weight", "repa_e_vae_coefficient",
+    "repa_e_kl_weight",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class REPAConfig:
     """What is aligned with what; read by transformers' `HfArgumentParser`. A weight of 0 leaves a loss out.
@@ -37,6 +50,9 @@ class REPAConfig:
     """
 
     encoder: list[str] = _args("folders or Hub ids of frozen encoders; none: the plain denoising loss")
+    encoder_positions: list[str] = _args(
+        "how they resample position embeddings: transformers (default), or repa as its code; one for all or one each"
+    )
     repa_layer: str | None = _arg(None, help="path of the aligned layer; default: REPA's for the depth")
     repa_coefficient: float = _arg(0.5, help="weight of the alignment loss (iREPA: 1)")
     repa_stop_step: int | None = _arg(None, help="optimizer steps after which all alignment ends (HASTE)")
@@ -62,25 +78,50 @@ class REPAConfig:
         "its self-attentions; default: blocks 4 to 7, of fewer than 8 blocks up to four that end with `repa_layer`"
     )
     haste_teacher_layers: list[int] = _args("blocks of the first encoder, as many; default: the last ones")
-    sra_weight: float = _arg(0.0, help="weight of the alignment with the moving average (SRA)")
-    sra_layer: str | None = _arg(None, help="its layer; default: REPA's")
-    sra_teacher_layer: str | None = _arg(None, help="layer of the average; default: at 20/28 of the depth")
+    sra_weight: float = _arg(
+        0.0,
+        help="weight of the alignment with the moving average (SRA: 0.5 for a cosine, 0.2 for smooth_l1, 0.04 DiT)",
+    )
+    sra_layer: str | None = _arg(None, help="its layer; default: block 4, counted from 1, of XL 8")
+    sra_teacher_layer: str | None = _arg(None, help="layer of the average; default: block 8, of XL 20 (DiT: 16)")
     sra_max_shift: float = _arg(0.2, help="largest step in time towards the data")
+    sra_distance: Literal["default", "cosine", "token_cosine", "smooth_l1", "l1", "l2"] = _arg(
+        "default", help="of tokens; default: cosine, smooth_l1 for noise in whole timesteps (DiT)"
+    )
+    sra_fall_start: int | None = _arg(
+        None, help="last epoch, from 0, of its full weight; default: as its code, 149, and never with a cosine"
+    )
+    sra_fall_length: int = _arg(1000, help="epochs in which the weight then falls tenfold")
+    sra_epoch_steps: int = _arg(5004, help="optimizer steps of such an epoch (ImageNet in batches of 256); 1: steps")
+    sra_ema_decay: float = _arg(0.9999, help="of the average that teaches, apart from `ema_max_decay`, no warm-up")
     reg_weight: float = _arg(0.0, help="weight of the class token's denoising loss (REG: 0.03)")
+    repa_e: bool = _arg(False, help="train the VAE too (REPA-E), by L1, KL and alignment; without LPIPS and GAN loss")
+    repa_e_vae_coefficient: float = _arg(1.5, help="weight of the alignment in the VAE's loss")
+    repa_e_kl_weight: float = _arg(1e-6, help="weight of the KL divergence in the VAE's loss")
 
     def __post_init__(self) -> None:
-        if not set(self.encoder) - {"none"} and (self.haste_weight or self.reg_weight):
-            raise ValueError("`haste_weight` and `reg_weight` need a teacher; name one by `encoder`.")
+        needing = [name for name in ("haste_weight", "reg_weight", "repa_e") if getattr(self, name)]
+        if needing and not self.teachers:
+            raise ValueError(f"`{'`, `'.join(needing)}` need a teacher; name one by `encoder`.")
+        if self.repa_e and self.reg_weight:
+            raise ValueError("`repa_e` trains the VAE, `reg_weight` a class token; choose one of them.")
+        spread_positions(self.encoder_positions, len(self.teachers))
         if self.projectors not in ("load", "new"):
             raise ValueError(f"`projectors` is load or new, got {self.projectors!r}.")
         if self.projector_dim < 1:
             raise ValueError(f"`projector_dim` must be positive, got {self.projector_dim}.")
-        for name in ("repa_coefficient", "dispersive_weight", "haste_weight", "sra_weight", "reg_weight"):
+        for name in _WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"`label_dropout` is a probability, got {self.label_dropout}.")
         self.times()
+        self.losses()  # their own checks
+
+    @property
+    def teachers(self) -> list[str]:
+        """The encoders, without the word of a recipe for none."""
+        return [name for name in self.encoder if name != "none"]
 
     def times(self) -> TimeSampler:
         """How noise levels are drawn."""
@@ -112,10 +153,20 @@ class REPAConfig:
                     self.sra_teacher_layer,
                     self.sra_weight,
                     self.sra_max_shift,
-                    projector_dim=self.projector_dim,
+                    distance=None if self.sra_distance == "default" else self.sra_distance,
+                    fall=self.sra_fall(),
+                    ema_decay=self.sra_ema_decay,
                 )
             )
         return chosen
+
+    def sra_fall(self) -> WeightFall | None:
+        """How the weight of the self-alignment falls; None: as its code has it for the distance."""
+        if self.sra_fall_start is not None:
+            return WeightFall(self.sra_fall_start, self.sra_fall_length, self.sra_epoch_steps)
+        if (self.sra_fall_length, self.sra_epoch_steps) != (WeightFall.length, WeightFall.epoch_steps):
+            raise ValueError("`sra_fall_length` and `sra_epoch_steps` act with `sra_fall_start`; give it (SRA: 149).")
+        return None
 
 
 def build_repa(
@@ -138,6 +189,10 @@ def build_repa(
         "time_sampling": config.times(),
         "label_dropout": config.label_dropout,
     }
+    if config.repa_e:
+        warnings.warn(_WITHOUT, stacklevel=2)
+        weights = {"vae_coefficient": config.repa_e_vae_coefficient, "kl_weight": config.repa_e_kl_weight}
+        return REPAEObjective(denoiser, encoders, **weights, **settings)
     if config.reg_weight:
         return REGObjective(denoiser, encoders, class_weight=config.reg_weight, **settings)
     return REPAObjective(denoiser, encoders, **settings)

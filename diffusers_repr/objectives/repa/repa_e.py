@@ -210,7 +210,8 @@ class REPAEObjective(REPAObjective):
         """Parameters of all phases, and persistent buffers."""
         self._owned("main")
         fixed = {name for name, _ in self.named_parameters() if name not in (self._trained or ())}
-        return {name: value for name, value in self.state_dict().items() if name not in fixed}
+        own = {name: value for name, value in self.state_dict().items() if name not in fixed}
+        return {**own, **self.losses.kept_state("terms")}
 
     def ema_modules(self) -> dict[str, nn.Module]:
         """The network, and the statistics of its latents; the VAE is saved as trained."""

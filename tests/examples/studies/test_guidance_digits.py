@@ -36,7 +36,7 @@ def test_rows_are_of_the_saved_samples_and_are_not_done_twice(tmp_path, monkeypa
     report = (tmp_path / "report.md").read_text()
     assert [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("| ")][1:4] == rows
     assert (tmp_path / "scales.png").is_file()
-    assert (tmp_path / "energy.png").is_file()
+    assert (tmp_path / "digits.png").is_file()
 
     def again(*args):
         raise AssertionError(f"done twice: {args}")

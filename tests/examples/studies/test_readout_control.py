@@ -130,11 +130,14 @@ def test_report_and_pictures(study):
     target, others = sobel(real), np.roll(sobel(real), 1, 0)
     assert float(cells["*another car*"][1]) == pytest.approx(((others - target) ** 2).mean(), abs=1e-4)
     assert float(cells["*the car itself*"][1]) == 0
-    sizes = {"control": (6, 3), "depth": (6, 3), "strip_readout": (2, 2), "strip_depth": (2, 2)}
-    for name, (rows_, scale) in sizes.items():
-        assert picture(folder / f"{name}.png").size == (32 * COUNT * scale, 32 * rows_ * scale)
-    shown = np.array(picture(folder / "control.png").resize((32 * COUNT, 192), Image.Resampling.NEAREST))[:32, :, 0]
-    np.testing.assert_allclose(shown / 127.5 - 1, np.concatenate(list(target), 1), atol=0.01)
+    height = 6 * 96 + 5 * 4 + 6  # of six rows, from below; a tile is three times as wide as an image
+    for name in ("control", "depth"):
+        assert picture(folder / f"{name}.png").height > height
+    shown = np.array(picture(folder / "control.png"))[-height:][1:96:3, :, 0]
+    for at, edges in enumerate(target):
+        right = 6 + (COUNT - 1 - at) * 100
+        tile = shown[:, shown.shape[1] - right - 96 : shown.shape[1] - right][:, 1::3]
+        np.testing.assert_allclose(tile / 127.5 - 1, edges, atol=0.01)
 
 
 def test_too_few_images(tmp_path, study):

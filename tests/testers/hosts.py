@@ -1,0 +1,21 @@
+"""What differs between the versions of the libraries that the tests run on (`make test-lowest`)."""
+
+import importlib
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+
+def newer(module: str, name: str) -> Any:
+    """`module.name`; skips the test where this version has none."""
+    found = getattr(importlib.import_module(module), name, None)
+    if found is None:
+        pytest.skip(f"this version of {module.split('.')[0]} has no {name}")
+    return found
+
+
+def close_session() -> None:
+    """Let the Hub's client open its next connection anew."""
+    close = getattr(huggingface_hub, "close_session", None)
+    (close or huggingface_hub.utils.reset_sessions)()
