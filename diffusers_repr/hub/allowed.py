@@ -201,7 +201,11 @@ def _recorded(path: Path) -> list[str]:
     """Files that a run wrote into folders that its method chose."""
     names = listing(text(1000, pattern=r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+", what="a file in a folder"))
     try:
-        return _checked(names(read_json(path), ARTIFACTS))
+        found = _checked(names(read_json(path), ARTIFACTS))
+        left = [name for name in found if any(_pattern(one).fullmatch(name.split("/")[0]) for one in _LEFT_BEHIND)]
+        if left:
+            raise ValueError(f"{left[0]!r} is of a run's own and stays here")
+        return found
     except ValueError as error:
         raise ValueError(
             f"{str(path)!r} is damaged ({error}). Delete it, or run the training's last step anew."

@@ -69,9 +69,13 @@ def test_what_a_method_saves_in_folders_of_its_own_is_uploaded(tmp_path):
     assert {"assigner/config.json", "artifacts.json", "unet/config.json"} <= set(sent)
     assert upload.left_out == ("assigner/notes.txt",)
     assert IdentityAssigner.from_pretrained(tmp_path / "assigner").config.in_features == 4
-    (tmp_path / "artifacts.json").write_text('["../other/config.json"]')
-    with pytest.raises(ValueError, match=r"artifacts.json' is damaged .*never uploaded"):
-        plan_upload(tmp_path)
+    for name, told in (
+        ("../other/config.json", "never uploaded"),
+        ("checkpoint-00000002/ema.safetensors", "stays here"),
+    ):
+        (tmp_path / "artifacts.json").write_text(json.dumps([name]))
+        with pytest.raises(ValueError, match=rf"artifacts.json' is damaged .*{told}"):
+            plan_upload(tmp_path)
 
 
 def test_rows_of_classes_have_their_names(monkeypatch, tmp_path):
