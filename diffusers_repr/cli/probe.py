@@ -133,6 +133,6 @@ def _settings(args: Settings) -> dict[str, Any]:
 
 
 def _bar(total: int) -> Any:
-    from tqdm.auto import tqdm
+    from diffusers_repr.store.progress import progress_bar
 
-    return tqdm(total=total, unit="image", desc="features")
+    return progress_bar(total, "features", "image")

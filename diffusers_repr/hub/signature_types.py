@@ -17,7 +17,7 @@ class SignatureTypesMixin:
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
-        # Private in diffusers: its `from_pretrained` and `from_pipe` ask it for every argument. If it goes, so may this.
+        # Private in diffusers: `from_pretrained` and `from_pipe` ask it for every argument. If it goes, so may this.
         hints = typing.get_type_hints(cls.__init__)
         return {
             name: _alternatives(hints.get(name, parameter.annotation))
