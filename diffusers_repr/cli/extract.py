@@ -40,7 +40,7 @@ class Settings(options.ModelSettings):
     batch_size: int = setting(32, "rows of one forward, levels and draws counted")
     shard_size: int | None = setting(None, "rows of a file; default: at most 1000 and 256 MiB")
     store_dtype: Literal["float32", "float16"] = setting("float32", "of the stored features")
-    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
+    image_size: list[str] | None = setting(None, options.IMAGE_SIZE)
     prompt: str | None = setting(None, "of text models; {label} stands for the class name; default: the empty one")
     class_label: int | None = setting(None, "of class-conditional models; default: the null class, if it has one")
     seed: int = setting(0, "of the noise")
@@ -64,6 +64,7 @@ def run(args: Settings) -> int:
         denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     if denoiser.pipe is not None:
         denoiser.pipe.to(args.device or state.device)
+    image_size = options.sides(args.image_size)
     extractor = FeatureExtractor(
         denoiser,
         args.layers,
@@ -74,7 +75,7 @@ def run(args: Settings) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
         where=args.where,
-        image_size=options.sides(args.image_size),
+        image_size=image_size,
     )
     if args.overwrite:
         with state.main_process_first():
@@ -84,6 +85,7 @@ def run(args: Settings) -> int:
     except FileExistsError as error:
         raise FileExistsError(f"{error} --overwrite deletes what is there first.") from error
     if state.is_main_process:
+        options.tell_size(denoiser, image_size)
         _report(store, args.out, state.num_processes)
     return 0
 

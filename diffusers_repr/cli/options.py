@@ -11,10 +11,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffusers_repr.config.recipe import setting
 
+if TYPE_CHECKING:
+    from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.denoiser.sizes import ImageSize
+
+IMAGE_SIZE = "pixels: one side, or height and width; keep: the images' own; default: the model's size"
 DType = Literal["float32", "bfloat16", "float16"]
 TEST_FRACTION = (
     "of a data set that is one split: held out to measure the probe on, and left alone by `select`; 0: none"
@@ -62,10 +67,10 @@ class ImageSettings:
     class_label: int | None = setting(
         None, "of class-conditional models, one for all images; default: the null class, if it has one"
     )
-    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
+    image_size: list[str] | None = setting(None, IMAGE_SIZE)
 
 
-def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
+def two_sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     """(H, W) of `--image_size`; None if not given.
 
     Raises:
@@ -76,6 +81,29 @@ def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     if len(image_size) > 2:
         raise ValueError(f"--image_size takes one side, or height and width; got {len(image_size)} numbers.")
     return image_size[0], image_size[-1]
+
+
+def sides(image_size: Sequence[str] | None) -> ImageSize:
+    """`image_size` of Python, from an `--image_size` that may be `keep`.
+
+    Raises:
+        ValueError: For what is neither one or two whole numbers nor `keep`.
+    """
+    if image_size is None:
+        return None
+    if list(image_size) == ["keep"]:
+        return "keep"
+    if not all(word.isascii() and word.isdigit() for word in image_size):
+        raise ValueError(f"--image_size takes one side, or height and width, or keep; got {' '.join(image_size)}.")
+    return two_sides([int(word) for word in image_size])
+
+
+def tell_size(denoiser: Denoiser, image_size: ImageSize, aside: bool = False) -> None:
+    """Print the size at which the network sees images, where nobody chose it; aside as in `say`."""
+    resize = denoiser.resize_to(image_size)
+    if image_size is None and resize is not None:
+        size = f"{resize[0]} x {resize[1]} pixels (H x W)"
+        say(f"images: {size}, the model's own size; --image_size keep leaves theirs", aside)
 
 
 def check_limit(limit: int | None) -> None:

@@ -70,6 +70,8 @@ def run(args: Settings) -> int:
     parts = open_parts(args, measured=True)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
+    if args.selection is None:
+        options.tell_size(denoiser, settings.get("image_size"), aside=args.json)
     bar = None if args.quiet else _bar
     probe = Probe.fit(
         denoiser,
@@ -131,6 +133,6 @@ def _settings(args: Settings) -> dict[str, Any]:
 
 
 def _bar(total: int) -> Any:
-    from tqdm.auto import tqdm
+    from diffusers_repr.store.progress import progress_bar
 
-    return tqdm(total=total, unit="image", desc="features")
+    return progress_bar(total, "features", "image")

@@ -9,6 +9,7 @@ import pytest
 
 from diffusers_repr import __version__
 from diffusers_repr.cli import COMMANDS, layers, main
+from diffusers_repr.cli.guard import run_script
 from diffusers_repr.cli.words import as_typed
 from tests.testers.models import saved
 
@@ -50,6 +51,35 @@ def test_one_line(monkeypatch, capsys, raised, code, told):
     monkeypatch.setattr(layers, "run", run)
     assert main(["layers", "model"]) == code
     assert capsys.readouterr().err == f"diffusers-repr layers: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (ValueError("one\n  two"), 2, "one two"),
+        (KeyError("x"), 1, "not foreseen: KeyError: 'x'. Please report it; --debug shows where it arose."),
+        (MemoryError(), 1, "out of memory. Try a smaller --train_batch_size, --gradient_checkpointing, or "
+                           "--mixed_precision bf16."),
+        (None, 0, ""),
+    ],
+)  # fmt: skip
+def test_scripts_answer_as_commands_do(monkeypatch, capsys, raised, code, told):
+    def script(argv):
+        assert argv == ["--seed", "1"]
+        warnings.warn("mind this", stacklevel=2)
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(sys, "argv", ["examples/train_it.py", "--seed", "1", *(["--debug"] if code == 2 else [])])
+    monkeypatch.setattr(warnings, "showwarning", lambda *what: print(warnings.formatwarning(*what), end=""))
+    monkeypatch.setattr(warnings, "filters", [("always", None, Warning, None, 0)])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(script)
+    printed = capsys.readouterr()
+    assert stopped.value.code == code
+    assert printed.err.splitlines()[-1:] == ([f"train_it.py: {told}"] if told else [])
+    assert ("Traceback" in printed.err) == (code == 2)
+    assert printed.out == "train_it.py: warning: mind this\n"
 
 
 def test_warnings_are_one_line(monkeypatch):

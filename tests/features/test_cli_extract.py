@@ -64,6 +64,7 @@ def test_from_command_to_dataset(tmp_path, capsys):
     }
     assert main(command(saved("ddpm"), data, out, ensemble_size=2, seed=3, **flags)) == 0
     printed = capsys.readouterr()
+    assert "images: 16 x 16 pixels (H x W), the model's own size; --image_size keep leaves theirs" in printed.out
     assert "7 rows in 2 shards" in printed.out
     assert "up_blocks.1@t261.5  64" in printed.out
     assert "images/s" in printed.err
