@@ -178,7 +178,7 @@ def sweep_denoiser(
     image_size: ImageSize,
     batch_size: int,
     memory_gib: float,
-    progress: bool,
+    progress: Progress,
 ) -> Swept:
     """Every measure of every layer of a denoiser at every level, in one pass where memory allows.
 
