@@ -177,7 +177,7 @@ def sweep_denoiser(
     image_size: int | tuple[int, int] | None,
     batch_size: int,
     memory_gib: float,
-    progress: bool,
+    progress: Progress,
 ) -> Swept:
     """Every measure of every layer of a denoiser at every level, in one pass where memory allows.
 
@@ -194,7 +194,7 @@ def sweep_denoiser(
         image_size: Resize to (H, W) or a square.
         batch_size: Images a forward.
         memory_gib: Features held at a time.
-        progress: Show a bar.
+        progress: As `measure_alignment`.
     """
     check_whole("batch_size", batch_size, 1)
     size = splits["train"].image_size(denoiser.image_channels, image_size)
