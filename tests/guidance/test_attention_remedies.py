@@ -35,7 +35,7 @@ def made(name):
     return lively(name) if name in FAMILIES else build(name)
 
 
-FUSED = ("sd", "sd3", "flux", "hunyuan_dit", "aura_flow", "qwen_image")  # one for each way of fusing
+FUSED = ("sd", "sd3", "flux", "hunyuan_dit")  # one for each way of fusing
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,14 @@ class Reached(Exception):
     """The last of the layers was called."""
 
 
-@pytest.mark.parametrize("name", [*OTHERS, *LAYERS])
+# With attention among text tokens too, or text in front.
+REFINED = ("lumina2", "hunyuan_image", "z_image", "aura_flow", "flux")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*REFINED, *(pytest.param(n, marks=pytest.mark.slow) for n in (*OTHERS, *LAYERS) if n not in REFINED)],
+)
 def test_defaults_are_layers_of_the_image(name):
     """The layers that PAG takes by default see more tokens of a larger image, of the same text."""
     pipe, counts = made(name), []

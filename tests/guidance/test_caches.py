@@ -112,7 +112,10 @@ def compare(name, kind, **call):
     assert torch.equal(sampled(ours, name, **call), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["first block", "broadcast", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("taylorseer", "mag"))],
+)
 def test_each_lane_has_a_cache_of_its_own(kind):
     compare("qwen_image", kind, **FAMILIES["qwen_image"].off)
 
