@@ -36,7 +36,7 @@ class Settings:
         "`Encoder.from_pretrained`, of a readout `ReadoutHead`)",
     )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
-        None, "which of those in the file; ema if there, else model"
+        None, "which of those in the file; default: ema if there, else model"
     )
     architecture: Literal["sit", "dit", "hybvit"] | None = setting(
         None,
@@ -48,8 +48,8 @@ class Settings:
         "arguments of the network that shapes do not tell, JSON or a file with JSON or YAML: "
         "'{\"num_attention_heads\": 6}'",
     )
-    path: Literal["linear", "cosine"] | None = setting(None, "of a sit; linear if not given")
-    sampler: Literal["sde", "ode"] | None = setting(None, "of a sit, sde if not given; dit gets DDIM")
+    path: Literal["linear", "cosine"] | None = setting(None, "of a sit; default: linear")
+    sampler: Literal["sde", "ode"] | None = setting(None, "of a sit; default: sde; dit gets DDIM")
     vae: str | None = setting(
         None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.lanes import Lane, NetworkCall, Observer
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import LevelLike, NoiseLevel, NoiseSchedule
 

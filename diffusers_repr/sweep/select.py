@@ -13,7 +13,8 @@ import torch
 from diffusers_repr.data.labelled import LabelledSource
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
 from diffusers_repr.features.pooling import check_pooling
 from diffusers_repr.heads.fitting.closed_form import PENALTIES
@@ -24,7 +25,8 @@ from diffusers_repr.noise import LevelLike
 from diffusers_repr.sweep.grid import SweepGrid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.linear import LinearSums, comparable
 from diffusers_repr.sweep.measure import Bench, CellScore, Measure, make_measure
-from diffusers_repr.sweep.run import Sweep, progress_bar
+from diffusers_repr.sweep.progress import Progress, SweepBar
+from diffusers_repr.sweep.run import Sweep
 from diffusers_repr.sweep.search import Addition, grow
 from diffusers_repr.sweep.selection import FeatureSet, Selection, SelectionCell
 from diffusers_repr.sweep.splits import open_splits
@@ -45,7 +47,7 @@ def select_features(
     penalties: Sequence[float] = PENALTIES,
     prompt: str | None = None,
     class_labels: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize = None,
     seeds: Sequence[int] = (0, 1, 2),
     finalists: int = 5,
     max_layers: int = 3,
@@ -53,7 +55,7 @@ def select_features(
     candidates: int = 8,
     tolerance: float = 0.005,
     memory_gib: float = 4.0,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Selection:
     """Find the noise level and layers whose features suit a task.
 
@@ -90,7 +92,7 @@ def select_features(
         penalties: Grid of regularisers, for standardised features and a loss that is a mean over images.
         prompt: One for all images.
         class_labels: One id for all images, for class-conditional models; never the labels of the task.
-        image_size: Resize images to (H, W) or a square.
+        image_size: As in `FeatureExtractor`: the model's own size if None; `"keep"` for the images'.
         seeds: Of the noise; the table has the first, the finalists have all.
         finalists: Number of cells that are scored with every seed.
         max_layers: Largest set of layers; 1 skips the search.
@@ -99,7 +101,7 @@ def select_features(
         tolerance: Least gain of the metric for which a set grows.
         memory_gib: Limit on the sums; levels, then layers, take turns, with more passes over the images, if all do not
             fit.
-        progress: Show a bar of forwards.
+        progress: Show a bar of forwards; or a function that is called with the share that is done, in [0, 1].
 
     Returns:
         A `Selection`: `.best`, `.cells`, `.finalists`, `.sets`, `.save(folder)`, `.extractor(denoiser)`.
@@ -124,14 +126,16 @@ def select_features(
         check_whole(name, value, 1)
     levels = resolve_levels(denoiser, timesteps)
     splits, classes = open_splits(train, validation, measure)
-    table = resolve_layers(denoiser, layers, splits["train"].image_size(denoiser.image_channels, image_size))
+    resize = denoiser.resize_to(image_size)
+    table = resolve_layers(denoiser, layers, splits["train"].image_size(denoiser.image_channels, resize))
     grid = SweepGrid(denoiser, table, tuple(levels))
     bench = Bench(splits, grid.device)
     measure.check(bench)
-    with progress_bar(progress, "selection") as bar:
+    with SweepBar(progress, "selection") as bar:
         condition = {"prompt": prompt, "class_labels": class_labels}
-        sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, image_size, bar)
+        sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, resize, bar)
         stages = _Stages(grid, sweep, measure, policies, seeds)
+        bar.plan(stages.most_forwards(finalists, max_layers, max_levels, candidates))
         cells = stages.score_all()
         ranked = stages.spread(cells, finalists)
         sets = stages.sets(cells, ranked[0], max_layers, max_levels, candidates, tolerance)
@@ -150,7 +154,7 @@ def select_features(
         "penalties": sorted(float(penalty) for penalty in penalties),
         "prompt": prompt,
         "class_labels": class_labels,
-        "image_size": list(image_size) if isinstance(image_size, tuple) else image_size,
+        "image_size": None if resize is None else list(resize),
         "batch_size": batch_size,
         "tolerance": tolerance,
         "forwards": forwards,
@@ -203,6 +207,23 @@ class _Stages:
     policies: Sequence[str]
     seeds: Sequence[int]
     keys: dict[str, Sequence[bytes]] = field(default_factory=dict)  # of the pixels of each split
+
+    def most_forwards(self, finalists: int, max_layers: int, max_levels: int, candidates: int) -> dict[str, int]:
+        """What the names of the stages begin with -> the most forwards of this process."""
+        forwards, levels, noisy = self.sweep.forwards_of, len(self.grid.levels), set(self.policies) - {"clean"}
+        both = ["train", "held"]
+        again = (len(self.seeds) - 1) * min(finalists, levels * len(noisy)) * forwards(both, 1)
+        near = min(candidates, levels)
+
+        def grown(most: int, levels: int) -> int:
+            return 0 if most < 2 else forwards(["train"], levels) + (most - 1) * forwards(["held"], levels)
+
+        return {
+            "all cells": len(self.policies) * forwards(both, self.sweep.levels_of(self.grid)),
+            "finalists": again,
+            "sets of layers": grown(max_layers, 1),
+            "sets of levels": grown(max_levels, near),
+        }
 
     def run(self, grid: SweepGrid, noise: str, seed: int, stage: str) -> dict[tuple[int, str], CellScore]:
         found = self.sweep.run(grid, noise, _seeds(noise, seed), stage, self.record_read)
