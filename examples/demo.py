@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from demo_report import draw_pca, draw_samples, write_report
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.utils.logging import disable_progress_bar
 
 from diffusers_repr import Denoiser, Probe, select_features
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.heads import fit_head
+from diffusers_repr.store.progress import progress_bar
 
 MODEL = Path(os.path.relpath(Path(__file__).parent / "models" / "digits-ddpm"))
 RECIPE = Path(__file__).parent / "configs" / "ddpm_digits.yaml"
@@ -46,8 +48,20 @@ def untrained(denoiser: Denoiser, seed: int) -> Denoiser:
     return Denoiser(UNet2DModel.from_config(denoiser.config).eval(), denoiser.scheduler, name="random initialisation")
 
 
-def select(denoiser: Denoiser, digits):
-    """The best of level, layer and noise policy on the validation split."""
+def select(networks: list[Denoiser], digits):
+    """For each network the best of level, layer and noise policy on the validation split; one bar for all."""
+    selections = []
+    with progress_bar(100, "selection", "%") as bar:
+        for number, network in enumerate(networks):
+
+            def tell(share: float, number: int = number) -> None:
+                bar.update(int(100 * (number + share) / len(networks)) - bar.n)
+
+            selections.append(select_one(network, digits, tell))
+    return selections
+
+
+def select_one(denoiser: Denoiser, digits, progress):
     return select_features(
         denoiser,
         digits["train"],
@@ -59,6 +73,7 @@ def select(denoiser: Denoiser, digits):
         batch_size=256,
         max_layers=1,
         max_levels=1,
+        progress=progress,
     )
 
 
@@ -96,6 +111,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="train a short version of the model first")
     parser.add_argument("--train_steps", type=int, default=1500, help="steps of --train")
     args = parser.parse_args()
+    disable_progress_bar()  # of diffusers, when it loads a folder; the one bar is that of step 2
     start = time.perf_counter()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -106,15 +122,15 @@ def main() -> None:
 
     print("1/5 samples from the model")
     sampler = DDIMPipeline(denoiser.model, DDIMScheduler.from_config(denoiser.scheduler.config))
+    sampler.set_progress_bar_config(disable=True)
     images = sampler(64, generator=torch.Generator().manual_seed(0), num_inference_steps=50).images
     draw_samples(images, args.output_dir / "samples.png")
 
     print(f"2/5 which level, which layer? (all layers; the trained network, then {RANDOM_INITS} untrained ones)")
-    selection = select(denoiser, digits)
+    untrained_networks = [untrained(denoiser, seed) for seed in range(RANDOM_INITS)]
+    selection, *untrained_selections = select([denoiser, *untrained_networks], digits)
     selection.save(args.output_dir / "selection")
     (args.output_dir / "heatmap.png").write_bytes(selection.heatmap())
-    untrained_networks = [untrained(denoiser, seed) for seed in range(RANDOM_INITS)]
-    untrained_selections = [select(network, digits) for network in untrained_networks]
 
     print("3/5 probe, against raw pixels and the untrained network")
     inputs = {
@@ -161,9 +177,8 @@ def main() -> None:
     for name in ("probe", "pixels", "random_init"):
         all_labels, few = report[f"{name}_accuracy"], report[f"{name}_accuracy_10_per_class"]
         print(f"{name:>12}: test accuracy {all_labels:.3f} with all labels, {few:.3f} with {PER_CLASS} a class")
-    print(
-        f"best: {' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in report['best'].items())}"
-    )
+    best = {name: round(value, 4) if isinstance(value, float) else value for name, value in report["best"].items()}
+    print(f"best: {best}")
     print(f"{args.output_dir / 'report.md'} ({report['seconds']} s)")
 
 

@@ -11,15 +11,19 @@ the card. The loop, its checkpoints and its settings: docs/training.md.
 """
 
 import dataclasses
-import sys
+from pathlib import Path
 
 import torch
 
+from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.made import check_made
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import ClassifierBase, ClassifierConfig, ClassifierObjective
 from diffusers_repr.tasks import ClassifierAccuracy
 from diffusers_repr.training import TrainingConfig, recipe_of, train
+
+RECIPES = Path(__file__).parent / "configs"
 
 
 def open_data(config: TrainingConfig, data_config: DataConfig, base: ClassifierBase, split: str | None):
@@ -45,7 +49,9 @@ def open_data(config: TrainingConfig, data_config: DataConfig, base: ClassifierB
 
 def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, DataConfig, ClassifierConfig)
-    config, data_config, classifier = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    config, data_config, classifier = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    base_name = classifier.pretrained_model_name_or_path
+    check_made(RECIPES, pretrained_model_name_or_path=base_name, dataset_name=data_config.dataset_name)
     if config.lora_rank:
         raise ValueError("`lora_rank` adapts a trained network, and this one is new; drop it.")
     config = dataclasses.replace(config, eval_batch_size=0)  # a classifier has no samples
@@ -61,4 +67,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

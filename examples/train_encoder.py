@@ -9,21 +9,26 @@ k-NN and linear-probe accuracy next to those of the untrained network and of raw
 """
 
 import dataclasses
-import sys
+from pathlib import Path
 
 import torch
 
+from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.made import check_made
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.views import ViewConfig, ViewData
 from diffusers_repr.objectives import SimCLRConfig, SimCLRObjective
 from diffusers_repr.tasks import EncoderAccuracy
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
+RECIPES = Path(__file__).parent / "configs"
+
 
 def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, DataConfig, ViewConfig, SimCLRConfig)
-    config, data_config, views, simclr = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    config, data_config, views, simclr = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    check_made(RECIPES, dataset_name=data_config.dataset_name)
     config = dataclasses.replace(config, eval_batch_size=0)  # an encoder has no samples
     channels, side = simclr.model["num_channels"], simclr.model["image_size"]
     test = None
@@ -44,4 +49,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -8,20 +8,24 @@ turns one class into another. Rows whose label is -1 (`--missing_labels keep`) o
 and its settings: docs/training.md.
 """
 
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 
 from diffusers_repr import Denoiser
+from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.made import check_made
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives.joint import JointConfig, build_joint
 from diffusers_repr.training import TrainingConfig, recipe_of, train
+
+RECIPES = Path(__file__).parent / "configs"
 
 
 def build_pipeline(config: JointConfig, size: int, names: Sequence[str] | None) -> JointDiffusionPipeline:
@@ -40,7 +44,8 @@ def build_pipeline(config: JointConfig, size: int, names: Sequence[str] | None) 
 
 def main(argv: list[str], evaluate=None) -> None:
     kinds = (TrainingConfig, DataConfig, JointConfig)
-    config, data_config, joint = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    config, data_config, joint = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    check_made(RECIPES, dataset_name=data_config.dataset_name)
     if config.lora_rank:
         raise ValueError("`lora_rank` adapts a trained network, and this one is new; drop it.")
     torch.manual_seed(config.seed)
@@ -52,4 +57,4 @@ def main(argv: list[str], evaluate=None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -17,19 +17,25 @@ settings: docs/training.md.
 """
 
 import dataclasses
-import sys
+from pathlib import Path
 
 import torch
 
+from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.made import check_made
 from diffusers_repr.objectives import ReadoutConfig, ReadoutObjective, ReadoutRows, RowsConfig
 from diffusers_repr.tasks import ReadoutErrors
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
+RECIPES = Path(__file__).parent / "configs"
+
 
 def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, RowsConfig, ReadoutConfig)
-    config, rows_config, readout = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    config, rows_config, readout = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    base_name = readout.pretrained_model_name_or_path
+    check_made(RECIPES, pretrained_model_name_or_path=base_name, dataset_name=rows_config.dataset_name)
     config = dataclasses.replace(config, eval_batch_size=0)  # a head has no samples
     denoiser = readout.load_base()
     rows, errors = ReadoutRows.load(rows_config, readout, denoiser), None
@@ -42,4 +48,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

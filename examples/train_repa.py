@@ -10,8 +10,8 @@ The result is a plain diffusers folder (`SiTPipeline.from_pretrained(output_dir)
 
 import dataclasses
 import inspect
-import sys
 import warnings
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,7 +20,9 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 from diffusers_repr import Denoiser
+from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.loading import load_autoencoder
@@ -29,7 +31,9 @@ from diffusers_repr.encoders import load_encoders
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.objectives import REPAConfig, build_repa, load_heads
 from diffusers_repr.training import TrainingConfig, recipe_of, train
+from diffusers_repr.training.assumed import AssumedData, assumed_encoder, assumed_vae, is_here
 
+RECIPES = Path(__file__).parent / "configs"
 SCHEDULERS = {"ode": FlowMatchODEScheduler, "sde": FlowMatchSDEScheduler}
 
 
@@ -73,14 +77,8 @@ def build_sit(
     return SiTPipeline(transformer=model, scheduler=SCHEDULERS[config.sampler](path=config.path), vae=vae)
 
 
-def main(argv: list[str], evaluate=None) -> None:
-    kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
-    config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
-    if config.lora_rank and not model_config.pretrained_model:
-        raise ValueError("`lora_rank` adapts a trained network, and a new SiT is none; name a `pretrained_model`.")
-    if model_config.vae_model and not repa_config.repa_e:
-        raise ValueError("`vae_model` makes a new VAE, which only `repa_e` trains; name a trained one by `vae`.")
-    torch.manual_seed(config.seed)
+def load(config: TrainingConfig, data_config: DataConfig, model_config: ModelConfig, repa_config: REPAConfig):
+    """What is trained, the data and the encoders."""
     encoders = load_encoders(repa_config.teachers, repa_config.encoder_positions)
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
@@ -103,6 +101,63 @@ def main(argv: list[str], evaluate=None) -> None:
     if not model_config.pretrained_model:
         image_size = (size, size) if isinstance(size, int) else size
         denoiser = Denoiser.from_pipe(build_sit(model_config, vae, image_size, data.num_classes))
+    return denoiser, data, encoders
+
+
+def assume(config: TrainingConfig, data_config: DataConfig, model_config: ModelConfig, repa_config: REPAConfig):
+    """As `load`, for a dry run: what is not on this disk is taken for granted, and a new network has no weights."""
+    names, vae, told = repa_config.teachers, None, []
+    size = (data_config.resolution or 256,) * 2
+    classes = 0 if data_config.label_column == "none" else model_config.model.get("num_classes", 1000)
+    if not is_here(data_config.dataset_name):
+        told.append(f"images of {size[0]} px in {classes} classes; {data_config.dataset_name!r} was not read")
+    if model_config.pretrained_model:
+        denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
+        size, vae, classes = denoiser.image_size, denoiser.vae, denoiser.conditioner.num_classes
+    else:
+        if model_config.vae:
+            vae = load_autoencoder(model_config.vae) if is_here(model_config.vae) else assumed_vae()
+        if not is_here(model_config.vae):
+            told.append(f"latents of 4 channels, 8 pixels each; {model_config.vae!r} was not read")
+        with torch.device("meta"):
+            vae = AutoencoderKL(**model_config.vae_model) if model_config.vae_model else vae
+            denoiser = Denoiser.from_pipe(build_sit(model_config, vae, size, classes))
+    if all(map(is_here, names)):
+        encoders = load_encoders(names, repa_config.encoder_positions)
+    else:
+        encoders = [assumed_encoder(name, size) for name in names]
+        told += [
+            f"{one.dim} channels on {one.grid[0]} x {one.grid[1]} tokens; {name!r} was not read"
+            for name, one in zip(names, encoders, strict=True)
+        ]
+    latent = vae is not None and not repa_config.repa_e
+    channels, stride = (denoiser.family.channels(), denoiser.stride) if latent else (denoiser.image_channels, 1)
+    shape = (channels, *(side // stride for side in size))
+    parts = {"latent": latent, "image_size": size, "assumed": told}
+    return denoiser, AssumedData(shape, classes, encoders, **parts), encoders
+
+
+def main(argv: list[str], evaluate=None) -> None:
+    kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
+    config, data_config, model_config, repa_config = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    if config.lora_rank and not model_config.pretrained_model:
+        raise ValueError("`lora_rank` adapts a trained network, and a new SiT is none; name a `pretrained_model`.")
+    if model_config.vae_model and not repa_config.repa_e:
+        raise ValueError("`vae_model` makes a new VAE, which only `repa_e` trains; name a trained one by `vae`.")
+    needed = {
+        "dataset_name": data_config.dataset_name,
+        "vae": model_config.vae,
+        "encoder": repa_config.teachers,
+        "pretrained_model": model_config.pretrained_model,
+    }
+    torch.manual_seed(config.seed)
+    files = [data_config.dataset_name, data_config.latents_dir, data_config.features_dir, model_config.vae]
+    if config.dry_run and not all(map(is_here, [*files, *repa_config.teachers])):
+        get = assume
+    else:
+        check_made(RECIPES, **needed)
+        get = load
+    denoiser, data, encoders = get(config, data_config, model_config, repa_config)
     objective = build_repa(denoiser, encoders, repa_config)
     if model_config.pretrained_model and repa_config.projectors == "load":
         load_heads(objective, model_config.pretrained_model)
@@ -110,4 +165,4 @@ def main(argv: list[str], evaluate=None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

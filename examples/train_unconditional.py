@@ -10,17 +10,21 @@ The loop, its checkpoints and its settings: docs/training.md.
 
 import dataclasses
 import inspect
-import sys
+from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffusers_repr import Denoiser
+from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
+
+RECIPES = Path(__file__).parent / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,8 @@ def build(config: ModelConfig) -> DiffusionObjective:
 
 def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, DataConfig, ModelConfig)
-    config, data_config, model_config = parse_recipe(kinds, argv, __doc__.split("\n")[0])
+    config, data_config, model_config = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    check_made(RECIPES, dataset_name=data_config.dataset_name)
     torch.manual_seed(config.seed)
     objective = build(model_config)
     if not model_config.class_conditional:
@@ -68,4 +73,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

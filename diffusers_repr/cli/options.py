@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.denoiser.sizes import ImageSize
 
-IMAGE_SIZE = "pixels: one side, or height and width; keep: the images' own; the model's size if not given"
+IMAGE_SIZE = "pixels: one side, or height and width; keep: the images' own; default: the model's size"
 DType = Literal["float32", "bfloat16", "float16"]
 TEST_FRACTION = (
     "of a data set that is one split: held out to measure the probe on, and left alone by `select`; 0: none"
 )
 SPLIT_SEED = "of what is held out"
-LIMIT = "images of each split, of each class its share, drawn by --split_seed: for a quick try"
+LIMIT = "images of each split, of each class its share, drawn by --split_seed: for a quick try; default: all"
 _ROOM = 2**20  # bytes that must be free where a result is to be written
 
 
@@ -62,8 +63,10 @@ class ImageSettings:
 
     image_column: str | None = setting(None, "of the images; default: found by type")
     label_column: str | None = setting(None, "of the class ids; default: found by type")
-    prompt: str | None = setting(None, "one for all images")
-    class_label: int | None = setting(None, "condition of a class-conditional model, one for all images")
+    prompt: str | None = setting(None, "one for all images; default: the empty one")
+    class_label: int | None = setting(
+        None, "of class-conditional models, one for all images; default: the null class, if it has one"
+    )
     image_size: list[str] | None = setting(None, IMAGE_SIZE)
 
 
@@ -116,6 +119,27 @@ def check_limit(limit: int | None) -> None:
 def say(text: str, aside: bool) -> None:
     """Print a line for people: aside, on stderr, where stdout has JSON."""
     print(text, file=sys.stderr if aside else sys.stdout)
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Inside, `--quiet` holds for the bars of diffusers and datasets, too."""
+    if shown:
+        yield
+        return
+    import datasets
+    from diffusers.utils import logging
+
+    were = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were[0]:
+            logging.enable_progress_bar()
+        if not were[1]:
+            datasets.enable_progress_bars()
 
 
 def numbers(values: Sequence[float]) -> list[int | float]:

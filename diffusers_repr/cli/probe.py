@@ -57,7 +57,6 @@ def run(args: Settings) -> int:
     """Fit, measure, save and print."""
     settings = _settings(args)
 
-    import datasets
     import torch
 
     from diffusers_repr.denoiser import Denoiser
@@ -68,8 +67,6 @@ def run(args: Settings) -> int:
     get_protocol(args.protocol, args.head)
     if args.selection is not None:
         settings["selection"], settings["use"] = Selection.load(args.selection), args.use or "best"
-    if args.quiet:
-        datasets.disable_progress_bars()
     parts = open_parts(args, measured=True)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
@@ -136,6 +133,6 @@ def _settings(args: Settings) -> dict[str, Any]:
 
 
 def _bar(total: int) -> Any:
-    from tqdm.auto import tqdm
+    from diffusers_repr.store.progress import progress_bar
 
-    return tqdm(total=total, unit="image", desc="features")
+    return progress_bar(total, "features", "image")

@@ -87,7 +87,9 @@ def guide(
     _number(active)
     inputs = null.kwargs() if isinstance(null, Condition) else null
     guided = GuidedModel(denoiser, active, cfgs[0] if cfgs else None, pipe, inputs)
-    return GuidanceHandle(Engine(guided), scheduler)
+    engine = Engine(guided)
+    engine.check()
+    return GuidanceHandle(engine, scheduler)
 
 
 class GuidanceHandle(SchedulerWatcher):

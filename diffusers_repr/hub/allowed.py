@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_repr.hub.files import read_json
+from diffusers_repr.hub.schema import listing, text
 
 _CARD = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _WEIGHTS = (
@@ -24,6 +25,7 @@ _TOKENIZER = (
 _MEASURED = ("loss.jsonl", "evaluation.json", "evaluation.jsonl", "samples.png")
 _MODEL = ("config.json", *_WEIGHTS)
 _COMPONENT = (*_MODEL, "scheduler_config.json", "generation_config.json", *_PROCESSOR, *_TOKENIZER)
+ARTIFACTS = "artifacts.json"  # of a training result: the files that a method saved in folders of their own
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -58,6 +60,8 @@ KINDS: Mapping[str, Kind] = {
             *_MEASURED,
             "recipe.yaml",
             "model_index.json",
+            "pytorch_lora_weights.safetensors",
+            ARTIFACTS,
             *(f"heads/*/{name}" for name in _MODEL),
             *(f"weak/{name}" for name in _MODEL),
         ),
@@ -129,12 +133,15 @@ def allowed_names(folder: Path, kind: str, include: Iterable[str] = ()) -> Allow
         include: Further paths in the folder, as in `Kind.files`.
 
     Raises:
-        ValueError: For an unknown kind, a damaged `model_index.json`, or an `include` that is never uploaded.
+        ValueError: For an unknown kind, a damaged `model_index.json` or `artifacts.json`, or an `include` that is
+            never uploaded.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}; allowed are {', '.join(map(repr, KINDS))}.")
     chosen = KINDS[kind]
     files = [*chosen.files, *_checked(include)]
+    if ARTIFACTS in chosen.files and (folder / ARTIFACTS).is_file():
+        files += _recorded(folder / ARTIFACTS)
     if chosen.pipeline and (folder / "model_index.json").is_file():
         files += _components(read_json(folder / "model_index.json"))
     configs = {name for name in files if name.split("/")[-1] == "config.json"}
@@ -170,8 +177,8 @@ class AllowList:
         return any(_pattern("/".join(pieces)).fullmatch(path) for pieces in inside)
 
     def left_behind(self, path: str) -> bool:
-        """Whether a path is of those that every run leaves and that nobody needs to be told of."""
-        return any(_pattern(name).fullmatch(path) for name in _LEFT_BEHIND)
+        """Whether a path is not on the list, and of those that every run leaves and nobody needs to be told of."""
+        return not self.allows(path) and any(_pattern(name).fullmatch(path) for name in _LEFT_BEHIND)
 
 
 @functools.cache
@@ -188,6 +195,21 @@ def _checked(include: Iterable[str]) -> list[str]:
         if pieces[-1] == "" or pieces[-1].startswith("."):
             raise ValueError(f"include={name!r} is never uploaded: a file name is needed, and hidden files stay here.")
     return names
+
+
+def _recorded(path: Path) -> list[str]:
+    """Files that a run wrote into folders that its method chose."""
+    names = listing(text(1000, pattern=r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+", what="a file in a folder"))
+    try:
+        found = _checked(names(read_json(path), ARTIFACTS))
+        left = [name for name in found if any(_pattern(one).fullmatch(name.split("/")[0]) for one in _LEFT_BEHIND)]
+        if left:
+            raise ValueError(f"{left[0]!r} is of a run's own and stays here")
+        return found
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}). Delete it, or run the training's last step anew."
+        ) from error
 
 
 def _components(index: Any) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.own_pipelines import named_pipeline
+from diffusers_repr.objectives.adapters import adapter_state, merge_lora, save_adapters
 
 State = Mapping[str, Tensor]
 
@@ -159,12 +160,15 @@ class PipelineArtifact(Artifact):
         return pipe
 
     def save(self, root: Path, state: State, dtype: torch.dtype) -> None:
-        """See `Artifact.save`; what was not trained keeps its dtype."""
+        """See `Artifact.save`; what was not trained keeps its dtype. Adapters are merged in, and saved apart too."""
         pipe = self.build(state)
         for name, part in self.components.items():
             if isinstance(part, Artifact):
                 nn.Module.to(getattr(pipe, name), dtype)
         pipe.save_pretrained(root / self.folder)
+        tuned = {name: part for name, part in self.components.items() if isinstance(part, ModelArtifact)}
+        adapters = {name: adapter_state(state, part.path, dtype) for name, part in tuned.items()}
+        save_adapters(pipe, {name: found for name, found in adapters.items() if found}, root / self.folder)
 
 
 @dataclass(frozen=True)
@@ -214,20 +218,34 @@ def _same_kind(module: Any) -> Any:
     return model_class(module)(**{k: v for k, v in module.config.items() if not k.startswith("_")})
 
 
-def merge_lora(state: State) -> dict[str, Tensor]:
-    """Weights with peft's adapters of factor 1 added in, under the names they had without adapters."""
-    merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-    for key, down in state.items():
-        if key.endswith(".lora_A.default.weight"):
-            layer = key.removesuffix(".lora_A.default.weight")
-            up = state[f"{layer}.lora_B.default.weight"]
-            merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + (up @ down).to(merged[f"{layer}.weight"].dtype)
-    return merged
-
-
 def model_class(module: nn.Module) -> type[nn.Module]:
     """The class of a model as it was before FSDP gave it another."""
     return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+def check_places(artifacts: Sequence[Artifact], method: str) -> None:
+    """Refuse artifacts that would write over one another.
+
+    Args:
+        artifacts: Of one method.
+        method: Its name, for messages.
+
+    Raises:
+        ValueError: If there is none, or two lie in one folder; beside one in the folder of the result itself only
+            `FixedArtifact`s may lie there, whose files have other names.
+    """
+    if not artifacts:
+        raise ValueError(f"`{method}.artifacts` names nothing to be saved.")
+    places = [artifact.folder for artifact in artifacts if artifact.folder or not isinstance(artifact, FixedArtifact)]
+    for artifact in artifacts:
+        if isinstance(artifact, PipelineArtifact):
+            places += [f"{artifact.folder}/{name}".lstrip("/") for name in artifact.components]
+    doubled = sorted({place or "the folder itself" for place in places if places.count(place) > 1})
+    if doubled:
+        raise ValueError(
+            f"`{method}.artifacts` saves two things in {', '.join(doubled)}, and one would write over the other; give "
+            "one a folder of its own (`folder=`)."
+        )
 
 
 def trained_parts(artifacts: Sequence[Artifact]) -> list[ModelArtifact]:
@@ -240,7 +258,7 @@ __all__ = [
     "FixedArtifact",
     "ModelArtifact",
     "PipelineArtifact",
-    "merge_lora",
+    "check_places",
     "model_class",
     "rebuild",
     "trained_parts",

@@ -30,9 +30,11 @@ class Objective(nn.Module):
         card: What the card calls the result (`kind`), and its `library_name`, `pipeline_tag`, `tags` and `base_model`
             on the Hub; `text`, Markdown below the first paragraph, in which `{folder}` becomes the result's Hub id or
             folder; `metrics`, name of a measured number -> arguments of its `hub.Metric`.
+        discarded: Paths of submodules that are trained and, on purpose, in none of `artifacts`; a run warns of others.
     """
 
     phases: tuple[str, ...] = ("main",)
+    discarded: tuple[str, ...] = ()
     card: Mapping[str, Any] = {
         "kind": "diffusion model",
         "library_name": "diffusers",
@@ -69,6 +71,16 @@ class Objective(nn.Module):
     def artifacts(self) -> Sequence[Artifact]:
         """What is saved; the first is the result itself, which `train` samples from and measures."""
         raise NotImplementedError
+
+    def unsaved(self) -> dict[str, int]:
+        """What is trained, in no artifact and not `discarded`: name of the submodule (or parameter) -> parameters."""
+        saved = (*self.discarded, *(part.path for part in trained_parts(self.artifacts())))
+        found: dict[str, int] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not any(f"{name}.".startswith(f"{path}.") for path in saved):
+                place = name.rpartition(".")[0] or name
+                found[place] = found.get(place, 0) + parameter.numel()
+        return found
 
     def ema_modules(self) -> dict[str, nn.Module]:
         """Submodules whose moving average is kept, by their path in this module: what is saved averaged."""

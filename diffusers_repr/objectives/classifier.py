@@ -159,7 +159,8 @@ are those over all noise levels, and of parts of them:
         accuracy = {"type": "accuracy", "name": "accuracy over all noise levels", "dataset": public_name(dataset),
                     "split": split}  # fmt: skip
         return {
-            "kind": "`NoisyClassifier`", "tags": ["diffusers", "classifier-guidance", "image-classification"],
+            "kind": "`NoisyClassifier`", "pipeline_tag": "image-classification",
+            "tags": ["diffusers", "classifier-guidance", "image-classification"],
             "base_model": base.hub_id, "text": text, "metrics": {"eval_accuracy": accuracy},
         }  # fmt: skip
 

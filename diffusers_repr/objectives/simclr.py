@@ -84,6 +84,8 @@ class SimCLRObjective(Objective):
     card = {"kind": "`ViTModel`", "library_name": "transformers", "pipeline_tag": "image-feature-extraction",
             "tags": ["vision", "simclr"]}  # fmt: skip
 
+    discarded = ("projector",)  # the paper throws it away
+
     def __init__(
         self,
         model: Mapping[str, Any],

@@ -169,6 +169,20 @@ class ImageStore(ParquetStore):
                 raise self._broken(shard, f"holds what is no key ({error})") from error
         return found
 
+    def pictures(self) -> Iterator[Image.Image]:
+        """The images in order, a shard in memory at a time.
+
+        Raises:
+            ValueError: If a shard is corrupted.
+        """
+        for shard in range(self.layout.shards):
+            self._check_shard(shard)
+            for row in self._rows(shard, ["image"]):
+                if row["image"]["path"] is not None:
+                    raise self._broken(shard, _PATH)
+                with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
+                    yield picture.copy()
+
     def _rows(self, shard: int, columns: list[str]) -> list[dict[str, Any]]:
         try:
             with pq.ParquetFile(self.folder / self.layout.path(shard), page_checksum_verification=True) as file:

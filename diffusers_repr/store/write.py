@@ -15,6 +15,7 @@ from diffusers_repr.hub import atomic_write, write_json
 from diffusers_repr.hub.files import only_writer
 from diffusers_repr.store.manifest import MANIFEST, recipe_differences
 from diffusers_repr.store.processes import process_state
+from diffusers_repr.store.progress import progress_bar
 from diffusers_repr.store.shards import Layout, shard_problem, shard_recipe, write_shard
 from diffusers_repr.store.store import Store
 
@@ -184,14 +185,12 @@ def _is_to_do(plan: Plan, shard: int) -> bool:
 
 
 def _write_all(plan: Plan, todo: Sequence[int], state: Any) -> None:
-    from tqdm.auto import tqdm
-
     spans = [plan.layout.span(shard) for shard in todo]
     what = plan.what if state.num_processes == 1 else f"{plan.what} (1 of {state.num_processes} processes)"
     total = sum(stop - start for start, stop in spans)
     batches = plan.rows(spans)
     silent = not (plan.progress and state.is_main_process and todo)
-    with tqdm(total=total, unit=" images", desc=what, disable=silent) as bar:
+    with progress_bar(total, what, " images", shown=not silent) as bar:
         for shard, (start, stop) in zip(todo, spans, strict=True):
             try:
                 _write_one(plan, shard, batches, stop - start, bar)

@@ -27,7 +27,8 @@ from diffusers_repr.noise import LevelLike, NoiseLevel
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 from diffusers_repr.sweep.grid import SweepGrid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.measure import Bench, CellScore, Key, Measure, Split, make_measure
-from diffusers_repr.sweep.run import Sweep, progress_bar
+from diffusers_repr.sweep.progress import Progress, SweepBar
+from diffusers_repr.sweep.run import Sweep
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the noise range, where no levels are given
 
@@ -55,7 +56,7 @@ def measure_alignment(
     image_size: ImageSize = None,
     batch_size: int = 64,
     memory_gib: float = 4.0,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Alignment:
     """Score every layer of a denoiser at every noise level against an encoder, on the same images.
 
@@ -87,7 +88,7 @@ def measure_alignment(
         image_size: As in `FeatureExtractor`: the model's own size if None; `"keep"` for the images'.
         batch_size: Images a forward.
         memory_gib: Features held at a time; beyond it, levels, then layers, are read one after another.
-        progress: Show a bar.
+        progress: Show a bar; or a function that is called with the share that is done, in [0, 1].
 
     Raises:
         ValueError, TypeError: For layers, levels, metrics, images or labels that do not fit; before the first forward
@@ -177,7 +178,7 @@ def sweep_denoiser(
     image_size: ImageSize,
     batch_size: int,
     memory_gib: float,
-    progress: bool,
+    progress: Progress,
 ) -> Swept:
     """Every measure of every layer of a denoiser at every level, in one pass where memory allows.
 
@@ -194,7 +195,7 @@ def sweep_denoiser(
         image_size: As in `measure_alignment`.
         batch_size: Images a forward.
         memory_gib: Features held at a time.
-        progress: Show a bar.
+        progress: As `measure_alignment`.
     """
     check_whole("batch_size", batch_size, 1)
     resize = denoiser.resize_to(image_size)
@@ -210,7 +211,7 @@ def sweep_denoiser(
         if role == "held":
             tell_overlap(reads["train"].keys, found.keys, "data", "test")
 
-    with progress_bar(progress, "alignment") as bar:
+    with SweepBar(progress, "alignment") as bar:
         sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, resize, bar)
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     return Swept(grid, scores, bench, reads, size)

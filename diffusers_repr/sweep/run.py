@@ -16,17 +16,10 @@ from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.pooling import pool
 from diffusers_repr.metrics.encoding import SharedRead, read_shared
 from diffusers_repr.metrics.gather import own_rows
-from diffusers_repr.store.processes import process_state
 from diffusers_repr.sweep.grid import SweepGrid, plan_passes
 from diffusers_repr.sweep.held import HeldTally
 from diffusers_repr.sweep.measure import Bench, CellScore, Key, Measure, Piece, Tally
-
-
-def progress_bar(shown: bool, name: str) -> Any:
-    """A bar of forwards, on the main process; silent if not wanted."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=0, desc=name, unit="forward", disable=not (shown and process_state().is_main_process))
+from diffusers_repr.sweep.progress import SweepBar
 
 
 @dataclass
@@ -40,7 +33,7 @@ class Sweep:
         batch_size: Images, or pairs of image and level, a forward.
         condition: `prompt` and `class_labels`, as in `FeatureExtractor`.
         resize: (H, W) to which images are brought; None: they keep their size.
-        bar: Of `progress_bar`.
+        bar: Counts the forwards.
         forwards: That were made, on this process.
     """
 
@@ -50,7 +43,7 @@ class Sweep:
     batch_size: int
     condition: Mapping[str, Any]
     resize: tuple[int, int] | None
-    bar: Any
+    bar: SweepBar
     forwards: int = 0
 
     def run(
@@ -78,7 +71,7 @@ class Sweep:
         asked |= {"train"} if self.bench.encode is not None else set()
         roles = [role for role in self.bench.splits if role in asked]
         poolings = list(dict.fromkeys(measure.pooling for measure in self.measures))
-        passes = plan_passes(grid.layers, len(grid.levels), self._bytes_of, self.memory)
+        passes = self._passes(grid)
         self.expect(stage, roles, sum(len(part.levels) for part in passes))
         scores: dict[Key, dict[str, CellScore]] = {}
         for number, part in enumerate(passes):
@@ -111,11 +104,22 @@ class Sweep:
 
     def expect(self, stage: str, roles: Sequence[str], levels: int) -> None:
         """Announce the forwards that reading these splits at so many levels makes on this process."""
-        self.bar.set_description(stage)
+        self.bar.begin(stage, self.forwards_of(roles, levels))
+
+    def forwards_of(self, roles: Sequence[str], levels: int) -> int:
+        """Forwards of this process when it reads these splits at so many levels."""
+        count = 0
         for role in roles:
             full, rest = divmod(len(own_rows(len(self.bench.splits[role]))), self.batch_size)
-            self.bar.total += full * levels + -(-rest * levels // self.batch_size)
-        self.bar.refresh()
+            count += full * levels + -(-rest * levels // self.batch_size)
+        return count
+
+    def levels_of(self, grid: SweepGrid) -> int:
+        """Levels that `run` reads each split at, over all passes that memory asks for."""
+        return sum(len(part.levels) for part in self._passes(grid))
+
+    def _passes(self, grid: SweepGrid) -> Any:
+        return plan_passes(grid.layers, len(grid.levels), self._bytes_of, self.memory)
 
     def read(
         self,

@@ -25,7 +25,8 @@ from diffusers_repr.noise import LevelLike
 from diffusers_repr.sweep.grid import SweepGrid, resolve_layers, resolve_levels
 from diffusers_repr.sweep.linear import LinearSums, comparable
 from diffusers_repr.sweep.measure import Bench, CellScore, Measure, make_measure
-from diffusers_repr.sweep.run import Sweep, progress_bar
+from diffusers_repr.sweep.progress import Progress, SweepBar
+from diffusers_repr.sweep.run import Sweep
 from diffusers_repr.sweep.search import Addition, grow
 from diffusers_repr.sweep.selection import FeatureSet, Selection, SelectionCell
 from diffusers_repr.sweep.splits import open_splits
@@ -54,7 +55,7 @@ def select_features(
     candidates: int = 8,
     tolerance: float = 0.005,
     memory_gib: float = 4.0,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Selection:
     """Find the noise level and layers whose features suit a task.
 
@@ -100,7 +101,7 @@ def select_features(
         tolerance: Least gain of the metric for which a set grows.
         memory_gib: Limit on the sums; levels, then layers, take turns, with more passes over the images, if all do not
             fit.
-        progress: Show a bar of forwards.
+        progress: Show a bar of forwards; or a function that is called with the share that is done, in [0, 1].
 
     Returns:
         A `Selection`: `.best`, `.cells`, `.finalists`, `.sets`, `.save(folder)`, `.extractor(denoiser)`.
@@ -130,10 +131,11 @@ def select_features(
     grid = SweepGrid(denoiser, table, tuple(levels))
     bench = Bench(splits, grid.device)
     measure.check(bench)
-    with progress_bar(progress, "selection") as bar:
+    with SweepBar(progress, "selection") as bar:
         condition = {"prompt": prompt, "class_labels": class_labels}
         sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, resize, bar)
         stages = _Stages(grid, sweep, measure, policies, seeds)
+        bar.plan(stages.most_forwards(finalists, max_layers, max_levels, candidates))
         cells = stages.score_all()
         ranked = stages.spread(cells, finalists)
         sets = stages.sets(cells, ranked[0], max_layers, max_levels, candidates, tolerance)
@@ -205,6 +207,23 @@ class _Stages:
     policies: Sequence[str]
     seeds: Sequence[int]
     keys: dict[str, Sequence[bytes]] = field(default_factory=dict)  # of the pixels of each split
+
+    def most_forwards(self, finalists: int, max_layers: int, max_levels: int, candidates: int) -> dict[str, int]:
+        """What the names of the stages begin with -> the most forwards of this process."""
+        forwards, levels, noisy = self.sweep.forwards_of, len(self.grid.levels), set(self.policies) - {"clean"}
+        both = ["train", "held"]
+        again = (len(self.seeds) - 1) * min(finalists, levels * len(noisy)) * forwards(both, 1)
+        near = min(candidates, levels)
+
+        def grown(most: int, levels: int) -> int:
+            return 0 if most < 2 else forwards(["train"], levels) + (most - 1) * forwards(["held"], levels)
+
+        return {
+            "all cells": len(self.policies) * forwards(both, self.sweep.levels_of(self.grid)),
+            "finalists": again,
+            "sets of layers": grown(max_layers, 1),
+            "sets of levels": grown(max_levels, near),
+        }
 
     def run(self, grid: SweepGrid, noise: str, seed: int, stage: str) -> dict[tuple[int, str], CellScore]:
         found = self.sweep.run(grid, noise, _seeds(noise, seed), stage, self.record_read)

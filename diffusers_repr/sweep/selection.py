@@ -94,7 +94,7 @@ _SCHEMA = record(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SelectionCell(Cell):
     """One layer at one noise level, with its score.
 

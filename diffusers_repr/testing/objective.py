@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.models import SiTTransformer2DModel
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import AuxiliaryLoss, Batch, DiffusionObjective, Objective
-from diffusers_repr.objectives.artifacts import ModelArtifact, trained_parts
+from diffusers_repr.objectives.artifacts import ModelArtifact, check_places, trained_parts
 
 
 def tiny_denoiser(layers: int = 4) -> Denoiser:
@@ -107,7 +106,10 @@ def check_state(objective: Objective) -> None:
 def check_artifacts(objective: Objective) -> None:
     """What is saved has the weights of the state it is given, shares none with it, and loads again by its class."""
     artifacts = objective.artifacts()
-    _holds(bool(artifacts), "artifacts is empty: nothing would be saved")
+    try:
+        check_places(artifacts, type(objective).__name__)
+    except ValueError as error:
+        raise AssertionError(f"The contract does not hold: {error}") from error
     state = {name: value + 1 if value.is_floating_point() else value for name, value in objective.state_dict().items()}
     before = {name: value.clone() for name, value in state.items()}
     for part in trained_parts(artifacts):
@@ -147,7 +149,7 @@ def check_auxiliary_loss(
     Args:
         loss: New, attached to nothing yet.
         encoders: Teachers that it needs.
-        denoiser: What it is attached to; `tiny_denoiser()` if None.
+        denoiser: What it is attached to, with its VAE and conditioner; `tiny_denoiser()` if None.
         batch: Its data; images and classes for that if None.
 
     Returns:
@@ -157,15 +159,14 @@ def check_auxiliary_loss(
         AssertionError: Naming what does not hold.
     """
     denoiser, batch = denoiser or tiny_denoiser(), batch or tiny_batch()
-    plain = DiffusionObjective(Denoiser(copy.deepcopy(denoiser.model), schedule=denoiser.schedule), label_dropout=0.0)
-    objective = DiffusionObjective(denoiser, losses=[loss], encoders=encoders, label_dropout=0.0)
     middle = round(sum(denoiser.schedule.timestep_range) / 2)
     settled = {**batch, "time": torch.full((len(batch["pixel_values"]),), middle)}
-    objective.train()
+    plain = DiffusionObjective(denoiser, label_dropout=0.0).train()  # before the loss is attached: nothing of it acts
+    torch.manual_seed(0)
+    wanted = plain(settled)["loss"].detach()
+    objective = DiffusionObjective(denoiser, losses=[loss], encoders=encoders, label_dropout=0.0).train()
     torch.manual_seed(0)
     out = objective(settled)
-    torch.manual_seed(0)
-    wanted = plain.train()(settled)["loss"].detach()
     value = out.get(loss.name)
     _holds(value is not None and value.ndim == 0 and bool(value.isfinite()), f"{loss.name!r} is no finite scalar")
     assert value is not None

@@ -11,6 +11,7 @@ from huggingface_hub import get_token
 
 from diffusers_repr.hub import HubError
 from diffusers_repr.objectives import Objective, PipelineArtifact
+from diffusers_repr.objectives.artifacts import check_places
 from diffusers_repr.training.config import TrainingConfig
 from diffusers_repr.training.run import Progress
 
@@ -35,17 +36,28 @@ def check_result(objective: Objective, config: TrainingConfig) -> None:
         TypeError: If an artifact cannot be made.
         ValueError: If the objective saves nothing, two of its artifacts lie in one folder, or samples are asked of one
             that makes none.
+
+    Warns:
+        UserWarning: Of what is trained and not saved.
     """
     artifacts = objective.artifacts()
     for artifact in artifacts:
         artifact.check()
-    method, folders = type(objective).__name__, [artifact.folder for artifact in artifacts]
-    doubled = sorted({folder for folder in folders if folders.count(folder) > 1} - {""})
-    if not artifacts or doubled:
-        raise ValueError(f"`{method}.artifacts` names {f'{doubled} twice' if doubled else 'nothing to be saved'}.")
+    method = type(objective).__name__
+    check_places(artifacts, method)
     own_samples = type(objective).preview is not Objective.preview
     if config.eval_batch_size and not own_samples and not isinstance(artifacts[0], PipelineArtifact):
         raise ValueError(f"{method} yields no pipeline to sample from; set eval_batch_size to 0 (samples.png).")
+    unsaved = objective.unsaved()
+    if unsaved:
+        parts = ", ".join(f"{name} ({count:,} parameters)" for name, count in unsaved.items())
+        first = next(iter(unsaved))
+        warnings.warn(
+            f"{method} trains {parts}, which none of its artifacts holds: checkpoints alone keep it. To save a model, "
+            f"add ModelArtifact(self.{first}, {first!r}, folder={f'heads/{first}'!r}) to what `artifacts` returns; to "
+            f"leave it behind on purpose, set discarded = ({first!r},).",
+            stacklevel=3,
+        )
 
 
 def check_accumulation(accelerator: Accelerator) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 
 from diffusers_repr.config.recipe import to_yaml
 from diffusers_repr.objectives import Objective
+from diffusers_repr.training.assumed import AssumedData
 from diffusers_repr.training.config import TrainingConfig
 
 
@@ -22,8 +23,8 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
     and multiplied.
 
     Args:
-        objective: On the CPU.
-        data: Map-style; None, or a stream, leaves the activations out.
+        objective: On the CPU; beside `AssumedData` on the meta device, all or in part: it gets memory without values.
+        data: Map-style; None, or a stream, leaves the activations out. `AssumedData` says what it took for granted.
         config: The loop's settings.
         recipe: What to print.
     """
@@ -37,10 +38,13 @@ def describe_run(objective: Objective, data: Any, config: TrainingConfig, recipe
         if count := _count(child.parameters()):
             lines.append(f"# {name}: {count:,} parameters ({type(child).__name__})")
     lines += [f"# saved: {artifact}" for artifact in objective.artifacts()]
+    lines += [f"# assumed: {line}" for line in getattr(data, "assumed", ())]
     lines.append(f"# trained: {_count(trained):,} parameters; frozen: {_count(frozen):,}")
     lines.append(
         f"# weights, gradients, optimizer and average: {_size(moving)}; frozen parts: {_size(_bytes(frozen))}"
     )
+    if isinstance(data, AssumedData) and any(p.is_meta for p in objective.parameters()):
+        objective.to_empty(device="cpu")  # pages that nobody writes to cost nothing
     if hasattr(data, "__len__") and len(data):
         kept = activation_bytes(objective, data) * config.train_batch_size
         lines.append(

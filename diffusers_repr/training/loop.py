@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from tqdm.auto import tqdm
 
 from diffusers_repr.objectives import Objective
+from diffusers_repr.store.progress import progress_bar
 from diffusers_repr.training.batches import gather_streams, make_batches
 from diffusers_repr.training.checkpoints import drop_partial, find_checkpoint
 from diffusers_repr.training.checks import (
@@ -103,7 +103,8 @@ def train(
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
-    given, accelerator = accelerator, accelerator or make_accelerator(config, len(objective.phases) > 1)
+    asked = dataclasses.replace(config, mixed_precision="no") if config.dry_run else config  # fp16 needs a GPU
+    given, accelerator = accelerator, accelerator or make_accelerator(asked, len(objective.phases) > 1)
     check_sharding(accelerator)
     check_accumulation(accelerator)
     objective.check_data(data)
@@ -155,12 +156,8 @@ def train_loop(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluat
         f"{accelerator.num_processes} processes, {images_per_step}{of} images a step, "
         f"steps {progress.step} to {config.max_train_steps} in {config.output_dir}"
     )
-    bar = tqdm(
-        total=config.max_train_steps,
-        initial=progress.step,
-        disable=not accelerator.is_local_main_process,
-        mininterval=1,
-    )
+    shown = accelerator.is_local_main_process
+    bar = progress_bar(config.max_train_steps, "training", "step", start=progress.step, shown=shown)
     since = time.perf_counter(), progress.step
     cheap = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     while progress.step < config.max_train_steps:

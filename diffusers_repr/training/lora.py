@@ -15,7 +15,7 @@ def add_lora(objective: Objective, rank: int) -> None:
     """Freeze each of `objective.networks()` and put adapters into its attention (Hu et al. 2021, arXiv 2106.09685).
 
     Only the adapters, and whatever else the objective trains (projectors, heads), are trained then. The saved
-    pipeline has them merged into its weights.
+    pipeline has them merged into its weights, and beside these the adapters alone, as diffusers loads them.
 
     Args:
         objective: Before it is prepared.

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from diffusers_repr.config.recipe import to_yaml
-from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder
+from diffusers_repr.hub import Metric, atomic_write, is_repo_id, model_card, push_folder, write_json
+from diffusers_repr.hub.allowed import ARTIFACTS
 from diffusers_repr.hub.places import public_name, without_places
+from diffusers_repr.objectives import Objective, PipelineArtifact
+from diffusers_repr.objectives.adapters import ADAPTERS, loading
 from diffusers_repr.training.config import recipe_of
 from diffusers_repr.training.run import Run
 
@@ -23,8 +26,23 @@ def save_result(run: Run, recipe: Mapping[str, Any]) -> None:
     if run.accelerator.is_main_process:
         folder = Path(config.output_dir)
         run.objective.save_pretrained(folder, state, getattr(torch, config.save_dtype))
+        record_artifacts(run.objective, folder)
         atomic_write(folder / "recipe.yaml", to_yaml(kept_settings(run, recipe)))
     run.accelerator.wait_for_everyone()
+
+
+def record_artifacts(objective: Objective, folder: Path) -> None:
+    """Write down the files of artifacts in folders of their own, which belong to what is uploaded.
+
+    Args:
+        objective: Of the run.
+        folder: Of the result.
+    """
+    places = [folder / artifact.folder for artifact in objective.artifacts() if artifact.folder]
+    files = sorted({path.relative_to(folder).as_posix() for place in places for path in place.rglob("*")
+                    if path.is_file()})  # fmt: skip
+    if files:
+        write_json(folder / ARTIFACTS, files)
 
 
 def write_card(
@@ -105,9 +123,11 @@ def card(
     own = about.pop("text", "").replace("{folder}", config.hub_model_id or folder.name)
     weights = "the moving average" if config.ema_max_decay else "those of the last step"
     apart = "; projectors and heads lie apart in `heads/`" if (folder / "heads").is_dir() else ""
+    own += adapters_text(objective, folder, config.hub_model_id or folder.name)
     kind, name = about.pop("kind"), data_name(data, recipe)
     of, split = ("", "") if name is None else (f" of `{name}`", f", split `{recipe.get('dataset_split', 'train')}`")
-    text = f"""{"An" if kind[0] in "aeiou" else "A"} {kind} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
+    what = f"{'An' if kind[0] in 'aeiou' else 'A'} {kind} of {size:,} parameters"
+    text = f"""{what}, trained with `{method}` of diffusers-repr. The weights are
 {weights}, saved in {config.save_dtype}{apart}.
 
 {own}
@@ -135,6 +155,25 @@ def card(
         metrics=[Metric(value=measured[key], **parts) for key, parts in named.items() if key in measured],
         datasets=[name] if name and "/" in name and is_repo_id(name) and not Path(name).exists() else [],
         **about,
+    )
+
+
+def adapters_text(objective: Objective, folder: Path, name: str) -> str:
+    """How to load the adapters that lie in the folder of a result; empty without.
+
+    Args:
+        objective: Of the run.
+        folder: Of the result.
+        name: What readers know it by.
+    """
+    first = objective.artifacts()[0]
+    if not (folder / ADAPTERS).is_file() or not isinstance(first, PipelineArtifact):
+        return ""
+    found = (loading(first.pipeline, part, name) for part in first.components)
+    line = next((line for line in found if line), None)
+    return (
+        f"\n\nLow-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for "
+        f"the model that they were trained on: `{line}`. Loaded onto these weights they would act twice."
     )
 
 

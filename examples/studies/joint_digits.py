@@ -21,6 +21,7 @@ from digits_metrics import DigitsJudge, real_digits
 from PIL import Image
 from torch import Tensor
 
+from diffusers_repr.cli.guard import run_script
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import training_target
 from diffusers_repr.pictures.grid import image_grid
@@ -228,4 +229,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_repr import Denoiser, DepthGuidance, ReadoutGuidance, guide
+from diffusers_repr.cli.guard import run_script
+from diffusers_repr.config.made import check_made
 from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.heads import DepthHead, MapHead, ReadoutHead, read_features, sobel_edges
@@ -195,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_samples", type=int, default=24, help="cars, and samples of each row and seed")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     args = parser.parse_args(argv)
+    check_made(Path(__file__).parents[1] / "configs", dataset_name=args.dataset_name)
     count, steps, path = args.num_samples, args.num_inference_steps, args.output_dir / "rows.jsonl"
     study = Study(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -218,4 +221,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

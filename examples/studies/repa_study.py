@@ -22,6 +22,7 @@ from judge import Judge, judged, the_judge
 from repa_report import write_report
 
 from diffusers_repr import Denoiser, Encoder
+from diffusers_repr.cli.guard import run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.metrics import frechet_distance, precision_recall
@@ -178,4 +179,4 @@ def describe(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

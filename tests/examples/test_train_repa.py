@@ -1,9 +1,11 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline
 from diffusers_repr.pipelines.sit import SiTPipeline
@@ -13,7 +15,7 @@ from transformers import ViTConfig, ViTModel
 from diffusers_repr import Denoiser, Encoder, Projector, SiTTransformer2DModel
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.sweep import measure_alignment
-from tests.examples.scripts import picture
+from tests.examples.scripts import EXAMPLES, picture
 from tests.training.loop_cases import read_lines
 
 TINY = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
@@ -156,3 +158,63 @@ def test_training_on_the_digits_lowers_the_losses_and_beats_the_untrained_probe(
     )
     assert trained > 0.6
     assert trained > untrained + 0.3
+
+
+# The flags of REPA's own commands (README and defaults of its train.py), by our names.
+PUBLISHED = {
+    "max_train_steps": 400_000, "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "adam_weight_decay": 0.0, "max_grad_norm": 1.0,
+    "ema_max_decay": 0.9999, "ema_warmup": False, "mixed_precision": "fp16", "allow_tf32": True, "seed": 0,
+    "train_batch_size": 256, "gradient_accumulation_steps": 1, "resolution": 256, "random_flip": False,
+    "path": "linear", "vae": "stabilityai/sd-vae-ft-mse", "encoder": ["facebook/dinov2-base"],
+    "encoder_positions": ["repa"], "repa_coefficient": 0.5,
+    "label_dropout": 0.1, "time_sampling": "uniform", "projector_dim": 2048, "projector_kind": "mlp",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "millions"),
+    [("b2", "blocks.3", 130), pytest.param("xl2", "blocks.7", 675, marks=pytest.mark.slow)],
+)
+def test_the_recipes_of_the_paper_need_neither_data_nor_network(monkeypatch, capsys, name, layer, millions):
+    def no_network(*given, **named):
+        raise AssertionError("a dry run opens no connection")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    main(["--config", str(EXAMPLES / "configs" / f"repa_imagenet_sit_{name}.yaml"), "--dry_run"])
+    out = capsys.readouterr().out
+    told = yaml.safe_load(out)
+    assert {key: told[key] for key in PUBLISHED} == PUBLISHED
+    assert told["repa_layer"] == layer
+    lines = dict(line.removeprefix("# ").split(": ", 1) for line in out.splitlines() if line.startswith("# "))
+    assert round(int(lines["network"].split()[0].replace(",", "")) / 1e6) == millions
+    width, (hidden, dim) = {"b2": 768, "xl2": 1152}[name], (2048, 768)
+    projector = width * hidden + hidden + hidden * hidden + hidden + hidden * dim + dim
+    assert lines["terms"].startswith(f"{projector:,} parameters")
+    assumed = [line for line in out.splitlines() if line.startswith("# assumed: ")]
+    assert len(assumed) == 3
+    assert "'facebook/dinov2-base' was not read" in assumed[-1]
+    assert "activations of a micro-batch of 256" in out
+
+
+def test_an_assumed_run_counts_the_memory_that_a_real_one_does(capsys, tmp_path):
+    """Of one network in pixels without a teacher, whose data are there or not."""
+    flags = [*NEW, "--encoder", "none", "--dry_run"]
+    found = {}
+    for data in ("digits", "user/not-here"):
+        main([*SMALL, *flags, "--dataset_name", data, "--model", json.dumps({**TINY, "num_classes": 10})])
+        lines = capsys.readouterr().out.splitlines()
+        found[data] = [line for line in lines if line.startswith(("# network", "# trained", "# weights", "# activ"))]
+    assert found["digits"] == found["user/not-here"]
+    assert len(found["digits"]) == 4
+    assert not Path("outputs/run").exists()
+
+
+def test_what_another_script_makes_is_told_with_its_command(tmp_path):
+    recipe = str(EXAMPLES / "configs" / "repa_digits.yaml")
+    command = "accelerate launch examples/train_encoder.py --config examples/configs/encoder_digits.yaml"
+    with pytest.raises(
+        FileNotFoundError, match=f"there is no 'outputs/digits-encoder' here. This makes it: {command}$"
+    ):
+        main(["--config", recipe, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

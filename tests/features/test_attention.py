@@ -110,6 +110,46 @@ def test_several_levels_heads_and_the_settings_of_an_extractor():
     assert attention_maps(extractor, images, layer).level.timestep == 100
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "keys"),
+    [
+        ("sd", "mid_block.attentions.0.transformer_blocks.0.attn2", [5]),  # a word of the prompt
+        ("sd3", "transformer_blocks.0.attn", [60, 3]),
+        ("ddpm", "mid_block.attentions.0", [0, 4, 2]),
+    ],
+)
+def test_chosen_columns_are_those_of_the_whole_maps(name, layer, keys):
+    denoiser, images = made(name)
+    settings = {"heads": None, "ensemble_size": 2, **CONDITIONS[name]}
+    whole = attention_maps(denoiser, images, layer, 261, **settings)
+    need = 4 * 4 * whole.tokens[layer].heads * whole.tokens[layer].queries * len(keys)  # two images, two in a batch
+    out = attention_maps(denoiser, images, layer, 261, keys=keys, batch_size=2, max_bytes=need, **settings)
+    assert out.keys == tuple(keys)
+    assert out.image_keys[layer] is None
+    torch.testing.assert_close(out[layer], whole[layer][..., keys], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(out.as_map(layer), whole.as_map(layer)[:, :, keys], rtol=1e-6, atol=1e-8)
+    with pytest.raises(MemoryError, match=r"less, take fewer or smaller images, or fewer layers, heads='mean'; or"):
+        attention_maps(denoiser, images, layer, 261, keys=keys, batch_size=2, max_bytes=need - 1, **settings)
+    assert attention_memory(denoiser, layer, SIZES[name], 4, None, keys) == need
+
+
+def test_columns_that_there_are_none_of():
+    denoiser, images = made("ddpm")
+    layer = LAYERS["ddpm"][0]
+    count = attention_maps(denoiser, images, layer, 261).tokens[layer].keys
+    with pytest.raises(ValueError, match=f"has {count} columns"):
+        attention_maps(denoiser, images, layer, 261, keys=[count])
+    for keys, error in (
+        ([], ValueError),
+        ([-1], ValueError),
+        ([1, 1], ValueError),
+        ("cat", TypeError),
+        (5, TypeError),
+    ):
+        with pytest.raises(error, match="keys are columns of the map"):
+            attention_maps(denoiser, images, layer, 261, keys=keys)
+
+
 def test_errors_come_before_the_network_runs():
     denoiser, images = made("ddpm")
     layers = LAYERS["ddpm"]

@@ -9,6 +9,8 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from torch import nn
 
 from diffusers_repr import Denoiser
+from diffusers_repr.denoiser import LabelConditioner
+from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives import (
@@ -164,10 +166,64 @@ def test_what_is_saved_is_checked_before_the_first_step(tmp_path):
     with pytest.raises(TypeError, match="build it by Denoiser.from_pipe"):
         train(DiffusionObjective(sit()), None, TrainingConfig(str(tmp_path / "out")))
     twice = Regression()
-    twice.artifacts = lambda: [ModelArtifact(twice.head, "head", folder="heads/a")] * 2
-    with pytest.raises(ValueError, match=r"names \['heads/a'\] twice"):
-        train(twice, None, TrainingConfig(str(tmp_path / "out")))
+    pipe = PipelineArtifact("SiTPipeline", {"transformer": None})
+
+    def head(folder):
+        return ModelArtifact(twice.head, "head", folder=folder)
+
+    for saved, told in (
+        ([head("heads/a"), head("heads/a")], "heads/a"),
+        ([head(""), head("")], "the folder itself"),
+        ([pipe, head("transformer")], "transformer"),
+    ):
+        twice.artifacts = lambda saved=saved: saved
+        with pytest.raises(ValueError, match=f"saves two things in {told}, and one would"):
+            train(twice, None, TrainingConfig(str(tmp_path / "out")))
+        with pytest.raises(AssertionError, match=f"saves two things in {told}, and one would"):
+            check_objective(twice, {})
     assert not (tmp_path / "out").exists()
+
+
+class Headed(DiffusionObjective):
+    """With a head of its own beside the network, which nothing saves."""
+
+    def __init__(self, denoiser):
+        super().__init__(denoiser)
+        self.head, self.gain = nn.Linear(3, 2), nn.Parameter(torch.ones(4))
+
+
+def test_what_is_trained_and_not_saved_is_told(tmp_path):
+    settings = TrainingConfig(str(tmp_path / "out"), dry_run=True, eval_batch_size=0)
+    told = r"Headed trains gain \(4 parameters\), head \(8 parameters\), which none of its artifacts holds"
+    with pytest.warns(UserWarning, match=told):
+        train(Headed(piped()), None, settings)
+    named = Headed(piped())
+    named.discarded = ("head", "gain")
+    assert named.unsaved() == {}
+    assert Headed(piped()).unsaved() == {"gain": 4, "head": 8}
+    aligned = REPAObjective(piped(), [teacher()], "blocks.1", projector_dim=8)
+    assert aligned.unsaved() == {}  # the projector lies in heads/
+
+
+def test_an_auxiliary_loss_is_tried_with_the_vae_and_the_conditioner_of_its_denoiser():
+    class Latent(AuxiliaryLoss):
+        def forward(self, seen):
+            sizes.append(tuple(seen.noisy.x0.shape[1:]))
+            drawn.append(seen.noisy.condition)
+            return seen.prediction.square().mean()
+
+    class Shifted(LabelConditioner):
+        def from_batch(self, batch, count):
+            return super().from_batch(batch, count) + 1
+
+    sizes, drawn = [], []
+    denoiser = sit(in_channels=4)
+    denoiser = Denoiser(denoiser.model, schedule=denoiser.schedule, vae=autoencoder(), conditioner=Shifted())
+    side = 8 * vae_stride(denoiser.vae)
+    images = {"pixel_values": torch.rand(2, 3, side, side) * 2 - 1, "class_labels": torch.tensor([0, 2])}
+    check_auxiliary_loss(Latent("latent", 0.5), denoiser=denoiser, batch=images)
+    assert set(sizes) == {(4, 8, 8)}
+    assert drawn[0]["class_labels"].tolist() == [1, 3]
 
 
 def logged_with_its_graph(objective):

@@ -10,7 +10,8 @@ from torch import nn
 from diffusers_repr import Denoiser, Family
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import DiffusionObjective, Objective
-from diffusers_repr.objectives.artifacts import merge_lora, rebuild
+from diffusers_repr.objectives.adapters import merge_lora
+from diffusers_repr.objectives.artifacts import rebuild
 from diffusers_repr.objectives.times import TimeSampler
 from tests.objectives.cases import COSINE, LINEAR, batch, sit
 from tests.testers.models import build

@@ -98,6 +98,13 @@ def test_losses_are_shown_positive_and_accuracies_in_percent(selection, monkeypa
     assert low[0] > 0.9 > 0.3 > high[0]  # the lowest loss is bright
 
 
+def test_a_cell_is_shown_in_four_digits(selection):
+    cell = replace(selection.best, score=1 / 3, mean=None, seed_scores=(2 / 3, 0.5))
+    assert "score=0.3333, " in repr(cell)
+    assert repr(cell).endswith("mean=None, std=" + f"{cell.std:.4g}, seed_scores=(0.6667, 0.5))")
+    assert eval(repr(cell), {"SelectionCell": type(cell)}).layer == cell.layer  # noqa: S307
+
+
 def test_colours_leave_out_the_worst_layer():
     grid = [[0.9, 0.8], [0.7, math.nan], [0.1, 0.2]]
     assert picture._colour_range([grid], False) == (0.7, 0.9, "min")

@@ -229,8 +229,8 @@ def test_the_card_has_the_scores_in_the_hubs_format(tmp_path):
     probe.save_pretrained(tmp_path / "sides")
     card = ModelCard.load(tmp_path / "sides" / "README.md")
     found = {(r.dataset_name, r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
-    assert found[("Sides", "test", "accuracy")] == first["accuracy"]
-    assert found[("Sides", "test", "balanced_accuracy")] == first["balanced_accuracy"]
+    assert found[("Sides", "test", "accuracy")] == pytest.approx(first["accuracy"], rel=1e-5)
+    assert found[("Sides", "test", "balanced_accuracy")] == pytest.approx(first["balanced_accuracy"], rel=1e-5)
     assert ("images", "validation", "accuracy") in found
     assert len(card.data.eval_results) == 3
     assert card.data.library_name == "diffusers-repr"

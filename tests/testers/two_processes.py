@@ -59,7 +59,14 @@ def training(folder):
     return {"ddp": ddp(folder / "ddp"), "fsdp": fsdp(folder / "fsdp")}
 
 
-JOBS = (metrics, extract, cache, training)
+def samples(folder):
+    import tests.examples.conftest  # noqa: F401  the scripts can be imported
+    from tests.examples.test_sample_for_fid import sample
+
+    return str(sample(folder))
+
+
+JOBS = (metrics, extract, cache, training, samples)
 
 
 def everywhere(value):

@@ -2,16 +2,19 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from safetensors.torch import load_file
 from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.hub.upload import plan_upload
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from diffusers_repr.training.lora import add_lora
+from tests.testers.models import saved
 from tests.training.loop_cases import (
     Numbers,
     Toy,
@@ -21,6 +24,7 @@ from tests.training.loop_cases import (
     run_here,
     tiny_objective,
     tiny_pipe,
+    tiny_sit_objective,
 )
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -28,7 +32,9 @@ SETTINGS = {"lora_rank": 2, "learning_rate": 0.05, "lr_warmup_steps": 0}
 
 
 class WithHead(DiffusionObjective):
-    """Something else is trained beside the network."""
+    """Something else is trained beside the network, and not saved."""
+
+    discarded = ("head",)
 
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
@@ -49,6 +55,7 @@ def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path):
     frozen = {n: p for n, p in objective.network.named_parameters() if ".lora_" not in n}
     assert_same({n.replace(".base_layer.", "."): p for n, p in frozen.items()},
                 {n: before[n] for n in (n.replace(".base_layer.", ".") for n in frozen)})  # fmt: skip
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()  # diffusers loads none into a UNet2DModel
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNet2DModel
     changed = {n for n, p in pipe.unet.state_dict().items() if not torch.equal(p, before[n])}
@@ -95,6 +102,45 @@ def test_a_joint_vit(tmp_path):
         f"blocks.{at}.attn.{part}.weight" for at in (0, 1) for part in ("to_q", "to_k", "to_v", "to_out.0")
     }
     assert again.config.form == "hybvit"
+
+
+class Photos(Numbers):
+    """In colour, of the size of the tiny Stable Diffusion."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.columns["pixel_values"] = torch.rand(4, 3, 32, 48) * 2 - 1
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_adapters_apart_load_by_diffusers_onto_the_base_and_give_what_the_merged_weights_give(tmp_path):
+    place = saved("sd")
+    objective = DiffusionObjective(Denoiser.from_pretrained(place), label_dropout=1.0)
+    run_here(tmp_path, objective, Photos(), **SETTINGS, max_train_steps=3)
+    base = StableDiffusionPipeline.from_pretrained(place)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    x, t = torch.randn(2, 4, 4, 6), torch.tensor([3, 600])
+    text = torch.randn(2, 7, base.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        plain, wanted = (network(x, t, text).sample for network in (base.unet, unet))
+        base.load_lora_weights(str(tmp_path))
+        torch.testing.assert_close(base.unet(x, t, text).sample, wanted, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+    assert f'pipe.load_lora_weights("{tmp_path.name}")' in (tmp_path / "README.md").read_text()
+    assert "pytorch_lora_weights.safetensors" in [file.path for file in plan_upload(tmp_path).files]
+
+
+def test_adapters_of_a_sit_load_onto_its_network(tmp_path):
+    before = tiny_sit_objective().network.eval()
+    run_here(tmp_path, tiny_sit_objective(), Numbers(times=1000), **SETTINGS, max_train_steps=3)
+    merged = SiTPipeline.from_pretrained(tmp_path).transformer
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([30, 600])
+    with torch.no_grad():
+        plain, wanted = before(x, t).sample, merged(x, t).sample
+        before.load_lora_adapter(str(tmp_path), prefix="transformer", use_safetensors=True)
+        torch.testing.assert_close(before(x, t).sample, wanted, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+    assert 'pipe.transformer.load_lora_adapter("' in (tmp_path / "README.md").read_text()
 
 
 def test_no_attention_to_adapt():

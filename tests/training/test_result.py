@@ -9,10 +9,12 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_repr.assign import IdentityAssigner
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.hub import HubError
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.hub.upload import plan_upload
+from diffusers_repr.objectives import DiffusionObjective, FixedArtifact
 from diffusers_repr.training import TrainingConfig, evaluation, train
 from diffusers_repr.training.result import final_loss
 from tests.testers.hub_server import hub_env, hub_server, run_python
@@ -55,11 +57,35 @@ def test_grids_of_samples(finished):
     assert len({p.read_bytes() for p in [*(finished / "samples").iterdir(), finished / "samples.png"]}) == 3
 
 
+def test_what_a_method_saves_in_folders_of_its_own_is_uploaded(tmp_path):
+    class WithAssigner(DiffusionObjective):
+        def artifacts(self):
+            return [*super().artifacts(), FixedArtifact(IdentityAssigner(4), folder="assigner")]
+
+    run_here(tmp_path, tiny_objective(kind=WithAssigner), max_train_steps=2)
+    (tmp_path / "assigner" / "notes.txt").write_text("of the user, later")
+    upload = plan_upload(tmp_path)
+    sent = [file.path for file in upload.files]
+    assert {"assigner/config.json", "artifacts.json", "unet/config.json"} <= set(sent)
+    assert upload.left_out == ("assigner/notes.txt",)
+    assert IdentityAssigner.from_pretrained(tmp_path / "assigner").config.in_features == 4
+    for name, told in (
+        ("../other/config.json", "never uploaded"),
+        ("checkpoint-00000002/ema.safetensors", "stays here"),
+    ):
+        (tmp_path / "artifacts.json").write_text(json.dumps([name]))
+        with pytest.raises(ValueError, match=rf"artifacts.json' is damaged .*{told}"):
+            plan_upload(tmp_path)
+
+
 def test_rows_of_classes_have_their_names(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(
-        evaluation, "image_grid", lambda images, **words: drawn.append(words) or Image.new("L", (8, 8))
-    )
+
+    def draw(images, **words):
+        drawn.append(words)
+        return Image.new("L", (8, 8))
+
+    monkeypatch.setattr(evaluation, "image_grid", draw)
     data = Numbers(classes=3)
     monkeypatch.setattr(Numbers, "class_names", ["cat", "dog", "owl"])
     train(tiny_objective(classes=3), data, settings(tmp_path / "owls", eval_batch_size=24, max_train_steps=1))

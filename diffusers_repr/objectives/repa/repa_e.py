@@ -64,6 +64,7 @@ class REPAEObjective(REPAObjective):
         ValueError: Without a VAE or encoders, or for a weight that is negative or not finite.
     """
 
+    discarded = ("adversarial",)  # the caller's own
     _kept: dict[int, _Kept]
     _trained: set[str] | None
 
