@@ -119,6 +119,7 @@ class Denoiser:
 
     @conditioner.setter
     def conditioner(self, conditioner: Conditioner | None) -> None:
+        """Another one; None: that of the family."""
         if conditioner is not None and not isinstance(conditioner, Conditioner):
             raise TypeError(f"A Conditioner is needed; got {type(conditioner).__name__}.")
         self._conditioner = conditioner
