@@ -107,7 +107,7 @@ class FeatureOutput:
         if images is None:
             raise ValueError("These features came without their images; pass plot_pca(layer, images).")
         maps = list(found) if several else [found]
-        names = [f"timestep {level.timestep:g}" for level in levels]
+        names = [repr(level) if level.timestep is None else f"timestep {level.timestep:g}" for level in levels]
         return draw_pca(maps, images, layer, names, check_whole("limit", limit))
 
     def per_level(self) -> Iterator[tuple[NoiseLevel, FeatureOutput]]:

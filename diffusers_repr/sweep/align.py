@@ -195,7 +195,7 @@ def sweep_denoiser(
         image_size: As in `measure_alignment`.
         batch_size: Images a forward.
         memory_gib: Features held at a time.
-        progress: Show a bar.
+        progress: As `measure_alignment`.
     """
     check_whole("batch_size", batch_size, 1)
     resize = denoiser.resize_to(image_size)
