@@ -37,12 +37,12 @@ def open_parts(args: Any, *, measured: bool, validate: float | None = None) -> d
         parts["validation"] = _open(args, validation)
     if tested is not None and measured:
         parts["test"] = _open(args, tested)
-    if args.limit is not None:
-        parts = {role: draw_rows(data, args.limit, args.split_seed) for role, data in parts.items()}
     if tested is None and validation is None and args.test_fraction:
         use = "to measure on" if measured else "for the probe to be measured on"
         test = _hold_out(args, parts, args.test_fraction, f"{args.dataset} has one split", use, "test_fraction")
         parts |= {"test": test} if measured else {}
+    if args.limit is not None:  # of what is left: what is held out does not depend on it
+        parts = {role: draw_rows(data, args.limit, args.split_seed) for role, data in parts.items()}
     if validation is None and validate is not None:
         parts["validation"] = _hold_out(
             args, parts, validate, "No split 'validation'", "to score on", "validation_fraction"

@@ -166,7 +166,10 @@ def draw_rows(data: ImageData, count: int, seed: int = 0) -> ImageData:
     """
     if count < 1:
         raise ValueError(f"The number of rows must be at least 1; got {count}.")
-    return data if count >= len(data) else data.select(sorted(_drawn(data, seed)[:count]))
+    if count >= len(data):
+        return data
+    drawn = data.select(sorted(_drawn(data, seed)[:count]))
+    return replace(drawn, split=f"{data.split}, {count} drawn by seed {seed}")
 
 
 def _drawn(data: ImageData, seed: int) -> list[int]:

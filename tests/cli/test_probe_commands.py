@@ -19,6 +19,7 @@ from diffusers_repr.cli.push import what_is
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.hub.upload import plan_upload
 from diffusers_repr.sweep import Selection, hold_out
+from diffusers_repr.sweep.splits import draw_rows
 from diffusers_repr.tasks import Probe, ProbeRecipe
 from tests.tasks.planted import NAMES, dataset, images, pipeline
 from tests.testers.hub_server import hub_env
@@ -153,8 +154,15 @@ def test_a_quick_try(place, tmp_path, capsys):
     data = pets(tmp_path / "pets")
     reads = ["--layers", "mid_block", "--timesteps", "50", "--quiet", "--limit", "10", "--test_fraction", "0.4"]
     assert main(["probe", str(place / "model"), data, *reads, "--out", str(tmp_path / "probe")]) == 0
-    assert "held out 4 of 10 images" in capsys.readouterr().out
-    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["train"]["rows"] == 6
+    assert "held out 16 of 40 images" in capsys.readouterr().out  # the same ones, whatever the limit
+    recipe = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    split = "train without 0.4 held out by seed 0, 10 drawn by seed 0"
+    assert (recipe["train"]["rows"], recipe["train"]["split"]) == (10, split)
+    assert {(s["rows"], s["split"]) for s in recipe["scores"]} == {
+        (10, "train, 0.4 held out by seed 0, 10 drawn by seed 0")
+    }
+    few = draw_rows(load_images(data), 10)
+    assert np.bincount(few.labels()).tolist() == [5, 5]  # though a folder is in the order of its classes
     assert main(["predict", str(tmp_path / "probe"), data, "--limit", "3", "--json"]) == 0
     assert len(lines(capsys)) == 3
     assert main(["predict", str(tmp_path / "probe"), data, "--limit", "0"]) == 2

@@ -146,7 +146,7 @@ def bad_data():
 def test_bad_data(case):
     data, error, message = bad_data()[case]
     with pytest.raises(error, match=message):
-        Probe.fit(pipeline(), data, layers="mid_block", timestep=50)
+        Probe.fit(pipeline(), data, layers="mid_block", timestep=50, image_size="keep")
 
 
 def test_sizes_that_change_between_batches():
