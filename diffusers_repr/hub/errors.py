@@ -23,6 +23,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 # Clients before 1.0 do not tell a snapshot that is partly in the cache from one that is not there.
 _INCOMPLETE = getattr(errors, "IncompleteSnapshotError", ())
+# Whatever the client's HTTP library raises: httpx, or requests before 1.0.
+_HTTP_LIBRARY = HTTPError.__module__.partition(".")[0]
+_HTTP_ERROR = next(kind for kind in reversed(HTTPError.__mro__) if kind.__module__.startswith(_HTTP_LIBRARY))
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass `token=`"
 _TOKEN = re.compile(r"\bhf_\w{8,}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -78,10 +81,10 @@ def hub_errors(
     try:
         yield
     except RuntimeError as error:  # the client wraps a failed upload of one large file
-        if not isinstance(error.__cause__, (HTTPError, OSError)):
+        if not isinstance(error.__cause__, (_HTTP_ERROR, OSError)):
             raise
         raise HubError(f"{what}: {_explain(error.__cause__, repo_id, revision)}") from error
-    except (EntryNotFoundError, HTTPError, FileMetadataError, OfflineModeIsEnabled) as error:
+    except (EntryNotFoundError, _HTTP_ERROR, FileMetadataError, OfflineModeIsEnabled) as error:
         raise HubError(f"{what}: {_explain(error, repo_id, revision)}") from error
 
 
@@ -122,7 +125,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
 def _explain_not_cached(error: LocalEntryNotFoundError, revision: str | None) -> str:
     """The Hub was not reached and the cache does not hold (all of) what was asked for."""
     cached = "is only partly in the cache" if isinstance(error, _INCOMPLETE) else "is not in the cache"
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         return (
             f"HF_HUB_OFFLINE is set and revision {revision or 'main'!r} {cached}. Unset HF_HUB_OFFLINE to download "
             "it, or pass a local folder."

@@ -102,7 +102,7 @@ def load_json_config(
         where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = _download(repo_id, repo_type, revision, token, [glob.escape(filename)], **where)
         if not (folder / filename).is_file():
-            seen = " in the cache, and HF_HUB_OFFLINE is set" if constants.is_offline_mode() else ""
+            seen = " in the cache, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
             raise HubError(
                 f"{repo_type.capitalize()} repository {repo_id!r} has no file {filename!r} at revision "
                 f"{revision or 'main'!r}{seen}. {_LIST_FILES}"
