@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from diffusers_repr.pictures.figure import require_matplotlib
+from diffusers_repr.pictures.figure import png_of, require_matplotlib
 
 _LEGEND = 10  # up to as many models have their name beside the curves
 _TITLES = {"cknna": "CKNNA", "cka": "CKA"}
@@ -51,9 +50,7 @@ def draw_comparison(found: Compared) -> bytes:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    buffer = io.BytesIO()
-    comparison_figure(found).savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png_of(comparison_figure(found))
 
 
 def comparison_figure(found: Compared) -> Any:
