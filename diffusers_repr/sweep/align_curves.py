@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from diffusers_repr.pictures.figure import require_matplotlib
+from diffusers_repr.pictures.figure import png_of, require_matplotlib
 
 _LEGEND = 10  # up to as many models have their name beside the curves
 _TITLES = {"cknna": "CKNNA", "cka": "CKA"}
@@ -51,9 +50,7 @@ def draw_comparison(found: Compared) -> bytes:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    buffer = io.BytesIO()
-    comparison_figure(found).savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png_of(comparison_figure(found))
 
 
 def comparison_figure(found: Compared) -> Any:
@@ -76,12 +73,13 @@ def comparison_figure(found: Compared) -> Any:
         for axis in (left, right):
             _other_encoders(axis, found, encoder)
             axis.grid(alpha=0.3)
-        left.set_ylabel(f"{name} with {encoder}")
+        left.set_ylabel(f"{name} with\n{_short(encoder)}", fontsize=8)
     axes[0][0].set_title("by depth, at each model's best noise level", fontsize=9)
     axes[0][1].set_title("best layer and level of each model", fontsize=9)
     if len(found.models) <= _LEGEND:
         axes[0][0].legend(fontsize=7)
     axes[-1][0].set_xlabel("depth of the layer, share of all")
+    axes[-1][1].set_xlabel("training steps" if _has_steps(found) else "parameters, in millions")
     samples = found.recipe["data"]["samples"]
     k = found.recipe["settings"].get("k")
     figure.suptitle(f"{samples} images" + (f", k={k}" if k else "") + _dashed(found), fontsize=10)
@@ -104,7 +102,7 @@ def _by_depth(axis: Any, found: Compared, encoder: str, shades: dict[str, Any]) 
 
 def _by_training(axis: Any, found: Compared, encoder: str, shades: dict[str, Any]) -> None:
     """A point each model: by step, one line each size, or by size where no steps are told."""
-    by_step = all(about["step"] is not None for about in found.models.values())
+    by_step = _has_steps(found)
     lines: dict[Any, list[tuple[float, float, str]]] = {}
     for label, about in found.models.items():
         if not found.is_defined(label, encoder):
@@ -123,17 +121,23 @@ def _by_training(axis: Any, found: Compared, encoder: str, shades: dict[str, Any
             axis.plot([x], [y], "o", ms=6, color=shades[label])
     if not by_step and len({point[0] for points in lines.values() for point in points}) > 1:
         axis.set_xscale("log")
-    axis.set_xlabel("training steps" if by_step else "parameters, in millions")
 
 
 def _other_encoders(axis: Any, found: Compared, encoder: str) -> None:
     for other, score in found.between.get(encoder, {}).items():
         if score is not None:
             axis.axhline(score, color="0.35", ls="--", lw=0.9)
-            axis.annotate(
-                other, (1, score), xycoords=("axes fraction", "data"), textcoords="offset points", xytext=(-3, 2),
-                ha="right", fontsize=7, color="0.35",
-            )  # fmt: skip
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (-3, 2)}
+            axis.annotate(_short(other), (1, score), **place, ha="right", fontsize=7, color="0.35")
+
+
+def _has_steps(found: Compared) -> bool:
+    return all(about["step"] is not None for about in found.models.values())
+
+
+def _short(name: str) -> str:
+    """An encoder's name without the folders before it."""
+    return name.rsplit("/", 1)[-1]
 
 
 def _millions(count: int) -> str:
