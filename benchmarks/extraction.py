@@ -16,7 +16,7 @@ def main(pixels: int = 256, repeats: int = 2) -> None:
     unet, vae = denoiser.model, denoiser.vae
     image = torch.rand(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
     text = {"encoder_hidden_states": torch.randn(1, 77, 768)}
-    extractor = FeatureExtractor(denoiser, [UP_BLOCK], TIMESTEP, ensemble_size=ENSEMBLE)
+    extractor = FeatureExtractor(denoiser, [UP_BLOCK], TIMESTEP, ensemble_size=ENSEMBLE, image_size="keep")
     level = denoiser.level(TIMESTEP)
     side = pixels // 8
     noise = NoiseSource("per_image", 0).draw(pixel_keys(2 * image - 1) * ENSEMBLE, range(ENSEMBLE), (4, side, side))

@@ -72,6 +72,7 @@ _PUBLIC = {
     "SeveralConditioner": "diffusers_repr.denoiser",
     "SiTTransformer2DModel": "diffusers_repr.models",
     "StoredPrior": "diffusers_repr.denoiser",
+    "SummedReadoutGuidance": "diffusers_repr.guidance",
     "Tape": "diffusers_repr.capture",
     "TokenConditioner": "diffusers_repr.denoiser",
     "TrainingConfig": "diffusers_repr.training",

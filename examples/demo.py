@@ -177,9 +177,8 @@ def main() -> None:
     for name in ("probe", "pixels", "random_init"):
         all_labels, few = report[f"{name}_accuracy"], report[f"{name}_accuracy_10_per_class"]
         print(f"{name:>12}: test accuracy {all_labels:.3f} with all labels, {few:.3f} with {PER_CLASS} a class")
-    print(
-        f"best: {' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in report['best'].items())}"
-    )
+    best = {name: round(value, 4) if isinstance(value, float) else value for name, value in report["best"].items()}
+    print(f"best: {best}")
     print(f"{args.output_dir / 'report.md'} ({report['seconds']} s)")
 
 

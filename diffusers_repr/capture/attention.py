@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from diffusers_repr.capture.capture import Tape, Transform, recording, refuse_compiled
+from diffusers_repr.capture.hidden_softmax import softmax_remedy
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.family_registry import family_of_or_base
@@ -52,8 +53,12 @@ class AttentionTokens:
 
     @property
     def bytes_per_map(self) -> int:
-        """Of one head of one sample, in float32."""
-        return 4 * self.queries * self.keys
+        """Of one head of one sample, in float32, with all columns."""
+        return self.bytes_of(None)
+
+    def bytes_of(self, keys: Sequence[int] | None) -> int:
+        """Of one head of one sample, in float32, with these columns alone; None: all."""
+        return 4 * self.queries * (self.keys if keys is None else len(keys))
 
 
 Keep = Callable[[str, AttentionTokens, dict[str, Any]], None]
@@ -86,6 +91,7 @@ def capture_attention(
     transform: Transform | None = None,
     stop_early: bool = True,
     max_bytes: int = 4 * GIB,
+    keys: Sequence[int] | None = None,
 ) -> Iterator[AttentionTape]:
     """Keep the attention probabilities of named layers while `model` runs inside the block.
 
@@ -102,12 +108,15 @@ def capture_attention(
         transform: `(map, path) -> anything`, applied at once; only its result is kept.
         stop_early: Stop the forward, and leave the block, once every layer has been read.
         max_bytes: Refuse to hold more than this.
+        keys: Columns to keep, such as the places of a word's tokens in the prompt; None keeps all. Probabilities are
+            those among all keys, and the rest is never held.
 
     Yields:
         An `AttentionTape`; read `.features` and `.tokens` after the block.
 
     Raises:
-        ValueError: Unknown layers, layers that are no attention, or attention without one probability matrix.
+        ValueError: Unknown layers, layers that are no attention, attention without one probability matrix, columns
+            that there are none of.
         MemoryError: If the maps need more than `max_bytes`; tells how much.
         RuntimeError: A compiled model.
 
@@ -124,6 +133,7 @@ def capture_attention(
         raise ValueError(f"heads={heads!r}; expected 'mean' or None (all heads).")
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be a whole number of query rows from 1, or None; got {chunk!r}.")
+    check_keys(keys)
     modules = check_attention_layers(model, layers)
     tape = AttentionTape(list(modules), stop_early)
     held: dict[str, int] = {}
@@ -131,10 +141,12 @@ def capture_attention(
     def keep(path: str, tokens: AttentionTokens, call: dict[str, Any]) -> None:
         batch = call["query"].shape[0]
         count = batch * (1 if heads == "mean" else tokens.heads)
-        total = sum(held.values()) + count * tokens.bytes_per_map
+        if keys is not None and max(keys) >= tokens.keys:
+            raise ValueError(f"keys={list(keys)}, but {path!r} has {tokens.keys} columns: {tokens}.")
+        total = sum(held.values()) + count * tokens.bytes_of(keys)
         if total > max_bytes:
-            raise MemoryError(too_much(total, max_bytes, path))
-        probabilities = attention_probabilities(call, heads, chunk)
+            raise MemoryError(too_much(total, max_bytes, path, heads, keys, "reduce each map with transform="))
+        probabilities = attention_probabilities(call, heads, chunk, keys)
         tape.tokens[path] = tokens
         kept = probabilities if transform is None else transform(probabilities, path)
         held[path] = kept.nbytes if isinstance(kept, Tensor) else 0
@@ -165,10 +177,11 @@ def watching(tape: AttentionTape, model: nn.Module, modules: Mapping[str, nn.Mod
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             tape._running.pop()
             if path not in tape.features:
+                linear = "Linear" in _processor(module)
+                why = " Linear attention has no probabilities." if linear else softmax_remedy(module)
                 raise ValueError(
                     f"Layer {path!r} ({type(module).__name__} with {_processor(module)}) made no call of "
-                    "scaled_dot_product_attention. Linear attention has no probabilities; other processors and "
-                    "attention backends hide theirs: set AttnProcessor2_0, or the backend 'native'."
+                    f"scaled_dot_product_attention.{why}"
                 )
 
         return hook
@@ -230,16 +243,35 @@ def check_attention_layers(model: nn.Module, layers: str | Sequence[str]) -> dic
     return modules
 
 
-def attention_probabilities(call: dict[str, Any], heads: Heads = "mean", chunk: int | None = None) -> Tensor:
+def check_keys(keys: Sequence[int] | None) -> None:
+    """Raise for columns that are none, or told twice.
+
+    Raises:
+        TypeError: For what is no sequence of whole numbers.
+        ValueError: For none, negative ones and repeated ones.
+    """
+    if keys is None:
+        return
+    whole = isinstance(keys, Sequence) and not isinstance(keys, str | bytes)
+    if not whole or not all(isinstance(key, int) and not isinstance(key, bool) for key in keys):
+        raise TypeError(f"keys are columns of the map, whole numbers such as [5]; got {keys!r}.")
+    if not keys or min(keys) < 0 or len(set(keys)) < len(keys):
+        raise ValueError(f"keys are columns of the map from 0, each once; got {list(keys)}.")
+
+
+def attention_probabilities(
+    call: dict[str, Any], heads: Heads = "mean", chunk: int | None = None, keys: Sequence[int] | None = None
+) -> Tensor:
     """`softmax(q k^T scale + mask)` of one call of `scaled_dot_product_attention`, in float32 or wider.
 
     Args:
         call: Its arguments by name; `query` is `(B, H, N, D)`, `key` `(B, H, M, D)`.
         heads: `mean` or None.
         chunk: Query rows at once.
+        keys: Columns that are kept, of the probabilities among all; None: all.
 
     Returns:
-        `(B, N, M)`, or `(B, H, N, M)` with `heads=None`. Rows that the mask leaves nothing to are 0.
+        `(B, N, M)`, or `(B, H, N, M)` with `heads=None`; M of the kept. Rows that the mask leaves nothing to are 0.
 
     Example:
         >>> q = torch.zeros(1, 2, 3, 4)
@@ -255,7 +287,9 @@ def attention_probabilities(call: dict[str, Any], heads: Heads = "mean", chunk: 
     scale = call.get("scale")
     scale = 1 / math.sqrt(width) if scale is None else scale
     step = chunk or max(1, _SCRATCH // (batch * count * columns))
-    shape = (batch, rows, columns) if heads == "mean" else (batch, count, rows, columns)
+    kept = slice(None) if keys is None else torch.tensor(keys, device=query.device)
+    width_out = columns if keys is None else len(keys)
+    shape = (batch, rows, width_out) if heads == "mean" else (batch, count, rows, width_out)
     out = torch.empty(shape, dtype=wide, device=query.device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -269,15 +303,27 @@ def attention_probabilities(call: dict[str, Any], heads: Heads = "mean", chunk: 
         part = scores.softmax(-1)
         if bias is not None:
             part = part.masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
+        part = part[..., kept]
         out[..., start:stop, :] = part.mean(1) if heads == "mean" else part
     return out
 
 
-def too_much(total: int, limit: int, where: str) -> str:
-    """The sentence for maps that need more memory than allowed."""
+def too_much(total: int, limit: int, where: str, heads: Heads, keys: Sequence[int] | None, *more: str) -> str:
+    """The sentence for maps that need more memory than allowed, with what would lower it.
+
+    Args:
+        total: Bytes that are needed.
+        limit: Bytes that are allowed.
+        where: Path of the last layer that is counted.
+        heads: As asked for.
+        keys: As asked for.
+        *more: What else the caller may do.
+    """
+    ways = ["take fewer or smaller images, or fewer layers", *(["heads='mean'"] if heads is None else [])]
+    ways += [*(["some columns alone by keys="] if keys is None else []), *more]
     return (
-        f"Attention maps need {total / GIB:.3g} GiB up to {where!r}; max_bytes allows {limit / GIB:.3g} GiB. Take "
-        "fewer or smaller images, fewer layers or heads='mean', reduce each map with transform=, or raise max_bytes."
+        f"Attention maps need {total / GIB:.3g} GiB up to {where!r}; max_bytes allows {limit / GIB:.3g} GiB. To need "
+        f"less, {', '.join(ways)}; or raise max_bytes."
     )
 
 

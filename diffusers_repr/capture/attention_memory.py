@@ -20,6 +20,7 @@ def attention_memory(
     image_size: int | tuple[int, int] | None = None,
     batch: int = 1,
     heads: Heads = "mean",
+    keys: Sequence[int] | None = None,
 ) -> int:
     """Bytes of the float32 attention maps of layers, all held at once.
 
@@ -32,12 +33,13 @@ def attention_memory(
         image_size: Pixels, (H, W) or one side; the configured size if None.
         batch: Images (times ensemble members held at once).
         heads: `mean`, or None for all heads.
+        keys: Columns that are kept, or None for all.
 
     Raises:
         ValueError: As `capture_attention`, for layers without a probability matrix.
     """
     tokens = attention_tokens(denoiser, layers, image_size)
-    return sum(batch * t.bytes_per_map * (1 if heads == "mean" else t.heads) for t in tokens.values())
+    return sum(batch * t.bytes_of(keys) * (1 if heads == "mean" else t.heads) for t in tokens.values())
 
 
 def attention_tokens(

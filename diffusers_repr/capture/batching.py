@@ -7,8 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser.family import Family
+
 # Arguments without a batch dimension, whose first dimension may still happen to equal the number of rows.
 UNBATCHED = frozenset({"image_rotary_emb", "rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks", "ip_mask"})
+
+
+def without_rows(family: Family) -> frozenset[str]:
+    """Names of arguments, of a network of this family and of its modules, that have no row a sample.
+
+    Example:
+        >>> from diffusers_repr.denoiser.families.ltx import LTXFamily
+        >>> "image_rotary_emb" in UNBATCHED, "image_rotary_emb" in without_rows(LTXFamily())
+        (True, False)
+    """
+    return (UNBATCHED | set(family.unbatched)) - set(family.batched)
 
 
 def map_rows(value: Any, rows: int, change: Callable[[Tensor], Tensor], unbatched: Collection[str] = UNBATCHED) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -276,9 +276,19 @@ def refuse_compiled(
     model: nn.Module,
     remedy: str = "Enter `capture` first and compile inside it, or pass the plain module (`model._orig_mod`, or load "
     "it anew).",
+    touched: Collection[str] | None = None,
 ) -> None:
-    """Raise RuntimeError if the model or a part of it is compiled, scripted or exported: hooks would not fire."""
+    """Raise RuntimeError if the model or a part of it is compiled, scripted or exported: hooks would not fire.
+
+    Args:
+        model: The model.
+        remedy: What to do about it.
+        touched: Paths of the modules that get hooks: other compiled parts are then left alone. None: all.
+    """
     for path, module in model.named_modules():
+        inside = [where for where in touched or () if where == path or where.startswith(f"{path}.")]
+        if touched is not None and path and not inside:
+            continue
         # The marks that torch leaves are private and no function asks for all of them. Where one is renamed, hooks on
         # such a module are ignored in silence; tests compile, script and export to see it.
         compiled = (
@@ -288,7 +298,8 @@ def refuse_compiled(
             or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         )
         if compiled:
+            on = f" on {inside[0]}" if inside and inside[0] != path else ""
             raise RuntimeError(
-                f"{path or 'The model'} ({type(module).__name__}) is compiled; hooks set now would be ignored. "
+                f"{path or 'The model'} ({type(module).__name__}) is compiled; hooks set now{on} would be ignored. "
                 f"{remedy}"
             )

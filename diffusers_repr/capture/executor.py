@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch, map_rows
+from diffusers_repr.capture.batching import index_batch, map_rows, without_rows
+from diffusers_repr.capture.caches import replace_beneath_cache
 from diffusers_repr.capture.lanes import Lane, LaneFunction, NetworkCall, Observer
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.hooks import Hooks, Turn
+from diffusers_repr.hub.compiled import is_compiled_in_place, plain_module, wrap_compiled_call
 
 Hook = Callable[..., Any]
 
@@ -29,6 +31,9 @@ class Executor:
         family: Its adapter.
         lanes: All lanes that calls may ask for.
         observers: Key -> (path, function): what to keep of the arguments of a module, of the rows of the call.
+
+    Attributes:
+        hooked: Paths of the modules that have hooks of their own; top-level modules that are compiled have none.
     """
 
     def __init__(
@@ -40,7 +45,8 @@ class Executor:
     ) -> None:
         self.model, self.family = model, family
         self.lanes, self.observers = tuple(lanes), dict(observers or {})
-        self.unbatched = (UNBATCHED | set(family.unbatched)) - set(family.batched)
+        self.hooked = frozenset[str]()
+        self.unbatched = without_rows(family)
         self._active: tuple[Lane, ...] = ()
         self._observed: frozenset[str] = frozenset()
         self._call: NetworkCall | None = None
@@ -54,16 +60,42 @@ class Executor:
     def install(self, stack: ExitStack) -> None:
         """Set the hooks; they do nothing but during a pass, in its thread. The stack removes them."""
         modules, hooks = dict(self.model.named_modules()), Hooks(stack, self._turn)
+        self.hooked = self.touched
         if self.lanes:
             for path, unit in top_level(self.model):
+                early = self._early_hook(path) if path in self.family.early_rows else None
+                if is_compiled_in_place(unit):
+                    stack.callback(wrap_compiled_call(unit, self._around(unit, self._unit_hook(path), early)))
+                    continue
+                if plain_module(unit) is unit:  # not on the wrapper of `torch.compile(block)`, where they act
+                    self.hooked |= {path}
                 hooks.before(unit, self._unit_hook(path))
-                if path in self.family.early_rows:
-                    hooks.after(unit, self._early_hook(path))
+                if early is not None:
+                    hooks.after(unit, early)
         changed = {path for lane in self.lanes for path in lane.modules}
-        for path in sorted(changed | {path for path, _ in self.observers.values()}):
+        for path in sorted(self.touched):
             hooks.before(modules[path], self._enter_hook(path))
             if path in changed:
                 hooks.after(modules[path], self._leave_hook(path))
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Paths of the modules that lanes change or observers read."""
+        changed = {path for lane in self.lanes for path in lane.modules}
+        return frozenset(changed | {path for path, _ in self.observers.values()})
+
+    def _around(self, unit: nn.Module, before: Hook, after: Hook | None) -> Callable[..., Any]:
+        """Hooks of a unit that is compiled as a whole: around its compiled call, in which they would be ignored."""
+
+        def run(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self._turn():
+                return compiled(*args, **kwargs)
+            args, kwargs = before(unit, args, kwargs) or (args, kwargs)
+            output = compiled(*args, **kwargs)
+            changed = None if after is None else after(unit, args, kwargs, output)
+            return output if changed is None else changed
+
+        return run
 
     # One pass
 
@@ -100,6 +132,36 @@ class Executor:
                 inputs[name] = self._join(inputs[name])
         return inputs
 
+    @contextmanager
+    def alone(self, lane: Lane, call: NetworkCall) -> Iterator[set[str]]:
+        """Inside, the network runs one lane: its modules compute what it says, all rows being its own.
+
+        For networks that cache activations between calls: a cache on one of its modules caches what the lane computes
+        there. It is not for networks that other threads call meanwhile.
+
+        Args:
+            lane: The lane.
+            call: Whose conditional rows are run.
+
+        Yields:
+            Paths of the modules that were changed so far.
+        """
+        ran: set[str] = set()
+
+        def replace(path: str, function: LaneFunction) -> Callable[[], None]:
+            module = self.model.get_submodule(path)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                ran.add(path)
+                return function(module, args, kwargs, call)
+
+            return replace_beneath_cache(module, run)
+
+        with ExitStack() as stack:
+            for path, function in lane.modules.items():
+                stack.callback(replace(path, function))
+            yield ran
+
     def end(self) -> None:
         """Close the pass, finished or not."""
         self._turn.end()
@@ -115,8 +177,7 @@ class Executor:
             return output, {}
         assert self._call is not None
         if output.shape[0] == self._rows:
-            paths = [path for lane in self._active for path in lane.modules]
-            raise RuntimeError(f"None of {paths} was called in the forward; nothing would be changed.")
+            raise RuntimeError(not_called(self._active))
         samples = self._call.samples
         parts = output[self._rows :].split(samples)
         return output[: self._rows], {lane.name: part for lane, part in zip(self._active, parts, strict=True)}
@@ -212,6 +273,12 @@ class Executor:
         return [slice(0, self._rows), *others]
 
 
+def not_called(lanes: Sequence[Lane]) -> str:
+    """Message for lanes that changed nothing."""
+    paths = [path for lane in lanes for path in lane.modules]
+    return f"None of {paths} was called in the forward; nothing would be changed."
+
+
 def top_level(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The network's children, lists of modules by their elements: what its own forward calls."""
     found: list[tuple[str, nn.Module]] = []
@@ -238,4 +305,4 @@ def _concatenate(values: Sequence[Any]) -> Any:
     return type(first)(_concatenate(items) for items in zip(*values, strict=True))
 
 
-__all__ = ["Executor", "LaneFunction", "top_level"]
+__all__ = ["Executor", "LaneFunction", "not_called", "top_level"]

@@ -21,7 +21,7 @@ COMMANDS = {
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
     "align": "compare the layers of a model with an encoder, level by level",
-    "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT or MoCo v3 into a folder that loads",
+    "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT, MoCo v3 or a readout head into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",
     "push": "push a probe, a feature store, a pipeline or a model to the Hub",
 }
@@ -63,7 +63,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
     """Read the settings, check the device and the folder to write to, then work."""
     settings = read_settings(command, argv)
     module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
-    with words.in_words_of(settings):
+    with words.in_words_of(settings), options.bars(not getattr(settings, "quiet", False)):
         code = _work(module, settings)
     sys.stdout.flush()
     return code

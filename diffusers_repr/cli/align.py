@@ -137,9 +137,12 @@ def _options(args: Settings) -> dict[str, Any]:
 
 def _measure(args: Settings, data: Any, test: Any, device: str) -> Alignment:
     """One model against one encoder."""
+    from diffusers_repr.store.processes import process_state
     from diffusers_repr.sweep.align import measure_alignment
 
     denoiser = _denoiser(args, args.model, args.revision, device)
+    if process_state().is_main_process:
+        options.tell_size(denoiser, options.sides(args.image_size), aside=args.json)
     (encoder,) = _encoders(args, denoiser, device)
     return measure_alignment(
         denoiser,

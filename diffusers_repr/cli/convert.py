@@ -1,4 +1,4 @@
-"""`diffusers-repr convert CHECKPOINT --out FOLDER`: papers' checkpoints to pipelines, MoCo v3 to an encoder."""
+"""`diffusers-repr convert CHECKPOINT --out FOLDER`: papers' checkpoints to pipelines, encoders and heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 OUT = options.Out(
-    "converted pipeline or encoder", ("model_index.json", "preprocessor_config.json"), replaced=True, again="refused"
+    "converted pipeline, encoder or head", ("model_index.json", "config.json"), replaced=True, again="refused"
 )
 
 
@@ -33,10 +33,10 @@ class Settings:
     out: str = setting(
         REQUIRED,
         "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
-        "`Encoder.from_pretrained`)",
+        "`Encoder.from_pretrained`, of a readout `ReadoutHead`)",
     )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
-        None, "which of those in the file; ema if there, else model"
+        None, "which of those in the file; default: ema if there, else model"
     )
     architecture: Literal["sit", "dit", "hybvit"] | None = setting(
         None,
@@ -48,10 +48,16 @@ class Settings:
         "arguments of the network that shapes do not tell, JSON or a file with JSON or YAML: "
         "'{\"num_attention_heads\": 6}'",
     )
-    path: Literal["linear", "cosine"] | None = setting(None, "of a sit; linear if not given")
-    sampler: Literal["sde", "ode"] | None = setting(None, "of a sit, sde if not given; dit gets DDIM")
+    path: Literal["linear", "cosine"] | None = setting(None, "of a sit; default: linear")
+    sampler: Literal["sde", "ode"] | None = setting(None, "of a sit; default: sde; dit gets DDIM")
     vae: str | None = setting(
         None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
+    )
+    base: str | None = setting(
+        None, "of a readout head: folder or Hub id of the model it was trained on, whose time embedding it takes over"
+    )
+    kind: Literal["spatial", "appearance", "correspondence"] | None = setting(
+        None, "of a readout head, where the file does not tell"
     )
     overwrite: bool = setting(False, "replace the folder if it exists")
 
@@ -90,6 +96,8 @@ def _arguments(model: type) -> set[str]:
 
 def run(args: Settings) -> int:
     """Convert, and print what was written."""
+    from diffusers_repr.cli.convert_readout import save_readout
+    from diffusers_repr.heads.convert import is_published_readout
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
     from diffusers_repr.models.convert_joint import is_joint_vit
     from diffusers_repr.models.convert_moco import is_moco_v3
@@ -97,8 +105,14 @@ def run(args: Settings) -> int:
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
-    overrides = read_config(args.model_config)
     held = read_checkpoint(args.checkpoint)
+    if is_published_readout(held):
+        others = ("weights", "architecture", "model_config", "path", "sampler", "vae")
+        _refuse(args, others, "A readout head is no network by itself")
+        save_readout(held, args.checkpoint, args.out, args.base, args.kind, overwrite=args.overwrite)
+        return 0
+    _refuse(args, ("base", "kind"), "This is no checkpoint of a readout head")
+    overrides = read_config(args.model_config)
     weights, name = select_weights(held, args.weights)
     if is_moco_v3(weights):
         _refuse(args, ("architecture", "vae", "path", "sampler"), "MoCo v3 is an encoder, no pipeline")

@@ -24,7 +24,14 @@ _EPILOG = f"{EXIT_CODES}\n\n--debug prints where an error arose, before its line
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Exit codes in lines as they are, and every default."""
+    """Exit codes in lines as they are, and every default; a flag without one says in words what holds then."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return f"{action.help} (required)" if action.required and action.option_strings else action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})" if action.default else action.help
+        return super()._get_help_string(action)
 
 
 # Options of an `argparse.ArgumentParser`: those of a command, and those of a script, whose usage would fill a screen.

@@ -27,7 +27,8 @@ def run(args: Settings) -> int:
     """Print the table."""
     from diffusers_repr.denoiser.layers import list_layers_from_config
 
-    layers = list_layers_from_config(args.model, options.sides(args.image_size), args.detail, revision=args.revision)
+    size = options.two_sides(args.image_size)
+    layers = list_layers_from_config(args.model, size, args.detail, revision=args.revision)
     if args.json:
         for layer in layers:
             print(json.dumps(layer.to_dict()))

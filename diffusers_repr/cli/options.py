@@ -8,18 +8,24 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffusers_repr.config.recipe import setting
 
+if TYPE_CHECKING:
+    from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.denoiser.sizes import ImageSize
+
+IMAGE_SIZE = "pixels: one side, or height and width; keep: the images' own; default: the model's size"
 DType = Literal["float32", "bfloat16", "float16"]
 TEST_FRACTION = (
     "of a data set that is one split: held out to measure the probe on, and left alone by `select`; 0: none"
 )
 SPLIT_SEED = "of what is held out"
-LIMIT = "images of each split, of each class its share, drawn by --split_seed: for a quick try"
+LIMIT = "images of each split, of each class its share, drawn by --split_seed: for a quick try; default: all"
 _ROOM = 2**20  # bytes that must be free where a result is to be written
 
 
@@ -57,12 +63,14 @@ class ImageSettings:
 
     image_column: str | None = setting(None, "of the images; default: found by type")
     label_column: str | None = setting(None, "of the class ids; default: found by type")
-    prompt: str | None = setting(None, "one for all images")
-    class_label: int | None = setting(None, "condition of a class-conditional model, one for all images")
-    image_size: list[int] | None = setting(None, "pixels: one side, or height and width")
+    prompt: str | None = setting(None, "one for all images; default: the empty one")
+    class_label: int | None = setting(
+        None, "of class-conditional models, one for all images; default: the null class, if it has one"
+    )
+    image_size: list[str] | None = setting(None, IMAGE_SIZE)
 
 
-def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
+def two_sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     """(H, W) of `--image_size`; None if not given.
 
     Raises:
@@ -73,6 +81,29 @@ def sides(image_size: Sequence[int] | None) -> tuple[int, int] | None:
     if len(image_size) > 2:
         raise ValueError(f"--image_size takes one side, or height and width; got {len(image_size)} numbers.")
     return image_size[0], image_size[-1]
+
+
+def sides(image_size: Sequence[str] | None) -> ImageSize:
+    """`image_size` of Python, from an `--image_size` that may be `keep`.
+
+    Raises:
+        ValueError: For what is neither one or two whole numbers nor `keep`.
+    """
+    if image_size is None:
+        return None
+    if list(image_size) == ["keep"]:
+        return "keep"
+    if not all(word.isascii() and word.isdigit() for word in image_size):
+        raise ValueError(f"--image_size takes one side, or height and width, or keep; got {' '.join(image_size)}.")
+    return two_sides([int(word) for word in image_size])
+
+
+def tell_size(denoiser: Denoiser, image_size: ImageSize, aside: bool = False) -> None:
+    """Print the size at which the network sees images, where nobody chose it; aside as in `say`."""
+    resize = denoiser.resize_to(image_size)
+    if image_size is None and resize is not None:
+        size = f"{resize[0]} x {resize[1]} pixels (H x W)"
+        say(f"images: {size}, the model's own size; --image_size keep leaves theirs", aside)
 
 
 def check_limit(limit: int | None) -> None:
@@ -88,6 +119,27 @@ def check_limit(limit: int | None) -> None:
 def say(text: str, aside: bool) -> None:
     """Print a line for people: aside, on stderr, where stdout has JSON."""
     print(text, file=sys.stderr if aside else sys.stdout)
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Inside, `--quiet` holds for the bars of diffusers and datasets, too."""
+    if shown:
+        yield
+        return
+    import datasets
+    from diffusers.utils import logging
+
+    were = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were[0]:
+            logging.enable_progress_bar()
+        if not were[1]:
+            datasets.enable_progress_bars()
 
 
 def numbers(values: Sequence[float]) -> list[int | float]:

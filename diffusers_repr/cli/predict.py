@@ -29,9 +29,10 @@ class Settings:
     revision: str | None = setting(None, "branch, tag or commit of the probe")
     prompt: str | None = setting(None, "of all images; default: that of the probe")
     batch_size: int = setting(64, "images a forward")
-    limit: int | None = setting(None, "the first images only, for a quick try")
+    limit: int | None = setting(None, "the first images only, for a quick try; default: all")
     dtype: options.DType = setting("float32", "of the base model, what it computes in")
     device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
+    quiet: bool = setting(False, "no progress bar")
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):

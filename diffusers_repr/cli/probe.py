@@ -57,7 +57,6 @@ def run(args: Settings) -> int:
     """Fit, measure, save and print."""
     settings = _settings(args)
 
-    import datasets
     import torch
 
     from diffusers_repr.denoiser import Denoiser
@@ -68,11 +67,11 @@ def run(args: Settings) -> int:
     get_protocol(args.protocol, args.head)
     if args.selection is not None:
         settings["selection"], settings["use"] = Selection.load(args.selection), args.use or "best"
-    if args.quiet:
-        datasets.disable_progress_bars()
     parts = open_parts(args, measured=True)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
+    if args.selection is None:
+        options.tell_size(denoiser, settings.get("image_size"), aside=args.json)
     bar = None if args.quiet else _bar
     probe = Probe.fit(
         denoiser,

@@ -12,10 +12,9 @@ from diffusers_repr.cli.options import Out, save_or_keep
 from diffusers_repr.config.recipe import read_recipe, to_yaml
 
 RECIPE = "recipe.yaml"
+_NOT_KEPT = ("out", "overwrite", "quiet", "json")
 # What changes neither the result nor where it comes from.
-_OF_THE_RUN = (
-    "out", "overwrite", "quiet", "json", "device", "batch_size", "memory_gib", "no_heatmap", "no_plot",
-)  # fmt: skip
+_OF_THE_RUN = (*_NOT_KEPT, "device", "batch_size", "memory_gib", "no_heatmap", "no_plot")
 
 
 def recipe_of(settings: Any) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def recipe_of(settings: Any) -> dict[str, Any]:
         settings: The `Settings` of a command.
     """
     named = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    return {name: value for name, value in named.items() if value is not None and name not in ("out", "overwrite")}
+    return {name: value for name, value in named.items() if value is not None and name not in _NOT_KEPT}
 
 
 def save_result(settings: Any, what: str, save: Callable[[Path], object]) -> None:

@@ -71,6 +71,8 @@ def run(args: Settings) -> int:
 
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
+    image_size = options.sides(args.image_size)
+    options.tell_size(denoiser, image_size, aside=args.json)
     selection = select_features(
         denoiser,
         parts["train"],
@@ -84,7 +86,7 @@ def run(args: Settings) -> int:
         criterion=args.criterion,
         prompt=args.prompt,
         class_labels=args.class_label,
-        image_size=options.sides(args.image_size),
+        image_size=image_size,
         seeds=args.seeds or [args.seed, args.seed + 1, args.seed + 2],
         max_layers=args.max_layers,
         max_levels=args.max_levels,

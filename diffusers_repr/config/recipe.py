@@ -168,7 +168,9 @@ def _check_flags(flags: Sequence[str], known: Sequence[str]) -> None:
     before = flags[: flags.index("--")] if "--" in flags else flags  # what follows a bare -- is no flag
     for flag in (token.partition("=")[0] for token in before if token.startswith("--")):
         if flag not in known:
-            near = difflib.get_close_matches(flag, known, n=3)
+            near = difflib.get_close_matches(
+                flag, [one for one in known if "-" in flag[2:] or "-" not in one[2:]], n=3
+            )
             hint = f"Closest: {', '.join(near)}." if near else "--help lists all."
             raise ValueError(f"Unknown flag {flag}. {hint}")
 

@@ -15,9 +15,10 @@ from diffusers_repr.denoiser.conditioner import (
 )
 from diffusers_repr.denoiser.default_layers import LayerDefault
 from diffusers_repr.denoiser.denoiser import Denoiser
-from diffusers_repr.denoiser.family import Family, GenericFamily
+from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.denoiser.feature_map import FeatureMap
+from diffusers_repr.denoiser.generic_family import GenericFamily
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
 from diffusers_repr.denoiser.prior import (
     GeneratorPrior,

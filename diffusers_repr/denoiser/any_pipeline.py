@@ -12,13 +12,16 @@ from typing import Any, Self
 from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
-from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser
+from diffusers_repr.denoiser.denoiser import Denoiser
+from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.local_module import LocalModuleMixin
+from diffusers_repr.hub.signature_types import SignatureTypesMixin
 
 logger = logging.getLogger(__name__)
 
 
-class AnyPipelineMixin(ConfigMixin):
+class AnyPipelineMixin(LocalModuleMixin, SignatureTypesMixin, ConfigMixin):
     """Base, before `DiffusionPipeline`, of a pipeline that loads from the folder of any pipeline of a known family.
 
     `denoiser` is the model with its conditioning. A subclass has only to write `__call__`.

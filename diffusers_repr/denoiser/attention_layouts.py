@@ -18,7 +18,7 @@ class ProcessorRule:
         upcast: It computes in float32 where `module.upcast_attention` or `upcast_softmax` says so.
         masks: It uses an `attention_mask`.
         rotary: It turns queries and keys by `image_rotary_emb`.
-        fused: It uses `to_qkv` where the module's projections are fused.
+        fused: It uses `to_qkv` where the module's projections are fused; then its own forward runs.
         image_prompt: It attends to an image prompt (IP-Adapter) too: `inside`, added to the weighted sum before
             `to_out`, or `beside`, a third output; None where it takes none.
     """
@@ -46,8 +46,9 @@ class AttentionLayout:
         text_input: Argument of the module that holds the text tokens; None where they are in `hidden_states`, among
             the image tokens (`Family.image_tokens` tells them apart).
         linear: It has no probabilities.
-        processors: Processor class -> what it does. Where given, queries, keys and values are made by the module's
-            own submodules, other processors are refused, and values alone are computed where they are all that counts.
+        processors: Processor class -> what it does. Under one of them queries, keys and values are made by the
+            module's own submodules, and values alone are computed where they are all that counts; under any other
+            (fused projections are one) the module's own forward runs as without `processors`.
     """
 
     name: str = "self-attention"
@@ -70,7 +71,6 @@ SELF_PROCESSORS: Mapping[str, ProcessorRule] = {
     "SlicedAttnProcessor": ProcessorRule(qk_norm=False, spatial_norm=False, own_scale=True, upcast=True),
     "XFormersAttnProcessor": ProcessorRule(qk_norm=False, own_scale=True),
 }
-FUSED_PROCESSORS = ("FusedAttnProcessor2_0", "FusedJointAttnProcessor2_0")
 
 SELF = AttentionLayout(processors=SELF_PROCESSORS)
 # For families whose processors are not spelled out: the module's own forward runs.
@@ -81,7 +81,6 @@ SINGLE_TEXT_FIRST = AttentionLayout("single-stream attention", "first")
 SINGLE_IMAGE_FIRST = AttentionLayout("single-stream attention, image first", "last")
 
 __all__ = [
-    "FUSED_PROCESSORS",
     "IMAGE_FIRST",
     "PLAIN",
     "SELF",

@@ -20,13 +20,12 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.loading import load_pipeline
-from diffusers_repr.denoiser.sizes import check_size
+from diffusers_repr.denoiser.parts import denoiser_parts
+from diffusers_repr.denoiser.sizes import ImageSize, check_size, image_sides
 from diffusers_repr.denoiser.vae import decode_latents, encode_latents, frame_stride, pixel_channels, vae_stride
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
-
-COMPONENTS = ("unet", "transformer")
 
 
 class Denoiser:
@@ -86,28 +85,10 @@ class Denoiser:
             TypeError: If no component of the pipeline is a denoiser we know.
             ValueError: If the pipeline has two networks, one for high and one for low noise.
         """
-        if getattr(pipe, "transformer_2", None) is not None:
-            raise ValueError(
-                f"{type(pipe).__name__} has two networks, `transformer` for high noise and `transformer_2` for low; "
-                "features are of one: Denoiser(pipe.transformer, pipe.scheduler, pipe.vae, pipe=pipe). For the other "
-                "leave out pipe=, and take the first one's condition: embeddings=denoiser.condition(...).inputs."
-            )
-        for component in COMPONENTS:
-            model = getattr(pipe, component, None)
-            if isinstance(model, nn.Module):
-                place = pipe.config.get("_name_or_path")
-                kwargs.setdefault("name", None if place is None else str(place))
-                return cls(
-                    model,
-                    pipe.scheduler,
-                    getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None),
-                    pipe=pipe,
-                    **kwargs,
-                )
-        raise TypeError(
-            f"{type(pipe).__name__} has no component named {' or '.join(COMPONENTS)} to take as the denoiser; "
-            f"it has {', '.join(sorted(pipe.components))}. Build it from parts: Denoiser(model, scheduler, vae)."
-        )
+        model, scheduler, vae = denoiser_parts(pipe)
+        place = pipe.config.get("_name_or_path")
+        kwargs.setdefault("name", None if place is None else str(place))
+        return cls(model, scheduler, vae, pipe=pipe, **kwargs)
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *, revision: str | None = None, **kwargs: Any) -> Denoiser:
@@ -225,15 +206,38 @@ class Denoiser:
 
     # Images and latents
 
-    def pixels(self, images: Any, image_size: int | tuple[int, int] | None = None) -> Tensor:
+    def resize_to(self, image_size: ImageSize = None) -> tuple[int, int] | None:
+        """The size (H, W) to which images are brought that are asked for in `image_size`; None: they keep theirs.
+
+        Args:
+            image_size: (H, W) or one side, in pixels; None for the size that the model was configured for (a model
+                whose config tells none takes images as they are); `"keep"` for the images' own.
+
+        Raises:
+            ValueError: For anything else, and for sizes that do not suit the model.
+        """
+        if image_size == "keep":
+            return None
+        size = self._own_size() if image_size is None else image_sides(image_size)
+        if size is not None:
+            self.check_size(size)
+        return size
+
+    def _own_size(self) -> tuple[int, int] | None:
+        try:
+            return self.image_size
+        except ValueError:  # the config does not tell
+            return None
+
+    def pixels(self, images: Any, image_size: ImageSize = None) -> Tensor:
         """Images to `(B, C, H, W)` float32 in [-1, 1]; for a network of videos, videos to `(B, C, frames, H, W)`.
 
         Args:
             images: See `to_pixels`; of videos `to_video_pixels`, to which an image is a video of one frame.
-            image_size: Resize to `(H, W)`.
+            image_size: See `resize_to`. The whole image is stretched to it, the aspect ratio is not kept.
         """
         convert = to_video_pixels if self.family.axes == 3 else to_pixels
-        return convert(images, self.image_channels, image_size)
+        return convert(images, self.image_channels, self.resize_to(image_size))
 
     def latent_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Size of x_0 for images of `size` (H, W), or videos of (frames, H, W), in pixels.
@@ -247,20 +251,15 @@ class Denoiser:
 
     def check_size(self, size: tuple[int, ...]) -> None:
         """Raise ValueError unless images of `size` (H, W), or videos of (frames, H, W), in pixels suit the model."""
-        check_size(
-            type(self.model).__name__,
-            size,
-            axes=self.family.axes,
-            multiple=self.multiple,
-            frame_stride=self.frame_stride,
-            square=self.family.square(),
-        )
+        family = self.family
+        frames, square, name = self.frame_stride, family.square(), type(self.model).__name__
+        check_size(name, size, axes=family.axes, multiple=self.multiple, frame_stride=frames, square=square)
 
     def encode(
         self,
         images: Any,
         *,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: ImageSize = None,
         sample: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
@@ -268,7 +267,7 @@ class Denoiser:
 
         Args:
             images: See `pixels`.
-            image_size: Resize to `(H, W)`.
+            image_size: See `resize_to`: the model's own size if None, `"keep"` for the images'.
             sample: Latent models: draw from the VAE's posterior instead of taking its mean.
             generator: For `sample`: one, or one per image.
         """
@@ -383,29 +382,17 @@ class Denoiser:
         with eval_mode(self.model):
             yield
 
-
-def require_denoiser(value: Any) -> None:
-    """Raise TypeError unless `value` is a `Denoiser`."""
-    if not isinstance(value, Denoiser):
-        raise TypeError(
-            f"A Denoiser is needed; got {type(value).__name__}. Make one: Denoiser.from_pipe(pipe), or "
-            "Denoiser.from_pretrained(folder_or_id)."
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        condition = self.family.conditioning if self._conditioner is None else type(self._conditioner).__name__
+        if condition == "class" and not self.family.classes()[0]:
+            condition = "none" if self.family.vector_input() is None else "vector"
+        return (
+            f"Denoiser({type(self.model).__name__}, {parameters:,} parameters, {self.dtype}, {self.device}, "
+            f"name={self.name!r},\n"
+            f"    image_size={self._own_size()}, condition={condition!r}, noise={self.schedule.kind!r}, "
+            f"predicts={self.schedule.output!r})"
         )
 
 
-def require_images(denoiser: Denoiser, what: str) -> None:
-    """Raise ValueError for a network of videos.
-
-    Args:
-        denoiser: The network.
-        what: Is for images alone; begins a sentence.
-    """
-    require_denoiser(denoiser)
-    if denoiser.family.axes != 2:
-        raise ValueError(
-            f"{what}: for networks of images; {type(denoiser.model).__name__} makes videos. What there is for those: "
-            "features (FeatureExtractor, capture, list_layers), PAG and CFG."
-        )
-
-
-__all__ = ["COMPONENTS", "Denoiser", "require_denoiser", "require_images"]
+__all__ = ["Denoiser"]

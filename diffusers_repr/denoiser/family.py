@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -111,8 +111,17 @@ class Family(FamilyLayers):
         return (value.long() if whole else value.float()).to(x_t.device).expand(x_t.shape[0])
 
     def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword inputs of the network's forward."""
-        return {"sample": x_t, "timestep": self.timestep(level, x_t), **condition}
+        """Keyword inputs of the network's forward: x_t and the timestep by their names, and the condition."""
+        return {self.sample_name: x_t, self.timestep_name: self.timestep(level, x_t), **condition}
+
+    def check_names(self, inputs: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a call has inputs named `sample_name` and `timestep_name`."""
+        for attribute in ("sample_name", "timestep_name"):
+            if getattr(self, attribute) not in inputs:
+                raise ValueError(
+                    f"{type(self).__name__}.{attribute} is {getattr(self, attribute)!r}, and the network is called "
+                    f"with {', '.join(inputs)}. Set {attribute} to the name that its forward has."
+                )
 
     def output(self, raw: Any, x_t: Tensor) -> Tensor:
         """The prediction `(B, C, H, W)` in what forward returned; a learned variance is split off."""
@@ -275,49 +284,6 @@ class Family(FamilyLayers):
         return {}
 
 
-class GenericFamily(Family):
-    """Any `nn.Module` whose forward takes the noisy input and the timestep by the names given here.
-
-    Args:
-        sample: Keyword of the noisy input.
-        timestep: Keyword of the timestep.
-        channels: Channels of x_0.
-        timestep_fn: From a resolved level to what the network is told, a number or tensor; the timestep by default.
-        grid_fn: `(tokens, (H, W)) -> (h, w)`: the token grid, for models with tokens.
-    """
-
-    def __init__(
-        self,
-        sample: str = "sample",
-        timestep: str = "timestep",
-        channels: int = 3,
-        timestep_fn: Callable[[NoiseLevel], Any] | None = None,
-        grid_fn: Callable[[int, tuple[int, ...]], tuple[int, ...] | None] | None = None,
-    ) -> None:
-        super().__init__()
-        self.sample_name, self.timestep_name, self._channels = sample, timestep, channels
-        self._timestep_fn, self._grid_fn = timestep_fn, grid_fn
-
-    def channels(self) -> int:
-        """As given."""
-        return self._channels
-
-    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
-        """Under the names given."""
-        if self._timestep_fn is None:
-            model_timestep = self.timestep(level, x_t)
-        else:
-            model_timestep = torch.as_tensor(self._timestep_fn(level), device=x_t.device).expand(x_t.shape[0])
-        return {self.sample_name: x_t, self.timestep_name: model_timestep, **condition}
-
-    def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
-        """By `grid_fn`, else as a U-Net's."""
-        if self._grid_fn is None:
-            return super().grid(tokens, size)
-        found = self._grid_fn(tokens, size)
-        return None if found is None else (found, 0)
-
-
 class PatchTransformerFamily(Family):
     """Shared by transformers on a `(H / patch, W / patch)` grid."""
 
@@ -348,10 +314,6 @@ class PatchTransformerFamily(Family):
     def multiple(self) -> int:
         """The patch size."""
         return int(self.config[self.patch_key])
-
-    def inputs(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> dict[str, Any]:
-        """Under the names of diffusers' transformers."""
-        return {"hidden_states": x_t, "timestep": self.timestep(level, x_t), **condition}
 
     def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:
         """One grid for the whole depth."""
@@ -391,7 +353,6 @@ __all__ = [
     "MAP_INPUT",
     "BatchLanes",
     "Family",
-    "GenericFamily",
     "PatchTransformerFamily",
     "equal_halves",
     "floating_dtype",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser import default_layers as rules
 from diffusers_repr.denoiser.attention_layouts import SELF, AttentionLayout
 from diffusers_repr.denoiser.default_layers import METHODS, STACKS, LayerDefault, Method
-from diffusers_repr.hub.compiled import plain_module
+from diffusers_repr.hub.compiled import plain_module, plain_path
 
 
 class FamilyLayers:
@@ -47,17 +47,17 @@ class FamilyLayers:
         if not hasattr(module, "is_cross_attention"):
             raise ValueError(
                 f"is a {type(module).__name__}; known are diffusers' Attention and what the `attentions` of "
-                f"{type(self).__name__} describe. Name the paths of self-attention modules of a supported network."
+                f"{type(self).__name__} describe (docs/adding_a_family.md)."
             )
         if module.is_cross_attention:
             raise ValueError(
                 "is cross-attention (keys and values come from the condition); only attention among image tokens can "
-                "be perturbed. In a transformer block that is attn1 (or attn)."
+                "be perturbed."
             )
         if getattr(module, "added_kv_proj_dim", None) is not None:
             raise ValueError(
                 "mixes added text keys and values into image attention (added_kv_proj_dim); no perturbation is "
-                "defined for it. Take another layer or another network."
+                "defined for it."
             )
         return SELF
 
@@ -65,7 +65,7 @@ class FamilyLayers:
         """The layout that `attentions` tells for a path; None where it tells none."""
         if _fits(path, self.other_attentions):
             return None
-        parts = path.split(".")
+        parts = plain_path(path).split(".")
         for pattern, layout in self.attentions.items():
             wanted = pattern.split(".")
             if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
@@ -89,6 +89,14 @@ class FamilyLayers:
     def self_attentions(self, model: nn.Module) -> list[str]:
         """Paths of the attention modules among image tokens, in module order; joint attention counts."""
         return [path for path, module in model.named_modules() if path and self._attends_to_image(path, module)]
+
+    def image_attentions(self, model: nn.Module) -> list[str]:
+        """Those of `self_attentions` that the family tells to be the image's: by `attentions` or its own `stacks`."""
+        attentions = self.self_attentions(model)
+        told = [path for path in attentions if self.fixed_layout(path) is not None]
+        if told or type(self).stacks is FamilyLayers.stacks:
+            return told
+        return [path for path in attentions if path.startswith(tuple(f"{stack}." for stack in self.stacks))]
 
     def _attends_to_image(self, path: str, module: nn.Module) -> bool:
         if _fits(path, self.other_attentions):
@@ -133,7 +141,8 @@ class FamilyLayers:
         """Layers that a method takes in this network unless told otherwise, and where the choice comes from.
 
         Raises:
-            ValueError: For a network that has nothing at the default place, or an unknown method.
+            ValueError: For a network that has nothing at the default place, attention of which the family does not
+                tell that it is of the image, or an unknown method.
         """
         if method not in METHODS:
             raise ValueError(f"There are default layers for {', '.join(METHODS)}; got {method!r}.")
@@ -144,19 +153,31 @@ class FamilyLayers:
             layers = [path for path in known if _fits(path, preset.layers)]
             found = LayerDefault(tuple(layers[:1] if method in ("sag", "repa") else layers), preset.source)
         elif attends:
-            found = rules.middle_attention(self.self_attentions(model))
+            found = self._middle_attention(method, model)
         elif method == "repa":
             found = rules.repa_block(self.stack(model))
         else:
             found = self._head_layers(method, plain_module(model))
         if not found.layers:
-            kind = "self-attention" if attends else "layer"
-            near = self.self_attentions(model)[:3]
+            near = self.self_attentions(model)[:3] if attends else []
+            what = "self-attention" if attends else "layer"
+            rest = "There is none in the whole network." if attends else "Pass layers=."
             raise ValueError(
-                f"{type(model).__name__} has no {kind} at the default place ({found.source}); pass layers=. "
-                f"Self-attention: {near or 'none in the whole network'}."
+                f"{type(model).__name__} has no {what} at the default place ({found.source}). "
+                f"{f'Pass layers=, of {near}.' if near else rest}"
             )
         return found
+
+    def _middle_attention(self, method: Method, model: nn.Module) -> LayerDefault:
+        known, there = self.image_attentions(model), self.self_attentions(model)
+        if there and not known:
+            shown = there if len(there) < 5 else [*there[:2], "...", *there[-2:]]
+            raise ValueError(
+                f"{type(self).__name__} does not tell which attention of {type(model).__name__} is among image tokens "
+                f"(text has attention of its own in some networks), so {method.upper()} has no default there: pass "
+                f"layers=, or describe it in the family's `attentions` (docs/adding_a_family.md). There are {shown}."
+            )
+        return rules.middle_attention(known)
 
     def _head_layers(self, method: Method, model: nn.Module) -> LayerDefault:
         resnets, blocks = rules.decoder_resnets(model), self.blocks(model)
@@ -172,7 +193,7 @@ class FamilyLayers:
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(plain_path(path), pattern) for pattern in patterns)
 
 
 __all__ = ["FamilyLayers"]

@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_repr.denoiser.block_outputs import block_output
 from diffusers_repr.denoiser.condition import eval_mode
-from diffusers_repr.denoiser.denoiser import COMPONENTS, Denoiser, require_denoiser
+from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.hooks import Hooks, clear_hooks, hooks_stay
 from diffusers_repr.denoiser.loading import INDEX, check_pipeline_folder, component_class, pipeline_modules
+from diffusers_repr.denoiser.parts import COMPONENTS
+from diffusers_repr.denoiser.require import require_denoiser
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.components import check_config, check_index, is_component
 from diffusers_repr.hub.load import load_json_config

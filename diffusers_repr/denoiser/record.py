@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers_repr.denoiser.denoiser import Denoiser, require_denoiser
+from diffusers_repr.denoiser.denoiser import Denoiser
+from diffusers_repr.denoiser.require import require_denoiser
 from diffusers_repr.hub.base_record import BaseRecord
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.identity import fingerprint, plain_hash, weight_marks

@@ -1,6 +1,33 @@
-"""Which sizes of images and videos suit a network and its autoencoder."""
+"""Which sizes of images and videos suit a network and its autoencoder, and how a size is asked for."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+from diffusers_repr.hub.checks import check_whole
+
+# (H, W), one side of a square, "keep" for the images' own size; None is the size the model was configured for.
+ImageSize: TypeAlias = int | tuple[int, int] | Literal["keep"] | None
+
+
+def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a size in pixels that was asked for.
+
+    Raises:
+        ValueError: For anything but one side, or two, from 1.
+
+    Example:
+        >>> image_sides(32), image_sides([32, 48])
+        ((32, 32), (32, 48))
+    """
+    values = (size, size) if isinstance(size, int) else tuple(size)
+    if isinstance(size, str) or len(values) != 2:
+        raise ValueError(
+            f"image_size is one side, or (height, width), in pixels; 'keep' for the images' own size; or None for the "
+            f"model's. Got {size!r}."
+        )
+    return check_whole("image_size", values[0]), check_whole("image_size", values[1])
 
 
 def check_size(
@@ -44,4 +71,4 @@ def check_size(
         )
 
 
-__all__ = ["check_size"]
+__all__ = ["ImageSize", "check_size", "image_sides"]

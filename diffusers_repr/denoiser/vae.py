@@ -78,6 +78,11 @@ def encode_latents(
     return scale_latents(vae, latents)
 
 
+def has_posterior(vae: Any) -> bool:
+    """Whether an autoencoder gives a distribution to draw latents from; some have one deterministic code."""
+    return type(vae).__name__ not in ("AutoencoderDC", "AutoencoderTiny", "VQModel")
+
+
 def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
     """Pixels `(B, 3, H, W)` in [-1, 1] to the posterior's `cat[mean, std]`, `(B, 2C, h, w)` float32, unscaled.
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser, list_layers
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.layers import Layer
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.encoders.source import Source, pair
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.hub.identity import config_hash

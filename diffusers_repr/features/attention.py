@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.capture.attention import GIB, AttentionTokens, Heads, capture_attention, too_much
+from diffusers_repr.capture.attention import GIB, AttentionTokens, Heads, capture_attention, check_keys, too_much
 from diffusers_repr.capture.attention_memory import attention_memory
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
@@ -25,12 +25,15 @@ class AttentionOutput:
 
     Attributes:
         maps: Layer path -> probabilities `(B, queries, keys)` float32, rows sum to 1; `(B, heads, queries, keys)` with
-            `heads=None`. With a list of timesteps, one more dimension in front.
+            `heads=None`. With a list of timesteps, one more dimension in front. With `keys=` these columns,
+            whose rows sum to less.
         level: The resolved noise level; the list of them with a list of timesteps.
         tokens: Layer path -> what rows and columns are, and the order of text and image.
         grids: Layer path -> (H, W) of the image tokens.
         image_queries: Layer path -> the rows that are image tokens, row by row of the grid.
-        image_keys: Layer path -> the columns that are image tokens; None in cross-attention, whose columns are text.
+        image_keys: Layer path -> the columns that are image tokens; None in cross-attention, whose columns are text,
+            and where columns were chosen.
+        keys: The columns that were chosen, in the order of the maps'; None: all.
     """
 
     maps: Mapping[str, Tensor]
@@ -39,12 +42,13 @@ class AttentionOutput:
     grids: Mapping[str, tuple[int, int]]
     image_queries: Mapping[str, slice]
     image_keys: Mapping[str, slice | None]
+    keys: tuple[int, ...] | None = None
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.maps[layer]
 
     def as_map(self, layer: str) -> Tensor:
-        """`(B, keys, H, W)`: for each key, how much every place of the image attends to it.
+        """`(B, keys, H, W)`: for each key (of the chosen ones), how much every place of the image attends to it.
 
         Raises:
             KeyError: For a layer that was not asked for.
@@ -71,6 +75,7 @@ def attention_maps(
     heads: Heads = "mean",
     chunk: int | None = None,
     max_bytes: int = 4 * GIB,
+    keys: Sequence[int] | None = None,
     **settings: Any,
 ) -> AttentionOutput:
     """Attention probabilities of named layers for images, averaged over the ensemble.
@@ -86,7 +91,10 @@ def attention_maps(
         ids: As for `FeatureExtractor`.
         heads: `mean` over the heads, or None to keep them.
         chunk: Query rows computed at once; see `capture_attention`.
-        max_bytes: Refuse to hold more than this; checked before the network runs.
+        max_bytes: Refuse to hold more than this; checked before the network runs. `attention_memory` tells how much
+            the maps of one forward take.
+        keys: Columns of the maps to keep, such as `[5]` for the sixth token of the prompt in cross-attention; None
+            keeps all. What the columns are is in `tokens` and, where text and image are in one softmax, its order.
         **settings: Of `FeatureExtractor`: `noise`, `ensemble_size`, `batch_size`, `seed`, `output_device`, ...
 
     Raises:
@@ -96,15 +104,16 @@ def attention_maps(
     extractor = _extractor(source, layers, timestep, settings)
     denoiser = extractor.denoiser
     require_images(denoiser, "Attention maps")
-    pixels = to_pixels(images, denoiser.image_channels, extractor.image_size)
+    check_keys(keys)
+    pixels = to_pixels(images, denoiser.image_channels, extractor.resize)
     cells = len(pixels) * len(extractor.levels)
     members = cells * extractor.ensemble_size
     size = (pixels.shape[2], pixels.shape[3])
     need = attention_memory(
-        denoiser, extractor.layers, size, cells + min(members, extractor.batch_size or members), heads
+        denoiser, extractor.layers, size, cells + min(members, extractor.batch_size or members), heads, keys
     )
     if need > max_bytes:
-        raise MemoryError(too_much(need, max_bytes, extractor.layers[-1]))
+        raise MemoryError(too_much(need, max_bytes, extractor.layers[-1], heads, keys))
     totals: dict[str, Tensor] = {}
     target = extractor.output_device or denoiser.device
     with extractor.reading():
@@ -116,7 +125,7 @@ def attention_maps(
                 totals[path].index_add_(0, torch.tensor(places, device=target), found.to(target))
 
             with capture_attention(
-                denoiser.model, extractor.layers, heads, chunk, transform=add, max_bytes=max_bytes
+                denoiser.model, extractor.layers, heads, chunk, transform=add, max_bytes=max_bytes, keys=keys
             ) as tape:
                 denoiser.predict(batch.x_t, batch.level, batch.condition)
     maps = {layer: totals[layer] / extractor.ensemble_size for layer in extractor.layers}
@@ -131,7 +140,11 @@ def attention_maps(
         dict(tape.tokens),
         {layer: place[0] for layer, place in known.items()},
         {layer: place[1] for layer, place in known.items()},
-        {layer: None if tape.tokens[layer].order == "cross" else place[1] for layer, place in known.items()},
+        {
+            layer: None if keys is not None or tape.tokens[layer].order == "cross" else place[1]
+            for layer, place in known.items()
+        },
+        None if keys is None else tuple(keys),
     )
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.noise_policy import Policy, pixel_keys
 from diffusers_repr.features.output import FeatureOutput
@@ -160,7 +160,7 @@ def _probe(
 ) -> tuple[tuple[int, int], FeatureOutput]:
     """The size of the first image and the shapes of its features, from one cheap call."""
     images, labels = next(data.batches(1))
-    pixels = to_pixels(images, extractor.denoiser.image_channels, extractor.image_size)
+    pixels = to_pixels(images, extractor.denoiser.image_channels, extractor.resize)
     one = extractor.replace(timestep=extractor.levels[0], ensemble_size=1)
     output = one.from_pixels(pixels, prompt=_prompts(prompt, data, labels), class_labels=class_label)
     return (pixels.shape[2], pixels.shape[3]), output
@@ -185,13 +185,13 @@ def _columns(extractor: FeatureExtractor, found: FeatureOutput) -> tuple[Column,
 def _pixels(work: _Extraction, images: list[Any], start: int) -> Tensor:
     extractor = work.extractor
     sizes = {(image.height, image.width) for image in images}
-    if extractor.image_size is None and sizes != {work.image_size}:
+    if extractor.resize is None and sizes != {work.image_size}:
         row, image = next((i, m) for i, m in enumerate(images) if (m.height, m.width) != work.image_size)
         raise ValueError(
             f"Row {start + row} of {work.data.name} is {image.height} x {image.width} (H x W), the first image is "
             f"{work.image_size[0]} x {work.image_size[1]}: pass image_size (--image_size) to resize all to one size."
         )
-    return to_pixels(images, extractor.denoiser.image_channels, extractor.image_size)
+    return to_pixels(images, extractor.denoiser.image_channels, extractor.resize)
 
 
 def _prompts(prompt: str | None, data: ImageData, labels: list[int] | None) -> str | list[str] | None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from diffusers_repr.capture import capture, check_layers
 from diffusers_repr.capture.caches import refuse_caches
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.denoiser import Condition, Denoiser
-from diffusers_repr.denoiser.denoiser import require_denoiser
 from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.hooks import Turn
+from diffusers_repr.denoiser.require import require_denoiser
+from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, pool
@@ -60,7 +61,8 @@ class FeatureExtractor:
         output_device: Where features are kept; the model's device if None.
         seed: Of the noise, and of the VAE's posterior if sampled.
         where: `output`, `input` or `residual`, as in `capture`.
-        image_size: Resize images to (H, W) or a square.
+        image_size: Resize images to (H, W) or a square; None: to the model's own size; `"keep"`: not at all. The whole
+            image is stretched, the aspect ratio is not kept. As an attribute: (H, W) or `"keep"`.
         sample_posterior: Draw the VAE's latents (once an image, seeded) instead of taking their mean.
         progress_bar: `progress_bar(total=n)` gives an object with `update(k)` and `close()`, as tqdm and pipelines
             do.
@@ -90,7 +92,7 @@ class FeatureExtractor:
         seed: int = 0,
         *,
         where: str = "output",
-        image_size: int | tuple[int, int] | None = None,
+        image_size: ImageSize = None,
         sample_posterior: bool = False,
         progress_bar: Callable[..., Any] | None = None,
     ) -> None:
@@ -112,9 +114,8 @@ class FeatureExtractor:
             raise ValueError(f"where={where!r}; expected one of {', '.join(get_args(Where))}.")
         self.pooling = check_pooling(pooling)
         self.output_device = torch.device(output_device) if output_device is not None else None
-        self.seed, self.where, self.image_size = self.noise.seed, where, _pair(image_size)
-        if self.image_size is not None:
-            denoiser.check_size(self.image_size)
+        self.seed, self.where = self.noise.seed, where
+        self.image_size: tuple[int, int] | Literal["keep"] = denoiser.resize_to(image_size) or "keep"
         self.sample_posterior, self.progress_bar = sample_posterior, progress_bar
         self._prompts: dict[Any, dict[str, Any]] = {}
         self._stream = Turn()  # the thread that draws from the stream of fresh noise
@@ -132,8 +133,8 @@ class FeatureExtractor:
         """Features of images.
 
         Args:
-            images: PIL images, numpy arrays or tensors of one size, see `to_pixels`; for a network of videos also
-                videos, see `to_video_pixels`.
+            images: PIL images, numpy arrays or tensors, see `to_pixels`; for a network of videos also videos, see
+                `to_video_pixels`.
             prompt: One for all images or one per image.
             class_labels: One id for all images or one per image.
             embeddings: Ready network inputs; see `Denoiser.condition`.
@@ -187,7 +188,8 @@ class FeatureExtractor:
                     "infinite features. Load the model in float32 or bfloat16, or take an earlier layer."
                 )
             features[layer] = mean.unflatten(0, (len(self.levels), len(pixels))) if self.many else mean
-        return FeatureOutput(features, self.levels if self.many else self.levels[0], places, self.pooling)
+        level = self.levels if self.many else self.levels[0]
+        return FeatureOutput(features, level, places, self.pooling, tuple(pixels.shape[2:]))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -328,6 +330,21 @@ class FeatureExtractor:
             copy._prompts = self._prompts
         return copy
 
+    @property
+    def resize(self) -> tuple[int, int] | None:
+        """(H, W) to which images are brought, as `to_pixels` takes it: None if they keep theirs."""
+        return None if self.image_size == "keep" else self.image_size
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{float(level.timestep):g}" for level in self.levels)
+        read = "" if self.where == "output" else f", where={self.where!r}"
+        members = "" if self.ensemble_size == 1 else f", ensemble_size={self.ensemble_size}"
+        return (
+            f"FeatureExtractor({type(self.denoiser.model).__name__}, layers={self.layers}{read},\n"
+            f"    timestep={f'[{levels}]' if self.many else levels}, noise={self.noise.policy!r}, seed={self.seed}"
+            f"{members}, pooling={self.pooling!r}, image_size={self.image_size!r})"
+        )
+
 
 class _Sums:
     """Running float32 sums over ensemble members, one row a cell; only sums are held, never single members."""
@@ -360,15 +377,6 @@ def _resolve(denoiser: Denoiser, timestep: Any) -> tuple[list[NoiseLevel], bool]
         if isinstance(level.timestep, Tensor):
             raise ValueError(f"{level!r} holds one level per sample; pass a list of levels, each a single number.")
     return levels, many
-
-
-def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    values = (size, size) if isinstance(size, int) else tuple(size)
-    if len(values) != 2:
-        raise ValueError(f"image_size must be one side or (height, width); got {size!r}.")
-    return check_whole("image_size", values[0]), check_whole("image_size", values[1])
 
 
 __all__ = ["FeatureExtractor", "ImageBatch"]

@@ -25,6 +25,7 @@ class FeatureOutput:
         level: The resolved noise level; the list of them with a list of timesteps.
         places: Layer path -> `((H, W), start)` for layers of tokens: grid and first token of the image.
         pooling: As asked for.
+        image_size: (H, W) of the images as the network saw them, of videos (frames, H, W).
         images: What was passed, for pictures; None for pooled features.
     """
 
@@ -32,6 +33,7 @@ class FeatureOutput:
     level: NoiseLevel | list[NoiseLevel]
     places: Mapping[str, Grid]
     pooling: str | None = None
+    image_size: tuple[int, ...] | None = None
     images: Any = None
 
     def __getitem__(self, layer: str) -> Tensor:
@@ -39,7 +41,13 @@ class FeatureOutput:
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{layer!r}: {tuple(feature.shape)}" for layer, feature in self.features.items())
-        return f"FeatureOutput({{{shapes}}}, level={self.level!r}, pooling={self.pooling!r})"
+        known = [(level, level.timestep) for level, _ in self.per_level()]
+        levels = ", ".join(repr(level) if time is None else f"{float(time):g}" for level, time in known)
+        timestep = f"[{levels}]" if isinstance(self.level, list) else levels
+        return (
+            f"FeatureOutput({{{shapes}}},\n"
+            f"    timestep={timestep}, pooling={self.pooling!r}, image_size={self.image_size})"
+        )
 
     @property
     def layers(self) -> list[str]:
@@ -99,7 +107,7 @@ class FeatureOutput:
         if images is None:
             raise ValueError("These features came without their images; pass plot_pca(layer, images).")
         maps = list(found) if several else [found]
-        names = [f"timestep {level.timestep:g}" for level in levels]
+        names = [repr(level) if level.timestep is None else f"timestep {level.timestep:g}" for level in levels]
         return draw_pca(maps, images, layer, names, check_whole("limit", limit))
 
     def per_level(self) -> Iterator[tuple[NoiseLevel, FeatureOutput]]:

@@ -68,7 +68,7 @@ class Preset:
             "ensemble_size": self.ensemble_size,
             "pooling": self.pooling,
             "where": self.where,
-            "image_size": self.image_size,
+            "image_size": "keep" if self.image_size is None else self.image_size,
         }
 
 

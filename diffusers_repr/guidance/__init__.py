@@ -13,6 +13,7 @@ from diffusers_repr.guidance.guide import GuidanceHandle, guide, is_guided, ungu
 from diffusers_repr.guidance.modular import AutoGuidanceGuider, CFGGuider, PAGGuider
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.readout.guidance import ReadoutGuidance
+from diffusers_repr.guidance.readout.summed import SummedReadoutGuidance
 from diffusers_repr.guidance.sag import SAG
 from diffusers_repr.guidance.step import GuidedStep
 
@@ -40,6 +41,7 @@ __all__ = [
     "PAGGuider",
     "ReadoutGuidance",
     "StepStats",
+    "SummedReadoutGuidance",
     "describe",
     "guide",
     "is_guided",

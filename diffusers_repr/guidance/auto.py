@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from diffusers_repr.capture.offload import is_offloaded
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode, forward_names
-from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.family import floating_dtype
+from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.guidance.base import Guidance, GuidanceTerm
 from diffusers_repr.guidance.step import GuidedStep
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture.lanes import Lane, NetworkCall, Observer
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.guidance.step import GuidedStep
 from diffusers_repr.noise import LevelLike, NoiseLevel, NoiseSchedule
 
@@ -147,7 +147,7 @@ class GuidanceTerm:
         """Before its loss is asked for: room for passes of its own.
 
         Args:
-            call: The call, at the latents that earlier terms have moved to.
+            call: The call, at the latents that earlier terms and steps have moved to.
             forward: Runs the network once on keyword inputs, counted as a lane; hooks set meanwhile see it.
         """
 
@@ -168,6 +168,9 @@ class GradientRequest:
         update: `eps` (a correction), `latent_sign` or `latent_adam` (steps on the latents).
         checkpoint: Recompute activations in the backward pass.
         modules: What the loss calls: frozen and in eval mode while it is computed and differentiated.
+        both: Sum the loss over the conditional and the null rows of the samples, of steps on the latents. Each half is
+            given to `loss`, and to `prepare`, as a call whose conditional rows it is.
+        steps: On the latents, before the network's own pass; each with a pass of its own.
     """
 
     loss: Callable[[Mapping[str, Tensor], Tensor | None, NetworkCall, Tensor], Tensor]
@@ -176,6 +179,8 @@ class GradientRequest:
     update: str = "eps"
     checkpoint: bool = False
     modules: tuple[nn.Module, ...] = ()
+    both: bool = False
+    steps: int = 1
 
     @property
     def reads_network(self) -> bool:

@@ -22,6 +22,9 @@ class CFG(Guidance):
     2024, arXiv 2404.07724) the prediction is the conditional one, and the null rows of the batch are not run (Flux
     calls its network a second time all the same). The scale of diffusers: 1 is no guidance, the paper's w is s - 1.
 
+    At each noise level the score is that of `p(x_t) p(c | x_t)^s`; samples are those of `p(x | c)` for s = 1 and of
+    `p(x)` for s = 0, but for no other s those of `p(x) p(c | x)^s` (see `ClassifierGuidance`).
+
     Attributes:
         scale: s; 1 is off. Default: diffusers' for Stable Diffusion.
         interval: Where it acts; None is everywhere.

@@ -22,12 +22,18 @@ Classifier = Callable[[Tensor, Tensor], Any]
 class ClassifierGuidance(Guidance):
     """Classifier guidance: `eps - s sigma grad log p(c | x_t)` (Dhariwal and Nichol 2021, arXiv 2105.05233).
 
-    The form of algorithm 2, for every sampler: samples of `p(x_t) p(c | x_t)^s`. The paper's DDPM form, algorithm 1,
-    shifts the mean of a step by `s Sigma grad log p`; on a DDPM step the change of eps shifts it by
-    `s beta / sqrt(1 - beta) grad log p`, the same with `Sigma = beta` but for the factor `1 / sqrt(1 - beta)` (1.01 at
-    the last of 1000 linear steps; beta is that of the step, larger on a coarse grid). For an exact classifier and a
-    base without condition it is classifier-free guidance of scale s. With classifier-free guidance both add up. The
-    network is not run for it: one backward pass through the classifier a step.
+    The form of algorithm 2, for every sampler: at each noise level the score is that of `p(x_t) p(c | x_t)^s`. With
+    s = 1 the samples are those of `p(x | c)`, with s = 0 of `p(x)`. With any other s they are not those of
+    `p(x) p(c | x)^s`, whose noised densities are others: above 1 they lie closer together and farther out. (For a
+    Gaussian x and a Gaussian likelihood, with the prior's variance v and the posterior's v_1, samples have
+    `v (v_1 / v)^s`, that law has `1 / (1 / v + s (1 / v_1 - 1 / v))`.)
+
+    The paper's DDPM form, algorithm 1, shifts the mean of a step by `s Sigma grad log p`; on a DDPM step the change of
+    eps shifts it by `s beta / sqrt(1 - beta) grad log p`, the same with `Sigma = beta` but for the factor
+    `1 / sqrt(1 - beta)` (1.01 at the last of 1000 linear steps; beta is that of the step, larger on a coarse grid).
+    For an exact classifier and a base without condition it is classifier-free guidance of scale s. With
+    classifier-free guidance both add up. The network is not run for it: one backward pass through the classifier a
+    step.
 
     Attributes:
         classifier: A `NoisyClassifier`, or any module or function `(x_t, timestep) -> logits (B, K)`. x_t

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch
+from diffusers_repr.capture.batching import index_batch, without_rows
 from diffusers_repr.capture.gradient import check_checkpointing, refuse_swapped_weights
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.capture.names import check_layers
@@ -23,7 +23,10 @@ Energy = Callable[[Mapping[str, Tensor], Tensor | None, Mapping[str, Any]], Tens
 
 @dataclass(frozen=True)
 class EnergyGuidance(Guidance):
-    """Guidance towards low values of a differentiable function of your own, `p(x_t) exp(-scale energy)`.
+    """Guidance towards low values of a differentiable function of your own.
+
+    At each noise level the score becomes that of `p(x_t) exp(-scale energy(x_t))`; samples of a law of that form are
+    not promised (see `ClassifierGuidance`).
 
     With g the gradient of the energy with respect to what the network takes, for the conditional rows:
 
@@ -112,6 +115,10 @@ class EnergyTerm(GuidanceTerm):
     def __init__(self, config: Guidance, denoiser: Denoiser, request: GradientRequest) -> None:
         super().__init__(config, denoiser)
         check_update(request.update)
+        if request.update == "eps" and (request.both or request.steps > 1):
+            raise ValueError(
+                f"{self.label}: published=True and steps= are of steps on the latents, not of update='eps'."
+            )
         if request.layers:
             check_layers(denoiser.model, request.layers)
         if request.reads_network:
@@ -126,7 +133,7 @@ class EnergyTerm(GuidanceTerm):
 def conditional_inputs(denoiser: Denoiser, call: NetworkCall, x: Tensor) -> dict[str, Any]:
     """Keyword inputs of the network for the conditional rows of a call, made from `x`."""
     family = denoiser.family
-    inputs = index_batch(call.inputs, call.rows, call.batch.cond, UNBATCHED | set(family.unbatched))
+    inputs = index_batch(call.inputs, call.rows, call.batch.cond, without_rows(family))
     return family.with_sample(inputs, x)
 
 

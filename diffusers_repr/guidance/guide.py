@@ -11,8 +11,8 @@ from typing import Any, Self
 from torch import nn
 
 from diffusers_repr.denoiser import Condition, Denoiser
-from diffusers_repr.denoiser.denoiser import COMPONENTS
 from diffusers_repr.denoiser.hooks import Hooks, hooks_stay
+from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.cfg import CFG, CFGTerm
 from diffusers_repr.guidance.engine.callers import calling_pipeline, check_plain, refuse_own_guidance
@@ -87,7 +87,9 @@ def guide(
     _number(active)
     inputs = null.kwargs() if isinstance(null, Condition) else null
     guided = GuidedModel(denoiser, active, cfgs[0] if cfgs else None, pipe, inputs)
-    return GuidanceHandle(Engine(guided), scheduler)
+    engine = Engine(guided)
+    engine.check()
+    return GuidanceHandle(engine, scheduler)
 
 
 class GuidanceHandle(SchedulerWatcher):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch
+from diffusers_repr.capture.batching import index_batch, without_rows
 from diffusers_repr.capture.lanes import Lane, NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.attention.layers import resolve_attentions
@@ -76,7 +76,7 @@ class PAGTerm(GuidanceTerm):
 
     def _of(self, path: str) -> Any:
         layout, family = self._layouts[path], self.denoiser.family
-        unbatched = UNBATCHED | set(family.unbatched)
+        unbatched = without_rows(family)
 
         def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: NetworkCall) -> Any:
             arguments = named_arguments(module, args, kwargs)

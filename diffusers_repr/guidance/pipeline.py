@@ -16,13 +16,14 @@ from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.engine.stats import GuidanceStats
 from diffusers_repr.guidance.guide import guide
 from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.hub.local_module import LocalModuleMixin
 
 _ENTRY = """    guidance (`Guidance` or a list of them, *optional*):
         What `diffusers_repr.guide` takes, such as `[PAG(3.0), SAG(0.75)]`; None or an empty list is the stock call.
 """
 
 
-class GuidedPipelineMixin(ConfigMixin):
+class GuidedPipelineMixin(LocalModuleMixin, ConfigMixin):
     """Base, before a pipeline class of diffusers, of a pipeline whose call takes guidance.
 
     A subclass sets `__call__ = with_guidance(Stock.__call__)`, or writes its own call around `with self.guided(...)`.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch
+from diffusers_repr.capture.batching import index_batch, without_rows
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.attention.layers import resolve_attentions
@@ -104,6 +104,16 @@ def blur_default(denoiser: Denoiser) -> BlurDefault:
     return BlurDefault(*denoiser.family.sag_blur())
 
 
+def _image_alone(denoiser: Denoiser) -> list[str]:
+    """Layers that the family tells to be among image tokens alone, with probabilities."""
+    family, found = denoiser.family, []
+    for path in family.image_attentions(denoiser.model):
+        layout = family.fixed_layout(path)
+        if layout is not None and layout.text is None and not layout.linear:
+            found.append(path)
+    return found
+
+
 class _Tapped(NamedTuple):
     """Attention received, `(B, 1, h, w)`, and whether the rows are those of the null condition."""
 
@@ -127,9 +137,11 @@ class SAGTerm(GuidanceTerm):
         self.layers = layers
         layout = check_supported(denoiser.family, model.get_submodule(layers[0]), layers[0], "queries")
         if layout.text is not None:
+            alone = _image_alone(denoiser)
             raise ValueError(
                 f"Layer {layers[0]!r} of {type(model).__name__} is {layout.name}: image tokens attend to text in "
-                "the same softmax, and SAG is defined for attention among image tokens alone. Use PAG for it."
+                "the same softmax, and SAG is defined for attention among image tokens alone. "
+                f"{f'Take one of {alone[:4]} by layers=, or PAG.' if alone else 'Use PAG for it.'}"
             )
         self._layout, blur = layout, blur_default(denoiser)
         self.blur_sigma = blur.sigma if config.blur_sigma is None else float(config.blur_sigma)
@@ -143,7 +155,7 @@ class SAGTerm(GuidanceTerm):
         # A pass runs all rows of the call, or the conditional ones alone.
         null = call.batch.null if hidden.shape[0] == call.rows else None
         if null is not None:
-            arguments = index_batch(arguments, hidden.shape[0], null, UNBATCHED | set(self.denoiser.family.unbatched))
+            arguments = index_batch(arguments, hidden.shape[0], null, without_rows(self.denoiser.family))
         if hidden.ndim == 4:
             grid = (hidden.shape[2], hidden.shape[3])
         else:
@@ -151,7 +163,7 @@ class SAGTerm(GuidanceTerm):
             if found is None or found[1]:
                 raise ValueError(
                     f"The {hidden.shape[1]} tokens of layer {path!r} are no grid of an image of {call.size[0]} x "
-                    f"{call.size[1]} (H x W); SAG cannot place its mask. Take another layer."
+                    f"{call.size[1]} (H x W); SAG cannot place its mask."
                 )
             grid = found[0]
         with torch.no_grad():

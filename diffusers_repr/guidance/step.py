@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch
+from diffusers_repr.capture.batching import index_batch, without_rows
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction, output_difference
@@ -74,8 +74,7 @@ class GuidedStep:
             The prediction `(rows, C, H, W)` in float32 or wider.
         """
         call, family = self.call, self.denoiser.family
-        unbatched = UNBATCHED | set(family.unbatched)
-        inputs = index_batch(call.inputs, call.rows, rows, unbatched)
+        inputs = index_batch(call.inputs, call.rows, rows, without_rows(family))
         own = call.x[rows]
         if condition is not None:
             inputs = family.with_condition(inputs, condition)

@@ -14,11 +14,14 @@ from diffusers_repr.heads.dense.readout import ReadoutHead
 from diffusers_repr.heads.fitting.fit import FitResult, fit_head
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
 from diffusers_repr.heads.joint import JointHead
+from diffusers_repr.heads.moved import keep_moved_names
 from diffusers_repr.heads.pooled.base import PooledHead
 from diffusers_repr.heads.pooled.knn import KNNHead
 from diffusers_repr.heads.pooled.linear import LinearHead
 from diffusers_repr.heads.pooled.mlp import MLPHead
 from diffusers_repr.heads.projector import Projector
+
+keep_moved_names()
 
 __all__ = [
     "PROTOCOLS",

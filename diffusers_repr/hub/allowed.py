@@ -177,8 +177,8 @@ class AllowList:
         return any(_pattern("/".join(pieces)).fullmatch(path) for pieces in inside)
 
     def left_behind(self, path: str) -> bool:
-        """Whether a path is of those that every run leaves and that nobody needs to be told of."""
-        return any(_pattern(name).fullmatch(path) for name in _LEFT_BEHIND)
+        """Whether a path is not on the list, and of those that every run leaves and nobody needs to be told of."""
+        return not self.allows(path) and any(_pattern(name).fullmatch(path) for name in _LEFT_BEHIND)
 
 
 @functools.cache

@@ -8,7 +8,8 @@ compile in both ways to see it.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -37,4 +38,41 @@ def put_compiled_call(module: nn.Module, call: object) -> None:
         setattr(module, _IN_PLACE, call)
 
 
-__all__ = ["is_compiled_in_place", "plain_module", "pop_compiled_call", "put_compiled_call"]
+def wrap_compiled_call(module: nn.Module, run: Callable[..., Any]) -> Callable[[], None]:
+    """Let calls of a module that is compiled in place be `run(compiled, args, kwargs)`.
+
+    Returns:
+        A function that puts the compiled call back; it does nothing if another was set meanwhile.
+    """
+    own: Any = getattr(module, _IN_PLACE)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(own, args, kwargs)
+
+    setattr(module, _IN_PLACE, call)
+
+    def undo() -> None:
+        if getattr(module, _IN_PLACE, None) is call:
+            setattr(module, _IN_PLACE, own)
+
+    return undo
+
+
+def plain_path(path: str) -> str:
+    """The path of a module as it would be without compiled wrappers on the way.
+
+    Example:
+        >>> plain_path("blocks.1._orig_mod.attn")
+        'blocks.1.attn'
+    """
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+__all__ = [
+    "is_compiled_in_place",
+    "plain_module",
+    "plain_path",
+    "pop_compiled_call",
+    "put_compiled_call",
+    "wrap_compiled_call",
+]

@@ -29,6 +29,14 @@ OWN_COMPONENTS = {
     "ReadoutHead": "diffusers_repr.heads.dense.readout",
     "SiTTransformer2DModel": "diffusers_repr.models.sit",
 }
+# Module in which a class of ours lay when older folders were saved -> where it lies now.
+MOVED_MODULES = {
+    "diffusers_repr.heads.depth": "diffusers_repr.heads.dense.depth",
+    "diffusers_repr.heads.knn": "diffusers_repr.heads.pooled.knn",
+    "diffusers_repr.heads.linear": "diffusers_repr.heads.pooled.linear",
+    "diffusers_repr.heads.mlp": "diffusers_repr.heads.pooled.mlp",
+    "diffusers_repr.heads.readout": "diffusers_repr.heads.dense.readout",
+}
 LIBRARIES = ("diffusers", "transformers")
 CONSENT = "trust_remote_code=True"
 
@@ -63,6 +71,8 @@ def is_component(entry: Any) -> bool:
 def check_index(index: Any, at: str, pipelines: Sequence[str] = ()) -> dict[str, tuple[str, str]]:
     """The components of a `model_index.json`, name -> (library, class), each of a library of the table.
 
+    A class of ours that has moved since the file was written is given where it lies now.
+
     Args:
         index: The parsed file.
         at: What it is called in messages.
@@ -78,7 +88,8 @@ def check_index(index: Any, at: str, pipelines: Sequence[str] = ()) -> dict[str,
         ValueError: model_index.json: unet is 'Popen' of the library 'subprocess'; ...
     """
     index = _INDEX(index, at)
-    found = {name: (entry[0], entry[1]) for name, entry in index.items() if is_component(entry) and name[0] != "_"}
+    listed = {name: entry for name, entry in index.items() if is_component(entry) and name[0] != "_"}
+    found = {name: (MOVED_MODULES.get(entry[0], entry[0]), entry[1]) for name, entry in listed.items()}
     for name, (library, cls) in found.items():
         known = library in (*LIBRARIES, *pipelines) or OWN_COMPONENTS.get(cls) == library
         if not known or re.fullmatch(_IDENTIFIER, cls) is None or cls[0] == "_":

@@ -14,13 +14,15 @@ from diffusers_repr.hub.components import is_component
 from diffusers_repr.hub.errors import hub_errors
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.local_module import LocalModuleMixin
 from diffusers_repr.hub.push import check_pipeline_file
+from diffusers_repr.hub.signature_types import SignatureTypesMixin
 
 # Of diffusers' own arguments, those that say where files come from.
 _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
-class OwnComponentsMixin:
+class OwnComponentsMixin(LocalModuleMixin, SignatureTypesMixin):
     """Base, before `DiffusionPipeline`, of a pipeline with components of this package.
 
     diffusers refuses to download a repository whose `model_index.json` names a class outside of diffusers and

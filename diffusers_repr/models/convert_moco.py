@@ -84,6 +84,7 @@ def convert_moco_v3(weights: Mapping[str, Tensor], num_attention_heads: int | No
     missing = sorted(needed - own.keys() | {"cls_token"} - own.keys())
     sizes = {"num_layers": config["num_hidden_layers"], "hidden_size": config["hidden_size"]}
     check_tensor_names("MoCo v3", sizes, missing, sorted(own.keys() - needed - {"cls_token", "pos_embed"}))
+    _check_shapes(own, config)
     _check_positions(own["pos_embed"], config["hidden_size"])
     side = {"height": config["image_size"], "width": config["image_size"]}
     processor = {
@@ -169,6 +170,23 @@ def _renamed(own: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, T
             for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 renamed[f"{new.removesuffix('qkv')}{name}.{end}"] = part
     return {name: value.clone().contiguous() for name, value in renamed.items()}
+
+
+def _check_shapes(own: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    width, hidden, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    if width % heads:
+        raise ValueError(f"num_attention_heads is {heads}, which does not divide the width, {width}.")
+    ends = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "norm1": (width,), "norm2": (width,)}
+    ends |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden), "norm": (width,)}
+    for key, value in own.items():
+        name, _, end = key.rpartition(".")
+        wanted = ends.get(re.sub(r"^blocks\.\d+\.", "", name), (width,))
+        if end == "bias":
+            wanted = wanted[:1]
+        elif key in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
+            wanted = {"cls_token": (1, 1, width)}.get(key, tuple(value.shape))
+        if tuple(value.shape) != wanted:
+            raise ValueError(f"The checkpoint's tensor {key!r} is {tuple(value.shape)}; its others ask for {wanted}.")
 
 
 def moco_positions(side: int, width: int) -> Tensor:

@@ -50,8 +50,10 @@ def split_relatives(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], R
         (['x'], [1.0, 1.0])
     """
     taken = {key: value for key, value in weights.items() if key.startswith(("ap_head.", "bn."))}
-    taken |= {key: value for key, value in weights.items() if _PROJECTOR.fullmatch(key)}
-    own = {key: value for key, value in weights.items() if key not in taken}
+    matches = {key: match[1] for key in weights if (match := _PROJECTOR.fullmatch(key))}
+    idle = {number for key, number in matches.items() if not weights[key].numel()}  # a baseline's gives no channel
+    taken |= {key: weights[key] for key, number in matches.items() if number not in idle}
+    own = {key: value for key, value in weights.items() if key not in taken and key not in matches}
     taken.pop(_COUNT, None)
     check_weights(taken, {})
     mean, var = _statistics({key: value for key, value in taken.items() if key.startswith("bn.")})

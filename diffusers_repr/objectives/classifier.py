@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.vae import encode_latents, scale_latents
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.models import NoisyClassifier, describe_process
@@ -159,7 +159,8 @@ are those over all noise levels, and of parts of them:
         accuracy = {"type": "accuracy", "name": "accuracy over all noise levels", "dataset": public_name(dataset),
                     "split": split}  # fmt: skip
         return {
-            "kind": "`NoisyClassifier`", "tags": ["diffusers", "classifier-guidance", "image-classification"],
+            "kind": "`NoisyClassifier`", "pipeline_tag": "image-classification",
+            "tags": ["diffusers", "classifier-guidance", "image-classification"],
             "base_model": base.hub_id, "text": text, "metrics": {"eval_accuracy": accuracy},
         }  # fmt: skip
 

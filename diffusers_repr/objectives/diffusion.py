@@ -12,10 +12,11 @@ from torch import Tensor
 
 from diffusers_repr.capture.names import check_layers
 from diffusers_repr.denoiser import Denoiser, FeatureMap, LabelConditioner, list_layers
-from diffusers_repr.denoiser.denoiser import COMPONENTS, require_images
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.layers import Layer
-from diffusers_repr.denoiser.vae import draw_latents
+from diffusers_repr.denoiser.parts import COMPONENTS
+from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.denoiser.vae import draw_latents, has_posterior
 from diffusers_repr.encoders import ImageEncoder
 from diffusers_repr.hub.own_pipelines import named_pipeline
 from diffusers_repr.noise import add_noise, training_target
@@ -128,13 +129,14 @@ class DiffusionObjective(Objective):
     # Drawing
 
     def clean(self, batch: Batch) -> Tensor:
-        """x_0 of a batch: pixels, or latents drawn from the VAE's posterior, float32."""
+        """x_0 of a batch: pixels, or latents drawn from the VAE's posterior if it has one, float32."""
         if self.denoiser.vae is None:
             return batch["pixel_values"].float()
         if "moments" in batch:
             return draw_latents(batch["moments"], self.denoiser.vae, batch.get("generator"))
+        sample = has_posterior(self.denoiser.vae)
         return self.denoiser.encode_pixels(
-            batch["pixel_values"], sample=True, generator=batch.get("generator")
+            batch["pixel_values"], sample=sample, generator=batch.get("generator")
         ).float()
 
     def noised(self, batch: Batch, x0: Tensor | None = None, drop: bool = True) -> NoisyBatch:

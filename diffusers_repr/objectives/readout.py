@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.heads import (
     DepthHead,
     MapHead,

@@ -15,8 +15,9 @@ from torch import Tensor
 from diffusers_repr.data.labelled import open_images, open_labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.record import base_record
+from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.features.noise_policy import check_policy
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
@@ -52,7 +53,7 @@ def measure_alignment(
     seed: int = 0,
     prompt: str | None = None,
     class_labels: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize = None,
     batch_size: int = 64,
     memory_gib: float = 4.0,
     progress: Progress = False,
@@ -84,7 +85,7 @@ def measure_alignment(
         seed: Of the noise, the choice of samples and the probes.
         prompt: One for all images instead of the null condition.
         class_labels: One class id for all images instead of the null class.
-        image_size: Resize to (H, W) or a square.
+        image_size: As in `FeatureExtractor`: the model's own size if None; `"keep"` for the images'.
         batch_size: Images a forward.
         memory_gib: Features held at a time; beyond it, levels, then layers, are read one after another.
         progress: Show a bar; or a function that is called with the share that is done, in [0, 1].
@@ -174,7 +175,7 @@ def sweep_denoiser(
     noise: str,
     seed: int,
     condition: Mapping[str, Any],
-    image_size: int | tuple[int, int] | None,
+    image_size: ImageSize,
     batch_size: int,
     memory_gib: float,
     progress: Progress,
@@ -191,13 +192,14 @@ def sweep_denoiser(
         noise: Policy.
         seed: Of the noise.
         condition: `prompt` and `class_labels`.
-        image_size: Resize to (H, W) or a square.
+        image_size: As in `measure_alignment`.
         batch_size: Images a forward.
         memory_gib: Features held at a time.
         progress: As `measure_alignment`.
     """
     check_whole("batch_size", batch_size, 1)
-    size = splits["train"].image_size(denoiser.image_channels, image_size)
+    resize = denoiser.resize_to(image_size)
+    size = splits["train"].image_size(denoiser.image_channels, resize)
     grid = SweepGrid(denoiser, resolve_layers(denoiser, layers, size), tuple(levels))
     bench = Bench(splits, grid.device, encode)
     for measure in measures:
@@ -210,7 +212,7 @@ def sweep_denoiser(
             tell_overlap(reads["train"].keys, found.keys, "data", "test")
 
     with SweepBar(progress, "alignment") as bar:
-        sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, image_size, bar)
+        sweep = Sweep(measures, bench, memory_gib * 2**30, batch_size, condition, resize, bar)
         scores = sweep.run(grid, check_policy(noise), dict.fromkeys(splits, seed), "alignment", read)
     return Swept(grid, scores, bench, reads, size)
 

@@ -17,25 +17,32 @@ class Compared(Protocol):
 
     @property
     def metric(self) -> str:
-        """As there, and so the rest."""
+        """What was measured."""
 
     @property
-    def models(self) -> Mapping[str, Mapping[str, Any]]: ...  # noqa: D102
+    def models(self) -> Mapping[str, Mapping[str, Any]]:
+        """Label -> parameters, step and the like."""
 
     @property
-    def encoders(self) -> Mapping[str, Mapping[str, Any]]: ...  # noqa: D102
+    def encoders(self) -> Mapping[str, Mapping[str, Any]]:
+        """Name -> fingerprint."""
 
     @property
-    def between(self) -> Mapping[str, Mapping[str, float | None]]: ...  # noqa: D102
+    def between(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Encoder -> other encoder -> score."""
 
     @property
-    def recipe(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def recipe(self) -> Mapping[str, Any]:
+        """Samples and settings."""
 
-    def cells_of(self, model: str, encoder: str) -> Sequence[Any]: ...  # noqa: D102
+    def cells_of(self, model: str, encoder: str) -> Sequence[Any]:
+        """All cells of a model against an encoder."""
 
-    def is_defined(self, model: str, encoder: str) -> bool: ...  # noqa: D102
+    def is_defined(self, model: str, encoder: str) -> bool:
+        """Whether any of them has a score."""
 
-    def best_of(self, model: str, encoder: str) -> Any: ...  # noqa: D102
+    def best_of(self, model: str, encoder: str) -> Any:
+        """The one that scores highest."""
 
 
 def draw_comparison(found: Compared) -> bytes:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.denoiser.record import base_record
+from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.metrics.checks import UndefinedScoreError
 from diffusers_repr.metrics.encoding import Which, check_which, pick
@@ -77,7 +78,7 @@ def compare_alignments(
     seed: int = 0,
     prompt: str | None = None,
     class_labels: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize = None,
     batch_size: int = 64,
     memory_gib: float = 4.0,
     progress: bool = False,
@@ -104,7 +105,8 @@ def compare_alignments(
         seed: Of noise and samples.
         prompt: One for all images.
         class_labels: One class id for all images.
-        image_size: Resize to (H, W) or a square.
+        image_size: As in `measure_alignment`; None is each model's own size, so models of several sizes see, and the
+            encoders with them, images of several sizes.
         batch_size: Images a forward.
         memory_gib: Features held at a time.
         progress: Show a bar a model.
@@ -118,7 +120,6 @@ def compare_alignments(
     _check_encoders(encoders)
     told = _check_models(models, steps)
     split = open_split(data, "data", False, samples, seed)
-    measures = _side_by_side(base, encoders, _widths(encoders, split, features, image_size))
     condition = {"prompt": prompt, "class_labels": class_labels}
     settings: dict[str, Any] = {"noise": noise, "seed": seed, "condition": condition, "image_size": image_size}
     settings |= {"batch_size": batch_size, "memory_gib": memory_gib, "progress": progress}
@@ -126,6 +127,7 @@ def compare_alignments(
     def encode(pixels: Tensor) -> Tensor:
         return torch.cat([pick(encoder.encode_pixels(pixels), features).cpu() for encoder in encoders], 1)
 
+    measures: list[_Against] = []
     cells: list[ComparisonCell] = []
     about: dict[str, dict[str, Any]] = {}
     between: dict[str, dict[str, float | None]] = {}
@@ -134,6 +136,9 @@ def compare_alignments(
         denoiser = _loaded(model)
         require_images(denoiser, "Alignment")
         levels = resolve_timesteps(denoiser, timesteps)
+        if not measures:
+            widths = _widths(encoders, split, features, denoiser.resize_to(image_size))
+            measures = _side_by_side(base, encoders, widths)
         swept = sweep_denoiser(denoiser, measures, {"train": split}, encode, levels, layers, **settings)
         cells += _cells(label, measures, swept)
         named = [
@@ -171,12 +176,10 @@ def _check_encoders(encoders: Sequence[Encoder]) -> None:
         )
 
 
-def _widths(
-    encoders: Sequence[Encoder], split: Split, features: str, image_size: int | tuple[int, int] | None
-) -> list[int]:
+def _widths(encoders: Sequence[Encoder], split: Split, features: str, resize: tuple[int, int] | None) -> list[int]:
     """Length of the features of each encoder, by the first image."""
     first = split.images.read(split.rows[:1])
-    read = (encoder.encode_pixels(to_pixels(first, encoder.channels, image_size)) for encoder in encoders)
+    read = (encoder.encode_pixels(to_pixels(first, encoder.channels, resize)) for encoder in encoders)
     return [pick(output, features).shape[1] for output in read]
 
 

@@ -66,7 +66,7 @@ _SCHEMA = record(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AlignmentCell(Cell):
     """One layer at one noise level, with its scores.
 

@@ -67,7 +67,8 @@ def draw_sweep(
     levels = {c.timestep: c for c in sorted(cells, key=lambda c: (c.nsr, c.timestep))}
     beside = 3.4 if curves else 0.0
     width = 3.4 + (max(4.0, 0.62 * len(levels)) + beside) * len(panels)
-    height = 1.9 + max(2.8 if curves else 2.4, 0.26 * len(layers))
+    tall = max(2.8 if curves else 2.4, 0.26 * len(layers))
+    height = tall + (2.9 if curves else 1.9)  # below curves stand the names of layers
     picture = figure.Figure(figsize=(width, height), layout="constrained", dpi=min(140, 20000 / max(width, height)))
     ratios = [max(4.0, 0.62 * len(levels)), *([beside] if curves else [])] * len(panels)
     axes = picture.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
@@ -87,6 +88,7 @@ def draw_sweep(
             picture.colorbar(image, ax=list(maps), label=label, shrink=0.9, extend=extend)
         if line is not None:
             _draw_curves(line, levels, list(layers), grid, panel, lower_is_better)
+            _name_curves(line, 0.7 / tall, len(levels) >= _LEVELS and len(layers) > _NAMED)
         if panel.best is not None:
             _mark(axis, list(levels).index(panel.best[1]), list(layers).index(panel.best[0]))
     maps[0].set_ylabel("layer, in execution order;\nshare of the forward's FLOPs")
@@ -171,15 +173,20 @@ def _draw_curves(
         axis.set_xlabel(_LEVEL)
     if panel.own is not None:
         axis.axhline(panel.own, color="0.4", ls="--", lw=1)
-    if axis.get_legend_handles_labels()[0]:
-        others = len(levels) >= _LEVELS and len(layers) > _NAMED
-        axis.legend(title="best layers; others grey" if others else None, fontsize=7, title_fontsize=7)
     if panel.best is not None:
         row, column = layers.index(panel.best[0]), list(levels).index(panel.best[1])
         at = column if len(levels) >= _LEVELS else row
         axis.plot(at, grid[row][column], "o", ms=9, mfc="none", mec="red", mew=1.6, zorder=5)
     axis.set_title(panel.title, fontsize=9)
     axis.grid(alpha=0.3)
+
+
+def _name_curves(axis: Any, below: float, others: bool) -> None:
+    """A legend under the axis, where the names of layers, which are long, hide nothing."""
+    if axis.get_legend_handles_labels()[0]:
+        place = {"loc": "upper left", "bbox_to_anchor": (0, -below), "borderaxespad": 0}
+        title = "best layers; others grey" if others else None
+        axis.legend(title=title, fontsize=7, title_fontsize=7, frameon=False, **place)
 
 
 def _any(row: Sequence[float]) -> bool:

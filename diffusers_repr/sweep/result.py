@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -26,7 +26,7 @@ CELL: dict[str, Check] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Cell:
     """One layer at one noise level.
 
@@ -45,6 +45,19 @@ class Cell:
     nsr: float
     flops_share: float
     dim: int
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{field.name}={shown(getattr(self, field.name))}" for field in fields(self))
+        return f"{type(self).__name__}({parts})"
+
+
+def shown(value: Any) -> str:
+    """A value as people read it: numbers of four digits, texts as they are in Python."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {shown(part)}" for key, part in value.items()) + "}"
+    return f"({', '.join(map(shown, value))})" if isinstance(value, tuple) else repr(value)
 
 
 class SweepResult(ABC):

@@ -32,7 +32,7 @@ class Sweep:
         memory: Bytes that may be kept.
         batch_size: Images, or pairs of image and level, a forward.
         condition: `prompt` and `class_labels`, as in `FeatureExtractor`.
-        image_size: As in `FeatureExtractor`.
+        resize: (H, W) to which images are brought; None: they keep their size.
         bar: Counts the forwards.
         forwards: That were made, on this process.
     """
@@ -42,7 +42,7 @@ class Sweep:
     memory: float
     batch_size: int
     condition: Mapping[str, Any]
-    image_size: tuple[int, int] | int | None
+    resize: tuple[int, int] | None
     bar: SweepBar
     forwards: int = 0
 
@@ -151,7 +151,7 @@ class Sweep:
             noise,
             batch_size=self.batch_size,
             seed=seed,
-            image_size=self.image_size,
+            image_size=self.resize or "keep",
         )
         places = iter(torch.tensor(own_rows(len(split)), dtype=torch.int64).split(self.batch_size))
 
@@ -173,7 +173,7 @@ class Sweep:
                 make,
                 (),
                 channels=denoiser.image_channels,
-                image_size=self.image_size,
+                image_size=self.resize,
                 batch_size=self.batch_size,
             )
 

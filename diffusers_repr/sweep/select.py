@@ -13,7 +13,8 @@ import torch
 from diffusers_repr.data.labelled import LabelledSource
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.noise_policy import check_policy, validation_seed
 from diffusers_repr.features.pooling import check_pooling
 from diffusers_repr.heads.fitting.closed_form import PENALTIES
@@ -46,7 +47,7 @@ def select_features(
     penalties: Sequence[float] = PENALTIES,
     prompt: str | None = None,
     class_labels: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize = None,
     seeds: Sequence[int] = (0, 1, 2),
     finalists: int = 5,
     max_layers: int = 3,
@@ -91,7 +92,7 @@ def select_features(
         penalties: Grid of regularisers, for standardised features and a loss that is a mean over images.
         prompt: One for all images.
         class_labels: One id for all images, for class-conditional models; never the labels of the task.
-        image_size: Resize images to (H, W) or a square.
+        image_size: As in `FeatureExtractor`: the model's own size if None; `"keep"` for the images'.
         seeds: Of the noise; the table has the first, the finalists have all.
         finalists: Number of cells that are scored with every seed.
         max_layers: Largest set of layers; 1 skips the search.
@@ -125,13 +126,14 @@ def select_features(
         check_whole(name, value, 1)
     levels = resolve_levels(denoiser, timesteps)
     splits, classes = open_splits(train, validation, measure)
-    table = resolve_layers(denoiser, layers, splits["train"].image_size(denoiser.image_channels, image_size))
+    resize = denoiser.resize_to(image_size)
+    table = resolve_layers(denoiser, layers, splits["train"].image_size(denoiser.image_channels, resize))
     grid = SweepGrid(denoiser, table, tuple(levels))
     bench = Bench(splits, grid.device)
     measure.check(bench)
     with SweepBar(progress, "selection") as bar:
         condition = {"prompt": prompt, "class_labels": class_labels}
-        sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, image_size, bar)
+        sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, resize, bar)
         stages = _Stages(grid, sweep, measure, policies, seeds)
         bar.plan(stages.most_forwards(finalists, max_layers, max_levels, candidates))
         cells = stages.score_all()
@@ -152,7 +154,7 @@ def select_features(
         "penalties": sorted(float(penalty) for penalty in penalties),
         "prompt": prompt,
         "class_labels": class_labels,
-        "image_size": list(image_size) if isinstance(image_size, tuple) else image_size,
+        "image_size": None if resize is None else list(resize),
         "batch_size": batch_size,
         "tolerance": tolerance,
         "forwards": forwards,

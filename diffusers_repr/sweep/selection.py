@@ -94,7 +94,7 @@ _SCHEMA = record(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SelectionCell(Cell):
     """One layer at one noise level, with its score.
 
@@ -140,7 +140,7 @@ class FeatureSet:
     candidates: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection(SweepResult):
     """The result of `select_features`.
 
@@ -188,10 +188,19 @@ class Selection(SweepResult):
             "pooling": self.recipe["pooling"],
             "batch_size": self.recipe["batch_size"],
             "seed": self.seeds[0],
-            "image_size": self.recipe["image_size"],
+            "image_size": "keep" if self.recipe["image_size"] is None else self.recipe["image_size"],
         }
         level = levels[0] if len(levels) == 1 else levels
         return FeatureExtractor(denoiser, layers, level, noise, **{**settings, **changes})
+
+    def __repr__(self) -> str:
+        best = self.best
+        return (
+            f"Selection(best {best.layer!r} at timestep {best.timestep:g}, noise={best.noise!r}: "
+            f"{self.metric} {best.score:.4g},\n"
+            f"    {len(self.cells)} cells, {len(self.finalists)} finalists, sets of {', '.join(self.sets) or 'none'}, "
+            f"model={self.recipe.get('model')!r})"
+        )
 
     def heatmap(self) -> bytes:
         """PNG of score by layer (rows, in execution order) and noise level, a panel each policy; needs matplotlib.

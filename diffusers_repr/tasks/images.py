@@ -50,13 +50,13 @@ def pooled_features(
         The features, the last batch's output, and the (H, W) of the images.
 
     Raises:
-        ValueError: If images of several sizes come and the extractor has no `image_size`.
+        ValueError: If images of several sizes come and the extractor keeps their size.
     """
     table: Tensor | None = None
     bar = None if progress_bar is None else progress_bar(total=len(data))
     try:
         channels = extractor.denoiser.image_channels
-        for rows, pixels in data.pixels(batch_size, channels, extractor.image_size):
+        for rows, pixels in data.pixels(batch_size, channels, extractor.resize):
             found_keys = pixel_keys(pixels)
             if keys is not None:
                 keys += found_keys

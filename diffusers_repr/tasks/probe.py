@@ -331,7 +331,9 @@ class Probe(Task):
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.timestep:g}" for level in self.recipe.levels)
+        height, width = self.recipe.image_size
         return (
-            f"Probe({type(self.head).__name__}, base={self.recipe.base.name!r}, layers={list(self.recipe.layers)}, "
-            f"timesteps=[{levels}], classes={len(self.recipe.label_names)})"
+            f"Probe({type(self.head).__name__}, {len(self.recipe.label_names)} classes, "
+            f"base={self.recipe.base.name!r}, image_size=({height}, {width}),\n"
+            f"    layers={list(self.recipe.layers)}, timesteps=[{levels}], pooling={self.recipe.pooling!r})"
         )

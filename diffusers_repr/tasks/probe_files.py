@@ -162,6 +162,6 @@ def _warn_of_local_base(recipe: ProbeRecipe) -> None:
     if recipe.base.local or recipe.base.name is None:
         warnings.warn(
             f"The probe's base is {recipe.base.name!r}, which is not on the Hub: others must pass base=... when they "
-            "load it. Push the base too and give its id: base='user/model' (--base user/model).",
+            "load it. Push the base too and give its id: base='user/model'.",
             stacklevel=4,
         )

@@ -11,7 +11,7 @@ import torch
 from diffusers_repr.data.labelled import Labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import pooled_size

@@ -3,16 +3,19 @@
 from diffusers_repr.testing.assigner import check_assigner
 from diffusers_repr.testing.conditioner import check_conditioner
 from diffusers_repr.testing.encoder import check_encoder
+from diffusers_repr.testing.family import FamilyReport, check_family
 from diffusers_repr.testing.guidance import check_guidance
 from diffusers_repr.testing.head import check_head
 from diffusers_repr.testing.objective import check_auxiliary_loss, check_objective, tiny_denoiser
 from diffusers_repr.testing.task import check_task
 
 __all__ = [
+    "FamilyReport",
     "check_assigner",
     "check_auxiliary_loss",
     "check_conditioner",
     "check_encoder",
+    "check_family",
     "check_guidance",
     "check_head",
     "check_objective",

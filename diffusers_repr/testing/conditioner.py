@@ -30,22 +30,28 @@ def check_conditioner(denoiser: Denoiser, batch: Mapping[str, Any]) -> None:
     conditioner = denoiser.conditioner
     name = type(conditioner).__name__
     conditioner.check_batch(batch, 0.0)
-    count = len(batch[conditioner.column])
+    count = len(batch[conditioner.columns[0]])
     values = conditioner.from_batch(batch, count)
-    expect(len(values) == count, f"{name}.from_batch gave {len(values)} values of {count} samples.")
+    for part in _parts(values):
+        expect(len(part) == count, f"{name}.from_batch gave {len(part)} values of {count} samples.")
     kept = copy.deepcopy(values)
     with denoiser.evaluating(), torch.no_grad(), leaving_alone(f"{name}.inputs", denoiser.model):
         plain = _predict(denoiser, conditioner.inputs(values), count)
-        turned = _predict(denoiser, conditioner.inputs(_swapped(values)), count)
+        turned = [_predict(denoiser, conditioner.inputs(other), count) for other in _swapped(values)]
         asked = denoiser.condition(**{conditioner.argument: values}, batch=count).kwargs()
-        expect(not torch.allclose(plain[:2], turned[:2]), f"{name}: the condition does not reach the network.")
+        for at, other in enumerate(turned):
+            which = "the condition" if len(turned) == 1 else f"part {at} of the condition"
+            expect(not torch.allclose(plain[:2], other[:2]), f"{name}: {which} does not reach the network.")
         expect_close(
             _predict(denoiser, asked, count), plain, f"Predictions by denoiser.condition and by {name}.inputs"
         )
         if conditioner.has_null:
             _dropped(denoiser, values, count, plain)
-    same = torch.equal(values, kept) if isinstance(values, Tensor) else values == kept
-    expect(same, f"{name}.inputs changes the values it is given.")
+    same = [
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(_parts(values), _parts(kept), strict=True)
+    ]
+    expect(all(same), f"{name}.inputs changes the values it is given.")
     _draws(denoiser, values, count)
     description = conditioner.describe()
     expect(json.loads(json.dumps(description)) == description, f"{name}.describe is no plain data: {description}.")
@@ -76,10 +82,20 @@ def _draws(denoiser: Denoiser, values: Any, count: int) -> None:
     expect(whole is not None and bool(whole.all()), f"{name} keeps some at a chance of 1.")
 
 
-def _swapped(values: Any) -> Any:
-    """The first two change places."""
-    order = [1, 0, *range(2, len(values))]
-    return values[order] if isinstance(values, Tensor) else [values[at] for at in order]
+def _parts(values: Any) -> tuple[Any, ...]:
+    """The values of each condition: of several a tuple has one entry each."""
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _swapped(values: Any) -> list[Any]:
+    """The values with the first two samples in each other's place: of several conditions, each by itself."""
+    swapped = []
+    for part in _parts(values):
+        order = [1, 0, *range(2, len(part))]
+        swapped.append(part[order] if isinstance(part, Tensor) else [part[at] for at in order])
+    if not isinstance(values, tuple):
+        return swapped
+    return [tuple(new if at == place else old for place, old in enumerate(values)) for at, new in enumerate(swapped)]
 
 
 def _predict(denoiser: Denoiser, inputs: Mapping[str, Any], count: int) -> Tensor:

@@ -126,8 +126,8 @@ def card(
     own += adapters_text(objective, folder, config.hub_model_id or folder.name)
     kind, name = about.pop("kind"), data_name(data, recipe)
     of, split = ("", "") if name is None else (f" of `{name}`", f", split `{recipe.get('dataset_split', 'train')}`")
-    article = "An" if kind[0] in "aeiou" else "A"
-    text = f"""{article} {kind} of {size:,} parameters, trained with `{method}` of diffusers-repr. The weights are
+    what = f"{'An' if kind[0] in 'aeiou' else 'A'} {kind} of {size:,} parameters"
+    text = f"""{what}, trained with `{method}` of diffusers-repr. The weights are
 {weights}, saved in {config.save_dtype}{apart}.
 
 {own}

@@ -3,8 +3,8 @@
     python examples/studies/photographs.py --output_dir outputs/photographs
 
 The two photographs come with scikit-learn; `--images` takes others. The model is `cars-ddpm`, a network of 1.8 M
-parameters that was trained on 5,000 car pictures of 32 x 32 pixels and is asked here about larger photographs of what it
-never saw. Writes `pca.jpg`.
+parameters that was trained on 5,000 car pictures of 32 x 32 pixels and is asked here about larger photographs of what
+it never saw. Writes `pca.jpg`.
 """
 
 import argparse

@@ -56,6 +56,8 @@ def draw_curves(rows: Sequence[dict], path: Path) -> None:
         axis.set(title=title, xlabel="steps", xticks=sorted({r["step"] for r in rows}))
         if key == "frechet_distance":
             axis.set_yscale("log")
+            for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                part("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=110)

@@ -42,7 +42,7 @@ class FeatureExtractionPipeline(AnyPipelineMixin, DiffusionPipeline):
         """Features of images.
 
         Args:
-            images: PIL images, numpy arrays or tensors of one size.
+            images: PIL images, numpy arrays or tensors; brought to the model's own size unless `image_size` says else.
             layers: Full module paths, such as `"up_blocks.1"`; `diffusers-repr layers MODEL` prints them.
             timestep: Training timestep or `NoiseLevel` (larger is noisier), or a list of them.
             prompt: One for all images or one per image; the empty prompt if None.

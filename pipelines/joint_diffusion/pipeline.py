@@ -352,7 +352,7 @@ class JointDiffusionPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffusi
 
     def _encode(self, denoiser: Denoiser, images: Any, image_size: int | tuple[int, int] | None) -> Tensor:
         """Images as the network takes them; without `image_size` they are of its own size."""
-        x0 = denoiser.encode(images, image_size=image_size)
+        x0 = denoiser.encode(images, image_size="keep" if image_size is None else image_size)
         found, own = tuple(x0.shape[2:]), denoiser.image_size
         if image_size is None and found != own:
             raise ValueError(

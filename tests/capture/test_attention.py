@@ -263,9 +263,12 @@ def test_processors_that_hide_or_double_their_call():
     model = nn.Sequential(Attention(8, heads=2, dim_head=4))
     model[0].set_processor(AttnProcessor())
     with (
-        pytest.raises(ValueError, match="with AttnProcessor.* made no call .* set AttnProcessor2_0"),
+        pytest.raises(ValueError, match=r"with AttnProcessor\) made no call .*set_processor\(AttnProcessor2_0\(\)\)"),
         capture_attention(model, "0"),
     ):
+        model(torch.ones(1, 5, 8))
+    model[0].scale_qk, model[0].scale = False, 1.0  # which the other processor does not ask
+    with pytest.raises(ValueError, match=r"scaled_dot_product_attention\.$"), capture_attention(model, "0"):
         model(torch.ones(1, 5, 8))
     model[0].set_processor(Double())
     with (

@@ -1,14 +1,16 @@
 """The command itself: version, warnings, pipes that close, errors shown in full."""
 
 import os
+import re
 import sys
 import warnings
 
 import pytest
 
 from diffusers_repr import __version__
-from diffusers_repr.cli import layers, main
+from diffusers_repr.cli import COMMANDS, layers, main
 from diffusers_repr.cli.guard import run_script
+from diffusers_repr.cli.words import as_typed
 from tests.testers.models import saved
 
 
@@ -92,3 +94,54 @@ def test_warnings_are_one_line(monkeypatch):
     assert main(["layers", "model"]) == 0
     assert shown == ["diffusers-repr layers: warning: mind this\n", "file.py:3: FutureWarning: gone soon\n  code\n"]
     assert warnings.formatwarning is usual
+
+
+def test_help_tells_every_default(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert "default: None" not in told
+        assert "default: []" not in told
+    settings = {"probe": ["--test_fraction", "(default: 0.2)"], "select": ["--noise", "(default: per_image)"]}
+    for command, (flag, default) in settings.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told = " ".join(capsys.readouterr().out.split("options:")[1].split())
+        assert re.search(rf"{flag} .{{0,300}}{re.escape(default)}", told)
+        assert re.search(r"--out OUT .{0,80}\(required\)", told)
+
+
+@pytest.mark.parametrize(
+    ("said", "typed"),
+    [
+        ("pass image_size=(H, W) to resize", "pass --image_size H W to resize"),
+        ("Pass it as base=..., or fit anew.", "Pass it as --base BASE, or fit anew."),
+        ("base=<folder, Hub id> with the same", "--base <folder, Hub id> with the same"),
+        ("noise='fresh' goes on; use timestep=[1, 2].", "--noise fresh goes on; use --timesteps 1 2."),
+        ("ensemble_size must be 1", "--ensemble_size must be 1"),
+        ("drop class_labels.", "drop --class_label."),
+        ("pass image_size (--image_size) to", "pass --image_size to"),
+        ("`list_layers(denoiser)` shows all", "`diffusers-repr layers MODEL` shows all"),
+        ("the noise of base and seed", "the noise of base and seed"),  # words of the language
+        ("/data/image_size/base=3.png", "/data/image_size/base=3.png"),
+        ("data.image_size: 8 -> 16", "data.image_size: 8 -> 16"),
+        ("'ensemble_size' is no key", "'ensemble_size' is no key"),
+    ],
+)
+def test_messages_in_the_words_of_a_command(said, typed):
+    assert (
+        as_typed(said, ("image_size", "base", "noise", "timesteps", "ensemble_size", "class_label", "seed")) == typed
+    )
+
+
+def test_errors_and_warnings_of_a_command_name_its_flags(monkeypatch, capsys):
+    def run(args):
+        warnings.warn("Set image_size=16.", stacklevel=1)
+        raise ValueError("No layer 'mid'; pass image_size=(H, W). `list_layers(denoiser)` shows all.")
+
+    monkeypatch.setattr(layers, "run", run)
+    with pytest.warns(UserWarning, match="image_size"):
+        assert main(["layers", "model"]) == 2
+    told = "diffusers-repr layers: No layer 'mid'; pass --image_size H W. `diffusers-repr layers MODEL` shows all.\n"
+    assert capsys.readouterr().err == told

@@ -163,7 +163,8 @@ def test_a_quick_try(place, tmp_path, capsys):
 
 def test_another_recipe_is_not_overwritten(place, tmp_path, capsys):
     out = tmp_path / "probe"
-    command = ["probe", str(place / "model"), str(place / "data"), "--out", str(out), "--quiet", "--layers"]
+    short = ["--out", str(out), "--quiet", "--protocol", "ridge", "--limit", "12"]
+    command = ["probe", str(place / "model"), str(place / "data"), *short, "--layers"]
     assert main([*command, "mid_block", "--timesteps", "50"]) == 0
     assert main([*command, "mid_block", "--timesteps", "50", "--batch_size", "7"]) == 0  # the same again
     first = (out / "probe.json").read_bytes()

@@ -1,6 +1,7 @@
 """Data sets of images: what opens, and what each mistake is told."""
 
 import io
+import json
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from diffusers_repr.data.image_data import from_dataset, load_images
+from diffusers_repr.data.splits import has_split
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,32 @@ def test_save_to_disk(tmp_path):
     assert len(load_images(str(tmp_path / "dict"), "a")) == 2
     with pytest.raises(ValueError, match="no split 'train'; it has a"):
         load_images(str(tmp_path / "dict"))
+
+
+def test_which_splits_there_are(tmp_path):
+    labelled().save_to_disk(tmp_path / "one")
+    DatasetDict({"train": labelled(2), "test": labelled(2)}).save_to_disk(tmp_path / "dict")
+    (tmp_path / "set").mkdir()
+    for split in ("train", "validation"):
+        labelled(2).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    (tmp_path / "edm" / "test" / "00000").mkdir(parents=True)
+    picture(0).save(tmp_path / "edm" / "test" / "00000" / "img00000000.png")
+    (tmp_path / "edm" / "test" / "dataset.json").write_text(json.dumps({"labels": [["00000/img00000000.png", 0]]}))
+    found = {
+        name: [split for split in ("train", "validation", "test") if has_split(str(place), split)]
+        for name, place in {"digits": "digits", "file": tmp_path / "set" / "train.parquet", **{
+            name: tmp_path / name for name in ("one", "dict", "set")}}.items()
+    }  # fmt: skip
+    assert found == {
+        "digits": ["train", "validation", "test"],
+        "file": [],  # these two answer to every name
+        "one": [],
+        "dict": ["train", "test"],
+        "set": ["train", "validation"],
+    }
+    assert has_split(str(tmp_path / "edm"), "test")
+    with pytest.raises(FileNotFoundError, match="Could not open .*nowhere"):
+        has_split(str(tmp_path / "nowhere"), "test")
 
 
 def test_batches_and_select():

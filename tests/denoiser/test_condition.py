@@ -309,8 +309,8 @@ def test_class_label_errors():
         unet.condition(class_labels=10)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.9; got \[-1\]"):
         unet.condition(class_labels=-1)
-    with pytest.raises(ValueError, match="class-conditional .* does not tell a null class"):
-        unet.condition()
+    with pytest.warns(UserWarning, match="does not tell which class is the null one; .* the last id, 9"):
+        assert unet.condition().kwargs()["class_labels"].tolist() == [9]
     with pytest.raises(ValueError, match="2 class_labels for 3 images"):
         dit.condition(class_labels=[1, 2], batch=3)
     for wrong in (1.5, [True], "tench", [[1], [2, 3]]):

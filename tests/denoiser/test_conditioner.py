@@ -207,6 +207,10 @@ def test_several_are_dropped_together():
         "pixel_values": randn(3, 3, 8, 8), "noise": randn(3, 3, 8, 8, seed=2), "time": torch.full((3,), 400),
         "class_labels": labels, "condition": vectors, "generator": torch.Generator().manual_seed(5),
     }  # fmt: skip
+    check_conditioner(denoiser, {"class_labels": labels, "condition": vectors})
+    same = {"class_labels": labels, "condition": vectors[[0, 0, 1]]}
+    with pytest.raises(AssertionError, match="part 1 of the condition does not reach the network"):
+        check_conditioner(denoiser, same)
     objective = DiffusionObjective(denoiser, label_dropout=0.5).train()
     objective.check_batch(given)
     noisy = objective.noised(given)
@@ -249,8 +253,11 @@ def test_a_null_class_that_is_named():
     network = unet(UNet2DModel, ("DownBlock2D", "UpBlock2D"), in_channels=3, num_class_embeds=6)
     named = Denoiser(network, DDIMScheduler(), conditioner=LabelConditioner(2))
     assert named.condition(batch=2).kwargs()["class_labels"].tolist() == [2, 2]
-    for unnamed in (LabelConditioner(), LabelConditioner(-1)):
-        with pytest.raises(ValueError, match="does not tell a null class"):
-            Denoiser(network, DDIMScheduler(), conditioner=unnamed).condition(batch=2)
+    unnamed = Denoiser(network, DDIMScheduler())
+    with pytest.warns(UserWarning, match=r"the last id, 5, is taken, as in training.*LabelConditioner\(5\)"):
+        taken = unnamed.condition(batch=2).kwargs()["class_labels"]
+    assert taken.tolist() == unnamed.conditioner.null(2)["class_labels"].tolist() == [5, 5]
+    with pytest.raises(ValueError, match="does not tell a null class"):
+        Denoiser(network, DDIMScheduler(), conditioner=LabelConditioner(-1)).condition(batch=2)
     with pytest.raises(ValueError, match=r"null class 6 is not in the table .* 0 to 5"):
         DiffusionObjective(named, null_label=6)

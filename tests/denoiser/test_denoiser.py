@@ -151,7 +151,7 @@ def test_offload(name, kind):
 
     def run(denoiser):
         condition = denoiser.condition(**CONDITIONS[name], batch=2, size=(h, w))
-        x0 = denoiser.encode(images)
+        x0 = denoiser.encode(images, image_size="keep")
         return denoiser.predict(denoiser.add_noise(x0, 261, torch.ones_like(x0)), 261, condition).output
 
     want = run(Denoiser.from_pipe(build(name)))

@@ -146,14 +146,14 @@ def test_latents_as_the_pipelines_scale_them():
     pipe.vae.bn.running_var.copy_(torch.rand(16, generator=draw) + 0.5)
     flux = Denoiser.from_pipe(pipe)
     packed = pipe._encode_vae_image(images * 2 - 1, None)
-    assert torch.equal(flux.encode(images), pipe._unpatchify_latents(packed))
+    assert torch.equal(flux.encode(images, image_size="keep"), pipe._unpatchify_latents(packed))
     qwen = Denoiser.from_pipe(family_pipeline("qwen_image"))
     mean, std = (torch.tensor(qwen.vae.config[key]).view(1, 4, 1, 1) for key in ("latents_mean", "latents_std"))
     with torch.no_grad():
         raw = qwen.vae.encode((images * 2 - 1).unsqueeze(2)).latent_dist.mode().squeeze(2)
-    assert torch.equal(qwen.encode(images), (raw - mean) / std)
+    assert torch.equal(qwen.encode(images, image_size="keep"), (raw - mean) / std)
     for denoiser in (flux, qwen):
-        x0 = denoiser.encode(images)
+        x0 = denoiser.encode(images, image_size="keep")
         assert x0.shape == (2, 4, 16, 24)
         assert denoiser.decode(x0).shape == images.shape
         moments = encode_moments(denoiser.vae, images * 2 - 1)

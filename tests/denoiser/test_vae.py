@@ -34,7 +34,7 @@ def test_encode_gives_the_latents_that_the_pipeline_decodes(name):
     denoiser = Denoiser.from_pipe(pipe)
     h, w = SIZES[name]
     images = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))
-    x0 = denoiser.encode(images)
+    x0 = denoiser.encode(images, image_size="keep")
     assert x0.shape[1:] == (denoiser.family.channels(), h // denoiser.stride, w // denoiser.stride)
     config = pipe.vae.config
     raw = x0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
@@ -114,8 +114,8 @@ def test_latents_come_in_the_networks_dtype():
     pipe = build("sdxl").to(dtype=torch.float16)
     denoiser = Denoiser.from_pipe(pipe)
     images = torch.rand(1, 3, 32, 48)
-    assert denoiser.encode(images).dtype == torch.float16
-    assert denoiser.decode(denoiser.encode(images)).dtype == torch.float32
+    assert denoiser.encode(images, image_size="keep").dtype == torch.float16
+    assert denoiser.decode(denoiser.encode(images, image_size="keep")).dtype == torch.float32
     assert pipe.vae.dtype == torch.float16
 
 
@@ -123,7 +123,7 @@ def test_a_vae_with_nan_weights_is_named():
     pipe = build("sd")
     torch.nn.init.constant_(pipe.vae.encoder.conv_in.weight, float("nan"))
     with pytest.raises(FloatingPointError, match=r"The VAE \(AutoencoderKL, torch.float32\) gave NaN or infinite"):
-        Denoiser.from_pipe(pipe).encode(torch.rand(1, 3, 32, 48))
+        Denoiser.from_pipe(pipe).encode(torch.rand(1, 3, 32, 48), image_size="keep")
 
 
 def test_strides_and_input_channels():
@@ -133,9 +133,9 @@ def test_strides_and_input_channels():
     grey.vae = vae(in_channels=1, out_channels=1)
     denoiser = Denoiser.from_pipe(grey)
     assert denoiser.image_channels == 1
-    assert denoiser.encode(torch.rand(1, 1, 32, 48)).shape == (1, 4, 16, 24)
+    assert denoiser.encode(torch.rand(1, 1, 32, 48), image_size="keep").shape == (1, 4, 16, 24)
     with pytest.raises(ValueError, match="has 3 channels .*; the model takes 1"):
-        denoiser.encode(torch.rand(1, 3, 32, 48))
+        denoiser.encode(torch.rand(1, 3, 32, 48), image_size="keep")
 
 
 @torch.no_grad()

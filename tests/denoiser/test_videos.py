@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusers_repr import PAG, SAG, AutoGuidance, EnergyGuidance, FeatureExtractor, guide
 from diffusers_repr.denoiser import Denoiser, list_layers
-from diffusers_repr.denoiser.denoiser import require_images
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.videos import to_video_pixels
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.encoders.denoiser import DenoiserSource
@@ -74,11 +74,11 @@ def test_latents_as_the_pipelines_have_them(name):
     else:
         mean, std = (torch.tensor(pipe.vae.config[key]).view(1, 4, 1, 1, 1) for key in ("latents_mean", "latents_std"))
         wanted = (raw - mean) / std
-    found = denoiser.encode(video)
+    found = denoiser.encode(video, image_size="keep")
     assert torch.equal(found, wanted)
     assert found.shape == (1, 4, *denoiser.latent_size(size))
-    image = denoiser.encode(video[:, 0])
-    assert torch.equal(image, denoiser.encode(video[:, :1]))
+    image = denoiser.encode(video[:, 0], image_size="keep")
+    assert torch.equal(image, denoiser.encode(video[:, :1], image_size="keep"))
     assert image.shape[2] == 1
     assert torch.equal(denoiser.encode_pixels(video[:, 0] * 2 - 1), image)
     assert torch.allclose(image, found[:, :, :1], atol=1e-5)  # the first frame is encoded by itself
@@ -94,7 +94,7 @@ def test_an_autoencoder_of_patches():
     )  # fmt: skip
     denoiser, video = Denoiser.from_pipe(pipe), drawn(1, 5, 3, 16, 32)
     mean, std = (torch.tensor(pipe.vae.config[key]).view(1, 4, 1, 1, 1) for key in ("latents_mean", "latents_std"))
-    found = denoiser.encode(video)
+    found = denoiser.encode(video, image_size="keep")
     assert torch.equal(found, (pipe.vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode() - mean) / std)
     assert found.shape == (1, 4, 2, 2, 4) == (1, 4, *denoiser.latent_size((5, 16, 32)))
     assert denoiser.decode(found).shape == video.shape
@@ -126,9 +126,9 @@ def test_features_as_by_hand(name):
     """The extractor against the network called as its documentation has it; poolings over all positions."""
     pipe, size, layers = normalised(family_pipeline(name)), FAMILIES[name].size, LAYERS[name]
     denoiser, videos = Denoiser.from_pipe(pipe), drawn(2, size[0], 3, *size[1:])
-    extractor = FeatureExtractor(denoiser, layers, 300, "clean")
+    extractor = FeatureExtractor(denoiser, layers, 300, "clean", image_size="keep")
     found = extractor(videos, prompt="a cat")
-    x0 = denoiser.encode(videos)
+    x0 = denoiser.encode(videos, image_size="keep")
     grid = tuple(x0.shape[2:])
     length = {"wan": 512, "ltx": 128}[name]  # of their calls
     text, mask, *_ = pipe.encode_prompt(["a cat"] * 2, do_classifier_free_guidance=False, max_sequence_length=length)
@@ -207,13 +207,13 @@ def test_what_is_refused():
     for denoiser, stride in ((wan, 4), (ltx, 8)):
         message = rf"Videos have 8 frames; \w+ takes {stride} k \+ 1, such as 9: one, and one for each {stride} after"
         with pytest.raises(ValueError, match=message):
-            denoiser.encode(torch.zeros(1, 8, 3, 32, 64))
+            denoiser.encode(torch.zeros(1, 8, 3, 32, 64), image_size="keep")
         with pytest.raises(ValueError, match=message):
             list_layers(denoiser, (8, 32, 64))
         with pytest.raises(ValueError, match=message):
             denoiser.condition("a cat", size=(8, 32, 64))
     with pytest.raises(ValueError, match=r"16 x 30 \(H x W\).*multiples of 8.*image_size=\(16, 32\)"):
-        wan.encode(torch.zeros(1, 5, 3, 16, 30))
+        wan.encode(torch.zeros(1, 5, 3, 16, 30), image_size="keep")
     image = Denoiser.from_pipe(build("ddpm"))
     with pytest.raises(ValueError, match=r"takes images of a size \(H, W\); got \(5, 8, 8\)"):
         image.check_size((5, 8, 8))
@@ -234,6 +234,6 @@ def test_two_networks():
             call(pipe)
     high = Denoiser(pipe.transformer, pipe.scheduler, pipe.vae, pipe=pipe)
     text = high.condition("a cat", size=(5, 16, 32))
-    low = FeatureExtractor(Denoiser(pipe.transformer_2, pipe.scheduler, pipe.vae), "blocks.1", 300)
+    low = FeatureExtractor(Denoiser(pipe.transformer_2, pipe.scheduler, pipe.vae), "blocks.1", 300, image_size="keep")
     found = low(drawn(1, 5, 3, 16, 32), embeddings=text.inputs)
     assert found.as_map("blocks.1").shape == (1, 24, 2, 2, 4)

@@ -124,9 +124,10 @@ def test_log_evaluation_and_card(finished):
         assert scores[name] == pytest.approx((scores[f"{name}_0"] + scores[f"{name}_1"]) / 2)
     card = ModelCard((output / "README.md").read_text())
     (result,) = card.data.eval_results
-    assert result.metric_value == pytest.approx(scores["eval_accuracy"])
+    assert result.metric_value == pytest.approx(scores["eval_accuracy"], rel=1e-5)
     assert (result.dataset_name, result.dataset_split) == ("digits", "validation")
     assert {"classifier-guidance", "image-classification"} <= set(card.data.tags)
+    assert card.data.pipeline_tag == "image-classification"
     assert card.data.base_model is None  # a local folder cannot be linked
     for expected in (
         "A `NoisyClassifier` of", "The weights are\nthe moving average, saved in float16.", "`digits-ddpm`",

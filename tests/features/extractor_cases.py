@@ -26,9 +26,9 @@ def images_for(name, count=2, seed=0, size=None):
 
 
 def make(name, layers=None, timestep=261, **settings):
-    return FeatureExtractor(
-        Denoiser.from_pipe(build(name)), LAYERS[name] if layers is None else layers, timestep, **settings
-    )
+    """The images of these tests keep their size, which is none that a network was configured for."""
+    layers = LAYERS[name] if layers is None else layers
+    return FeatureExtractor(Denoiser.from_pipe(build(name)), layers, timestep, **{"image_size": "keep", **settings})
 
 
 def assert_close(a, b, tolerance=1e-5):

@@ -42,7 +42,7 @@ def made(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_maps_of_every_family(name):
     denoiser, images = made(name)
-    out = attention_maps(denoiser, images, LAYERS[name], 261, **CONDITIONS[name])
+    out = attention_maps(denoiser, images, LAYERS[name], 261, **CONDITIONS[name], image_size="keep")
     assert list(out.maps) == LAYERS[name]
     for at, layer in enumerate(LAYERS[name]):
         found, tokens = out[layer], out.tokens[layer]
@@ -66,8 +66,8 @@ def test_the_image_tokens_are_those_that_see_the_image():
         changed = images.clone()
         changed[:, :, :8, :8] = 1 - changed[:, :, :8, :8]
         settings = {"noise": "clean", **CONDITIONS[name]}
-        one = attention_maps(denoiser, images, layer, 261, **settings)
-        two = attention_maps(denoiser, changed, layer, 261, **settings)
+        one = attention_maps(denoiser, images, layer, 261, **settings, image_size="keep")
+        two = attention_maps(denoiser, changed, layer, 261, **settings, image_size="keep")
         # rows of text tokens attend to the same text tokens with unchanged odds; rows of the image do not
         text = [
             i for i in range(one.tokens[layer].queries) if i not in range(*one.image_queries[layer].indices(10**6))
@@ -81,8 +81,10 @@ def test_the_image_tokens_are_those_that_see_the_image():
 def test_the_ensemble_is_the_mean_of_its_members():
     denoiser, images = made("sd")
     layers, prompt = LAYERS["sd"], "a cat"
-    out = attention_maps(denoiser, images, layers, 261, prompt=prompt, ensemble_size=3, batch_size=4, ids=["a", "b"])
-    extractor = FeatureExtractor(denoiser, layers, 261, ensemble_size=3)
+    out = attention_maps(
+        denoiser, images, layers, 261, prompt=prompt, ensemble_size=3, batch_size=4, ids=["a", "b"], image_size="keep"
+    )
+    extractor = FeatureExtractor(denoiser, layers, 261, ensemble_size=3, image_size="keep")
     total = {layer: torch.zeros_like(out[layer]) for layer in layers}
     with torch.no_grad():
         for batch in extractor.batches(images * 2 - 1, prompt, ids=["a", "b"]):
@@ -98,14 +100,54 @@ def test_the_ensemble_is_the_mean_of_its_members():
 def test_several_levels_heads_and_the_settings_of_an_extractor():
     denoiser, images = made("ddpm")
     layer = LAYERS["ddpm"][0]
-    extractor = FeatureExtractor(denoiser, "mid_block", 100, noise="shared", seed=3, pooling="mean")
+    extractor = FeatureExtractor(denoiser, "mid_block", 100, noise="shared", seed=3, pooling="mean", image_size="keep")
     several = attention_maps(extractor, images, layer, [50, 261], heads=None)
     assert several[layer].shape[:2] == (2, 2)
     assert several.as_map(layer).shape == (2, 2, several.tokens[layer].heads, several.tokens[layer].keys, 8, 12)
-    alone = attention_maps(denoiser, images, layer, 261, noise="shared", seed=3)
+    alone = attention_maps(denoiser, images, layer, 261, noise="shared", seed=3, image_size="keep")
     torch.testing.assert_close(several[layer][1].mean(1), alone[layer], rtol=1e-5, atol=1e-7)
     assert [level.timestep for level in several.level] == [50, 261]
     assert attention_maps(extractor, images, layer).level.timestep == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "keys"),
+    [
+        ("sd", "mid_block.attentions.0.transformer_blocks.0.attn2", [5]),  # a word of the prompt
+        ("sd3", "transformer_blocks.0.attn", [60, 3]),
+        ("ddpm", "mid_block.attentions.0", [0, 4, 2]),
+    ],
+)
+def test_chosen_columns_are_those_of_the_whole_maps(name, layer, keys):
+    denoiser, images = made(name)
+    settings = {"heads": None, "ensemble_size": 2, **CONDITIONS[name]}
+    whole = attention_maps(denoiser, images, layer, 261, **settings)
+    need = 4 * 4 * whole.tokens[layer].heads * whole.tokens[layer].queries * len(keys)  # two images, two in a batch
+    out = attention_maps(denoiser, images, layer, 261, keys=keys, batch_size=2, max_bytes=need, **settings)
+    assert out.keys == tuple(keys)
+    assert out.image_keys[layer] is None
+    torch.testing.assert_close(out[layer], whole[layer][..., keys], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(out.as_map(layer), whole.as_map(layer)[:, :, keys], rtol=1e-6, atol=1e-8)
+    with pytest.raises(MemoryError, match=r"less, take fewer or smaller images, or fewer layers, heads='mean'; or"):
+        attention_maps(denoiser, images, layer, 261, keys=keys, batch_size=2, max_bytes=need - 1, **settings)
+    assert attention_memory(denoiser, layer, SIZES[name], 4, None, keys) == need
+
+
+def test_columns_that_there_are_none_of():
+    denoiser, images = made("ddpm")
+    layer = LAYERS["ddpm"][0]
+    count = attention_maps(denoiser, images, layer, 261).tokens[layer].keys
+    with pytest.raises(ValueError, match=f"has {count} columns"):
+        attention_maps(denoiser, images, layer, 261, keys=[count])
+    for keys, error in (
+        ([], ValueError),
+        ([-1], ValueError),
+        ([1, 1], ValueError),
+        ("cat", TypeError),
+        (5, TypeError),
+    ):
+        with pytest.raises(error, match="keys are columns of the map"):
+            attention_maps(denoiser, images, layer, 261, keys=keys)
 
 
 def test_errors_come_before_the_network_runs():
@@ -114,17 +156,17 @@ def test_errors_come_before_the_network_runs():
     need = attention_memory(denoiser, layers, SIZES["ddpm"], batch=4)
     denoiser.model.register_forward_pre_hook(lambda module, args: pytest.fail("the network ran"))
     with pytest.raises(MemoryError, match="Attention maps need .* GiB"):
-        attention_maps(denoiser, images, layers, 261, max_bytes=need - 1)
+        attention_maps(denoiser, images, layers, 261, max_bytes=need - 1, image_size="keep")
     with pytest.raises(ValueError, match="no attention. Closest"):
-        attention_maps(denoiser, images, "mid_block", 261)
+        attention_maps(denoiser, images, "mid_block", 261, image_size="keep")
     with pytest.raises(TypeError, match="timestep is needed"):
-        attention_maps(denoiser, images, layers)
+        attention_maps(denoiser, images, layers, image_size="keep")
     with pytest.raises(TypeError, match="pooling= says how features are read"):
-        attention_maps(denoiser, images, layers, 261, pooling="mean")
+        attention_maps(denoiser, images, layers, 261, pooling="mean", image_size="keep")
 
 
 def test_layers_that_were_not_read():
     denoiser, images = made("ddpm")
-    out = attention_maps(denoiser, images, LAYERS["ddpm"][0], 261)
+    out = attention_maps(denoiser, images, LAYERS["ddpm"][0], 261, image_size="keep")
     with pytest.raises(KeyError, match="was not read"):
         out.as_map("mid_block.attentions.0")

@@ -64,6 +64,7 @@ def test_from_command_to_dataset(tmp_path, capsys):
     }
     assert main(command(saved("ddpm"), data, out, ensemble_size=2, seed=3, **flags)) == 0
     printed = capsys.readouterr()
+    assert "images: 16 x 16 pixels (H x W), the model's own size; --image_size keep leaves theirs" in printed.out
     assert "7 rows in 2 shards" in printed.out
     assert "up_blocks.1@t261.5  64" in printed.out
     assert "images/s" in printed.err
@@ -75,8 +76,14 @@ def test_from_command_to_dataset(tmp_path, capsys):
     assert (recipe["features"]["seed"], recipe["features"]["ensemble_size"]) == (3, 2)
     assert main([*command(saved("ddpm"), data, out, ensemble_size=2, seed=3, **flags), "--quiet"]) == 0
     assert "images" not in capsys.readouterr().err
-    assert main(command(saved("ddpm"), data, out, ensemble_size=2, seed=4, **flags)) == 2
-    assert "features.seed: 3 -> 4" in capsys.readouterr().err
+    other = command(saved("ddpm"), data, out, ensemble_size=2, seed=4, **flags)
+    assert main(other) == 2
+    told = capsys.readouterr().err
+    assert "features.seed: 3 -> 4" in told
+    assert "--overwrite deletes what is there first" in told
+    assert main([*other, "--overwrite", "--quiet"]) == 0
+    assert "it/s" not in capsys.readouterr().err  # nor bars of others
+    assert FeatureStore.open(out).recipe["features"]["seed"] == 4
 
 
 def test_text_model_with_class_names_and_maps(tmp_path):

@@ -78,6 +78,39 @@ def test_image_size_resizes():
     assert extractor(torch.rand(1, 3, 50, 30))["down_blocks.1"].shape[2:] == (4, 6)
 
 
+def test_the_models_own_size_is_the_default():
+    """16 pixels, whatever the photo's size and shape; its own size by one word."""
+    photos = images_for("ddim", 2, size=(50, 30))
+    own = make("ddim", image_size=None)
+    output = own(photos)
+    assert (own.image_size, output.image_size) == ((16, 16), (16, 16))
+    assert torch.equal(output["down_blocks.1"], make("ddim", image_size=16)(photos)["down_blocks.1"])
+    assert own.denoiser.encode(photos).shape == (2, 3, 16, 16)
+    assert own.denoiser.encode(photos[..., :48, :24], image_size="keep").shape == (2, 3, 48, 24)
+    kept = own.replace(image_size="keep", pooling="mean")
+    assert kept.replace(seed=1).image_size == "keep"
+    assert kept(photos[..., :48, :24]).image_size == (48, 24)
+    with pytest.raises(ValueError, match="one side, or .*'keep' for the images' own size; or None for the model's"):
+        own.replace(image_size="own")
+
+
+def test_reprs_of_two_lines():
+    extractor = make("ddpm", "mid_block", [100, 261.5], image_size=None, pooling="mean", ensemble_size=2)
+    network = extractor.denoiser.model
+    size = sum(p.numel() for p in network.parameters())
+    assert repr(extractor.denoiser) == (
+        f"Denoiser(UNet2DModel, {size:,} parameters, torch.float32, cpu, name=None,\n"
+        "    image_size=(16, 16), condition='none', noise='vp', predicts='epsilon')"
+    )
+    assert repr(extractor) == (
+        "FeatureExtractor(UNet2DModel, layers=['mid_block'],\n"
+        "    timestep=[100, 261.5], noise='per_image', seed=0, ensemble_size=2, pooling='mean', image_size=(16, 16))"
+    )
+    assert repr(extractor(torch.rand(1, 1, 8, 8))) == (
+        "FeatureOutput({'mid_block': (2, 1, 16)},\n    timestep=[100, 261.5], pooling='mean', image_size=(16, 16))"
+    )
+
+
 # Levels.
 
 
@@ -99,10 +132,12 @@ def test_levels_by_nsr_tensor_and_array():
     denoiser = Denoiser.from_pipe(build("sd"))
     nsr = denoiser.level(261).nsr
     images = images_for("sd")
-    reference = FeatureExtractor(denoiser, "mid_block", [261, 100])(images)
+    reference = FeatureExtractor(denoiser, "mid_block", [261, 100], image_size="keep")(images)
     for levels in ([NoiseLevel(nsr=nsr), 100], torch.tensor([261, 100]), np.array([261, 100])):
         assert_close(
-            FeatureExtractor(denoiser, "mid_block", levels)(images)["mid_block"], reference["mid_block"], 1e-4
+            FeatureExtractor(denoiser, "mid_block", levels, image_size="keep")(images)["mid_block"],
+            reference["mid_block"],
+            1e-4,
         )
 
 
@@ -113,7 +148,9 @@ def test_several_levels_share_encodes_and_forwards():
     pipe.vae.encode = lambda x, *a, **k: (calls.__setitem__("vae", calls["vae"] + len(x)), encode(x, *a, **k))[1]
     pipe.text_encoder.register_forward_pre_hook(lambda m, a: calls.__setitem__("text", calls["text"] + 1))
     pipe.unet.register_forward_pre_hook(lambda m, a, k: calls["unet"].append(len(k["sample"])), with_kwargs=True)
-    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), "up_blocks.1", [100, 261], ensemble_size=4, batch_size=8)
+    extractor = FeatureExtractor(
+        Denoiser.from_pipe(pipe), "up_blocks.1", [100, 261], ensemble_size=4, batch_size=8, image_size="keep"
+    )
     extractor(images_for("sd", 3), prompt="a cat")
     forwards = [n for n in calls["unet"] if n > 1]  # one row: the pipeline's own call, for the condition
     assert (calls["vae"], calls["text"], forwards) == (3, 1, [8, 8, 8])
@@ -128,7 +165,7 @@ def test_several_levels_share_encodes_and_forwards():
 def test_a_model_may_be_cast_between_calls(name):
     """Moving it to another device is the same case: encoded prompts that are kept must follow."""
     pipe, images = build(name), images_for(name)
-    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), LAYERS[name], 261)
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), LAYERS[name], 261, image_size="keep")
     before = extractor(images, prompt="a cat")
     pipe.to(torch.float64)
     after = extractor(images, prompt="a cat")
@@ -152,7 +189,7 @@ def test_more_prompts_than_are_kept(monkeypatch):
 
 def test_clean_is_the_image_itself():
     pipe, images = build("ddpm"), images_for("ddpm")
-    clean = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", 200, noise="clean")(images)
+    clean = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", 200, noise="clean", image_size="keep")(images)
     seen = []
     handle = pipe.unet.mid_block.register_forward_hook(lambda m, a, out: seen.append(out))
     with torch.no_grad():
@@ -165,7 +202,7 @@ def test_clean_input_of_an_edm_network_has_its_scale():
     unet, images = unet2d(3), torch.rand(2, 3, 16, 16)
     denoiser = Denoiser(unet.eval(), EDMEulerScheduler(sigma_data=0.5))
     level = NoiseLevel(nsr=0.5)
-    clean = FeatureExtractor(denoiser, "mid_block", level, noise="clean")(images)
+    clean = FeatureExtractor(denoiser, "mid_block", level, noise="clean", image_size="keep")(images)
     seen = []
     handle = unet.mid_block.register_forward_hook(lambda m, a, out: seen.append(out))
     with torch.no_grad():
@@ -176,7 +213,7 @@ def test_clean_input_of_an_edm_network_has_its_scale():
 
 def test_shared_noise_is_one_draw_for_all_and_at_pure_noise_hides_the_image():
     pipe = build("ddim")  # zero terminal SNR: no signal is left at 999
-    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", [999, 200], noise="shared")
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", [999, 200], noise="shared", image_size="keep")
     output = extractor(images_for("ddim", 2))["mid_block"]
     assert_close(output[0, 0], output[0, 1])
     assert not torch.allclose(output[1, 0], output[1, 1], atol=1e-3)
@@ -222,7 +259,9 @@ def test_variance_of_an_ensemble_falls_with_its_size():
     repeated, ids = image.expand(96, -1, -1, -1), range(96)
 
     def variance(members):
-        extractor = FeatureExtractor(denoiser, "mid_block", 261, ensemble_size=members, pooling="mean", batch_size=64)
+        extractor = FeatureExtractor(
+            denoiser, "mid_block", 261, ensemble_size=members, pooling="mean", batch_size=64, image_size="keep"
+        )
         return extractor(repeated, ids=ids)["mid_block"].var(0).sum()
 
     assert variance(1) / variance(4) == pytest.approx(4, rel=0.3)
@@ -265,7 +304,7 @@ def test_input_and_residual_of_a_resnet():
     images, path = images_for("sd"), "up_blocks.1.resnets.2"
     pipe = build("sd")
     output, taken, branch = (
-        FeatureExtractor(Denoiser.from_pipe(pipe), path, 261, where=where)(images)[path]
+        FeatureExtractor(Denoiser.from_pipe(pipe), path, 261, where=where, image_size="keep")(images)[path]
         for where in ("output", "input", "residual")
     )
     shortcut = pipe.unet.get_submodule(path).conv_shortcut
@@ -288,7 +327,9 @@ def test_no_graph_no_state_left_behind():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     scheduler = copy.deepcopy(dict(pipe.scheduler.config))
-    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), ["mid_block"], 261, ensemble_size=2, noise="fresh")
+    extractor = FeatureExtractor(
+        Denoiser.from_pipe(pipe), ["mid_block"], 261, ensemble_size=2, noise="fresh", image_size="keep"
+    )
     feature = extractor(images, prompt="a cat")["mid_block"]
     with pytest.raises(ValueError, match="3 prompts"):
         extractor(images, prompt=["a", "b", "c"])
@@ -320,14 +361,16 @@ def test_offloaded_pipelines(kind):
             accelerate.cpu_offload(module, cpu, offload_buffers=len(module._parameters) > 0)
     else:
         pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind)
-    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), LAYERS["sd"], 261)
+    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), LAYERS["sd"], 261, image_size="keep")
     for _ in range(2):
         assert torch.equal(extractor(images, prompt="a cat")["up_blocks.1"], plain["up_blocks.1"])
 
 
 def test_output_device_and_dtype():
     pipe = build("ddpm").to(dtype=torch.bfloat16)
-    extractor = FeatureExtractor(Denoiser.from_pipe(pipe), "mid_block", 261, output_device="cpu", ensemble_size=3)
+    extractor = FeatureExtractor(
+        Denoiser.from_pipe(pipe), "mid_block", 261, output_device="cpu", ensemble_size=3, image_size="keep"
+    )
     feature = extractor(images_for("ddpm"))["mid_block"]
     assert feature.dtype is torch.float32  # means of half-precision networks are taken in float32
     assert feature.device.type == "cpu"

@@ -35,7 +35,7 @@ from tests.testers.models import build
         ({"seed": 0.5}, TypeError, "seed must be a whole number"),
         ({"where": "middle"}, ValueError, "output, input, residual"),
         ({"image_size": (32, 33)}, ValueError, "multiples of"),
-        ({"image_size": (32, 32, 3)}, ValueError, "one side or"),
+        ({"image_size": (32, 32, 3)}, ValueError, "one side, or"),
     ],
 )
 def test_bad_settings(settings, error, message):
@@ -85,7 +85,7 @@ def test_nan_features_name_their_layer():
     with torch.no_grad():
         pipe.unet.mid_block.resnets[0].conv1.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="'mid_block'.*float32"):
-        FeatureExtractor(Denoiser.from_pipe(pipe), ["conv_in", "mid_block"], 5)(images_for("ddpm"))
+        FeatureExtractor(Denoiser.from_pipe(pipe), ["conv_in", "mid_block"], 5, image_size="keep")(images_for("ddpm"))
 
 
 def test_as_map_refuses_what_is_no_map():

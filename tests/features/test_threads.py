@@ -24,7 +24,9 @@ def test_one_extractor_in_threads():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     denoiser.model.train()
-    one = FeatureExtractor(denoiser, ["mid_block", "up_blocks.0"], [100, 400], ensemble_size=2, batch_size=3)
+    one = FeatureExtractor(
+        denoiser, ["mid_block", "up_blocks.0"], [100, 400], ensemble_size=2, batch_size=3, image_size="keep"
+    )
     other = one.replace(layers=["up_blocks.1"], pooling="mean", timestep=200)
     given = images(4, 1, 16)
 
@@ -41,7 +43,7 @@ def test_prompts_and_attention_maps_in_threads():
     """Tokenizers, text encoders and the cache of prompts are shared too; so is the global random state."""
     pipe = build("sd")
     denoiser = Denoiser.from_pipe(pipe)
-    extractor = FeatureExtractor(denoiser, ["mid_block"], 261, pooling="mean")
+    extractor = FeatureExtractor(denoiser, ["mid_block"], 261, pooling="mean", image_size="keep")
     given, prompts = images(4), ["a cat", "a dog", "a cat", "a house with a garden"]
     before = torch.get_rng_state()
 
@@ -49,7 +51,9 @@ def test_prompts_and_attention_maps_in_threads():
         return lambda: [extractor([given[i]], prompt=prompts[i]).features for _ in range(2)]
 
     def attention():
-        return attention_maps(denoiser, given[:1], ["mid_block.attentions.0.transformer_blocks.0.attn1"], 261).maps
+        return attention_maps(
+            denoiser, given[:1], ["mid_block.attentions.0.transformer_blocks.0.attn1"], 261, image_size="keep"
+        ).maps
 
     expected = [[extractor.replace()([given[i]], prompt=prompts[i]).features] * 2 for i in range(4)] + [attention()]
     extractor._prompts.clear()
@@ -70,7 +74,9 @@ def test_more_prompts_than_are_kept_in_threads(monkeypatch):
 
 
 def test_fresh_noise_is_one_stream_for_one_thread():
-    extractor = FeatureExtractor(Denoiser.from_pipe(build("ddpm")), ["mid_block"], 200, noise="fresh", batch_size=1)
+    extractor = FeatureExtractor(
+        Denoiser.from_pipe(build("ddpm")), ["mid_block"], 200, noise="fresh", batch_size=1, image_size="keep"
+    )
     inside, leave = threading.Event(), threading.Event()
 
     class Bar:
@@ -115,7 +121,7 @@ def test_a_network_compiled_or_cached_after_the_extractor_was_made():
     from diffusers import FirstBlockCacheConfig
 
     denoiser = Denoiser.from_pipe(build("ddpm"))
-    extractor, given = FeatureExtractor(denoiser, ["up_blocks.0"], 200), images(1, 1, 16)
+    extractor, given = FeatureExtractor(denoiser, ["up_blocks.0"], 200, image_size="keep"), images(1, 1, 16)
     expected = extractor(given).features
     denoiser.model.mid_block.compile(backend="eager")
     with pytest.raises(RuntimeError, match="mid_block .* is compiled"):
@@ -124,11 +130,11 @@ def test_a_network_compiled_or_cached_after_the_extractor_was_made():
     assert equal(extractor(given).features, expected)
     flux = Denoiser.from_pipe(build("flux"))
     layer = "single_transformer_blocks.0"
-    extractor = FeatureExtractor(flux, [layer], 200)
+    extractor = FeatureExtractor(flux, [layer], 200, image_size="keep")
     flux.model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match=r"caches activations between steps, .* features of other calls"):
         extractor(images(1))
     with pytest.raises(ValueError, match=r"caches activations between steps, .* features of other calls"):
-        attention_maps(flux, images(1), ["transformer_blocks.0.attn"], 200)
+        attention_maps(flux, images(1), ["transformer_blocks.0.attn"], 200, image_size="keep")
     flux.model.disable_cache()
     extractor(images(1))

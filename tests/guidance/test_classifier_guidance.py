@@ -101,6 +101,40 @@ def test_an_exact_classifier_gives_classifier_free_guidance(case, scale):
         assert step.backward_passes == int(float(step.level.alpha) > 0)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_what_is_sampled_of_a_gaussian(scale):
+    """x of N(0, 1) and `p(c | x) = exp(-(x - 1)^2 / 2)`, so the posterior is N(1/2, 1/2): p(x | c) for scale 1 alone.
+
+    The probability flow is linear: two starting points tell mean and deviation of all samples.
+    """
+    scheduler = table(DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"))
+    scheduler.set_timesteps(200)
+    level_of = vp(scheduler)
+
+    class Normal(nn.Module):
+        def forward(self, sample, timestep, return_dict=True):
+            return (level_of(timestep.reshape(-1)[0])[1] * sample,)
+
+    def classifier(x, timestep):
+        alpha, sigma, _, _ = level_of(timestep[0])  # x_0 given x_t is N(alpha x_t, sigma^2)
+        found = -0.5 * (1 + sigma**2).log() - (alpha * x[:, :, 0, 0] - 1).square() / (2 * (1 + sigma**2))
+        return torch.cat([found, torch.log1p(-found.exp())], dim=1)
+
+    denoiser = Denoiser(Normal(), scheduler, family=GenericFamily(channels=1))
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None, None]
+    with torch.no_grad(), guide(denoiser, ClassifierGuidance(classifier, 0, scale=scale), scheduler=scheduler):
+        for t in scheduler.timesteps:
+            x = scheduler.step(denoiser.model(sample=x, timestep=t.expand(2))[0], t, x).prev_sample.double()
+    mean, variance = float(x[0]), float(x[1] - x[0]) ** 2
+    assert variance == pytest.approx(0.5**scale, rel=0.1)
+    of_the_law = (scale / (1 + scale), 1 / (1 + scale))
+    if scale <= 1:
+        assert (mean, variance) == pytest.approx(of_the_law, abs=0.03)
+    else:
+        assert variance < 0.5 * of_the_law[1]
+        assert mean > of_the_law[0] + 0.2
+
+
 def test_moves_the_mean_of_a_ddpm_step_by_the_papers_shift_over_sqrt_one_minus_beta():
     scheduler = table(DDPMScheduler(clip_sample=False))
     scheduler.betas = scheduler.betas.double()

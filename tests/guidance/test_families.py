@@ -128,7 +128,7 @@ def test_cfg_of_ours_replaces_a_renormalised_one():
 
 @pytest.mark.parametrize("name", sorted(set(LAYERS) - {"hunyuan_dit", *VIDEOS}))
 def test_sag_refuses_where_text_is_in_the_softmax(name):
-    with pytest.raises(ValueError, match=r"image tokens attend to text in the same softmax.*Use PAG"):
+    with pytest.raises(ValueError, match=r"image tokens attend to text in the same softmax.*PAG"):
         guide(lively(name), SAG(0.75))
 
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    FirstBlockCacheConfig,
-    PyramidAttentionBroadcastConfig,
+    FasterCacheConfig,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionSAGPipeline,
 )
-from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast
+from diffusers.hooks import HookRegistry, apply_faster_cache
 from torch import nn
 
 from diffusers_repr import CFG, PAG, SAG, guide
@@ -271,41 +270,50 @@ def compile_repeated_blocks(network):
 
 
 def replace_by_a_compiled_one(network):
-    plain = network.proj_out
-    network.proj_out = torch.compile(plain, backend="eager")
-    return lambda: setattr(network, "proj_out", plain)
+    plain = network.transformer_blocks[1]
+    network.transformer_blocks[1] = torch.compile(plain, backend="eager")
+    return lambda: network.transformer_blocks.__setitem__(1, plain)
+
+
+def faster_cache():
+    return FasterCacheConfig(
+        current_timestep_callback=lambda: 9, attention_weight_callback=lambda module: 0.5, is_guidance_distilled=True
+    )
 
 
 def enable_a_cache(network):
-    network.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    network.enable_cache(faster_cache())
     return network.disable_cache
 
 
 def apply_a_cache(network):
-    config = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 9)
-    apply_pyramid_attention_broadcast(network, config)
-    kind = "pyramid_attention_broadcast"
-    return lambda: HookRegistry.check_if_exists_or_initialize(network).remove_hook(kind, recurse=True)
+    apply_faster_cache(network, faster_cache())
+    registry = HookRegistry.check_if_exists_or_initialize(network)
+    return lambda: [registry.remove_hook(f"faster_cache_{part}", recurse=True) for part in ("denoiser", "block")]
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (compile_a_block, RuntimeError, r"transformer_blocks.1 .* is compiled"),
-        (compile_repeated_blocks, RuntimeError, r"transformer_blocks.0 .* is compiled"),
-        (replace_by_a_compiled_one, RuntimeError, r"proj_out \(OptimizedModule\) is compiled"),
-        (enable_a_cache, ValueError, r"caches activations between steps.*disable_cache\(\)"),
-        (apply_a_cache, ValueError, r"caches activations between steps \(pyramid_attention_broadcast\)"),
+        (compile_repeated_blocks, RuntimeError, r"transformer_blocks.[01] .* is compiled"),
+        (replace_by_a_compiled_one, RuntimeError, r"transformer_blocks.1 \(OptimizedModule\) is compiled"),
+        (enable_a_cache, ValueError, r"caches activations between steps.*faster_cache keeps.*disable_cache\(\)"),
+        (
+            apply_a_cache,
+            ValueError,
+            r"caches activations between steps \(faster_cache_.*further pass of PAG; remove its",
+        ),
     ],
 )
 def test_compiled_parts_and_caches_are_refused_whenever_they_come(change, error, message):
     """Before `guide`, after it, between two runs, and in a loop of one's own."""
-    pipe = build("flux")
+    pipe, config = build("flux"), PAG(1.0, layers="transformer_blocks.1.attn")
     undo = change(pipe.transformer)
     with pytest.raises(error, match=message):
-        guide(pipe, PAG(1.0))
+        guide(pipe, config)
     undo()
-    handle = guide(pipe, PAG(1.0))
+    handle = guide(pipe, config)
     for _ in range(2):
         undo = change(pipe.transformer)
         with pytest.raises(error, match=message):
@@ -316,14 +324,14 @@ def test_compiled_parts_and_caches_are_refused_whenever_they_come(change, error,
     assert untouched(pipe)
     denoiser = Denoiser.from_pipe(pipe)
     x, condition = noise(1, 4, 16, 16), denoiser.condition(batch=1, size=(32, 32))
-    with torch.no_grad(), guide(denoiser, PAG(1.0)):
+    with torch.no_grad(), guide(denoiser, config):
         for timestep in (500, 400):
             denoiser.predict(x, timestep, condition)
         undo = change(pipe.transformer)
         with pytest.raises(error, match=message):  # the noise does not fall: another run
             denoiser.predict(x, 500, condition)
         undo()
-    with guide(pipe, PAG(1.0)):
+    with guide(pipe, config):
         assert torch.equal(run("flux", pipe, 1.0, steps=1), guided)
 
 

@@ -212,7 +212,7 @@ def test_conditions_and_features_of_a_guided_pipeline():
     pipe = build("sd")
     images = [torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(1))]
     denoiser = Denoiser.from_pipe(pipe)
-    extractor = FeatureExtractor(denoiser, ["mid_block", "up_blocks.1"], 261)
+    extractor = FeatureExtractor(denoiser, ["mid_block", "up_blocks.1"], 261, image_size="keep")
     condition = denoiser.condition("a cat").inputs["encoder_hidden_states"]
     features = extractor(images)
     expected = run("sd", pipe, 3.0)

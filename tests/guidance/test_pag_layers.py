@@ -13,9 +13,11 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
-from diffusers_repr import PAG, Denoiser, describe, guide
+from diffusers_repr import PAG, SAG, Denoiser, Family, describe, guide
+from diffusers_repr.denoiser.attention_layouts import SINGLE_TEXT_FIRST
 from tests.capture.models import hook_count
 from tests.testers.models import PIPELINES, build
 
@@ -128,32 +130,57 @@ def test_a_network_without_self_attention():
     unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4, add_attention=False, **blocks)
     with pytest.raises(ValueError, match="no self-attention at the default place.*none in the whole network"):
         guide(Denoiser(unet, DDPMScheduler()), PAG(3.0))
-    with pytest.raises(ValueError, match="matches nothing"):
+    with pytest.raises(ValueError, match="matches nothing. The network has no self-attention that its family"):
         guide(Denoiser(unet, DDPMScheduler()), PAG(3.0, layers="mid_block.attentions.0"))
 
 
-class Hiding:
-    """A processor that is not known."""
+class Refined(nn.Module):
+    """Text tokens attend to each other, then to the image's: both by diffusers' `Attention`."""
 
-    def __call__(self, attn, hidden_states, *args, **kwargs):
-        return AttnProcessor2_0()(attn, hidden_states, *args, **kwargs)
+    def __init__(self):
+        super().__init__()
+        self.words, self.tower = nn.ModuleList(attentions(3)), nn.ModuleList(attentions(2))
+
+    def forward(self, sample, timestep, text):
+        for block in self.words:
+            text = block(text)
+        tokens = torch.cat([text, sample.flatten(2).transpose(1, 2)], dim=1)
+        for block in self.tower:
+            tokens = block(tokens)
+        return (tokens[:, text.shape[1] :].transpose(1, 2).unflatten(2, sample.shape[2:]),)
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
-def test_attention_that_hides_its_parts(name):
-    pipe = build(name)
-    network = network_of(pipe)
-    network.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
-        guide(pipe, PAG(3.0))
-    assert hook_count(network) == 0
-    network.unfuse_qkv_projections()
-    guide(pipe, PAG(3.0)).remove()
-    path = bound(pipe)[0]
-    network.get_submodule(path).set_processor(Hiding())
-    with pytest.raises(ValueError, match=f"{path}.*processor Hiding, which hides q and k"):
-        guide(pipe, PAG(3.0))
-    assert hook_count(network) == 0
+def attentions(count):
+    return [Attention(8, heads=2, dim_head=4) for _ in range(count)]
+
+
+class Silent(Family):
+    def channels(self):
+        return 8
+
+
+class Stacked(Silent):
+    stacks = ("tower",)
+
+
+class Told(Silent):
+    attentions = {"tower.*": SINGLE_TEXT_FIRST}
+
+
+def test_a_family_that_does_not_tell_what_is_image():
+    """`words.2` is at half of the depth: no default by guess, but one where the family says which is of the image."""
+
+    def of(family):
+        return Denoiser(Refined(), DDPMScheduler(), family=family)
+
+    message = r"Silent does not tell which attention of Refined.*layers=.*'words.0', 'words.1', '...', 'tower.0', 'tow"
+    for method, config in (("PAG", PAG()), ("SAG", SAG())):
+        with pytest.raises(ValueError, match=f"{message}.*") as raised:
+            config.bind(of(Silent()))
+        assert f"so {method} has no default there" in str(raised.value)
+    assert [method.works for method in describe(of(Silent())).methods] == [True, False, False]
+    assert bound(of(Silent()), layers="tower.*") == ("tower.0", "tower.1")
+    assert bound(of(Stacked())) == bound(of(Told())) == ("tower.1",)
 
 
 # Defaults

@@ -10,11 +10,13 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
+    FusedJointAttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
     SanaLinearAttnProcessor2_0,
     XFormersAttnProcessor,
     XFormersJointAttnProcessor,
 )
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 from diffusers_repr import Denoiser
 from diffusers_repr.guidance.attention import perturbations
@@ -23,10 +25,12 @@ from diffusers_repr.guidance.attention.projections import check_supported, named
 from diffusers_repr.guidance.attention.received import attention_received
 from tests.guidance.attention_cases import (
     CASES,
+    GRID,
     PLAIN,
     WIDTH,
     case,
     flux,
+    image_of,
     inputs,
     perturbed,
     plain,
@@ -166,24 +170,25 @@ class Hidden:
 def test_what_is_refused():
     unet = build("sd").unet
     path = "mid_block.attentions.0.transformer_blocks.0.attn2"
-    with pytest.raises(ValueError, match=rf"Layer '{path}' is cross-attention.*attn1"):
+    with pytest.raises(ValueError, match=rf"Layer '{path}' is cross-attention"):
         supported(unet.get_submodule(path), path)
     with pytest.raises(ValueError, match="'a.conv' is a Conv2d"):
         supported(unet.conv_in, "a.conv")
     with pytest.raises(ValueError, match="added_kv_proj_dim"):
         supported(plain(added_kv_proj_dim=WIDTH))
-    with pytest.raises(ValueError, match=r"processor Hidden, which hides q and k.*set_default_attn_processor\(\)"):
-        supported(plain(processor=Hidden()))
-    with pytest.raises(ValueError, match="PAGIdentitySelfAttnProcessor2_0"):
+    with pytest.raises(ValueError, match="PAGIdentitySelfAttnProcessor2_0.*Load the network anew"):
         supported(plain(processor=PAGIdentitySelfAttnProcessor2_0()))
-    with pytest.raises(ValueError, match="FusedAttnProcessor2_0.*unfuse_qkv_projections"):
-        supported(plain(processor=FusedAttnProcessor2_0()))
     fused = flux()
     fused.fuse_projections()
-    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+    fused.processor = FluxIPAdapterAttnProcessor(WIDTH, 8)
+    with pytest.raises(ValueError, match=r"fused projections beside an image prompt.*unfuse_qkv_projections\(\)"):
         supported(fused)
     fused.unfuse_projections()
-    assert supported(fused).name == "joint attention, text first"
+    assert supported(fused).processors
+    hidden = {"hidden_states": torch.ones(1, 4, WIDTH)}
+    module = plain(processor=Hidden())
+    with pytest.raises(ValueError, match=r"with Hidden made 0 calls .* one can be perturbed\.$"):
+        perturbations.perturbed(module, supported(module), hidden, Identity())
     linear = plain(processor=SanaLinearAttnProcessor2_0())
     with pytest.raises(ValueError, match="linear attention.*values only"):
         supported(linear, needs="queries")
@@ -193,17 +198,24 @@ def test_what_is_refused():
         supported(parallel)
 
 
-def test_unfused_unet_is_accepted_again():
-    unet = build("sd").unet
-    path = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    unet.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
-        supported(unet.get_submodule(path), path)
-    unet.unfuse_qkv_projections()
-    module = unet.get_submodule(path)
-    assert supported(module, path).name == "self-attention"
-    hidden = torch.randn(2, 12, 16)
-    assert same(with_probabilities(module, {"hidden_states": hidden}, 0), module(hidden), 1e-5)
+@pytest.mark.parametrize("name", ["self", "joint, q and k not normed", "flux", "flux single"])
+def test_what_is_not_spelled_out_runs_its_own_forward(name):
+    """Fused projections, and a processor that is not known: as the parts put together."""
+    module, arguments, text = case(name)
+    image = image_of(module, arguments, text)
+    wanted = [perturbed(module, arguments, kind, GRID, text) for kind in (Identity(), Mask(0.5))]
+    # diffusers' FusedJointAttnProcessor2_0 leaves norms of q and k out, perturbed or not.
+    fused = {"AttnProcessor2_0": FusedAttnProcessor2_0, "JointAttnProcessor2_0": FusedJointAttnProcessor2_0}
+    processors = [fused.get(type(module.processor).__name__, lambda: module.processor)()]
+    processors += [type(f"My{type(module.processor).__name__}", (type(module.processor),), {})()]
+    for processor in processors:
+        if processor is processors[0]:
+            module.fuse_projections()
+        module.processor = processor
+        layout = supported(module)
+        assert not layout.processors
+        for kind, expected in zip((Identity(), Mask(0.5)), wanted, strict=True):
+            assert same(perturbations.perturbed(module, layout, arguments, kind, GRID, image), expected, 1e-12)
 
 
 def test_arguments_get_their_names():

@@ -319,7 +319,7 @@ PAIR = [((0, 0), (1, 1))]
     ("kind", "options", "what"),
     [
         (SPATIAL, {}, "needs target"),
-        (SPATIAL, {"target": TARGET, "reference": X0}, "takes no reference; it takes mask, target"),
+        (SPATIAL, {"target": TARGET, "reference": X0}, "takes no reference; it takes mask, reference_row, target"),
         (SPATIAL, {"target": TARGET, "pooled": True}, "takes no pooled"),
         (SPATIAL, {"target": 100 * TARGET}, r"spans -80 to 80; this head's labels lie in \[-1, 1\]"),
         (SPATIAL, {"target": torch.zeros(3, 8, 8)}, r"\(1, H, W\) or \(B, 1, H, W\); got \(3, 8, 8\)"),

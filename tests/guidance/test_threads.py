@@ -43,7 +43,7 @@ def test_a_plain_pipeline_and_a_reader_beside_a_guided_one(name, own):
     pipe = build(name)
     plain, scale = sharing(pipe), None if name == "ddim" else 3.0
     denoiser = Denoiser.from_pipe(plain)
-    extractor = FeatureExtractor(denoiser, ["mid_block", "up_blocks.0"], 261)
+    extractor = FeatureExtractor(denoiser, ["mid_block", "up_blocks.0"], 261, image_size="keep")
     images = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))] * (1 if name == "sd" else 2)
     if name == "ddim":
         images = [image[:, :16, :16] for image in images]

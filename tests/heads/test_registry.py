@@ -1,9 +1,11 @@
 """Heads of one's own: registered, fitted by name, saved with a probe, loaded by name and never by a place of code."""
 
+import importlib
 import json
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
@@ -12,13 +14,14 @@ from diffusers_repr.heads import (
     LinearHead,
     MapHead,
     PooledHead,
+    ReadoutHead,
     fit_head,
     head_class,
     list_heads,
     register_head,
     unregister_head,
 )
-from diffusers_repr.hub.components import OWN_COMPONENTS
+from diffusers_repr.hub.components import MOVED_MODULES, OWN_COMPONENTS, check_index
 from diffusers_repr.models.layers import CastLinear
 from diffusers_repr.tasks import Probe
 from diffusers_repr.testing.head import check_head
@@ -130,6 +133,33 @@ def test_ours_are_what_a_pipeline_may_hold():
     assert all(issubclass(cls, Head) for cls in list_heads().values())
     assert set(list_heads(MapHead)) == {"depth", "readout"}
     assert LinearHead.kind == "linear"
+
+
+class HeadedPipeline(DiffusionPipeline):
+    """Of a user, with a head of ours."""
+
+    def __init__(self, head: Head, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        self.register_modules(head=head, scheduler=scheduler)
+
+
+def test_a_pipeline_folder_from_before_heads_moved_loads(tmp_path):
+    head = ReadoutHead(["a"], [4], width=8, bottleneck=4, output_widths=(4, 4), time_width=8)
+    HeadedPipeline(head, DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["head"] == ["diffusers_repr.heads.dense.readout", "ReadoutHead"]
+    index["head"][0] = "diffusers_repr.heads.readout"  # as it was written then
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = HeadedPipeline.from_pretrained(tmp_path).head
+    assert type(loaded) is ReadoutHead
+    assert torch.equal(loaded.weights, head.weights)
+    assert check_index(index, "index")["head"][0] == "diffusers_repr.heads.dense.readout"
+    for former, present in MOVED_MODULES.items():
+        assert importlib.import_module(former) is importlib.import_module(present)
+        assert present in OWN_COMPONENTS.values()
+    index["head"] = ["diffusers_repr.heads.readout", "DepthHead"]  # never lay there
+    with pytest.raises(ValueError, match="head is 'DepthHead' of the library"):
+        check_index(index, "index")
 
 
 def test_a_file_names_no_place_of_code(gated, tmp_path):

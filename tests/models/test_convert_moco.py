@@ -75,6 +75,8 @@ def test_known_widths_have_the_authors_heads():
     found = convert_moco_v3(own(OfficialMoCo(dim=384, depth=1, heads=12, hidden=8, side=4)))
     assert found.config["num_attention_heads"] == 12
     assert (found.config["layer_norm_eps"], found.config["intermediate_size"]) == (1e-6, 8)
+    with pytest.raises(ValueError, match="num_attention_heads is 3, which does not divide the width, 16"):
+        convert_moco_v3(own(OfficialMoCo()), 3)
     with pytest.raises(ValueError, match=r"width 16; give num_attention_heads. Known widths: 384 \(12\), 768"):
         convert_moco_v3(own(OfficialMoCo()))
 
@@ -89,6 +91,11 @@ def test_known_widths_have_the_authors_heads():
         (lambda w: w.update({"base_encoder.patch_embed.proj.0.weight": w.pop("base_encoder.patch_embed.proj.weight")}),
          "has a convolutional stem; only its plain vision transformers"),
         (lambda w: w.pop("base_encoder.pos_embed"), "has no vision transformer"),
+        (lambda w: w.update({"base_encoder.blocks.1.mlp.fc2.weight": torch.ones(16, 16)}),
+         r"'blocks.1.mlp.fc2.weight' is \(16, 16\); its others ask for \(16, 64\)"),
+        (lambda w: w.update({"base_encoder.blocks.0.attn.qkv.bias": torch.ones(16)}), r"ask for \(48,\)"),
+        (lambda w: w.update({"base_encoder.patch_embed.proj.bias": torch.ones(8)}), r"ask for \(16,\)"),
+        (lambda w: w.update({"base_encoder.cls_token": torch.ones(1, 2, 16)}), r"ask for \(1, 1, 16\)"),
     ],
 )  # fmt: skip
 def test_what_is_refused(change, message):

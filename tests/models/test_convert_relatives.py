@@ -84,6 +84,9 @@ def test_irepa(tmp_path):
     wanted = functional.linear(tokens, own["matrix"], own["other"])
     torch.testing.assert_close(head(tmp_path, "projector-1")(tokens, (4, 4)), wanted)
     torch.testing.assert_close(head(tmp_path, "projector-2")(tokens, (4, 4)), mlp(tokens))
+    for end, shape in (("weight", (0, 16)), ("bias", (0,))):  # of its baseline, `z_dims=[0]`
+        weights[names.format(3, end)] = torch.zeros(shape)
+    assert len(convert_state_dict(weights, overrides=TWO).relatives.projectors) == 3
     del weights[names.format(0, "bias")]
     with pytest.raises(ValueError, match=r"projectors\.0 has weight; a projector of iREPA"):
         convert_state_dict(weights, overrides=TWO)

@@ -188,7 +188,7 @@ def test_half_precision_by_every_door(dtype, tmp_path):
 
     wanted = sampled(pipe)
     for way in ({}, {"device_map": "cpu"}, {"device_map": "balanced"}):
-        loaded = SiTPipeline.from_pretrained(tmp_path, dtype=dtype, **way)
+        loaded = SiTPipeline.from_pretrained(tmp_path, torch_dtype=dtype, **way)
         loaded.set_progress_bar_config(disable=True)
         assert loaded.transformer.dtype == dtype
         assert torch.equal(sampled(loaded), wanted)

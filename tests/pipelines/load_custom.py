@@ -63,14 +63,14 @@ def check(name: str, root: str) -> None:
     h, w = SIZES[name]
     images = torch.rand(2, pipe.denoiser.image_channels, h, w, generator=torch.Generator().manual_seed(0))
     layer = LAYERS.get(name, "transformer_blocks.1")
-    call = {"layers": [layer], "timestep": 261, "ensemble_size": 2, "seed": 3}
+    call = {"layers": [layer], "timestep": 261, "ensemble_size": 2, "seed": 3, "image_size": "keep"}
     got = pipe(images, **call, **CONDITIONS[name])
     stock = DiffusionPipeline.from_pretrained(folder)
     assert type(stock) is getattr(diffusers, pipe.config.class_name)
     assert {k for k, v in stock.components.items() if v is not None} == {
         k for k, v in pipe.components.items() if v is not None
     }
-    want = FeatureExtractor(Denoiser.from_pipe(stock), [layer], 261, ensemble_size=2, seed=3)(
+    want = FeatureExtractor(Denoiser.from_pipe(stock), [layer], 261, ensemble_size=2, seed=3, image_size="keep")(
         images, **CONDITIONS[name]
     )
     assert torch.equal(got.features[layer], want.features[layer])

@@ -99,10 +99,32 @@ def load_features(*names: str) -> None:
     print("feature_extraction is good", flush=True)
 
 
+def load_two() -> None:
+    """Two folders in one process: the second is refused, the first stays as it is, and the remedies work."""
+    first, guided = consent("feature_extraction"), consent("guided_unconditional")
+    pipe = DiffusionPipeline.from_pretrained(saved("ddpm"), **first)
+    images = torch.rand(1, 1, 16, 16)
+    want = pipe(images, "mid_block", 100).features["mid_block"]
+    try:
+        DiffusionPipeline.from_pretrained(saved("class_unet"), **guided)
+    except ImportError as error:
+        told = str(error)
+    assert "FeatureExtractionPipeline is loaded there already. Import it" in told, told
+    assert torch.equal(pipe(images, "mid_block", 100).features["mid_block"], want)
+    again = DiffusionPipeline.from_pretrained(saved("ddpm"), **first)  # the same folder, as often as one likes
+    assert torch.equal(again(images, "mid_block", 100).features["mid_block"], want)
+
+    from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
+
+    imported = GuidedUnconditionalPipeline.from_pretrained(saved("class_unet"))
+    assert run(imported, **arguments("class_unet"), guidance=PAG(2.0)) is not None
+    print("two is good", flush=True)
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
-    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW)]
+    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_two, ())]
     for function, given in cases:  # forked, so that the imports are paid once
         process = multiprocessing.get_context("fork").Process(target=function, args=given)
         process.start()

@@ -73,13 +73,16 @@ def test_from_command_to_files(model, encoder, data, tmp_path, capsys):
 def test_all_metrics_and_a_layer_of_a_denoiser_as_encoder(model, data, tmp_path, capsys):
     flags = ["--layers", "mid_block", "--timesteps", "100", "--metric", "cka", "linear", "knn", "--knn_k", "3"]
     flags += ["--test_split", "validation", "--limit", "16", "--no_plot", "--quiet", "--out", str(tmp_path)]
-    assert main(["align", model, f"{model}:mid_block@100", data, *flags]) == 0
+    assert main(["align", model, f"{model}:mid_block@100", data, *flags, "--json"]) == 0
+    (told,) = map(json.loads, capsys.readouterr().out.splitlines())
     found = Alignment.load(tmp_path)
     assert found.score("mid_block", 100) == pytest.approx(1, abs=1e-5)
     assert found.recipe["data"]["samples"] == 16
     assert found.encoder_scores == {m: found.score("mid_block", 100, m) for m in ("linear", "knn")}
     assert not (tmp_path / "alignment.png").exists()
-    assert "(the encoder itself)" in capsys.readouterr().out
+    assert told["encoder"] == found.encoder_scores
+    best = [{"layer": "mid_block", "timestep": 100, "score": found.score("mid_block", 100, "cka")}]
+    assert (told["out"], told["best"]["cka"]) == (str(tmp_path), best)
 
 
 def test_several_models_and_encoders(model, encoder, data, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What a selection leaves behind: files, an extractor, a picture; over every family, and by command."""
 
 import builtins
+import dataclasses
 import io
 import json
 import math
@@ -39,6 +40,20 @@ def test_saved_and_loaded_is_the_same(selection, tmp_path):
     folder = selection.save(tmp_path / "new" / "folder")
     assert sorted(p.name for p in folder.iterdir()) == ["heatmap.png", "selection.json", "selection.parquet"]
     assert Selection.load(folder) == selection
+
+
+def test_the_size_and_the_repr(selection, model):
+    """A selection knows the size of its images: None, as older ones have it, is theirs."""
+    assert selection.recipe["image_size"] == [8, 8]
+    assert selection.extractor(model).image_size == (8, 8)
+    older = dataclasses.replace(selection, recipe={**selection.recipe, "image_size": None})
+    assert older.extractor(model).image_size == "keep"
+    best = selection.best
+    assert repr(selection) == (
+        f"Selection(best {best.layer!r} at timestep {best.timestep:g}, noise={best.noise!r}: "
+        f"{selection.metric} {best.score:.4g},\n"
+        f"    18 cells, {len(selection.finalists)} finalists, sets of layers, levels, model=None)"
+    )
 
 
 def test_files_read_without_this_library(selection, tmp_path):
@@ -81,6 +96,13 @@ def test_losses_are_shown_positive_and_accuracies_in_percent(selection, monkeypa
     colours = figure.axes[1].get_images()[0]
     low, high = colours.to_rgba(colours.norm.vmin)[:2], colours.to_rgba(colours.norm.vmax)[:2]
     assert low[0] > 0.9 > 0.3 > high[0]  # the lowest loss is bright
+
+
+def test_a_cell_is_shown_in_four_digits(selection):
+    cell = replace(selection.best, score=1 / 3, mean=None, seed_scores=(2 / 3, 0.5))
+    assert "score=0.3333, " in repr(cell)
+    assert repr(cell).endswith("mean=None, std=" + f"{cell.std:.4g}, seed_scores=(0.6667, 0.5))")
+    assert eval(repr(cell), {"SelectionCell": type(cell)}).layer == cell.layer  # noqa: S307
 
 
 def test_colours_leave_out_the_worst_layer():
@@ -137,8 +159,9 @@ def test_every_family(name):
     labels = torch.arange(12) % 2
     layers = [layer.path for layer in list_layers(denoiser, size)][2:6:2]
     train, held, condition = (images[:8], labels[:8]), (images[8:], labels[8:]), CONDITIONS[name]
-    found = select_features(denoiser, train, held, [300, 100], layers, "neg_mse", batch_size=3, **condition, **BASE)
-    read = FeatureExtractor(denoiser, layers, 300, pooling="mean", batch_size=3)
+    settings = {"batch_size": 3, "image_size": "keep"}
+    found = select_features(denoiser, train, held, [300, 100], layers, "neg_mse", **settings, **condition, **BASE)
+    read = FeatureExtractor(denoiser, layers, 300, pooling="mean", **settings)
     out = read(images, **condition)
     for layer in layers:
         z, y = out[layer].double().numpy(), labels.double().numpy()

@@ -184,6 +184,16 @@ def test_images_of_other_sizes_and_colours_are_brought_to_those_of_training():
     big = [p.resize((40, 24)).convert("RGB") for p in images(3, seed=4)[0]]
     assert fitted()(big).labels == NAMES
     assert fitted().recipe.image_size == (16, 16)
+    assert repr(fitted()) == (
+        "Probe(LinearHead, 3 classes, base=None, image_size=(16, 16),\n"
+        "    layers=['mid_block', 'up_blocks.0'], timesteps=[50], pooling='adaptive:2')"
+    )
+
+
+def test_a_probe_is_fitted_at_the_models_own_size():
+    pictures, labels = images(9)
+    large = [picture.resize((30, 22)) for picture in pictures]
+    assert Probe.fit(pipeline(), (large, labels), layers="mid_block", timestep=50).recipe.image_size == (16, 16)
 
 
 def test_the_recipe_holds_what_the_answer_depends_on(tmp_path):
@@ -219,8 +229,8 @@ def test_the_card_has_the_scores_in_the_hubs_format(tmp_path):
     probe.save_pretrained(tmp_path / "sides")
     card = ModelCard.load(tmp_path / "sides" / "README.md")
     found = {(r.dataset_name, r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
-    assert found[("Sides", "test", "accuracy")] == first["accuracy"]
-    assert found[("Sides", "test", "balanced_accuracy")] == first["balanced_accuracy"]
+    assert found[("Sides", "test", "accuracy")] == pytest.approx(first["accuracy"], rel=1e-5)
+    assert found[("Sides", "test", "balanced_accuracy")] == pytest.approx(first["balanced_accuracy"], rel=1e-5)
     assert ("images", "validation", "accuracy") in found
     assert len(card.data.eval_results) == 3
     assert card.data.library_name == "diffusers-repr"

@@ -154,7 +154,7 @@ def test_sizes_that_change_between_batches():
     pictures[6] = pictures[6].resize((32, 32))
     pictures[7] = pictures[7].resize((32, 32))
     with pytest.raises(ValueError, match=re.escape("is (32, 32) (H, W), those before it are (16, 16)")):
-        Probe.fit(pipeline(), (pictures, labels), layers="mid_block", timestep=50, batch_size=2)
+        Probe.fit(pipeline(), (pictures, labels), layers="mid_block", timestep=50, batch_size=2, image_size="keep")
     probe = Probe.fit(pipeline(), (pictures, labels), layers="mid_block", timestep=50, batch_size=2, image_size=16)
     assert probe.recipe.image_size == (16, 16)
 

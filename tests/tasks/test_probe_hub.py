@@ -126,8 +126,7 @@ def test_a_probe_goes_to_the_hub_and_back(report):
 def test_the_card_on_the_hub_has_metrics_and_base(report):
     scores = report["scores"]
     assert report["card"] == {
-        "accuracy": [scores["accuracy"], "Sides", "test"],
-        "balanced_accuracy": [scores["balanced_accuracy"], "Sides", "test"],
+        name: [pytest.approx(scores[name], rel=1e-5), "Sides", "test"] for name in ("accuracy", "balanced_accuracy")
     }
     assert report["base_model"] == "user/base"
     assert 'Probe.from_pretrained("user/probe")' in report["content"]

@@ -1,10 +1,12 @@
 """What differs between the versions of the libraries that the tests run on (`make test-lowest`)."""
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 import huggingface_hub
 import pytest
+from packaging.version import Version
 
 
 def newer(module: str, name: str) -> Any:
@@ -19,3 +21,9 @@ def close_session() -> None:
     """Let the Hub's client open its next connection anew."""
     close = getattr(huggingface_hub, "close_session", None)
     (close or huggingface_hub.utils.reset_sessions)()
+
+
+def since(package: str, version: str) -> pytest.MarkDecorator:
+    """Mark of a test that holds from this version of a package on, since what it compares with has changed."""
+    old = Version(importlib.metadata.version(package)) < Version(version)
+    return pytest.mark.skipif(old, reason=f"{package} behaves so from {version} on")

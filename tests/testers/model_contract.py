@@ -180,7 +180,7 @@ def loading_in_half(case: ModelCase, folder: Path) -> None:
     ways = [{}, {"low_cpu_mem_usage": False}, {"device_map": "auto"}]
     for dtype, way in zip([*HALVES, HALVES[0]], ways, strict=True):
         with silent():
-            model = type(case.model()).from_pretrained(folder / "single", dtype=dtype, **way)
+            model = type(case.model()).from_pretrained(folder / "single", torch_dtype=dtype, **way)
             cast_model = case.model().to(dtype)
         assert model.dtype == dtype
         assert all(value.dtype == dtype for value in model.state_dict().values() if value.is_floating_point())

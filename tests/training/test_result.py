@@ -80,9 +80,12 @@ def test_what_a_method_saves_in_folders_of_its_own_is_uploaded(tmp_path):
 
 def test_rows_of_classes_have_their_names(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(
-        evaluation, "image_grid", lambda images, **words: drawn.append(words) or Image.new("L", (8, 8))
-    )
+
+    def draw(images, **words):
+        drawn.append(words)
+        return Image.new("L", (8, 8))
+
+    monkeypatch.setattr(evaluation, "image_grid", draw)
     data = Numbers(classes=3)
     monkeypatch.setattr(Numbers, "class_names", ["cat", "dog", "owl"])
     train(tiny_objective(classes=3), data, settings(tmp_path / "owls", eval_batch_size=24, max_train_steps=1))

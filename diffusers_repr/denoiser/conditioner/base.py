@@ -89,6 +89,11 @@ class Conditioner(ABC):
         return True
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a batch that hold the values."""
+        return (self.column,)
+
+    @property
     def map_channels(self) -> int:
         """Channels of the network's input that are no x_t."""
         return 0

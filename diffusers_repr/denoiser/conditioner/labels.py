@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -114,12 +115,22 @@ class LabelConditioner(Conditioner):
         cache: Cache | None = None,
         negative: str | None = None,
     ) -> Condition:
-        """Ids, checked by the family; None is its null class, or the one that was named here."""
+        """Ids, checked by the family; None is its null class.
+
+        Where the family tells none that is the one named here, or the last id, as in training: a warning says so.
+        """
         labels = None if values is None else _labels(values)
         if labels is not None and not len(labels):
             raise ValueError("class_labels is empty; pass one id, or one per image.")
-        if labels is None and self._null is not None and self.has_null and self.conditional:
+        if labels is None and self.conditional and self.has_null and self.denoiser.family.classes()[1] is None:
             labels = torch.tensor([self._null_id()])
+            if self._null is None:
+                warnings.warn(
+                    f"{self._network} does not tell which class is the null one; without class_labels the last id, "
+                    f"{self._null_id()}, is taken, as in training. Name it, or say by -1 that there is none: "
+                    f"Denoiser(..., conditioner=LabelConditioner({self._null_id()})).",
+                    stacklevel=3,
+                )
         inputs = self.denoiser.family.from_class_labels(labels)
         placed = {name: value.to(self.denoiser.device) for name, value in inputs.items()}
         return rows_of(self.denoiser, placed, batch, "class_labels")

@@ -42,6 +42,11 @@ class SeveralConditioner(Conditioner):
         return all(part.has_null for part in self.parts)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of all parts."""
+        return tuple(column for part in self.parts for column in part.columns)
+
+    @property
     def map_channels(self) -> int:
         """See `Conditioner`."""
         return sum(part.map_channels for part in self.parts)

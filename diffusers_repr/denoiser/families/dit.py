@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.denoiser.attention_layouts import SELF
 from diffusers_repr.denoiser.family import BatchLanes, PatchTransformerFamily, equal_halves
 from diffusers_repr.denoiser.family_registry import register_family
 
@@ -18,6 +19,7 @@ class DiTFamily(PatchTransformerFamily):
 
     conditioning = "class"
     joins = True
+    attentions = {"transformer_blocks.*.attn1": SELF}
 
     def square(self) -> bool:
         """Its forward un-patches by the square root of the token count."""

@@ -24,6 +24,7 @@ class HunyuanImageFamily(PatchTransformerFamily):
     not_image = (*PatchTransformerFamily.not_image, "context_embedder_2", "time_guidance_embed", "rope")
     block_outputs = {"HunyuanImageTransformerBlock": 0, "HunyuanImageSingleTransformerBlock": 0}
     attentions = {"transformer_blocks.*.attn": IMAGE_FIRST, "single_transformer_blocks.*.attn": IMAGE_FIRST}
+    other_attentions = ("context_embedder*",)  # a refiner of the text
 
     def size(self) -> tuple[int, int]:
         """2048 pixels: the config has no size, the pipeline takes 64 latent pixels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffusers_repr.denoiser.attention_layouts import SELF
 from diffusers_repr.denoiser.family import Grid, PatchTransformerFamily
 from diffusers_repr.denoiser.family_registry import register_family
 
@@ -10,6 +11,7 @@ from diffusers_repr.denoiser.family_registry import register_family
 class JointViTFamily(PatchTransformerFamily):
     """Takes no condition: its classes are an output. One class token stands before the image's tokens."""
 
+    attentions = {"blocks.*.attn": SELF}
     not_image = (*PatchTransformerFamily.not_image, "classifier", "modulation")
 
     def grid(self, tokens: int, size: tuple[int, ...]) -> Grid | None:

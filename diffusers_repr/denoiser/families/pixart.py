@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffusers_repr.denoiser.attention_layouts import SELF
 from diffusers_repr.denoiser.default_layers import SECOND_BLOCK
 from diffusers_repr.denoiser.family import (
     BatchLanes,
@@ -22,6 +23,7 @@ class PixArtFamily(PatchTransformerFamily):
 
     conditioning = "text"
     joins = True
+    attentions = {"transformer_blocks.*.attn1": SELF}
     layer_defaults = {"pag": SECOND_BLOCK}
     early_rows = {"adaln_single": 1}
     # Binning would move the input to the nearest trained aspect ratio.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from diffusers_repr.capture.hidden_softmax import softmax_remedy
 from diffusers_repr.denoiser.attention_layouts import AttentionLayout
 from diffusers_repr.guidance.attention.projections import Projections, split_tokens
 
@@ -53,7 +54,8 @@ def intercepted(
         if (queries, keys) != (expected, expected):
             raise ValueError(
                 f"A {type(module).__name__} attends from {queries} queries to {keys} keys, and {layout.name} has "
-                f"{expected} of both here. Describe it in the `attentions` of its family."
+                f"{expected} of both here. Where its text stands is told in the `attentions` of its family "
+                "(docs/adding_a_family.md)."
             )
         calls, order = _projections(layout, call, own, image)
         attended = attend(calls).to(call["query"].dtype)
@@ -68,7 +70,7 @@ def intercepted(
         name = type(getattr(module, "processor", None)).__name__
         raise ValueError(
             f"A {type(module).__name__} with {name} made {watch.calls} calls of scaled_dot_product_attention in a "
-            "forward; one can be perturbed. Other attention backends hide theirs: set the backend 'native'."
+            f"forward; one can be perturbed.{'' if watch.calls else softmax_remedy(module)}"
         )
     return output
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from diffusers_repr.capture.attention import is_attention
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.hub.compiled import plain_path
 
 
 def resolve_attentions(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple[str, ...]:
@@ -29,7 +30,7 @@ def resolve_attentions(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple
                 f"A layer is a full module path such as {candidates[0] if candidates else 'mid_block'!r}, or a "
                 f"pattern of one; got {pattern!r} ({type(pattern).__name__})."
             )
-        matched = [path for path in known if fnmatch.fnmatchcase(path, pattern)]
+        matched = [path for path in known if any(fnmatch.fnmatchcase(p, pattern) for p in (path, plain_path(path)))]
         good = [path for path in matched if path in candidates]
         if not good:
             near = [path for path in candidates if pattern.strip(".*") in path][:3]
@@ -42,10 +43,14 @@ def resolve_attentions(denoiser: Denoiser, layers: str | Sequence[str]) -> tuple
                 if matched
                 else "matches nothing"
             )
-            example = near[0].split(".")[0] + ".*" if near else "mid_block.*"
+            if not near:
+                raise ValueError(
+                    f"Layer {pattern!r} of {type(model).__name__} {why}. The network has no self-attention that its "
+                    f"family, {type(denoiser.family).__name__}, knows."
+                )
             raise ValueError(
                 f"Layer {pattern!r} of {type(model).__name__} {why}. Self-attention: {near}. Give full paths, or "
-                f"patterns of them such as {example!r}."
+                f"patterns of them such as {near[0].split('.')[0] + '.*'!r}."
             )
         found.update(dict.fromkeys(good))
     if not found:

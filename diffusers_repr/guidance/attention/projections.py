@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Family
-from diffusers_repr.denoiser.attention_layouts import FUSED_PROCESSORS, AttentionLayout, ProcessorRule
+from diffusers_repr.denoiser.attention_layouts import AttentionLayout, ProcessorRule
 
 Needs = Literal["values", "queries"]
 
@@ -44,7 +44,10 @@ class Projections:
 
 
 def check_supported(family: Family, module: nn.Module, path: str, needs: Needs = "queries") -> AttentionLayout:
-    """The layout of an attention module whose attention can be recomputed exactly.
+    """The layout of an attention module whose attention can be perturbed or read.
+
+    Where its processor is none of those that the layout spells out, or its projections are fused, the layout comes
+    without `processors`: the module's own forward runs, and its softmax is replaced.
 
     Args:
         family: Of the network.
@@ -54,8 +57,8 @@ def check_supported(family: Family, module: nn.Module, path: str, needs: Needs =
             are.
 
     Raises:
-        ValueError: As `Family.attention`; for fused projections, unknown processors, attention sharded over devices,
-            and linear attention where queries are needed. Names the path and says what to do.
+        ValueError: As `Family.attention`; for attention that diffusers' own PAG has perturbed, sharded over devices,
+            fused beside an image prompt, and linear where queries are needed. Names the path.
     """
     try:
         layout = family.attention(path, module)
@@ -63,36 +66,39 @@ def check_supported(family: Family, module: nn.Module, path: str, needs: Needs =
         raise ValueError(f"Layer {path!r} {error}") from None
     processor: Any = getattr(module, "processor", None)
     name = type(processor).__name__
-    rule = layout.processors.get(name)
-    fused = name in FUSED_PROCESSORS or (rule is not None and rule.fused and module.fused_projections)
-    if layout.processors and fused:
-        raise ValueError(
-            f"Layer {path!r} has fused projections ({name}), which hide q, k and v. Call unfuse_qkv_projections() on "
-            "the pipeline or model first."
-        )
     if name.startswith("PAG"):
         raise ValueError(
-            f"Layer {path!r} is already perturbed ({name}). Use the pipeline without diffusers' own PAG, or call "
-            "set_default_attn_processor()."
-        )
-    if layout.processors and rule is None:
-        raise ValueError(
-            f"Layer {path!r} ({layout.name}) runs the processor {name}, which hides q and k; known for it are "
-            f"{', '.join(layout.processors)}. Call set_default_attn_processor() or set_attn_processor(...) with one "
-            "of them."
+            f"Layer {path!r} is already perturbed by diffusers' own PAG ({name}), which a PAG pipeline leaves behind "
+            "when its call is broken off. Load the network anew."
         )
     # Private in diffusers: a processor says by nothing else that it sees a part of the tokens. If it goes, each device
     # would perturb its own part, and the guidance would be another one.
     if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError(
-            f"Layer {path!r} spreads its tokens over devices (context parallelism); no device sees all keys. Turn it "
-            "off."
+            f"Layer {path!r} spreads its tokens over devices (context parallelism); no device sees all keys. Load the "
+            "network without enable_parallelism()."
         )
-    if needs == "queries" and layout.linear:
+    if layout.linear and needs == "queries":
         raise ValueError(
             f"Layer {path!r} is linear attention ({name}), which has no attention probabilities to read. "
             "PAG with perturbation='identity' or 'drop' takes the values only."
         )
+    rule = layout.processors.get(name)
+    if layout.linear:
+        if rule is None:
+            raise ValueError(
+                f"Layer {path!r} ({layout.name}) runs the processor {name}; its values are known of "
+                f"{', '.join(layout.processors)} alone."
+            )
+        return layout
+    fused = rule is not None and rule.fused and module.fused_projections
+    if rule is None or fused:
+        if rule is not None and rule.image_prompt:
+            raise ValueError(
+                f"Layer {path!r} has fused projections beside an image prompt ({name}), more than one softmax in its "
+                "own forward. Call unfuse_qkv_projections() on the network first."
+            )
+        return replace(layout, processors={})
     return layout
 
 

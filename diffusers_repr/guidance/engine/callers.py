@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from diffusers_repr.capture.caches import refuse_caches
+from diffusers_repr.capture.caches import cache_kinds, refuse_caches, refuse_shared_caches
 from diffusers_repr.capture.capture import refuse_compiled
-from diffusers_repr.denoiser.denoiser import COMPONENTS
+from diffusers_repr.denoiser.parts import COMPONENTS
+from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.hub.compiled import is_compiled_in_place, plain_module
 
 _PLAIN = "Guide the plain module: pipe.unet = pipe.unet._orig_mod (or transformer), or load it anew."
+_OTHERS = (
+    "A compiled block may be guided around, not in: load the network anew, and compile the blocks that no guidance "
+    "changes or reads (block.compile() for each of them)."
+)
 COMPILED_SINCE = (
     "It was not when it was guided: remove the guidance (handle.remove()) before a part of its network is compiled, "
     "and guide the plain module."
@@ -62,19 +67,38 @@ def component_of(pipe: Any, model: nn.Module) -> str | None:
     return None
 
 
-def check_plain(model: nn.Module, remedy: str = _PLAIN) -> None:
-    """Raise unless hooks on a network act, and see the activations of the call that is being made.
+def check_plain(model: nn.Module, touched: Collection[str] = (), remedy: str | None = None) -> None:
+    """Raise unless hooks on a network act.
 
     Args:
         model: The network.
-        remedy: What to do about a compiled one.
+        touched: Paths of the parts that guidances change or read; the network itself always is.
+        remedy: What to do about compiled ones.
 
     Raises:
-        RuntimeError: If it, or a part of it, is compiled.
-        ValueError: If it uses activations of earlier calls.
+        RuntimeError: If one of them is compiled, or a part of the network that holds it.
     """
-    refuse_compiled(model, remedy)
-    refuse_caches(model, "which lanes would mix")
+    refuse_compiled(model, remedy or _PLAIN, ())
+    refuse_compiled(model, remedy or _OTHERS, touched)
+
+
+def check_caches(model: nn.Module, terms: Sequence[GuidanceTerm]) -> None:
+    """Raise ValueError for guidances that cannot act beside the caches of activations on a network.
+
+    A perturbed lane then is a pass of its own with caches of its own; what reads activations may find none, or those
+    of an earlier step.
+    """
+    if not cache_kinds(model) and not getattr(model, "is_cache_enabled", False):
+        return
+    for term in terms:
+        if term.observers:
+            refuse_caches(model, f"and {term.label} reads attention that is not computed in every step")
+        if term.gradient is not None and term.gradient.reads_network:
+            refuse_caches(
+                model, f"and {term.label} differentiates through activations, which may be those of an earlier step"
+            )
+        if term.lane is not None:
+            refuse_shared_caches(model, term.label)
 
 
 def refuse_own_guidance(pipe: Any) -> None:

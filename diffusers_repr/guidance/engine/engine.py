@@ -14,7 +14,7 @@ from diffusers_repr.capture.gradient import GradientTape
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.hooks import Hooks
-from diffusers_repr.guidance.engine.callers import check_seen
+from diffusers_repr.guidance.engine.callers import COMPILED_SINCE, check_caches, check_plain, check_seen
 from diffusers_repr.guidance.engine.guided_call import GuidedCall, GuidedModel
 from diffusers_repr.guidance.engine.network_call import CallParser
 from diffusers_repr.guidance.engine.owner import Owner
@@ -50,8 +50,22 @@ class Engine:
         layers = dict.fromkeys(path for term in terms if term.gradient is not None for path in term.gradient.layers)
         self._executor = Executor(self.model, denoiser.family, lanes, observers)
         self._tape = GradientTape(self.model, list(layers))
-        self._parser = CallParser(denoiser, guided.pipe)
+        self._parser = CallParser(denoiser, guided.pipe, lambda: self.check(COMPILED_SINCE))
         self._names = forward_names(self.model)
+
+    def check(self, remedy: str | None = None) -> None:
+        """Raise unless the guidances can act on the network as it is.
+
+        Args:
+            remedy: What to do about compiled parts.
+
+        Raises:
+            RuntimeError: If what they change or read is compiled.
+            ValueError: If it caches activations that they would read, or lanes would mix.
+        """
+        touched = self._executor.touched | self._executor.hooked | set(self._tape.layers)
+        check_plain(self.model, touched, remedy)
+        check_caches(self.model, self.guided.terms)
 
     def install(self, stack: ExitStack) -> None:
         """Set the hooks; the stack removes them."""
@@ -60,6 +74,7 @@ class Engine:
         Hooks(stack, self._acts).before(self.model, self._before)
         Hooks(stack, self.owner.is_in).after(self.model, self._after, prepend=True, always_call=True)
         stack.callback(self._recover)
+        stack.callback(lambda: self.run.caches.clear())
 
     def _acts(self) -> bool:
         if self.owner.enters():

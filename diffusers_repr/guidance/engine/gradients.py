@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,15 +19,20 @@ from diffusers_repr.capture.gradient import (
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
+from diffusers_repr.denoiser.family import BatchLanes
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.noise import NoiseSchedule, Prediction, eps_shift_to_output, expand
 
 ADAM_EPS = 1e-8
+ADAM_BETAS = (0.9, 0.999)  # torch's own
 
 
 class EpsGradient:
     """The weighted sum of energies of one call, and its gradient for the conditional rows.
+
+    Where a request asks for both halves of the batch, it is the sum over the conditional and the null rows, and the
+    gradient with respect to the samples, which both are made of.
 
     Args:
         denoiser: The model.
@@ -46,10 +52,12 @@ class EpsGradient:
         self.terms = [term for term, _ in wanted]
         self.requests = [term.gradient for term, _ in wanted if term.gradient is not None]
         self.reads_network = any(request.reads_network for request in self.requests)
+        self.both = any(request.both for request in self.requests)
+        self.halves = _halves(call, self.terms[0].label) if self.both else [call]
         self.found: Tensor | None = None  # the gradient, float32 or wider
 
     def begin(self, tape: GradientTape, inputs: Mapping[str, Any], *, stop: bool) -> dict[str, Any]:
-        """Start the tape for a forward over the conditional rows.
+        """Start the tape for a forward over the conditional rows, or all of them (`both`).
 
         Args:
             tape: Of the network.
@@ -71,7 +79,7 @@ class EpsGradient:
             modules=self._modules(),
         )
         usable = {name: _without_inference(value) for name, value in inputs.items()}
-        return self.denoiser.family.with_sample(usable, x)
+        return self.denoiser.family.with_sample(usable, torch.cat([x, x]) if self.both else x)
 
     def compute_direct(self) -> None:
         """The gradient of energies that do not read the network."""
@@ -100,16 +108,18 @@ class EpsGradient:
 
     def _loss(self, features: Mapping[str, Tensor], output: Tensor | None, x: Tensor) -> Tensor:
         maps = {path: self._as_map(path, value) for path, value in features.items()}
-        x0 = None
-        if output is not None:
-            read = self.denoiser.family.output(output, x)
-            x0 = Prediction(read, x, self.call.level, self.schedule).x0
         total = torch.zeros((), device=x.device, dtype=x.dtype)
-        for (term, weight), request in zip(self.wanted, self.requests, strict=True):
-            own = {path: maps[path] for path in request.layers}
-            loss = request.loss(own, x0 if request.needs_x0 else None, self.call, x)
-            _check_loss(loss, len(x), term.label)
-            total = total + weight * loss.sum()
+        for half in self.halves:
+            rows = half.batch.cond if self.both else slice(None)
+            x0 = None
+            if output is not None:
+                read = self.denoiser.family.output(output[rows], x)
+                x0 = Prediction(read, x, half.level, self.schedule).x0
+            for (term, weight), request in zip(self.wanted, self.requests, strict=True):
+                own = {path: maps[path][rows] for path in request.layers}
+                loss = request.loss(own, x0 if request.needs_x0 else None, half, x)
+                _check_loss(loss, len(x), term.label)
+                total = total + weight * loss.sum()
         return total
 
     def _as_map(self, path: str, value: Tensor) -> Tensor:
@@ -119,6 +129,21 @@ class EpsGradient:
         if found is None:
             return value
         return FeatureMap(value, *found).as_map()
+
+
+def _halves(call: NetworkCall, label: str) -> list[NetworkCall]:
+    """The call as one of its null rows and one of its conditional rows.
+
+    Raises:
+        ValueError: If it has no null rows.
+    """
+    if call.batch.null is None:
+        raise ValueError(
+            f"{label} sums its loss over the conditional and the null rows (published=True), and this call has no "
+            "null rows: call a pipeline that guides in one batch, with guidance_scale above 1, or leave "
+            "published=False."
+        )
+    return [dataclasses.replace(call, batch=BatchLanes(rows)) for rows in (call.batch.null, call.batch.cond)]
 
 
 def _check_loss(loss: Any, rows: int, label: str) -> None:
@@ -142,13 +167,29 @@ def _without_inference(value: Any) -> Any:
     return value
 
 
-def latent_change(gradient: Tensor, rate: float, update: str) -> Tensor:
-    """Change of what the network takes, against the gradient.
+class LatentSteps:
+    """Steps on what the network takes, against gradients: what is kept from one to the next at one noise level.
 
-    `latent_sign`: `-rate sign(g)`. `latent_adam`: the first step of a fresh Adam, `-rate g / (|g| + 1e-8)`, whose
-    moments are g and g^2: a sign step but where the gradient vanishes (Luo et al. 2024, arXiv 2312.02150).
-    NaN stays NaN.
+    `latent_sign`: `-rate sign(g)`. `latent_adam`: a fresh Adam without weight decay, whose first step is
+    `-rate g / (|g| + 1e-8)`: a sign step but where the gradient vanishes (Luo et al. 2024, arXiv 2312.02150). NaN
+    stays NaN.
+
+    Args:
+        rate: Size of a step.
+        update: `latent_sign` or `latent_adam`.
     """
-    if update == "latent_sign":
-        return -rate * torch.where(gradient.isnan(), gradient, gradient.sign())
-    return -rate * gradient / (gradient.abs() + ADAM_EPS)
+
+    def __init__(self, rate: float, update: str) -> None:
+        self.rate, self.update, self.count = rate, update, 0
+        self._mean = self._square = torch.zeros(())
+
+    def change(self, gradient: Tensor) -> Tensor:
+        """The next step, in the shape of the gradient."""
+        if self.update == "latent_sign":
+            return -self.rate * torch.where(gradient.isnan(), gradient, gradient.sign())
+        self.count += 1
+        # Adam's averages with their bias corrected; each share is exactly 1 in the first step.
+        first, second = ((1 - beta) / (1 - beta**self.count) for beta in ADAM_BETAS)
+        self._mean = self._mean + first * (gradient - self._mean)
+        self._square = self._square + second * (gradient.square() - self._square)
+        return -self.rate * self._mean / (self._square.sqrt() + ADAM_EPS)

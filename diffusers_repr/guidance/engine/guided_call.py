@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_repr.capture.batching import UNBATCHED, index_batch, map_rows
-from diffusers_repr.capture.executor import Executor
+from diffusers_repr.capture.batching import index_batch, map_rows, without_rows
+from diffusers_repr.capture.executor import Executor, not_called
 from diffusers_repr.capture.gradient import GradientStop, GradientTape
-from diffusers_repr.capture.lanes import NetworkCall
+from diffusers_repr.capture.lanes import Lane, NetworkCall
 from diffusers_repr.capture.offload import is_offloaded, send_back
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.guidance.cfg import CFGTerm
-from diffusers_repr.guidance.engine.gradients import EpsGradient, latent_change
+from diffusers_repr.guidance.engine.gradients import EpsGradient, LatentSteps
 from diffusers_repr.guidance.engine.pending_step import PendingStep
 from diffusers_repr.guidance.engine.run import SamplingRun
 from diffusers_repr.guidance.engine.stats import StepStats
@@ -46,7 +46,7 @@ class GuidedModel:
     @property
     def unbatched(self) -> frozenset[str]:
         """Names of inputs that have no rows."""
-        return frozenset(UNBATCHED | set(self.denoiser.family.unbatched))
+        return without_rows(self.denoiser.family)
 
 
 @dataclass(eq=False)
@@ -79,6 +79,8 @@ class GuidedCall:
         self._which = slice(0, self.call.rows)  # what of the batch is run
         self._gradient: EpsGradient | None = None
         self._in_pass = False  # the gradient is taken in the call's own pass
+        self._maker: GuidanceTerm | None = None  # of passes besides the call's own; CFG's if None
+        self._made = 0  # how many so far
 
     # Before the network
 
@@ -100,7 +102,8 @@ class GuidedCall:
         reads = gradient is not None and gradient.reads_network
         needs_null = call.batch.null is not None and (self.cfg is None or self.cfg.weight(level) != 0)
         self._gradient, self._in_pass = gradient, reads and not self._lanes() and not self._observers()
-        if self._in_pass or not needs_null:
+        # A cache compares and adds what it holds to the rows of the call: they stay the same in all steps.
+        if self._in_pass or not (needs_null or self.run.cached):
             self._which = call.batch.cond
         if gradient is not None and reads and not self._in_pass:
             self._gradient_pass(gradient)
@@ -111,12 +114,13 @@ class GuidedCall:
         if self.follows:
             stats.passes, stats.lanes = 1, 1
             return self._begin_follower()
-        given = self.executor.begin(call, which, self._lanes(), self._observers())
+        joining = [] if self.run.cached else self._lanes()
+        given = self.executor.begin(call, which, joining, self._observers())
         if self._in_pass and self._gradient is not None:
             self._prepare(self._gradient)
             given = self._gradient.begin(self.tape, given, stop=False)
         stats.passes += 1
-        stats.lanes += (which.stop - which.start) // call.samples + len(self._lanes())
+        stats.lanes += (which.stop - which.start) // call.samples + len(joining)
         return given
 
     def _begin_follower(self) -> dict[str, Any]:
@@ -136,12 +140,33 @@ class GuidedCall:
     # Passes besides the call's own
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The first output of a network; of the guided one without the hooks on its call."""
+        """The first output of a network; of the guided one without the hooks on its call.
+
+        Under caches each pass of a step that a term makes has its own, the same from step to step.
+        """
+        key, label = ("CFG", "CFG") if self._maker is None else (self._maker.key, self._maker.label)
+        if not self.run.caches.are_on(model, label):
+            return self._run(model, inputs)
+        self._made += 1
+        with self.run.caches.of(model, f"{key} {self._made}"):
+            return self._run(model, inputs)
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         self.stats.passes, self.stats.lanes = self.stats.passes + 1, self.stats.lanes + 1
         family = self.denoiser.family
         called = family.listed(inputs)
         output = model.forward(**called) if model is self.denoiser.model else model(**called)
         return family.stacked_output(output if isinstance(output, Tensor) else output[0])
+
+    def _lane_alone(self, lane: Lane) -> Any:
+        """A perturbed lane by a pass of its own, with caches of its own."""
+        call, model = self.call, self.denoiser.model
+        inputs = index_batch(call.inputs, call.rows, call.batch.cond, self.guided.unbatched)
+        with self.run.caches.of(model, lane.name) as first, self.executor.alone(lane, call) as ran:
+            output = self._run(model, inputs)
+        if first and not ran:
+            raise RuntimeError(not_called([lane]))
+        return output
 
     @contextmanager
     def _may_stop(self) -> Iterator[None]:
@@ -163,13 +188,18 @@ class GuidedCall:
                 return self.forward(self.denoiser.model, inputs)
 
         for term in gradient.terms:
-            term.prepare(self.call, forward)
+            for half in gradient.halves:
+                term.prepare(half, forward)
 
     def _gradient_pass(self, gradient: EpsGradient) -> None:
-        """A pass of its own over the conditional rows, as far as the loss reads."""
+        """A pass of its own over the conditional rows, or all of them, as far as the loss reads."""
         call = self.call
         self._prepare(gradient)
-        inputs = index_batch(call.inputs, call.rows, call.batch.cond, self.guided.unbatched)
+        inputs = call.inputs
+        if gradient.both:
+            self.stats.lanes += 1
+        else:
+            inputs = index_batch(inputs, call.rows, call.batch.cond, self.guided.unbatched)
         inputs = gradient.begin(self.tape, inputs, stop=True)
         self.stats.backward_passes += 1
         try:
@@ -180,25 +210,28 @@ class GuidedCall:
         gradient.found = self.tape.gradient
 
     def _move(self, term: GuidanceTerm, weight: float) -> None:
-        """Step on the latents, for the network's input now and for the scheduler's step after."""
-        call = self.call
-        gradient = EpsGradient(self.denoiser, self.run.schedule, call, [(term, 1.0)])
-        if gradient.reads_network:
-            self._gradient_pass(gradient)
-        else:
-            gradient.compute_direct()
-            self.stats.backward_passes += 1
-        assert term.gradient is not None
-        assert gradient.found is not None
-        shift = latent_change(widened(gradient.found), weight, term.gradient.update)
-        self._note(term, shift)
-        x = widened(call.x).clone()
-        for rows in (call.batch.cond, call.batch.null):
-            if rows is not None:
-                x[rows] += shift
-        call.x = x.to(call.x.dtype)
-        call.inputs = self.denoiser.family.with_sample(call.inputs, call.x)
-        self.pending.move(shift, call.scale)
+        """Steps on the latents, for the network's input now and for the scheduler's step after."""
+        call, request = self.call, term.gradient
+        assert request is not None
+        steps = LatentSteps(weight, request.update)
+        for _ in range(request.steps):
+            gradient = EpsGradient(self.denoiser, self.run.schedule, call, [(term, 1.0)])
+            if gradient.reads_network:
+                self._gradient_pass(gradient)
+            else:
+                gradient.compute_direct()
+                self.stats.backward_passes += 1
+            assert gradient.found is not None
+            shift = steps.change(widened(gradient.found))
+            self.run.note(term.label, shift)
+            x = widened(call.x).clone()
+            for rows in (call.batch.cond, call.batch.null):
+                if rows is not None:
+                    x[rows] += shift
+            call.x = x.to(call.x.dtype)
+            call.inputs = self.denoiser.family.with_sample(call.inputs, call.x)
+            self.pending.move(shift, call.scale)
+        self.stats.acted.append(term.label)
 
     # After the network
 
@@ -216,6 +249,8 @@ class GuidedCall:
         own, lanes = self.executor.split(raw)
         self.stats.joined, self.stats.joining = call.joined, len(lanes)
         self.executor.end()
+        if self.run.cached:
+            lanes = {lane.name: self._lane_alone(lane) for lane in self._lanes()}
         raws: dict[str, Tensor] = {}
         start = self._which.start
         for name, rows in (("cond", call.batch.cond), ("null", call.batch.null)):
@@ -238,6 +273,7 @@ class GuidedCall:
         parts = []
         for term, weight in self._active:
             if term.gradient is None:
+                self._maker, self._made = term, 0
                 correction = term.correction(step)
                 self._note(term, correction)
                 if correction is not None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from diffusers_repr.capture.caches import LaneCaches, cache_kinds
 from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family import BatchLanes, equal_halves
 from diffusers_repr.guidance.engine.callers import (
-    COMPILED_SINCE,
     calling_pipeline,
-    check_plain,
     check_seen,
     is_off,
     refuse_own_guidance,
@@ -31,10 +30,11 @@ class CallParser:
     Args:
         denoiser: The model.
         pipe: The pipeline that is guided; None for a loop of the user's.
+        check: Raises if the network cannot be guided as it is.
     """
 
-    def __init__(self, denoiser: Denoiser, pipe: Any) -> None:
-        self.denoiser, self.pipe = denoiser, pipe
+    def __init__(self, denoiser: Denoiser, pipe: Any, check: Callable[[], None]) -> None:
+        self.denoiser, self.pipe, self._check = denoiser, pipe, check
 
     def parse(self, inputs: dict[str, Any], run: SamplingRun, pending: PendingStep) -> tuple[NetworkCall, bool]:
         """The call with these keyword inputs.
@@ -48,10 +48,11 @@ class CallParser:
             The call, and whether it is a further one for the same samples at the same step.
 
         Raises:
-            ValueError: If its lanes or its noise level cannot be found; if the network caches activations.
-            RuntimeError: If the network or a part of it is compiled.
+            ValueError: If its lanes or its noise level cannot be found; if the network caches what is read.
+            RuntimeError: If a part of the network that is changed or read is compiled.
         """
         family = self.denoiser.family
+        family.check_names(inputs)
         given = inputs[family.sample_name]
         rows = given.shape[0]
         level, scale = self._level(inputs, run)
@@ -70,7 +71,10 @@ class CallParser:
         if run.nsr is None or (run.scheduler is None and nsr >= run.nsr):
             if self.pipe is not None:
                 check_seen(self.pipe, self.denoiser.model, called=True)
-            check_plain(self.denoiser.model, COMPILED_SINCE)
+            self._check()
+            run.cached = bool(cache_kinds(self.denoiser.model))
+        if run.nsr is not None and nsr > run.nsr:
+            run.caches = LaneCaches()
         run.nsr = nsr
 
     def _lanes(self, inputs: dict[str, Any], run: SamplingRun) -> BatchLanes:

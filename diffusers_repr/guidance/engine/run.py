@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_repr.capture.caches import LaneCaches
 from diffusers_repr.denoiser.family import BatchLanes
 from diffusers_repr.guidance.base import GuidanceTerm
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
@@ -25,6 +26,8 @@ class SamplingRun:
         batches: Number of rows -> which of them are conditional and which null.
         rescale: `guidance_rescale` of the pipeline that runs.
         nsr: Noise of the newest network call; None before the first.
+        cached: Whether the network caches activations between steps.
+        caches: What its caches hold for the lanes.
         levels: Of the network calls so far; empty again if the run was broken off, so that it is not judged.
     """
 
@@ -33,6 +36,7 @@ class SamplingRun:
         self.batches: dict[int, BatchLanes] = {}
         self.rescale = 0.0
         self.nsr: float | None = None
+        self.cached, self.caches = False, LaneCaches()
         self.levels: list[NoiseLevel] = []
         self._peaks: dict[str, Tensor] = {}
 

@@ -104,7 +104,8 @@ class GuidanceStats:
 
         A lane that joined the others at a module counts from there on, a pass that was left early up to the layer
         where it was; a weaker network's pass counts as one. The shares are counted on the meta device when this is
-        first asked for, which takes a second or two for a large network. Backward passes are not in it.
+        first asked for, which takes a second or two for a large network. Backward passes are not in it. What caches of
+        activations left out is counted as if it had run.
         """
         total = float(self.lanes)
         paths = {path for step in self.steps for path in (step.joined, *step.stopped) if path}

@@ -39,9 +39,16 @@ class AppearanceComparison(ReferenceComparison):
 
     def distance(self, read: Tensor, reference: Tensor, x: Tensor) -> Tensor:
         """As `appearance_loss`."""
-        weights = None if self.mask is None else at_readout("mask", self.mask, read)
+        weights = None if self.mask is None else at_readout("mask", self.mask, read, nearest=self.published)
         return appearance_loss(
-            read, reference, x, rescale=self.rescale, weights=weights, boxes=self.boxes, pooled=self.pooled
+            read,
+            reference,
+            x,
+            rescale=self.rescale,
+            weights=weights,
+            boxes=self.boxes,
+            pooled=self.pooled,
+            whole=self.published,
         )
 
 
@@ -54,6 +61,7 @@ def appearance_loss(
     weights: Tensor | None = None,
     boxes: tuple[Box, Box] | None = None,
     pooled: bool = False,
+    whole: bool = False,
 ) -> Tensor:
     """`mean (1 - cos(r, r_reference)) (M - m)^2`, cosines over the channels at each place.
 
@@ -66,6 +74,7 @@ def appearance_loss(
         boxes: Of the reference and of the samples, (top, left, bottom, right) in pixels of the readouts, the last two
             not included: both are resized to the whole map.
         pooled: Compare the means over the map (or the box) instead of places.
+        whole: Take (m, M) from the whole batch.
 
     Returns:
         `(B,)`.
@@ -76,7 +85,7 @@ def appearance_loss(
     if pooled:
         reference, read = reference.mean((2, 3), keepdim=True), read.mean((2, 3), keepdim=True)
     loss = weighted_mean(1 - functional.cosine_similarity(reference, read, dim=1)[:, None], weights)
-    return loss * span(x).square().to(loss.dtype) if rescale else loss
+    return loss * span(x, whole=whole).square().to(loss.dtype) if rescale else loss
 
 
 def _crop(maps: Tensor, box: Box, size: tuple[int, int]) -> Tensor:

@@ -27,15 +27,17 @@ class Comparison:
 
     Attributes:
         head: The head.
+        published: Resize maps and take the range of the latents as the published code does.
     """
 
     head: MapHead
+    published: bool = False
     needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def takes(cls) -> set[str]:
         """Names of the settings that only some kinds have."""
-        return {field.name for field in fields(cls)} - {"head", "rescale"}
+        return {field.name for field in fields(cls)} - {"head", "rescale", "published"}
 
     def loss(self, read: Tensor, reference: Tensor | None, x: Tensor) -> Tensor:
         """One number a sample, `(B,)`, from readouts `(B, C, H, W)` of x; `reference` is that of a reference."""
@@ -58,7 +60,13 @@ def require_map_head(method: str, head: Any, name: str = "head") -> None:
 
 
 def head_readout(
-    head: MapHead, features: Mapping[str, Tensor], call: NetworkCall, like: Tensor, size: tuple[int, int] | None = None
+    head: MapHead,
+    features: Mapping[str, Tensor],
+    call: NetworkCall,
+    like: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    published: bool = False,
 ) -> Tensor:
     """Readout `(B, C, H, W)` of a call's features, computed on the head's device, then as `like` in device and dtype.
 
@@ -68,11 +76,15 @@ def head_readout(
         call: The call.
         like: A tensor in float32 or wider.
         size: (H, W); that of the head's largest map if None.
+        published: Embed that timestep itself also where the head was trained on reversed ones, as the published code.
     """
     module: Any = head
     device = next(module.parameters()).device
     maps = {path: features[path].to(device) for path in head.config["layers"]}
-    return module(maps, float(call.level.timestep), size).to(like)
+    timestep = float(call.level.timestep)
+    if published and head.config.get("reversed_time"):
+        timestep = module.mirrored(timestep)
+    return module(maps, timestep, size).to(like)
 
 
 def seen_levels(schedule: NoiseSchedule, *heads: MapHead) -> Interval | None:
@@ -164,10 +176,31 @@ def as_pixels(name: str, value: Any, shape: str) -> tuple[int, ...]:
     return tuple(int(v) for v in numbers)
 
 
+def check_row(row: Any) -> None:
+    """Raise ValueError unless it is the number of a sample, or None."""
+    if row is not None and (isinstance(row, bool) or not isinstance(row, Integral) or row < 0):
+        raise ValueError(f"reference_row must be the number of a sample, from 0; got {row!r}.")
+
+
 # Maps
 
 
-def at_readout(name: str, value: Tensor, read: Tensor) -> Tensor:
+def without_row(loss: Tensor, row: int) -> Tensor:
+    """Losses `(B,)` without that of a sample which is not guided itself.
+
+    Raises:
+        ValueError: If there is no such sample, or no other one.
+    """
+    if len(loss) < 2 or row >= len(loss):
+        raise ValueError(
+            f"reference_row={row} of a batch of {len(loss)}: the batch must hold the reference and at least one "
+            "sample to guide."
+        )
+    # zero, exactly: what rounding leaves would be a whole sign step
+    return loss * (torch.arange(len(loss), device=loss.device) != row)
+
+
+def at_readout(name: str, value: Tensor, read: Tensor, *, nearest: bool = False) -> Tensor:
     """A map that is one for all samples or one each, and of about their shape, at the size of their readouts."""
     if len(value) not in (1, len(read)):
         raise ValueError(f"{name} has {len(value)} rows for {len(read)} samples; give one for all, or one each.")
@@ -177,22 +210,28 @@ def at_readout(name: str, value: Tensor, read: Tensor) -> Tensor:
             f"{name} is {height} x {width} (H x W), the readout of these samples {own} x {across}: it would be "
             "squeezed. Crop or pad it to their shape, or sample images of its shape (height=, width=)."
         )
-    return resize_target(value.to(read), (own, across))
+    return resize_target(value.to(read), (own, across), nearest=nearest)
 
 
-def resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map `(B, C, H, W)` at another size: averaged over areas where it shrinks, bilinear where it grows."""
+def resize_target(target: Tensor, size: tuple[int, int], *, nearest: bool = False) -> Tensor:
+    """A map `(B, C, H, W)` at another size: averaged over areas where it shrinks, bilinear where it grows.
+
+    With `nearest` by the nearest value in both cases.
+    """
     height, width = target.shape[-2:]
     if (height, width) == tuple(size):
         return target
+    if nearest:
+        return functional.interpolate(target, size, mode="nearest")
     shrinks = height >= size[0] and width >= size[1]
     return functional.interpolate(target, size, mode="area" if shrinks else "bilinear")
 
 
-def span(x: Tensor) -> Tensor:
-    """Largest minus smallest value of each sample, `(B,)`, without gradient."""
+def span(x: Tensor, *, whole: bool = False) -> Tensor:
+    """Largest minus smallest value of each sample, or of the `whole` batch, `(B,)`, without gradient."""
     flat = x.detach().flatten(1)
-    return flat.amax(1) - flat.amin(1)
+    high, low = flat.amax(1), flat.amin(1)
+    return (high.amax() - low.amin()).expand(len(x)) if whole else high - low
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

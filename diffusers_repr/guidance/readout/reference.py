@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,14 @@ from diffusers_repr.capture.lanes import NetworkCall
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.guidance.energy import conditional_inputs
-from diffusers_repr.guidance.readout.base import Comparison, as_tensor, features_of, head_readout
+from diffusers_repr.guidance.readout.base import (
+    Comparison,
+    as_tensor,
+    check_row,
+    features_of,
+    head_readout,
+    without_row,
+)
 from diffusers_repr.guidance.step import widened
 from diffusers_repr.heads import MapHead
 from diffusers_repr.noise import add_noise
@@ -36,9 +42,7 @@ class ReferenceComparison(Comparison):
     def __post_init__(self) -> None:
         if self.reference is not None:
             self._set("reference", _reference(self.reference))
-        row = self.reference_row
-        if row is not None and (isinstance(row, bool) or not isinstance(row, Integral) or row < 0):
-            raise ValueError(f"reference_row must be the number of a sample, from 0; got {row!r}.")
+        check_row(self.reference_row)
 
     def loss(self, read: Tensor, reference: Tensor | None, x: Tensor) -> Tensor:
         """The distance from the reference; 0 for the row that is the reference itself."""
@@ -46,14 +50,8 @@ class ReferenceComparison(Comparison):
         if row is None:
             assert reference is not None
             return self.distance(read, reference, x)
-        if len(read) < 2 or row >= len(read):
-            raise ValueError(
-                f"reference_row={row} of a batch of {len(read)}: the batch must hold the reference and at least one "
-                "sample to guide."
-            )
-        loss = self.distance(read, read[row : row + 1].detach().expand_as(read), x)
-        guided = torch.arange(len(read), device=loss.device) != row
-        return loss * guided  # zero, exactly: what rounding leaves would be a whole sign step
+        own = read[min(row, len(read) - 1)][None].detach().expand_as(read)
+        return without_row(self.distance(read, own, x), row)
 
     def distance(self, read: Tensor, reference: Tensor, x: Tensor) -> Tensor:
         """One number a sample, `(B,)`."""
@@ -61,16 +59,23 @@ class ReferenceComparison(Comparison):
 
 
 def read_reference(
-    reference: Tensor, head: MapHead, denoiser: Denoiser, call: NetworkCall, seed: int, forward: Callable[..., Any]
+    reference: Tensor,
+    head: MapHead,
+    denoiser: Denoiser,
+    call: NetworkCall,
+    seed: int,
+    forward: Callable[..., Any],
+    *,
+    published: bool = False,
 ) -> Tensor:
-    """Readout of a reference that is noised to the level of a call, under the samples' conditions."""
+    """Readout of a reference that is noised to the level of a call, under the conditions of its conditional rows."""
     x = _noised(reference, call, seed)
     inputs = conditional_inputs(denoiser, call, x)
     module: Any = head
     with torch.no_grad(), eval_mode(module):
         features = features_of(denoiser.model, head.config["layers"], lambda: forward(inputs))
         maps = {path: denoiser.feature_map(path, value, call.size).as_map() for path, value in features.items()}
-        return head_readout(head, maps, call, widened(x))
+        return head_readout(head, maps, call, widened(x), published=published)
 
 
 def _noised(reference: Tensor, call: NetworkCall, seed: int) -> Tensor:

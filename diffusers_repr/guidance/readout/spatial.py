@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from diffusers_repr.guidance.readout.base import Comparison, as_mask, as_tensor, at_readout, span, weighted_mean
+from diffusers_repr.guidance.readout.base import (
+    Comparison,
+    as_mask,
+    as_tensor,
+    at_readout,
+    check_row,
+    span,
+    weighted_mean,
+    without_row,
+)
 from diffusers_repr.heads import MapHead
 
 
@@ -18,23 +27,28 @@ class SpatialComparison(Comparison):
     Attributes:
         target: `(B or 1, C, H, W)` once checked.
         mask: Weights of places, `(B or 1, 1, H, W)`, or None.
+        reference_row: A sample that is not guided, or None.
         rescale: As `spatial_loss`.
     """
 
     target: Any = None
     mask: Any = None
+    reference_row: int | None = None
     rescale: bool = True
     needs: ClassVar[tuple[str, ...]] = ("target",)
 
     def __post_init__(self) -> None:
         self._set("target", _target(self.target, self.head))
         self._set("mask", None if self.mask is None else as_mask(self.mask))
+        check_row(self.reference_row)
 
     def loss(self, read: Tensor, reference: Tensor | None, x: Tensor) -> Tensor:
         """As `spatial_loss`."""
-        target = at_readout("target", self.target, read)
-        weights = None if self.mask is None else at_readout("mask", self.mask, read)
-        return spatial_loss(read, target, x, self.head.range, rescale=self.rescale, weights=weights)
+        published = self.published
+        target = at_readout("target", self.target, read, nearest=published)
+        weights = None if self.mask is None else at_readout("mask", self.mask, read, nearest=published)
+        loss = spatial_loss(read, target, x, self.head.range, rescale=self.rescale, weights=weights, whole=published)
+        return loss if self.reference_row is None else without_row(loss, self.reference_row)
 
 
 def spatial_loss(
@@ -45,6 +59,7 @@ def spatial_loss(
     *,
     rescale: bool = True,
     weights: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """`mean (phi(r) - phi(target))^2` with `phi(y) = (y - a) / (b - a) (M - m) + m`.
 
@@ -58,6 +73,7 @@ def spatial_loss(
         label_range: (a, b).
         rescale: False leaves phi out.
         weights: Of places, `(B or 1, 1, H, W)`: a weighted mean.
+        whole: Take (m, M) from the whole batch.
 
     Returns:
         `(B,)`.
@@ -66,7 +82,7 @@ def spatial_loss(
     if not rescale:
         return loss
     low, high = label_range
-    return loss * (span(x) / (high - low)).square().to(loss.dtype)
+    return loss * (span(x, whole=whole) / (high - low)).square().to(loss.dtype)
 
 
 def _target(value: Any, head: MapHead) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +17,7 @@ from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
 
 
 @register_head("depth")
-class DepthHead(MapHead):
+class DepthHead(MapHead, ModelMixin, ConfigMixin):
     """Kim et al. 2022, Depth-Aware Guidance: an MLP a pixel over resized, concatenated maps and a time embedding.
 
     The first layer is linear, so it is applied to each map at its own resolution, resized, and summed; this equals

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from diffusers_repr.capture import capture, check_layers
 from diffusers_repr.denoiser import Condition, Denoiser, Family
-from diffusers_repr.denoiser.denoiser import require_images
 from diffusers_repr.denoiser.family_registry import family_of_or_base
 from diffusers_repr.denoiser.layers import list_layers
+from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.noise import NoiseLevel
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
 from torch import Tensor, nn
 
 from diffusers_repr.models.layers import CastGroupNorm, CastLinear
@@ -48,6 +49,63 @@ class TimeEmbedding(nn.Module):
         return x
 
 
+class NetworkTimeEmbedding(nn.Module):
+    """The time embedding that a U-Net of diffusers computes: its sinusoid, then `Linear, SiLU, Linear`; not trained.
+
+    Args:
+        width: Values of the embedding; the sinusoid has a quarter of them.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frequencies = max(width // 8, 1)
+        self.layers = nn.ModuleList([CastLinear(2 * self.frequencies, width), CastLinear(width, width)])
+        self.layers.requires_grad_(False)
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Timesteps `(B,)` to embeddings `(B, width)` in `dtype`."""
+        # Its own function, in float32 as it does: angles of 999 radians differ by 6e-5 from those in float64.
+        waves = get_timestep_embedding(timestep, 2 * self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
+        first, second = self.layers
+        return second(nn.functional.silu(first(waves.to(dtype))))
+
+    @torch.no_grad()
+    def take(self, network: nn.Module) -> None:
+        """Copy the weights of a network.
+
+        Raises:
+            ValueError: For a network whose time embedding is of another form.
+        """
+        weights = network_time_layers(network)
+        if weights[1].out_features != self.layers[1].out_features:
+            raise ValueError(
+                f"The time embedding of this {type(network).__name__} has {weights[1].out_features} values; the head "
+                f"takes {self.layers[1].out_features} (time_width)."
+            )
+        for own, given in zip(self.layers, weights, strict=True):
+            own.load_state_dict(given.state_dict())
+
+
+def network_time_layers(network: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    """The two layers of a U-Net's time embedding.
+
+    Raises:
+        ValueError: If it has none, or one of another form than Stable Diffusion's: a sinusoid of a quarter of its
+            width, cosines first, and SiLU between the layers.
+    """
+    waves, embedding = getattr(network, "time_proj", None), getattr(network, "time_embedding", None)
+    if isinstance(waves, Timesteps) and isinstance(embedding, TimestepEmbedding):
+        first, second = embedding.linear_1, embedding.linear_2
+        plain = waves.flip_sin_to_cos and waves.downscale_freq_shift == 0 and waves.scale == 1
+        usual = isinstance(embedding.act, nn.SiLU) and embedding.post_act is None
+        if plain and usual and 4 * first.in_features == second.out_features:
+            return first, second
+    raise ValueError(
+        f"This {type(network).__name__} has no time embedding as Stable Diffusion's U-Nets have; give the head its "
+        'own, time_source="own".'
+    )
+
+
 def timestep_vector(timestep: Tensor | float, batch: int, device: torch.device) -> Tensor:
     """Timesteps as float64 `(batch,)`.
 
@@ -72,4 +130,12 @@ def resized_projections(
         yield resize(layer(x), size)
 
 
-__all__ = ["TimeEmbedding", "group_norm", "resize", "resized_projections", "timestep_vector"]
+__all__ = [
+    "NetworkTimeEmbedding",
+    "TimeEmbedding",
+    "group_norm",
+    "network_time_layers",
+    "resize",
+    "resized_projections",
+    "timestep_vector",
+]

@@ -6,17 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads.base import register_head
 from diffusers_repr.heads.dense.base import MapHead
-from diffusers_repr.heads.dense.parts import TimeEmbedding, group_norm, resized_projections
+from diffusers_repr.heads.dense.parts import (
+    NetworkTimeEmbedding,
+    TimeEmbedding,
+    group_norm,
+    network_time_layers,
+    resized_projections,
+)
 from diffusers_repr.models.layers import CastConv2d, CastLinear, Projection
 
 ReadoutKind = Literal["spatial", "appearance", "correspondence"]
 READOUT_KINDS: tuple[ReadoutKind, ...] = ("spatial", "appearance", "correspondence")
+TIME_SOURCES = ("own", "network", "none")
 
 
 class Bottleneck(nn.Module):
@@ -49,14 +58,14 @@ class Bottleneck(nn.Module):
 
 
 @register_head("readout")
-class ReadoutHead(MapHead):
+class ReadoutHead(MapHead, ModelMixin, ConfigMixin):
     """Luo et al. 2024, Readout Guidance: a residual block a map, their learned average F, a small output head.
 
     `F = sum_l softmax(w)_l b_l(map_l, t)`. `kind="spatial"` gives `tanh(convolutions(F))`, `(B, out_channels, H, W)`;
     `"appearance"` and `"correspondence"` give F itself, `(B, width, H, W)`, the latter without the time embedding.
     The 1x1 convolutions act at each map's own resolution, before the bilinear resize, which changes nothing and costs
-    a fraction; group norms come after it. The time embedding is the head's own, so that it needs features only (the
-    paper takes the network's).
+    a fraction; group norms come after it. The time embedding is the head's own and learned with it, or a copy of the
+    network's, as in the paper; either way the head needs features only.
 
     Args:
         layers: Full module paths of the maps.
@@ -68,6 +77,9 @@ class ReadoutHead(MapHead):
         bottleneck: Channels inside a residual block.
         output_widths: Channels of the output head's two hidden convolutions.
         time_width: Values of the time embedding.
+        time_source: `own`, learned with the head; `network`, a frozen copy of that of a U-Net as Stable Diffusion's,
+            which `for_base` takes; `none`. A correspondence head has none in any case.
+        reversed_time: Embed `T - t` of T timesteps in place of t, as the published heads were trained.
         target: What is read, in a word, such as `edges`.
         level_range: Smallest and largest training timestep the head has seen.
         timestep_range: Those of the noise process.
@@ -99,6 +111,8 @@ class ReadoutHead(MapHead):
         bottleneck: int = 96,
         output_widths: Sequence[int] = (128, 32),
         time_width: int = 1280,
+        time_source: str = "own",
+        reversed_time: bool = False,
         target: str | None = None,
         level_range: Sequence[float] = (0.0, 999.0),
         timestep_range: Sequence[float] = (0.0, 999.0),
@@ -116,8 +130,17 @@ class ReadoutHead(MapHead):
             raise ValueError(f"output_widths must be two whole numbers; got {output_widths!r}.")
         sizes = {"width": width, "bottleneck": bottleneck, "out_channels": out_channels, "time_width": time_width}
         self.check_arguments({**sizes, **{f"output_widths[{i}]": v for i, v in enumerate(output_widths)}})
-        timed = kind != "correspondence"
-        self.time_embedding = TimeEmbedding(time_width, timestep_range) if timed else None
+        if time_source not in TIME_SOURCES:
+            raise ValueError(f"Unknown time_source {time_source!r}; expected one of {', '.join(TIME_SOURCES)}.")
+        if kind == "correspondence" and (time_source == "network" or reversed_time):
+            raise ValueError("A correspondence head takes no time; leave time_source and reversed_time out.")
+        timed = kind != "correspondence" and time_source != "none"
+        self.time_embedding: TimeEmbedding | NetworkTimeEmbedding | None = None
+        if timed:
+            own = time_source == "own"
+            self.time_embedding = (
+                TimeEmbedding(time_width, timestep_range) if own else NetworkTimeEmbedding(time_width)
+            )
         both = bottleneck + width
         self.project = nn.ModuleList(Projection(c, both, bias=False) for c in channels)
         self.blocks = nn.ModuleList(Bottleneck(bottleneck, width, time_width if timed else 0) for _ in channels)
@@ -129,10 +152,38 @@ class ReadoutHead(MapHead):
             self.hidden.extend(CastConv2d(a, b, 3, padding=1) for a, b in pairs)
             self.output = CastConv2d(sizes_out[-1], out_channels, 1)
 
+    @classmethod
+    def for_base(
+        cls,
+        denoiser: Denoiser,
+        layers: Sequence[str] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `MapHead.for_base`; with `time_source="network"` the time embedding is copied from the base.
+
+        Args:
+            denoiser: The base.
+            layers: As there.
+            image_size: As there.
+            **options: As there.
+
+        Raises:
+            ValueError: As there, and for a base whose time embedding is of another form.
+        """
+        if options.get("time_source") != "network":
+            return super().for_base(denoiser, layers, image_size, **options)
+        _, last = network_time_layers(denoiser.model)
+        options.setdefault("time_width", last.out_features)
+        head = super().for_base(denoiser, layers, image_size, **options)
+        head.time_embedding.take(denoiser.model)
+        return head
+
     def aggregate(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
         """F, `(B, width, H, W)`."""
         first = next(iter(maps.values()))
-        time = None if self.time_embedding is None else self.time_embedding(timestep, first.dtype)
+        told = self.mirrored(timestep) if self.config["reversed_time"] else timestep
+        time = None if self.time_embedding is None else self.time_embedding(told, first.dtype)
         shares = self.weights.to(first.dtype).softmax(0)
         projected = resized_projections(self.project, list(maps.values()), size)
         total: Tensor | None = None
@@ -142,6 +193,11 @@ class ReadoutHead(MapHead):
             del x, part  # before the next map is made
         assert total is not None
         return total
+
+    def mirrored(self, timestep: Any) -> Any:
+        """`T - t`, of the T timesteps of the noise process from 0."""
+        low, high = self.config["timestep_range"]
+        return low + high + 1 - timestep
 
     def readout(self, maps: Mapping[str, Tensor], timestep: Tensor, size: tuple[int, int]) -> Tensor:
         """Checked maps of one dtype, timesteps `(B,)` and the common size to `(B, out, H, W)`."""
@@ -153,4 +209,4 @@ class ReadoutHead(MapHead):
         return self.output(x).tanh()
 
 
-__all__ = ["READOUT_KINDS", "Bottleneck", "ReadoutHead"]
+__all__ = ["READOUT_KINDS", "TIME_SOURCES", "Bottleneck", "ReadoutHead"]

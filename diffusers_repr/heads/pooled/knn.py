@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
@@ -13,7 +14,7 @@ METRICS = ("cosine", "euclidean")
 
 
 @register_head("knn")
-class KNNHead(PooledHead):
+class KNNHead(PooledHead, ModelMixin, ConfigMixin):
     """Weighted vote of the k nearest features of a bank.
 
     With similarities `s_i` to the k nearest rows of the bank, `p(c) = sum_{i in c} exp(s_i / T) / sum_i exp(s_i / T)`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from diffusers_repr.heads.pooled.base import PooledHead, empty_linear
 
 
 @register_head("linear")
-class LinearHead(PooledHead):
+class LinearHead(PooledHead, ModelMixin, ConfigMixin):
     """`W (x - mean) / std + b`. Weights start at zero; `fit_head` sets them.
 
     Args:

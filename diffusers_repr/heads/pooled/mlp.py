@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @register_head("mlp")
-class MLPHead(PooledHead):
+class MLPHead(PooledHead, ModelMixin, ConfigMixin):
     """Linear layers with an activation between them.
 
     Args:

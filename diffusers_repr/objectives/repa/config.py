@@ -191,8 +191,8 @@ def build_repa(
     }
     if config.repa_e:
         warnings.warn(_WITHOUT, stacklevel=2)
-        weights = {"vae_coefficient": config.repa_e_vae_coefficient, "kl_weight": config.repa_e_kl_weight}
-        return REPAEObjective(denoiser, encoders, **weights, **settings)
+        settings |= {"vae_coefficient": config.repa_e_vae_coefficient, "kl_weight": config.repa_e_kl_weight}
+        return REPAEObjective(denoiser, encoders, **settings)
     if config.reg_weight:
         return REGObjective(denoiser, encoders, class_weight=config.reg_weight, **settings)
     return REPAObjective(denoiser, encoders, **settings)
