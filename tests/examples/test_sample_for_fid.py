@@ -9,8 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
+from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 from sample_for_fid import main
 
+from diffusers_repr.models import SiTTransformer2DModel
 from tests.testers.models import saved
 from tests.training.loop_cases import forget_accelerate, in_a_fork
 
@@ -108,6 +112,27 @@ def test_balanced_classes_pixels_rounded_down_and_another_sampler(tmp_path, monk
     flags += ["12", "--scheduler", "EulerDiscreteScheduler", "--scheduler_args", '{"timestep_spacing": "trailing"}']
     assert set(read(sample(tmp_path, *flags)).reshape(-1)) == {254}
     assert asked == [("EulerDiscreteScheduler", "trailing", [*range(10), 0, 1])]
+
+
+def test_a_sit_by_the_sde_with_guidance_in_an_interval(tmp_path):
+    torch.manual_seed(0)
+    shape = {"sample_size": 8, "in_channels": 3, "patch_size": 2, "num_layers": 2, "hidden_size": 16}
+    network = SiTTransformer2DModel(**shape, num_attention_heads=2, num_classes=5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    pipe = SiTPipeline(network, FlowMatchODEScheduler())
+    pipe.save_pretrained(tmp_path / "sit")
+    flags = ["--scheduler", "FlowMatchSDEScheduler", "--guidance_interval", "0", "0.7", "--classes", "balanced"]
+    file = sample(
+        tmp_path / "out", *flags, "--num_samples", "2", "--num_inference_steps", "4", model=str(tmp_path / "sit")
+    )
+    pipe.scheduler = FlowMatchSDEScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(SEED + at) for at in range(2)]
+    given = {"guidance_scale": 2.5, "guidance_interval": (0, 0.7), "num_inference_steps": 4}
+    wanted = pipe(class_labels=[0, 1], generator=generators, **given).images
+    assert np.array_equal(read(file), np.stack([np.asarray(image) for image in wanted]))
 
 
 def test_a_stock_pipeline_without_classes(tmp_path):
