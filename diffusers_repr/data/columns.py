@@ -91,8 +91,12 @@ def _no_ids(column: str, feature: Any, name: str) -> str:
     kind = _kind(feature)
     if kind is None:
         return f"Column {column!r} of {name} holds {feature}, not class ids, which are whole numbers, one an image."
+    return f"Column {column!r} of {name} holds {kind}, not class ids. {_numbered(column)}"
+
+
+def _numbered(column: str) -> str:
+    """The line that makes class ids of a column."""
     return (
-        f"Column {column!r} of {name} holds {kind}, not class ids. "
         f"`dataset = dataset.class_encode_column({column!r})` numbers them and keeps them as names; for a command, "
         "save the result by `dataset.save_to_disk(folder)` and give that folder."
     )
@@ -108,8 +112,7 @@ def _unlabelled(features: Mapping[str, Any], used: Sequence[str | None], name: s
     encoded = [column for column in others if _dtype(features[column]) in _KINDS]
     hints = [f"Whole numbers are in {', '.join(map(repr, whole))}; name one by label_column." if whole else ""]
     if encoded:
-        line = f"`dataset = dataset.class_encode_column({encoded[0]!r})`"
-        hints += [f"If {encoded[0]!r} holds the classes, {line} numbers them."]
+        hints += [f"If {encoded[0]!r} holds the classes, {_numbered(encoded[0])}"]
     hints += ["In a folder of images, put each class into a subfolder."]
     return f"{name} has no label column; its columns are {list(features)}. {' '.join(filter(None, hints))}"
 

@@ -69,7 +69,8 @@ class Denoiser:
         revision: str | None = None,
     ) -> None:
         if schedule is None and scheduler is None:
-            raise TypeError("Denoiser needs a scheduler, or a NoiseSchedule(...) by `schedule=`.")
+            of_pipe = " Of a pipeline: Denoiser.from_pipe(pipe)." if hasattr(model, "components") else ""
+            raise TypeError(f"Denoiser needs a scheduler, or a NoiseSchedule(...) by `schedule=`.{of_pipe}")
         self.model, self.scheduler, self.vae, self.pipe = model, scheduler, vae, pipe
         self.family = family_of(model) if family is None else family.bound_to(self.config)
         self.schedule = schedule or NoiseSchedule.from_scheduler(scheduler)
@@ -82,7 +83,7 @@ class Denoiser:
         """From a loaded pipeline; its components are shared, not copied.
 
         Raises:
-            TypeError: If no component of the pipeline is a denoiser we know.
+            TypeError: If it is no pipeline, or no component of it is a denoiser we know.
             ValueError: If the pipeline has two networks, one for high and one for low noise.
         """
         model, scheduler, vae = denoiser_parts(pipe)

@@ -280,7 +280,8 @@ class Family(FamilyLayers):
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Condition inputs from class labels `(B,)`; None asks for the null class."""
         if labels is not None:
-            raise ValueError(f"{type(self).__name__} takes no class_labels.")
+            write = " Write `def from_class_labels(self, labels)`." if self.conditioning == "class" else ""
+            raise ValueError(f"{type(self).__name__} takes no class_labels.{write}")
         return {}
 
 

@@ -80,7 +80,7 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None, at: int) -> Te
         array = torch.from_numpy(np.array(image))
         pixels = array[None] if array.ndim == 2 else array.permute(2, 0, 1)
     elif isinstance(image, np.ndarray):
-        array = torch.from_numpy(np.ascontiguousarray(image))
+        array = torch.from_numpy(np.require(image, requirements=["C", "W"]))  # copied if read-only: torch warns of it
         pixels = array[None] if array.ndim == 2 else array.permute(2, 0, 1) if array.ndim == 3 else array
     else:
         pixels = image

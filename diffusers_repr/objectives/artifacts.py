@@ -97,6 +97,16 @@ class ModelArtifact(Artifact):
         """Last part of the folder."""
         return self.folder.rpartition("/")[2]
 
+    def check(self) -> None:
+        """See `Artifact.check`: a plain module has no config to be made and loaded by."""
+        inner = plain_module(self.module)
+        if self.make is None and not (hasattr(inner, "config") and hasattr(inner, "save_pretrained")):
+            raise TypeError(
+                f"ModelArtifact of {self.path!r} has a {type(inner).__name__}, which has no config and no "
+                "save_pretrained; it takes a model of diffusers, transformers or this package. Make it one: class "
+                "Mine(ModelMixin, ConfigMixin), with @register_to_config at its __init__."
+            )
+
     def build(self, state: State) -> Any:
         """See `Artifact.build`, in eval mode."""
         return rebuild(self.module, state, f"{self.path}.", self.make)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -41,23 +42,30 @@ def check_result(objective: Objective, config: TrainingConfig) -> None:
         UserWarning: Of what is trained and not saved.
     """
     artifacts = objective.artifacts()
-    for artifact in artifacts:
-        artifact.check()
     method = type(objective).__name__
     check_places(artifacts, method)
+    for artifact in artifacts:
+        artifact.check()
     own_samples = type(objective).preview is not Objective.preview
     if config.eval_batch_size and not own_samples and not isinstance(artifacts[0], PipelineArtifact):
         raise ValueError(f"{method} yields no pipeline to sample from; set eval_batch_size to 0 (samples.png).")
     unsaved = objective.unsaved()
     if unsaved:
         parts = ", ".join(f"{name} ({count:,} parameters)" for name, count in unsaved.items())
-        first = next(iter(unsaved))
+        first = _model_around(objective, next(iter(unsaved)))
         warnings.warn(
             f"{method} trains {parts}, which none of its artifacts holds: checkpoints alone keep it. To save a model, "
             f"add ModelArtifact(self.{first}, {first!r}, folder={f'heads/{first}'!r}) to what `artifacts` returns; to "
             f"leave it behind on purpose, set discarded = ({first!r},).",
             stacklevel=3,
         )
+
+
+def _model_around(objective: Objective, name: str) -> str:
+    """Path of the outermost model that a submodule (or parameter) lies in and that can be saved; its own without."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((path for path in paths if hasattr(attrgetter(path)(objective), "save_pretrained")), name)
 
 
 def check_accumulation(accelerator: Accelerator) -> None:

@@ -144,7 +144,7 @@ def test_labels_that_are_no_class_ids(column, values, held):
 def test_columns_that_may_be_meant_are_named():
     plain = labelled(2).remove_columns("label")
     for column, values, told in (
-        ("breed", ["a", "b"], "If 'breed' holds the classes, .*class_encode_column"),
+        ("breed", ["a", "b"], "If 'breed' holds the classes, .*class_encode_column.*save_to_disk"),
         ("kind", [4, 9], "Whole numbers are in 'kind'; name one by label_column"),
         ("size", [0.5, 0.7], r"its columns are \['image', 'size'\]. In a folder of images"),
     ):

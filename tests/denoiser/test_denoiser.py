@@ -216,6 +216,10 @@ def test_from_pipe_needs_a_denoiser():
     pipe.unet = None
     with pytest.raises(TypeError, match="DDPMPipeline has no component named unet or transformer .* it has scheduler"):
         Denoiser.from_pipe(pipe)
+    with pytest.raises(TypeError, match="A pipeline is needed; got UNet2DModel. .* Denoiser.model, scheduler, vae"):
+        Denoiser.from_pipe(build("ddpm").unet)
+    with pytest.raises(TypeError, match="needs a scheduler.* Of a pipeline: Denoiser.from_pipe"):
+        Denoiser(build("ddpm"))
 
 
 class Blob(nn.Module):

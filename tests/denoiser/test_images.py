@@ -35,3 +35,12 @@ def test_eight_bits(mode, color):
     for channels in (1, 3):
         pixels = to_pixels(Image.new(mode, (4, 4), color), channels)
         torch.testing.assert_close(pixels, torch.full((1, channels, 4, 4), want))
+
+
+def test_read_only_and_mirrored_arrays_are_copied(recwarn):
+    array = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    want = to_pixels(array.copy(), 1)
+    array.flags.writeable = False
+    assert torch.equal(to_pixels(array, 1), want)
+    assert torch.equal(to_pixels(array[::-1], 1), want.flip(2))
+    assert not recwarn.list

@@ -165,6 +165,10 @@ def test_what_is_saved_is_checked_before_the_first_step(tmp_path):
         train(Regression(), None, TrainingConfig(str(tmp_path / "out")))
     with pytest.raises(TypeError, match="build it by Denoiser.from_pipe"):
         train(DiffusionObjective(sit()), None, TrainingConfig(str(tmp_path / "out")))
+    bare = Regression()
+    bare.head, bare.artifacts = nn.Linear(3, 1), lambda: [ModelArtifact(bare.head, "head")]
+    with pytest.raises(TypeError, match="ModelArtifact of 'head' has a Linear, which has no config"):
+        train(bare, None, TrainingConfig(str(tmp_path / "out"), eval_batch_size=0))
     twice = Regression()
     pipe = PipelineArtifact("SiTPipeline", {"transformer": None})
 
@@ -203,6 +207,13 @@ def test_what_is_trained_and_not_saved_is_told(tmp_path):
     assert Headed(piped()).unsaved() == {"gain": 4, "head": 8}
     aligned = REPAObjective(piped(), [teacher()], "blocks.1", projector_dim=8)
     assert aligned.unsaved() == {}  # the projector lies in heads/
+
+
+def test_the_model_is_named_that_the_unsaved_weights_lie_in(tmp_path):
+    objective = Headed(piped())
+    objective.head, objective.discarded = sit().model, ("gain",)
+    with pytest.warns(UserWarning, match=r"add ModelArtifact\(self\.head, 'head', folder='heads/head'\)"):
+        train(objective, None, TrainingConfig(str(tmp_path / "out"), dry_run=True, eval_batch_size=0))
 
 
 def test_an_auxiliary_loss_is_tried_with_the_vae_and_the_conditioner_of_its_denoiser():
