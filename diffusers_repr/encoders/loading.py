@@ -53,7 +53,7 @@ def spread_positions(positions: Sequence[str], count: int) -> list[Positions]:
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """What encoders or models are called: the last part of each folder or id, with those before it where two are alike.
+    """What encoders or models are called: the last part of each folder or id, with those before it where two agree.
 
     Raises:
         ValueError: If one is named twice.
