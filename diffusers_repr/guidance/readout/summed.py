@@ -79,8 +79,9 @@ class SummedReadoutGuidance(Guidance):
 
     def _check(self, part: ReadoutGuidance) -> None:
         """Refuse what would do nothing."""
-        defaults = {item.name: item.default for item in dataclasses.fields(part)} | {"update": "latent_sign"}
-        given = [name for name in _OF_THE_STEP if getattr(part, name) != defaults[name]]
+        defaults = {item.name: (item.default,) for item in dataclasses.fields(part)}
+        defaults["update"] = ("latent_sign", latent_update(None, 1, published=part.published))
+        given = [name for name in _OF_THE_STEP if getattr(part, name) not in defaults[name]]
         if part.published and not self.published:
             given.append("published")
         if given:
