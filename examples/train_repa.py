@@ -25,6 +25,7 @@ from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.denoiser import LabelConditioner
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.encoders import load_encoders
@@ -113,7 +114,13 @@ def assume(config: TrainingConfig, data_config: DataConfig, model_config: ModelC
         told.append(f"images of {size[0]} px in {classes} classes; {data_config.dataset_name!r} was not read")
     if model_config.pretrained_model:
         denoiser = Denoiser.from_pretrained(model_config.pretrained_model)
-        size, vae, classes = denoiser.image_size, denoiser.vae, denoiser.conditioner.num_classes
+        conditioner = denoiser.conditioner
+        if not isinstance(conditioner, LabelConditioner):
+            raise ValueError(
+                f"A dry run takes images and classes for granted, and {model_config.pretrained_model!r} is trained "
+                f"with {conditioner.kind}: give it data and encoders that are on this disk."
+            )
+        size, vae, classes = denoiser.image_size, denoiser.vae, conditioner.num_classes
     else:
         if model_config.vae:
             vae = load_autoencoder(model_config.vae) if is_here(model_config.vae) else assumed_vae()

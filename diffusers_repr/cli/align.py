@@ -137,12 +137,9 @@ def _options(args: Settings) -> dict[str, Any]:
 
 def _measure(args: Settings, data: Any, test: Any, device: str) -> Alignment:
     """One model against one encoder."""
-    from diffusers_repr.store.processes import process_state
     from diffusers_repr.sweep.align import measure_alignment
 
-    denoiser = _denoiser(args, args.model, args.revision, device)
-    if process_state().is_main_process:
-        options.tell_size(denoiser, options.sides(args.image_size), aside=args.json)
+    denoiser = _measured_denoiser(args, args.model, args.revision, device)
     (encoder,) = _encoders(args, denoiser, device)
     return measure_alignment(
         denoiser,
@@ -167,7 +164,7 @@ def _compare(args: Settings, data: Any, device: str) -> AlignmentComparison:
 
     names = [args.model, *(args.models or [])]
     revisions = [args.revision] + [None] * (len(names) - 1)
-    loaders = [partial(_denoiser, args, name, at, device) for name, at in zip(names, revisions, strict=True)]
+    loaders = [partial(_measured_denoiser, args, name, at, device) for name, at in zip(names, revisions, strict=True)]
     return compare_alignments(
         dict(zip(args.labels or distinct_names(names), loaders, strict=True)),
         _encoders(args, None, device),
@@ -178,6 +175,16 @@ def _compare(args: Settings, data: Any, device: str) -> AlignmentComparison:
         steps=args.steps,
         **_options(args),
     )
+
+
+def _measured_denoiser(args: Settings, name: str, revision: str | None, device: str) -> Denoiser:
+    """One that is measured: the size at which it sees images is told."""
+    from diffusers_repr.store.processes import process_state
+
+    denoiser = _denoiser(args, name, revision, device)
+    if process_state().is_main_process:
+        options.tell_size(denoiser, options.sides(args.image_size), aside=args.json)
+    return denoiser
 
 
 def _denoiser(args: Settings, name: str, revision: str | None, device: str) -> Denoiser:
@@ -206,6 +213,8 @@ def _encoders(args: Settings, denoiser: Denoiser | None, device: str) -> list[En
     specs = [args.encoder, *(args.encoders or [])]
     layers = [re.fullmatch(r"(.+):([^:@]+)@([0-9.]+)", spec) for spec in specs]
     plain = [spec for spec, layer in zip(specs, layers, strict=True) if layer is None]
+    if args.encoder_positions and not plain:
+        raise ValueError("--encoder_positions would not act: layers of denoisers are no vision transformers; drop it.")
     called = dict(zip(plain, distinct_names(plain), strict=True))
     positions = dict(zip(plain, spread_positions(args.encoder_positions, len(plain)), strict=True))
     found = []

@@ -38,7 +38,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 HELP: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": _HelpFormatter}
 SCRIPT_HELP: dict[str, Any] = {**HELP, "usage": "%(prog)s [--config RECIPE.yaml] [--SETTING VALUE ...] [--help]"}
 
-_FORESEEN = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
+FORESEEN = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SMALLER = "a smaller --batch_size or --dtype bfloat16, where the command has it"
 _SMALLER_TRAINING = "a smaller --train_batch_size, --gradient_checkpointing, or --mixed_precision bf16"
@@ -99,7 +99,7 @@ def _tell(program: str, error: BaseException, debug: bool, smaller: str) -> int:
         code, text = 1, f"out of memory{text}. Try {smaller}."
     elif isinstance(error, OSError) and error.errno in _NO_ROOM:
         code = 1
-    elif isinstance(error, _FORESEEN) and not isinstance(error, RecursionError):
+    elif isinstance(error, FORESEEN) and not isinstance(error, RecursionError):
         code, text = 2, text or name
     else:
         code, text = 1, f"not foreseen: {name}: {text}. Please report it; --debug shows where it arose."

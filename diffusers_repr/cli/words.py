@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_FORESEEN = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
+from diffusers_repr.cli.guard import FORESEEN
+
 _CALLS = {
     "`list_layers(denoiser)` shows": "`diffusers-repr layers MODEL` shows",
     "`list_layers(denoiser)`": "`diffusers-repr layers MODEL`",
@@ -82,7 +83,7 @@ def in_words_of(settings: Any) -> Iterator[None]:
     warnings.formatwarning = plain
     try:
         yield
-    except _FORESEEN as error:
+    except FORESEEN as error:
         if len(error.args) == 1 and isinstance(error.args[0], str):
             error.args = (as_typed(error.args[0], names),)
         raise

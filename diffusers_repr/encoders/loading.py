@@ -53,7 +53,7 @@ def spread_positions(positions: Sequence[str], count: int) -> list[Positions]:
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """What encoders are called: the last part of each folder or id, with those before it where two would be alike.
+    """What encoders or models are called: the last part of each folder or id, with those before it where two agree.
 
     Raises:
         ValueError: If one is named twice.
@@ -65,7 +65,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     paths = [Path(name).resolve().parts for name in names]
     if len(set(paths)) < len(paths):
         twice = next(name for name, path in zip(names, paths, strict=True) if paths.count(path) > 1)
-        raise ValueError(f"The encoder {twice!r} is named twice; name each once.")
+        raise ValueError(f"{twice!r} is named twice; name each once.")
     return [_shortest(path, [other for other in paths if other != path]) for path in paths]
 
 

@@ -77,7 +77,8 @@ class DiffusionObjective(Objective):
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
         self.denoiser, self.network = denoiser, denoiser.model
-        self.card = {**type(self).card, **card_of(denoiser)}
+        own = {key: value for key, value in type(self).card.items() if value != Objective.card.get(key)}
+        self.card = {**Objective.card, **card_of(denoiser), **own}  # what a method says of itself stays
         self.time_sampling, self.label_dropout = time_sampling or TimeSampler(), label_dropout
         self.conditioner = denoiser.conditioner
         if null_label is not None:

@@ -188,7 +188,12 @@ def _side_by_side(base: Measure, encoders: Sequence[Encoder], widths: Sequence[i
     ends = [0, *itertools.accumulate(widths)]
     return [
         # another name, so that what a measure makes once for all cells is made once for each encoder
-        _Against(encoder.name, base=dataclasses.replace(base, name=f"{base.name} {encoder.name}"), columns=columns)
+        _Against(
+            encoder.name,
+            base.pooling,
+            base=dataclasses.replace(base, name=f"{base.name} {encoder.name}"),
+            columns=columns,
+        )
         for encoder, columns in zip(encoders, itertools.pairwise(ends), strict=True)
     ]
 

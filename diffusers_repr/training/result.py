@@ -43,6 +43,8 @@ def record_artifacts(objective: Objective, folder: Path) -> None:
                     if path.is_file()})  # fmt: skip
     if files:
         write_json(folder / ARTIFACTS, files)
+    else:
+        (folder / ARTIFACTS).unlink(missing_ok=True)  # an earlier run's list would let its files be uploaded
 
 
 def write_card(

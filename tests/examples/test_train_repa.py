@@ -16,6 +16,7 @@ from diffusers_repr import Denoiser, Encoder, Projector, SiTTransformer2DModel
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.sweep import measure_alignment
 from tests.examples.scripts import EXAMPLES, picture
+from tests.testers.models import build
 from tests.training.loop_cases import read_lines
 
 TINY = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
@@ -104,6 +105,13 @@ def test_a_dry_run_counts_what_would_be_trained(tmp_path, teacher, capsys):
         counts[rank] = int(line.split()[2].replace(",", ""))
     assert counts["2"] < counts["0"] / 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_text_model_asks_for_its_data(tmp_path):
+    build("sd").save_pretrained(tmp_path / "sd")
+    flags = ["--pretrained_model", str(tmp_path / "sd"), "--encoder", "none", "--dry_run", "true"]
+    with pytest.raises(ValueError, match="is trained with captions: give it data and encoders that are on this disk"):
+        run(tmp_path / "out", *flags, "--dataset_name", "nobody/captions")
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,14 @@ def test_a_sum_is_the_gradient_of_the_summed_losses():
     torch.testing.assert_close(moved, x - 0.05 * both.sign(), rtol=0, atol=1e-12)
 
 
+def test_published_parts_may_be_in_a_published_sum():
+    part = ReadoutGuidance(readout(bare()), TARGET, published=True)
+    summed = SummedReadoutGuidance([part], published=True)
+    assert (summed.update, summed.replace(scale=0.1).parts[0].published) == ("latent_adam", True)
+    with pytest.raises(ValueError, match="has published, which the sum decides"):
+        SummedReadoutGuidance([part])
+
+
 def test_steps_are_those_of_one_adam():
     denoiser, x = bare(), normal(2, 2, 16, 24)
     config = ReadoutGuidance(readout(denoiser), TARGET, update="latent_adam", steps=3, scale=0.05)

@@ -135,3 +135,16 @@ def test_the_command(base, tmp_path, capsys):
         "diffusers_repr_readout.py",
         "diffusion_pytorch_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "correspondence", "time_source": "network"}, "A correspondence head takes no time"),
+        ({"time_source": "none", "reversed_time": True}, "reversed_time would not act"),
+        ({"time_source": "base"}, "Unknown time_source 'base'"),
+    ],
+)
+def test_times_that_a_head_does_not_take(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReadoutHead(["a"], [4], width=8, bottleneck=4, output_widths=(4, 4), time_width=8, **options)

@@ -116,6 +116,13 @@ def test_the_card_is_of_the_bases_kind():
     assert "base_model" not in classes  # a folder is no model of the Hub
     assert DiffusionObjective(Denoiser.from_pipe(build("ddpm"))).card["kind"] == "unconditional diffusion model"
 
+    class Named(DiffusionObjective):
+        card = {**Objective.card, "kind": "sharpener", "tags": ["diffusers", "sharpening"]}
+
+    own = Named(Denoiser.from_pipe(build("ddpm"))).card
+    assert (own["kind"], own["tags"][-1]) == ("sharpener", "sharpening")
+    assert own["pipeline_tag"] == "unconditional-image-generation"
+
 
 def test_moments_equal_the_encoder_they_come_from():
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from diffusers_repr.encoders import Encoder
 from diffusers_repr.metrics import cknna
 from diffusers_repr.sweep import AlignmentComparison, compare_alignments, measure_alignment
 from diffusers_repr.sweep.align_curves import comparison_figure
+from diffusers_repr.sweep.similarity import CKNNA
 from tests.metrics.models import images, rows_denoiser, rows_encoder, unet
 from tests.sweep.selection_models import SIDE
 
@@ -44,6 +45,16 @@ def test_every_score_is_that_of_the_pair(compared):
                 assert cell.score == (None if other.scores["cknna"] is None else pytest.approx(other.scores["cknna"]))
             best = compared.best_of(label, encoder.name)
             assert (best.layer, best.timestep) == (alone.best.layer, alone.best.timestep)
+
+
+def test_a_measure_keeps_its_pooling():
+    largest = CKNNA("cknna", "max", k=4)
+    settings = {"timesteps": [50], "layers": ["conv_in"], "seed": 5}
+    (cell,) = compare_alignments({"net": unet}, [rows_encoder()], images(20), metric=largest, **settings).cells
+    (alone,) = measure_alignment(unet(), rows_encoder(), images(20), metrics=largest, **settings).cells
+    assert cell.score == pytest.approx(alone.scores["cknna"])
+    (mean,) = measure_alignment(unet(), rows_encoder(), images(20), k=4, **settings).cells
+    assert abs(cell.score - mean.scores["cknna"]) > 1e-3
 
 
 def test_encoders_beside_each_other_and_what_is_known_of_models(compared):

@@ -113,8 +113,11 @@ def test_several_models_and_encoders(model, encoder, data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"cknna with {layer}: best layer and level of each model" in out
     assert f"(the encoder {layer})" in out
+    assert out.count("the model's own size") == 2
     assert main(["align", model, encoder, data, *flags, "--out", str(tmp_path / "one"), "--no_plot"]) == 0
     alone = Alignment.load(tmp_path / "one")
+    assert main(["align", model, layer, data, *flags, "--out", str(tmp_path / "none"), "--no_plot"]) == 2
+    assert "--encoder_positions would not act" in capsys.readouterr().err
     assert found.best_of("later", Path(encoder).name).score == pytest.approx(alone.best.scores["cknna"])
 
 

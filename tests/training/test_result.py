@@ -16,7 +16,7 @@ from diffusers_repr.hub.places import without_places
 from diffusers_repr.hub.upload import plan_upload
 from diffusers_repr.objectives import DiffusionObjective, FixedArtifact
 from diffusers_repr.training import TrainingConfig, evaluation, train
-from diffusers_repr.training.result import final_loss
+from diffusers_repr.training.result import final_loss, record_artifacts
 from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.training.loop_cases import Numbers, read_lines, run_here, settings, tiny_objective
 
@@ -76,6 +76,8 @@ def test_what_a_method_saves_in_folders_of_its_own_is_uploaded(tmp_path):
         (tmp_path / "artifacts.json").write_text(json.dumps([name]))
         with pytest.raises(ValueError, match=rf"artifacts.json' is damaged .*{told}"):
             plan_upload(tmp_path)
+    record_artifacts(tiny_objective(), tmp_path)  # of a method without such folders
+    assert not (tmp_path / "artifacts.json").exists()
 
 
 def test_rows_of_classes_have_their_names(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance.base import Guidance
@@ -79,8 +80,9 @@ class SummedReadoutGuidance(Guidance):
 
     def _check(self, part: ReadoutGuidance) -> None:
         """Refuse what would do nothing."""
-        defaults = {item.name: item.default for item in dataclasses.fields(part)} | {"update": "latent_sign"}
-        given = [name for name in _OF_THE_STEP if getattr(part, name) != defaults[name]]
+        defaults: dict[str, tuple[Any, ...]] = {item.name: (item.default,) for item in dataclasses.fields(part)}
+        defaults["update"] = ("latent_sign", latent_update(None, 1, published=part.published))
+        given = [name for name in _OF_THE_STEP if getattr(part, name) not in defaults[name]]
         if part.published and not self.published:
             given.append("published")
         if given:

@@ -134,6 +134,8 @@ class ReadoutHead(MapHead, ModelMixin, ConfigMixin):
             raise ValueError(f"Unknown time_source {time_source!r}; expected one of {', '.join(TIME_SOURCES)}.")
         if kind == "correspondence" and (time_source == "network" or reversed_time):
             raise ValueError("A correspondence head takes no time; leave time_source and reversed_time out.")
+        if time_source == "none" and reversed_time:
+            raise ValueError('reversed_time would not act: the head takes no time (time_source="none"); leave it out.')
         timed = kind != "correspondence" and time_source != "none"
         self.time_embedding: TimeEmbedding | NetworkTimeEmbedding | None = None
         if timed:
