@@ -38,7 +38,8 @@ class Registry(dict[str, type[T]]):
 
         Raises:
             TypeError: For another class than a subclass of `base`.
-            ValueError: If a name, or where it counts the name of the class, is taken.
+            ValueError: If a name, or where it counts the name of the class, is taken; a class of a notebook or script
+                takes the place of an earlier one at the same path.
         """
 
         def add(cls: C) -> C:
@@ -46,6 +47,8 @@ class Registry(dict[str, type[T]]):
             if not (inspect.isclass(added) and issubclass(added, self.base)):
                 raise TypeError(f"{self.function} takes a subclass of {self.base.__name__}; got {cls!r}.")
             for name, other in self.items():
+                if cls.__module__ == "__main__" and _path(other) == _path(cls):
+                    continue  # a notebook's cell that runs again
                 if name in names or (self.one_name and other.__name__ == cls.__name__):
                     raise ValueError(
                         f"{self.function}({', '.join(map(repr, names))}) of {cls.__module__}.{cls.__name__}: {name!r} "
@@ -76,6 +79,10 @@ class Registry(dict[str, type[T]]):
                 "your own."
             )
         return known[name]
+
+
+def _path(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 __all__ = ["Registry"]

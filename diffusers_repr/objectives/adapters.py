@@ -48,6 +48,7 @@ def save_adapters(pipe: Any, adapters: Mapping[str, Mapping[str, Tensor]], folde
         adapters: Name of a network in it -> `adapter_state`.
         folder: Where to.
     """
+    (folder / ADAPTERS).unlink(missing_ok=True)  # of an earlier run
     if not any(adapters.values()) or not any(loading(pipe, name, "") for name in adapters):
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from diffusers_repr.heads import (
     unregister_head,
 )
 from diffusers_repr.hub.components import MOVED_MODULES, OWN_COMPONENTS, check_index
+from diffusers_repr.hub.registry import Registry
 from diffusers_repr.models.layers import CastLinear
 from diffusers_repr.tasks import Probe
 from diffusers_repr.testing.head import check_head
@@ -170,3 +171,12 @@ def test_a_file_names_no_place_of_code(gated, tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
         with pytest.raises(ValueError, match="is of class"):
             Probe.from_pretrained(tmp_path / "probe", base=pipeline())
+
+
+def test_a_cell_that_runs_again_replaces_its_class():
+    names = Registry("colour", object, "register_colour", one_name=True)
+    for _ in range(2):
+        red = names.register("red")(type("Red", (), {"__module__": "__main__"}))
+    assert names.find("red") is red
+    with pytest.raises(ValueError, match="'red' is the colour __main__.Red already"):
+        names.register("red")(type("Red", (), {"__module__": "other"}))
