@@ -346,6 +346,8 @@ def test_triplet_loss_by_hand():
     negative = torch.tensor([[0.0, 2.0], [1.0, 1.0]]).T.reshape(1, 2, 2, 1)  # cosines 0, 1 / sqrt 2
     expected = (0.0 + 0.5 + math.sqrt(0.5)) / 2
     assert float(appearance_triplet_loss(anchor, positive, negative)) == pytest.approx(expected, rel=1e-6)
+    half = [x.bfloat16() for x in (anchor, positive, negative)]
+    assert torch.equal(appearance_triplet_loss(*half), appearance_triplet_loss(*(x.float() for x in half)))
     with pytest.raises(ValueError, match="one shape"):
         appearance_triplet_loss(anchor, positive, negative[..., :1, :])
 

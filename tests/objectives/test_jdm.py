@@ -141,6 +141,9 @@ def test_masked_cross_entropy_of_mixed_targets():
     log_p = logits.log_softmax(1)
     want = -(0.7 * (log_p[0, 0] + log_p[2, 2]) + 0.3 * (log_p[1, 3] + log_p[2, 1])) / (0.7 * 2 + 0.3 * 2)
     torch.testing.assert_close(masked_cross_entropy(logits, [(first, 0.7), (second, 0.3)]), want)
+    half = logits.bfloat16()
+    want = masked_cross_entropy(half.float(), [(first, 1.0)])
+    assert torch.equal(masked_cross_entropy(half, [(first, 1.0)]), want)
 
 
 def test_mixup_and_augmentation_touch_what_is_classified_alone():
