@@ -280,11 +280,15 @@ def test_default_layers():
     assert set(handle.stats.steps[0].acted) == {"PAG", "SAG"}
 
 
-def test_fused_projections_hide_queries():
-    pipe = pipeline()
-    pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="fused projections"):
-        guide(pipe, PAG(1.0, layers=LAYER))
+def test_fused_projections_are_guided_alike():
+    images = []
+    for fused in (False, True):
+        pipe = pipeline()
+        if fused:
+            pipe.transformer.fuse_qkv_projections()
+        with guide(pipe, PAG(1.0, layers=LAYER)):
+            images.append(sample(pipe, torch.tensor([1]), steps=2))
+    torch.testing.assert_close(*images, rtol=1e-5, atol=1e-5)
 
 
 def test_a_loop_of_its_own():

@@ -217,7 +217,7 @@ def test_dry_run_prints_the_recipe(capsys):
         ({"lora_rank": 2}, ValueError, "`lora_rank` adapts a trained network"),
         ({"missing_labels": "keep"}, ValueError, "missing_labels: a classifier learns from images and their classes"),
         ({"caption_column": "text"}, ValueError, "caption_column: a classifier learns"),
-        ({"pretrained_model_name_or_path": "./nowhere"}, FileNotFoundError, "pipeline folder or a Hub id"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, FileNotFoundError, "there is no './nowhere' here"),
         ({"resolution": 7}, ValueError, "takes multiples of 2"),
         ({"dataset_split": "trian"}, ValueError, "no split 'trian'"),
         ({"eval_split": "trian"}, ValueError, "no split 'trian'"),

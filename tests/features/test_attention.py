@@ -120,7 +120,7 @@ def test_several_levels_heads_and_the_settings_of_an_extractor():
 )
 def test_chosen_columns_are_those_of_the_whole_maps(name, layer, keys):
     denoiser, images = made(name)
-    settings = {"heads": None, "ensemble_size": 2, **CONDITIONS[name]}
+    settings = {"heads": None, "ensemble_size": 2, "image_size": "keep", **CONDITIONS[name]}
     whole = attention_maps(denoiser, images, layer, 261, **settings)
     need = 4 * 4 * whole.tokens[layer].heads * whole.tokens[layer].queries * len(keys)  # two images, two in a batch
     out = attention_maps(denoiser, images, layer, 261, keys=keys, batch_size=2, max_bytes=need, **settings)

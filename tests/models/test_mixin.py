@@ -8,6 +8,7 @@ import torch
 
 from diffusers_repr.heads import LinearHead
 from diffusers_repr.models import SiTTransformer2DModel
+from tests.testers.hosts import in_dtype
 
 
 class OwnHead(LinearHead):
@@ -26,7 +27,7 @@ def test_a_class_of_another_package_names_no_file_of_ours(tmp_path):
 def test_modules_that_are_kept_in_float32_are_kept_and_warned_of(tmp_path, caplog):
     head = OwnHead(4, 2)
     head.save_pretrained(tmp_path)
-    loaded = OwnHead.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = OwnHead.from_pretrained(tmp_path, **in_dtype(torch.bfloat16))
     assert loaded.linear.weight.dtype == torch.float32
     assert loaded.mean.dtype == torch.bfloat16
     assert torch.equal(loaded(torch.ones(1, 4)), head(torch.ones(1, 4)))

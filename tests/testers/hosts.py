@@ -6,6 +6,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from diffusers.pipelines import pipeline_utils
 from packaging.version import Version
 
 
@@ -27,3 +29,9 @@ def since(package: str, version: str) -> pytest.MarkDecorator:
     """Mark of a test that holds from this version of a package on, since what it compares with has changed."""
     old = Version(importlib.metadata.version(package)) < Version(version)
     return pytest.mark.skipif(old, reason=f"{package} behaves so from {version} on")
+
+
+def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of diffusers' `from_pretrained` that gives the dtype of the weights."""
+    new = hasattr(pipeline_utils, "_resolve_dtype")
+    return {"dtype" if new else "torch_dtype": dtype}

@@ -26,6 +26,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import BaseOutput, dynamic_modules_utils
 from torch import Tensor, nn
 
+from tests.testers.hosts import in_dtype
+
 HALVES = (torch.bfloat16, torch.float16)
 EIGHT = torch.float8_e4m3fn
 LEAVES = (nn.Linear, nn.Conv2d, nn.Embedding)  # what layerwise casting stores in eight bits
@@ -180,7 +182,7 @@ def loading_in_half(case: ModelCase, folder: Path) -> None:
     ways = [{}, {"low_cpu_mem_usage": False}, {"device_map": "auto"}]
     for dtype, way in zip([*HALVES, HALVES[0]], ways, strict=True):
         with silent():
-            model = type(case.model()).from_pretrained(folder / "single", torch_dtype=dtype, **way)
+            model = type(case.model()).from_pretrained(folder / "single", **in_dtype(dtype), **way)
             cast_model = case.model().to(dtype)
         assert model.dtype == dtype
         assert all(value.dtype == dtype for value in model.state_dict().values() if value.is_floating_point())
@@ -190,7 +192,7 @@ def loading_in_half(case: ModelCase, folder: Path) -> None:
         half.save_pretrained(folder / "half")
         with silent():
             assert equal(
-                case.run(type(half).from_pretrained(folder / "half", torch_dtype=dtype), dtype), case.run(half, dtype)
+                case.run(type(half).from_pretrained(folder / "half", **in_dtype(dtype)), dtype), case.run(half, dtype)
             )
             assert type(half).from_pretrained(folder / "half").dtype == torch.float32
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from tests.testers.hosts import in_dtype
+
 
 class ClassCutoff(PipelineCallback):
     """As diffusers' cutoff callbacks of text pipelines: no guidance after a share of the steps."""
@@ -205,7 +207,7 @@ class PipelineContract:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_by_from_pretrained(self, pipe, want, folder, dtype):
-        half = self.load(pipe, folder, torch_dtype=dtype)
+        half = self.load(pipe, folder, **in_dtype(dtype))
         assert half.dtype == network(half).dtype == dtype
         images = self.sample(half)
         assert images.dtype == np.float32

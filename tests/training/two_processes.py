@@ -27,6 +27,8 @@ CASES = ("plain", "parts", "partly")
 class Partly(DiffusionObjective):
     """A head that is trained beside a network of which some weights are not."""
 
+    discarded = ("head",)
+
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         torch.manual_seed(1)
