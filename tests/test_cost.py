@@ -34,6 +34,10 @@ def test_beyond_its_budget(checkout, name, seconds):
     record(checkout, {**costs, name: seconds})
     (told,) = cost.check(checkout)
     assert told.startswith(f"{name}: {seconds} CPU seconds of ")
+    record(checkout, {**costs, name: seconds, cost.SLOWER: 1.25})
+    assert cost.check(checkout) == []
+    record(checkout, {**costs, name: seconds * 1.3, cost.SLOWER: 1.25})
+    assert len(cost.check(checkout)) == 1
 
 
 def test_a_listed_exception(checkout, monkeypatch):
