@@ -230,3 +230,10 @@ def test_what_is_of_steps_alone():
         pytest.raises(ValueError, match="guidance_scale above 1, or leave published=False"),
     ):
         denoiser.model(normal(1, 2, 16, 24), AT)
+
+
+def test_an_update_that_nobody_chose_follows():
+    plain = ReadoutGuidance(readout(bare(dtype=torch.float32)), TARGET)
+    assert plain.replace(published=True).update == "latent_adam"
+    assert plain.replace(scale=1.0).update == "latent_sign"
+    assert plain.replace(update="latent_adam").replace(scale=1.0).update == "latent_adam"

@@ -114,6 +114,12 @@ class ReadoutGuidance(Guidance):
         for name, value in (("comparison", made), *((name, getattr(made, name)) for name in names)):
             object.__setattr__(self, name, value)
 
+    def replace(self, **changes: Any) -> Any:
+        """The same settings with some changed; an `update` that nobody chose follows `published`."""
+        if self.update == latent_update(None, self.steps, published=self.published):
+            changes = {"update": None, **changes}
+        return super().replace(**changes)
+
     def bind(self, denoiser: Denoiser) -> ReadoutTerm:
         """Ready for a model.
 
