@@ -31,7 +31,7 @@ DEARER: dict[str, tuple[float, str]] = {
 SHARED = {"together": "two processes"}  # fixtures that serve several files, whichever asks first
 WHOLE = "whole run"  # the entry of all processes from start to end
 SLOWER = "times slower"  # the entry of how many times slower the fixed work was
-# CPU seconds of the fixed work in the run that the budgets were made by (771 s in all). It was not timed in that run but
+# CPU seconds of the fixed work in the run that the budgets were made by (771 s in all). It was not timed there but
 # derived later: 0.0059 s in a run in which 122 untouched files of tests cost 0.84 of what they had.
 REFERENCE = 0.0070
 EVERY = 40  # tests of a process from one piece of the fixed work to the next
