@@ -11,6 +11,11 @@ from diffusers.pipelines import pipeline_utils
 from packaging.version import Version
 
 
+def before(package: str, version: str) -> bool:
+    """Whether this is a version of the package before that one."""
+    return Version(importlib.metadata.version(package)) < Version(version)
+
+
 def newer(module: str, name: str) -> Any:
     """`module.name`; skips the test where this version has none."""
     found = getattr(importlib.import_module(module), name, None)
@@ -27,8 +32,7 @@ def close_session() -> None:
 
 def since(package: str, version: str) -> pytest.MarkDecorator:
     """Mark of a test that holds from this version of a package on, since what it compares with has changed."""
-    old = Version(importlib.metadata.version(package)) < Version(version)
-    return pytest.mark.skipif(old, reason=f"{package} behaves so from {version} on")
+    return pytest.mark.skipif(before(package, version), reason=f"{package} behaves so from {version} on")
 
 
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
