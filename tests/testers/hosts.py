@@ -35,3 +35,8 @@ def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The argument of diffusers' `from_pretrained` that gives the dtype of the weights."""
     new = hasattr(pipeline_utils, "_resolve_dtype")
     return {"dtype" if new else "torch_dtype": dtype}
+
+
+def text_to_image(blocks: Any) -> Any:
+    """A modular pipeline of those of these blocks that make an image of a text, where blocks can be chosen by a task."""
+    return (blocks.get_workflow("text2image") if hasattr(blocks, "get_workflow") else blocks).init_pipeline()
