@@ -1,5 +1,6 @@
 """The report of `repa_study.py`: a table of means over seeds, curves, and what came out."""
 
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,16 @@ def paired(rows: Sequence[dict], key: str) -> str:
     return ", ".join(f"{gap:+.4g}" for gap in gaps)
 
 
+def wrapped(command: str, width: int = 112) -> str:
+    """A command over as many lines as it needs, each going on with flags."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n".join(lines)
+
+
 def write_report(out: Path, rows: Sequence[dict], facts: dict, recipe: str) -> None:
     """README.md and curves.png."""
     draw_curves(rows, out / "curves.png")
@@ -89,7 +100,7 @@ def write_report(out: Path, rows: Sequence[dict], facts: dict, recipe: str) -> N
     text = f"""# REPA against the same SiT without it
 
 ```bash
-{facts["command"]}
+{wrapped(facts["command"])}
 ```
 
 Made by this command on {facts["device"]}. Equal steps, seeds, data order, noise and settings; the baseline has

@@ -176,7 +176,8 @@ def sweep(evaluation: Evaluation, folder: Path, levels: list[float], device: tor
 
 
 def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
 
 
 if __name__ == "__main__":
