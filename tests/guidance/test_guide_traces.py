@@ -137,7 +137,7 @@ def test_an_error_in_the_network_is_undone_at_once():
     network, scheduler = pipe.unet, pipe.scheduler
     scheduler.set_timesteps(2)
     x = noise(1, 3, 16, 16)
-    with guide(Denoiser.from_pipe(pipe), [PAG(2.0), energy()], scheduler=scheduler), torch.no_grad():
+    with guide(Denoiser.from_pipe(pipe), energy(), scheduler=scheduler), torch.no_grad():
         hook = network.up_blocks[-1].register_forward_hook(Raises(RuntimeError("in the network"), at=1))
         with pytest.raises(RuntimeError):
             network(x, scheduler.timesteps[0])
