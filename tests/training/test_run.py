@@ -159,8 +159,8 @@ def test_the_log_of_several_phases_has_their_losses_alone(tmp_path):
     run.step(batch(), lambda given: given)
     log.write(run, run.take_averages(), 1.0)
     (line,) = read_log(tmp_path / "loss.jsonl", 1)
-    assert {name for name in line if name.endswith("loss")} == {"first_loss", "second_loss"}
-    assert log.summary().startswith(f"loss={line['first_loss']:.4f}, ")
+    assert [name for name in line if name.endswith("loss")] == ["first_loss", "second_loss"]
+    assert log.summary().startswith(f"first_loss={line['first_loss']:.4f}, second_loss={line['second_loss']:.4f}, ")
 
 
 def test_a_bad_phase_skips_the_moving_average():
