@@ -1,4 +1,4 @@
-"""What a task must know besides its weights to give the same answer elsewhere; written to `probe.json` and the like."""
+"""What a task must know besides its weights to give the same answer elsewhere: `probe.json` and the like."""
 
 from __future__ import annotations
 

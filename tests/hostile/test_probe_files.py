@@ -9,9 +9,9 @@ import torch
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.tasks import Probe, ProbeRecipe
-from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.files import read_head, read_recipe
 from diffusers_repr.tasks.formats import PROBE as FORM
+from diffusers_repr.tasks.probe_card import probe_card
 from tests.hostile.cases import changed, copied, weights, written
 from tests.tasks.planted import NAMES, images, pipeline
 
