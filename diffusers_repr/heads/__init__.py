@@ -15,6 +15,7 @@ from diffusers_repr.heads.fitting.fit import FitResult, fit_head
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
 from diffusers_repr.heads.joint import JointHead
 from diffusers_repr.heads.moved import keep_moved_names
+from diffusers_repr.heads.pixel_ensemble import PixelEnsembleHead
 from diffusers_repr.heads.pooled.base import PooledHead
 from diffusers_repr.heads.pooled.knn import KNNHead
 from diffusers_repr.heads.pooled.linear import LinearHead
@@ -33,6 +34,7 @@ __all__ = [
     "LinearHead",
     "MLPHead",
     "MapHead",
+    "PixelEnsembleHead",
     "PooledHead",
     "Projector",
     "ReadoutHead",
