@@ -76,6 +76,7 @@ def correct_points(matches: Tensor, truth: Tensor, length: float, alpha: float =
         ValueError: For unequal shapes, or an alpha or length that is not above 0.
 
     Example:
+        >>> import torch
         >>> correct_points(torch.tensor([[10.0, 0], [10.01, 0]]), torch.zeros(2, 2), 100)
         tensor([ True, False])
     """
@@ -100,6 +101,7 @@ def pck(correct: Sequence[Tensor], alpha: float = 0.1) -> PCK:
         ValueError: Without a single point.
 
     Example:
+        >>> import torch
         >>> found = pck([torch.ones(1, dtype=torch.bool), torch.zeros(9, dtype=torch.bool)])
         >>> found.per_point, found.per_image
         (0.1, 0.5)
