@@ -10,7 +10,8 @@ from typing import Any
 
 import diffusers_repr
 from diffusers_repr.cli import options, words
-from diffusers_repr.cli.guard import EXIT_CODES, HELP, guarded, plain_warnings
+from diffusers_repr.cli.guard import EXIT_CODES, HELP, guarded, plain_warnings, split_flags
+from diffusers_repr.cli.library_output import bars, quiet_logs
 
 # Command -> one line of help. Each lives in cli/<command>.py with a dataclass `Settings` and `run(settings) -> int`.
 COMMANDS = {
@@ -31,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: whatever goes wrong is one line on stderr and an exit code of `EXIT_CODES`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv and argv[0] in COMMANDS else _overview().parse_args(argv).command
-    debug = "--debug" in argv
-    program, flags = f"diffusers-repr {command}", [word for word in argv[1:] if word != "--debug"]
-    with plain_warnings(program):
+    program, (flags, debug, verbose) = f"diffusers-repr {command}", split_flags(argv[1:])
+    with plain_warnings(program), quiet_logs(verbose):
         return guarded(program, lambda: _run(command, flags), debug)
 
 
@@ -63,7 +63,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
     """Read the settings, check the device and the folder to write to, then work."""
     settings = read_settings(command, argv)
     module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
-    with words.in_words_of(settings), options.bars(not getattr(settings, "quiet", False)):
+    with words.in_words_of(settings), bars(not getattr(settings, "quiet", False)):
         code = _work(module, settings)
     sys.stdout.flush()
     return code

@@ -61,11 +61,7 @@ def fit_probe(
         progress_bar: Makes a bar.
     """
     chosen = get_protocol(protocol, head)
-    data = class_data(train, "train")
-    held = None if validation is None else class_data(validation, "validation")
-    names = _names(data, held, label_names)
-    if held is not None:
-        refuse_one_class(held.targets, str(held))
+    data, held, names = open_classes(train, validation, label_names)
     keys: list[str] = []
     held_keys: list[str] = []
     read = (batch_size, *condition, progress_bar)
@@ -117,6 +113,27 @@ def fit_probe(
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
     )
     return result.head, recipe
+
+
+def open_classes(
+    train: Any, validation: Any = None, label_names: Sequence[str] | None = None
+) -> tuple[Labelled, Labelled | None, list[str]]:
+    """Both splits with class ids, checked, and the name of each class; no image is read.
+
+    Args:
+        train: As for `Probe.fit`.
+        validation: As for `Probe.fit`.
+        label_names: As for `Probe.fit`.
+
+    Raises:
+        ValueError, TypeError: For data or labels that a probe cannot learn from, or be scored on.
+    """
+    data = class_data(train, "train")
+    held = None if validation is None else class_data(validation, "validation")
+    names = _names(data, held, label_names)
+    if held is not None:
+        refuse_one_class(held.targets, str(held))
+    return data, held, names
 
 
 def make_extractor(source: Any, selection: Selection | None, use: str, settings: dict[str, Any]) -> FeatureExtractor:

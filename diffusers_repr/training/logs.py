@@ -47,10 +47,10 @@ class Log:
 
     def write(self, run: Run, means: Mapping[str, float], images_per_second: float) -> None:
         """Add a line for the steps since the last one."""
-        progress = run.progress
+        progress, several = run.progress, len(run.objective.phases) > 1
         line = {
             "step": progress.step,
-            "loss": means.get("loss"),
+            **({} if several else {"loss": means.get("loss")}),  # several phases: each has one of its own name
             **{name: value for name, value in means.items() if name != "loss"},
             "learning_rate": learning_rate(self.config, progress.step - 1),
             "skipped": progress.skipped,

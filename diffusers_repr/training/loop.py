@@ -28,7 +28,7 @@ from diffusers_repr.training.config import TrainingConfig, recipe_of
 from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.evaluation import Evaluate, Evaluations, validate
 from diffusers_repr.training.logs import Log
-from diffusers_repr.training.lora import add_lora
+from diffusers_repr.training.lora import add_lora, not_apart
 from diffusers_repr.training.result import save_result, write_card
 from diffusers_repr.training.run import Run, end_processes
 from diffusers_repr.training.sharding import check_sharding
@@ -113,6 +113,8 @@ def train(
     if config.dry_run:
         accelerator.print(describe_run(objective, data, config, recipe or recipe_of(config)))
         return TrainResult(Path(config.output_dir), 0, [], [], 0)
+    if config.lora_rank and (told := not_apart(objective)):
+        accelerator.print(told)
     for module in objective.networks().values():
         if config.gradient_checkpointing:
             enable_checkpointing(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from diffusers_repr.hub.places import public_name, without_places
 from diffusers_repr.objectives import Objective, PipelineArtifact
 from diffusers_repr.objectives.adapters import ADAPTERS, loading
 from diffusers_repr.training.config import recipe_of
+from diffusers_repr.training.lora import not_apart
 from diffusers_repr.training.run import Run
 
 
@@ -161,7 +161,7 @@ def card(
 
 
 def adapters_text(objective: Objective, folder: Path, name: str) -> str:
-    """How to load the adapters that lie in the folder of a result; empty without.
+    """How to load the adapters that lie in the folder of a result, or why there are none; empty if none were trained.
 
     Args:
         objective: Of the run.
@@ -169,8 +169,10 @@ def adapters_text(objective: Objective, folder: Path, name: str) -> str:
         name: What readers know it by.
     """
     first = objective.artifacts()[0]
-    if not (folder / ADAPTERS).is_file() or not isinstance(first, PipelineArtifact):
+    if not any(".lora_" in key for key in objective.trained_state()) or not isinstance(first, PipelineArtifact):
         return ""
+    if not (folder / ADAPTERS).is_file():
+        return f"\n\n{not_apart(objective)}"
     found = (loading(first.pipeline, part, name) for part in first.components)
     line = next((line for line in found if line), None)
     return (
@@ -183,9 +185,3 @@ def data_name(data: Any, recipe: Mapping[str, Any]) -> str | None:
     """The data set's name, in the words of the recipe or its own, without places on this machine; None without one."""
     name = recipe.get("dataset_name") or getattr(data, "name", None)
     return None if name is None else public_name(str(name))
-
-
-def final_loss(lines: list[dict[str, Any]]) -> float:
-    """Mean loss of the last twentieth of a log; NaN without one."""
-    values = [line["loss"] for line in lines[-max(1, len(lines) // 20) :] if line["loss"] is not None]
-    return sum(values) / len(values) if values else math.nan
