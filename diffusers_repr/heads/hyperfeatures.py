@@ -21,8 +21,11 @@ from diffusers_repr.heads.hyperfeature_maps import paper_reads, walk_levels
 from diffusers_repr.hub.checks import check_sizes, check_whole
 from diffusers_repr.models.layers import Projection, wide_dtype
 from diffusers_repr.models.outputs import SampleOutput, packed
+from diffusers_repr.pictures.mixing import mixing_figure
 
 HYPERFEATURES = "hyperfeatures"  # what a source calls its one layer
+# Of the record of heads on maps, what this one has not: it predicts no label.
+_NO_LABELS = {"label_range": [0, 1], "level_range": [0, 1], "target": None}
 
 
 @register_head("hyperfeatures")
@@ -88,7 +91,7 @@ class HyperfeaturesHead(Head, ModelMixin, ConfigMixin):
         noise_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
-        RECORD({**self.config, "label_range": [0, 1], "level_range": [0, 1]}, type(self).__name__)
+        RECORD({**self.config, **_NO_LABELS}, type(self).__name__)
         if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
             raise ValueError(
                 f"layers and channels must pair up, each layer once; got {len(layers)} layers ({list(layers)}) and "
@@ -152,6 +155,16 @@ class HyperfeaturesHead(Head, ModelMixin, ConfigMixin):
     def shares(self) -> Tensor:
         """The mixing weights after the softmax, `(levels, layers)`; they sum to 1."""
         return self.weights.to(wide_dtype(self)).flatten().softmax(0).view_as(self.weights)
+
+    def plot_weights(self) -> Any:
+        """A figure of matplotlib: the shares by layer and level; `figure.savefig("weights.png")` keeps it.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        told = self.config["timesteps"]
+        names = [f"step {read}" for read in self.reads] if told is None else [f"{time:g}" for time in told]
+        return mixing_figure(self.shares(), list(self.config["layers"]), names, "Share in the hyperfeatures")
 
     def accumulate(self, total: Tensor | None, place: int, layer: str, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Add one layer's part at one level to the sum.
