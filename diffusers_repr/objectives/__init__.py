@@ -15,6 +15,7 @@ from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
@@ -37,6 +38,8 @@ __all__ = [
     "DiffusionObjective",
     "DispersiveLoss",
     "FixedArtifact",
+    "HyperfeaturesConfig",
+    "HyperfeaturesObjective",
     "ModelArtifact",
     "NoisyBatch",
     "Objective",
@@ -57,6 +60,7 @@ __all__ = [
     "TimeSampler",
     "alignment_loss",
     "build_repa",
+    "keypoint_infonce",
     "load_heads",
     "weighted_sum",
 ]
