@@ -139,15 +139,15 @@ def draw(rows: Sequence[dict], by_step: bool, chance: float, path: Path) -> None
                     color = colormaps["viridis"](0.85 * place / max(len(widths) - 1, 1))
                     size = f"{line[0]['parameters'] / 1e6:.2g} M"
                     axis.plot(*_xy(line, "step"), style, ms=4, color=color, label=f"{size}, {method}")
-                ticks = sorted({row["step"] for row in rows if "step" in row})
             else:
                 line = points(rows, method=method, step=last, encoder=encoder)
                 color = "tab:blue" if method == "REPA" else "tab:grey"
                 axis.plot(*_xy(line, "parameters", 1e-6), style, ms=5, color=color, label=method)
-                ticks = sorted(row["parameters"] / 1e6 for row in line)
-        axis.set_xscale("log")
-        axis.minorticks_off()
-        axis.set_xticks(ticks, [f"{tick:.2g}" if tick < 10 else f"{tick:g}" for tick in ticks])
+        if not by_step:
+            ticks = sorted({row["parameters"] / 1e6 for row in rows if "width" in row})
+            axis.set_xscale("log")
+            axis.minorticks_off()
+            axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axis.axhline(chance, color="0.5", ls=":", lw=1)
         axis.set_title(f"with {encoder}" + (" (the teacher)" if encoder == encoders[0] else ""), fontsize=9)
         axis.set_xlabel("training steps" if by_step else f"million parameters; {last:,} steps", fontsize=9)
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/alignment-digits"), help="folder of the runs")
     parser.add_argument("--encoders", nargs="+", default=["outputs/digits-encoder"], help="the first is the teacher")
     parser.add_argument("--widths", type=int, nargs="+", default=[24, 48, 96], help="of the SiTs, divisible by 8")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400, 800, 1600], help="that are kept")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(range(100, 900, 100)), help="that are kept")
     parser.add_argument("--timesteps", type=float, nargs="+", default=[100, 300, 500], help="larger is noisier")
     parser.add_argument("--k", type=int, default=10, help="neighbours of CKNNA")
     args, args.flags = parser.parse_known_args(argv)
