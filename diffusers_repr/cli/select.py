@@ -117,7 +117,8 @@ def _print_json(selection: Selection, out: str) -> None:
 
 def _print(selection: Selection) -> None:
     width, (metric, sign) = max(len(cell.layer) for cell in selection.finalists), selection.in_words()
-    print(f"{'layer':<{width}}  {'timestep':>8}  {'noise':<9}  {metric} (mean ± std of noise seeds)  FLOPs")
+    how = "mean ± std of noise seeds" if sign > 0 else "lower is better; mean ± std of noise seeds"
+    print(f"{'layer':<{width}}  {'timestep':>8}  {'noise':<9}  {metric} ({how})  FLOPs")
     for cell in selection.finalists:
         score = f"{sign * (cell.mean or 0.0):.4f} ± {cell.std:.4f}"
         print(f"{cell.layer:<{width}}  {cell.timestep:>8g}  {cell.noise:<9}  {score}  {cell.flops_share:.0%}")

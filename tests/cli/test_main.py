@@ -6,11 +6,15 @@ import re
 import sys
 import warnings
 
+import datasets
 import pytest
+from diffusers.utils import logging as of_diffusers
+from transformers.utils import logging as of_transformers
 
 from diffusers_repr import __version__
 from diffusers_repr.cli import COMMANDS, layers, main
 from diffusers_repr.cli.guard import run_script
+from diffusers_repr.cli.library_output import bars
 from diffusers_repr.cli.words import as_typed
 from tests.testers.models import saved
 
@@ -182,3 +186,17 @@ def test_log_lines_of_other_libraries(monkeypatch, capfd, flags, variable, shown
     assert seen == [(name, kind) for name in names for kind in kinds]
     assert {logging.getLogger(name).level for name in names} == {logging.WARNING}
     assert [os.environ.get(setting) for setting in names.values()] == [variable, variable]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "given", "moving"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_bars_of_other_libraries_move_on_a_terminal_alone(monkeypatch, terminal, given, moving):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    asked = [of_diffusers.is_progress_bar_enabled, of_transformers.is_progress_bar_enabled,
+             lambda: not datasets.are_progress_bars_disabled()]  # fmt: skip
+    before = [ask() for ask in asked]
+    with bars(given):
+        assert [ask() for ask in asked] == [was and moving for was in before]
+    assert [ask() for ask in asked] == before
+    assert any(before)

@@ -210,11 +210,11 @@ def test_a_loss_is_printed_positive(folder, tmp_path, capsys):
     best = Selection.load(tmp_path / "out").best
     assert best.mean < 0
     head = next(line for line in table if line.startswith("layer"))
-    assert "Brier score on validation, lower is better, (mean ± std of noise seeds)" in head
+    assert "Brier score on validation (lower is better; mean ± std of noise seeds)" in head
     assert f"{-best.mean:.4f} ± " in table[table.index(head) + 1]
     assert not any("-0." in line for line in table)
     found = repr(Selection.load(tmp_path / "out"))
-    assert f"Brier score on validation, lower is better, {-best.score:.4g}" in found
+    assert f"Brier score on validation {-best.score:.4g}" in found
 
 
 def test_command_holds_out_where_there_is_no_validation_split(folder, tmp_path, capsys):
