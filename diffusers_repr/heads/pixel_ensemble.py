@@ -90,9 +90,9 @@ class MemberBatchNorm(nn.Module):
                 f"Batch norm is trained in float32: its running statistics need it; these are {mean.dtype}. Cast the "
                 "head with .float() before training."
             )
-        affine = [value[of].reshape(-1).to(x.dtype) for value in (self.weight, self.bias)]
-        statistics = mean.to(x.dtype), variance.to(x.dtype)
-        return functional.batch_norm(x, *statistics, *affine, self.training, self.momentum, self.eps)
+        weight, bias = (value[of].reshape(-1).to(x.dtype) for value in (self.weight, self.bias))
+        mean, variance = mean.to(x.dtype), variance.to(x.dtype)
+        return functional.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
 
 @register_head("pixel_ensemble")
@@ -144,6 +144,7 @@ class PixelEnsembleHead(Head, ModelMixin, ConfigMixin):
         widths = list(hidden_features or ((128, 32) if num_classes < _MANY else (256, 128)))
         check_sizes(**{f"hidden_features[{at}]": width for at, width in enumerate(widths)})
         sizes = [levels * sum(channels), *widths]
+        self.widths = widths
         pairs = zip(sizes, widths, strict=False)
         self.linear = nn.ModuleList(MemberLinear(members, a, b) for a, b in pairs)
         self.norm = nn.ModuleList(MemberBatchNorm(members, width) for width in widths)

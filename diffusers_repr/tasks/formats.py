@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.heads import Head, PooledHead
+from diffusers_repr.heads import Head, PixelEnsembleHead, PooledHead
 from diffusers_repr.tasks.probe_card import probe_card
-from diffusers_repr.tasks.recipe import ProbeRecipe, TaskRecipe
+from diffusers_repr.tasks.recipe import ProbeRecipe, SegmentationRecipe, TaskRecipe
+from diffusers_repr.tasks.segmentation_card import segmentation_card
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,22 @@ def _probe_differs(config: Any, recipe: ProbeRecipe) -> str | None:
     )
 
 
+def _segmenter_differs(config: Any, recipe: SegmentationRecipe) -> str | None:
+    has = (list(config["layers"]), list(config["channels"]), config["levels"], config["num_classes"])
+    told = [recipe.base.features[layer] for layer in recipe.layers]
+    wanted = (list(recipe.layers), told, len(recipe.levels), len(recipe.label_names))
+    if has == wanted:
+        return None
+    return (
+        f"reads {has[2]} levels of {dict(zip(has[0], has[1], strict=False))} and tells {has[3]} classes apart; "
+        f"{recipe.FILE} describes {wanted[2]} levels of {dict(zip(wanted[0], told, strict=True))} and {wanted[3]} "
+        "classes"
+    )
+
+
 PROBE = TaskFormat(ProbeRecipe, PooledHead, probe_card, _probe_differs)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE,)}
+SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _segmenter_differs)
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -59,4 +74,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "PROBE", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]

@@ -12,7 +12,7 @@ from diffusers_repr.features import FeatureExtractor, FeatureOutput
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import Check, shown
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.recipe_schema import BASE, IGNORE, POOLING, recipe_schema
+from diffusers_repr.tasks.recipe_schema import BASE, POOLING, SEGMENTATION, recipe_schema
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,17 @@ class SegmentationRecipe(TaskRecipe):
 
     Attributes:
         ignore_index: Id of pixels of no class in the masks it was fitted on; None: there were none.
+        source: Class of the `FeatureSource` that is not a `FeatureExtractor`: it must be given again when the task is
+            loaded, and levels, noise and layers are its own. None: a `FeatureExtractor` with these settings.
     """
 
     NOUN: ClassVar[str] = "segmenter"
     FILE: ClassVar[str] = "segmentation.json"
     FORMAT: ClassVar[str] = "diffusers_repr.segmentation/1"
-    OWN: ClassVar[Mapping[str, Check]] = IGNORE
+    OWN: ClassVar[Mapping[str, Check]] = SEGMENTATION
 
     ignore_index: int | None
+    source: str | None
 
 
 def _finite(value: Any) -> Any:

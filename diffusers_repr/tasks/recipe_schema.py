@@ -39,7 +39,10 @@ _NAME = text(1000, pattern=r"(?!\\\\|//)[^\x00-\x1f\x7f]+", what="a folder or a 
 
 # What recipes of single tasks have beside what all have.
 POOLING: dict[str, Check] = {"pooling": text(20, pattern=VECTORS, what=POOLINGS)}
-IGNORE: dict[str, Check] = {"ignore_index": optional(integer(-(1 << 31), (1 << 31) - 1))}
+SEGMENTATION: dict[str, Check] = {
+    "ignore_index": optional(integer(-(1 << 31), (1 << 31) - 1)),
+    "source": optional(text(200, pattern=r"[A-Za-z_]\w*", what="the name of a class")),
+}
 
 
 def recipe_schema(score: type, own: Mapping[str, Check]) -> Check:
@@ -150,4 +153,4 @@ def _train(value: Any, at: str) -> Mapping[str, Any]:
     return mapping(anything(4, 10_000), 0, 100)(value, at)
 
 
-__all__ = ["BASE", "IGNORE", "MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "POOLING", "recipe_schema"]
+__all__ = ["BASE", "MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "POOLING", "SEGMENTATION", "recipe_schema"]

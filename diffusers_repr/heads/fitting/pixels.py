@@ -258,8 +258,7 @@ class _Learning:
 def _members(head: PixelEnsembleHead, places: list[int]) -> PixelEnsembleHead:
     """A head with copies of these members, in training mode."""
     settings = {name: head.config[name] for name in ("layers", "channels", "num_classes", "levels")}
-    widths = [linear.weight.shape[1] for linear in head.linear]
-    small = PixelEnsembleHead(**settings, members=len(places), hidden_features=widths)
+    small = PixelEnsembleHead(**settings, members=len(places), hidden_features=head.widths)
     small.to(head.last.weight.device, head.last.weight.dtype)
     with torch.no_grad():
         for name, value in small.state_dict().items():
