@@ -72,9 +72,7 @@ def run(args: Settings) -> int:
     from diffusers_repr.sweep.select import select_features
 
     measure = make_measure(args.metric, pooling=check_pooling(args.pooling), criterion=args.criterion)
-    open_splits(
-        parts["train"], parts["validation"], measure
-    )  # what is wrong with the data, before the model is loaded
+    open_splits(parts["train"], parts["validation"], measure)  # refuses data before the model is loaded
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
     image_size = options.sides(args.image_size)

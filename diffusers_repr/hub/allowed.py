@@ -47,6 +47,7 @@ class Kind:
 _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
+    "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
     "store of features": _STORE,
     "store of images": _STORE,
     "store of assignments": _STORE,
@@ -107,6 +108,8 @@ def kind_of(folder: Path) -> str:
 
     if has("probe.json"):
         return "probe"
+    if has("segmentation.json"):
+        return "segmenter"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -126,9 +129,9 @@ def kind_of(folder: Path) -> str:
     if has("scheduler_config.json"):
         return "scheduler"
     raise ValueError(
-        f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), manifest.json (store of features), "
-        "model_index.json (pipeline), pipeline.py (custom pipeline), config.json (model or head) and "
-        "scheduler_config.json (scheduler)."
+        f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
+        "manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
+        "(model or head) and scheduler_config.json (scheduler)."
     )
 
 

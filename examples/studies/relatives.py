@@ -95,7 +95,8 @@ def pictures(pipes: dict[str, SiTPipeline], path: Path) -> None:
         call = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 50, "output_type": "pt"}
         images.append(pipe(list(range(10)), **call).images.float())
     titles = {"row_titles": list(pipes), "column_titles": [str(digit) for digit in range(10)]}
-    image_grid(torch.cat(images), 10, title="Digits asked for, one sample each, not chosen", side=48, **titles).save(path)
+    title = "Digits asked for, one sample each, not chosen"
+    image_grid(torch.cat(images), 10, title=title, side=48, **titles).save(path)
 
 
 def main(argv: list[str]) -> None:

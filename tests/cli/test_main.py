@@ -1,5 +1,6 @@
 """The command itself: version, warnings, pipes that close, errors shown in full."""
 
+import logging
 import os
 import re
 import sys
@@ -145,3 +146,39 @@ def test_errors_and_warnings_of_a_command_name_its_flags(monkeypatch, capsys):
         assert main(["layers", "model"]) == 2
     told = "diffusers-repr layers: No layer 'mid'; pass --image_size H W. `diffusers-repr layers MODEL` shows all.\n"
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "shown"), [([], None, False), (["--verbose"], None, True), ([], "info", True)]
+)
+def test_log_lines_of_other_libraries(monkeypatch, capfd, flags, variable, shown):
+    names = {"diffusers": "DIFFUSERS_VERBOSITY", "transformers": "TRANSFORMERS_VERBOSITY"}
+    for name, setting in names.items():
+        monkeypatch.delenv(setting, raising=False)
+        if variable is not None:
+            monkeypatch.setenv(setting, variable)
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.WARNING)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    seen = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            seen.append((record.name.split(".")[0], record.levelname))
+
+    def run(args):
+        for name in names:
+            logging.getLogger(f"{name}.loading").warning("a report on keys")
+            logging.getLogger(f"{name}.loading").error("an error")
+        return 0
+
+    keep = Keep()
+    logging.getLogger().addHandler(keep)
+    try:
+        monkeypatch.setattr(layers, "run", run)
+        assert main(["layers", "model", *flags]) == 0
+    finally:
+        logging.getLogger().removeHandler(keep)
+    kinds = ["WARNING", "ERROR"] if shown else ["ERROR"]
+    assert seen == [(name, kind) for name in names for kind in kinds]
+    assert {logging.getLogger(name).level for name in names} == {logging.WARNING}
+    assert [os.environ.get(setting) for setting in names.values()] == [variable, variable]

@@ -12,9 +12,11 @@ from diffusers_repr.heads import (
     KNNHead,
     LinearHead,
     MLPHead,
+    PixelEnsembleHead,
     Projector,
     ReadoutHead,
 )
+from diffusers_repr.heads.fitting.pixels import draw_members
 from diffusers_repr.testing import check_head
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
@@ -66,6 +68,21 @@ def joint(norm: str) -> ModelCase:
     return ModelCase(make, inputs, {"logits": (3, 3)}, plain=True, wide=True)
 
 
+def pixels(levels: int) -> ModelCase:
+    def inputs() -> dict:
+        lead = (levels, 2) if levels > 1 else (2,)
+        return {"features": {"a": torch.randn(*lead, 8, 3, 2), "b": torch.randn(*lead, 4, 6, 4)}}
+
+    make = functools.partial(PixelEnsembleHead, LAYERS, CHANNELS, 3, levels, members=4, hidden_features=(8, 6))
+
+    def head():
+        made = make()
+        draw_members(made, 0, 0.3)
+        return made
+
+    return ModelCase(head, inputs, {"logits": (2, 4, 3, 6, 4)}, plain=True, wide=True)
+
+
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4)}
 CASES = {
     "LinearHead": pooled(LinearHead),
@@ -76,6 +93,8 @@ CASES = {
     "ReadoutHead": on_maps(ReadoutHead, **SMALL),
     "ReadoutHead, correspondence": on_maps(ReadoutHead, 8, kind="correspondence", **SMALL),
     "DepthHead": on_maps(DepthHead, hidden=(8, 6)),
+    "PixelEnsembleHead": pixels(1),
+    "PixelEnsembleHead, levels": pixels(2),
     "HyperfeaturesHead": hyperfeatures(),
     "JointHead": joint("layer"),
     "JointHead, batch": joint("batch"),
