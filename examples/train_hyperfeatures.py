@@ -1,4 +1,4 @@
-"""Train the head of Diffusion Hyperfeatures on a frozen denoiser: one map of descriptors out of many layers and levels.
+"""Train the head of Diffusion Hyperfeatures on a frozen denoiser: many layers and levels to one map of descriptors.
 
     accelerate launch examples/train_hyperfeatures.py --config examples/configs/hyperfeatures_cars.yaml
     accelerate launch examples/train_hyperfeatures.py --config my_recipe.yaml --steps 50 --output_dir outputs/fifty
@@ -21,7 +21,6 @@ from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
 from diffusers_repr.data.pairs import PairConfig, load_pairs
-from diffusers_repr.heads import HyperfeaturesHead
 from diffusers_repr.objectives import HyperfeaturesConfig, HyperfeaturesObjective
 from diffusers_repr.tasks import PairAccuracy
 from diffusers_repr.training import TrainingConfig, recipe_of, train
@@ -42,10 +41,7 @@ def main(argv: list[str]) -> None:
     if hyper.eval_split:
         held_out = dataclasses.replace(pairs, dataset_split=hyper.eval_split)
         accuracy = PairAccuracy(objective, load_pairs(held_out, denoiser.image_channels, data.size), config.seed)
-    result = train(objective, data, config, recipe=recipe_of(config, pairs, hyper), evaluate=accuracy)
-    if not config.dry_run and (result.output_dir / "config.json").is_file():
-        figure = HyperfeaturesHead.from_pretrained(result.output_dir).plot_weights()
-        figure.savefig(result.output_dir / "mixing_weights.png")
+    train(objective, data, config, recipe=recipe_of(config, pairs, hyper), evaluate=accuracy)
 
 
 if __name__ == "__main__":

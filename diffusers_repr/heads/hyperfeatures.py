@@ -243,7 +243,9 @@ def check_reads(steps: int, reads: Sequence[int] | None = None) -> list[int]:
     check_whole("steps", steps)
     found = paper_reads(steps) if reads is None else [check_whole("reads", read, 0, steps - 1) for read in reads]
     if not found or sorted(set(found)) != found:
-        raise ValueError(f"reads rise from 0, the clean image, to {steps - 1}, the last of {steps} steps; got {reads}.")
+        raise ValueError(
+            f"reads rise from 0, the clean image, to {steps - 1}, the last of {steps} steps; got {reads}."
+        )
     return found
 
 

@@ -14,6 +14,7 @@ from diffusers_repr.objectives.auxiliary import (
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.classifier_config import ClassifierConfig
+from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
@@ -35,6 +36,8 @@ __all__ = [
     "ClassifierBase",
     "ClassifierConfig",
     "ClassifierObjective",
+    "CleanDIFTConfig",
+    "CleanDIFTObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "FixedArtifact",
@@ -62,5 +65,7 @@ __all__ = [
     "build_repa",
     "keypoint_infonce",
     "load_heads",
+    "noise_robustness",
+    "strata_timesteps",
     "weighted_sum",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,8 +20,9 @@ from diffusers_repr.heads import HyperfeaturesHead
 from diffusers_repr.heads.hyperfeature_maps import walk_maps
 from diffusers_repr.hub import is_repo_id
 from diffusers_repr.hub.places import without_places
-from diffusers_repr.objectives.artifacts import ModelArtifact
+from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, State
 from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.pictures.figure import png_of
 
 _OWN = ("width", "bottleneck")  # arguments of the head that a recipe gives in `head`
 
@@ -116,6 +118,29 @@ def keypoint_infonce(first: Tensor, second: Tensor, cells: Tensor, valid: Tensor
     return (mean * valid).sum() / valid.sum().clamp(min=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightsPicture(FixedArtifact):
+    """The mixing weights of a head by layer and level, as `mixing_weights.png`.
+
+    Attributes:
+        thing: The `ModelArtifact` of the head.
+    """
+
+    @property
+    def kind(self) -> str:
+        """What is drawn."""
+        return "picture of the mixing weights"
+
+    def save(self, root: Path, state: State, dtype: torch.dtype) -> None:
+        """See `Artifact.save`; without matplotlib a warning takes the picture's place."""
+        try:
+            figure = self.thing.build(state).plot_weights()
+        except ImportError as error:
+            warnings.warn(f"mixing_weights.png is not drawn: {error}", stacklevel=2)
+            return
+        (root / "mixing_weights.png").write_bytes(png_of(figure))
+
+
 class HyperfeaturesObjective(Objective):
     """The loss of a `HyperfeaturesHead`; the denoiser is frozen.
 
@@ -150,7 +175,8 @@ class HyperfeaturesObjective(Objective):
         text = f"It joins {len(head.config['layers'])} layers of `{without_places(base)}` at timesteps {told} of a "
         text += f"DDIM inversion of {head.config['steps']} steps to descriptors of {head.config['width']} channels "
         text += "(Diffusion Hyperfeatures, arXiv 2305.14334); `Hyperfeatures.from_pretrained` of "
-        text += "`diffusers_repr.heads` loads it with its base, as a source of features."
+        text += "`diffusers_repr.heads` loads it with its base, as a source of features.\n\n"
+        text += "![The share of each layer at each level](mixing_weights.png)"
         public = is_repo_id(base) and not Path(base).is_dir()
         return {"kind": "`HyperfeaturesHead`", "text": text, "tags": ["hyperfeatures", "correspondence"],
                 "base_model": base if public else None}  # fmt: skip
@@ -182,13 +208,10 @@ class HyperfeaturesObjective(Objective):
 
     # What is saved
 
-    def artifacts(self) -> Sequence[ModelArtifact]:
-        """The head as the folder itself."""
-        return [ModelArtifact(self.head, "head")]
-
-    def result(self, state: Mapping[str, Tensor]) -> HyperfeaturesHead:
-        """The head."""
-        return self.artifacts()[0].build(state)
+    def artifacts(self) -> Sequence[Artifact]:
+        """The head as the folder itself, and a picture of its weights."""
+        head = ModelArtifact(self.head, "head")
+        return [head, WeightsPicture(head)]
 
 
 __all__ = ["HyperfeaturesConfig", "HyperfeaturesObjective", "keypoint_infonce", "map_cells"]
