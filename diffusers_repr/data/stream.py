@@ -277,7 +277,7 @@ def _source_epoch(seed: int, epoch: int) -> int:
 
 
 def _with_shuffled_shards(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
-    """The stream, whose `set_epoch` shuffles the shards, as it does by itself from datasets 5 on."""
+    """The stream, whose `set_epoch` shuffles the shards; datasets 5.2 does so by itself, 5.0 does not."""
     # Private: the mark by which older versions shuffle them; `shuffle` sets it and adds a buffer, which cannot resume.
     if not hasattr(dataset, "_shuffling"):
         return dataset

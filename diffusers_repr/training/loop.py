@@ -154,8 +154,9 @@ def train_loop(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluat
     batches = make_batches(data, config, accelerator, progress.step, streams, run.objective)
     images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     of = f" of {len(data)}" if hasattr(data, "__len__") else ""
+    count = accelerator.num_processes
     accelerator.print(
-        f"{accelerator.num_processes} processes, {images_per_step}{of} images a step, "
+        f"{count} process{'es' if count > 1 else ''}, {images_per_step}{of} images a step, "
         f"steps {progress.step} to {config.max_train_steps} in {config.output_dir}"
     )
     shown = accelerator.is_local_main_process

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Siglip2VisionConfig, Siglip2VisionModel
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, ViTConfig, ViTModel
 
 from diffusers_repr.encoders import Encoder, EncoderFamily, list_encoder_families, register_encoder_family
 from diffusers_repr.encoders.family import _FAMILIES
 from diffusers_repr.testing import check_encoder
 from tests.encoders.test_preprocessing import by_hand
-from tests.encoders.vits import MODELS, PREFIX, build, clip_with_text, save
+from tests.encoders.vits import MLP, MODELS, PREFIX, SIZE, build, clip_with_text, save, shape
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 PROCESSOR = {"image_mean": MEAN, "image_std": STD}
@@ -379,3 +379,19 @@ def test_on_a_gpu_features_are_those_of_the_cpu(folders):
     there = Encoder.from_pretrained(folders["dinov2"], device="cuda").encode_pixels(pixels.cuda())
     assert there.tokens.is_cuda
     torch.testing.assert_close(there.tokens.cpu(), here.tokens, atol=1e-3, rtol=1e-3)
+
+
+def test_a_network_of_one_channel_without_a_preprocessor_config(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = ViTModel(ViTConfig(**SIZE, **MLP, **shape(8, 2), num_channels=1), add_pooling_layer=False).eval()
+    save(model, tmp_path)
+    with pytest.raises(ValueError, match="takes 1 channels, .* have 3 means .*; pass mean= and std="):
+        Encoder.from_pretrained(tmp_path)
+    encoder, pixels = Encoder.from_pretrained(tmp_path, mean=0.25, std=[0.5]), pixels_of(2, 1, 8, 8)
+    with torch.no_grad():
+        wanted = model((pixels / 2 + 0.5 - 0.25) / 0.5).last_hidden_state[:, 1:]
+    torch.testing.assert_close(encoder.encode_pixels(pixels)["tokens"], wanted)
+    assert encoder.fingerprint()["mean"] == [0.25]
+    with pytest.raises(ValueError, match="std must be above 0; got 0"):
+        Encoder.from_pretrained(tmp_path, mean=0.5, std=0)

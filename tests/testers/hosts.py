@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines import pipeline_utils
 from packaging.version import Version
+from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
 
 def before(package: str, version: str) -> bool:
@@ -39,3 +40,25 @@ def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The argument of diffusers' `from_pretrained` that gives the dtype of the weights."""
     new = hasattr(pipeline_utils, "_resolve_dtype")
     return {"dtype" if new else "torch_dtype": dtype}
+
+
+def text_to_image(blocks: Any) -> Any:
+    """A modular pipeline of those of these blocks that make an image of a text, where blocks can be chosen by a task."""
+    return (blocks.get_workflow("text2image") if hasattr(blocks, "get_workflow") else blocks).init_pipeline()
+
+
+def mask_in_float64() -> None:
+    """Let text encoders of transformers 4 run in float64: their causal mask's lowest number fits no other dtype."""
+    if not before("transformers", "5"):
+        return
+    make = AttentionMaskConverter._make_causal_mask
+
+    def wide(shape: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> torch.Tensor:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return make(shape, dtype, *args, **kwargs)
+        finally:
+            torch.set_default_dtype(default)
+
+    AttentionMaskConverter._make_causal_mask = staticmethod(wide)
