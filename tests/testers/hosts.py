@@ -12,7 +12,8 @@ from packaging.version import Version
 from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
 
-def _before(package: str, version: str) -> bool:
+def before(package: str, version: str) -> bool:
+    """Whether this is a version of the package before that one."""
     return Version(importlib.metadata.version(package)) < Version(version)
 
 
@@ -32,7 +33,7 @@ def close_session() -> None:
 
 def since(package: str, version: str) -> pytest.MarkDecorator:
     """Mark of a test that holds from this version of a package on, since what it compares with has changed."""
-    return pytest.mark.skipif(_before(package, version), reason=f"{package} behaves so from {version} on")
+    return pytest.mark.skipif(before(package, version), reason=f"{package} behaves so from {version} on")
 
 
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -48,7 +49,7 @@ def text_to_image(blocks: Any) -> Any:
 
 def mask_in_float64() -> None:
     """Let text encoders of transformers 4 run in float64: their causal mask's lowest number fits no other dtype."""
-    if not _before("transformers", "5"):
+    if not before("transformers", "5"):
         return
     make = AttentionMaskConverter._make_causal_mask
 
