@@ -47,6 +47,7 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
     """
     import diffusers
 
+    kwargs = _with_known_dtype(kwargs)
     name, folder = str(id_or_folder), Path(id_or_folder)
     if folder.is_dir():
         check_pipeline_folder(folder)
@@ -163,6 +164,16 @@ def pipeline_modules() -> tuple[str, ...]:
     import diffusers.pipelines
 
     return tuple(sorted(module.name for module in pkgutil.iter_modules(diffusers.pipelines.__path__)))
+
+
+def _with_known_dtype(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline's loader with `dtype` by the name that this version of diffusers knows it by."""
+    from diffusers.pipelines import pipeline_utils
+
+    # Older loaders take `torch_dtype` and pass over `dtype` without a word. Private: the mark of those that know both.
+    if "dtype" in kwargs and not hasattr(pipeline_utils, "_resolve_dtype"):
+        return {"torch_dtype" if name == "dtype" else name: value for name, value in kwargs.items()}
+    return dict(kwargs)
 
 
 def _check(index: Any, at: str, given: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -43,7 +43,7 @@ def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def text_to_image(blocks: Any) -> Any:
-    """A modular pipeline of those of these blocks that make an image of a text, where blocks can be chosen by a task."""
+    """A modular pipeline of the blocks that make an image of a text; older diffusers has them among those of all tasks."""
     return (blocks.get_workflow("text2image") if hasattr(blocks, "get_workflow") else blocks).init_pipeline()
 
 
@@ -62,3 +62,22 @@ def mask_in_float64() -> None:
             torch.set_default_dtype(default)
 
     AttentionMaskConverter._make_causal_mask = staticmethod(wide)
+
+
+def average_over_gloo() -> None:
+    """Let gloo average what it reduces and scatters, as FSDP asks it to; torch 2.8's gives the sum."""
+    if not before("torch", "2.13"):
+        return
+    summed, distributed = torch.distributed.reduce_scatter_tensor, torch.distributed
+
+    def reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any) -> None:
+        assert op == distributed.ReduceOp.AVG
+        summed(output, input, op=distributed.ReduceOp.SUM, group=group)
+        output /= distributed.get_world_size(group)
+
+    distributed.reduce_scatter_tensor = reduce_scatter
+
+
+def lora_file() -> dict[str, str]:
+    """What diffusers' loaders of LoRA must be told without a network; newer ones look into the folder."""
+    return {"weight_name": "pytorch_lora_weights.safetensors"} if before("diffusers", "0.42") else {}
