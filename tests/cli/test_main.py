@@ -117,6 +117,15 @@ def test_help_tells_every_default(capsys):
         assert re.search(r"--out OUT .{0,80}\(required\)", told)
 
 
+def test_what_must_be_given_is_told_in_two_lines(capsys):
+    with pytest.raises(SystemExit):
+        main(["probe", "MODEL", "DATA"])
+    assert capsys.readouterr().err.splitlines() == [
+        "usage: diffusers-repr probe MODEL DATASET --out OUT [--config RECIPE.yaml] [--SETTING VALUE ...] [--help]",
+        "diffusers-repr probe: error: the following arguments are required: --out",
+    ]
+
+
 @pytest.mark.parametrize(
     ("said", "typed"),
     [

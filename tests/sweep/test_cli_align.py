@@ -154,4 +154,6 @@ def test_encoders_that_are_none(model, data, tmp_path, capsys):
     for name, message in ((str(tmp_path), "bert"), (f"{model}:nothing@100", "nothing"), ("./missing", "missing")):
         assert main(["align", model, name, data, "--k", "3", "--quiet", "--no_plot"]) == 2
         assert message in capsys.readouterr().err
+    assert main(["align", model, model, data, "--k", "3", "--quiet", "--no_plot"]) == 2
+    assert "is a pipeline; an encoder is a vision transformer, or a layer of a pipeline" in capsys.readouterr().err
     assert torch.is_grad_enabled()
