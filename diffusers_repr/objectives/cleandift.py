@@ -262,19 +262,20 @@ def noise_robustness(
     """How near features are to what noise leaves of them: cosine to the mean of the base's features over noise draws.
 
     Args:
-        objective: Tells base and layers.
+        objective: Tells base and layers, and has the adapters.
         network: The tuned one, as in `objective` or a saved one.
         images: `(B, C, H, W)` in [-1, 1].
         time: Timesteps `(K,)` at which the base is read.
         noise: `(M + 1, B, C, h, w)`: M draws of the mean, and a further one.
 
     Returns:
-        `clean` and `noisy`, each `(layers,)`: mean cosine of the tuned network's clean features, and of the base's
-        features with the further draw, to the mean of M draws; mean over timesteps and positions.
+        Each `(layers,)`, the mean cosine to the mean of M draws over timesteps and positions: `clean`, of the tuned
+        network's clean features; `adapted`, of these through the adapters; `noisy`, of the base's features with the
+        further draw.
     """
     tuned = copy.copy(objective.denoiser)
     tuned.model = network
-    found: dict[str, list[Tensor]] = {"clean": [], "noisy": []}
+    found: dict[str, list[Tensor]] = {"clean": [], "adapted": [], "noisy": []}
     with torch.no_grad(), tuned.evaluating():
         x0 = objective.denoiser.encode_pixels(images).float()
         condition = objective.denoiser.condition(batch=len(x0), size=(images.shape[2], images.shape[3])).kwargs()
@@ -284,13 +285,11 @@ def noise_robustness(
             draws = [
                 objective.noisy_features(x0, torch.full((len(x0), 1), t), draw[:, None], condition) for draw in noise
             ]
-            rows = {"clean": [], "noisy": []}  # type: dict[str, list[Tensor]]
-            for path in objective.layers:
-                mean = torch.stack([draw[path][:, 0].float() for draw in draws[:-1]]).mean(0)
-                rows["clean"].append(mean_cosine(clean[path].float(), mean))
-                rows["noisy"].append(mean_cosine(draws[-1][path][:, 0].float(), mean))
-            for name, values in rows.items():
-                found[name].append(torch.stack(values))
+            adapted = objective.adapters(clean, torch.full((len(x0),), t, device=x0.device))
+            rows = {"clean": clean, "adapted": adapted, "noisy": {k: v[:, 0] for k, v in draws[-1].items()}}
+            means = {path: torch.stack([draw[path][:, 0].float() for draw in draws[:-1]]).mean(0) for path in clean}
+            for name, row in rows.items():
+                found[name].append(torch.stack([mean_cosine(row[path].float(), means[path]) for path in clean]))
     return {name: torch.stack(values).mean(0) for name, values in found.items()}
 
 

@@ -189,11 +189,15 @@ class HyperfeaturesObjective(Objective):
         return {"loss": keypoint_infonce(first, second, cells, batch["valid"], self.config.temperature)}
 
     def descriptors(self, head: nn.Module, images: Tensor) -> Tensor:
-        """What a head makes of images (N, C, H, W) in [-1, 1]; gradients reach the head.
+        """What a head makes of images (N, C, H, W) in [-1, 1]; gradients reach the head."""
+        return head(self.maps(images))
 
-        The maps are held at their own resolution, for the gradient of the convolutions that read them.
+    def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """Layer -> maps (N, C_l, h_l, w_l) at each level, without gradient.
+
+        All are held, at their own resolution: the gradient of the convolutions that read them needs them.
         """
-        own, maps = self.head, {path: [] for path in self.head.config["layers"]}  # type: dict[str, list[Tensor]]
+        found: dict[str, list[Tensor]] = {path: [] for path in self.head.config["layers"]}
         x0 = self.denoiser.encode_pixels(images)
         size, config = (images.shape[2], images.shape[3]), self.config
         condition = self.denoiser.condition(
@@ -201,10 +205,12 @@ class HyperfeaturesObjective(Objective):
         ).kwargs()
 
         def keep(place: int, path: str, value: Tensor) -> None:
-            maps[path].append(value)
+            found[path].append(value)
 
-        walk_maps(self.denoiser, x0, condition, list(maps), config.steps, own.reads, keep, config.clean_timestep)
-        return head(maps)
+        walk_maps(
+            self.denoiser, x0, condition, list(found), config.steps, self.head.reads, keep, config.clean_timestep
+        )
+        return found
 
     # What is saved
 

@@ -2,6 +2,7 @@
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
+from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.segmentation import Segmenter
@@ -12,7 +13,9 @@ __all__ = [
     "BaseRecord",
     "ClassifierAccuracy",
     "EncoderAccuracy",
+    "FeatureRobustness",
     "Level",
+    "PairAccuracy",
     "Probe",
     "ProbeOutput",
     "ProbeRecipe",
