@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
 # Architecture -> what it is. Checkpoints come and go; the layer paths belong to the architecture.
@@ -33,6 +34,7 @@ class Preset:
         noise: Policy. Where a source draws fresh noise it is `per_image` here: the same distribution, repeatable.
         pooling: As in `FeatureExtractor`.
         where: As in `FeatureExtractor`.
+        sample_posterior: As in `FeatureExtractor`.
         prompt: Of text models, for the call; `{category}` stands for the object's name.
         source: Paper and the file or table the choice is read from.
         note: What differs from the source, or is left to the head.
@@ -48,6 +50,7 @@ class Preset:
     noise: str = "per_image"
     pooling: str | None = None
     where: str = "output"
+    sample_posterior: SamplePosterior = False
     prompt: str | None = None
     note: str = field(default="", repr=False)
 
@@ -68,6 +71,7 @@ class Preset:
             "ensemble_size": self.ensemble_size,
             "pooling": self.pooling,
             "where": self.where,
+            "sample_posterior": self.sample_posterior,
             "image_size": "keep" if self.image_size is None else self.image_size,
         }
 
@@ -129,13 +133,13 @@ _DIFT = "DIFT (arXiv 2306.03881), README of Tsingularity/dift"
 _DDAE = "DDAE (arXiv 2303.09769), config/*.yaml of FutureXiang/ddae"
 _DDAE_DIT = "DDAE (arXiv 2303.09769), DiT/linear.py of FutureXiang/ddae"
 _DIFFSSL = "(arXiv {}), scripts/*.sh of soumik-kanad/diffssl"
-_ONCE = "The source draws a posterior sample per ensemble member; here the VAE's posterior mean, encoded once."
+_ONCE = "The source encodes the image once for each of its 8 posterior samples; here once for all."
 _DAVIS = "The source resizes the short side to 480 and floors the other to a multiple of 32; resize before the call."
 
 _PRESETS: tuple[Preset, ...] = (
     Preset(
         "dift", "sd", ("up_blocks.1",), 261, _DIFT + ", SPair-71k",
-        ensemble_size=8, image_size=768, prompt="a photo of a {category}", note=_ONCE,
+        ensemble_size=8, image_size=768, sample_posterior="per_member", prompt="a photo of a {category}", note=_ONCE,
     ),
     Preset(
         "dift", "adm-256", ("up_blocks.1.attentions.1",), 101, _DIFT + ", SPair-71k",
@@ -143,7 +147,7 @@ _PRESETS: tuple[Preset, ...] = (
     ),
     Preset(
         "dift-hpatches", "sd", ("up_blocks.2",), 0, _DIFT + ", HPatches",
-        ensemble_size=8, image_size=768, prompt="", note=_ONCE,
+        ensemble_size=8, image_size=768, sample_posterior="per_member", prompt="", note=_ONCE,
     ),
     Preset(
         "dift-hpatches", "adm-256", ("up_blocks.3",), 41, _DIFT + ", HPatches",
@@ -151,7 +155,7 @@ _PRESETS: tuple[Preset, ...] = (
     ),
     Preset(
         "dift-davis", "sd", ("up_blocks.2",), 51, _DIFT + ", DAVIS",
-        ensemble_size=8, prompt="", note=f"{_DAVIS} {_ONCE}",
+        ensemble_size=8, sample_posterior="per_member", prompt="", note=f"{_DAVIS} {_ONCE}",
     ),
     Preset(
         "dift-davis", "adm-256", ("up_blocks.2.attentions.1",), 51, _DIFT + ", DAVIS",

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
+from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.noise import NoiseLevel
@@ -52,7 +53,7 @@ class ProbeRecipe:
         pooling: `mean`, `max` or `adaptive:P`.
         image_size: (H, W) in pixels to which every image is resized.
         preprocessing: How, in words.
-        sample_posterior: Whether the VAE's latents are drawn instead of their mean taken.
+        sample_posterior: How the VAE's latents are drawn; as in `FeatureExtractor`.
         prompt: Prompt of every image, unless another is given in the call.
         class_labels: Condition of a class-conditional model, for every image.
         protocol: How the head was fitted: every field, and what was chosen.
@@ -72,7 +73,7 @@ class ProbeRecipe:
     pooling: str
     image_size: tuple[int, int]
     preprocessing: Mapping[str, Any]
-    sample_posterior: bool
+    sample_posterior: SamplePosterior
     prompt: str | None
     class_labels: int | None
     protocol: Mapping[str, Any]
