@@ -52,8 +52,8 @@ def check_points(points: Any, size: tuple[int, int], what: str) -> Tensor:
     """Points to ask about, `(N, 2)` float64 as (x, y): all of them in the image.
 
     Args:
-        points: N times (x, y) in pixels, as numbers, an array or a tensor; one point alone too. The centre of the first
-            pixel is (0, 0), so that x lies from -0.5 to W - 0.5.
+        points: N times (x, y) in pixels, as numbers, an array or a tensor; one point alone too. The centre of the
+            first pixel is (0, 0), so that x lies from -0.5 to W - 0.5.
         size: (H, W) of the image.
         what: Names them in messages: `points`.
 
@@ -62,11 +62,8 @@ def check_points(points: Any, size: tuple[int, int], what: str) -> Tensor:
             lie inside as (y, x).
 
     Example:
-        >>> check_points([[30, 5]], (40, 20), "points")
-        Traceback (most recent call last):
-        ...
-        ValueError: points: number 0 is (x, y) = (30, 5), outside of the image of 20 x 40 (width x height). They would \
-lie inside as (y, x): give x, to the right, before y, downwards.
+        >>> check_points([[3, 5], [19, 39]], (40, 20), "points").tolist()
+        [[3.0, 5.0], [19.0, 39.0]]
     """
     try:
         held = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points, dtype=np.float64)
@@ -78,7 +75,7 @@ lie inside as (y, x): give x, to the right, before y, downwards.
     bound = np.array([size[1], size[0]]) - 0.5
     outside = ~((held >= -0.5) & (held <= bound)).all(1)  # true for NaN too
     if outside.any():
-        at = int(outside.nonzero()[0][0])
+        at = int(np.flatnonzero(outside)[0])
         swapped = bool(((held >= -0.5) & (held <= bound[::-1])).all())
         hint = (
             "They would lie inside as (y, x): give x, to the right, before y, downwards."

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.posterior import SamplePosterior
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
 # Architecture -> what it is. Checkpoints come and go; the layer paths belong to the architecture.
@@ -17,6 +19,18 @@ FAMILIES: dict[str, str] = {
     "edm-ddpm-cifar10": "the network of ddpm-cifar10 under EDM's preconditioning",
     "ddpmpp-cifar10": "UNet2DModel of DDPM++ for 32 px: 256-256-256, four layers a stage, attention at 16 px",
     "edm-ddpmpp-cifar10": "the network of ddpmpp-cifar10 under EDM's preconditioning",
+}
+
+_CIFAR10, _CIFAR10PP = {"block_out_channels": (128, 256, 256, 256)}, {"block_out_channels": (256, 256, 256)}
+# Architecture -> class, and what of its config tells it from others of that class.
+_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd": ("UNet2DConditionModel", {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}),
+    "adm-256": ("UNet2DModel", {"block_out_channels": (256, 256, 512, 512, 1024, 1024), "layers_per_block": 2}),
+    "dit-xl-2": ("DiTTransformer2DModel", {"num_layers": 28, "num_attention_heads": 16, "patch_size": 2}),
+    "ddpm-cifar10": ("UNet2DModel", {**_CIFAR10, "layers_per_block": 2}),
+    "edm-ddpm-cifar10": ("UNet2DModel", {**_CIFAR10, "layers_per_block": 2}),
+    "ddpmpp-cifar10": ("UNet2DModel", {**_CIFAR10PP, "layers_per_block": 4}),
+    "edm-ddpmpp-cifar10": ("UNet2DModel", {**_CIFAR10PP, "layers_per_block": 4}),
 }
 
 
@@ -103,6 +117,37 @@ def presets(method: str, family: str | None = None) -> Preset:
             "`list_layers(denoiser)` the layers of a model, and `select_features` finds the best on your data."
         )
     return found[family]
+
+
+def find_preset(method: str, denoiser: Denoiser) -> Preset:
+    """The published choice of a method for the architecture that a model has.
+
+    Args:
+        method: As `list_presets` names it.
+        denoiser: The model; its class and its config tell the architecture.
+
+    Raises:
+        ValueError: If there is no such method, or none for this architecture; says how to find a choice of one's own.
+    """
+    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
+    if not found:
+        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(_names())}.")
+    network: Any = plain_module(denoiser.model)
+    kind, config = type(network).__name__, network.config
+    edm = denoiser.schedule.kind == "edm"
+    for family, preset in found.items():
+        wanted, shape = _SHAPES[family]
+        same = all(_listed(config.get(name)) == _listed(value) for name, value in shape.items())
+        if kind == wanted and same and edm == family.startswith("edm-"):
+            return preset
+    raise ValueError(
+        f"{method!r} has published choices for {', '.join(found)}, and this {kind} has another architecture. "
+        "`select_features` finds layer and level on your data, `list_layers(denoiser)` shows the layers."
+    )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def list_presets(method: str | None = None, family: str | None = None) -> list[Preset]:
