@@ -15,8 +15,8 @@ from diffusers_repr.data.image_files import read_image
 
 HPATCHES_URL = "https://github.com/hpatches/hpatches-dataset"
 _HOW = (
-    f"Get hpatches-sequences-release.tar.gz by way of {HPATCHES_URL} and unpack it; pass the folder that holds i_ajuntament "
-    "and the others."
+    f"Get hpatches-sequences-release.tar.gz by way of {HPATCHES_URL} and unpack it; pass the folder that holds "
+    "i_ajuntament and the others."
 )
 # Of 116 sequences these are large; the numbers of D2-Net, and of DIFT after it, are of the other 108.
 LARGE_SEQUENCES = (

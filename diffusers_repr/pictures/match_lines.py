@@ -81,11 +81,11 @@ def draw_similarity(
 
     Args:
         target: The image.
-        similarity: `(N, H, W)`; each is shown from its smallest value, dark, to its largest, light.
+        similarity: `(N, H, W)`; each is shown from its median, dark, to its largest value, light.
         matches: `(N, 2)` as (x, y), marked.
         columns: Images in a row.
         height: Of each.
-        names: Above each; its number and the range of its values if None.
+        names: Above each; its number, median and largest value if None.
 
     Raises:
         ValueError: For no maps, or unequal numbers.
@@ -102,7 +102,7 @@ def draw_similarity(
     for at, values in enumerate(similarity):
         row, column = divmod(at, columns)
         x, y = _GAP + column * cell[0], row * cell[1] + _TEXT + 2 * _GAP
-        low, high = float(values.min()), float(values.max())
+        low, high = float(np.median(values)), float(values.max())
         name = f"{at}: cosine {low:.2f} to {high:.2f}" if names is None else names[at]
         draw.text((x, y - _TEXT - _GAP // 2), name, _INK, font)
         sheet.paste(_blend(small, (values - low) / max(high - low, 1e-12)), (x, y))

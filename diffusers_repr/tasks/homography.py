@@ -85,17 +85,18 @@ def find_homography(
 
 
 def require_scikit_image() -> Any:
-    """The `skimage` package with `measure` and `transform`.
+    """The `skimage` package with `feature`, `measure` and `transform`.
 
     Raises:
         ImportError: If it is missing; names the extra.
     """
     try:
         import skimage
+        import skimage.feature
         import skimage.measure
         import skimage.transform
     except ImportError as error:
-        raise ImportError('Homographies need scikit-image: pip install "diffusers-repr[match]"') from error
+        raise ImportError('This needs scikit-image: pip install "diffusers-repr[match]"') from error
     return skimage
 
 

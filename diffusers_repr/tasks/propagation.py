@@ -125,17 +125,18 @@ def propagate_masks(
     if len(pictures) < 2:
         raise ValueError(f"{len(pictures)} frames; masks are carried from the first to others.")
     ids = torch.as_tensor(np.asarray(mask)).long()
-    size = pictures[0].height, pictures[0].width
-    if ids.shape != size:
+    size: tuple[int, int] = (pictures[0].height, pictures[0].width)
+    if tuple(ids.shape) != size:
         raise ValueError(f"The mask is {tuple(ids.shape)}, the first frame {size} (H, W); they must be of one size.")
     ids = ids.masked_fill(ids == 255, 0)
     if int(ids.min()) < 0 or not int(ids.max()):
         raise ValueError("The mask shows no object; ids count from 1, and 0 is none of them.")
-    seen = video_size(size) if task.source.image_size == "keep" else task.source.image_size
+    own_size = task.source.image_size
+    seen = video_size(size) if own_size == "keep" else own_size
 
     def read() -> Iterator[Tensor]:
         for picture in pictures:
-            if task.source.image_size == "keep":
+            if own_size == "keep":
                 picture = picture.resize(seen[::-1], Image.Resampling.BILINEAR)
             yield task.encode(picture, prompt=prompt, class_labels=class_labels).map
 
