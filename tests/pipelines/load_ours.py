@@ -135,7 +135,8 @@ def load_two() -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
-    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_segmentation, ()), (load_two, ())]
+    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_segmentation, ())]
+    cases += [(load_two, ())]
     for function, given in cases:  # forked, so that the imports are paid once
         process = multiprocessing.get_context("fork").Process(target=function, args=given)
         process.start()
