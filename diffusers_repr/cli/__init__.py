@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from typing import Any
 
 import diffusers_repr
 from diffusers_repr.cli import options, words
-from diffusers_repr.cli.guard import EXIT_CODES, HELP, guarded, plain_warnings
+from diffusers_repr.cli.guard import EXIT_CODES, HELP, guarded, plain_warnings, split_flags
+from diffusers_repr.cli.library_output import bars, quiet_logs
 
 # Command -> one line of help. Each lives in cli/<command>.py with a dataclass `Settings` and `run(settings) -> int`.
 COMMANDS = {
@@ -20,6 +22,7 @@ COMMANDS = {
     "select": "find the noise level and layers that suit a task",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
+    "match": "find points of one image in another",
     "align": "compare the layers of a model with an encoder, level by level",
     "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT, MoCo v3 or a readout head into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",
@@ -31,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: whatever goes wrong is one line on stderr and an exit code of `EXIT_CODES`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv and argv[0] in COMMANDS else _overview().parse_args(argv).command
-    debug = "--debug" in argv
-    program, flags = f"diffusers-repr {command}", [word for word in argv[1:] if word != "--debug"]
-    with plain_warnings(program):
+    program, (flags, debug, verbose) = f"diffusers-repr {command}", split_flags(argv[1:])
+    with plain_warnings(program), quiet_logs(verbose):
         return guarded(program, lambda: _run(command, flags), debug)
 
 
@@ -56,14 +58,27 @@ def read_settings(command: str, argv: Sequence[str]) -> Any:
     from diffusers_repr.config.recipe import parse_recipe
 
     kind = importlib.import_module(f"diffusers_repr.cli.{command}").Settings
-    return parse_recipe([kind], argv, COMMANDS[command], prog=f"diffusers-repr {command}", **HELP)[0]
+    options = {"prog": f"diffusers-repr {command}", "usage": _usage(kind), **HELP}
+    return parse_recipe([kind], argv, COMMANDS[command], **options)[0]
+
+
+def _usage(kind: type) -> str:
+    """One line: what has no flag, and what must be given; all flags would fill a screen before the error."""
+    positional = getattr(kind, "POSITIONAL", ())
+    needed = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in positional
+    ]
+    words = [*map(str.upper, positional), *(f"--{name} {name.upper()}" for name in needed)]
+    return " ".join(["%(prog)s", *words, "[--config RECIPE.yaml] [--SETTING VALUE ...] [--help]"])
 
 
 def _run(command: str, argv: Sequence[str]) -> int:
     """Read the settings, check the device and the folder to write to, then work."""
     settings = read_settings(command, argv)
     module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
-    with words.in_words_of(settings), options.bars(not getattr(settings, "quiet", False)):
+    with words.in_words_of(settings), bars(not getattr(settings, "quiet", False)):
         code = _work(module, settings)
     sys.stdout.flush()
     return code

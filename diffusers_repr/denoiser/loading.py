@@ -24,6 +24,7 @@ from diffusers_repr.hub.components import (
 )
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.loading_arguments import loading_arguments
 from diffusers_repr.hub.own_pipelines import is_own_pipeline, own_pipeline_class
 
 INDEX = "model_index.json"
@@ -64,7 +65,7 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
         index = read_json(Path(place) / INDEX)
         check_component_files(Path(place), _check(index, f"{place}/{INDEX}", kwargs))
     try:
-        pipe = loader.from_pretrained(place, revision=revision, **kwargs)
+        pipe = loader.from_pretrained(place, revision=revision, **loading_arguments(kwargs))
     except (OSError, ImportError) as error:
         raise OSError(
             f"Could not load {name!r}: {' '.join(str(error).split()).rstrip('.')}. A file of a component is missing "

@@ -28,7 +28,7 @@ from diffusers_repr.training.config import TrainingConfig, recipe_of
 from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.evaluation import Evaluate, Evaluations, validate
 from diffusers_repr.training.logs import Log
-from diffusers_repr.training.lora import add_lora
+from diffusers_repr.training.lora import add_lora, not_apart
 from diffusers_repr.training.result import save_result, write_card
 from diffusers_repr.training.run import Run, end_processes
 from diffusers_repr.training.sharding import check_sharding
@@ -113,6 +113,8 @@ def train(
     if config.dry_run:
         accelerator.print(describe_run(objective, data, config, recipe or recipe_of(config)))
         return TrainResult(Path(config.output_dir), 0, [], [], 0)
+    if config.lora_rank and (told := not_apart(objective)):
+        accelerator.print(told)
     for module in objective.networks().values():
         if config.gradient_checkpointing:
             enable_checkpointing(module)
@@ -152,8 +154,9 @@ def train_loop(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluat
     batches = make_batches(data, config, accelerator, progress.step, streams, run.objective)
     images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     of = f" of {len(data)}" if hasattr(data, "__len__") else ""
+    count = accelerator.num_processes
     accelerator.print(
-        f"{accelerator.num_processes} processes, {images_per_step}{of} images a step, "
+        f"{count} process{'es' if count > 1 else ''}, {images_per_step}{of} images a step, "
         f"steps {progress.step} to {config.max_train_steps} in {config.output_dir}"
     )
     shown = accelerator.is_local_main_process

@@ -46,7 +46,7 @@ class WithHead(DiffusionObjective):
         return {**out, "loss": out["loss"] * (1 + self.head(torch.ones(1)).square().sum())}
 
 
-def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path):
+def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path, capsys):
     objective = tiny_objective(kind=WithHead)
     before = {name: tensor.clone() for name, tensor in objective.network.state_dict().items()}
     last = run_here(tmp_path, objective, Numbers(), **SETTINGS)
@@ -56,7 +56,10 @@ def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path):
     frozen = {n: p for n, p in objective.network.named_parameters() if ".lora_" not in n}
     assert_same({n.replace(".base_layer.", "."): p for n, p in frozen.items()},
                 {n: before[n] for n in (n.replace(".base_layer.", ".") for n in frozen)})  # fmt: skip
-    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()  # diffusers loads none into a UNet2DModel
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    told = "merged into the weights that are saved, and not saved apart: diffusers loads none into a UNet2DModel"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "README.md").read_text()
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNet2DModel
     changed = {n for n, p in pipe.unet.state_dict().items() if not torch.equal(p, before[n])}
@@ -141,7 +144,9 @@ def test_adapters_of_a_sit_load_onto_its_network(tmp_path):
         before.load_lora_adapter(str(tmp_path), prefix="transformer", use_safetensors=True, **lora_file())
         torch.testing.assert_close(before(x, t).sample, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
-    assert 'pipe.transformer.load_lora_adapter("' in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert 'pipe.transformer.load_lora_adapter("' in card
+    assert "not saved apart" not in card
 
 
 def test_no_attention_to_adapt():
