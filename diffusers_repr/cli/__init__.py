@@ -22,6 +22,7 @@ COMMANDS = {
     "select": "find the noise level and layers that suit a task",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
+    "match": "find points of one image in another",
     "align": "compare the layers of a model with an encoder, level by level",
     "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT, MoCo v3 or a readout head into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",

@@ -51,6 +51,7 @@ _PLAIN = {
     "balanced_accuracy": _Shown("validation accuracy, mean over classes (%)", 100, 1, " %", 1),
     "neg_brier": _Shown("Brier score on validation (lower is better)", -1),
     "r2": _Shown("validation R²"),
+    "pck": _Shown("PCK, correct key points (%)", 100, 1, " %", 1),
     "neg_mse": _Shown("mean squared error on validation (lower is better)", -1),
 }
 

@@ -17,16 +17,13 @@ from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.heads import PooledHead, fit_head
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
-from diffusers_repr.hub.base_record import Level
 from diffusers_repr.hub.places import public_name
-from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.sweep.splits import refuse_one_class
 from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, pooled_features
+from diffusers_repr.tasks.levels import PACKAGES, recorded_levels
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
-
-_PACKAGES = ("diffusers-repr", "diffusers", "torch", "transformers")
 
 
 def fit_probe(
@@ -91,7 +88,7 @@ def fit_probe(
     recipe = ProbeRecipe(
         base=record_base(extractor.denoiser, sizes, *base),
         layers=tuple(extractor.layers),
-        levels=_levels(extractor, requested),
+        levels=recorded_levels(extractor.levels, requested),
         label_names=tuple(names),
         where=extractor.where,
         noise=extractor.noise.policy,
@@ -110,7 +107,7 @@ def fit_probe(
         protocol=result.protocol,
         train={"dataset": public_name(data.name), "split": data.split, "rows": len(data)},
         scores=tuple(scores),
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
     return result.head, recipe
 
@@ -160,21 +157,6 @@ def make_extractor(source: Any, selection: Selection | None, use: str, settings:
     require_images(extractor.denoiser, "Probes")
     pooled_size(extractor.pooling)  # refuses maps
     return extractor
-
-
-def _levels(extractor: FeatureExtractor, asked: Any) -> tuple[Level, ...]:
-    requests = list(asked) if isinstance(asked, (list, tuple, range)) else [asked]
-    if asked is None:
-        requests = [level.timestep for level in extractor.levels]
-    levels = []
-    for level, request in zip(extractor.levels, requests, strict=True):
-        if isinstance(request, NoiseLevel) and not request.resolved:
-            fields = {k: v for k in ("timestep", "nsr", "half_log_snr") if (v := getattr(request, k)) is not None}
-        else:
-            fields = {"timestep": level.timestep}
-        values = {k: float(v) for k, v in fields.items()}
-        levels.append(Level(values, float(level.timestep), float(level.nsr)))
-    return tuple(levels)
 
 
 def _names(data: Labelled, held: Labelled | None, given: Sequence[str] | None) -> list[str]:

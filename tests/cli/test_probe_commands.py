@@ -296,6 +296,7 @@ HAVE = {
     "select": "timesteps seed dtype batch_size device out overwrite json limit quiet",
     "probe": "timesteps seed dtype batch_size device out overwrite json limit quiet",
     "predict": "dtype batch_size device json limit",
+    "match": "timesteps seed dtype batch_size device out overwrite json quiet revision",
     "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
 """Networks of transformers: features equal the plain call of transformers with preprocessing done by hand."""
 
 import json
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +34,36 @@ def folders(tmp_path_factory):
     return {name: save(build(name), root / name, **PROCESSOR) for name in NAMES}
 
 
+@contextmanager
+def last_block_of(model: nn.Module):
+    """A list that holds what the last of the model's blocks gave."""
+    [blocks] = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 3]
+    found = []
+    hook = blocks[-1].register_forward_hook(
+        lambda block, inputs, output: found.append(output if isinstance(output, torch.Tensor) else output[0])
+    )
+    yield found
+    hook.remove()
+
+
+def hidden_states(model: nn.Module, inputs: dict) -> tuple[Any, list[torch.Tensor]]:
+    """The forward's output, and the states before any block and after each, none of them normed.
+
+    Some versions of transformers give the last state after the final norm.
+    """
+    with torch.no_grad(), last_block_of(model) as last:
+        out = model(**inputs, output_hidden_states=True)
+        *hidden, given = out.hidden_states
+        normed = [part(last[0]) for part in model.modules() if isinstance(part, nn.LayerNorm)]
+    assert any(torch.allclose(given, state, atol=1e-5) for state in (last[0], *normed))
+    return out, [*hidden, *last]
+
+
 def plain_call(name: str, model: nn.Module, pixels: torch.Tensor, size: tuple[int, int], patch: int = 2):
     """(global, tokens, hidden states) by transformers alone; MAE unmasked by sorting its patches back."""
     inputs = torch.from_numpy(by_hand(pixels.numpy(), size, MEAN, STD)).float()
     grid = (size[0] // patch, size[1] // patch)
-    extra = {"output_hidden_states": True}
+    extra = {}
     if name in ("clip_vision_model", "siglip_vision_model", "vit", "vit_mae", "ijepa"):
         extra["interpolate_pos_encoding"] = True
     if name == "siglip2_vision_model":
@@ -53,9 +80,7 @@ def plain_call(name: str, model: nn.Module, pixels: torch.Tensor, size: tuple[in
         extra["pixel_attention_mask"] = torch.ones(inputs.shape[:2])
     if name == "vit_mae":
         model.config.mask_ratio = 0.0
-    with torch.no_grad():
-        out = model(pixel_values=inputs, **extra)
-    hidden = list(out.hidden_states)
+    out, hidden = hidden_states(model, {"pixel_values": inputs, **extra})
     if name == "vit_mae":  # the first state stands before any block; sort all back
         hidden = [torch.cat([h[:, :1], h[:, 1:].gather(1, out.ids_restore[..., None].expand_as(h[:, 1:]))], 1)
                   for h in hidden]  # fmt: skip
@@ -128,7 +153,8 @@ def test_pooling(folders):
     torch.testing.assert_close(mean.global_features, mean.tokens.mean(1))
     raw = Encoder.from_pretrained(folders["clip_vision_model"], pooling="cls").encode_pixels(pixels)
     normed = Encoder.from_pretrained(folders["clip_vision_model"]).encode_pixels(pixels)
-    norm = build("clip_vision_model").post_layernorm
+    clip = build("clip_vision_model")
+    norm = getattr(clip, "vision_model", clip).post_layernorm
     torch.testing.assert_close(norm(raw.global_features), normed.global_features)
     with pytest.raises(ValueError, match="asks for a class token"):
         Encoder.from_pretrained(folders["ijepa"], pooling="cls")

@@ -27,11 +27,12 @@ COMMANDS = {  # that take --device or --out, with arguments that would fail late
     "probe": [*MODEL, "--layers", "x", "--timesteps", "1"],
     "align": [MODEL[0], "no/such/encoder/at/all", MODEL[1]],
     "convert": ["no.pt"],
+    "match": ["no.png", "nor.png", "--model", MODEL[0]],
     "predict": ["no-probe", "no.png"],
 }
 OWN = {
     "extract": "manifest.json", "select": "selection.json", "probe": "probe.json", "align": "alignment.json",
-    "convert": "model_index.json",
+    "match": "matches.json", "convert": "model_index.json",
 }  # fmt: skip
 
 

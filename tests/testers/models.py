@@ -49,7 +49,10 @@ from transformers import (
     T5EncoderModel,
 )
 
+from tests.testers.hosts import mask_in_float64
 from tests.testers.tokenizers import clip_tokenizer, gemma_tokenizer, t5_tokenizer
+
+mask_in_float64()
 
 WIDTH = 16  # of every text encoder but T5's, which is 32
 

@@ -14,6 +14,7 @@ from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from diffusers_repr.training.lora import add_lora
+from tests.testers.hosts import lora_file
 from tests.testers.models import saved
 from tests.training.loop_cases import (
     Numbers,
@@ -126,7 +127,7 @@ def test_adapters_apart_load_by_diffusers_onto_the_base_and_give_what_the_merged
     text = torch.randn(2, 7, base.unet.config.cross_attention_dim)
     with torch.no_grad():
         plain, wanted = (network(x, t, text).sample for network in (base.unet, unet))
-        base.load_lora_weights(str(tmp_path))
+        base.load_lora_weights(str(tmp_path), **lora_file())
         torch.testing.assert_close(base.unet(x, t, text).sample, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
     assert f'pipe.load_lora_weights("{tmp_path.name}")' in (tmp_path / "README.md").read_text()
@@ -140,7 +141,7 @@ def test_adapters_of_a_sit_load_onto_its_network(tmp_path):
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([30, 600])
     with torch.no_grad():
         plain, wanted = before(x, t).sample, merged(x, t).sample
-        before.load_lora_adapter(str(tmp_path), prefix="transformer", use_safetensors=True)
+        before.load_lora_adapter(str(tmp_path), prefix="transformer", use_safetensors=True, **lora_file())
         torch.testing.assert_close(before(x, t).sample, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
     card = (tmp_path / "README.md").read_text()
