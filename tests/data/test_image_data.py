@@ -101,7 +101,8 @@ def test_batches_and_select():
 
 def test_it_is_shown_in_two_lines():
     assert repr(from_dataset(labelled(), name="pets")) == (
-        "ImageData('pets', split 'train': 5 images, 2 classes ('cat', 'dog'),\n    columns: image='image', label='label')"
+        "ImageData('pets', split 'train': 5 images, 2 classes ('cat', 'dog'),\n"
+        "    columns: image='image', label='label')"
     )
     plain = from_dataset(labelled(2).remove_columns("label"), name="pets")
     assert repr(plain).startswith("ImageData('pets', split 'train': 2 images, no names of classes,\n")
