@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, Self
@@ -190,7 +191,8 @@ class AnyPipelineMixin(CheckedLoadingMixin, LocalModuleMixin, SignatureTypesMixi
         key = [(name, id(component)) for name, component in present.items()], settings
         if self._made is None or self._made[0] != key:
             pipe = rebuild_pipeline(self._original_class(), present, settings)
-            made = Denoiser.from_pipe(pipe, name=self.config.get("_name_or_path"))
+            origin = self.config.get("_name_or_path")
+            made = Denoiser.from_pipe(pipe, name=None if origin is None else os.fspath(origin))
             self._made, self._encoders_state = (key, made), None
         denoiser = self._made[1]
         state = _state([c for name, c in present.items() if name.startswith("text_encoder")])

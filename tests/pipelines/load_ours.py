@@ -99,6 +99,17 @@ def load_features(*names: str) -> None:
     print("feature_extraction is good", flush=True)
 
 
+def load_segmentation() -> None:
+    from tests.tasks.planted_masks import QUICK, annotated
+
+    pipe = DiffusionPipeline.from_pretrained(saved("ddpm"), **consent("few_shot_segmentation"))
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"members": 2, "protocol": QUICK.replace(max_epochs=1)}
+    output = pipe(annotated(1)[0], examples=annotated(2), **settings)
+    assert output.masks[0].shape == (16, 16)
+    print("few_shot_segmentation is good", flush=True)
+
+
 def load_two() -> None:
     """Two folders in one process: the second is refused, the first stays as it is, and the remedies work."""
     first, guided = consent("feature_extraction"), consent("guided_unconditional")
@@ -124,7 +135,8 @@ def load_two() -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
-    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_two, ())]
+    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_segmentation, ())]
+    cases += [(load_two, ())]
     for function, given in cases:  # forked, so that the imports are paid once
         process = multiprocessing.get_context("fork").Process(target=function, args=given)
         process.start()
