@@ -34,7 +34,7 @@ class PairAccuracy:
 
     def __init__(self, objective: HyperfeaturesObjective, data: TrainData, pairs: int, seed: int) -> None:
         self.objective, self.data, self.seed = objective, data, seed
-        self.pairs = min(pairs, len(data))  # type: ignore[arg-type]
+        self.pairs = min(pairs, len(data))
         self.untrained = copy.deepcopy(objective.head).eval()
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class FeatureRobustness:
 
     def __init__(self, objective: CleanDIFTObjective, data: TrainData, images: int, seed: int) -> None:
         self.objective, self.data, self.seed = objective, data, seed
-        self.images = min(images, len(data))  # type: ignore[arg-type]
+        self.images = min(images, len(data))
 
     @torch.no_grad()
     def __call__(self, pipe: object, step: int) -> dict[str, float]:
@@ -99,7 +99,7 @@ class FeatureRobustness:
         times = torch.tensor([low + place * (high - low) for place in PLACES])
         if objective.denoiser.schedule.kind == "vp":
             times = times.round()
-        found = {}
+        found: dict[str, float] = {}
         for network, names in (
             (tuned.to(device), ("clean", "adapted", "noisy")),
             (objective.teacher.model, ("base",)),
