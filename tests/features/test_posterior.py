@@ -20,7 +20,7 @@ def make(**settings):
 
 
 def test_members_draw_their_own_latents_from_one_encoding():
-    """Against the reference's way: the image repeated, the VAE run for each copy, a posterior sample and noise each."""
+    """Against the reference's way: the image repeated, the VAE run for each copy, a sample and noise each."""
     extractor, calls, handle = make(sample_posterior="per_member", ensemble_size=4)
     got = extractor(IMAGES, prompt="a cat")["mid_block"]
     assert sum(calls) == 2
