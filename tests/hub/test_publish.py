@@ -123,6 +123,7 @@ MODELS = {
     "guided_unconditional": "ddim",
 }
 CLASSES = {
+    "correspondence": "CorrespondencePipeline",
     "feature_extraction": "FeatureExtractionPipeline",
     "guided_dit": "GuidedDiTPipeline",
     "guided_stable_diffusion": "GuidedStableDiffusionPipeline",
