@@ -1,6 +1,7 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, PipelineArtifact
+from diffusers_repr.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective
 from diffusers_repr.objectives.auxiliary import (
     AlignmentLoss,
     AttentionAlignmentLoss,
@@ -14,6 +15,7 @@ from diffusers_repr.objectives.auxiliary import (
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.classifier_config import ClassifierConfig
+from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
@@ -28,12 +30,16 @@ __all__ = [
     "AlignmentLoss",
     "Artifact",
     "AttentionAlignmentLoss",
+    "AutoencoderConfig",
+    "AutoencoderObjective",
     "AuxiliaryLoss",
     "Batch",
     "CachedFeatures",
     "ClassifierBase",
     "ClassifierConfig",
     "ClassifierObjective",
+    "ContrastiveConfig",
+    "ContrastiveObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "FixedArtifact",

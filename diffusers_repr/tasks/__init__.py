@@ -4,6 +4,7 @@ from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
+from diffusers_repr.tasks.retrieval import RetrievalAccuracy
 from diffusers_repr.tasks.task import Task
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ProbeOutput",
     "ProbeRecipe",
     "ReadoutErrors",
+    "RetrievalAccuracy",
     "Score",
     "Task",
 ]
