@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from diffusers_repr import Denoiser, NoiseLevel, Segmenter
 from diffusers_repr.cli.guard import run_script
