@@ -10,6 +10,7 @@ NAMES = (
     "selection",
     "memory",
     "readout",
+    "hyperfeatures",
     "pag",
     "guide_overhead",
     "repa_loss",
@@ -19,6 +20,7 @@ NAMES = (
     "repa_step",
     "loop_overhead",
     "cached_training",
+    "cleandift",
 )
 
 

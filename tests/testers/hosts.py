@@ -43,7 +43,7 @@ def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def text_to_image(blocks: Any) -> Any:
-    """A modular pipeline of the blocks that make an image of a text; older diffusers has them among those of all tasks."""
+    """A modular pipeline of the blocks that make an image of a text, in older diffusers of those of all tasks."""
     return (blocks.get_workflow("text2image") if hasattr(blocks, "get_workflow") else blocks).init_pipeline()
 
 
