@@ -94,7 +94,7 @@ def measure(name: str, folder: Path, pipe: SiTPipeline, evaluation: Evaluation) 
 
 
 def table(rows: list[dict]) -> str:
-    """A line a run; empty where a run has no such number."""
+    """A line a run; empty where a run has no such number (REPA-E denoises latents: `main_denoising`)."""
     lines = [f"| | {' | '.join(title for title, _ in COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
     for row in rows:
         cells = [f"{row[key]:{form}}" if key in row else "" for key, (_, form) in COLUMNS.items()]
