@@ -10,6 +10,7 @@ NAMES = (
     "selection",
     "memory",
     "readout",
+    "segmentation",
     "pag",
     "guide_overhead",
     "repa_loss",
