@@ -11,6 +11,7 @@ NAMES = (
     "memory",
     "readout",
     "segmentation",
+    "hyperfeatures",
     "pag",
     "guide_overhead",
     "repa_loss",
@@ -20,6 +21,7 @@ NAMES = (
     "repa_step",
     "loop_overhead",
     "cached_training",
+    "cleandift",
 )
 
 

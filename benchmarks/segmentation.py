@@ -3,8 +3,8 @@
 Memory: the maps of one image of 256 pixels (five layers at three levels, 8,448 channels) against the features of its
 every pixel; the peak resident set (Linux) over what maps take, each way in a process of its own. Prediction: ten
 members on the maps of one image, the first layer before the resize, against all pixels' features through one network
-after another; `--full` at 256 pixels, else at 128. Training: ten members in one batched pass on sampled pixels, against
-one after another on single rows of all pixels' features through a `DataLoader`, as the paper's code does; equal
+after another; `--full` at 256 pixels, else at 128. Training: ten members in one batched pass on sampled pixels,
+against one after another on single rows of all pixels' features through a `DataLoader`, as the paper's code does; equal
 weights, order and steps. At the width of the paper and at that of a small U-Net.
 """
 

@@ -19,7 +19,8 @@ def draw_pca(features: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor,
     """The first two principal components of the test digits: features of the model, and pixels."""
     figure = require_matplotlib().Figure(figsize=(10.4, 4.9), layout="constrained", dpi=110)
     axes = figure.subplots(1, 2)
-    for axis, x, title in zip(axes, (features, pixels), ("features of the selected layer and level", "raw pixels"), strict=True):
+    titles = ("features of the selected layer and level", "raw pixels")
+    for axis, x, title in zip(axes, (features, pixels), titles, strict=True):
         centred = (x - x.mean(0)).double()
         centred = centred / centred.std(0).clamp(min=1e-6)
         points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T

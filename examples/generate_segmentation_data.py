@@ -6,8 +6,8 @@
 DatasetDDPM (Baranchuk et al. 2022, arXiv 2112.03126). The segmenter is best fitted on annotated images of the same
 model (`examples/sample_for_fid.py` samples some). Sample n has the seed `seed + n`; the same command goes on where it
 was stopped. `--cut certain` leaves out the most uncertain tenth (`--drop`); `--cut paper` keeps what the paper's code
-keeps, which also leaves out the 30 most certain images and needs more than 300. In `--out` lie `all/`, every image with
-its mask, `scores.jsonl`, and `train/`, those that are kept, which `load_images(out, mask_column="mask")` and
+keeps, which also leaves out the 30 most certain images and needs more than 300. In `--out` lie `all/`, every image
+with its mask, `scores.jsonl`, and `train/`, those that are kept, which `load_images(out, mask_column="mask")` and
 `diffusers-repr segment fit MODEL out` read.
 """
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def write_small_png(png: bytes, path: Path) -> None:
-    """Write a PNG in the 256 colours that serve it best: text and lines stay sharp, shades of a colour bar get steps."""
+    """Write a PNG in the 256 colours that serve it best: text and lines stay sharp, a colour bar gets steps."""
     with Image.open(io.BytesIO(png)) as image:
         small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(path, optimize=True)

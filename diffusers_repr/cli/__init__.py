@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ COMMANDS = {
     "select": "find the noise level and layers that suit a task",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
+    "match": "find points of one image in another",
     "segment fit": "learn the classes of pixels from a few images with masks",
     "segment predict": "write masks of images by a saved segmenter",
     "align": "compare the layers of a model with an encoder, level by level",
@@ -65,7 +67,20 @@ def read_settings(command: str, argv: Sequence[str]) -> Any:
     from diffusers_repr.config.recipe import parse_recipe
 
     kind = command_module(command).Settings
-    return parse_recipe([kind], argv, COMMANDS[command], prog=f"diffusers-repr {command}", **HELP)[0]
+    options = {"prog": f"diffusers-repr {command}", "usage": _usage(kind), **HELP}
+    return parse_recipe([kind], argv, COMMANDS[command], **options)[0]
+
+
+def _usage(kind: type) -> str:
+    """One line: what has no flag, and what must be given; all flags would fill a screen before the error."""
+    positional = getattr(kind, "POSITIONAL", ())
+    needed = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in positional
+    ]
+    words = [*map(str.upper, positional), *(f"--{name} {name.upper()}" for name in needed)]
+    return " ".join(["%(prog)s", *words, "[--config RECIPE.yaml] [--SETTING VALUE ...] [--help]"])
 
 
 def _run(command: str, argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
@@ -101,7 +102,13 @@ def run(args: Settings) -> int:
 
 
 def _check(args: Settings) -> bool:
-    """Whether several are compared; raises ValueError for what does not go with it, or only with it."""
+    """Whether several are compared; raises ValueError for what does not go with it, or only with it, or no encoder."""
+    for spec in (args.encoder, *(args.encoders or [])):
+        if (Path(spec) / "model_index.json").is_file():
+            raise ValueError(
+                f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
+                f"such as {spec}:mid_block@100."
+            )
     several = bool(args.models or args.encoders)
     if not several:
         unused = [f"--{name}" for name in ("steps", "labels") if getattr(args, name)]

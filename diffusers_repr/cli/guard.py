@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffusers_repr.cli.library_output import quiet_logs
+from diffusers_repr.cli.library_output import bars, quiet_logs
 
 EXIT_CODES = """exit codes:
   0    done (also when the reader of the output, as `head`, has seen enough)
@@ -60,7 +60,8 @@ def run_script(main: Callable[[list[str]], object], smaller: str = _SMALLER_TRAI
     program, (flags, debug, verbose) = Path(sys.argv[0]).name, split_flags(sys.argv[1:])
 
     def work() -> int:
-        main(flags)
+        with bars(shown=True):
+            main(flags)
         sys.stdout.flush()
         return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,20 +36,27 @@ def quiet_logs(verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def bars(shown: bool) -> Iterator[None]:
-    """Inside, `--quiet` holds for the bars of diffusers and datasets, too."""
-    if shown:
+    """Inside, `--quiet` holds for the bars of other libraries too; they have none where stderr is no terminal.
+
+    Args:
+        shown: Without `--quiet`.
+    """
+    if shown and sys.stderr.isatty():
         yield
         return
     import datasets
     from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    were = of_diffusers.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    of_diffusers.disable_progress_bar()
+    shown_by = [part for part in (of_diffusers, of_transformers) if part.is_progress_bar_enabled()]
+    of_datasets = not datasets.are_progress_bars_disabled()
+    for part in shown_by:
+        part.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if were[0]:
-            of_diffusers.enable_progress_bar()
-        if not were[1]:
+        for part in shown_by:
+            part.enable_progress_bar()
+        if of_datasets:
             datasets.enable_progress_bars()

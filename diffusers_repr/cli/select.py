@@ -72,9 +72,7 @@ def run(args: Settings) -> int:
     from diffusers_repr.sweep.select import select_features
 
     measure = make_measure(args.metric, pooling=check_pooling(args.pooling), criterion=args.criterion)
-    open_splits(
-        parts["train"], parts["validation"], measure
-    )  # what is wrong with the data, before the model is loaded
+    open_splits(parts["train"], parts["validation"], measure)  # refuses data before the model is loaded
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
     image_size = options.sides(args.image_size)
@@ -119,7 +117,8 @@ def _print_json(selection: Selection, out: str) -> None:
 
 def _print(selection: Selection) -> None:
     width, (metric, sign) = max(len(cell.layer) for cell in selection.finalists), selection.in_words()
-    print(f"{'layer':<{width}}  {'timestep':>8}  {'noise':<9}  {metric} (mean ± std of noise seeds)  FLOPs")
+    how = "mean ± std of noise seeds" if sign > 0 else "lower is better; mean ± std of noise seeds"
+    print(f"{'layer':<{width}}  {'timestep':>8}  {'noise':<9}  {metric} ({how})  FLOPs")
     for cell in selection.finalists:
         score = f"{sign * (cell.mean or 0.0):.4f} ± {cell.std:.4f}"
         print(f"{cell.layer:<{width}}  {cell.timestep:>8g}  {cell.noise:<9}  {score}  {cell.flops_share:.0%}")

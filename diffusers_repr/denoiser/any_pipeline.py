@@ -15,6 +15,7 @@ from torch import nn
 
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.parts import COMPONENTS
+from diffusers_repr.hub.checked_loading import CheckedLoadingMixin
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.local_module import LocalModuleMixin
 from diffusers_repr.hub.signature_types import SignatureTypesMixin
@@ -22,7 +23,7 @@ from diffusers_repr.hub.signature_types import SignatureTypesMixin
 logger = logging.getLogger(__name__)
 
 
-class AnyPipelineMixin(LocalModuleMixin, SignatureTypesMixin, ConfigMixin):
+class AnyPipelineMixin(CheckedLoadingMixin, LocalModuleMixin, SignatureTypesMixin, ConfigMixin):
     """Base, before `DiffusionPipeline`, of a pipeline that loads from the folder of any pipeline of a known family.
 
     `denoiser` is the model with its conditioning. A subclass has only to write `__call__`.

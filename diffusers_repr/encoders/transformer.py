@@ -83,7 +83,8 @@ class TransformerSource(Source):
         self.side = statistics.side or family.side(model.config)
         self.image_size = pair(image_size, self.patch)
         self.pooling = check_pooling(pooling, family.class_token)
-        self.paths = [f"{family.blocks}.{at}" for at in range(len(model.get_submodule(family.blocks)))]
+        blocks = family.block_list(model)
+        self.paths = [f"{blocks}.{at}" for at in range(len(model.get_submodule(blocks)))]
         self.layer = None if layer is None else self._block(layer)
         self._config = config_hash(config)
 
@@ -202,7 +203,8 @@ def load_transformer(
     check_weight_files(folder)
     refuse_adapter(folder)
     try:
-        with _quiet():
+        # Transformers 4 draws weights that it then replaces by those of the file.
+        with _quiet(), torch.random.fork_rng(devices=[]):
             model, info = _class_of(family).from_pretrained(
                 folder,
                 dtype=dtype,

@@ -22,7 +22,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
-_MEASURED = ("loss.jsonl", "evaluation.json", "evaluation.jsonl", "samples.png")
+_MEASURED = ("loss.jsonl", "evaluation.json", "evaluation.jsonl", "samples.png", "mixing_weights.png")
 _MODEL = ("config.json", *_WEIGHTS)
 _COMPONENT = (*_MODEL, "scheduler_config.json", "generation_config.json", *_PROCESSOR, *_TOKENIZER)
 ARTIFACTS = "artifacts.json"  # of a training result: the files that a method saved in folders of their own
@@ -61,6 +61,7 @@ KINDS: Mapping[str, Kind] = {
             *_MEASURED,
             "recipe.yaml",
             "model_index.json",
+            "cleandift.json",
             "pytorch_lora_weights.safetensors",
             ARTIFACTS,
             *(f"heads/*/{name}" for name in _MODEL),
@@ -70,7 +71,14 @@ KINDS: Mapping[str, Kind] = {
     ),  # fmt: skip
     "pipeline": Kind(
         "model",
-        (*_CARD, *_MEASURED, "model_index.json", "pipeline.py", *(f"heads/*/{name}" for name in _MODEL)),
+        (
+            *_CARD,
+            *_MEASURED,
+            "model_index.json",
+            "cleandift.json",
+            "pipeline.py",
+            *(f"heads/*/{name}" for name in _MODEL),
+        ),
         pipeline=True,
     ),
     "custom pipeline": Kind("model", (*_CARD, "pipeline.py", "__init__.py")),

@@ -51,6 +51,7 @@ _PLAIN = {
     "balanced_accuracy": _Shown("validation accuracy, mean over classes (%)", 100, 1, " %", 1),
     "neg_brier": _Shown("Brier score on validation (lower is better)", -1),
     "r2": _Shown("validation R²"),
+    "pck": _Shown("PCK, correct key points (%)", 100, 1, " %", 1),
     "neg_mse": _Shown("mean squared error on validation (lower is better)", -1),
 }
 
@@ -210,7 +211,7 @@ class Selection(SweepResult):
     def in_words(self) -> tuple[str, int]:
         """The metric as people read it, and the sign of scores then: losses, held with a minus, are positive."""
         shown = _PLAIN.get(self.metric)
-        return (self.metric, 1) if shown is None or shown.factor > 0 else (f"{shown.name}, lower is better,", -1)
+        return (self.metric, 1) if shown is None or shown.factor > 0 else (shown.name, -1)
 
     def heatmap(self) -> bytes:
         """PNG of score by layer (rows, in execution order) and noise level, a panel each policy; needs matplotlib.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
+from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import Check, shown
 from diffusers_repr.noise import NoiseLevel
@@ -51,7 +52,7 @@ class TaskRecipe:
         ensemble_size: Noise draws an image.
         image_size: (H, W) in pixels to which every image is resized.
         preprocessing: How, in words.
-        sample_posterior: Whether the VAE's latents are drawn instead of their mean taken.
+        sample_posterior: How the VAE's latents are drawn; as in `FeatureExtractor`.
         prompt: Prompt of every image, unless another is given in the call.
         class_labels: Condition of a class-conditional model, for every image.
         protocol: How the head was fitted: every field, and what was chosen.
@@ -75,7 +76,7 @@ class TaskRecipe:
     ensemble_size: int
     image_size: tuple[int, int]
     preprocessing: Mapping[str, Any]
-    sample_posterior: bool
+    sample_posterior: SamplePosterior
     prompt: str | None
     class_labels: int | None
     protocol: Mapping[str, Any]

@@ -73,7 +73,7 @@ def recipe_schema(score: type, own: Mapping[str, Check]) -> Check:
         "ensemble_size": integer(1, MAX_ENSEMBLE),
         "image_size": listing(_SIZE, 2, 2),
         "preprocessing": mapping(anything(4, 1000), 0, 100),
-        "sample_posterior": boolean(),
+        "sample_posterior": either(boolean(), one_of("per_member")),
         "prompt": optional(text()),
         "class_labels": optional(integer(0, MAX_WIDTH)),
         "protocol": _protocol,

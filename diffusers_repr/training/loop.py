@@ -22,6 +22,7 @@ from diffusers_repr.training.checks import (
     check_place,
     check_result,
     check_services,
+    check_train_data,
     warn_of_skipped,
 )
 from diffusers_repr.training.config import TrainingConfig, recipe_of
@@ -88,7 +89,7 @@ def train(
     Raises:
         ValueError: For data that do not fit the objective, a checkpoint of another run, or samples asked of a method
             that makes none.
-        TypeError: If the result cannot be saved.
+        TypeError: For what is no objective or no training data, or if the result cannot be saved.
         CheckpointError: If no checkpoint is whole.
         FloatingPointError: If losses stay infinite or NaN.
         ImportError: For a tracker that is not installed.
@@ -100,6 +101,7 @@ def train(
     """
     check_services(config)
     check_result(objective, config)
+    check_train_data(data)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
@@ -154,8 +156,9 @@ def train_loop(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluat
     batches = make_batches(data, config, accelerator, progress.step, streams, run.objective)
     images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     of = f" of {len(data)}" if hasattr(data, "__len__") else ""
+    count = accelerator.num_processes
     accelerator.print(
-        f"{accelerator.num_processes} processes, {images_per_step}{of} images a step, "
+        f"{count} process{'es' if count > 1 else ''}, {images_per_step}{of} images a step, "
         f"steps {progress.step} to {config.max_train_steps} in {config.output_dir}"
     )
     shown = accelerator.is_local_main_process

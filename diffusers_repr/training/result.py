@@ -125,17 +125,16 @@ def card(
     own = about.pop("text", "").replace("{folder}", config.hub_model_id or folder.name)
     weights = "the moving average" if config.ema_max_decay else "those of the last step"
     apart = "; projectors and heads lie apart in `heads/`" if (folder / "heads").is_dir() else ""
-    own += adapters_text(objective, folder, config.hub_model_id or folder.name)
+    parts = [own.strip(), adapters_text(objective, folder, config.hub_model_id or folder.name)]
+    parts += ["![samples](samples.png)"] if config.eval_batch_size else []
+    own = "".join(f"{part}\n\n" for part in parts if part)
     kind, name = about.pop("kind"), data_name(data, recipe)
     of, split = ("", "") if name is None else (f" of `{name}`", f", split `{recipe.get('dataset_split', 'train')}`")
     what = f"{'An' if kind[0] in 'aeiou' else 'A'} {kind} of {size:,} parameters"
     text = f"""{what}, trained with `{method}` of diffusers-repr. The weights are
 {weights}, saved in {config.save_dtype}{apart}.
 
-{own}
-{"![samples](samples.png)" if config.eval_batch_size else ""}
-
-- Data: {size_of_data}{of}{split}, and no other.
+{own}- Data: {size_of_data}{of}{split}, and no other.
 - Classes: {len(names) if names else "none"}.
 - Steps: {last["step"]:,} with seed {config.seed}; {last["skipped"]} skipped, where the loss was not finite.
 
@@ -172,11 +171,11 @@ def adapters_text(objective: Objective, folder: Path, name: str) -> str:
     if not any(".lora_" in key for key in objective.trained_state()) or not isinstance(first, PipelineArtifact):
         return ""
     if not (folder / ADAPTERS).is_file():
-        return f"\n\n{not_apart(objective)}"
+        return not_apart(objective) or ""
     found = (loading(first.pipeline, part, name) for part in first.components)
     line = next((line for line in found if line), None)
     return (
-        f"\n\nLow-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for "
+        f"Low-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for "
         f"the model that they were trained on: `{line}`. Loaded onto these weights they would act twice."
     )
 

@@ -2,7 +2,7 @@
 
     accelerate launch examples/train_encoder.py --config examples/configs/encoder_digits.yaml   # the teacher, first
     python examples/studies/alignment_digits.py --out docs/results/alignment \
-        --encoders outputs/digits-encoder outputs/digits-encoder-large
+        --encoders outputs/digits-encoder outputs/digits-encoder-small
 
 SiTs of several widths are trained by `train_repa.py` with the recipe of `repa_digits.yaml`, each with alignment (its
 teacher is the first encoder) and without, and kept at some steps: plain pipelines, in `--work`. Measured is the CKNNA
@@ -33,6 +33,7 @@ from diffusers_repr.sweep import AlignmentComparison, compare_alignments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from small_png import write_small_png
 from train_repa import main as train_repa
 
 CONFIG = Path(__file__).parents[1] / "configs" / "repa_digits.yaml"
@@ -60,8 +61,14 @@ def train(args: argparse.Namespace, method: str, width: int) -> dict[int, Path]:
     if not all((path / "model_index.json").is_file() for path in kept.values()):
         model = {"num_layers": 8, "hidden_size": width, "num_attention_heads": 4}
         teacher = ["--encoder", args.encoders[0]] if method == "REPA" else []
-        flags = {"config": CONFIG, "output_dir": folder, "model": json.dumps(model), "max_train_steps": max(args.steps),
-                 "validation_steps": math.gcd(*args.steps), "checkpointing_steps": 400, "eval_batch_size": 0}  # fmt: skip
+        flags = {
+            "config": CONFIG,
+            "output_dir": folder,
+            "model": json.dumps(model),
+            "max_train_steps": max(args.steps),
+            "validation_steps": math.gcd(*args.steps),
+            "eval_batch_size": 0,
+        }
         given = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
         with contextlib.redirect_stdout(sys.stderr):
             train_repa([*given, *METHODS[method], *teacher, *args.flags], evaluate=Keep(folder / "kept", args.steps))
@@ -115,7 +122,7 @@ def points(rows: Sequence[dict], **wanted: Any) -> list[dict]:
     return [row for row in rows if wanted.items() <= row.items()]
 
 
-def draw(rows: Sequence[dict], by_step: bool, chance: float) -> bytes:
+def draw(rows: Sequence[dict], by_step: bool, chance: float, path: Path) -> None:
     """PNG with a panel each encoder: CKNNA by training step, a curve each SiT, or by size after the last step."""
     from matplotlib import colormaps
 
@@ -132,26 +139,24 @@ def draw(rows: Sequence[dict], by_step: bool, chance: float) -> bytes:
                     color = colormaps["viridis"](0.85 * place / max(len(widths) - 1, 1))
                     size = f"{line[0]['parameters'] / 1e6:.2g} M"
                     axis.plot(*_xy(line, "step"), style, ms=4, color=color, label=f"{size}, {method}")
-                axis.set_xscale("log")
-                axis.set_xticks(sorted({row["step"] for row in rows if "step" in row}), minor=False)
-                axis.xaxis.set_minor_locator(axis.xaxis.get_minor_locator().__class__(subs=()))
             else:
                 line = points(rows, method=method, step=last, encoder=encoder)
                 color = "tab:blue" if method == "REPA" else "tab:grey"
                 axis.plot(*_xy(line, "parameters", 1e-6), style, ms=5, color=color, label=method)
-                axis.set_xscale("log")
-                axis.set_xticks([row["parameters"] / 1e6 for row in line])
-                axis.xaxis.set_minor_locator(axis.xaxis.get_minor_locator().__class__(subs=()))
-            axis.xaxis.set_major_formatter("{x:.3g}")
+        if not by_step:
+            ticks = sorted({row["parameters"] / 1e6 for row in rows if "width" in row})
+            axis.set_xscale("log")
+            axis.minorticks_off()
+            axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axis.axhline(chance, color="0.5", ls=":", lw=1)
-        axis.set_title(f"with {encoder}", fontsize=9)
-        axis.set_xlabel("training steps" if by_step else f"parameters in millions, after {last:,} steps", fontsize=9)
+        axis.set_title(f"with {encoder}" + (" (the teacher)" if encoder == encoders[0] else ""), fontsize=9)
+        axis.set_xlabel("training steps" if by_step else f"million parameters; {last:,} steps", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("CKNNA, best block and level")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     figure.suptitle(f"SiTs of digits against {len(encoders)} encoders; dotted: features that have nothing in common")
-    return png_of(figure)
+    write_small_png(png_of(figure), path)
 
 
 def _xy(line: Sequence[dict], key: str, unit: float = 1.0) -> tuple[list[float], list[float]]:
@@ -184,8 +189,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/alignment-results"), help="folder of the results")
     parser.add_argument("--work", type=Path, default=Path("outputs/alignment-digits"), help="folder of the runs")
     parser.add_argument("--encoders", nargs="+", default=["outputs/digits-encoder"], help="the first is the teacher")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128], help="of the SiTs, divisible by 8")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400, 800, 1600], help="that are kept")
+    parser.add_argument("--widths", type=int, nargs="+", default=[24, 48, 96], help="of the SiTs, divisible by 8")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(range(100, 900, 100)), help="that are kept")
     parser.add_argument("--timesteps", type=float, nargs="+", default=[100, 300, 500], help="larger is noisier")
     parser.add_argument("--k", type=int, default=10, help="neighbours of CKNNA")
     args, args.flags = parser.parse_known_args(argv)
@@ -195,8 +200,8 @@ def main(argv: list[str]) -> None:
     (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (args.out / "table.md").write_text(table(rows))
     chance = args.k / (found.recipe["data"]["samples"] - 1)
-    (args.out / "steps.png").write_bytes(draw(rows, True, chance))
-    (args.out / "size.png").write_bytes(draw(rows, False, chance))
+    draw(rows, True, chance, args.out / "steps.png")
+    draw(rows, False, chance, args.out / "size.png")
     print(table(rows))
 
 

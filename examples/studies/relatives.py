@@ -6,7 +6,8 @@
 Each run is `train_repa.py` with a recipe of `examples/configs`, unchanged but for its folder; `none` is that of REPA
 with `--encoder none`. Measured on the averaged weights at the end: the linear probe of the aligned layer and of one in
 the middle, CKNNA with the teacher, and samples in the features of a judge that learned the labels, as in
-`repa_study.py`. Finished runs are kept. `--out` gets rows.jsonl, samples.png and table.md.
+`repa_study.py`. What is trained is kept, and goes on with more `--max_train_steps`. `--out` gets rows.jsonl, table.md
+and samples.png.
 """
 
 import argparse
@@ -45,6 +46,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "dispersive": ("dispersive", []),
     "SRA": ("sra", []),
 }
+KINDS = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
 COLUMNS = {
     "denoising": ("denoising loss", ".3f"),
     "probe_aligned": ("probe, block 2", ".3f"),
@@ -58,22 +60,33 @@ COLUMNS = {
 
 
 def trained(name: str, folder: Path, flags: list[str]) -> SiTPipeline:
-    """The run's pipeline; trained where it is not there yet, its time kept beside it."""
+    """The run's pipeline; trained as far as it is not yet, the time of all its parts kept beside it."""
     recipe, changes = RUNS[name]
-    if not (folder / "model_index.json").is_file():
+    given = ["--config", str(CONFIGS / f"{recipe}_digits.yaml"), "--output_dir", str(folder), *changes, *flags]
+    wanted = parse_recipe(KINDS, given)[0].max_train_steps
+    if not (folder / "cpu_seconds.json").is_file() or last_line(folder)["step"] < wanted:
+        before = json.loads(text) if (text := read(folder / "cpu_seconds.json")) else 0.0
         since = time.process_time()
-        given = ["--config", str(CONFIGS / f"{recipe}_digits.yaml"), "--output_dir", str(folder), *changes, *flags]
         with contextlib.redirect_stdout(sys.stderr):
             train_repa(given)
-        (folder / "cpu_seconds.json").write_text(json.dumps(time.process_time() - since))
+        (folder / "cpu_seconds.json").write_text(json.dumps(before + time.process_time() - since))
     pipe = SiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def last_line(folder: Path) -> dict:
+    """Of the log of losses."""
+    return json.loads((folder / "loss.jsonl").read_text().splitlines()[-1])
+
+
 def measure(name: str, folder: Path, pipe: SiTPipeline, evaluation: Evaluation) -> dict:
     """A row: losses of the last lines of the log, and what the averaged weights are worth."""
-    last = json.loads((folder / "loss.jsonl").read_text().splitlines()[-1])
+    last = last_line(folder)
     losses = {key: value for key, value in last.items() if key not in ("learning_rate", "images_per_second")}
     numbers = evaluation(pipe, last["step"]) | {"cpu_seconds": json.loads((folder / "cpu_seconds.json").read_text())}
     return {"run": name, **{key: round(value, 4) for key, value in (losses | numbers).items()}}
@@ -95,7 +108,8 @@ def pictures(pipes: dict[str, SiTPipeline], path: Path) -> None:
         call = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 50, "output_type": "pt"}
         images.append(pipe(list(range(10)), **call).images.float())
     titles = {"row_titles": list(pipes), "column_titles": [str(digit) for digit in range(10)]}
-    image_grid(torch.cat(images), 10, title="Digits asked for, one sample each, not chosen", side=48, **titles).save(path)
+    title = "Digits asked for, one sample each, not chosen"
+    image_grid(torch.cat(images), 10, title=title, side=48, **titles).save(path)
 
 
 def main(argv: list[str]) -> None:
@@ -111,9 +125,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--timestep", type=float, default=200.0, help="level of probes; larger is noisier")
     args, flags = parser.parse_known_args(argv)
 
-    kinds = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
     recipe = ["--config", str(CONFIGS / "repa_digits.yaml")]
-    _, data_config, model_config, repa_config = parse_recipe(kinds, [*recipe, *flags])
+    _, data_config, model_config, repa_config = parse_recipe(KINDS, [*recipe, *flags])
     train, test = (read_split(data_config, split, model_config.image_channels) for split in ("train", "test"))
     settings = {"flip": False, "steps": 300, "width": 32}
     judge = the_judge(args.work / "judge.safetensors", *train, torch.device("cpu"), **settings)

@@ -261,3 +261,17 @@ def test_a_null_class_that_is_named():
         Denoiser(network, DDIMScheduler(), conditioner=LabelConditioner(-1)).condition(batch=2)
     with pytest.raises(ValueError, match=r"null class 6 is not in the table .* 0 to 5"):
         DiffusionObjective(named, null_label=6)
+
+
+def test_new_captions_are_encoded_together():
+    """One call of the text tower for those not kept yet, which gives each what it gives it alone."""
+    pipe, calls = build("sd"), []
+    pipe.text_encoder.register_forward_hook(lambda module, args, out: calls.append(len(out[0])))
+    together = Denoiser.from_pipe(pipe).conditioner
+    found = together.inputs(["ab", "c", "ab", "dd"])["encoder_hidden_states"]
+    assert calls == [3]
+    together.inputs(["c", "e"])
+    assert calls == [3, 1]
+    for row, text in zip(found, ["ab", "c", "ab", "dd"], strict=True):
+        alone = Denoiser.from_pipe(pipe).conditioner.inputs([text])["encoder_hidden_states"]
+        torch.testing.assert_close(row[None], alone)

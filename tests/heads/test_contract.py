@@ -7,6 +7,7 @@ import torch
 
 from diffusers_repr.heads import (
     DepthHead,
+    HyperfeaturesHead,
     JointHead,
     KNNHead,
     LinearHead,
@@ -40,6 +41,14 @@ def on_maps(make, channels: int = 1, **changes) -> ModelCase:
 
     head = functools.partial(make, LAYERS, CHANNELS, time_width=8, **changes)
     return ModelCase(head, inputs, {"sample": (2, channels, 6, 4)}, plain=True, wide=True)
+
+
+def hyperfeatures() -> ModelCase:
+    def inputs() -> dict:
+        return {"features": {"a": torch.randn(2, 3, 8, 3, 2), "b": torch.randn(2, 3, 4, 6, 4)}}
+
+    make = functools.partial(HyperfeaturesHead, LAYERS, CHANNELS, 10, [0, 4], width=8, bottleneck=4)
+    return ModelCase(make, inputs, {"sample": (3, 8, 6, 4)}, plain=True, wide=True)
 
 
 def projector(kind: str) -> ModelCase:
@@ -86,6 +95,7 @@ CASES = {
     "DepthHead": on_maps(DepthHead, hidden=(8, 6)),
     "PixelEnsembleHead": pixels(1),
     "PixelEnsembleHead, levels": pixels(2),
+    "HyperfeaturesHead": hyperfeatures(),
     "JointHead": joint("layer"),
     "JointHead, batch": joint("batch"),
 }

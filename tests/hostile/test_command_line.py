@@ -27,13 +27,15 @@ COMMANDS = {  # that take --device or --out, with arguments that would fail late
     "probe": [*MODEL, "--layers", "x", "--timesteps", "1"],
     "align": [MODEL[0], "no/such/encoder/at/all", MODEL[1]],
     "convert": ["no.pt"],
+    "match": ["no.png", "nor.png", "--model", MODEL[0]],
     "predict": ["no-probe", "no.png"],
     "segment fit": MODEL,
     "segment predict": ["no-segmenter", "no.png"],
 }
 OWN = {
     "extract": "manifest.json", "select": "selection.json", "probe": "probe.json", "align": "alignment.json",
-    "convert": "model_index.json", "segment fit": "segmentation.json", "segment predict": "masks.jsonl",
+    "match": "matches.json", "convert": "model_index.json", "segment fit": "segmentation.json",
+    "segment predict": "masks.jsonl",
 }  # fmt: skip
 
 

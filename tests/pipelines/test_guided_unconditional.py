@@ -23,7 +23,7 @@ from diffusers.callbacks import PipelineCallback
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 
 from diffusers_repr import CFG, PAG, guide
-from tests.testers.hosts import in_dtype, since
+from tests.testers.hosts import since
 from tests.testers.models import build, saved, unet2d
 
 
@@ -350,7 +350,7 @@ def test_saving(tmp_path):
         assert type(again.scheduler) is type(ours.scheduler)
         assert np.array_equal(sample(again, batch_size=2), sample(ours, batch_size=2))
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "class_unet-DDIMPipeline")) is DDIMPipeline
-    half = GuidedUnconditionalPipeline.from_pretrained(saved("class_unet"), **in_dtype(torch.bfloat16))
+    half = GuidedUnconditionalPipeline.from_pretrained(saved("class_unet"), dtype=torch.bfloat16)
     images = sample(half, class_labels=3, guidance_scale=2.0, output_type="pt", guidance=PAG(2.0))
     assert images.dtype == half.unet.dtype == torch.bfloat16
     assert sample(half).dtype == np.float32

@@ -49,7 +49,10 @@ from transformers import (
     T5EncoderModel,
 )
 
+from tests.testers.hosts import mask_in_float64
 from tests.testers.tokenizers import clip_tokenizer, gemma_tokenizer, t5_tokenizer
+
+mask_in_float64()
 
 WIDTH = 16  # of every text encoder but T5's, which is 32
 
@@ -242,13 +245,14 @@ def sdxl_unet(pooled: int, **changes) -> UNet2DConditionModel:
 def sdxl() -> StableDiffusionXLPipeline:
     """Two text encoders, size numbers, a VAE that must not run in float16."""
     one, two = clip_tokenizer(), clip_tokenizer()
+    unet = sdxl_unet(WIDTH, cross_attention_dim=2 * WIDTH)
     return StableDiffusionXLPipeline(
         vae=autoencoder((8, 8, 16), scaling_factor=0.13025, force_upcast=True),
         text_encoder=CLIPTextModel(clip_config(one)),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(two, hidden_act="gelu")),
         tokenizer=one,
         tokenizer_2=two,
-        unet=sdxl_unet(WIDTH, cross_attention_dim=2 * WIDTH),
+        unet=unet,
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         ),
@@ -334,15 +338,9 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
-FLUX = {  # two blocks of two streams, two of one
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 2 * WIDTH,
-    "axes_dims_rope": (4, 6, 6),
-}
+# Two blocks of two streams, two of one.
+FLUX = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 2 * WIDTH, "axes_dims_rope": (4, 6, 6)}  # fmt: skip
 
 
 def _flux(guidance_embeds: bool) -> FluxPipeline:
@@ -388,18 +386,13 @@ def sana() -> SanaPipeline:
         sample_size=8,
         timestep_scale=0.5,
     )
+    halves = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8, 16),
+              "layers_per_block": (1, 1, 1), "qkv_multiscales": ((), (), (5,))}  # fmt: skip
     vae = AutoencoderDC(
         latent_channels=4,
         attention_head_dim=8,
-        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8, 16),
-        decoder_block_out_channels=(8, 8, 16),
-        encoder_layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        encoder_qkv_multiscales=((), (), (5,)),
-        decoder_qkv_multiscales=((), (), (5,)),
         scaling_factor=0.41407,
+        **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in halves.items()},
     )
     return SanaPipeline(
         tokenizer=tokenizer,

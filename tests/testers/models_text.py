@@ -202,7 +202,11 @@ def chroma() -> ChromaPipeline:
 
 
 @register_case("qwen_image", size=(32, 48), **{
-    "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2)},
+    "call": {"prompt_embeds": embeds(1, 9, 24), "prompt_embeds_mask": torch.ones(1, 9, dtype=torch.long)},
+    "null": {
+        "negative_prompt_embeds": embeds(1, 12, 24, seed=2),
+        "negative_prompt_embeds_mask": torch.ones(1, 12, dtype=torch.long),
+    },
     "off": {"true_cfg_scale": 1.0}, "guided": {"true_cfg_scale": 4.0},
 })  # fmt: skip
 def qwen_image() -> QwenImagePipeline:
