@@ -10,6 +10,7 @@ NAMES = (
     "selection",
     "memory",
     "readout",
+    "segmentation",
     "hyperfeatures",
     "pag",
     "guide_overhead",

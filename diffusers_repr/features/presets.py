@@ -241,6 +241,13 @@ _PRESETS: tuple[Preset, ...] = (
         note="Maps are resized to the image and put side by side by the head, timesteps in the outer loop.",
     ),
     Preset(
+        "ddpm-seg-v1", "adm-256",
+        ("up_blocks.2.attentions.0", "up_blocks.2.attentions.1", "up_blocks.2", "up_blocks.3.resnets.0"),
+        (50, 150, 250, 350), "DDPM-Seg (arXiv 2112.03126), README of yandex-research/ddpm-segmentation",
+        image_size=256, noise="shared",
+        note="What the authors took before March 2022: blocks 6 to 9 of the decoder.",
+    ),
+    Preset(
         "gdc", "adm-256", ("up_blocks.1.attentions.1",), 150, "GDC " + _DIFFSSL.format("2307.08702"),
         image_size=256, pooling="adaptive:2",
     ),

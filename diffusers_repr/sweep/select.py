@@ -185,6 +185,7 @@ def select_features(
         "tolerance": tolerance,
         "forwards": forwards,
         **learned,
+        **({} if grown else {"measure": measure.describe()}),
     }
     return Selection(tuple(cells), ranked[0], tuple(ranked), sets, measure.name, tuple(seeds), recipe)
 

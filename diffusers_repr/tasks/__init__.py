@@ -5,6 +5,7 @@ from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, R
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
+from diffusers_repr.tasks.retrieval import RetrievalAccuracy
 from diffusers_repr.tasks.segmentation import Segmenter
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
 from diffusers_repr.tasks.task import Task
@@ -20,6 +21,7 @@ __all__ = [
     "ProbeOutput",
     "ProbeRecipe",
     "ReadoutErrors",
+    "RetrievalAccuracy",
     "Score",
     "SegmentationOutput",
     "SegmentationRecipe",

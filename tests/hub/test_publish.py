@@ -127,6 +127,7 @@ MODELS = {
     "guided_unconditional": "ddim",
 }
 CLASSES = {
+    "correspondence": "CorrespondencePipeline",
     "feature_extraction": "FeatureExtractionPipeline",
     "few_shot_segmentation": "FewShotSegmentationPipeline",
     "guided_dit": "GuidedDiTPipeline",
