@@ -42,7 +42,9 @@ def small(source=None, train=None, **changes):
     given = isinstance(source, object) and hasattr(source, "layers")
     reads = {} if given else {"layers": LAYERS, "timestep": [10, 100]}
     settings = {"members": 3, "protocol": QUICK, "label_names": CLASSES, **reads, **changes}
-    return Segmenter.fit(pipeline() if source is None else source, annotated(6) if train is None else train, **settings)
+    return Segmenter.fit(
+        pipeline() if source is None else source, annotated(6) if train is None else train, **settings
+    )
 
 
 @functools.cache
