@@ -19,6 +19,7 @@ NAMES = (
     "repa_step",
     "loop_overhead",
     "cached_training",
+    "correspondence",
 )
 
 
