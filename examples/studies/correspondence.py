@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from known_pairs import KINDS, pairs_of, sift_matches
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_repr import Denoiser
 from diffusers_repr.data.pairs import ImagePairs
@@ -67,29 +67,30 @@ def choose(denoiser: Denoiser, pairs: ImagePairs, args: argparse.Namespace, seed
     )  # fmt: skip
 
 
-def scores(report: Any) -> dict[str, float]:
-    return {"all": report.all.per_point, **{kind: found.per_point for kind, found in report.categories.items()}}
+def shares(pairs: ImagePairs, answers: list[Tensor], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """PCK per point at both thresholds, over all pairs and by the kind of change."""
+    result = {}
+    for alpha in (args.alpha, args.wide):
+        kinds: dict[str, list[Tensor]] = {"all": []}
+        for answer, pair in zip(answers, pairs.pairs, strict=True):
+            length = reference_length("image", pairs.size(pair.target))
+            one = correct_points(answer, pair.target_points, length, alpha)
+            for kind in ("all", str(pair.category)):
+                kinds.setdefault(kind, []).append(one)
+        result[str(alpha)] = {kind: pck(found).per_point for kind, found in kinds.items()}
+    return result
 
 
 def measure(task: Correspondence, pairs: ImagePairs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    return {str(a): scores(task.evaluate(pairs, alpha=a, reference="image")) for a in (args.alpha, args.wide)}
+    sources = {pair.source: task.encode(pairs.image(pair.source)) for pair in pairs.pairs}
+    answers = [task(sources[p.source], pairs.image(p.target), p.source_points).matches for p in pairs.pairs]
+    return shares(pairs, answers, args)
 
 
 def sift_scores(pairs: ImagePairs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """SIFT answers each point by a key point of the target."""
     found: dict[int, Any] = {}
-    answers = [sift_matches(pairs, pair, found) for pair in pairs.pairs]
-    result = {}
-    for alpha in (args.alpha, args.wide):
-        correct = [
-            correct_points(answer, pair.target_points, reference_length("image", pairs.size(pair.target)), alpha)
-            for answer, pair in zip(answers, pairs.pairs, strict=True)
-        ]
-        kinds = {pair.category: [] for pair in pairs.pairs}
-        for one, pair in zip(correct, pairs.pairs, strict=True):
-            kinds[pair.category].append(one)
-        result[str(alpha)] = {"all": pck(correct).per_point, **{k: pck(v).per_point for k, v in kinds.items()}}
-    return result
+    return shares(pairs, [sift_matches(pairs, pair, found) for pair in pairs.pairs], args)
 
 
 def with_members(found: Selection, denoiser: Denoiser, args: argparse.Namespace) -> Correspondence:
@@ -133,11 +134,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/correspondence"))
     parser.add_argument("--base", default=str(MODEL), help="pipeline folder or Hub id of a model of RGB images")
     parser.add_argument("--image_size", nargs=2, type=int, default=(96, 128), metavar=("H", "W"))
-    parser.add_argument("--timesteps", nargs="+", type=int, default=[10, 50, 150, 300])
-    parser.add_argument("--points", type=int, default=60, help="a pair, at most")
+    parser.add_argument("--timesteps", nargs="+", type=int, default=[50, 200])
+    parser.add_argument("--points", type=int, default=24, help="a pair, at most")
     parser.add_argument("--alpha", type=float, default=0.02)
     parser.add_argument("--wide", type=float, default=0.1)
-    parser.add_argument("--ensemble_size", type=int, default=4)
+    parser.add_argument("--ensemble_size", type=int, default=2)
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise, and of untrained networks"
     )
@@ -169,9 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     rows[f"{name} untrained (mean of {len(random)})"] = mean
 
     patches = {patch: Correspondence(RawPixels(denoiser, patch, size)) for patch in PATCHES}
-    best = max(
-        patches, key=lambda p: patches[p].evaluate(chosen_on, alpha=args.alpha, reference="image").all.per_point
-    )
+    best = max(patches, key=lambda p: measure(patches[p], chosen_on, args)[str(args.alpha)]["all"])
     rows[f"raw pixels, patches of {best} x {best}"] = measure(patches[best], measured_on, args)
     rows["SIFT among its own key points"] = sift_scores(measured_on, args)
 
