@@ -22,6 +22,7 @@ NAMES = (
     "loop_overhead",
     "cached_training",
     "cleandift",
+    "correspondence",
 )
 
 
