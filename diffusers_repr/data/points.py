@@ -48,6 +48,48 @@ def read_points(value: Any, what: str, size: tuple[int, int]) -> tuple[Tensor, T
     return points.nan_to_num(0.0, 0.0, 0.0), visible
 
 
+def check_points(points: Any, size: tuple[int, int], what: str) -> Tensor:
+    """Points to ask about, `(N, 2)` float64 as (x, y): all of them in the image.
+
+    Args:
+        points: N times (x, y) in pixels, as numbers, an array or a tensor; one point alone too. The centre of the
+            first pixel is (0, 0), so that x lies from -0.5 to W - 0.5.
+        size: (H, W) of the image.
+        what: Names them in messages: `points`.
+
+    Raises:
+        ValueError: For no points, for something else, and for points outside of the image; says so where they would
+            lie inside as (y, x).
+
+    Example:
+        >>> check_points([[3, 5], [19, 39]], (40, 20), "points").tolist()
+        [[3.0, 5.0], [19.0, 39.0]]
+    """
+    try:
+        held = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points, dtype=np.float64)
+    except (TypeError, ValueError):  # points of unequal length, or nothing among the numbers
+        held = np.empty(1)
+    held = held[None] if held.shape == (2,) else held
+    if held.ndim != 2 or held.shape[1] != 2 or not len(held):
+        raise ValueError(f"{what} must be one (x, y) in pixels or a list of them; got {str(points)[:80]}.")
+    bound = np.array([size[1], size[0]]) - 0.5
+    outside = ~((held >= -0.5) & (held <= bound)).all(1)  # true for NaN too
+    if outside.any():
+        at = int(np.flatnonzero(outside)[0])
+        swapped = bool(((held >= -0.5) & (held <= bound[::-1])).all())
+        hint = (
+            "They would lie inside as (y, x): give x, to the right, before y, downwards."
+            if swapped
+            else "x runs to the right from 0, y downwards."
+        )
+        place = ", ".join(f"{value:g}" for value in held[at])
+        raise ValueError(
+            f"{what}: number {at} is (x, y) = ({place}), outside of the image of {size[1]} x {size[0]} (width x "
+            f"height). {hint}"
+        )
+    return torch.from_numpy(held)
+
+
 def pad_points(points: Tensor, visible: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` points, float32, and whether they are visible; zeros that are not fill up."""
     kept = min(count, len(points))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional
 
@@ -104,7 +105,9 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
     return moments
 
 
-def draw_latents(moments: Tensor, vae: Any, generator: torch.Generator | None = None) -> Tensor:
+def draw_latents(
+    moments: Tensor, vae: Any, generator: torch.Generator | list[torch.Generator] | None = None
+) -> Tensor:
     """Scaled latents `(B, C, h, w)` float32, drawn from moments `(B, 2C, h, w)` of `encode_moments`.
 
     `mean + std n` with n standard normal, then scaled and shifted as the VAE's config says: what `encode_latents`
@@ -113,10 +116,10 @@ def draw_latents(moments: Tensor, vae: Any, generator: torch.Generator | None = 
     Args:
         moments: Of any dtype; the arithmetic is float32.
         vae: For its scale and shift.
-        generator: On the device of the moments; None: torch's global one.
+        generator: One, or one per image, on the CPU or the device of the moments; None: torch's global one.
     """
     mean, std = moments.float().chunk(2, dim=1)
-    noise = torch.randn(mean.shape, device=mean.device, generator=generator)
+    noise = randn_tensor(mean.shape, generator=generator, device=mean.device)
     return scale_latents(vae, mean + std * noise)
 
 

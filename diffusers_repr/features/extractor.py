@@ -18,10 +18,11 @@ from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.hooks import Turn
 from diffusers_repr.denoiser.require import require_denoiser
-from diffusers_repr.denoiser.sizes import ImageSize
-from diffusers_repr.features.noise_policy import NoiseSource, image_keys, keyed_generator
+from diffusers_repr.denoiser.sizes import ImageSize, warn_if_far_larger
+from diffusers_repr.features.noise_policy import NoiseSource, image_keys
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, pool
+from diffusers_repr.features.posterior import EncodedImages, SamplePosterior, check_sample_posterior
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
@@ -63,7 +64,8 @@ class FeatureExtractor:
         where: `output`, `input` or `residual`, as in `capture`.
         image_size: Resize images to (H, W) or a square; None: to the model's own size; `"keep"`: not at all. The whole
             image is stretched, the aspect ratio is not kept. As an attribute: (H, W) or `"keep"`.
-        sample_posterior: Draw the VAE's latents (once an image, seeded) instead of taking their mean.
+        sample_posterior: Draw the VAE's latents, seeded, instead of taking their mean: once an image (True), or once
+            for each member of the ensemble (`"per_member"`, as DIFT's code does); an image is encoded once either way.
         progress_bar: `progress_bar(total=n)` gives an object with `update(k)` and `close()`, as tqdm and pipelines
             do.
 
@@ -93,7 +95,7 @@ class FeatureExtractor:
         *,
         where: str = "output",
         image_size: ImageSize = None,
-        sample_posterior: bool = False,
+        sample_posterior: SamplePosterior = False,
         progress_bar: Callable[..., Any] | None = None,
     ) -> None:
         require_denoiser(denoiser)
@@ -116,7 +118,8 @@ class FeatureExtractor:
         self.output_device = torch.device(output_device) if output_device is not None else None
         self.seed, self.where = self.noise.seed, where
         self.image_size: tuple[int, int] | Literal["keep"] = denoiser.resize_to(image_size) or "keep"
-        self.sample_posterior, self.progress_bar = sample_posterior, progress_bar
+        self.sample_posterior = check_sample_posterior(sample_posterior, denoiser, noise)
+        self.progress_bar = progress_bar
         self._prompts: dict[Any, dict[str, Any]] = {}
         self._stream = Turn()  # the thread that draws from the stream of fresh noise
 
@@ -233,10 +236,13 @@ class FeatureExtractor:
         count, size = len(pixels), tuple(pixels.shape[2:])
         keys = image_keys(ids, pixels)
         self.denoiser.check_size(size)
+        if self.image_size == "keep":
+            warn_if_far_larger(type(self.denoiser.model).__name__, size, self.denoiser.resize_to())
         condition = self.denoiser.condition(
             prompt, class_labels=class_labels, embeddings=embeddings, batch=count, size=size, cache=self._prompts
         )
-        x0 = self._encode(pixels, keys)
+        step = self.batch_size or count
+        encoded = EncodedImages(self.denoiser, pixels, keys, self.sample_posterior, self.seed, step)
         cells = [
             (level, image, member)
             for level in range(len(self.levels))
@@ -247,29 +253,15 @@ class FeatureExtractor:
         bar = self.progress_bar(total=-(-len(cells) // step)) if self.progress_bar is not None else None
         try:
             for start in range(0, len(cells), step):
-                yield self._batch(x0, keys, condition, cells[start : start + step], count)
+                yield self._batch(encoded, condition, cells[start : start + step], count)
                 if bar is not None:
                     bar.update(1)
         finally:
             if bar is not None:
                 bar.close()
 
-    def _encode(self, pixels: Tensor, keys: Sequence[str]) -> Tensor:
-        step = self.batch_size or len(pixels)
-        parts = []
-        for start in range(0, len(pixels), step):
-            generators = None
-            if self.sample_posterior:
-                generators = [keyed_generator(self.seed, key, "posterior") for key in keys[start : start + step]]
-            parts.append(
-                self.denoiser.encode_pixels(
-                    pixels[start : start + step], sample=self.sample_posterior, generator=generators
-                )
-            )
-        return torch.cat(parts)
-
     def _batch(
-        self, x0: Tensor, keys: list[str], condition: Condition, cells: list[tuple[int, int, int]], count: int
+        self, encoded: EncodedImages, condition: Condition, cells: list[tuple[int, int, int]], count: int
     ) -> ImageBatch:
         levels = [level for level, _, _ in cells]
         rows = [image for _, image, _ in cells]
@@ -279,8 +271,9 @@ class FeatureExtractor:
                 f: torch.tensor([getattr(self.levels[at], f) for at in levels]) for f in _FIELDS
             }
             level = NoiseLevel(**stacked, schedule=level.schedule)
-        clean = x0[torch.tensor(rows, device=x0.device)]
-        noise = self.noise.draw([keys[row] for row in rows], [member for _, _, member in cells], x0.shape[1:])
+        members = [member for _, _, member in cells]
+        clean = encoded.take(rows, members)
+        noise = self.noise.draw([encoded.keys[row] for row in rows], members, clean.shape[1:])
         if noise is None:
             x_t = clean * self._clean_scale
         else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.posterior import SamplePosterior
+from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
 # Architecture -> what it is. Checkpoints come and go; the layer paths belong to the architecture.
@@ -16,6 +19,18 @@ FAMILIES: dict[str, str] = {
     "edm-ddpm-cifar10": "the network of ddpm-cifar10 under EDM's preconditioning",
     "ddpmpp-cifar10": "UNet2DModel of DDPM++ for 32 px: 256-256-256, four layers a stage, attention at 16 px",
     "edm-ddpmpp-cifar10": "the network of ddpmpp-cifar10 under EDM's preconditioning",
+}
+
+_CIFAR10, _CIFAR10PP = {"block_out_channels": (128, 256, 256, 256)}, {"block_out_channels": (256, 256, 256)}
+# Architecture -> class, and what of its config tells it from others of that class.
+_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd": ("UNet2DConditionModel", {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}),
+    "adm-256": ("UNet2DModel", {"block_out_channels": (256, 256, 512, 512, 1024, 1024), "layers_per_block": 2}),
+    "dit-xl-2": ("DiTTransformer2DModel", {"num_layers": 28, "num_attention_heads": 16, "patch_size": 2}),
+    "ddpm-cifar10": ("UNet2DModel", {**_CIFAR10, "layers_per_block": 2}),
+    "edm-ddpm-cifar10": ("UNet2DModel", {**_CIFAR10, "layers_per_block": 2}),
+    "ddpmpp-cifar10": ("UNet2DModel", {**_CIFAR10PP, "layers_per_block": 4}),
+    "edm-ddpmpp-cifar10": ("UNet2DModel", {**_CIFAR10PP, "layers_per_block": 4}),
 }
 
 
@@ -33,6 +48,7 @@ class Preset:
         noise: Policy. Where a source draws fresh noise it is `per_image` here: the same distribution, repeatable.
         pooling: As in `FeatureExtractor`.
         where: As in `FeatureExtractor`.
+        sample_posterior: As in `FeatureExtractor`.
         prompt: Of text models, for the call; `{category}` stands for the object's name.
         source: Paper and the file or table the choice is read from.
         note: What differs from the source, or is left to the head.
@@ -48,6 +64,7 @@ class Preset:
     noise: str = "per_image"
     pooling: str | None = None
     where: str = "output"
+    sample_posterior: SamplePosterior = False
     prompt: str | None = None
     note: str = field(default="", repr=False)
 
@@ -68,6 +85,7 @@ class Preset:
             "ensemble_size": self.ensemble_size,
             "pooling": self.pooling,
             "where": self.where,
+            "sample_posterior": self.sample_posterior,
             "image_size": "keep" if self.image_size is None else self.image_size,
         }
 
@@ -101,6 +119,37 @@ def presets(method: str, family: str | None = None) -> Preset:
     return found[family]
 
 
+def find_preset(method: str, denoiser: Denoiser) -> Preset:
+    """The published choice of a method for the architecture that a model has.
+
+    Args:
+        method: As `list_presets` names it.
+        denoiser: The model; its class and its config tell the architecture.
+
+    Raises:
+        ValueError: If there is no such method, or none for this architecture; says how to find a choice of one's own.
+    """
+    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
+    if not found:
+        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(_names())}.")
+    network: Any = plain_module(denoiser.model)
+    kind, config = type(network).__name__, network.config
+    edm = denoiser.schedule.kind == "edm"
+    for family, preset in found.items():
+        wanted, shape = _SHAPES[family]
+        same = all(_listed(config.get(name)) == _listed(value) for name, value in shape.items())
+        if kind == wanted and same and edm == family.startswith("edm-"):
+            return preset
+    raise ValueError(
+        f"{method!r} has published choices for {', '.join(found)}, and this {kind} has another architecture. "
+        "`select_features` finds layer and level on your data, `list_layers(denoiser)` shows the layers."
+    )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
 def list_presets(method: str | None = None, family: str | None = None) -> list[Preset]:
     """All presets, or those of a method or an architecture."""
     return [p for p in _PRESETS if method in (None, p.method) and family in (None, p.family)]
@@ -129,13 +178,13 @@ _DIFT = "DIFT (arXiv 2306.03881), README of Tsingularity/dift"
 _DDAE = "DDAE (arXiv 2303.09769), config/*.yaml of FutureXiang/ddae"
 _DDAE_DIT = "DDAE (arXiv 2303.09769), DiT/linear.py of FutureXiang/ddae"
 _DIFFSSL = "(arXiv {}), scripts/*.sh of soumik-kanad/diffssl"
-_ONCE = "The source draws a posterior sample per ensemble member; here the VAE's posterior mean, encoded once."
+_ONCE = "The source encodes the image once for each of its 8 posterior samples; here once for all."
 _DAVIS = "The source resizes the short side to 480 and floors the other to a multiple of 32; resize before the call."
 
 _PRESETS: tuple[Preset, ...] = (
     Preset(
         "dift", "sd", ("up_blocks.1",), 261, _DIFT + ", SPair-71k",
-        ensemble_size=8, image_size=768, prompt="a photo of a {category}", note=_ONCE,
+        ensemble_size=8, image_size=768, sample_posterior="per_member", prompt="a photo of a {category}", note=_ONCE,
     ),
     Preset(
         "dift", "adm-256", ("up_blocks.1.attentions.1",), 101, _DIFT + ", SPair-71k",
@@ -143,7 +192,7 @@ _PRESETS: tuple[Preset, ...] = (
     ),
     Preset(
         "dift-hpatches", "sd", ("up_blocks.2",), 0, _DIFT + ", HPatches",
-        ensemble_size=8, image_size=768, prompt="", note=_ONCE,
+        ensemble_size=8, image_size=768, sample_posterior="per_member", prompt="", note=_ONCE,
     ),
     Preset(
         "dift-hpatches", "adm-256", ("up_blocks.3",), 41, _DIFT + ", HPatches",
@@ -151,7 +200,7 @@ _PRESETS: tuple[Preset, ...] = (
     ),
     Preset(
         "dift-davis", "sd", ("up_blocks.2",), 51, _DIFT + ", DAVIS",
-        ensemble_size=8, prompt="", note=f"{_DAVIS} {_ONCE}",
+        ensemble_size=8, sample_posterior="per_member", prompt="", note=f"{_DAVIS} {_ONCE}",
     ),
     Preset(
         "dift-davis", "adm-256", ("up_blocks.2.attentions.1",), 51, _DIFT + ", DAVIS",
@@ -173,7 +222,7 @@ _PRESETS: tuple[Preset, ...] = (
         0, "Diffusion Hyperfeatures (arXiv 2305.14334), configs of diffusion-hyperfeatures/diffusion_hyperfeatures",
         image_size=512, noise="clean", where="residual", prompt="",
         note="The shipped one-step variant: a clean pass, at t = -1 in the source, which lies outside the training "
-        "range. The multi-step variant walks a DDIM inversion, which extraction does not do.",
+        "range. `Hyperfeatures` of diffusers_repr.heads walks the inversion of the multi-step variant.",
     ),
     Preset(
         "odise", "sd", tuple(f"up_blocks.{i}.resnets.2" for i in range(4)),
@@ -190,6 +239,13 @@ _PRESETS: tuple[Preset, ...] = (
         (50, 150, 250), "DDPM-Seg (arXiv 2112.03126), experiments/*/ddpm.json of yandex-research/ddpm-segmentation",
         image_size=256, noise="shared",
         note="Maps are resized to the image and put side by side by the head, timesteps in the outer loop.",
+    ),
+    Preset(
+        "ddpm-seg-v1", "adm-256",
+        ("up_blocks.2.attentions.0", "up_blocks.2.attentions.1", "up_blocks.2", "up_blocks.3.resnets.0"),
+        (50, 150, 250, 350), "DDPM-Seg (arXiv 2112.03126), README of yandex-research/ddpm-segmentation",
+        image_size=256, noise="shared",
+        note="What the authors took before March 2022: blocks 6 to 9 of the decoder.",
     ),
     Preset(
         "gdc", "adm-256", ("up_blocks.1.attentions.1",), 150, "GDC " + _DIFFSSL.format("2307.08702"),

@@ -5,6 +5,7 @@ from diffusers_repr.sweep.align_comparison import AlignmentComparison, Compariso
 from diffusers_repr.sweep.align_models import compare_alignments
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
 from diffusers_repr.sweep.measure import Bench, CellScore, Held, Measure, Piece, Split, Tally, register_measure
+from diffusers_repr.sweep.pck import PCKMeasure
 from diffusers_repr.sweep.probes import FewShotScore, ProbeScore, few_shot_probe, knn_probe, linear_probe
 from diffusers_repr.sweep.select import select_features
 from diffusers_repr.sweep.selection import Selection, SelectionCell
@@ -25,6 +26,7 @@ __all__ = [
     "KNNAccuracy",
     "LinearAccuracy",
     "Measure",
+    "PCKMeasure",
     "Piece",
     "ProbeScore",
     "Selection",

@@ -130,6 +130,7 @@ class Measure(ABC):  # noqa: B024 - one of `score` and `tally` is overridden
         roles: Splits that it reads, in order.
         needs_labels: Whether it needs class ids, one an image, as targets of its splits.
         needs_encoder: Whether it compares with an encoder.
+        paired: Whether its splits are the two sides of pairs of images, which may share images.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Measure(ABC):  # noqa: B024 - one of `score` and `tally` is overridden
     roles: ClassVar[tuple[str, ...]] = ("train", "held")
     needs_labels: ClassVar[bool] = False
     needs_encoder: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
 
     def check(self, bench: Bench) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ValueError, before the first forward, for what cannot be measured."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffusers_repr.data.image_pairs import ImagePairs
 from diffusers_repr.data.labelled import LabelledSource
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
@@ -23,8 +24,10 @@ from diffusers_repr.metrics.encoding import SharedRead
 from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.noise import LevelLike
 from diffusers_repr.sweep.grid import SweepGrid, resolve_layers, resolve_levels
+from diffusers_repr.sweep.learned import LEARNED, check_method, learned_set
 from diffusers_repr.sweep.linear import LinearSums, comparable
 from diffusers_repr.sweep.measure import Bench, CellScore, Measure, make_measure
+from diffusers_repr.sweep.pck import open_pairs
 from diffusers_repr.sweep.progress import Progress, SweepBar
 from diffusers_repr.sweep.run import Sweep
 from diffusers_repr.sweep.search import Addition, grow
@@ -34,8 +37,8 @@ from diffusers_repr.sweep.splits import open_splits
 
 def select_features(
     denoiser: Denoiser,
-    train: LabelledSource,
-    validation: LabelledSource,
+    train: LabelledSource | ImagePairs,
+    validation: LabelledSource | None,
     timesteps: Sequence[LevelLike],
     layers: Sequence[str] | None = None,
     metric: str | Measure = "accuracy",
@@ -50,11 +53,12 @@ def select_features(
     image_size: ImageSize = None,
     seeds: Sequence[int] = (0, 1, 2),
     finalists: int = 5,
-    max_layers: int = 3,
-    max_levels: int = 2,
+    max_layers: int | None = None,
+    max_levels: int | None = None,
     candidates: int = 8,
     tolerance: float = 0.005,
     memory_gib: float = 4.0,
+    method: str = "greedy",
     progress: Progress = True,
 ) -> Selection:
     """Find the noise level and layers whose features suit a task.
@@ -78,12 +82,14 @@ def select_features(
         denoiser: Any `Denoiser`.
         train: Images and labels to fit on: `ImageData`, a `datasets.Dataset`, or `(images, labels)`; numbers as
             targets, `(n,)` or `(n, K)`, in the last form only.
-        validation: The same, to score on; other images.
+        validation: The same, to score on; other images. With `metric="pck"`, which fits nothing, None: then `train` is
+            `ImagePairs`, or a list of `(source, target, source_points, target_points)`.
         timesteps: Levels to try: training timesteps or `NoiseLevel`s.
         layers: Full module paths; all of `list_layers(denoiser)` if None.
         metric: `accuracy`, `balanced_accuracy` (mean over classes), `neg_brier` (minus the Brier score of the ridge's
-            outputs: finer where accuracy is near 1 for many cells); for numbers as targets `r2`, `neg_mse`. Any other
-            registered `Measure` that needs no encoder, or one of your own: cells are scored by it, sets are not grown.
+            outputs: finer where accuracy is near 1 for many cells); for numbers as targets `r2`, `neg_mse`; of pairs
+            of images with points `pck`, or a `PCKMeasure` of yours. Any other registered `Measure` that needs no
+            encoder, or one of your own: cells are scored by it, sets are not grown.
         pooling: `mean`, `max` or `adaptive:P`; dense measures have none.
         noise: Policy, see `FeatureExtractor`; a list makes it a third axis, e.g. `("per_image", "clean")`.
         batch_size: Images a forward.
@@ -95,12 +101,15 @@ def select_features(
         image_size: As in `FeatureExtractor`: the model's own size if None; `"keep"` for the images'.
         seeds: Of the noise; the table has the first, the finalists have all.
         finalists: Number of cells that are scored with every seed.
-        max_layers: Largest set of layers; 1 skips the search.
-        max_levels: Largest set of levels; 1 skips the search.
+        max_layers: Largest set of layers; 1 skips the search. 3 if None, where sets are grown.
+        max_levels: Largest set of levels; 1 skips the search. 2 if None, where sets are grown.
         candidates: Best layers, and best levels, from which sets are grown; fewer if joint sums pass `memory_gib`.
         tolerance: Least gain of the metric for which a set grows.
         memory_gib: Limit on the sums; levels, then layers, take turns, with more passes over the images, if all do not
             fit.
+        method: `greedy`, or `learned`: beside the grown sets one that the survey's learnable selector finds, mixing
+            weights over layers and levels that are fitted with a linear head, see `mixing_shares`, and pruned to
+            `max_layers` and `max_levels`. It is `.sets["learned"]`; the weights are `.recipe["learned"]`.
         progress: Show a bar of forwards; or a function that is called with the share that is done, in [0, 1].
 
     Returns:
@@ -115,6 +124,11 @@ def select_features(
     require_images(denoiser, "Selection")
     policies = [noise] if isinstance(noise, str) else list(noise)
     measure = make_measure(metric, pooling=check_pooling(pooling), criterion=criterion, penalties=tuple(penalties))
+    grown = isinstance(measure, LinearSums)
+    max_layers, max_levels = (
+        usual if asked is None else asked
+        for asked, usual in ((max_layers, 3 if grown else 1), (max_levels, 2 if grown else 1))
+    )
     _check(policies, measure, seeds, prompt, class_labels, max_layers, max_levels)
     for name, value in {
         "batch_size": batch_size,
@@ -124,8 +138,11 @@ def select_features(
         "candidates": candidates,
     }.items():
         check_whole(name, value, 1)
+    check_method(method, measure)
     levels = resolve_levels(denoiser, timesteps)
-    splits, classes = open_splits(train, validation, measure)
+    splits, classes = (
+        (open_pairs(train, validation), None) if measure.paired else open_splits(train, validation, measure)
+    )
     resize = denoiser.resize_to(image_size)
     table = resolve_layers(denoiser, layers, splits["train"].image_size(denoiser.image_channels, resize))
     grid = SweepGrid(denoiser, table, tuple(levels))
@@ -135,10 +152,19 @@ def select_features(
         condition = {"prompt": prompt, "class_labels": class_labels}
         sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, resize, bar)
         stages = _Stages(grid, sweep, measure, policies, seeds)
-        bar.plan(stages.most_forwards(finalists, max_layers, max_levels, candidates))
+        planned = stages.most_forwards(finalists, max_layers, max_levels, candidates)
+        if method == "learned":
+            planned[LEARNED] = sweep.forwards_of(["train", "held"], len(levels))
+        bar.plan(planned)
         cells = stages.score_all()
         ranked = stages.spread(cells, finalists)
         sets = stages.sets(cells, ranked[0], max_layers, max_levels, candidates, tolerance)
+        learned: dict[str, Any] = {}
+        if method == "learned":
+            split_seeds = _seeds(ranked[0].noise, seeds[0])
+            sets["learned"], learned["learned"] = learned_set(
+                sweep, grid, cells, ranked[0].noise, max_layers, max_levels, split_seeds
+            )
         forwards = int(sum_over_processes(torch.tensor(sweep.forwards)))
     final = {_place(cell): cell for cell in ranked}
     cells = [final.get(_place(cell), cell) for cell in cells]
@@ -158,6 +184,8 @@ def select_features(
         "batch_size": batch_size,
         "tolerance": tolerance,
         "forwards": forwards,
+        **learned,
+        **({} if grown else {"measure": measure.describe()}),
     }
     return Selection(tuple(cells), ranked[0], tuple(ranked), sets, measure.name, tuple(seeds), recipe)
 
@@ -237,7 +265,7 @@ class _Stages:
         splits = self.sweep.bench.splits
         if role not in self.keys:
             self.keys[role] = read.keys
-            if len(self.keys) == len(splits):
+            if len(self.keys) == len(splits) and not self.measure.paired:
                 tell_overlap(self.keys["train"], self.keys["held"], splits["train"].name, splits["held"].name)
 
     def score_all(self) -> list[SelectionCell]:

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.data.image_data import ImageData
-from diffusers_repr.data.labelled import Labelled, LabelledSource, open_labelled
+from diffusers_repr.data.labelled import Labelled, open_labelled
 from diffusers_repr.sweep.linear import VALUE_METRICS, LinearSums
 from diffusers_repr.sweep.measure import Measure, Split
 
 
-def open_splits(
-    train: LabelledSource, validation: LabelledSource, measure: Measure
-) -> tuple[dict[str, Split], list[int] | None]:
+def open_splits(train: Any, validation: Any, measure: Measure) -> tuple[dict[str, Split], list[int] | None]:
     """Check both splits and bring them to the form that measures take.
 
     Returns:

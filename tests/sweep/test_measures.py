@@ -87,7 +87,7 @@ def test_a_dense_measure_of_ones_own_selects_the_layer_that_shows_what_it_needs(
     assert model.model.forwards == 2 * 6 + 4  # only the held images, all layers at once; four single extractions
     assert found.recipe["pooling"] is None
     with pytest.raises(ValueError, match="pass max_layers=1"):
-        select_features(model, bright(24, 0), bright(40, 1), [5], metric="brightest", progress=False)
+        select_features(model, bright(24, 0), bright(40, 1), [5], metric="brightest", max_layers=3, progress=False)
     with pytest.raises(ValueError, match="'brightest' is the metric .*BrightestColumn already"):
         register_measure("brightest")(BrightestColumn)
 
