@@ -10,6 +10,8 @@ NAMES = (
     "selection",
     "memory",
     "readout",
+    "segmentation",
+    "hyperfeatures",
     "pag",
     "guide_overhead",
     "repa_loss",
@@ -20,6 +22,7 @@ NAMES = (
     "loop_overhead",
     "cached_training",
     "correspondence",
+    "cleandift",
 )
 
 

@@ -16,6 +16,7 @@ import torch
 from demo_report import draw_pca, draw_samples, write_report
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
+from small_png import write_small_png
 
 from diffusers_repr import Denoiser, Probe, select_features
 from diffusers_repr.data.digits import load_digits_splits
@@ -130,7 +131,7 @@ def main() -> None:
     untrained_networks = [untrained(denoiser, seed) for seed in range(RANDOM_INITS)]
     selection, *untrained_selections = select([denoiser, *untrained_networks], digits)
     selection.save(args.output_dir / "selection")
-    (args.output_dir / "heatmap.png").write_bytes(selection.heatmap())
+    write_small_png(selection.heatmap(), args.output_dir / "heatmap.png")
 
     print("3/5 probe, against raw pixels and the untrained network")
     inputs = {

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from small_png import write_small_png
 
+from diffusers_repr.pictures.figure import png_of, require_matplotlib
 from diffusers_repr.pictures.grid import image_grid
 
 
@@ -15,21 +17,21 @@ def draw_samples(images: list[Image.Image], path: Path) -> None:
 
 def draw_pca(features: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor, path: Path) -> None:
     """The first two principal components of the test digits: features of the model, and pixels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for axis, x, title in zip(axes, (features, pixels), ("selected diffusion features", "raw pixels"), strict=True):
+    figure = require_matplotlib().Figure(figsize=(10.4, 4.9), layout="constrained", dpi=110)
+    axes = figure.subplots(1, 2)
+    titles = ("features of the selected layer and level", "raw pixels")
+    for axis, x, title in zip(axes, (features, pixels), titles, strict=True):
         centred = (x - x.mean(0)).double()
         centred = centred / centred.std(0).clamp(min=1e-6)
         points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
         scatter = axis.scatter(*points.T, c=labels, cmap="tab10", s=14, vmin=-0.5, vmax=9.5)
-        axis.set(title=title, xlabel="principal component 1", ylabel="principal component 2")
-    figure.colorbar(scatter, ax=axes, ticks=range(10), label="digit")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        axis.set_title(title, fontsize=11)
+        axis.set(xlabel="principal component 1", ylabel="principal component 2")
+        axis.grid(alpha=0.3)
+    bar = figure.colorbar(scatter, ax=axes, ticks=range(10), label="digit", aspect=30, pad=0.01)
+    bar.minorticks_off()
+    figure.suptitle(f"{len(labels)} test digits, coloured by what they are")
+    write_small_png(png_of(figure), path)
 
 
 def write_report(report: dict, path: Path) -> None:

@@ -116,7 +116,7 @@ class LaneCaches:
         first = (model, lane) not in self._kept
         states = [make() for *_, make in places] if first else self._kept[model, lane]
         own = [getattr(holder, name) for holder, name, _ in places]
-        unnamed = [holder for holder, name, _ in places if name == "_state_cache" and holder._context is None]
+        unnamed = [holder for holder, name, _ in places if name == "_state_cache" and not _named(holder)]
         for (holder, name, _), state in zip(places, states, strict=True):
             setattr(holder, name, state)
         for manager in unnamed:  # a network that no pipeline calls, and so none names the call of
@@ -194,10 +194,14 @@ def _places(model: nn.Module) -> list[_Place]:
     return list(found.values())
 
 
+# A context is an object with a name, and up to diffusers 0.36 the name itself.
+
+
+def _named(manager: Any) -> bool:
+    return (manager._context if hasattr(manager, "_context") else manager._current_context) is not None
+
+
 def _context(name: str) -> Any:
-    from diffusers.hooks.hooks import CacheContext
+    from diffusers.hooks import hooks
 
-    return CacheContext(name)
-
-
-__all__ = ["LaneCaches", "cache_kinds", "refuse_caches", "refuse_shared_caches", "replace_beneath_cache"]
+    return hooks.CacheContext(name) if hasattr(hooks, "CacheContext") else name

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
@@ -15,10 +16,13 @@ from diffusers_repr.cli.recorded import save_result
 from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.encoders import Encoder
     from diffusers_repr.sweep.align_comparison import AlignmentComparison
     from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
+    from diffusers_repr.sweep.measure import Measure
 
 
 OUT = options.Out("alignment", ("alignment.json", "alignments.json"), again="same")
@@ -73,12 +77,10 @@ def run(args: Settings) -> int:
     from diffusers_repr.data.image_data import load_images
     from diffusers_repr.pictures.figure import require_matplotlib
     from diffusers_repr.store.processes import process_state
-    from diffusers_repr.sweep.align import make_measures
+    from diffusers_repr.sweep.align import make_measures, open_compared
 
-    several = _check(args)
-    measures = make_measures(args.metric)
-    if args.test_split is None and any("held" in measure.roles for measure in measures):
-        raise ValueError("--metric linear and knn need a --test_split.")
+    several, measures = _check(args), make_measures(args.metric)
+    _check_probes(args, measures)
     if not args.no_plot:
         require_matplotlib()  # before the work, not after
     state = process_state()
@@ -86,6 +88,7 @@ def run(args: Settings) -> int:
     with state.main_process_first():  # the others find it in the cache
         data = load_images(args.dataset, args.split, *columns)
         test = None if args.test_split is None else load_images(args.dataset, args.test_split, *columns)
+    open_compared(measures, data, test, args.limit, args.seed)  # what is wrong with the data, before models are loaded
     device = str(state.device) if args.device is None else options.device(args.device)
     result: Any = _compare(args, data, device) if several else _measure(args, data, test, device)
     if state.is_main_process:
@@ -99,7 +102,13 @@ def run(args: Settings) -> int:
 
 
 def _check(args: Settings) -> bool:
-    """Whether several are compared; raises ValueError for what does not go with it, or only with it."""
+    """Whether several are compared; raises ValueError for what does not go with it, or only with it, or no encoder."""
+    for spec in (args.encoder, *(args.encoders or [])):
+        if (Path(spec) / "model_index.json").is_file():
+            raise ValueError(
+                f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
+                f"such as {spec}:mid_block@100."
+            )
     several = bool(args.models or args.encoders)
     if not several:
         unused = [f"--{name}" for name in ("steps", "labels") if getattr(args, name)]
@@ -116,6 +125,23 @@ def _check(args: Settings) -> bool:
         if given and (len(given) != count or len(set(given)) < len(given) and name == "labels"):
             raise ValueError(f"--{name} has {len(given)} values for {count} models; give each its own, MODEL first.")
     return True
+
+
+def _check_probes(args: Settings, measures: Sequence[Measure]) -> None:
+    """Raise ValueError for settings of a measure that is not asked for, and a probe without images to score on."""
+    probed = any("held" in measure.roles for measure in measures)
+    if args.test_split is None and probed:
+        raise ValueError("--metric linear and knn need a --test_split.")
+    taken = {field.name for measure in measures for field in dataclasses.fields(measure)}
+    for name, metric in {"protocol": "linear", "knn_k": "knn", "k": "cknna"}.items():
+        if getattr(args, name) != getattr(Settings, name) and name not in taken:
+            raise ValueError(
+                f"--{name} would not act: it is a setting of --metric {metric}; drop it, or measure that."
+            )
+    if args.test_split is not None and not probed:
+        raise ValueError(
+            "--test_split would not act: probes are measured on it, and --metric names none (linear, knn); drop it."
+        )
 
 
 def _options(args: Settings) -> dict[str, Any]:

@@ -102,9 +102,6 @@ def run(args: Settings) -> int:
     from diffusers_repr.models.convert_joint import is_joint_vit
     from diffusers_repr.models.convert_moco import is_moco_v3
 
-    out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{args.out!r} exists already; give another folder, or --overwrite.")
     held = read_checkpoint(args.checkpoint)
     if is_published_readout(held):
         others = ("weights", "architecture", "model_config", "path", "sampler", "vae")
@@ -116,7 +113,7 @@ def run(args: Settings) -> int:
     weights, name = select_weights(held, args.weights)
     if is_moco_v3(weights):
         _refuse(args, ("architecture", "vae", "path", "sampler"), "MoCo v3 is an encoder, no pipeline")
-        _save_encoder(args, weights, overrides, out)
+        _save_encoder(args, weights, overrides)
     else:
         joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
         _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
@@ -148,7 +145,7 @@ def _save_pipeline(
     _report(converted, name, Path(args.out), getattr(pipe, "vae", None) is not None)
 
 
-def _save_encoder(args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], out: Path) -> None:
+def _save_encoder(args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any]) -> None:
     """A vision transformer as transformers keeps it."""
     from safetensors.torch import save_file
 
@@ -162,6 +159,7 @@ def _save_encoder(args: Settings, weights: dict[str, Tensor], overrides: dict[st
         converted = convert_moco_v3(weights, overrides.get("num_attention_heads"))
     except ValueError as error:
         raise ValueError(f"{args.checkpoint!r}: {error}") from error
+    out = Path(args.out)
     with atomic_folder(out, overwrite=args.overwrite) as folder:
         save_file(converted.weights, folder / "model.safetensors", {"format": "pt"})
         write_json(folder / "config.json", converted.config)

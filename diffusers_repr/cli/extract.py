@@ -61,6 +61,8 @@ def run(args: Settings) -> int:
     state = process_state()
     with state.main_process_first():  # the others find it in the cache
         data = load_images(args.dataset, args.split, args.image_column, args.label_column, args.dataset_revision)
+        if data.label_column is not None:  # a row without a label is told before the model is loaded
+            (data if args.limit is None else data.select(range(min(args.limit, len(data))))).labels()
         denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     if denoiser.pipe is not None:
         denoiser.pipe.to(args.device or state.device)

@@ -10,17 +10,22 @@ import select as waiting
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from diffusers_repr.cli.library_output import bars, quiet_logs
 
 EXIT_CODES = """exit codes:
   0    done (also when the reader of the output, as `head`, has seen enough)
   1    not finished: no memory, a full disk, a part of a publish that failed, or an error that was not foreseen
   2    wrong use or input: arguments, files, models, data or a Hub that do not exist or do not fit
   130  interrupted (Ctrl-C)"""
-_EPILOG = f"{EXIT_CODES}\n\n--debug prints where an error arose, before its line."
+_EPILOG = f"""{EXIT_CODES}
+
+--debug prints where an error arose, before its line; --verbose shows the log lines of diffusers and transformers, as
+DIFFUSERS_VERBOSITY and TRANSFORMERS_VERBOSITY do."""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -48,18 +53,25 @@ def run_script(main: Callable[[list[str]], object], smaller: str = _SMALLER_TRAI
     """Run a script's `main` on the command line, and exit with a code of `EXIT_CODES`.
 
     Args:
-        main: Called with the flags, `--debug` left out, which prints the traceback of an error before its line.
+        main: Called with the flags; `--debug`, which prints the traceback of an error before its line, and `--verbose`
+            are left out.
         smaller: What to try where memory is short.
     """
-    program, argv = Path(sys.argv[0]).name, sys.argv[1:]
+    program, (flags, debug, verbose) = Path(sys.argv[0]).name, split_flags(sys.argv[1:])
 
     def work() -> int:
-        main([word for word in argv if word != "--debug"])
+        with bars(shown=True):
+            main(flags)
         sys.stdout.flush()
         return 0
 
-    with plain_warnings(program):
-        sys.exit(guarded(program, work, "--debug" in argv, smaller))
+    with plain_warnings(program), quiet_logs(verbose):
+        sys.exit(guarded(program, work, debug, smaller))
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], bool, bool]:
+    """The flags without those that all commands and scripts have; whether `--debug` and `--verbose` were there."""
+    return [word for word in argv if word not in ("--debug", "--verbose")], "--debug" in argv, "--verbose" in argv
 
 
 def guarded(program: str, work: Callable[[], int | None], debug: bool = False, smaller: str = _SMALLER) -> int:

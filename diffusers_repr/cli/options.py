@@ -8,8 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -119,27 +118,6 @@ def check_limit(limit: int | None) -> None:
 def say(text: str, aside: bool) -> None:
     """Print a line for people: aside, on stderr, where stdout has JSON."""
     print(text, file=sys.stderr if aside else sys.stdout)
-
-
-@contextmanager
-def bars(shown: bool) -> Iterator[None]:
-    """Inside, `--quiet` holds for the bars of diffusers and datasets, too."""
-    if shown:
-        yield
-        return
-    import datasets
-    from diffusers.utils import logging
-
-    were = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were[0]:
-            logging.enable_progress_bar()
-        if not were[1]:
-            datasets.enable_progress_bars()
 
 
 def numbers(values: Sequence[float]) -> list[int | float]:

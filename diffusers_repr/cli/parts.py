@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_repr.cli.options import say
+from diffusers_repr.cli.recorded import RECIPE
+from diffusers_repr.config.recipe import read_recipe
 
 if TYPE_CHECKING:
     from diffusers_repr.data.image_data import ImageData
+    from diffusers_repr.sweep.selection import Selection
 
 
 def open_parts(args: Any, *, measured: bool, validate: float | None = None) -> dict[str, ImageData]:
@@ -48,6 +54,56 @@ def open_parts(args: Any, *, measured: bool, validate: float | None = None) -> d
             args, parts, validate, "No split 'validation'", "to score on", "validation_fraction"
         )
     return parts
+
+
+def as_selected(args: Any) -> Any:
+    """Settings of `probe` with the validation split that `select` was given for the same data, where it has none.
+
+    Args:
+        args: `Settings` of the command; `--selection` may lack a recipe, as one that Python saved does.
+    """
+    recipe = Path(args.selection or "") / RECIPE
+    if args.selection is None or args.validation_split is not None or not recipe.is_file():
+        return args
+    made = read_recipe(recipe)
+    split = made.get("validation_split")
+    if split is None or not _same_place(str(made.get("dataset")), args.dataset):
+        return args
+    say(f"validation split: {split}, as that of the selection", args.json)
+    return dataclasses.replace(args, validation_split=str(split))
+
+
+def refuse_seen(selection: Selection, parts: dict[str, ImageData]) -> None:
+    """Raise ValueError if the probe would be measured on images that took part in the selection.
+
+    Told by the names of splits, which say what was held out.
+
+    Args:
+        selection: That the probe takes its layers from.
+        parts: Of `open_parts`.
+    """
+    test = parts.get("test")
+    if test is None:
+        return
+    held = re.match(r"(.+?), (\S+ held out by seed -?\d+)", test.split)
+    whole = test.split if held is None else held[1]
+    rest = None if held is None else f"{held[1]} without {held[2]}"
+    for role in ("train", "validation"):
+        used = selection.recipe.get(role)
+        name = str(used.get("name")) if isinstance(used, dict) else ""
+        split = name.removeprefix(f"{test.name} (").removesuffix(")")
+        of_whole = split != name and re.match(rf"{re.escape(whole)}($| without |, )", split)
+        if of_whole and not (rest and re.match(rf"{re.escape(rest)}($| without |, )", split)):
+            raise ValueError(
+                f"The probe would be measured on {test.name} ({test.split}), of which `select` has seen images "
+                f"({role}: {name}): the score would be too good. Give this command the --validation_split, "
+                "--test_fraction and --split_seed of `select`, or a --test_split of other images; --test_fraction 0 "
+                "measures nothing."
+            )
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _hold_out(args: Any, parts: dict[str, ImageData], fraction: float, why: str, use: str, flag: str) -> ImageData:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusers_repr.cli import options
-from diffusers_repr.cli.parts import open_parts
+from diffusers_repr.cli.parts import as_selected, open_parts, refuse_seen
 from diffusers_repr.cli.recorded import save_result
 from diffusers_repr.config.recipe import REQUIRED, setting
 
@@ -42,7 +42,9 @@ class Settings(options.ImageSettings, options.ModelSettings):
     )
     ensemble_size: int | None = setting(None, "noise draws an image; default: 1")
     train_split: str = setting("train", "of the data set")
-    validation_split: str | None = setting(None, "to tune the head on; default: validation, if there is one")
+    validation_split: str | None = setting(
+        None, "to tune the head on; default: that of the selection, or validation, if there is one"
+    )
     test_split: str | None = setting(None, "to measure on, once, at the end; default: test, if there is one")
     batch_size: int = setting(64, "images a forward")
     test_fraction: float = setting(0.2, options.TEST_FRACTION)
@@ -63,11 +65,19 @@ def run(args: Settings) -> int:
     from diffusers_repr.heads import get_protocol
     from diffusers_repr.sweep.selection import Selection
     from diffusers_repr.tasks import Probe
+    from diffusers_repr.tasks.images import class_data
+    from diffusers_repr.tasks.probe_fit import check_labels, open_classes
 
     get_protocol(args.protocol, args.head)
     if args.selection is not None:
         settings["selection"], settings["use"] = Selection.load(args.selection), args.use or "best"
-    parts = open_parts(args, measured=True)
+    parts = open_parts(as_selected(args), measured=True)
+    if args.selection is not None:
+        refuse_seen(settings["selection"], parts)
+    train, validation, names = open_classes(parts["train"], parts.get("validation"))
+    test = class_data(parts["test"], "test") if "test" in parts else None
+    if test is not None:
+        check_labels(test, names)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
     if args.selection is None:
@@ -75,8 +85,8 @@ def run(args: Settings) -> int:
     bar = None if args.quiet else _bar
     probe = Probe.fit(
         denoiser,
-        parts["train"],
-        parts.get("validation"),
+        train,
+        validation,
         head=args.head,
         protocol=args.protocol,
         prompt=args.prompt,
@@ -85,8 +95,8 @@ def run(args: Settings) -> int:
         progress_bar=bar,
         **settings,
     )
-    if "test" in parts:
-        probe.evaluate(parts["test"], progress_bar=bar)
+    if test is not None:
+        probe.evaluate(test, progress_bar=bar)
     _print(probe, args)
     save_result(args, "probe", lambda folder: probe.save_pretrained(folder, title=Path(args.out).name))
     options.say(f"Saved to {args.out}", aside=args.json)

@@ -120,8 +120,8 @@ def _trained(root: Path) -> list[Publication]:
         if found:
             return found
     raise ValueError(
-        f"{str(root)!r} is no pipeline (model_index.json), model or head (config.json) or probe (probe.json), and "
-        "holds no such folder."
+        f"{str(root)!r} is no pipeline (model_index.json), model or head (config.json) or task (probe.json, "
+        "segmentation.json), and holds no such folder."
     )
 
 
@@ -129,8 +129,8 @@ def _artefact(folder: Path) -> Publication | None:
     from diffusers_repr.hub import read_json
 
     name = Path(os.path.abspath(folder)).name
-    if (folder / "probe.json").is_file():
-        from diffusers_repr.tasks.probe_files import push_saved
+    if any((folder / name).is_file() for name in ("probe.json", "segmentation.json")):
+        from diffusers_repr.tasks.files import push_saved
 
         return Publication("heads", name, folder, push_saved)
     if (folder / "model_index.json").is_file():

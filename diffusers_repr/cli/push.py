@@ -1,4 +1,4 @@
-"""`diffusers-repr push FOLDER user/name`: push a probe, a store, a pipeline or a model to the Hub."""
+"""`diffusers-repr push FOLDER user/name`: push a probe, a segmenter, a store, a pipeline or a model to the Hub."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
 
+TASKS = ("probe", "segmenter")  # kinds that name a base
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Arguments of the command."""
 
     POSITIONAL: ClassVar = ("folder", "repo_id")
 
-    folder: str = setting(REQUIRED, "a probe, a store, a pipeline, a custom pipeline, a model or a head")
+    folder: str = setting(REQUIRED, "a probe, a segmenter, a store, a pipeline, a custom pipeline, a model or a head")
     repo_id: str = setting(REQUIRED, "user/name")
     repo_type: Literal["auto", "model", "dataset"] = setting("auto", "of the repository; told by the folder")
     dry_run: bool = setting(False, "check all, list the files and sizes, send nothing")
     private: bool = setting(False, "make the repository private if it is new")
     revision: str | None = setting(None, "branch to push to")
     message: str | None = setting(None, "first line of the commit")
-    base: str | None = setting(None, "of a probe: Hub id to write as its base model, where that was a folder")
+    base: str | None = setting(None, "of a probe or segmenter: Hub id to write as its base, where that was a folder")
     base_revision: str | None = setting(None, "branch, tag or commit of --base")
 
 
@@ -36,8 +39,8 @@ def run(args: Settings) -> int:
     kind, repo_type = what_is(args.folder)
     if args.repo_type not in ("auto", repo_type):
         raise ValueError(f"{args.folder!r} is a {kind}, which goes to a {repo_type} repository, not {args.repo_type}.")
-    if args.base is not None and kind != "probe":
-        raise ValueError(f"--base is for probes; {args.folder!r} is a {kind}.")
+    if args.base is not None and kind not in TASKS:
+        raise ValueError(f"--base is for {' and '.join(f'{task}s' for task in TASKS)}; {args.folder!r} is a {kind}.")
     options: dict[str, Any] = {
         "private": args.private,
         "revision": args.revision,
@@ -45,8 +48,8 @@ def run(args: Settings) -> int:
         "dry_run": args.dry_run,
         "report": lambda upload: _report(upload, args.dry_run),
     }
-    if kind == "probe":
-        from diffusers_repr.tasks.probe_files import push_saved
+    if kind in TASKS:
+        from diffusers_repr.tasks.files import push_saved
 
         address = push_saved(args.folder, args.repo_id, args.base, args.base_revision, **options)
     else:

@@ -56,7 +56,7 @@ class Settings(options.ImageSettings, options.ModelSettings):
 def run(args: Settings) -> int:
     """Select, save and print."""
     from diffusers_repr.pictures.figure import require_matplotlib
-    from diffusers_repr.sweep.splits import refuse_test
+    from diffusers_repr.sweep.splits import open_splits, refuse_test
 
     refuse_test(args.train_split)
     refuse_test(args.validation_split or "validation")
@@ -67,8 +67,12 @@ def run(args: Settings) -> int:
     import torch
 
     from diffusers_repr.denoiser import Denoiser
+    from diffusers_repr.features.pooling import check_pooling
+    from diffusers_repr.sweep.measure import make_measure
     from diffusers_repr.sweep.select import select_features
 
+    measure = make_measure(args.metric, pooling=check_pooling(args.pooling), criterion=args.criterion)
+    open_splits(parts["train"], parts["validation"], measure)  # refuses data before the model is loaded
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
     image_size = options.sides(args.image_size)
@@ -112,12 +116,13 @@ def _print_json(selection: Selection, out: str) -> None:
 
 
 def _print(selection: Selection) -> None:
-    width = max(len(cell.layer) for cell in selection.finalists)
-    print(f"{'layer':<{width}}  {'timestep':>8}  {'noise':<9}  {selection.metric} (mean ± std of noise seeds)  FLOPs")
+    width, (metric, sign) = max(len(cell.layer) for cell in selection.finalists), selection.in_words()
+    how = "mean ± std of noise seeds" if sign > 0 else "lower is better; mean ± std of noise seeds"
+    print(f"{'layer':<{width}}  {'timestep':>8}  {'noise':<9}  {metric} ({how})  FLOPs")
     for cell in selection.finalists:
-        score = f"{cell.mean:.4f} ± {cell.std:.4f}"
+        score = f"{sign * (cell.mean or 0.0):.4f} ± {cell.std:.4f}"
         print(f"{cell.layer:<{width}}  {cell.timestep:>8g}  {cell.noise:<9}  {score}  {cell.flops_share:.0%}")
     for name, found in selection.sets.items():
         levels = ", ".join(f"{t:g}" for t in found.timesteps)
         alone = "" if len(found.steps) > 1 else "  (nothing was added)"
-        print(f"set of {name}: {', '.join(found.layers)} at {levels}: {found.score:.4f}{alone}")
+        print(f"set of {name}: {', '.join(found.layers)} at {levels}: {sign * found.score:.4f}{alone}")

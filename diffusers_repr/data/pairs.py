@@ -1,172 +1,163 @@
-"""Pairs of images with points that belong together: what correspondence is measured on."""
+"""Pairs of images with key points that correspond: annotated ones, or an image and a moved copy of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffusers_repr.data.image_files import read_image
-from diffusers_repr.data.points import check_points
+from diffusers_repr.config.recipe import setting
+from diffusers_repr.data.base import TrainData, hashed
+from diffusers_repr.data.groups import GroupData
+from diffusers_repr.data.image_column import ImagePixels
+from diffusers_repr.data.image_files import raw_bytes
+from diffusers_repr.data.splits import open_split
+from diffusers_repr.data.transforms import Moves, to_unit
+from diffusers_repr.data.views import ViewConfig, jitter
+
+_SAMPLED = 64  # rows whose bytes enter a fingerprint
 
 
-@dataclass(frozen=True)
-class PairPoints:
-    """Key points of two images that belong together, one to one.
-
-    Attributes:
-        source: Place of the source image among the images.
-        target: Place of the target image.
-        source_points: `(N, 2)` as (x, y) in pixels of the source image.
-        target_points: `(N, 2)` in pixels of the target image.
-        box: Of the object in the target image: left, top, right, bottom; None: not known.
-        category: Of the object, for prompts and for numbers by category.
-        name: Of the pair.
-    """
-
-    source: int
-    target: int
-    source_points: Tensor
-    target_points: Tensor
-    box: tuple[float, float, float, float] | None = None
-    category: str | None = None
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class ImagePairs:
-    """Images, read when they are asked for, and the pairs among them: an image in several pairs is held once.
-
-    Attributes:
-        images: Paths or PIL images.
-        pairs: The pairs.
-        name: Of the data set, for messages and records.
-        sizes: (H, W) of each image, where known without reading it.
+@dataclasses.dataclass(frozen=True)
+class PairConfig:
+    """The data set, and where pairs and their points come from.
 
     Raises:
-        ValueError: Without a pair; for a pair of images that are not there, or unequal numbers of points.
+        ValueError: If a number is out of range, or pairs that are annotated are to be moved.
     """
 
-    images: Sequence[Any]
-    pairs: tuple[PairPoints, ...]
-    name: str = "pairs"
-    sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    dataset_name: str = setting("digits", "a folder, a .parquet file, a Hub id, or digits")
+    dataset_split: str = setting("train", "split to train on")
+    image_column: str = setting("image", "the first image of each pair")
+    second_column: str | None = setting(None, "the second; none: the first, moved and with other colours")
+    points_column: str = setting("points", "of annotated pairs: [x, y] points of the first image, in its pixels")
+    second_points_column: str = setting("second_points", "the same points in the second image")
+    max_points: int = setting(64, "points of a pair that are used, or drawn")
+    resolution: int | None = setting(None, "side of the images; default: that of the base")
+    cache_images: bool = setting(False, "decode every image once and keep it in memory")
+    random_flip: bool = setting(False, "moved: mirror half of the second images")
+    random_rotation: float = setting(20.0, "moved: at most by so many degrees, either way")
+    random_shift: float = setting(0.1, "moved: at most by this share of the side, along each")
+    random_scale: float = setting(0.2, "moved: factor on the size, 1 give or take this")
+    color_jitter: float = setting(0.4, "moved: factors on brightness, contrast, saturation, 1 give or take this")
 
     def __post_init__(self) -> None:
-        if not self.pairs:
-            raise ValueError(f"{self.name}: there are no pairs.")
-        for at, pair in enumerate(self.pairs):
-            if not (0 <= pair.source < len(self.images) and 0 <= pair.target < len(self.images)):
-                raise ValueError(
-                    f"{self.name}: pair {at} is of images {pair.source} and {pair.target}; there are "
-                    f"{len(self.images)}, counted from 0."
-                )
-            if len(pair.source_points) != len(pair.target_points):
-                raise ValueError(
-                    f"{self.name}: pair {at} has {len(pair.source_points)} points in the source image and "
-                    f"{len(pair.target_points)} in the target; they belong together one to one."
-                )
+        for name in ("max_points", "resolution"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        bounds = {"random_rotation": 180, "random_shift": 0.5, "random_scale": 0.9, "color_jitter": 1}
+        for name, high in bounds.items():
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"`{name}` lies in [0, {high}], got {getattr(self, name)}.")
+        if self.second_column is not None and self.random_flip:
+            raise ValueError("`random_flip` is for moved pairs, which have no `second_column`.")
 
-    @classmethod
-    def from_list(cls, pairs: Sequence[Any], name: str = "pairs") -> ImagePairs:
-        """Pairs of one's own.
 
-        Args:
-            pairs: `(source, target, source_points, target_points)`, with a box of the object in the target image as a
-                fifth value if there is one. Images are PIL images or paths; points N times (x, y) in their pixels. The
-                same image object, or path, in several pairs is read once.
-            name: Of the set.
+class AnnotatedPairs(GroupData):
+    """Rows of two images with points `[x, y]` in both.
 
-        Raises:
-            TypeError: For anything else.
-            ValueError: For points outside of their image, or unequal numbers of them; for no pairs.
-        """
-        places: dict[Any, int] = {}
-        images: list[Any] = []
-        made = []
-        sizes: dict[int, tuple[int, int]] = {}
-        for at, pair in enumerate(pairs):
-            if not isinstance(pair, (tuple, list)) or len(pair) not in (4, 5):
-                raise TypeError(
-                    f"{name}: pair {at} must be (source, target, source_points, target_points) or with a box; got "
-                    f"{type(pair).__name__}" + (f" of {len(pair)}." if hasattr(pair, "__len__") else ".")
-                )
-            found, points = [], []
-            for image, given, side in zip(pair[:2], pair[2:4], ("source", "target"), strict=True):
-                image = Path(image) if isinstance(image, str) else image
-                key = image if isinstance(image, Path) else id(image)
-                if key not in places:
-                    places[key] = len(images)
-                    images.append(image)
-                    opened = _open(image, f"{name}: the {side} image of pair {at}")
-                    sizes[places[key]] = (opened.height, opened.width)
-                found.append(places[key])
-                points.append(check_points(given, sizes[found[-1]], f"{name}: {side}_points of pair {at}"))
-            box = None if len(pair) == 4 or pair[4] is None else _box(pair[4])
-            made.append(PairPoints(found[0], found[1], points[0], points[1], box))
-        return cls(images, tuple(made), name, sizes)
+    Args:
+        data: Map-style.
+        config: Its columns; `second_column` is one.
+        channels: Of the images: 1 (grey) or 3 (RGB).
+        size: (H, W) of the images, after their largest centred crop.
+
+    Raises:
+        ValueError: For columns that are not there or hold something else.
+    """
+
+    def __init__(self, data: datasets.Dataset, config: PairConfig, channels: int, size: tuple[int, int]) -> None:
+        super().__init__(
+            data,
+            [config.image_column, str(config.second_column)],
+            channels,
+            size,
+            points=(config.points_column, config.second_points_column),
+            max_points=config.max_points,
+            cache=config.cache_images,
+        )
+
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """`images` (2, B, C, H, W) in [-1, 1], `points` (2, B, P, 2) as (x, y), and `valid` (B, P)."""
+        found = super().on_device(batch)
+        return {**found, "points": found["points"].flip(-1)}
+
+    def _stored(self, index: int) -> list[Any]:
+        return [[[y, x] for x, y in points] for points in super()._stored(index)]  # as `GroupData` reads them
+
+
+class MovedPairs(TrainData):
+    """An image and a copy of it, mirrored, turned, shifted, scaled and with other colours; points by the move itself.
+
+    Args:
+        data: Map-style.
+        config: How the second differs.
+        channels: Of the images: 1 (grey) or 3 (RGB).
+        size: (H, W) of the images, after their largest centred crop.
+
+    Raises:
+        ValueError: For a column that is no image.
+    """
+
+    def __init__(self, data: datasets.Dataset, config: PairConfig, channels: int, size: tuple[int, int]) -> None:
+        self.config, self.size = config, size
+        self.images = ImagePixels(data, config.image_column, channels, size, config.cache_images)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.images)
 
-    def __str__(self) -> str:
-        return self.name
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`pixel_values` (C, H, W) uint8."""
+        return {"pixel_values": self.images[index]}
 
-    def image(self, at: int) -> Image.Image:
-        """An image, turned as its EXIF data says.
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """As that of `AnnotatedPairs`; points are drawn, and valid where they are on both images."""
+        first, config, (h, w) = to_unit(batch["pixel_values"]), self.config, self.size
+        how = (config.random_flip, config.random_rotation, config.random_shift, config.random_scale)
+        moves = Moves.draw(len(first), first.device, *how)
+        strength = config.color_jitter
+        colours = ViewConfig(
+            jitter_probability=float(strength > 0), brightness=strength, contrast=strength, saturation=strength
+        )
+        second = jitter(moves.images(first), colours)
+        sides = torch.tensor([w - 1, h - 1], dtype=first.dtype, device=first.device)
+        points = torch.rand(len(first), config.max_points, 2, device=first.device) * sides
+        visible = torch.ones(points.shape[:2], dtype=torch.bool, device=first.device)
+        moved, valid = moves.points(points, visible, self.size)
+        others = {key: value for key, value in batch.items() if key != "pixel_values"}
+        both: dict[str, Tensor] = {"images": torch.stack([first, second]), "points": torch.stack([points, moved])}
+        return {**others, **both, "valid": valid}
 
-        Raises:
-            UnreadableImage: If it cannot be read.
-        """
-        return _open(self.images[at], f"{self.name}: image {at}")
+    def fingerprint(self) -> dict[str, Any]:
+        """Number and size of the images, and a hash of some of them, spread evenly."""
+        rows = sorted({round(at * (len(self) - 1) / (_SAMPLED - 1)) for at in range(_SAMPLED)})
+        return {
+            "rows": len(self),
+            "size": list(self.size),
+            "images": hashed(raw_bytes(self.images.raw(row)) for row in rows),
+        }
 
-    def size(self, at: int) -> tuple[int, int]:
-        """(H, W) of an image."""
-        if at in self.sizes:
-            return self.sizes[at]
-        opened = self.image(at)
-        return opened.height, opened.width
-
-    def select(self, keep: Callable[[PairPoints], bool]) -> ImagePairs:
-        """The pairs for which a function is true, with the same images.
-
-        Raises:
-            ValueError: If there are none.
-        """
-        return ImagePairs(self.images, tuple(filter(keep, self.pairs)), self.name, self.sizes)
-
-    def first(self, count: int) -> ImagePairs:
-        """The first pairs, for a quick try."""
-        return ImagePairs(self.images, self.pairs[:count], self.name, self.sizes)
-
-    def by_target(self) -> Iterator[tuple[int, list[PairPoints]]]:
-        """Each target image with its pairs, in the order in which targets come first."""
-        held: dict[int, list[PairPoints]] = {}
-        for pair in self.pairs:
-            held.setdefault(pair.target, []).append(pair)
-        yield from held.items()
-
-
-def _open(image: Any, what: str) -> Image.Image:
-    return read_image(image, what) if isinstance(image, Path) else _as_pil(image, what)
+    @property
+    def class_names(self) -> None:
+        """None: there are no class ids."""
+        return None
 
 
-def _as_pil(image: Any, what: str) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"{what} must be a path or a PIL image; got {type(image).__name__}.")
-    return image
+def load_pairs(config: PairConfig, channels: int, size: tuple[int, int]) -> AnnotatedPairs | MovedPairs:
+    """The pairs of the data set that `config` names, at its resolution or at `size` (H, W).
+
+    Raises:
+        FileNotFoundError, ValueError: As `open_split`, and as the classes.
+    """
+    size = size if config.resolution is None else (config.resolution, config.resolution)
+    data = open_split(config.dataset_name, config.dataset_split)
+    kind = MovedPairs if config.second_column is None else AnnotatedPairs
+    return kind(data, config, channels, size)
 
 
-def _box(value: Any) -> tuple[float, float, float, float]:
-    found = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
-    if len(found) != 4:
-        raise ValueError(f"A box is left, top, right, bottom; got {value!r}.")
-    return found[0], found[1], found[2], found[3]
-
-
-__all__ = ["ImagePairs", "PairPoints"]
+__all__ = ["AnnotatedPairs", "MovedPairs", "PairConfig", "load_pairs"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers_repr.data.pairs import ImagePairs, PairPoints
+from diffusers_repr.data.image_pairs import ImagePairs, PairPoints
 from diffusers_repr.data.points import read_points
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.schema import anything, integer, listing, number, record, text

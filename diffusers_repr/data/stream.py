@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,8 @@ class StreamData(IterableDataset):
         rows = SampleReader(features, self.columns, self.masks)
         self._reader = TensorReader(rows, channels, size, config.center_crop, config.max_points or 1)
         self._whole = rows.undecoded(dataset.select_columns(self.columns.used()))
-        self._source = split_dataset_by_node(self._whole, rank, world_size) if world_size > 1 else self._whole
+        part = split_dataset_by_node(self._whole, rank, world_size) if world_size > 1 else self._whole
+        self._source = _with_shuffled_shards(part)
         self.config, self.bad = config, 0
         self._seed, self._rank, self._world_size, self._title = seed, rank, world_size, name
         self._threads = threads
@@ -272,6 +274,16 @@ def _names_of(features: Mapping[str, Any], column: str, name: str) -> list[str]:
 def _source_epoch(seed: int, epoch: int) -> int:
     """A number from 1 that `datasets` shuffles the shards by; 0 would leave them in order."""
     return 1 + int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+def _with_shuffled_shards(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The stream, whose `set_epoch` shuffles the shards; datasets 5.2 does so by itself, 5.0 does not."""
+    # Private: the mark by which older versions shuffle them; `shuffle` sets it and adds a buffer, which cannot resume.
+    if not hasattr(dataset, "_shuffling"):
+        return dataset
+    shuffled = copy.copy(dataset)
+    shuffled._shuffling = dataset.shuffle(seed=0)._shuffling
+    return shuffled
 
 
 def _is_shuffled(dataset: datasets.IterableDataset) -> bool:

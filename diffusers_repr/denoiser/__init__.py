@@ -19,6 +19,14 @@ from diffusers_repr.denoiser.family import Family
 from diffusers_repr.denoiser.family_registry import register_family
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.denoiser.generic_family import GenericFamily
+from diffusers_repr.denoiser.inversion import (
+    DDIMStep,
+    ddim_generate,
+    ddim_invert,
+    ddim_levels,
+    ddim_update,
+    inversion_error,
+)
 from diffusers_repr.denoiser.layers import Layer, layer_table, list_layers, list_layers_from_config
 from diffusers_repr.denoiser.prior import (
     GeneratorPrior,
@@ -34,6 +42,7 @@ __all__ = [
     "CaptionConditioner",
     "Condition",
     "Conditioner",
+    "DDIMStep",
     "Denoiser",
     "Family",
     "FeatureMap",
@@ -50,7 +59,12 @@ __all__ = [
     "StoredPrior",
     "TokenConditioner",
     "VectorConditioner",
+    "ddim_generate",
+    "ddim_invert",
+    "ddim_levels",
+    "ddim_update",
     "families",
+    "inversion_error",
     "layer_table",
     "list_layers",
     "list_layers_from_config",

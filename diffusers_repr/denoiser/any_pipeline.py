@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, Self
@@ -14,6 +15,7 @@ from torch import nn
 
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.parts import COMPONENTS
+from diffusers_repr.hub.checked_loading import CheckedLoadingMixin
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.local_module import LocalModuleMixin
 from diffusers_repr.hub.signature_types import SignatureTypesMixin
@@ -21,7 +23,7 @@ from diffusers_repr.hub.signature_types import SignatureTypesMixin
 logger = logging.getLogger(__name__)
 
 
-class AnyPipelineMixin(LocalModuleMixin, SignatureTypesMixin, ConfigMixin):
+class AnyPipelineMixin(CheckedLoadingMixin, LocalModuleMixin, SignatureTypesMixin, ConfigMixin):
     """Base, before `DiffusionPipeline`, of a pipeline that loads from the folder of any pipeline of a known family.
 
     `denoiser` is the model with its conditioning. A subclass has only to write `__call__`.
@@ -189,7 +191,8 @@ class AnyPipelineMixin(LocalModuleMixin, SignatureTypesMixin, ConfigMixin):
         key = [(name, id(component)) for name, component in present.items()], settings
         if self._made is None or self._made[0] != key:
             pipe = rebuild_pipeline(self._original_class(), present, settings)
-            made = Denoiser.from_pipe(pipe, name=self.config.get("_name_or_path"))
+            origin = self.config.get("_name_or_path")
+            made = Denoiser.from_pipe(pipe, name=None if origin is None else os.fspath(origin))
             self._made, self._encoders_state = (key, made), None
         denoiser = self._made[1]
         state = _state([c for name, c in present.items() if name.startswith("text_encoder")])

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-Method = Literal["pag", "sag", "repa", "readout", "depth_strong", "depth_weak"]
+Method = Literal["pag", "sag", "repa", "readout", "depth_strong", "depth_weak", "segmentation"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 # Stacks of transformer blocks by the names that diffusers gives them, in the order in which they run.
@@ -95,6 +95,20 @@ def depth_default(resnets: Sequence[str], blocks: Sequence[str]) -> tuple[LayerD
     return LayerDefault(tuple(resnets[1:] or resnets), source), LayerDefault((weak,), source)
 
 
+def segmentation_default(resnets: Sequence[str], blocks: Sequence[str]) -> LayerDefault:
+    """Layers of which pixels are classified, where there is no preset of the paper's (DDPM-Seg, arXiv 2112.03126).
+
+    U-Nets: the last residual block of every decoder stage. DDPM-Seg takes five blocks between the coarsest and the
+    finest stage of its 256 px network, which is the preset `ddpm-seg`. Transformers: the blocks at a half, two thirds
+    and five sixths of the depth.
+    """
+    if resnets:
+        last = {path.split(".")[1]: path for path in resnets}
+        return LayerDefault(tuple(last.values()), "the last residual block of every decoder stage (ours)")
+    places = dict.fromkeys(len(blocks) * sixths // 6 for sixths in (3, 4, 5))
+    return LayerDefault(tuple(blocks[at] for at in places), "blocks at 1/2, 2/3 and 5/6 of the depth (ours)")
+
+
 __all__ = [
     "METHODS",
     "REPA_DEPTHS",
@@ -107,4 +121,5 @@ __all__ = [
     "middle_attention",
     "readout_default",
     "repa_block",
+    "segmentation_default",
 ]

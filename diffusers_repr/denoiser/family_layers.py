@@ -188,6 +188,8 @@ class FamilyLayers:
             )
         if method == "readout":
             return rules.readout_default(resnets, blocks)
+        if method == "segmentation":
+            return rules.segmentation_default(resnets, blocks)
         strong, weak = rules.depth_default(resnets, blocks)
         return strong if method == "depth_strong" else weak
 

@@ -37,7 +37,7 @@ def to_pixels(
             that cannot be read or whose mode has no known range.
         TypeError: Anything that is no image.
     """
-    items = _items(images)
+    items = image_items(images)
     if not items:
         raise ValueError("No images: the list is empty. Pass at least one PIL image, array or tensor.")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -51,15 +51,20 @@ def to_pixels(
     return torch.stack(pixels)
 
 
-def _items(images: Any) -> list[Any]:
+def image_items(images: Any) -> list[Any]:
+    """Single images out of all forms in which `to_pixels` takes them.
+
+    Raises:
+        TypeError: For anything that is no image.
+    """
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
-        return [part for image in images for part in _items(image)]
+        return [part for image in images for part in image_items(image)]
     if hasattr(images, "__iter__") and not isinstance(images, (str, bytes, dict)):
-        return [part for image in images for part in _items(image)]
+        return [part for image in images for part in image_items(image)]
     hint = ""
     if isinstance(images, (str, Path)):
         hint = " Open files first: PIL.Image.open(path)."

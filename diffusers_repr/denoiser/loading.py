@@ -24,6 +24,7 @@ from diffusers_repr.hub.components import (
 )
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.loading_arguments import loading_arguments
 from diffusers_repr.hub.own_pipelines import is_own_pipeline, own_pipeline_class
 
 INDEX = "model_index.json"
@@ -46,6 +47,7 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
     """
     import diffusers
 
+    kwargs = _with_known_dtype(kwargs)
     name, folder = str(id_or_folder), Path(id_or_folder)
     if folder.is_dir():
         check_pipeline_folder(folder)
@@ -63,7 +65,7 @@ def load_pipeline(id_or_folder: str | Path, revision: str | None, kwargs: Mappin
         index = read_json(Path(place) / INDEX)
         check_component_files(Path(place), _check(index, f"{place}/{INDEX}", kwargs))
     try:
-        pipe = loader.from_pretrained(place, revision=revision, **kwargs)
+        pipe = loader.from_pretrained(place, revision=revision, **loading_arguments(kwargs))
     except (OSError, ImportError) as error:
         raise OSError(
             f"Could not load {name!r}: {' '.join(str(error).split()).rstrip('.')}. A file of a component is missing "
@@ -162,6 +164,16 @@ def pipeline_modules() -> tuple[str, ...]:
     import diffusers.pipelines
 
     return tuple(sorted(module.name for module in pkgutil.iter_modules(diffusers.pipelines.__path__)))
+
+
+def _with_known_dtype(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline's loader with `dtype` by the name that this version of diffusers knows it by."""
+    from diffusers.pipelines import pipeline_utils
+
+    # Older loaders take `torch_dtype` and pass over `dtype` without a word. Private: the mark of those that know both.
+    if "dtype" in kwargs and not hasattr(pipeline_utils, "_resolve_dtype"):
+        return {"torch_dtype" if name == "dtype" else name: value for name, value in kwargs.items()}
+    return dict(kwargs)
 
 
 def _check(index: Any, at: str, given: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

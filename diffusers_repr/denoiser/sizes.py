@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -71,4 +73,57 @@ def check_size(
         )
 
 
-__all__ = ["ImageSize", "check_size", "image_sides"]
+def asked_latent_size(
+    height: int | None, width: int | None, own: tuple[int, ...], stride: int, patch: int, *, given: bool = False
+) -> tuple[int, ...]:
+    """(h, w) of x_0 for images whose size a pipeline is asked for.
+
+    Args:
+        height: In pixels; None for the own one.
+        width: As `height`.
+        own: (h, w) of the latents that were given, or else of those of training.
+        stride: Pixels a place of x_0.
+        patch: Places of x_0 a token.
+        given: Whether latents were given, which say the size.
+
+    Raises:
+        TypeError, ValueError: For what is no size in whole patches, or not that of the latents.
+
+    Example:
+        >>> asked_latent_size(64, None, (4, 6), 8, 2)
+        (8, 6)
+    """
+    size = []
+    for name, pixels, places in zip(("height", "width"), (height, width), own, strict=True):
+        pixels = places * stride if pixels is None else pixels
+        if check_whole(name, pixels) % (stride * patch):
+            raise ValueError(f"{name}={pixels} is no multiple of {stride * patch}, the pixels of a patch.")
+        if given and pixels != places * stride:
+            raise ValueError(f"{name}={pixels}, but the latents are for {places * stride}; leave {name} out.")
+        size.append(pixels // stride)
+    return tuple(size)
+
+
+_FAR = 8  # times the pixels that a network was made for
+
+
+def warn_if_far_larger(name: str, size: tuple[int, ...], own: tuple[int, int] | None) -> None:
+    """Warn where images that keep their size are far larger than those a network was made for.
+
+    Args:
+        name: Of the network's class.
+        size: (H, W) of the images, or (frames, H, W).
+        own: (H, W) it was made for; None if that is not known.
+    """
+    if own is None or math.prod(size[-2:]) <= _FAR * math.prod(own):
+        return
+    times = math.prod(size[-2:]) / math.prod(own)
+    warnings.warn(
+        f"Images keep their size, {size[-2]} x {size[-1]} (image_size='keep'): {times:.3g} times the pixels of the "
+        f"{own[0]} x {own[1]} that {name} was made for. A forward costs as many times more, or worse, and "
+        "its features are far from its training. Leave image_size out to bring images to its own size.",
+        stacklevel=3,
+    )
+
+
+__all__ = ["ImageSize", "asked_latent_size", "check_size", "image_sides", "warn_if_far_larger"]

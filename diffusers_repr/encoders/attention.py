@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from diffusers_repr.denoiser.hooks import Hooks
 
+# Queries, keys and the width of a head, as the attentions of transformers name them: 5 and most of 4, some of 4.
+_NAMES = (("q_proj", "k_proj", "head_dim"), ("query", "key", "attention_head_size"))
+
 
 @contextmanager
 def recording_attention(model: nn.Module, blocks: Sequence[str], prefix: int) -> Iterator[list[Tensor]]:
@@ -22,7 +25,7 @@ def recording_attention(model: nn.Module, blocks: Sequence[str], prefix: int) ->
 
     Args:
         model: The network.
-        blocks: Paths of its blocks; in each, one attention with `q_proj` and `k_proj`.
+        blocks: Paths of its blocks; in each, one attention with projections of queries and keys.
         prefix: Tokens in front of the patches.
 
     Yields:
@@ -36,21 +39,22 @@ def recording_attention(model: nn.Module, blocks: Sequence[str], prefix: int) ->
     with ExitStack() as stack:
         hooks = Hooks(stack)
         for path, kept in parts.items():
-            attention = _attention_in(model.get_submodule(path), path)
-            kept["module"] = attention
+            attention, (query, key, width) = _attention_in(model.get_submodule(path), path)
+            kept["module"], kept["width"] = attention, getattr(attention, width)
             hooks.before(attention, _keep_rotary(kept))
-            for name in ("q_proj", "k_proj"):
-                hooks.after(getattr(attention, name), _keep(kept, name))
+            for part, name in (("query", query), ("key", key)):
+                hooks.after(getattr(attention, name), _keep(kept, part))
         yield found
-    found += [_probabilities(parts[path], prefix) for path in blocks if "k_proj" in parts[path]]
+    found += [_probabilities(parts[path], prefix) for path in blocks if "key" in parts[path]]
 
 
-def _attention_in(block: nn.Module, path: str) -> nn.Module:
-    found = [module for module in block.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
-    if len(found) != 1 or not hasattr(found[0], "head_dim"):
+def _attention_in(block: nn.Module, path: str) -> tuple[nn.Module, tuple[str, str, str]]:
+    """The block's attention, and how it names its parts."""
+    found = [(part, names) for part in block.modules() for names in _NAMES if all(hasattr(part, n) for n in names)]
+    if len(found) != 1:
         raise TypeError(
-            f"Block {path!r} ({type(block).__name__}) has {len(found)} attentions with q_proj, k_proj and head_dim; "
-            "one is needed to recompute its probabilities."
+            f"Block {path!r} ({type(block).__name__}) has {len(found)} attentions with "
+            f"{' or with '.join(', '.join(names) for names in _NAMES)}; one is needed to recompute its probabilities."
         )
     return found[0]
 
@@ -72,9 +76,9 @@ def _keep_rotary(kept: dict[str, Any]) -> Any:
 def _probabilities(kept: Mapping[str, Any], prefix: int) -> Tensor:
     attention = kept["module"]
     # (B, N, heads * d) => (B, heads, N, d)
-    query, key = (kept[name].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+    query, key = (kept[part].unflatten(-1, (-1, kept["width"])).transpose(1, 2) for part in ("query", "key"))
     if kept["rotary"] is not None:  # DINOv3 turns queries and keys after their projection
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         query, key = rotate(query, key, *kept["rotary"])
     query, key = query[:, :, prefix:].float(), key[:, :, prefix:].float()
-    return (query @ key.transpose(-1, -2) * attention.head_dim**-0.5).softmax(-1)
+    return (query @ key.transpose(-1, -2) * kept["width"] ** -0.5).softmax(-1)

@@ -58,6 +58,8 @@ class Encoder:
         image_size: int | tuple[int, int] | None = None,
         pooling: str | None = None,
         positions: Positions = "transformers",
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         token: str | None = None,
@@ -80,6 +82,9 @@ class Encoder:
             positions: How position embeddings are resampled: `transformers`, as that library does, and nearly so
                 DINOv2's own code; or `repa`, as REPA's code, with antialiasing, for DINOv2, ViT (DINO, MoCo v3) and
                 MAE. It is a part of the fingerprint.
+            mean: Of pixels in [0, 1], one number or one a channel, instead of that of the files: for networks of other
+                than three channels without a `preprocessor_config.json`.
+            std: As `mean`.
             dtype: The network's; outputs are float32 whatever it is.
             device: Where it goes.
             token: Hub token.
@@ -91,7 +96,9 @@ class Encoder:
                 weights.
             OSError: If the folder or repository does not exist or cannot be read.
         """
-        source, loaded = load_transformer(id_or_folder, revision, token, dtype, layer, image_size, pooling, positions)
+        source, loaded = load_transformer(
+            id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
+        )
         source.module.to(device)
         return cls(source, name or Path(id_or_folder).resolve().name, loaded)
 

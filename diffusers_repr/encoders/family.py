@@ -35,7 +35,7 @@ class EncoderFamily:
 
     Attributes:
         model_class: Name of the class in transformers, or a class with its `from_pretrained`.
-        blocks: Path of the list of blocks.
+        blocks: Path of the list of blocks; several where it depends on the version of transformers.
         class_token: Whether the first token is a class token.
         final_norm: Whether patch tokens are those after the network's final norm; else those of its last block.
         statistics: Mean and std of pixels, for folders without an image processor.
@@ -45,7 +45,7 @@ class EncoderFamily:
     """
 
     model_class: str | type[nn.Module] = "AutoModel"
-    blocks: str = "layers"
+    blocks: str | tuple[str, ...] = ("layers", "encoder.layer")
     class_token: bool = True
     final_norm: bool = True
     statistics: Statistics = Statistics(IMAGENET_MEAN, IMAGENET_STD)
@@ -59,6 +59,23 @@ class EncoderFamily:
     def vision_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The vision half of `config.json`."""
         return config.get("vision_config") or config
+
+    def block_list(self, model: nn.Module) -> str:
+        """The path of `blocks` that a network has.
+
+        Raises:
+            TypeError: If it has none of them.
+        """
+        paths = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+        modules = dict(model.named_modules())
+        found = next((path for path in paths if path in modules), None)
+        if found is None:
+            lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+            raise TypeError(
+                f"{type(model).__name__} of the transformers installed has no {' or '.join(map(repr, paths))}; its "
+                f"lists of modules: {lists}. Name its blocks in `blocks` of the encoder family."
+            )
+        return found
 
     def side(self, config: Any) -> int | None:
         """Side of the square images that the network was configured for, in pixels.

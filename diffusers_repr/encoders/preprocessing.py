@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,33 @@ def statistics_from_processor(config: Mapping[str, Any], default: Statistics) ->
     if 0 in std:
         raise ValueError(f"The image processor has image_std {list(std)}; it must not hold 0.")
     return Statistics(tuple(m / scale for m in mean), tuple(s / scale for s in std), _side(config) or default.side)
+
+
+def chosen_statistics(
+    found: Statistics, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
+) -> Statistics:
+    """Statistics with those that the caller gives instead of those of the files.
+
+    Args:
+        found: Of the files.
+        mean: Of pixels in [0, 1], one number or one a channel; None keeps that of the files.
+        std: As `mean`.
+
+    Raises:
+        ValueError: For a std that is not above 0.
+
+    Example:
+        >>> chosen_statistics(Statistics(HALF, HALF), 0.25, None).mean
+        (0.25,)
+    """
+    given = {
+        name: tuple(map(float, [value] if isinstance(value, (int, float)) else value))
+        for name, value in (("mean", mean), ("std", std))
+        if value is not None
+    }
+    if not all(spread > 0 for spread in given.get("std", ())):
+        raise ValueError(f"std must be above 0; got {std!r}.")
+    return replace(found, **given)  # type: ignore[arg-type]
 
 
 def _side(config: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,12 @@ from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.attention import recording_attention
 from diffusers_repr.encoders.family import EncoderFamily, encoder_family, families_with_positions
 from diffusers_repr.encoders.positions import Positions, check_positions, use_repa_positions
-from diffusers_repr.encoders.preprocessing import Statistics, check_processor, statistics_from_processor
+from diffusers_repr.encoders.preprocessing import (
+    Statistics,
+    check_processor,
+    chosen_statistics,
+    statistics_from_processor,
+)
 from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
 from diffusers_repr.hub import schema
 from diffusers_repr.hub.components import check_config, check_weight_files, refuse_adapter
@@ -70,14 +75,16 @@ class TransformerSource(Source):
         if {len(self.mean), len(self.std)} - {1, self.channels}:
             raise ValueError(
                 f"The encoder takes {self.channels} channels, and its image statistics have {len(self.mean)} means "
-                f"and {len(self.std)} standard deviations; write image_mean and image_std of {self.channels} into a "
-                "preprocessor_config.json beside its weights."
+                f"and {len(self.std)} standard deviations; pass mean= and std= (0.5 and 0.5 for pixels in [-1, 1]), "
+                f"or write image_mean and image_std of {self.channels} into a preprocessor_config.json beside its "
+                "weights."
             )
         self.patch = family.patch(model.config)
         self.side = statistics.side or family.side(model.config)
         self.image_size = pair(image_size, self.patch)
         self.pooling = check_pooling(pooling, family.class_token)
-        self.paths = [f"{family.blocks}.{at}" for at in range(len(model.get_submodule(family.blocks)))]
+        blocks = family.block_list(model)
+        self.paths = [f"{blocks}.{at}" for at in range(len(model.get_submodule(blocks)))]
         self.layer = None if layer is None else self._block(layer)
         self._config = config_hash(config)
 
@@ -173,6 +180,8 @@ def load_transformer(
     image_size: int | tuple[int, int] | None,
     pooling: str | None,
     positions: Positions = "transformers",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
 ) -> tuple[TransformerSource, str | None]:
     """Load a vision network of transformers; gives the source and the revision that was loaded.
 
@@ -194,7 +203,8 @@ def load_transformer(
     check_weight_files(folder)
     refuse_adapter(folder)
     try:
-        with _quiet():
+        # Transformers 4 draws weights that it then replaces by those of the file.
+        with _quiet(), torch.random.fork_rng(devices=[]):
             model, info = _class_of(family).from_pretrained(
                 folder,
                 dtype=dtype,
@@ -223,7 +233,7 @@ def load_transformer(
             "is damaged, or its training diverged. Take it from its source again."
         )
     model.requires_grad_(False).eval()
-    statistics = statistics_from_processor(processor, family.statistics)
+    statistics = chosen_statistics(statistics_from_processor(processor, family.statistics), mean, std)
     source = TransformerSource(model, family, statistics, layer, image_size, pooling, config, positions)
     commit = folder.name if folder.parent.name == "snapshots" else None
     return source, commit or revision

@@ -18,7 +18,7 @@ from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.hooks import Turn
 from diffusers_repr.denoiser.require import require_denoiser
-from diffusers_repr.denoiser.sizes import ImageSize
+from diffusers_repr.denoiser.sizes import ImageSize, warn_if_far_larger
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, pool
@@ -236,6 +236,8 @@ class FeatureExtractor:
         count, size = len(pixels), tuple(pixels.shape[2:])
         keys = image_keys(ids, pixels)
         self.denoiser.check_size(size)
+        if self.image_size == "keep":
+            warn_if_far_larger(type(self.denoiser.model).__name__, size, self.denoiser.resize_to())
         condition = self.denoiser.condition(
             prompt, class_labels=class_labels, embeddings=embeddings, batch=count, size=size, cache=self._prompts
         )

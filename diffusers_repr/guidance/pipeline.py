@@ -15,6 +15,7 @@ from diffusers_repr.denoiser import sampling
 from diffusers_repr.guidance.base import Guidance
 from diffusers_repr.guidance.engine.stats import GuidanceStats
 from diffusers_repr.guidance.guide import guide
+from diffusers_repr.hub.checked_loading import CheckedLoadingMixin
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.local_module import LocalModuleMixin
 
@@ -23,7 +24,7 @@ _ENTRY = """    guidance (`Guidance` or a list of them, *optional*):
 """
 
 
-class GuidedPipelineMixin(LocalModuleMixin, ConfigMixin):
+class GuidedPipelineMixin(CheckedLoadingMixin, LocalModuleMixin, ConfigMixin):
     """Base, before a pipeline class of diffusers, of a pipeline whose call takes guidance.
 
     A subclass sets `__call__ = with_guidance(Stock.__call__)`, or writes its own call around `with self.guided(...)`.

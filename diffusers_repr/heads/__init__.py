@@ -13,8 +13,11 @@ from diffusers_repr.heads.dense.losses import (
 from diffusers_repr.heads.dense.readout import ReadoutHead
 from diffusers_repr.heads.fitting.fit import FitResult, fit_head
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
+from diffusers_repr.heads.hyperfeature_source import Hyperfeatures
+from diffusers_repr.heads.hyperfeatures import HyperfeaturesHead
 from diffusers_repr.heads.joint import JointHead
 from diffusers_repr.heads.moved import keep_moved_names
+from diffusers_repr.heads.pixel_ensemble import PixelEnsembleHead
 from diffusers_repr.heads.pooled.base import PooledHead
 from diffusers_repr.heads.pooled.knn import KNNHead
 from diffusers_repr.heads.pooled.linear import LinearHead
@@ -28,11 +31,14 @@ __all__ = [
     "DepthHead",
     "FitResult",
     "Head",
+    "Hyperfeatures",
+    "HyperfeaturesHead",
     "JointHead",
     "KNNHead",
     "LinearHead",
     "MLPHead",
     "MapHead",
+    "PixelEnsembleHead",
     "PooledHead",
     "Projector",
     "ReadoutHead",

@@ -22,7 +22,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
-_MEASURED = ("loss.jsonl", "evaluation.json", "evaluation.jsonl", "samples.png")
+_MEASURED = ("loss.jsonl", "evaluation.json", "evaluation.jsonl", "samples.png", "mixing_weights.png")
 _MODEL = ("config.json", *_WEIGHTS)
 _COMPONENT = (*_MODEL, "scheduler_config.json", "generation_config.json", *_PROCESSOR, *_TOKENIZER)
 ARTIFACTS = "artifacts.json"  # of a training result: the files that a method saved in folders of their own
@@ -47,6 +47,7 @@ class Kind:
 _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
+    "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
     "store of features": _STORE,
     "store of images": _STORE,
     "store of assignments": _STORE,
@@ -60,6 +61,7 @@ KINDS: Mapping[str, Kind] = {
             *_MEASURED,
             "recipe.yaml",
             "model_index.json",
+            "cleandift.json",
             "pytorch_lora_weights.safetensors",
             ARTIFACTS,
             *(f"heads/*/{name}" for name in _MODEL),
@@ -69,7 +71,14 @@ KINDS: Mapping[str, Kind] = {
     ),  # fmt: skip
     "pipeline": Kind(
         "model",
-        (*_CARD, *_MEASURED, "model_index.json", "pipeline.py", *(f"heads/*/{name}" for name in _MODEL)),
+        (
+            *_CARD,
+            *_MEASURED,
+            "model_index.json",
+            "cleandift.json",
+            "pipeline.py",
+            *(f"heads/*/{name}" for name in _MODEL),
+        ),
         pipeline=True,
     ),
     "custom pipeline": Kind("model", (*_CARD, "pipeline.py", "__init__.py")),
@@ -99,6 +108,8 @@ def kind_of(folder: Path) -> str:
 
     if has("probe.json"):
         return "probe"
+    if has("segmentation.json"):
+        return "segmenter"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -118,9 +129,9 @@ def kind_of(folder: Path) -> str:
     if has("scheduler_config.json"):
         return "scheduler"
     raise ValueError(
-        f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), manifest.json (store of features), "
-        "model_index.json (pipeline), pipeline.py (custom pipeline), config.json (model or head) and "
-        "scheduler_config.json (scheduler)."
+        f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
+        "manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
+        "(model or head) and scheduler_config.json (scheduler)."
     )
 
 

@@ -57,6 +57,7 @@ _SIDES = re.compile(r"sample_(size|height|width|frames)|image_size|pos_embed_max
 _DEPTHS = re.compile(r"(\w*_)?(layers|depth|depths|blocks|num_hidden_layers)(_per_\w+)?")
 _TIMES = re.compile(r"num_train_timesteps|trained_betas|num_diffusion_steps")
 _POSITIVE = ("patch_size", "hidden_size", "num_attention_heads", "num_channels", "in_channels")
+_NUMBERS = re.compile(r"(\w*_)?eps(ilon)?")  # torch takes any value for them, and fails at the first call
 _FREE = re.compile(r"\w*token_id|max_position_embeddings|model_max_length|seed|id2label|label2id")
 
 # Quantised weights that diffusers reads as data; others unpickle objects or fetch code.
@@ -137,9 +138,10 @@ def check_component_files(folder: Path, components: Mapping[str, tuple[str, str]
         components: As `check_index` gives them.
 
     Raises:
-        ValueError: For configs beyond the limits, weights that an index looks for outside of the folder, and adapters
-            that would be fetched from elsewhere.
+        ValueError: For code beside a component, configs beyond the limits, weights that an index looks for outside of
+            the folder, and adapters that would be fetched from elsewhere.
     """
+    refuse_code(folder, components)
     for name, (library, _) in components.items():
         place = folder / name if (folder / name).is_dir() else folder  # some keep a component at the top
         for file in ("config.json", "scheduler_config.json"):
@@ -148,6 +150,24 @@ def check_component_files(folder: Path, components: Mapping[str, tuple[str, str]
         check_weight_files(place)
         if library == "transformers":
             refuse_adapter(place)
+
+
+def refuse_code(folder: Path, components: Mapping[str, Sequence[str]]) -> None:
+    """Refuse code that lies beside a component; diffusers before 0.38 would run it, later versions ask for consent.
+
+    Args:
+        folder: With a subfolder a component.
+        components: Name -> (library, class).
+
+    Raises:
+        ValueError: With the file.
+    """
+    for name, (library, _) in components.items():
+        file = folder / name / f"{library}.py"
+        if file.exists():
+            raise ValueError(
+                f"{str(file)!r} is code for {name}, which is not run. Where you trust its authors, pass {CONSENT}."
+            )
 
 
 def check_weight_files(folder: Path) -> None:
@@ -195,6 +215,8 @@ def _check_value(key: str, value: Any, at: str) -> None:
         _check_kernels(value, at)
         return
     if isinstance(value, str):
+        if _NUMBERS.fullmatch(key):
+            schema.number(0, 1)(value, at)
         return
     if isinstance(value, Mapping):
         for inner, part in value.items():

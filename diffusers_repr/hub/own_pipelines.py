@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from diffusers_repr.hub.components import is_component
+from diffusers_repr.hub.checked_loading import INDEX, CheckedLoadingMixin, named_components
+from diffusers_repr.hub.components import refuse_code
 from diffusers_repr.hub.errors import hub_errors
-from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.local_module import LocalModuleMixin
 from diffusers_repr.hub.push import check_pipeline_file
@@ -22,7 +22,7 @@ from diffusers_repr.hub.signature_types import SignatureTypesMixin
 _DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
-class OwnComponentsMixin(LocalModuleMixin, SignatureTypesMixin):
+class OwnComponentsMixin(CheckedLoadingMixin, LocalModuleMixin, SignatureTypesMixin):
     """Base, before `DiffusionPipeline`, of a pipeline with components of this package.
 
     diffusers refuses to download a repository whose `model_index.json` names a class outside of diffusers and
@@ -36,29 +36,27 @@ class OwnComponentsMixin(LocalModuleMixin, SignatureTypesMixin):
 
         Args:
             pretrained_model_name: Hub id.
-            **kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`; others are for diffusers'
-                own download and not used.
+            **kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `trust_remote_code`;
+                others are for diffusers' own download and not used.
 
         Returns:
             The folder in the Hub's cache.
 
         Raises:
-            ValueError: For what is no Hub id.
+            ValueError: For what is no Hub id, and for code beside a component without consent.
             HubError: If the Hub or the repository cannot be read.
         """
         options = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if kwargs.get(name) is not None}
         revision = kwargs.get("revision")
         with hub_errors("load", pretrained_model_name, revision=revision):
-            index = snapshot_download(
-                pretrained_model_name, revision=revision, allow_patterns=["model_index.json"], **options
-            )
-            held = read_json(Path(index) / "model_index.json")
-            if not isinstance(held, dict):
-                raise ValueError(f"model_index.json of {pretrained_model_name!r} is no object; it is no pipeline.")
-            named = [name for name, value in held.items() if is_component(value)]
+            index = snapshot_download(pretrained_model_name, revision=revision, allow_patterns=[INDEX], **options)
+            named = named_components(Path(index, INDEX))
             # A training run leaves more in its folder than the pipeline.
-            patterns = ["model_index.json", *(f"{name}/*" for name in named)]
-            return snapshot_download(pretrained_model_name, revision=revision, allow_patterns=patterns, **options)
+            patterns = [INDEX, *(f"{name}/*" for name in named)]
+            folder = snapshot_download(pretrained_model_name, revision=revision, allow_patterns=patterns, **options)
+        if not kwargs.get("trust_remote_code"):
+            refuse_code(Path(folder), named)
+        return folder
 
 
 def own_pipeline_class(

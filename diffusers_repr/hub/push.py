@@ -199,12 +199,12 @@ def _pipeline_names(tree: ast.Module) -> dict[str, int]:
     found: dict[str, int] = {}
     for node in _top_level(tree.body):
         if isinstance(node, ast.ClassDef):
-            bases = [_last_name(base) for base in node.bases]
+            bases = [_name_of(base) for base in node.bases]
             if any(base in found or base.endswith("Pipeline") for base in bases):
                 found[node.name] = node.lineno
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in _OTHER_PIPELINES:
             found.update({a.asname or a.name: node.lineno for a in node.names if a.name.endswith("Pipeline")})
-        elif isinstance(node, ast.Assign) and _last_name(node.value) in found:
+        elif isinstance(node, ast.Assign) and _name_of(node.value) in found:
             found.update({target.id: node.lineno for target in node.targets if isinstance(target, ast.Name)})
     return found
 
@@ -222,10 +222,10 @@ def _top_level(body: list[ast.stmt]) -> list[ast.stmt]:
     return statements
 
 
-def _last_name(node: ast.expr) -> str:
+def _name_of(node: ast.expr) -> str:
     """`C` of `a.b.C` and of `C`; "" of anything else."""
     if isinstance(node, ast.Subscript):
-        return _last_name(node.value)
+        return _name_of(node.value)
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""

@@ -25,7 +25,7 @@ from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
 {cls} = get_class_from_dynamic_module(
     "{repo_id}", "{stem}.py", class_name="{cls}",
-    trust_remote_code=True,  # runs the file: read it first
+    trust_remote_code=True,  # runs the file: read it first; diffusers before 0.38 has no such argument
     revision="<commit>",  # and pin what you have read
 )
 pipe.scheduler = {cls}.from_pretrained("{repo_id}")

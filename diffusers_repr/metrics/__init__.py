@@ -6,14 +6,19 @@ from diffusers_repr.metrics.encoding import Encoded, encode_images
 from diffusers_repr.metrics.frechet import frechet_distance
 from diffusers_repr.metrics.gather import gather_rows, own_rows
 from diffusers_repr.metrics.generation import measure_generation
+from diffusers_repr.metrics.miou import ConfusionMatrix, mean_iou
 from diffusers_repr.metrics.precision_recall import PrecisionRecall, precision_recall
 from diffusers_repr.metrics.record import MetricRecord, UnlikeRecordsError, compare
+from diffusers_repr.metrics.uncertainty import EnsembleSums, certain_rows, image_scores, jensen_shannon
 
 __all__ = [
+    "ConfusionMatrix",
     "Encoded",
+    "EnsembleSums",
     "MetricRecord",
     "PrecisionRecall",
     "UnlikeRecordsError",
+    "certain_rows",
     "cka",
     "cknna",
     "compare",
@@ -21,6 +26,9 @@ __all__ = [
     "encode_images",
     "frechet_distance",
     "gather_rows",
+    "image_scores",
+    "jensen_shannon",
+    "mean_iou",
     "measure_generation",
     "neighbour_graph",
     "own_rows",

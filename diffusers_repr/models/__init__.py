@@ -1,8 +1,16 @@
 """Networks that diffusers lacks; plain torch and diffusers, so each saves, loads and is pushed like theirs."""
 
 from diffusers_repr.models.class_token import ClassTokenHead
+from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.sit import SiTTransformer2DModel
 
-__all__ = ["ClassTokenHead", "JointViTModel", "NoisyClassifier", "SiTTransformer2DModel", "describe_process"]
+__all__ = [
+    "ClassTokenHead",
+    "FeatureAdapters",
+    "JointViTModel",
+    "NoisyClassifier",
+    "SiTTransformer2DModel",
+    "describe_process",
+]

@@ -143,6 +143,21 @@ def block_numbers(weights: Iterable[str], stack: str) -> list[int]:
     return [int(number) for number in found]
 
 
+def heads_of(width: int, known: Mapping[int, int]) -> int:
+    """Attention heads of a network of some width, by the named sizes of its kind.
+
+    Raises:
+        ValueError: For a width of no named size.
+    """
+    if width not in known:
+        sizes = ", ".join(f"{size} ({heads})" for size, heads in known.items())
+        raise ValueError(
+            f"Shapes do not tell the heads of a network of width {width}; give num_attention_heads. Known widths: "
+            f"{sizes}."
+        )
+    return known[width]
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -170,6 +185,7 @@ __all__ = [
     "block_numbers",
     "check_tensor_names",
     "check_weights",
+    "heads_of",
     "read_checkpoint",
     "select_weights",
     "some_of",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffusers_repr.hub.components import check_config
-from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
+from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, heads_of, some_of
 from diffusers_repr.models.class_token import without_class_token
 from diffusers_repr.models.convert_relatives import RelativeParts, split_relatives
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
@@ -124,11 +124,8 @@ def _present_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
         return dict(weights), []
     depth = max(block_numbers(weights, "blocks"), default=-1) + 1
 
-    def present(key: str) -> str:
-        if not key.startswith("decoder_blocks."):
-            return key
-        _, number, rest = key.split(".", 2)
-        return f"blocks.{int(number) + depth}.{rest}"
+    def present(key: str) -> str:  # a key without a number stays, and is told as unknown
+        return re.sub(r"^decoder_blocks\.(\d+)(?=\.)", lambda found: f"blocks.{int(found[1]) + depth}", key)
 
     note = f"An early checkpoint of REPA: its decoder_blocks are the blocks from {depth} on."
     return {present(key): value for key, value in weights.items()}, [note]
@@ -196,13 +193,7 @@ def _sample_size(positions: Tensor | None, patch: int) -> int:
 def _heads(weights: Mapping[str, Tensor], width: int, qk_norm: bool) -> int:
     if qk_norm:
         return width // weights["blocks.0.attn.q_norm.weight"].shape[0]
-    if width not in ATTENTION_HEADS:
-        known = ", ".join(f"{size} ({heads})" for size, heads in ATTENTION_HEADS.items())
-        raise ValueError(
-            f"Shapes do not tell the heads of a network of width {width}; give num_attention_heads. Known widths: "
-            f"{known}."
-        )
-    return ATTENTION_HEADS[width]
+    return heads_of(width, ATTENTION_HEADS)
 
 
 def _names(config: Mapping[str, Any]) -> dict[str, str]:

@@ -60,11 +60,11 @@ def convert_joint_vit(
     if "num_attention_heads" not in overrides:
         notes.append(
             f"Shapes do not tell the heads: {config['num_attention_heads']}, as the code has it at this width "
-            "(--config '{\"num_attention_heads\": ...}' says otherwise)."
+            "(--model_config '{\"num_attention_heads\": ...}' says otherwise)."
         )
     if "modulate_mlp" not in overrides:
         notes.append(
-            "Taken as trained with the code's default --ffnt 1: the time acts before the MLPs too (--config "
+            "Taken as trained with the code's default --ffnt 1: the time acts before the MLPs too (--model_config "
             "'{\"modulate_mlp\": false}' says otherwise)."
         )
     scheduler = {"beta_schedule": "squaredcos_cap_v2", **_timesteps(weights.get("betas"))}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.hub.components import check_config
-from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
+from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, heads_of, some_of
 
 # Width -> heads, of the networks in the authors' code (small, base) and in REPA's (large too).
 ATTENTION_HEADS = {384: 12, 768: 12, 1024: 16}
@@ -120,19 +120,13 @@ def _config(own: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
     side = math.isqrt(own["pos_embed"].shape[1] - 1)
     if side * side != own["pos_embed"].shape[1] - 1:
         raise ValueError(f"pos_embed has {own['pos_embed'].shape[1]} places, no square and one.")
-    if heads is None and width not in ATTENTION_HEADS:
-        known = ", ".join(f"{size} ({count})" for size, count in ATTENTION_HEADS.items())
-        raise ValueError(
-            f"Shapes do not tell the heads of a network of width {width}; give num_attention_heads. Known widths: "
-            f"{known}."
-        )
     hidden = own["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in own else 4 * width
     return {
         "architectures": ["ViTModel"],
         "model_type": "vit",
         "hidden_size": width,
         "num_hidden_layers": max(block_numbers(own, "blocks"), default=-1) + 1,
-        "num_attention_heads": heads or ATTENTION_HEADS[width],
+        "num_attention_heads": heads or heads_of(width, ATTENTION_HEADS),
         "intermediate_size": hidden,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,

@@ -14,7 +14,7 @@ class ClassifierOutput(BaseOutput):
     """What a classifier gives.
 
     Attributes:
-        logits: Of the classes, `(B, K)`.
+        logits: Of the classes, `(B, K)`; of an ensemble of classifiers of pixels `(B, E, K, H, W)`.
     """
 
     logits: Tensor

@@ -273,7 +273,7 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
         # Under autocast the residual stream is float32, as in the papers' code. Else the dtype is that of the tokens:
         # a buffer that is not saved stays float32 where a model is loaded in half precision.
         kind = tokens.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # none on the meta device
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which has none, and would refuse to say so
         return table.to(torch.promote_types(tokens.dtype, torch.float32) if autocast else tokens.dtype)
 
     def _token(self, value: Tensor, tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.hub.components import check_config, check_weight_files
 from diffusers_repr.hub.files import read_json
+from diffusers_repr.hub.loading_arguments import loading_arguments
 from diffusers_repr.hub.schema import printable, shown
 
 _STEM = "diffusion_pytorch_model"
@@ -59,7 +60,9 @@ class CheckedWeights:
             check_saved(cls, Path(name) / inside, kwargs.get("variant"))
         with_info = kwargs.pop("output_loading_info", False)
         loader: Any = super()
-        model, info = loader.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = loader.from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **loading_arguments(kwargs)
+        )
         if not cast:
             folder = None if local else _cached(name, inside, kwargs)
             if folder is not None:

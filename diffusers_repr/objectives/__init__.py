@@ -1,6 +1,7 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, PipelineArtifact
+from diffusers_repr.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective
 from diffusers_repr.objectives.auxiliary import (
     AlignmentLoss,
     AttentionAlignmentLoss,
@@ -14,7 +15,10 @@ from diffusers_repr.objectives.auxiliary import (
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.classifier_config import ClassifierConfig
+from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
+from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
@@ -28,15 +32,23 @@ __all__ = [
     "AlignmentLoss",
     "Artifact",
     "AttentionAlignmentLoss",
+    "AutoencoderConfig",
+    "AutoencoderObjective",
     "AuxiliaryLoss",
     "Batch",
     "CachedFeatures",
     "ClassifierBase",
     "ClassifierConfig",
     "ClassifierObjective",
+    "CleanDIFTConfig",
+    "CleanDIFTObjective",
+    "ContrastiveConfig",
+    "ContrastiveObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "FixedArtifact",
+    "HyperfeaturesConfig",
+    "HyperfeaturesObjective",
     "ModelArtifact",
     "NoisyBatch",
     "Objective",
@@ -57,6 +69,9 @@ __all__ = [
     "TimeSampler",
     "alignment_loss",
     "build_repa",
+    "keypoint_infonce",
     "load_heads",
+    "noise_robustness",
+    "strata_timesteps",
     "weighted_sum",
 ]

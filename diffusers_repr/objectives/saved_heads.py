@@ -32,7 +32,7 @@ def load_heads(
     """Take over the trained heads of an earlier run: those of the same name, class, shape and encoder.
 
     The projectors of a converted checkpoint are numbered; they are taken in the order of the encoders, where there are
-    as many. Heads that start anew are named in one warning.
+    as many. Heads that start anew beside saved ones are named in one warning; a base without heads has none to go on.
 
     Args:
         objective: Of the new run, before it is prepared.
@@ -63,7 +63,7 @@ def load_heads(
             continue
         _load(folder / sources[name], head.module)
         _logger.info("%s goes on from %s.", name, folder / sources[name])
-    if fresh:
+    if fresh and there:
         reasons = "; ".join(f"{name}: {why}" for name, why in fresh.items())
         warnings.warn(f"{str(id_or_folder)!r} goes on with heads that start anew ({reasons}).", stacklevel=2)
     return fresh

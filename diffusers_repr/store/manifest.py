@@ -32,11 +32,25 @@ def recipe_differences(old: Any, new: Any, at: str = "") -> list[str]:
     Example:
         >>> recipe_differences({"seed": 0, "data": {"rows": 5}}, {"seed": 1, "data": {"rows": 5}})
         ['seed: 0 -> 1']
+        >>> recipe_differences({"sigma": [0.09096876049468036]}, {"sigma": [0.5]})
+        ['sigma: [0.0909688] -> [0.5]']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in recipe_differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
-    return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
+    if old == new:
+        return []
+    there, now = json.dumps(_rounded(old)), json.dumps(_rounded(new))
+    return [f"{at}: {there} -> {now}" if there != now else f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers of six digits, for people, in all depths."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def manifest_schema(required: Mapping[str, Check]) -> Check:

@@ -190,7 +190,7 @@ def _write_all(plan: Plan, todo: Sequence[int], state: Any) -> None:
     total = sum(stop - start for start, stop in spans)
     batches = plan.rows(spans)
     silent = not (plan.progress and state.is_main_process and todo)
-    with progress_bar(total, what, " images", shown=not silent) as bar:
+    with progress_bar(total, what, "image", shown=not silent) as bar:
         for shard, (start, stop) in zip(todo, spans, strict=True):
             try:
                 _write_one(plan, shard, batches, stop - start, bar)

@@ -108,7 +108,7 @@ def measure_alignment(
         seed=seed,
     )
     check_which(features)
-    splits = _open_splits(measures, data, test, samples, seed)
+    splits = open_compared(measures, data, test, samples, seed)
     condition = {"prompt": prompt, "class_labels": class_labels}
 
     def encode(pixels: Tensor) -> Tensor:
@@ -254,9 +254,21 @@ def make_measures(metrics: Sequence[str | Measure] | str | Measure, **settings: 
     return measures
 
 
-def _open_splits(
+def open_compared(
     measures: Sequence[Measure], data: Any, test: Any, samples: int | None, seed: int
 ) -> dict[str, Split]:
+    """`train`, and `held` where a measure scores on other images; no image is read.
+
+    Args:
+        measures: What is measured.
+        data: As in `measure_alignment`, and the rest.
+        test: Images that probes are measured on.
+        samples: As many of `data`.
+        seed: That draws them.
+
+    Raises:
+        ValueError, TypeError: For data that do not suit the measures.
+    """
     labelled = any(measure.needs_labels for measure in measures)
     scored = any("held" in measure.roles for measure in measures)
     if scored and test is None:
@@ -310,20 +322,30 @@ def _recipe(
     size: tuple[int, int],
 ) -> dict[str, Any]:
     """What was compared, on which images."""
-    from diffusers_repr import __version__
-
-    base = base_record(denoiser, weights=True)
     resized = encoder.source.size(reads["train"].image_size)
     data = {
         role: {"name": split.images.name, "samples": len(split), "images_hash": reads[role].images_hash}
         for role, split in splits.items()
     }
     return {
-        "model": {"name": base.name, "revision": base.revision, "class": base.model_class, "weights": base.weights},
+        "model": model_record(denoiser),
         "encoder": encoder.fingerprint(),
         "data": data["train"],
         "test": data.get("held"),
         "resize": f"{size[0]}x{size[1]} to {resized[0]}x{resized[1]} for the encoder",
         "image_size": list(size),
-        "backend": {"name": "diffusers-repr", "version": __version__},
+        "backend": backend_record(),
     }
+
+
+def model_record(denoiser: Denoiser) -> dict[str, Any]:
+    """Which model was measured, with a hash of its weights."""
+    base = base_record(denoiser, weights=True)
+    return {"name": base.name, "revision": base.revision, "class": base.model_class, "weights": base.weights}
+
+
+def backend_record() -> dict[str, str]:
+    """What measured."""
+    from diffusers_repr import __version__
+
+    return {"name": "diffusers-repr", "version": __version__}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers_repr.hub.schema import Check, anything, integer, listing, mapping, number, optional, record, text
 from diffusers_repr.sweep.align_curves import draw_comparison
-from diffusers_repr.sweep.result import CELL, NAME, Cell, SweepResult
+from diffusers_repr.sweep.result import CELL, NAME, Cell, DrawnResult
 
 _CELL = record({**CELL, "model": NAME, "encoder": NAME, "score": optional(number())})
 _MODEL = record(
@@ -52,7 +50,7 @@ class ComparisonCell(Cell):
 
 
 @dataclass(frozen=True)
-class AlignmentComparison(SweepResult):
+class AlignmentComparison(DrawnResult):
     """The result of `compare_alignments`.
 
     Attributes:
@@ -130,19 +128,6 @@ class AlignmentComparison(SweepResult):
         other encoders' own scores against this one.
         """
         return draw_comparison(self)
-
-    def save(self, folder: str | os.PathLike[str], plot: bool = True) -> Path:
-        """Write `alignments.json` and `alignments.png` into a folder.
-
-        Args:
-            folder: Made if missing; files of these names are replaced together, when both are whole.
-            plot: Whether to draw the picture.
-
-        Raises:
-            ImportError: If matplotlib is missing; the numbers are written before.
-            OSError: If the disk is full; what was in the folder stays as it was, and saving again may succeed.
-        """
-        return self._save(folder, {}, ("alignments.png", self.plot) if plot else None)
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any], at: str) -> AlignmentComparison:

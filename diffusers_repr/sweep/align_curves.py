@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from diffusers_repr.hub.places import short_name
 from diffusers_repr.pictures.figure import png_of, require_matplotlib
 
 _LEGEND = 10  # up to as many models have their name beside the curves
@@ -73,7 +74,7 @@ def comparison_figure(found: Compared) -> Any:
         for axis in (left, right):
             _other_encoders(axis, found, encoder)
             axis.grid(alpha=0.3)
-        left.set_ylabel(f"{name} with\n{_short(encoder)}", fontsize=8)
+        left.set_ylabel(f"{name} with\n{short_name(encoder)}", fontsize=8)
     axes[0][0].set_title("by depth, at each model's best noise level", fontsize=9)
     axes[0][1].set_title("best layer and level of each model", fontsize=9)
     if len(found.models) <= _LEGEND:
@@ -128,16 +129,11 @@ def _other_encoders(axis: Any, found: Compared, encoder: str) -> None:
         if score is not None:
             axis.axhline(score, color="0.35", ls="--", lw=0.9)
             place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (-3, 2)}
-            axis.annotate(_short(other), (1, score), **place, ha="right", fontsize=7, color="0.35")
+            axis.annotate(short_name(other), (1, score), **place, ha="right", fontsize=7, color="0.35")
 
 
 def _has_steps(found: Compared) -> bool:
     return all(about["step"] is not None for about in found.models.values())
-
-
-def _short(name: str) -> str:
-    """An encoder's name without the folders before it."""
-    return name.rsplit("/", 1)[-1]
 
 
 def _millions(count: int) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.encoders import Encoder
@@ -24,7 +23,9 @@ from diffusers_repr.metrics.encoding import Which, check_which, pick
 from diffusers_repr.noise import LevelLike
 from diffusers_repr.sweep.align import (
     Swept,
+    backend_record,
     make_measures,
+    model_record,
     open_split,
     resolve_timesteps,
     sweep_denoiser,
@@ -145,7 +146,8 @@ def compare_alignments(
             (key, {f"{base.name} of {label} with {n}": s for n, s in of.items()}) for key, of in swept.scores.items()
         ]
         warn_undefined(dict(named))
-        about[label] = {**_about(denoiser), "step": told[label]}
+        parameters = sum(parameter.numel() for parameter in denoiser.model.parameters())
+        about[label] = {"parameters": parameters, **model_record(denoiser), "step": told[label]}
         between = between or _between(measures, swept.bench)
         images[label] = {"hash": swept.reads["train"].images_hash, "size": list(swept.size)}
     recipe = {
@@ -227,17 +229,6 @@ def _cells(label: str, measures: Sequence[_Against], swept: Swept) -> list[Compa
     ]
 
 
-def _about(denoiser: Denoiser) -> dict[str, Any]:
-    base = base_record(denoiser, weights=True)
-    return {
-        "parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
-        "name": base.name,
-        "revision": base.revision,
-        "class": base.model_class,
-        "weights": base.weights,
-    }
-
-
 def _between(measures: Sequence[_Against], bench: Bench) -> dict[str, dict[str, float | None]]:
     """Encoder -> other encoder -> score of the other's features."""
     found: dict[str, dict[str, float | None]] = {}
@@ -254,14 +245,12 @@ def _between(measures: Sequence[_Against], bench: Bench) -> dict[str, dict[str, 
 
 
 def _recipe(split: Split, base: Measure, images: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    from diffusers_repr import __version__
-
     return {
         "data": {"name": split.images.name, "samples": len(split)},
         "images": images,
         "settings": base.describe(),
         "sample_posterior": False,
-        "backend": {"name": "diffusers-repr", "version": __version__},
+        "backend": backend_record(),
     }
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers_repr.hub.components import MAX_SIDE
@@ -25,7 +23,7 @@ from diffusers_repr.hub.schema import (
 from diffusers_repr.metrics.record import MetricRecord
 from diffusers_repr.sweep.measure import MEASURES
 from diffusers_repr.sweep.picture import Panel, draw_sweep
-from diffusers_repr.sweep.result import CELL, NAME, Cell, SweepResult
+from diffusers_repr.sweep.result import CELL, NAME, Cell, DrawnResult
 
 _TITLES = {
     "cknna": "CKNNA",
@@ -78,7 +76,7 @@ class AlignmentCell(Cell):
 
 
 @dataclass(frozen=True)
-class Alignment(SweepResult):
+class Alignment(DrawnResult):
     """The result of `measure_alignment`.
 
     Attributes:
@@ -199,19 +197,6 @@ class Alignment(SweepResult):
     def to_dict(self) -> dict[str, Any]:
         """As of every sweep, with the best cell."""
         return {"best": asdict(self.best) if self._any(self.metrics[0]) else None, **super().to_dict()}
-
-    def save(self, folder: str | os.PathLike[str], plot: bool = True) -> Path:
-        """Write `alignment.json` and `alignment.png` into a folder.
-
-        Args:
-            folder: Made if missing; files of these names are replaced together, when both are whole.
-            plot: Whether to draw the picture.
-
-        Raises:
-            ImportError: If matplotlib is missing; the numbers are written before.
-            OSError: If the disk is full; what was in the folder stays as it was, and saving again may succeed.
-        """
-        return self._save(folder, {}, ("alignment.png", self.plot) if plot else None)
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any], at: str) -> Alignment:

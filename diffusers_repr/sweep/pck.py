@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.image_pairs import ImagePairs, PairPoints
 from diffusers_repr.data.labelled import ImageRows
-from diffusers_repr.data.pairs import ImagePairs, PairPoints
 from diffusers_repr.denoiser import Layer
 from diffusers_repr.metrics.cosine_map import CosineMap, sample_map
 from diffusers_repr.metrics.gather import failing_together

@@ -130,10 +130,10 @@ _LEVEL = "timestep\nnoise-to-signal ratio"
 
 
 def _level_names(levels: Mapping[float, Cell], panel: Panel) -> list[str]:
-    return [f"{t:g}" if panel.clean else f"{t:g}\n{_short(c.nsr)}" for t, c in levels.items()]
+    return [f"{t:g}" if panel.clean else f"{t:g}\n{_ratio(c.nsr)}" for t, c in levels.items()]
 
 
-def _short(nsr: float) -> str:
+def _ratio(nsr: float) -> str:
     return f"{nsr:.2f}" if nsr < 10 else f"{nsr:.3g}"
 
 

@@ -131,6 +131,27 @@ class SweepResult(ABC):
         return cls._from_dict(data, str(path))
 
 
+class DrawnResult(SweepResult):
+    """A sweep that is saved as numbers and one picture, `<kind>.json` and `<kind>.png`."""
+
+    @abstractmethod
+    def plot(self) -> bytes:
+        """PNG; needs matplotlib."""
+
+    def save(self, folder: str | os.PathLike[str], plot: bool = True) -> Path:
+        """Write the numbers and the picture into a folder: `alignment.json` and `.png`, of several `alignments`.
+
+        Args:
+            folder: Made if missing; files of these names are replaced together, when both are whole.
+            plot: Whether to draw the picture.
+
+        Raises:
+            ImportError: If matplotlib is missing; the numbers are written before.
+            OSError: If the disk is full; what was in the folder stays as it was, and saving again may succeed.
+        """
+        return self._save(folder, {}, (f"{self.kind}.png", self.plot) if plot else None)
+
+
 def tuples(value: Any) -> Any:
     """Lists as tuples, all the way down."""
     return tuple(map(tuples, value)) if isinstance(value, list) else value

@@ -40,6 +40,11 @@ class _Shown:
     unit: str = ""
     in_cell: int = 2
 
+    @property
+    def name(self) -> str:
+        """The title without what stands in brackets."""
+        return self.title.split(" (")[0]
+
 
 _PLAIN = {
     "accuracy": _Shown("validation accuracy (%)", 100, 1, " %", 1),
@@ -195,13 +200,18 @@ class Selection(SweepResult):
         return FeatureExtractor(denoiser, layers, level, noise, **{**settings, **changes})
 
     def __repr__(self) -> str:
-        best = self.best
+        best, (metric, sign) = self.best, self.in_words()
         return (
             f"Selection(best {best.layer!r} at timestep {best.timestep:g}, noise={best.noise!r}: "
-            f"{self.metric} {best.score:.4g},\n"
+            f"{metric} {sign * best.score:.4g},\n"
             f"    {len(self.cells)} cells, {len(self.finalists)} finalists, sets of {', '.join(self.sets) or 'none'}, "
             f"model={self.recipe.get('model')!r})"
         )
+
+    def in_words(self) -> tuple[str, int]:
+        """The metric as people read it, and the sign of scores then: losses, held with a minus, are positive."""
+        shown = _PLAIN.get(self.metric)
+        return (self.metric, 1) if shown is None or shown.factor > 0 else (shown.name, -1)
 
     def heatmap(self) -> bytes:
         """PNG of score by layer (rows, in execution order) and noise level, a panel each policy; needs matplotlib.
@@ -223,8 +233,7 @@ class Selection(SweepResult):
         if best.mean is not None and best.std is not None and len(self.seeds) > 1:
             spread = f"{abs(shown.factor) * best.std:.{shown.digits}f}{shown.unit}"
             value = f"{shown.factor * best.mean:.{shown.digits}f} ± {spread} over {len(self.seeds)} noise seeds"
-        name = shown.title.split(" (")[0]
-        title = f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {name} {value}"
+        title = f"best: {best.layer} at timestep {best.timestep:g} (noise: {best.noise}), {shown.name} {value}"
         style = f"{{:.{shown.in_cell}f}}"
         return draw_sweep(self.cells, panels, title, shown.title, style, lower_is_better=shown.factor < 0)
 

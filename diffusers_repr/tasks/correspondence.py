@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.data.pairs import ImagePairs, PairPoints
+from diffusers_repr.data.image_pairs import ImagePairs, PairPoints
 from diffusers_repr.data.points import check_points
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.source import FeatureSource, require_source

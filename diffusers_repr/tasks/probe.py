@@ -16,10 +16,10 @@ from diffusers_repr.heads import PooledHead
 from diffusers_repr.heads.fitting.protocols import Protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
-from diffusers_repr.tasks import probe_files
+from diffusers_repr.tasks import files
 from diffusers_repr.tasks.base import check_features
+from diffusers_repr.tasks.formats import PROBE
 from diffusers_repr.tasks.images import class_data, join, pooled_features
-from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_extractor
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
 from diffusers_repr.tasks.task import Task
@@ -176,7 +176,7 @@ class Probe(Task):
         """
         if token is not None:
             kwargs["token"] = token
-        head, recipe, denoiser = probe_files.load(id_or_folder, base, revision, base_revision, token, kwargs)
+        head, recipe, denoiser = files.load(PROBE, id_or_folder, base, revision, base_revision, token, kwargs)
         return cls(head, recipe, denoiser, batch_size)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
@@ -193,7 +193,7 @@ class Probe(Task):
             FileExistsError: If the folder holds something else.
             OSError: If the disk is full or the folder cannot be written.
         """
-        probe_files.save(self.head, self.recipe, folder, title)
+        files.save(PROBE, self.head, self.recipe, folder, title)
 
     def push_to_hub(
         self,
@@ -224,7 +224,8 @@ class Probe(Task):
             HubError: If the Hub does not take it.
         """
         recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        return probe_files.push(
+        return files.push(
+            PROBE,
             self.head,
             recipe,
             repo_id,
@@ -252,8 +253,7 @@ class Probe(Task):
             rows = slice(start, start + self.batch_size)
             texts = prompt if isinstance(prompt, (str, type(None))) else list(prompt)[rows]
             output = self.extractor.from_pixels(pixels[rows], prompt=texts, class_labels=class_labels)
-            sizes = {layer: feature.shape[-1] for layer, feature in output.features.items()}
-            check_features(self.recipe, sizes, self.denoiser.name)
+            check_features(self.recipe, self.recipe.sizes(output), self.denoiser.name)
             with torch.no_grad():
                 parts.append(self.head(join(output, self.recipe.layers)))
             if parts[-1].isnan().any():
@@ -327,7 +327,7 @@ class Probe(Task):
         Args:
             title: Heading; where it is a Hub id, the example loads it.
         """
-        return probe_card(self.recipe, type(self.head).__name__, title)
+        return PROBE.card(self.recipe, type(self.head).__name__, title)
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.timestep:g}" for level in self.recipe.levels)

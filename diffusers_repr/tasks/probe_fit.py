@@ -17,16 +17,13 @@ from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.heads import PooledHead, fit_head
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
-from diffusers_repr.hub.base_record import Level
 from diffusers_repr.hub.places import public_name
-from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.sweep.splits import refuse_one_class
 from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, pooled_features
+from diffusers_repr.tasks.levels import PACKAGES, recorded_levels
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
-
-_PACKAGES = ("diffusers-repr", "diffusers", "torch", "transformers")
 
 
 def fit_probe(
@@ -61,11 +58,7 @@ def fit_probe(
         progress_bar: Makes a bar.
     """
     chosen = get_protocol(protocol, head)
-    data = class_data(train, "train")
-    held = None if validation is None else class_data(validation, "validation")
-    names = _names(data, held, label_names)
-    if held is not None:
-        refuse_one_class(held.targets, str(held))
+    data, held, names = open_classes(train, validation, label_names)
     keys: list[str] = []
     held_keys: list[str] = []
     read = (batch_size, *condition, progress_bar)
@@ -95,7 +88,7 @@ def fit_probe(
     recipe = ProbeRecipe(
         base=record_base(extractor.denoiser, sizes, *base),
         layers=tuple(extractor.layers),
-        levels=_levels(extractor, requested),
+        levels=recorded_levels(extractor.levels, requested),
         label_names=tuple(names),
         where=extractor.where,
         noise=extractor.noise.policy,
@@ -114,9 +107,30 @@ def fit_probe(
         protocol=result.protocol,
         train={"dataset": public_name(data.name), "split": data.split, "rows": len(data)},
         scores=tuple(scores),
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
     return result.head, recipe
+
+
+def open_classes(
+    train: Any, validation: Any = None, label_names: Sequence[str] | None = None
+) -> tuple[Labelled, Labelled | None, list[str]]:
+    """Both splits with class ids, checked, and the name of each class; no image is read.
+
+    Args:
+        train: As for `Probe.fit`.
+        validation: As for `Probe.fit`.
+        label_names: As for `Probe.fit`.
+
+    Raises:
+        ValueError, TypeError: For data or labels that a probe cannot learn from, or be scored on.
+    """
+    data = class_data(train, "train")
+    held = None if validation is None else class_data(validation, "validation")
+    names = _names(data, held, label_names)
+    if held is not None:
+        refuse_one_class(held.targets, str(held))
+    return data, held, names
 
 
 def make_extractor(source: Any, selection: Selection | None, use: str, settings: dict[str, Any]) -> FeatureExtractor:
@@ -143,21 +157,6 @@ def make_extractor(source: Any, selection: Selection | None, use: str, settings:
     require_images(extractor.denoiser, "Probes")
     pooled_size(extractor.pooling)  # refuses maps
     return extractor
-
-
-def _levels(extractor: FeatureExtractor, asked: Any) -> tuple[Level, ...]:
-    requests = list(asked) if isinstance(asked, (list, tuple, range)) else [asked]
-    if asked is None:
-        requests = [level.timestep for level in extractor.levels]
-    levels = []
-    for level, request in zip(extractor.levels, requests, strict=True):
-        if isinstance(request, NoiseLevel) and not request.resolved:
-            fields = {k: v for k in ("timestep", "nsr", "half_log_snr") if (v := getattr(request, k)) is not None}
-        else:
-            fields = {"timestep": level.timestep}
-        values = {k: float(v) for k, v in fields.items()}
-        levels.append(Level(values, float(level.timestep), float(level.nsr)))
-    return tuple(levels)
 
 
 def _names(data: Labelled, held: Labelled | None, given: Sequence[str] | None) -> list[str]:

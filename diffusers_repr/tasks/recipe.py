@@ -1,21 +1,19 @@
-"""What a probe must know besides its weights to give the same answer elsewhere; written to `probe.json`."""
+"""What a task must know besides its weights to give the same answer elsewhere: `probe.json` and the like."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.features import FeatureExtractor
+from diffusers_repr.features import FeatureExtractor, FeatureOutput
 from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
-from diffusers_repr.hub.schema import shown
+from diffusers_repr.hub.schema import Check, shown
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.recipe_schema import BASE, recipe_schema
-
-FORMAT = "diffusers_repr.probe/1"
+from diffusers_repr.tasks.recipe_schema import BASE, POOLING, SEGMENTATION, recipe_schema
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Score:
     """One measured number.
 
     Attributes:
-        name: `accuracy` or `balanced_accuracy`.
+        name: Such as `accuracy` or `mean_iou`.
         value: In 0..1.
         dataset: Its name.
         split: Its split.
@@ -38,8 +36,10 @@ class Score:
 
 
 @dataclass(frozen=True)
-class ProbeRecipe:
-    """Everything between an image and the head.
+class TaskRecipe:
+    """Everything between an image and the head of a task.
+
+    A task's own recipe subclasses it, adds fields with their checks and names its file and format.
 
     Attributes:
         base: The model.
@@ -50,7 +50,6 @@ class ProbeRecipe:
         noise: Noise policy.
         seed: Of the noise and of fitting.
         ensemble_size: Noise draws an image.
-        pooling: `mean`, `max` or `adaptive:P`.
         image_size: (H, W) in pixels to which every image is resized.
         preprocessing: How, in words.
         sample_posterior: How the VAE's latents are drawn; as in `FeatureExtractor`.
@@ -62,6 +61,11 @@ class ProbeRecipe:
         versions: Of the libraries.
     """
 
+    NOUN: ClassVar[str] = "task"  # what it is called in messages
+    FILE: ClassVar[str] = "task.json"
+    FORMAT: ClassVar[str] = "diffusers_repr.task/1"
+    OWN: ClassVar[Mapping[str, Check]] = {}  # the checks of a subclass's fields
+
     base: BaseRecord
     layers: tuple[str, ...]
     levels: tuple[Level, ...]
@@ -70,7 +74,6 @@ class ProbeRecipe:
     noise: str
     seed: int
     ensemble_size: int
-    pooling: str
     image_size: tuple[int, int]
     preprocessing: Mapping[str, Any]
     sample_posterior: SamplePosterior
@@ -80,6 +83,22 @@ class ProbeRecipe:
     train: Mapping[str, Any]
     scores: tuple[Score, ...]
     versions: Mapping[str, str]
+
+    @property
+    def pooled(self) -> str | None:
+        """How features are pooled; None where the head takes maps."""
+        return None
+
+    @property
+    def foreign(self) -> str | None:
+        """Class of the source of features, where that is no `FeatureExtractor` and the recipe does not hold it."""
+        return None
+
+    def sizes(self, output: FeatureOutput) -> dict[str, int]:
+        """Layer -> values of its feature: of a vector, or of each place of a map."""
+        if self.pooled is None:
+            return {layer: output.as_map(layer).shape[-3] for layer in output.features}
+        return {layer: feature.shape[-1] for layer, feature in output.features.items()}
 
     def extractor(self, denoiser: Denoiser, **changes: Any) -> FeatureExtractor:
         """The `FeatureExtractor` that gives a denoiser's features as the head expects them.
@@ -95,7 +114,7 @@ class ProbeRecipe:
             "timestep": wanted if len(wanted) > 1 else wanted[0],
             "noise": self.noise,
             "ensemble_size": self.ensemble_size,
-            "pooling": self.pooling,
+            "pooling": self.pooled,
             "seed": self.seed,
             "where": self.where,
             "image_size": self.image_size,
@@ -103,13 +122,13 @@ class ProbeRecipe:
         }
         return FeatureExtractor(denoiser, **{**settings, **changes})
 
-    def with_scores(self, scores: Sequence[Score]) -> ProbeRecipe:
+    def with_scores(self, scores: Sequence[Score]) -> Self:
         """A copy in which these scores replace those of the same name, data set and split."""
         new = {(s.name, s.dataset, s.split): s for s in scores}
         kept = [s for s in self.scores if (s.name, s.dataset, s.split) not in new]
         return replace(self, scores=(*kept, *scores))
 
-    def with_base(self, name: str, revision: str | None = None) -> ProbeRecipe:
+    def with_base(self, name: str, revision: str | None = None) -> Self:
         """A copy whose base is the Hub id `name`."""
         return replace(self, base=replace(self.base, name=name, local=False, revision=revision, commit=None))
 
@@ -117,23 +136,26 @@ class ProbeRecipe:
         """Plain values, for JSON; infinity as the text `inf`."""
         plain = asdict(self)
         plain["base"] = {name: plain["base"][name] for name in BASE}
-        return {"format": FORMAT, **_finite(plain)}
+        return {"format": self.FORMAT, **_finite(plain)}
 
     @classmethod
-    def from_dict(cls, data: Any, source: str = "probe.json") -> ProbeRecipe:
+    def from_dict(cls, data: Any, source: str | None = None) -> Self:
         """Read what `to_dict` gave.
 
         Raises:
             ValueError: If it is no recipe of this format; names `source` and the field.
         """
-        if not isinstance(data, dict) or not str(data.get("format", "")).startswith("diffusers_repr.probe/"):
-            raise ValueError(f"{source} is no probe's recipe: its format must be {FORMAT!r}.")
-        if data["format"] != FORMAT:
+        source = source or cls.FILE
+        family = cls.FORMAT.partition("/")[0]
+        if not isinstance(data, dict) or not str(data.get("format", "")).startswith(f"{family}/"):
+            raise ValueError(f"{source} is no {cls.NOUN}'s recipe: its format must be {cls.FORMAT!r}.")
+        if data["format"] != cls.FORMAT:
             raise ValueError(
-                f"{source} has the format {shown(data['format'])}; this version reads {FORMAT!r}. Upgrade."
+                f"{source} has the format {shown(data['format'])}; this version reads {cls.FORMAT!r}. Upgrade."
             )
+        check = recipe_schema(Score, cls.OWN)
         try:
-            fields = _SCHEMA({k: v for k, v in data.items() if k != "format"}, "probe.json")
+            fields = check({k: v for k, v in data.items() if k != "format"}, cls.FILE)
         except ValueError as error:
             raise ValueError(f"{source} is damaged or was edited ({error}). Take it from its source again.") from error
         fields["base"] = BaseRecord(**fields["base"])
@@ -143,7 +165,49 @@ class ProbeRecipe:
         return cls(**fields)
 
 
-_SCHEMA = recipe_schema(Score)
+@dataclass(frozen=True)
+class ProbeRecipe(TaskRecipe):
+    """Everything between an image and the head of a probe, whose features are one vector an image.
+
+    Attributes:
+        pooling: `mean`, `max` or `adaptive:P`.
+    """
+
+    NOUN: ClassVar[str] = "probe"
+    FILE: ClassVar[str] = "probe.json"
+    FORMAT: ClassVar[str] = "diffusers_repr.probe/1"
+    OWN: ClassVar[Mapping[str, Check]] = POOLING
+
+    pooling: str
+
+    @property
+    def pooled(self) -> str | None:
+        """As `pooling`."""
+        return self.pooling
+
+
+@dataclass(frozen=True)
+class SegmentationRecipe(TaskRecipe):
+    """Everything between an image and the head of a segmenter, whose features are maps.
+
+    Attributes:
+        ignore_index: Id of pixels of no class in the masks it was fitted on; None: there were none.
+        source: Class of the `FeatureSource` that is not a `FeatureExtractor`: it must be given again when the task is
+            loaded, and levels, noise and layers are its own. None: a `FeatureExtractor` with these settings.
+    """
+
+    NOUN: ClassVar[str] = "segmenter"
+    FILE: ClassVar[str] = "segmentation.json"
+    FORMAT: ClassVar[str] = "diffusers_repr.segmentation/1"
+    OWN: ClassVar[Mapping[str, Check]] = SEGMENTATION
+
+    ignore_index: int | None
+    source: str | None
+
+    @property
+    def foreign(self) -> str | None:
+        """As `source`."""
+        return self.source
 
 
 def _finite(value: Any) -> Any:
@@ -154,3 +218,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
+
+
+__all__ = ["ProbeRecipe", "Score", "SegmentationRecipe", "TaskRecipe"]

@@ -1,4 +1,4 @@
-"""What may stand in `probe.json`: every field with its bounds, checked before anything is made of it."""
+"""What may stand in a task's recipe: every field with its bounds, checked before anything is made of it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,20 @@ _LEVEL = either(one_of("inf", "-inf"), number())
 _NAME = text(1000, pattern=r"(?!\\\\|//)[^\x00-\x1f\x7f]+", what="a folder or a Hub id")
 
 
-def recipe_schema(score: type) -> Check:
-    """The check of a probe's recipe, its `format` left out.
+# What recipes of single tasks have beside what all have.
+POOLING: dict[str, Check] = {"pooling": text(20, pattern=VECTORS, what=POOLINGS)}
+SEGMENTATION: dict[str, Check] = {
+    "ignore_index": optional(integer(-(1 << 31), (1 << 31) - 1)),
+    "source": optional(text(200, pattern=r"[A-Za-z_]\w*", what="the name of a class")),
+}
+
+
+def recipe_schema(score: type, own: Mapping[str, Check]) -> Check:
+    """The check of a task's recipe, its `format` left out.
 
     Args:
         score: The dataclass of a score; its fields with defaults may be missing.
+        own: Checks of the fields that this task's recipe has beside those of all.
     """
     measured = record(
         {
@@ -62,7 +71,6 @@ def recipe_schema(score: type) -> Check:
         "noise": one_of(*get_args(Policy)),
         "seed": integer(-(1 << 63), (1 << 64) - 1),
         "ensemble_size": integer(1, MAX_ENSEMBLE),
-        "pooling": text(20, pattern=VECTORS, what=POOLINGS),
         "image_size": listing(_SIZE, 2, 2),
         "preprocessing": mapping(anything(4, 1000), 0, 100),
         "sample_posterior": either(boolean(), one_of("per_member")),
@@ -72,6 +80,7 @@ def recipe_schema(score: type) -> Check:
         "train": _train,
         "scores": listing(measured, 0, 10_000),
         "versions": mapping(text(200), 0, 100),
+        **own,
     }
     check = record(fields)
 
@@ -99,7 +108,7 @@ def _level(value: Any, at: str) -> dict[str, Any]:
     return {"requested": asked, "timestep": level["timestep"], "nsr": nsr}
 
 
-# What a probe keeps of its base.
+# What a task keeps of its base.
 BASE: dict[str, Check] = {
     "name": optional(_NAME),
     "local": boolean(),
@@ -144,4 +153,4 @@ def _train(value: Any, at: str) -> Mapping[str, Any]:
     return mapping(anything(4, 10_000), 0, 100)(value, at)
 
 
-__all__ = ["BASE", "MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "recipe_schema"]
+__all__ = ["BASE", "MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "POOLING", "SEGMENTATION", "recipe_schema"]

@@ -37,6 +37,7 @@ class Log:
         self.config, self.accelerator = config, accelerator
         self.path = Path(config.output_dir) / "loss.jsonl"
         self.lines = read_log(self.path, step)
+        self.losses: list[str] = []  # names of those of the phases
         accelerator.wait_for_everyone()  # all have read what the first now writes
         if accelerator.is_main_process:
             atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -47,11 +48,12 @@ class Log:
 
     def write(self, run: Run, means: Mapping[str, float], images_per_second: float) -> None:
         """Add a line for the steps since the last one."""
-        progress = run.progress
+        progress, phases = run.progress, run.objective.phases
+        self.losses = ["loss"] if len(phases) == 1 else [f"{phase}_loss" for phase in phases]
         line = {
             "step": progress.step,
-            "loss": means.get("loss"),
-            **{name: value for name, value in means.items() if name != "loss"},
+            **{name: means.get(name) for name in self.losses},
+            **{name: value for name, value in means.items() if name not in self.losses},
             "learning_rate": learning_rate(self.config, progress.step - 1),
             "skipped": progress.skipped,
             "images_per_second": round(images_per_second, 1),
@@ -67,9 +69,9 @@ class Log:
     def summary(self) -> str:
         """The last line, for the progress bar."""
         line = self.lines[-1]
-        loss = next((v for k, v in line.items() if k.endswith("loss") and v is not None), None)
-        shown = "none" if loss is None else f"{loss:.4f}"
-        return f"loss={shown}, images/s={line['images_per_second']:.0f}, skipped={line['skipped']}"
+        losses = [(name, line[name]) for name in self.losses]
+        shown = ", ".join(f"{name}={'none' if value is None else f'{value:.4f}'}" for name, value in losses)
+        return f"{shown}, images/s={line['images_per_second']:.0f}, skipped={line['skipped']}"
 
     def close(self) -> None:
         """End the trackers."""

@@ -22,13 +22,14 @@ from diffusers_repr.training.checks import (
     check_place,
     check_result,
     check_services,
+    check_train_data,
     warn_of_skipped,
 )
 from diffusers_repr.training.config import TrainingConfig, recipe_of
 from diffusers_repr.training.dry_run import describe_run
 from diffusers_repr.training.evaluation import Evaluate, Evaluations, validate
 from diffusers_repr.training.logs import Log
-from diffusers_repr.training.lora import add_lora
+from diffusers_repr.training.lora import add_lora, not_apart
 from diffusers_repr.training.result import save_result, write_card
 from diffusers_repr.training.run import Run, end_processes
 from diffusers_repr.training.sharding import check_sharding
@@ -88,7 +89,7 @@ def train(
     Raises:
         ValueError: For data that do not fit the objective, a checkpoint of another run, or samples asked of a method
             that makes none.
-        TypeError: If the result cannot be saved.
+        TypeError: For what is no objective or no training data, or if the result cannot be saved.
         CheckpointError: If no checkpoint is whole.
         FloatingPointError: If losses stay infinite or NaN.
         ImportError: For a tracker that is not installed.
@@ -100,6 +101,7 @@ def train(
     """
     check_services(config)
     check_result(objective, config)
+    check_train_data(data)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)
@@ -113,6 +115,8 @@ def train(
     if config.dry_run:
         accelerator.print(describe_run(objective, data, config, recipe or recipe_of(config)))
         return TrainResult(Path(config.output_dir), 0, [], [], 0)
+    if config.lora_rank and (told := not_apart(objective)):
+        accelerator.print(told)
     for module in objective.networks().values():
         if config.gradient_checkpointing:
             enable_checkpointing(module)
@@ -152,8 +156,9 @@ def train_loop(run: Run, data: Any, streams: Any, log: Log, evaluations: Evaluat
     batches = make_batches(data, config, accelerator, progress.step, streams, run.objective)
     images_per_step = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     of = f" of {len(data)}" if hasattr(data, "__len__") else ""
+    count = accelerator.num_processes
     accelerator.print(
-        f"{accelerator.num_processes} processes, {images_per_step}{of} images a step, "
+        f"{count} process{'es' if count > 1 else ''}, {images_per_step}{of} images a step, "
         f"steps {progress.step} to {config.max_train_steps} in {config.output_dir}"
     )
     shown = accelerator.is_local_main_process

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_repr.objectives import Objective
+from diffusers_repr.objectives import Objective, PipelineArtifact
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -15,7 +15,8 @@ def add_lora(objective: Objective, rank: int) -> None:
     """Freeze each of `objective.networks()` and put adapters into its attention (Hu et al. 2021, arXiv 2106.09685).
 
     Only the adapters, and whatever else the objective trains (projectors, heads), are trained then. The saved
-    pipeline has them merged into its weights, and beside these the adapters alone, as diffusers loads them.
+    pipeline has them merged into its weights, and beside these the adapters alone, as diffusers loads them, where it
+    does; `not_apart` says where not.
 
     Args:
         objective: Before it is prepared.
@@ -35,6 +36,20 @@ def add_lora(objective: Objective, rank: int) -> None:
             )
         module.requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), module)
+
+
+def not_apart(objective: Objective) -> str | None:
+    """Why the result of a run with adapters has them in its merged weights alone; None where they lie apart, too."""
+    first = objective.artifacts()[0]
+    networks = list(objective.networks().values())
+    loadable = any(hasattr(module, "load_lora_adapter") for module in networks)
+    if not isinstance(first, PipelineArtifact) or loadable or hasattr(first.pipeline, "load_lora_weights"):
+        return None
+    kinds = ", ".join(type(module).__name__ for module in networks)
+    return (
+        f"Low-rank adapters are merged into the weights that are saved, and not saved apart: diffusers loads none "
+        f"into a {kinds}."
+    )
 
 
 def _targeted(name: str, module: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from diffusers_repr.hub.places import public_name, without_places
 from diffusers_repr.objectives import Objective, PipelineArtifact
 from diffusers_repr.objectives.adapters import ADAPTERS, loading
 from diffusers_repr.training.config import recipe_of
+from diffusers_repr.training.lora import not_apart
 from diffusers_repr.training.run import Run
 
 
@@ -125,17 +125,16 @@ def card(
     own = about.pop("text", "").replace("{folder}", config.hub_model_id or folder.name)
     weights = "the moving average" if config.ema_max_decay else "those of the last step"
     apart = "; projectors and heads lie apart in `heads/`" if (folder / "heads").is_dir() else ""
-    own += adapters_text(objective, folder, config.hub_model_id or folder.name)
+    parts = [own.strip(), adapters_text(objective, folder, config.hub_model_id or folder.name)]
+    parts += ["![samples](samples.png)"] if config.eval_batch_size else []
+    own = "".join(f"{part}\n\n" for part in parts if part)
     kind, name = about.pop("kind"), data_name(data, recipe)
     of, split = ("", "") if name is None else (f" of `{name}`", f", split `{recipe.get('dataset_split', 'train')}`")
     what = f"{'An' if kind[0] in 'aeiou' else 'A'} {kind} of {size:,} parameters"
     text = f"""{what}, trained with `{method}` of diffusers-repr. The weights are
 {weights}, saved in {config.save_dtype}{apart}.
 
-{own}
-{"![samples](samples.png)" if config.eval_batch_size else ""}
-
-- Data: {size_of_data}{of}{split}, and no other.
+{own}- Data: {size_of_data}{of}{split}, and no other.
 - Classes: {len(names) if names else "none"}.
 - Steps: {last["step"]:,} with seed {config.seed}; {last["skipped"]} skipped, where the loss was not finite.
 
@@ -161,7 +160,7 @@ def card(
 
 
 def adapters_text(objective: Objective, folder: Path, name: str) -> str:
-    """How to load the adapters that lie in the folder of a result; empty without.
+    """How to load the adapters that lie in the folder of a result, or why there are none; empty if none were trained.
 
     Args:
         objective: Of the run.
@@ -169,12 +168,14 @@ def adapters_text(objective: Objective, folder: Path, name: str) -> str:
         name: What readers know it by.
     """
     first = objective.artifacts()[0]
-    if not (folder / ADAPTERS).is_file() or not isinstance(first, PipelineArtifact):
+    if not any(".lora_" in key for key in objective.trained_state()) or not isinstance(first, PipelineArtifact):
         return ""
+    if not (folder / ADAPTERS).is_file():
+        return not_apart(objective) or ""
     found = (loading(first.pipeline, part, name) for part in first.components)
     line = next((line for line in found if line), None)
     return (
-        f"\n\nLow-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for "
+        f"Low-rank adapters were trained. They are merged into these weights; `{ADAPTERS}` holds them alone, for "
         f"the model that they were trained on: `{line}`. Loaded onto these weights they would act twice."
     )
 
@@ -183,9 +184,3 @@ def data_name(data: Any, recipe: Mapping[str, Any]) -> str | None:
     """The data set's name, in the words of the recipe or its own, without places on this machine; None without one."""
     name = recipe.get("dataset_name") or getattr(data, "name", None)
     return None if name is None else public_name(str(name))
-
-
-def final_loss(lines: list[dict[str, Any]]) -> float:
-    """Mean loss of the last twentieth of a log; NaN without one."""
-    values = [line["loss"] for line in lines[-max(1, len(lines) // 20) :] if line["loss"] is not None]
-    return sum(values) / len(values) if values else math.nan

@@ -12,6 +12,7 @@ is done is not done again: several processes may share a folder, each with its o
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,7 +27,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_repr import CFG, PAG, SAG, AutoGuidance, ClassifierGuidance, EnergyGuidance, NoisyClassifier, guide
+from diffusers_repr.pictures.figure import png_of, require_matplotlib
 from diffusers_repr.pictures.grid import image_grid
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from small_png import write_small_png
 
 MODELS = Path(__file__).parents[1] / "models"
 CLASSES = 10
@@ -147,14 +153,15 @@ def pool(rows: list[dict], folder: Path, judge: DigitsJudge, count: int, steps: 
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    keys = (("frechet_distance", "Fréchet distance (lower is better)"), ("accuracy", "class accuracy of samples"))
-    for axis, (key, title) in zip(panels, keys, strict=True):
+    """Both distances and the accuracy by the weight of each term: means of the seeds, bars from lowest to highest."""
+    keys = {
+        "frechet_distance": "Fréchet distance to the augmented digits\n(lower is better)",
+        "frechet_distance_unaugmented": "Fréchet distance to the digits as they are\n(lower is better)",
+        "accuracy": "samples of the class asked for\n(share; higher is better)",
+    }
+    figure = require_matplotlib().Figure(figsize=(4.2 * len(keys), 4.1), layout="constrained", dpi=100)
+    axes = figure.subplots(1, len(keys))
+    for axis, (key, title) in zip(axes, keys.items(), strict=True):
         for method, off in (("CFG", 1.0), ("PAG", 0.0), ("SAG", 0.0)):
             points = {off: [row[key] for row in rows if row["row"] == "none"]}
             for name in ROWS:
@@ -165,11 +172,17 @@ def plot(rows: list[dict], path: Path) -> None:
             below = [mean - min(values) for mean, values in zip(means, points.values(), strict=True)]
             above = [max(values) - mean for mean, values in zip(means, points.values(), strict=True)]
             label = f"{method}(1 + x)" if off else f"{method}(x)"
-            axis.errorbar(list(points), means, [below, above], marker="o", capsize=3, label=label)
-        axis.set(xlabel="weight of the term, x", title=title)
+            axis.errorbar(list(points), means, [below, above], marker="o", ms=5, capsize=3, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="weight of the term, x", xticks=[0, 0.5, 1, 1.5, 2])
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    panels[0].legend()
-    figure.savefig(path, dpi=120)
+    axes[0].legend()
+    seeds = len({row["seed"] for row in rows})
+    count, steps = rows[0]["num_samples"], rows[0]["num_inference_steps"]
+    figure.suptitle(f"One term of guidance: {count:,} samples of {steps} DDIM steps, for each of {seeds} seeds "
+                    "(bars: lowest and highest)", fontsize=11)  # fmt: skip
+    write_small_png(png_of(figure), path)
 
 
 def less_ink(features, x0: Tensor, condition) -> Tensor:

@@ -1,20 +1,25 @@
 """The report of `repa_study.py`: a table of means over seeds, curves, and what came out."""
 
+import re
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from diffusers_repr.pictures.figure import png_of, require_matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from small_png import write_small_png
 
 CURVES = (
-    ("frechet_distance", "Fréchet distance (judge), lower is better"),
-    ("probe_aligned", "linear probe, aligned layer"),
-    ("probe_middle", "linear probe, middle layer"),
-    ("denoising", "training loss without the alignment"),
+    ("frechet_distance", "Fréchet distance of samples\n(judge; lower is better)"),
+    ("denoising", "training loss without the alignment\n(lower is better)"),
+    ("probe_aligned", "linear probe, aligned layer\n(test accuracy)"),
+    ("probe_middle", "linear probe, middle layer\n(test accuracy)"),
+    ("cknna_aligned", "CKNNA with the teacher,\naligned layer"),
 )
+TITLES = {"baseline": "without REPA", "repa": "with REPA"}
 COLUMNS = ("frechet_distance", "precision", "recall", "judge_accuracy", "probe_aligned", "probe_middle",
            "cknna_aligned", "cknna_middle", "denoising")  # fmt: skip
 
@@ -31,9 +36,10 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """A row a step and method."""
+    """A row for each method, at the middle and the last step; `rows.jsonl` has all."""
+    every = sorted({r["step"] for r in rows})
     lines = [f"| step | | {' | '.join(COLUMNS)} |", f"|---|---|{'---|' * len(COLUMNS)}"]
-    for step in sorted({r["step"] for r in rows}):
+    for step in dict.fromkeys((every[(len(every) - 1) // 2], every[-1])):
         for method in dict.fromkeys(r["method"] for r in rows):
             cells = [mean_and_range(series(rows, method, step, key)) for key in COLUMNS]
             lines.append(f"| {step} | {method} | {' | '.join(cells)} |")
@@ -42,8 +48,8 @@ def table(rows: Sequence[dict]) -> str:
 
 def draw_curves(rows: Sequence[dict], path: Path) -> None:
     """Each measure against steps: a thin line a seed, a thick one for the mean."""
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4.2 * len(CURVES), 3.4), constrained_layout=True)
-    for axis, (key, title) in zip(axes, CURVES, strict=True):
+    figure = require_matplotlib().Figure(figsize=(3.5 * len(CURVES), 3.6), layout="constrained", dpi=100)
+    for axis, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
         for place, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
             color = ("tab:grey", "tab:blue", "tab:orange", "tab:green")[place % 4]
             for seed in sorted({r["seed"] for r in rows}):
@@ -52,16 +58,21 @@ def draw_curves(rows: Sequence[dict], path: Path) -> None:
                 axis.plot(*zip(*line, strict=True), color=color, alpha=0.35, linewidth=1)
             steps = sorted({r["step"] for r in rows if series(rows, method, r["step"], key)})
             means = [statistics.mean(series(rows, method, step, key)) for step in steps]
-            axis.plot(steps, means, color=color, linewidth=2.2, marker="o", label=method)
-        axis.set(title=title, xlabel="steps", xticks=sorted({r["step"] for r in rows}))
+            label = TITLES.get(method, method)
+            axis.plot(steps, means, color=color, linewidth=2.2, marker="o", markersize=4, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="steps", xlim=(0, None))
         if key == "frechet_distance":
             axis.set_yscale("log")
             for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 part("{x:g}")
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.axes[0].legend(fontsize=9)
+    seeds = sorted({r["seed"] for r in rows})
+    told = f"thin: each of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    figure.suptitle(f"The same SiT with and without REPA; {told}", fontsize=11)
+    write_small_png(png_of(figure), path)
 
 
 def paired(rows: Sequence[dict], key: str) -> str:
@@ -73,6 +84,16 @@ def paired(rows: Sequence[dict], key: str) -> str:
     return ", ".join(f"{gap:+.4g}" for gap in gaps)
 
 
+def wrapped(command: str, width: int = 112) -> str:
+    """A command over as many lines as it needs, each going on with flags."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n".join(lines)
+
+
 def write_report(out: Path, rows: Sequence[dict], facts: dict, recipe: str) -> None:
     """README.md and curves.png."""
     draw_curves(rows, out / "curves.png")
@@ -80,7 +101,7 @@ def write_report(out: Path, rows: Sequence[dict], facts: dict, recipe: str) -> N
     text = f"""# REPA against the same SiT without it
 
 ```bash
-{facts["command"]}
+{wrapped(facts["command"])}
 ```
 
 Made by this command on {facts["device"]}. Equal steps, seeds, data order, noise and settings; the baseline has
@@ -94,12 +115,14 @@ Made by this command on {facts["device"]}. Equal steps, seeds, data order, noise
 - `probe_*`: test accuracy of a linear probe of the layer's mean token, null label. `cknna_*`: alignment with the
   teacher of the same features. `aligned` is the layer that REPA aligns, `middle` one above it.
 
-![curves](curves.png)
+![Five measures against steps, with and without REPA](curves.png)
 
 Differences at the last step, REPA minus baseline, seed by seed: Fréchet distance {paired(rows, "frechet_distance")};
 probe of the aligned layer {paired(rows, "probe_aligned")}; of the middle layer {paired(rows, "probe_middle")}.
 
 {table(rows)}
+
+All steps that were measured: [rows.jsonl](rows.jsonl).
 
 | baseline | REPA |
 |---|---|

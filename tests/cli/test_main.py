@@ -1,15 +1,20 @@
 """The command itself: version, warnings, pipes that close, errors shown in full."""
 
+import logging
 import os
 import re
 import sys
 import warnings
 
+import datasets
 import pytest
+from diffusers.utils import logging as of_diffusers
+from transformers.utils import logging as of_transformers
 
 from diffusers_repr import __version__
 from diffusers_repr.cli import COMMANDS, layers, main
 from diffusers_repr.cli.guard import run_script
+from diffusers_repr.cli.library_output import bars
 from diffusers_repr.cli.words import as_typed
 from tests.testers.models import saved
 
@@ -99,7 +104,7 @@ def test_warnings_are_one_line(monkeypatch):
 def test_help_tells_every_default(capsys):
     for command in COMMANDS:
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         told = " ".join(capsys.readouterr().out.split())
         assert "default: None" not in told
         assert "default: []" not in told
@@ -110,6 +115,15 @@ def test_help_tells_every_default(capsys):
         told = " ".join(capsys.readouterr().out.split("options:")[1].split())
         assert re.search(rf"{flag} .{{0,300}}{re.escape(default)}", told)
         assert re.search(r"--out OUT .{0,80}\(required\)", told)
+
+
+def test_what_must_be_given_is_told_in_two_lines(capsys):
+    with pytest.raises(SystemExit):
+        main(["probe", "MODEL", "DATA"])
+    assert capsys.readouterr().err.splitlines() == [
+        "usage: diffusers-repr probe MODEL DATASET --out OUT [--config RECIPE.yaml] [--SETTING VALUE ...] [--help]",
+        "diffusers-repr probe: error: the following arguments are required: --out",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -145,3 +159,53 @@ def test_errors_and_warnings_of_a_command_name_its_flags(monkeypatch, capsys):
         assert main(["layers", "model"]) == 2
     told = "diffusers-repr layers: No layer 'mid'; pass --image_size H W. `diffusers-repr layers MODEL` shows all.\n"
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "shown"), [([], None, False), (["--verbose"], None, True), ([], "info", True)]
+)
+def test_log_lines_of_other_libraries(monkeypatch, capfd, flags, variable, shown):
+    names = {"diffusers": "DIFFUSERS_VERBOSITY", "transformers": "TRANSFORMERS_VERBOSITY"}
+    for name, setting in names.items():
+        monkeypatch.delenv(setting, raising=False)
+        if variable is not None:
+            monkeypatch.setenv(setting, variable)
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.WARNING)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    seen = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            seen.append((record.name.split(".")[0], record.levelname))
+
+    def run(args):
+        for name in names:
+            logging.getLogger(f"{name}.loading").warning("a report on keys")
+            logging.getLogger(f"{name}.loading").error("an error")
+        return 0
+
+    keep = Keep()
+    logging.getLogger().addHandler(keep)
+    try:
+        monkeypatch.setattr(layers, "run", run)
+        assert main(["layers", "model", *flags]) == 0
+    finally:
+        logging.getLogger().removeHandler(keep)
+    kinds = ["WARNING", "ERROR"] if shown else ["ERROR"]
+    assert seen == [(name, kind) for name in names for kind in kinds]
+    assert {logging.getLogger(name).level for name in names} == {logging.WARNING}
+    assert [os.environ.get(setting) for setting in names.values()] == [variable, variable]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "given", "moving"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_bars_of_other_libraries_move_on_a_terminal_alone(monkeypatch, terminal, given, moving):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    asked = [of_diffusers.is_progress_bar_enabled, of_transformers.is_progress_bar_enabled,
+             lambda: not datasets.are_progress_bars_disabled()]  # fmt: skip
+    before = [ask() for ask in asked]
+    with bars(given):
+        assert [ask() for ask in asked] == [was and moving for was in before]
+    assert [ask() for ask in asked] == before
+    assert any(before)

@@ -1,8 +1,8 @@
 """`diffusers-repr probe`, `predict` and `push`, in this process; one run as a command of its own."""
 
 import dataclasses
-import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -13,10 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffusers_repr.cli import COMMANDS, main, read_settings
+from diffusers_repr.cli import COMMANDS, command_module, main, read_settings
 from diffusers_repr.cli.predict import find_images
 from diffusers_repr.cli.push import what_is
 from diffusers_repr.data.image_data import load_images
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.hub.upload import plan_upload
 from diffusers_repr.sweep import Selection, hold_out
 from diffusers_repr.sweep.splits import draw_rows
@@ -150,6 +151,78 @@ def test_a_folder_of_classes_alone_gets_a_score(place, tmp_path, capsys):
     assert found["best"]["mean"] == selection.best.mean
 
 
+def test_what_was_selected_by_is_not_measured_on(place, tmp_path, capsys):
+    """A validation split by another name: the probe takes the selection's, so that both see the same parts."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for seed, (split, rows) in enumerate({"train": 40, "dev": 20}.items()):
+        dataset(rows, seed).to_parquet(data / f"{split}.parquet")
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: train.parquet}\n"
+        "  - {split: dev, path: dev.parquet}\n---\n"
+    )
+    reads = ["--layers", "mid_block", "--timesteps", "50", "--seeds", "0", "--max_layers", "1", "--no_heatmap"]
+    select = ["select", str(place / "model"), str(data), *reads, "--quiet", "--out", str(tmp_path / "selection")]
+    assert main([*select, "--validation_split", "dev"]) == 0
+    assert Selection.load(tmp_path / "selection").recipe["train"]["rows"] == 40
+    probe = ["probe", str(place / "model"), str(data), "--selection", str(tmp_path / "selection"), "--quiet"]
+    capsys.readouterr()
+    assert main([*probe, "--out", str(tmp_path / "probe")]) == 0
+    assert "validation split: dev, as that of the selection" in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert recipe["train"]["rows"] == 40
+    assert {(s["split"], s["rows"]) for s in recipe["scores"]} == {("dev", 20)}
+    assert main([*probe, "--out", str(tmp_path / "other"), "--test_split", "dev"]) == 2
+    assert f"would be measured on {data} (dev), of which `select` has seen images" in capsys.readouterr().err
+    (tmp_path / "selection" / "recipe.yaml").unlink()  # as one that Python saved
+    assert main([*probe, "--out", str(tmp_path / "other")]) == 2
+    assert "(train, 0.2 held out by seed 0), of which `select` has seen images" in capsys.readouterr().err
+    assert main([*probe, "--out", str(tmp_path / "other"), "--test_fraction", "0"]) == 0
+    one = [*select[:2], str(data / "train.parquet"), *select[3:-1], str(tmp_path / "s")]
+    assert main(one) == 0
+    probe[2], probe[4] = str(data / "train.parquet"), str(tmp_path / "s")
+    capsys.readouterr()
+    assert main([*probe, "--out", str(tmp_path / "third"), "--split_seed", "1"]) == 2
+    assert "--split_seed of `select`" in capsys.readouterr().err
+
+
+def test_data_are_checked_before_a_model_is_loaded(place, tmp_path, monkeypatch, capsys):
+    def load(*given, **named):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Denoiser, "from_pretrained", load)
+    rows = dataset(20).remove_columns("label").add_column("label", [0, 2_000_000] * 10)
+    (tmp_path / "sparse").mkdir()
+    rows.to_parquet(tmp_path / "sparse" / "train.parquet")
+    rows = rows.remove_columns("label").add_column("label", [0, None] * 10)
+    (tmp_path / "missing").mkdir()
+    rows.to_parquet(tmp_path / "missing" / "train.parquet")
+    sparse, missing = (str(tmp_path / name) for name in ("sparse", "missing"))
+    model, out = str(place / "model"), ["--out", str(tmp_path / "out")]
+    reads = ["--layers", "mid_block", "--timesteps", "50"]
+    probes = ["align", model, "encoder", sparse, "--metric", "linear", "--test_split", "train", "--no_plot"]
+    for words, message in (
+        (["probe", model, sparse, *reads], "2000001 classes, of which 1999999 were empty"),
+        (["select", model, sparse, "--timesteps", "50", "--no_heatmap"], "1999999 were empty"),
+        (["extract", model, missing, *reads], "Row 1 of .* has no label"),
+        ([*probes[:3], missing, *probes[4:]], "Row 1 of .* has no label"),
+    ):
+        assert main([*words, *out]) == 2, words
+        assert re.search(message, capsys.readouterr().err), words
+
+
+def test_images_that_keep_a_far_larger_size_are_told(place, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (48, 48)).save(tmp_path / "photos" / "one.png")
+    command = ["extract", str(place / "model"), str(tmp_path / "photos"), "--layers", "mid_block", "--timesteps", "50"]
+    with pytest.warns(
+        UserWarning, match=r"48 x 48 \(.*9 times the pixels of the 16 x 16 that UNet2DModel was made for"
+    ):
+        assert main([*command, "--quiet", "--image_size", "keep", "--out", str(tmp_path / "kept")]) == 0
+    assert main([*command, "--quiet", "--out", str(tmp_path / "own")]) == 0  # a warning would be an error
+    assert main([*command, "--quiet", "--image_size", "48", "--out", str(tmp_path / "asked")]) == 0
+
+
 def test_a_quick_try(place, tmp_path, capsys):
     data = pets(tmp_path / "pets")
     reads = ["--layers", "mid_block", "--timesteps", "50", "--quiet", "--limit", "10", "--test_fraction", "0.4"]
@@ -223,6 +296,8 @@ HAVE = {
     "probe": "timesteps seed dtype batch_size device out overwrite json limit quiet",
     "predict": "dtype batch_size device json limit",
     "match": "timesteps seed dtype batch_size device out overwrite json quiet revision",
+    "segment fit": "timesteps seed dtype store_dtype batch_size device out overwrite json limit quiet",
+    "segment predict": "dtype batch_size device out overwrite json limit quiet",
     "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
 }  # fmt: skip
 
@@ -230,7 +305,7 @@ HAVE = {
 def test_flags_agree():
     hints = {}
     for command in COMMANDS:
-        settings = importlib.import_module(f"diffusers_repr.cli.{command}").Settings
+        settings = command_module(command).Settings
         fields = {field.name: field for field in dataclasses.fields(settings)}
         assert set(HAVE[command].split()) <= set(fields), command
         assert not {"timestep", "samples", "model_dtype", "workers", "force", "output"} & set(fields), command

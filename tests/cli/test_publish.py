@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diffusers_repr.cli import publish, read_settings
-from diffusers_repr.tasks.probe_files import push_saved
+from diffusers_repr.tasks.files import push_saved
 
 
 def command(*words):

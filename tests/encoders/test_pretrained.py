@@ -1,6 +1,8 @@
 """Networks of transformers: features equal the plain call of transformers with preprocessing done by hand."""
 
 import json
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Siglip2VisionConfig, Siglip2VisionModel
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, ViTConfig, ViTModel
 
 from diffusers_repr.encoders import Encoder, EncoderFamily, list_encoder_families, register_encoder_family
 from diffusers_repr.encoders.family import _FAMILIES
 from diffusers_repr.testing import check_encoder
 from tests.encoders.test_preprocessing import by_hand
-from tests.encoders.vits import MODELS, PREFIX, build, clip_with_text, save
+from tests.encoders.vits import MLP, MODELS, PREFIX, SIZE, build, clip_with_text, save, shape
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 PROCESSOR = {"image_mean": MEAN, "image_std": STD}
@@ -32,11 +34,36 @@ def folders(tmp_path_factory):
     return {name: save(build(name), root / name, **PROCESSOR) for name in NAMES}
 
 
+@contextmanager
+def last_block_of(model: nn.Module):
+    """A list that holds what the last of the model's blocks gave."""
+    [blocks] = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 3]
+    found = []
+    hook = blocks[-1].register_forward_hook(
+        lambda block, inputs, output: found.append(output if isinstance(output, torch.Tensor) else output[0])
+    )
+    yield found
+    hook.remove()
+
+
+def hidden_states(model: nn.Module, inputs: dict) -> tuple[Any, list[torch.Tensor]]:
+    """The forward's output, and the states before any block and after each, none of them normed.
+
+    Some versions of transformers give the last state after the final norm.
+    """
+    with torch.no_grad(), last_block_of(model) as last:
+        out = model(**inputs, output_hidden_states=True)
+        *hidden, given = out.hidden_states
+        normed = [part(last[0]) for part in model.modules() if isinstance(part, nn.LayerNorm)]
+    assert any(torch.allclose(given, state, atol=1e-5) for state in (last[0], *normed))
+    return out, [*hidden, *last]
+
+
 def plain_call(name: str, model: nn.Module, pixels: torch.Tensor, size: tuple[int, int], patch: int = 2):
     """(global, tokens, hidden states) by transformers alone; MAE unmasked by sorting its patches back."""
     inputs = torch.from_numpy(by_hand(pixels.numpy(), size, MEAN, STD)).float()
     grid = (size[0] // patch, size[1] // patch)
-    extra = {"output_hidden_states": True}
+    extra = {}
     if name in ("clip_vision_model", "siglip_vision_model", "vit", "vit_mae", "ijepa"):
         extra["interpolate_pos_encoding"] = True
     if name == "siglip2_vision_model":
@@ -53,9 +80,7 @@ def plain_call(name: str, model: nn.Module, pixels: torch.Tensor, size: tuple[in
         extra["pixel_attention_mask"] = torch.ones(inputs.shape[:2])
     if name == "vit_mae":
         model.config.mask_ratio = 0.0
-    with torch.no_grad():
-        out = model(pixel_values=inputs, **extra)
-    hidden = list(out.hidden_states)
+    out, hidden = hidden_states(model, {"pixel_values": inputs, **extra})
     if name == "vit_mae":  # the first state stands before any block; sort all back
         hidden = [torch.cat([h[:, :1], h[:, 1:].gather(1, out.ids_restore[..., None].expand_as(h[:, 1:]))], 1)
                   for h in hidden]  # fmt: skip
@@ -128,7 +153,8 @@ def test_pooling(folders):
     torch.testing.assert_close(mean.global_features, mean.tokens.mean(1))
     raw = Encoder.from_pretrained(folders["clip_vision_model"], pooling="cls").encode_pixels(pixels)
     normed = Encoder.from_pretrained(folders["clip_vision_model"]).encode_pixels(pixels)
-    norm = build("clip_vision_model").post_layernorm
+    clip = build("clip_vision_model")
+    norm = getattr(clip, "vision_model", clip).post_layernorm
     torch.testing.assert_close(norm(raw.global_features), normed.global_features)
     with pytest.raises(ValueError, match="asks for a class token"):
         Encoder.from_pretrained(folders["ijepa"], pooling="cls")
@@ -353,3 +379,19 @@ def test_on_a_gpu_features_are_those_of_the_cpu(folders):
     there = Encoder.from_pretrained(folders["dinov2"], device="cuda").encode_pixels(pixels.cuda())
     assert there.tokens.is_cuda
     torch.testing.assert_close(there.tokens.cpu(), here.tokens, atol=1e-3, rtol=1e-3)
+
+
+def test_a_network_of_one_channel_without_a_preprocessor_config(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = ViTModel(ViTConfig(**SIZE, **MLP, **shape(8, 2), num_channels=1), add_pooling_layer=False).eval()
+    save(model, tmp_path)
+    with pytest.raises(ValueError, match="takes 1 channels, .* have 3 means .*; pass mean= and std="):
+        Encoder.from_pretrained(tmp_path)
+    encoder, pixels = Encoder.from_pretrained(tmp_path, mean=0.25, std=[0.5]), pixels_of(2, 1, 8, 8)
+    with torch.no_grad():
+        wanted = model((pixels / 2 + 0.5 - 0.25) / 0.5).last_hidden_state[:, 1:]
+    torch.testing.assert_close(encoder.encode_pixels(pixels)["tokens"], wanted)
+    assert encoder.fingerprint()["mean"] == [0.25]
+    with pytest.raises(ValueError, match="std must be above 0; got 0"):
+        Encoder.from_pretrained(tmp_path, mean=0.5, std=0)

@@ -71,7 +71,6 @@ def test_the_baseline(tmp_path):
     assert "alignment" not in read_lines(tmp_path)[-1]
 
 
-@pytest.mark.filterwarnings("ignore:.*goes on with heads that start anew")
 def test_tuning_a_unet_with_classes_by_adapters(tmp_path, teacher):
     model = ["--pretrained_model", "examples/models/digits-class-ddim", "--lora_rank", "2", "--encoder", teacher]
     run(tmp_path, *model, "--repa_layer", "mid_block")
@@ -88,7 +87,6 @@ def test_another_resolution_than_the_models_own(tmp_path):
         run(tmp_path, *flags, "--resolution", "8")
 
 
-@pytest.mark.filterwarnings("ignore:.*goes on with heads that start anew")
 def test_a_dry_run_counts_what_would_be_trained(tmp_path, teacher, capsys):
     model = [
         "--pretrained_model",

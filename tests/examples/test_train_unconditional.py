@@ -102,7 +102,7 @@ def recipe_on_card(model: Path) -> dict:
 def test_a_launched_run(tmp_path):
     """Two steps by the command of the docstring, then the same command again."""
     config, output = write_recipe(tmp_path), tmp_path / "out"
-    assert "1 processes, 8 of 997 images a step, steps 0 to 2" in launch(config, output)
+    assert "1 process, 8 of 997 images a step, steps 0 to 2" in launch(config, output)
     lines = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines)

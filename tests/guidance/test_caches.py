@@ -8,7 +8,6 @@ import torch
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
-    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
@@ -20,6 +19,7 @@ from diffusers_repr.guidance.base import Guidance, GuidanceTerm
 from tests.guidance.test_families import FAMILIES, image_tokens, latents, lively
 from tests.testers.families import network_of, own_image_token_alone
 from tests.testers.guidance import noise
+from tests.testers.hosts import newer
 from tests.testers.models import build
 
 STEPS = 5
@@ -38,7 +38,7 @@ KINDS = {
     "taylorseer": lambda pipe: TaylorSeerCacheConfig(
         cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32
     ),
-    "mag": lambda pipe: MagCacheConfig(
+    "mag": lambda pipe: newer("diffusers", "MagCacheConfig")(
         threshold=0.5, max_skip_steps=2, retention_ratio=0.2, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS
     ),
 }

@@ -75,14 +75,14 @@ def _processors(pipe):
 
 
 class Raises:
-    """A hook that raises in the second forward of a module."""
+    """A hook that raises in a forward of a module, the second if nothing is said."""
 
-    def __init__(self, error):
-        self.error, self.calls = error, 0
+    def __init__(self, error, at=2):
+        self.error, self.calls, self.at = error, 0, at
 
     def __call__(self, *args):
         self.calls += 1
-        if self.calls == 2:
+        if self.calls == self.at:
             raise self.error
 
 
@@ -129,6 +129,25 @@ def test_nothing_is_left_after_an_error_in_the_network(error, guidance, form):
         handle.remove()
     assert snapshot(pipe) == before
     assert torch.equal(run("sd", pipe, 3.0), expected)
+
+
+def test_an_error_in_the_network_is_undone_at_once():
+    """In a loop of one's own the guidance stays on; whoever catches the error goes on in no mode of ours."""
+    pipe = build("ddim")
+    network, scheduler = pipe.unet, pipe.scheduler
+    scheduler.set_timesteps(2)
+    x = noise(1, 3, 16, 16)
+    with guide(Denoiser.from_pipe(pipe), energy(), scheduler=scheduler), torch.no_grad():
+        hook = network.up_blocks[-1].register_forward_hook(Raises(RuntimeError("in the network"), at=1))
+        with pytest.raises(RuntimeError):
+            network(x, scheduler.timesteps[0])
+        hook.remove()
+        assert not torch.is_grad_enabled()
+        assert all(parameter.requires_grad for parameter in network.parameters())
+        prediction = noise(1, 3, 16, 16, seed=1)  # stepped without the network: nothing of its call is left to add
+        found = scheduler.step(prediction, scheduler.timesteps[0], x).prev_sample
+    scheduler.set_timesteps(2)
+    assert torch.equal(found, scheduler.step(prediction, scheduler.timesteps[0], x).prev_sample)
 
 
 def test_a_run_broken_off_before_the_interval_is_not_judged():

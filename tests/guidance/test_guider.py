@@ -27,7 +27,7 @@ from diffusers_repr.guidance import Blur, Mask
 from diffusers_repr.guidance.modular import AutoGuidanceGuider, CFGGuider, PAGGuider
 from diffusers_repr.noise import NoiseLevel
 from tests.testers.guidance import Counter, noise
-from tests.testers.hosts import newer
+from tests.testers.hosts import newer, text_to_image
 from tests.testers.models import build
 
 STEPS, MIDDLE = 4, (300, 800)  # two of the four timesteps: 666 and 333
@@ -42,7 +42,7 @@ def pipe():
 
 def modular(pipe, guider, blocks=None, **components):
     """The modular pipeline with the same components."""
-    made = (blocks or StableDiffusionXLAutoBlocks()).get_workflow("text2image").init_pipeline()
+    made = text_to_image(blocks or StableDiffusionXLAutoBlocks())
     taken = {name: part for name, part in {**pipe.components, **components}.items() if name in made.component_names}
     made.update_components(**taken, guider=guider)
     made.set_progress_bar_config(disable=True)

@@ -76,7 +76,7 @@ def lively(pipe):
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if any(part in name.split(".") for part in ("to_q", "to_k", "to_v", "to_out")) or ".add_" in name:
-                parameter.copy_(parameter * 2 + 0.1 * torch.randn(parameter.shape, generator=draw))
+                parameter.copy_(parameter * 2 + 0.2 * torch.randn(parameter.shape, generator=draw))
     return pipe
 
 
@@ -96,8 +96,9 @@ def check(name, ours, theirs, guidance, guidance_scale, call=None, **pag):
         found = latents(ours, name, guidance_scale, **(call or {}))
     away = (unguided - expected).abs().max().item()
     off = (found - expected).abs().max().item()
-    assert away > 1e-2
-    assert off < max(1e-4, 1e-5 * expected.abs().max().item())  # some latents here are of size 50 and more
+    allowed = max(1e-4, 1e-5 * expected.abs().max().item())  # some latents here are of size 50 and more
+    assert away > 30 * allowed
+    assert off < allowed
     return handle
 
 

@@ -5,7 +5,18 @@ import functools
 import pytest
 import torch
 
-from diffusers_repr.heads import DepthHead, JointHead, KNNHead, LinearHead, MLPHead, Projector, ReadoutHead
+from diffusers_repr.heads import (
+    DepthHead,
+    HyperfeaturesHead,
+    JointHead,
+    KNNHead,
+    LinearHead,
+    MLPHead,
+    PixelEnsembleHead,
+    Projector,
+    ReadoutHead,
+)
+from diffusers_repr.heads.fitting.pixels import draw_members
 from diffusers_repr.testing import check_head
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
@@ -32,6 +43,14 @@ def on_maps(make, channels: int = 1, **changes) -> ModelCase:
     return ModelCase(head, inputs, {"sample": (2, channels, 6, 4)}, plain=True, wide=True)
 
 
+def hyperfeatures() -> ModelCase:
+    def inputs() -> dict:
+        return {"features": {"a": torch.randn(2, 3, 8, 3, 2), "b": torch.randn(2, 3, 4, 6, 4)}}
+
+    make = functools.partial(HyperfeaturesHead, LAYERS, CHANNELS, 10, [0, 4], width=8, bottleneck=4)
+    return ModelCase(make, inputs, {"sample": (3, 8, 6, 4)}, plain=True, wide=True)
+
+
 def projector(kind: str) -> ModelCase:
     def inputs() -> dict:
         return {"tokens": torch.randn(2, 6, 8), "grid": (2, 3)}
@@ -49,6 +68,21 @@ def joint(norm: str) -> ModelCase:
     return ModelCase(make, inputs, {"logits": (3, 3)}, plain=True, wide=True)
 
 
+def pixels(levels: int) -> ModelCase:
+    def inputs() -> dict:
+        lead = (levels, 2) if levels > 1 else (2,)
+        return {"features": {"a": torch.randn(*lead, 8, 3, 2), "b": torch.randn(*lead, 4, 6, 4)}}
+
+    make = functools.partial(PixelEnsembleHead, LAYERS, CHANNELS, 3, levels, members=4, hidden_features=(8, 6))
+
+    def head():
+        made = make()
+        draw_members(made, 0, 0.3)
+        return made
+
+    return ModelCase(head, inputs, {"logits": (2, 4, 3, 6, 4)}, plain=True, wide=True)
+
+
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4)}
 CASES = {
     "LinearHead": pooled(LinearHead),
@@ -59,6 +93,9 @@ CASES = {
     "ReadoutHead": on_maps(ReadoutHead, **SMALL),
     "ReadoutHead, correspondence": on_maps(ReadoutHead, 8, kind="correspondence", **SMALL),
     "DepthHead": on_maps(DepthHead, hidden=(8, 6)),
+    "PixelEnsembleHead": pixels(1),
+    "PixelEnsembleHead, levels": pixels(2),
+    "HyperfeaturesHead": hyperfeatures(),
     "JointHead": joint("layer"),
     "JointHead, batch": joint("batch"),
 }

@@ -17,7 +17,7 @@ from diffusers_repr.denoiser import Denoiser, list_layers_from_config
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.hub.components import OWN_COMPONENTS, check_config, check_index
-from diffusers_repr.hub.own_pipelines import is_own_pipeline, pipeline_files
+from diffusers_repr.hub.own_pipelines import is_own_pipeline, named_pipeline, pipeline_files
 from tests.encoders.vits import build as build_vit
 from tests.hostile.cases import changed, copied, weights, written
 from tests.tasks.planted import pipeline
@@ -56,7 +56,8 @@ CASES = {
                        "is no network or scheduler", True),
     "code beside the network": ([changed(INDEX, "unet", to=["evil", "Net"]), written("unet/evil.py", CODE)],
                                 "of the library 'evil'", True),
-    "code beside it, called diffusers": ([written("unet/diffusers.py", CODE)], "trust_remote_code", False),
+    "code beside it, called diffusers": ([written("unet/diffusers.py", CODE)],
+                                         "unet/diffusers.py' is code for unet, .*trust_remote_code=True", False),
     "code for the pipeline": ([changed(INDEX, "_class_name", to=["evil", "Net"]), written("evil.py", CODE)],
                               "by code that lies beside it", False),
     "code called as the pipeline": ([changed(INDEX, "_class_name", to="Net"), written("Net.py", CODE)],
@@ -132,6 +133,16 @@ def test_with_consent_the_loader_of_diffusers_decides(good, tmp_path):
     assert ran.exists()
     assert isinstance(denoiser.pipe, DDPMPipeline)
     assert denoiser.pipe.config["_name_or_path"] == str(folder)
+
+
+@pytest.mark.parametrize("name", ["SiTPipeline", "FeatureExtractionPipeline", "GuidedUnconditionalPipeline"])
+def test_pipelines_of_ours_run_no_code_beside_a_component(name, good, tmp_path):
+    """Before 0.38 diffusers would run it without asking."""
+    ran, code = tmp_path / "RAN", "unet/diffusers.py"
+    folder = copied(good, tmp_path / "m", written(code, CODE.format(ran=str(tmp_path / "RAN"))))
+    with pytest.raises(ValueError, match=f"{code}' is code for unet, which is not run. .* trust_remote_code=True"):
+        named_pipeline(name).from_pretrained(folder)
+    assert not ran.exists()
 
 
 def test_components_of_the_table_are_there():
@@ -217,7 +228,7 @@ VITS = {
     "a type": ([changed("config.json", "model_type", to=["dinov2"])], "model_type is a list"),
     "an activation": ([changed("config.json", "hidden_act", to="\x1b[2J")], r"Could not load .*KeyError: '\\x1b"),
     "a width": ([changed("config.json", "hidden_size", to=64)], "Could not load"),
-    "a text as number": ([changed("config.json", "layer_norm_eps", to="x")], "Could not load"),
+    "a text as number": ([changed("config.json", "layer_norm_eps", to="x")], "layer_norm_eps is 'x'"),
     "a side": ([changed("preprocessor_config.json", "size", to={"height": 10**6, "width": 10**6})],
                "size.height is 1000000"),
     "a list": ([written("preprocessor_config.json", [])], "allowed is an object"),

@@ -9,8 +9,9 @@ import torch
 from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.tasks import Probe, ProbeRecipe
+from diffusers_repr.tasks.files import read_head, read_recipe
+from diffusers_repr.tasks.formats import PROBE as FORM
 from diffusers_repr.tasks.probe_card import probe_card
-from diffusers_repr.tasks.probe_files import read_probe_head, read_probe_recipe
 from tests.hostile.cases import changed, copied, weights, written
 from tests.tasks.planted import NAMES, images, pipeline
 
@@ -112,7 +113,7 @@ def test_what_json_cannot_hold_is_read_and_refused(good, tmp_path):
     ):
         folder = copied(good, tmp_path / message, written(PROBE, text.replace('"seed": 0', what)))
         with pytest.raises(ValueError, match=message):
-            read_probe_recipe(folder)
+            read_recipe(FORM, folder)
 
 
 HEADS = {
@@ -145,7 +146,7 @@ def test_a_head_of_others(case, good, tmp_path):
     edits, message = HEADS[case]
     folder = copied(good, tmp_path / "probe", *edits)
     with pytest.raises(ValueError, match=message) as caught:
-        read_probe_head(folder)
+        read_head(FORM, folder)
     assert str(folder) in str(caught.value)
 
 
@@ -181,7 +182,7 @@ def test_names_of_others_are_printed_without_control_characters(good, tmp_path, 
     assert main(["predict", str(folder), str(tmp_path / "a.png")]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert r"cat\x1b[2J\n\u{202e}evil" in line
-    recipe = read_probe_recipe(folder)
+    recipe = read_recipe(FORM, folder)
     assert recipe.label_names[0] == ESCAPE, "what is computed with stays as it is"
     card = probe_card(recipe, "LinearHead", "mine\x1b")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", card)

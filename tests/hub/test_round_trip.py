@@ -118,10 +118,11 @@ report["gated, file"] = refused(HubError, hub.load_json_config, "other/gated")
 report["not mine"] = refused(HubError, hub.push_folder, full, "other/x", include=named)
 report["not there"] = refused(HubError, hub.push_folder, full, "user/y", create=False, include=named)
 report["bad card"] = refused(ValueError, hub.push_folder, work / "bad_card", "user/x", include="none.json")
-other = os.environ["READ_TOKEN"]
+other, wrong = os.environ["READ_TOKEN"], "hf_" + "0" * 30
 report["read token"] = refused(HubError, hub.push_folder, full, "user/x", token=other, include=named)
-report["wrong token"] = refused(HubError, hub.push_folder, full, "user/x", token="hf_" + "0" * 30, include=named)
-report["wrong token, load"] = refused(HubError, hub.resolve_folder, "user/there", token="hf_" + "0" * 30)
+report["wrong token"] = refused(HubError, hub.push_folder, full, "user/x", token=wrong, include=named)
+hub.push_folder(full, "user/elsewhere", include=["list.json"])
+report["wrong token, load"] = refused(HubError, hub.resolve_folder, "user/elsewhere", token=wrong)
 
 # the Hub fails in the middle of an upload
 save_file({"w": np.ones(9)}, full / "model.safetensors")
@@ -141,6 +142,7 @@ hub.resolve_folder("user/public")
 import huggingface_hub.constants as constants
 from tests.testers.hosts import close_session
 constants.HF_HUB_OFFLINE = True
+close_session()
 assert hub.load_json_config("user/public", "config.json") == {"a": 1}
 assert (hub.resolve_folder("user/public") / "config.json").is_file()
 report["offline"] = refused(hub.HubError, hub.resolve_folder, "user/other")
@@ -209,7 +211,8 @@ def test_dataset_round_trip(server, tmp_path):
 
 
 def test_errors_name_cause_and_remedy(server, tmp_path):
-    server.store.create("model", "other/gated", gated=True)
+    gated = server.store.create("model", "other/gated", gated=True)
+    server.store.add_file(gated, "config.json", b"{}")
     server.broken_storage = True
     try:
         report = run_report(ERRORS, hub_env(server, tmp_path, WORK=tmp_path, READ_TOKEN=server.read_token))

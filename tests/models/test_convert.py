@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from diffusers_repr import Denoiser
 from diffusers_repr.cli import convert as command
-from diffusers_repr.cli import read_settings
+from diffusers_repr.cli import main, read_settings
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.models import SiTTransformer2DModel
@@ -121,6 +121,14 @@ def test_early_names_of_repa():
     del weights["decoder_blocks.0.mlp.fc2.bias"]
     with pytest.raises(ValueError, match=r"\(5 blocks of width 16\): it lacks blocks.2.mlp.fc2.bias"):
         convert_state_dict(weights, overrides=TWO)
+
+
+@pytest.mark.parametrize("name", ["decoder_blocks.x.mlp.fc1.weight", "decoder_blocks.0", "decoder_blocks.1x.bias"])
+def test_a_name_that_is_no_block_of_an_early_checkpoint_is_told(name):
+    weights = OfficialSiT().state_dict()
+    weights["decoder_blocks.0.mlp.fc1.weight"] = torch.ones(1, 1)
+    with pytest.raises(ValueError, match=f"it has .*{name}.* unknown"):
+        convert_state_dict({**weights, name: torch.ones(1)}, overrides=TWO)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -339,15 +347,15 @@ def test_convert_dit(tmp_path, capsys):
     assert pipe(3, num_inference_steps=2, guidance_scale=2.0, output_type="latent").images.shape == (1, 4, 8, 8)
 
 
-def test_weights_and_sampler_by_name(tmp_path):
+def test_weights_and_sampler_by_name(tmp_path, capsys):
     saved(tmp_path)
     words = (tmp_path / "c.pt", "--out", tmp_path / "out", "--model_config", json.dumps(TWO))
     run(*words, "--weights", "model", "--path", "cosine", "--sampler", "ode")
     pipe = SiTPipeline.from_pretrained(tmp_path / "out")
     assert not any(parameter.any() for parameter in pipe.transformer.parameters())
     assert (type(pipe.scheduler).__name__, pipe.scheduler.config.path) == ("FlowMatchODEScheduler", "cosine")
-    with pytest.raises(ValueError, match="exists already"):
-        run(*words)
+    assert main(["convert", *map(str, words)]) == 2
+    assert "exists already; name another folder, or add --overwrite" in capsys.readouterr().err
     run(*words, "--overwrite")
     assert all(parameter.any() for parameter in SiTPipeline.from_pretrained(tmp_path / "out").transformer.parameters())
 

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_repr.heads import LinearHead
 from diffusers_repr.models import SiTTransformer2DModel
-from tests.testers.hosts import in_dtype
+from tests.testers.hosts import since
 
 
 class OwnHead(LinearHead):
@@ -24,17 +24,21 @@ def test_a_class_of_another_package_names_no_file_of_ours(tmp_path):
     assert OwnHead.auto_file() is None
 
 
-def test_modules_that_are_kept_in_float32_are_kept_and_warned_of(tmp_path, caplog):
+def test_modules_that_are_kept_in_float32_are_kept(tmp_path):
     head = OwnHead(4, 2)
     head.save_pretrained(tmp_path)
-    loaded = OwnHead.from_pretrained(tmp_path, **in_dtype(torch.bfloat16))
+    loaded = OwnHead.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.linear.weight.dtype == torch.float32
     assert loaded.mean.dtype == torch.bfloat16
     assert torch.equal(loaded(torch.ones(1, 4)), head(torch.ones(1, 4)))
+
+
+@since("diffusers", "0.39")
+def test_casting_modules_that_are_kept_in_float32_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, "diffusers"):
         LinearHead(4, 2).to(torch.bfloat16)
         assert caplog.messages == []
-        head.to(torch.bfloat16)
+        OwnHead(4, 2).to(torch.bfloat16)
     assert "should be kept in float32: ['linear']" in caplog.text
 
 

@@ -16,7 +16,6 @@ from diffusers_repr.models.convert import convert_state_dict
 from diffusers_repr.models.sit_blocks import grid_positions
 from tests.models.official_sit import OfficialSiT, position_table
 from tests.pipelines.sit_cases import SiTPipeline, pipeline
-from tests.testers.hosts import in_dtype
 
 TINY = {
     "sample_size": 8,
@@ -189,7 +188,7 @@ def test_half_precision_by_every_door(dtype, tmp_path):
 
     wanted = sampled(pipe)
     for way in ({}, {"device_map": "cpu"}, {"device_map": "balanced"}):
-        loaded = SiTPipeline.from_pretrained(tmp_path, **in_dtype(dtype), **way)
+        loaded = SiTPipeline.from_pretrained(tmp_path, dtype=dtype, **way)
         loaded.set_progress_bar_config(disable=True)
         assert loaded.transformer.dtype == dtype
         assert torch.equal(sampled(loaded), wanted)

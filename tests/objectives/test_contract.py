@@ -21,6 +21,8 @@ from diffusers_repr.objectives import (
     ClassifierObjective,
     DiffusionObjective,
     DispersiveLoss,
+    HyperfeaturesConfig,
+    HyperfeaturesObjective,
     ModelArtifact,
     Objective,
     PipelineArtifact,
@@ -76,6 +78,11 @@ def readout():
     return ReadoutObjective(Denoiser.from_pipe(build("ddim")), (16, 16), config)
 
 
+def hyperfeatures():
+    config = HyperfeaturesConfig("base", steps=4, reads=[0, 2], head={"width": 8, "bottleneck": 4})
+    return HyperfeaturesObjective(Denoiser.from_pipe(build("ddim")), (16, 16), config)
+
+
 METHODS = {
     "plain": lambda: DiffusionObjective(piped()),
     "plain with losses": lambda: DiffusionObjective(
@@ -93,6 +100,7 @@ METHODS = {
     "hybvit with a loss": hybvit,
     "classifier": classifier,
     "readout": readout,
+    "hyperfeatures": hyperfeatures,
     "simclr": lambda: SimCLRObjective(VIT, [0.5] * 3, [0.5] * 3, projection_dim=4),
 }
 
@@ -103,6 +111,9 @@ def test_methods(name):
     data = batch()
     if name == "readout":
         data = {"images": torch.rand(1, 2, 3, 16, 16), "label": torch.rand(2, 1, 16, 16)}
+    if name == "hyperfeatures":
+        points = 15 * torch.rand(2, 2, 4, 2)
+        data = {"images": torch.rand(2, 2, 3, 16, 16), "points": points, "valid": torch.ones(2, 4, dtype=torch.bool)}
     if name == "simclr":
         data = {"views": torch.rand(2, 3, 3, 8, 8)}
     check_objective(METHODS[name](), data)

@@ -289,7 +289,7 @@ def test_unknown_columns_and_folders(tmp_path):
 
 def test_progress_bar_counts_images(tmp_path, capsys):
     make(tmp_path / "out", progress=True)
-    assert "images/s" in capsys.readouterr().err
+    assert " image/s" in capsys.readouterr().err
 
 
 def test_recipe_helpers():

@@ -131,6 +131,10 @@ def test_several_models_and_encoders(model, encoder, data, tmp_path, capsys):
         (["--k", "20"], "k must be a whole number from 1 to 19"),
         (["--metric", "cnka"], "Unknown metric 'cnka'"),
         (["--metric", "linear"], "need a --test_split"),
+        (["--protocol", "lbfgs"], "--protocol would not act: it is a setting of --metric linear"),
+        (["--knn_k", "3"], "--knn_k would not act: it is a setting of --metric knn"),
+        (["--metric", "cka"], "--k would not act: it is a setting of --metric cknna"),
+        (["--test_split", "validation"], "--test_split would not act: probes are measured on it"),
         (["--layers", "mid_blok"], "mid_block"),
         (["--split", "tran"], "no split 'tran'; it has train, validation"),
         (["--timesteps", "5000"], "5000"),
@@ -150,4 +154,6 @@ def test_encoders_that_are_none(model, data, tmp_path, capsys):
     for name, message in ((str(tmp_path), "bert"), (f"{model}:nothing@100", "nothing"), ("./missing", "missing")):
         assert main(["align", model, name, data, "--k", "3", "--quiet", "--no_plot"]) == 2
         assert message in capsys.readouterr().err
+    assert main(["align", model, model, data, "--k", "3", "--quiet", "--no_plot"]) == 2
+    assert "is a pipeline; an encoder is a vision transformer, or a layer of a pipeline" in capsys.readouterr().err
     assert torch.is_grad_enabled()

@@ -203,6 +203,20 @@ def test_command(folder, tmp_path, capsys):
     assert (tmp_path / "out" / "heatmap.png").is_file()
 
 
+def test_a_loss_is_printed_positive(folder, tmp_path, capsys):
+    data = folder(train=rows(40), validation=rows(24, 1))
+    assert command(data, tmp_path / "out", "--metric", "neg_brier", "--no_heatmap") == 0
+    table = capsys.readouterr().out.splitlines()
+    best = Selection.load(tmp_path / "out").best
+    assert best.mean < 0
+    head = next(line for line in table if line.startswith("layer"))
+    assert "Brier score on validation (lower is better; mean ± std of noise seeds)" in head
+    assert f"{-best.mean:.4f} ± " in table[table.index(head) + 1]
+    assert not any("-0." in line for line in table)
+    found = repr(Selection.load(tmp_path / "out"))
+    assert f"Brier score on validation {-best.score:.4g}" in found
+
+
 def test_command_holds_out_where_there_is_no_validation_split(folder, tmp_path, capsys):
     data = folder(train=rows(40), test=rows(24, 2))
     assert command(data, tmp_path / "out", "--validation_fraction", "0.3", "--no_heatmap") == 0

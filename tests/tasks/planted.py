@@ -43,7 +43,7 @@ def images(rows, seed=0):
     for at, label in enumerate(labels):
         if label:
             pixels[at, :, 8 * (label - 1) : 8 * label] += 150
-    return [Image.fromarray(p.astype(np.uint8), "L") for p in pixels], labels
+    return [Image.fromarray(p.astype(np.uint8)) for p in pixels], labels
 
 
 def dataset(rows, seed=0):

@@ -87,7 +87,7 @@ def test_saving_does_not_replace_what_is_no_probe(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusers_repr.tasks.probe_files.write_json", full)
+    monkeypatch.setattr("diffusers_repr.tasks.files.write_json", full)
     with pytest.raises(OSError, match="No space left"):
         small().save_pretrained(tmp_path / "probe")
     assert {p.name: p.read_bytes() for p in (tmp_path / "probe").iterdir()} == before

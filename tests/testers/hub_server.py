@@ -150,7 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         key = (asked.get("type", "model"), f"{namespace}/{asked['name']}")
         repo, status = self.store.repos.get(key), 409
         if repo is None:
-            repo, status = self.store.create(*key, private=asked.get("visibility") == "private"), 200
+            private = asked.get("visibility") == "private" or asked.get("private", False)  # since 1.0 | before
+            repo, status = self.store.create(*key, private=private), 200
         answer = {"url": self.address(repo), "name": repo.repo_id, "id": repo.repo_id}
         self.reply(answer | ({"error": "You already created this repo"} if status == 409 else {}), status)
 

@@ -49,7 +49,10 @@ from transformers import (
     T5EncoderModel,
 )
 
+from tests.testers.hosts import mask_in_float64
 from tests.testers.tokenizers import clip_tokenizer, gemma_tokenizer, t5_tokenizer
+
+mask_in_float64()
 
 WIDTH = 16  # of every text encoder but T5's, which is 32
 
@@ -118,6 +121,21 @@ def clip_config(tokenizer: PreTrainedTokenizerFast, **changes) -> CLIPTextConfig
 def t5_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(vocab_size=len(tokenizer), d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+
+
+def gemma_encoder(tokenizer: PreTrainedTokenizerFast) -> Gemma2Model:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=2048,
+        )
     )
 
 
@@ -204,25 +222,30 @@ def sd() -> StableDiffusionPipeline:
     )
 
 
+def sdxl_unet(pooled: int, **changes) -> UNet2DConditionModel:
+    """Two stages, of which the deeper one has two transformer layers; `pooled` is the width of the pooled text."""
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "layers_per_block": 1,
+        "attention_head_dim": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": pooled + 6 * 8,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**settings, **changes})
+
+
 @_register("sdxl", size=(32, 48), prompt="a photo of a cat")
 def sdxl() -> StableDiffusionXLPipeline:
     """Two text encoders, size numbers, a VAE that must not run in float16."""
     one, two = clip_tokenizer(), clip_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        layers_per_block=1,
-        cross_attention_dim=2 * WIDTH,
-        attention_head_dim=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-        norm_num_groups=4,
-    )
+    unet = sdxl_unet(WIDTH, cross_attention_dim=2 * WIDTH)
     return StableDiffusionXLPipeline(
         vae=autoencoder((8, 8, 16), scaling_factor=0.13025, force_upcast=True),
         text_encoder=CLIPTextModel(clip_config(one)),
@@ -315,19 +338,14 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
+# Two blocks of two streams, two of one.
+FLUX = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 2 * WIDTH, "axes_dims_rope": (4, 6, 6)}  # fmt: skip
+
+
 def _flux(guidance_embeds: bool) -> FluxPipeline:
     one, two = clip_tokenizer(), t5_tokenizer()
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        pooled_projection_dim=WIDTH,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
-    )
+    transformer = FluxTransformer2DModel(**FLUX, pooled_projection_dim=WIDTH, guidance_embeds=guidance_embeds)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
         vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
@@ -355,16 +373,6 @@ def flux_guidance() -> FluxPipeline:
 def sana() -> SanaPipeline:
     """Gemma text, deep-compression autoencoder, flow matching with a DPM solver."""
     tokenizer = gemma_tokenizer()
-    text = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-    )
     transformer = SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -378,22 +386,17 @@ def sana() -> SanaPipeline:
         sample_size=8,
         timestep_scale=0.5,
     )
+    halves = {"block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8, 16),
+              "layers_per_block": (1, 1, 1), "qkv_multiscales": ((), (), (5,))}  # fmt: skip
     vae = AutoencoderDC(
         latent_channels=4,
         attention_head_dim=8,
-        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8, 16),
-        decoder_block_out_channels=(8, 8, 16),
-        encoder_layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        encoder_qkv_multiscales=((), (), (5,)),
-        decoder_qkv_multiscales=((), (), (5,)),
         scaling_factor=0.41407,
+        **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in halves.items()},
     )
     return SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=Gemma2Model(text),
+        text_encoder=gemma_encoder(tokenizer),
         vae=vae,
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),

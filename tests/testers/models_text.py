@@ -34,14 +34,13 @@ from diffusers import (
     Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
-    UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from transformers import BertConfig, BertModel, Gemma2Config, Gemma2Model
+from transformers import BertConfig, BertModel
 
 from tests.testers.family_cases import FAMILIES, embeds, family_pipeline, register_case
-from tests.testers.models import WIDTH, autoencoder, t5_encoder
+from tests.testers.models import FLUX, WIDTH, autoencoder, gemma_encoder, sdxl_unet, t5_encoder
 from tests.testers.tokenizers import bert_tokenizer, gemma_tokenizer, t5_tokenizer
 
 __all__ = ["FAMILIES", "family_pipeline", "kolors_class"]
@@ -61,21 +60,6 @@ def kolors_class(module: str, name: str) -> type[DiffusionPipeline]:
             del sys.modules["sentencepiece"]
 
 
-def gemma_encoder(tokenizer) -> Gemma2Model:
-    return Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=2048,
-        )
-    )
-
-
 @register_case("kolors", size=(32, 48), **{
     "call": {"prompt_embeds": embeds(1, 12, 24), "pooled_prompt_embeds": embeds(1, 24, seed=1)},
     "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2), "negative_pooled_prompt_embeds": embeds(1, 24)},
@@ -83,23 +67,7 @@ def gemma_encoder(tokenizer) -> Gemma2Model:
 })  # fmt: skip
 def kolors() -> DiffusionPipeline:
     """A UNet2DConditionModel that projects the text of a language model itself."""
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        encoder_hid_dim=24,
-        encoder_hid_dim_type="text_proj",
-        attention_head_dim=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
-        norm_num_groups=4,
-    )
+    unet = sdxl_unet(24, cross_attention_dim=WIDTH, encoder_hid_dim=24, encoder_hid_dim_type="text_proj")
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.014, num_train_timesteps=1100, beta_schedule="scaled_linear", steps_offset=1
     )
@@ -222,16 +190,7 @@ def chroma() -> ChromaPipeline:
     """As FLUX, with modulation from one small network and a mask over the text's padding."""
     tokenizer = t5_tokenizer()
     transformer = ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        axes_dims_rope=(4, 6, 6),
-        approximator_num_channels=8,
-        approximator_hidden_dim=WIDTH,
-        approximator_layers=1,
+        **FLUX, approximator_num_channels=8, approximator_hidden_dim=WIDTH, approximator_layers=1
     )
     return ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -243,7 +202,11 @@ def chroma() -> ChromaPipeline:
 
 
 @register_case("qwen_image", size=(32, 48), **{
-    "call": {"prompt_embeds": embeds(1, 9, 24)}, "null": {"negative_prompt_embeds": embeds(1, 12, 24, seed=2)},
+    "call": {"prompt_embeds": embeds(1, 9, 24), "prompt_embeds_mask": torch.ones(1, 9, dtype=torch.long)},
+    "null": {
+        "negative_prompt_embeds": embeds(1, 12, 24, seed=2),
+        "negative_prompt_embeds_mask": torch.ones(1, 12, dtype=torch.long),
+    },
     "off": {"true_cfg_scale": 1.0}, "guided": {"true_cfg_scale": 4.0},
 })  # fmt: skip
 def qwen_image() -> QwenImagePipeline:
@@ -321,15 +284,7 @@ def hunyuan_image() -> HunyuanImagePipeline:
 })  # fmt: skip
 def flux2() -> Flux2Pipeline:
     """Attention fused with the MLP; latents normalised by the autoencoder's batch norm."""
-    transformer = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
+    transformer = Flux2Transformer2DModel(**{**FLUX, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4)})
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,

@@ -14,6 +14,7 @@ from diffusers_repr.models import JointViTModel
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.objectives.joint.hybvit import HybViTObjective
 from diffusers_repr.training.lora import add_lora
+from tests.testers.hosts import lora_file
 from tests.testers.models import saved
 from tests.training.loop_cases import (
     Numbers,
@@ -45,7 +46,7 @@ class WithHead(DiffusionObjective):
         return {**out, "loss": out["loss"] * (1 + self.head(torch.ones(1)).square().sum())}
 
 
-def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path):
+def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path, capsys):
     objective = tiny_objective(kind=WithHead)
     before = {name: tensor.clone() for name, tensor in objective.network.state_dict().items()}
     last = run_here(tmp_path, objective, Numbers(), **SETTINGS)
@@ -55,7 +56,10 @@ def test_only_adapters_and_heads_are_trained_and_the_result_is_plain(tmp_path):
     frozen = {n: p for n, p in objective.network.named_parameters() if ".lora_" not in n}
     assert_same({n.replace(".base_layer.", "."): p for n, p in frozen.items()},
                 {n: before[n] for n in (n.replace(".base_layer.", ".") for n in frozen)})  # fmt: skip
-    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()  # diffusers loads none into a UNet2DModel
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    told = "merged into the weights that are saved, and not saved apart: diffusers loads none into a UNet2DModel"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "README.md").read_text()
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNet2DModel
     changed = {n for n, p in pipe.unet.state_dict().items() if not torch.equal(p, before[n])}
@@ -123,7 +127,7 @@ def test_adapters_apart_load_by_diffusers_onto_the_base_and_give_what_the_merged
     text = torch.randn(2, 7, base.unet.config.cross_attention_dim)
     with torch.no_grad():
         plain, wanted = (network(x, t, text).sample for network in (base.unet, unet))
-        base.load_lora_weights(str(tmp_path))
+        base.load_lora_weights(str(tmp_path), **lora_file())
         torch.testing.assert_close(base.unet(x, t, text).sample, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
     assert f'pipe.load_lora_weights("{tmp_path.name}")' in (tmp_path / "README.md").read_text()
@@ -137,10 +141,12 @@ def test_adapters_of_a_sit_load_onto_its_network(tmp_path):
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([30, 600])
     with torch.no_grad():
         plain, wanted = before(x, t).sample, merged(x, t).sample
-        before.load_lora_adapter(str(tmp_path), prefix="transformer", use_safetensors=True)
+        before.load_lora_adapter(str(tmp_path), prefix="transformer", use_safetensors=True, **lora_file())
         torch.testing.assert_close(before(x, t).sample, wanted, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
-    assert 'pipe.transformer.load_lora_adapter("' in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert 'pipe.transformer.load_lora_adapter("' in card
+    assert "not saved apart" not in card
 
 
 def test_no_attention_to_adapt():

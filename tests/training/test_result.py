@@ -16,7 +16,7 @@ from diffusers_repr.hub.places import without_places
 from diffusers_repr.hub.upload import plan_upload
 from diffusers_repr.objectives import DiffusionObjective, FixedArtifact
 from diffusers_repr.training import TrainingConfig, evaluation, train
-from diffusers_repr.training.result import final_loss, record_artifacts
+from diffusers_repr.training.result import record_artifacts
 from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.training.loop_cases import Numbers, read_lines, run_here, settings, tiny_objective
 
@@ -157,10 +157,12 @@ def test_places_on_this_machine():
     }
 
 
-def test_final_loss():
-    assert final_loss([{"loss": float(n)} for n in range(40)]) == 38.5
-    assert final_loss([{"loss": 1.0}, {"loss": None}]) != final_loss([])  # NaN
-    assert str(final_loss([{"loss": None}])) == "nan"
+def test_what_is_no_objective_and_what_is_no_training_data(tmp_path):
+    with pytest.raises(TypeError, match=r"takes an Objective, such as DiffusionObjective\(denoiser\); got a Denoiser"):
+        train(tiny_objective().denoiser, Numbers(), settings(tmp_path / "out"))
+    with pytest.raises(TypeError, match=r"takes data of load_train_data\(.*; got a list"):
+        train(tiny_objective(), [1, 2], settings(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):

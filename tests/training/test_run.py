@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusers_repr.training import make_accelerator
+from diffusers_repr.training.logs import Log, read_log
 from diffusers_repr.training.run import Run, make_optimizer
 from tests.training.loop_cases import (
     Numbers,
@@ -150,6 +151,16 @@ def test_phases_do_not_mix():
     means = run.take_averages()
     assert set(means) == {"first_loss", "first_grad_norm", "second_loss", "second_grad_norm"}
     assert run.ema.updates == 3  # once a step, not once a phase
+
+
+def test_the_log_of_several_phases_has_their_losses_alone(tmp_path):
+    run = run_of(Phases(), tmp_path)
+    log = Log(run.config, 0, run.accelerator, None)
+    run.step(batch(), lambda given: given)
+    log.write(run, run.take_averages(), 1.0)
+    (line,) = read_log(tmp_path / "loss.jsonl", 1)
+    assert [name for name in line if name.endswith("loss")] == ["first_loss", "second_loss"]
+    assert log.summary().startswith(f"first_loss={line['first_loss']:.4f}, second_loss={line['second_loss']:.4f}, ")
 
 
 def test_a_bad_phase_skips_the_moving_average():

@@ -14,6 +14,7 @@ from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import train
 from diffusers_repr.training.update import Update
 from tests.data.data_cases import rows
+from tests.testers.hosts import average_over_gloo
 from tests.testers.two_processes import everywhere
 from tests.training.loop_cases import Numbers, forget_accelerate, run_here, settings, tiny_sit_objective
 
@@ -144,6 +145,7 @@ def fsdp(folder):
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+    average_over_gloo()
     told = {}
     for name in CASES:
         objective, data, changes = case(name, 2)

@@ -210,4 +210,31 @@ class MapConditioner(TensorConditioner):
         return (*super()._shape(), *self.denoiser.family.size())
 
 
-__all__ = ["MapConditioner", "TensorConditioner", "TokenConditioner", "VectorConditioner"]
+def given_vectors(condition: Any, width: int | None) -> Tensor | None:
+    """Vectors that a pipeline is given as a condition, `(B, width)`.
+
+    Args:
+        condition: Vectors, one for all, or None.
+        width: Their length; None of a network that takes none.
+
+    Raises:
+        ValueError: For another shape, numbers that are not finite, and a network without vectors.
+
+    Example:
+        >>> given_vectors([0.5, 1.0], 2)
+        tensor([[0.5000, 1.0000]])
+    """
+    if condition is None:
+        return None
+    if width is None:
+        raise ValueError("This model takes no vectors (condition_dim=None); leave condition out.")
+    vectors = torch.as_tensor(condition)
+    vectors = vectors[None] if vectors.ndim == 1 else vectors
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise ValueError(f"condition is (B, {width}), or one vector for all; got {tuple(vectors.shape)}.")
+    if not bool(vectors.isfinite().all()):
+        raise ValueError("condition has NaN or infinite values.")
+    return vectors
+
+
+__all__ = ["MapConditioner", "TensorConditioner", "TokenConditioner", "VectorConditioner", "given_vectors"]

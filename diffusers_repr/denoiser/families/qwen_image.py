@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -45,7 +46,11 @@ class QwenImageFamily(FluxFamily):
                 f"{own[1]} x {own[2]}: make it for this size, denoiser.condition(..., size=(H, W) in pixels)."
             )
         timestep = self.timestep(level, x_t)
-        return {"hidden_states": tokens, "timestep": timestep, **condition, "img_shapes": [given] * x_t.shape[0]}
+        inputs = {"hidden_states": tokens, "timestep": timestep, **condition, "img_shapes": [given] * x_t.shape[0]}
+        text = condition.get("encoder_hidden_states")
+        if text is not None and _is_told_lengths():
+            inputs["txt_seq_lens"] = [text.shape[1]] * x_t.shape[0]
+        return inputs
 
     def token_width(self) -> int:
         """`out_channels` counts those of a latent pixel."""
@@ -66,3 +71,11 @@ class QwenImageFamily(FluxFamily):
         if self.config.get("guidance_embeds"):
             inputs["guidance"] = torch.zeros(batch, device=device)
         return inputs
+
+
+@functools.cache
+def _is_told_lengths() -> bool:
+    """Whether the network is told of how many tokens the text is, as up to diffusers 0.36; later it counts them."""
+    from diffusers.models.transformers import transformer_qwenimage
+
+    return not hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask")

@@ -15,7 +15,7 @@ class CLIPFamily(EncoderFamily):
     """Patch tokens of the last block without norm, as REPA; global: the class token after the norm, not projected."""
 
     model_class = "CLIPVisionModel"
-    blocks = "encoder.layers"
+    blocks = ("encoder.layers", "vision_model.encoder.layers")
     final_norm = False
     statistics = Statistics(CLIP_MEAN, CLIP_STD)
 

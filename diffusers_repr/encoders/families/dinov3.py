@@ -12,7 +12,7 @@ class Dinov3Family(EncoderFamily):
     """Patch tokens after the final norm, registers dropped; global: the class token. Rotary positions fit any size."""
 
     model_class = "DINOv3ViTModel"
-    blocks = "model.layer"
+    blocks = ("model.layer", "layer")
     interpolates = False
 
     def prefix(self, config: Any) -> int:

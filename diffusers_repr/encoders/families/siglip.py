@@ -15,7 +15,7 @@ class SiglipFamily(EncoderFamily):
     """Patch tokens after the final norm; global: the attention-pooled vector, or the mean where there is no head."""
 
     model_class = "SiglipVisionModel"
-    blocks = "encoder.layers"
+    blocks = ("encoder.layers", "vision_model.encoder.layers")
     class_token = False
     statistics = Statistics(HALF, HALF)
 
