@@ -19,6 +19,7 @@ _PUBLIC = {
     "ClassifierObjective": "diffusers_repr.objectives",
     "Condition": "diffusers_repr.denoiser",
     "Conditioner": "diffusers_repr.denoiser",
+    "Correspondence": "diffusers_repr.tasks",
     "DataConfig": "diffusers_repr.data",
     "Denoiser": "diffusers_repr.denoiser",
     "DepthGuidance": "diffusers_repr.guidance",

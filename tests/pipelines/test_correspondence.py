@@ -9,6 +9,8 @@ from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.features.presets import presets
+from diffusers_repr.heads.hyperfeature_source import Hyperfeatures
+from diffusers_repr.heads.hyperfeatures import HyperfeaturesHead
 from diffusers_repr.hub.push import check_pipeline_file
 from diffusers_repr.tasks.correspondence import Correspondence
 from tests.pipelines import sit_cases
@@ -51,6 +53,17 @@ def test_every_argument_reaches_the_task():
         ours(A, B, POINTS, features=source, timestep=3)
     with pytest.raises(TypeError, match="pool_size"):
         ours(A, B, POINTS, **CALL, pool_size=2)
+
+
+def test_learned_and_clean_features_serve_as_well():
+    ours = CorrespondencePipeline.from_pipe(build("ddim"))
+    head = HyperfeaturesHead.for_base(ours.denoiser, steps=10, reads=[0, 5], width=8, bottleneck=4)
+    image, points = A.resize((32, 32)), [[5, 6], [20, 9]]
+    clean = FeatureExtractor(ours.denoiser, "up_blocks.0", 100, noise="clean", image_size=16)  # as CleanDIFT is read
+    for source in (Hyperfeatures(ours.denoiser, head, image_size=16), clean):
+        found = ours(image, image, points, features=source)
+        assert torch.equal(found.matches, torch.tensor(points, dtype=torch.float32))
+        assert (found.scores - 1).abs().max() < 1e-5
 
 
 def test_a_preset_and_its_prompt():
