@@ -1,7 +1,7 @@
 """Do features of a small diffusion model find points again? Against raw pixels, SIFT and the network untrained.
 
     python examples/studies/correspondence.py --output_dir outputs/correspondence
-    python examples/studies/correspondence.py --base examples/models/cifar10-ddpm --output_dir outputs/correspondence
+    python examples/studies/correspondence.py --base PIPELINE --output_dir outputs/correspondence
 
 Photographs that scikit-image ships, under known homographies, crops, flips and colour changes, and its stereo pair of
 a motorcycle with the measured disparity. Layer, level and noise policy are chosen by PCK on two photographs
