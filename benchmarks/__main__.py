@@ -10,6 +10,8 @@ NAMES = (
     "selection",
     "memory",
     "readout",
+    "segmentation",
+    "hyperfeatures",
     "pag",
     "guide_overhead",
     "repa_loss",
@@ -19,6 +21,8 @@ NAMES = (
     "repa_step",
     "loop_overhead",
     "cached_training",
+    "correspondence",
+    "cleandift",
 )
 
 

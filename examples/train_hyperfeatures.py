@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
     objective = HyperfeaturesObjective(denoiser, data.size, hyper)
     if hyper.eval_split:
         held_out = dataclasses.replace(pairs, dataset_split=hyper.eval_split)
-        accuracy = PairAccuracy(objective, load_pairs(held_out, denoiser.image_channels, data.size), config.seed)
+        held = load_pairs(held_out, denoiser.image_channels, data.size)
+        accuracy = PairAccuracy(objective, held, hyper.eval_pairs, config.seed)
     train(objective, data, config, recipe=recipe_of(config, pairs, hyper), evaluate=accuracy)
 
 

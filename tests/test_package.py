@@ -1,7 +1,6 @@
 """The package as a whole: light to import, lazy, its public names documented, its extras named."""
 
 import dataclasses
-import importlib
 import inspect
 import json
 import subprocess
@@ -45,13 +44,13 @@ def test_unknown_name_says_what_there_is():
 
 
 def test_command_lists_its_commands(capsys):
-    from diffusers_repr.cli import COMMANDS, main
+    from diffusers_repr.cli import COMMANDS, command_module, main
 
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
     for name in COMMANDS:
-        module = importlib.import_module(f"diffusers_repr.cli.{name}")
+        module = command_module(name)
         assert dataclasses.is_dataclass(module.Settings)
         assert callable(module.run)

@@ -14,7 +14,8 @@ from diffusers_repr.cli import options, words
 from diffusers_repr.cli.guard import EXIT_CODES, HELP, guarded, plain_warnings, split_flags
 from diffusers_repr.cli.library_output import bars, quiet_logs
 
-# Command -> one line of help. Each lives in cli/<command>.py with a dataclass `Settings` and `run(settings) -> int`.
+# Command -> one line of help. Each lives in cli/<command>.py, `_` between two words, with a dataclass `Settings` and
+# `run(settings) -> int`.
 COMMANDS = {
     "layers": "print the layers of a model that can be read",
     "extract": "write features of a data set to a folder",
@@ -23,18 +24,21 @@ COMMANDS = {
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
     "match": "find points of one image in another",
+    "segment fit": "learn the classes of pixels from a few images with masks",
+    "segment predict": "write masks of images by a saved segmenter",
     "align": "compare the layers of a model with an encoder, level by level",
     "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT, MoCo v3 or a readout head into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",
-    "push": "push a probe, a feature store, a pipeline or a model to the Hub",
+    "push": "push a probe, a segmenter, a feature store, a pipeline or a model to the Hub",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: whatever goes wrong is one line on stderr and an exit code of `EXIT_CODES`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv[0] if argv and argv[0] in COMMANDS else _overview().parse_args(argv).command
-    program, (flags, debug, verbose) = f"diffusers-repr {command}", split_flags(argv[1:])
+    named = [name for count in (2, 1) if (name := " ".join(argv[:count])) in COMMANDS]
+    command = named[0] if named else _overview().parse_args(argv).command
+    program, (flags, debug, verbose) = f"diffusers-repr {command}", split_flags(argv[len(command.split()) :])
     with plain_warnings(program), quiet_logs(verbose):
         return guarded(program, lambda: _run(command, flags), debug)
 
@@ -49,6 +53,11 @@ def _overview() -> argparse.ArgumentParser:
     return parser
 
 
+def command_module(command: str) -> Any:
+    """The module of a command of `COMMANDS`."""
+    return importlib.import_module(f"diffusers_repr.cli.{command.replace(' ', '_')}")
+
+
 def read_settings(command: str, argv: Sequence[str]) -> Any:
     """The `Settings` of a command from its flags and its recipe.
 
@@ -57,7 +66,7 @@ def read_settings(command: str, argv: Sequence[str]) -> Any:
     """
     from diffusers_repr.config.recipe import parse_recipe
 
-    kind = importlib.import_module(f"diffusers_repr.cli.{command}").Settings
+    kind = command_module(command).Settings
     options = {"prog": f"diffusers-repr {command}", "usage": _usage(kind), **HELP}
     return parse_recipe([kind], argv, COMMANDS[command], **options)[0]
 
@@ -77,7 +86,7 @@ def _usage(kind: type) -> str:
 def _run(command: str, argv: Sequence[str]) -> int:
     """Read the settings, check the device and the folder to write to, then work."""
     settings = read_settings(command, argv)
-    module: Any = importlib.import_module(f"diffusers_repr.cli.{command}")
+    module = command_module(command)
     with words.in_words_of(settings), bars(not getattr(settings, "quiet", False)):
         code = _work(module, settings)
     sys.stdout.flush()
@@ -95,4 +104,4 @@ def _work(module: Any, settings: Any) -> int:
     return module.run(settings)
 
 
-__all__ = ["COMMANDS", "EXIT_CODES", "main", "read_settings"]
+__all__ = ["COMMANDS", "EXIT_CODES", "command_module", "main", "read_settings"]

@@ -20,7 +20,6 @@ _CALLS = {
     " (`hold_out`)": "",
     " See `hold_out`.": "",
     "; `hold_out` parts a train split": "",
-    "fit a probe on it with Probe.fit": "fit a probe on it by `diffusers-repr probe`",
 }
 _ARGUMENTS = {"class_labels": "class_label", "timestep": "timesteps", "test": "test_split", "samples": "limit"}
 _VALUE = r"(\(H, W\)|<[^<>]*>|'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\([^()]*\)|\.\.\.|[\w+./:-]*\w)?"

@@ -16,7 +16,7 @@ from diffusers_repr.data.samples import Sample, SampleReader
 from diffusers_repr.data.splits import open_split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageData:
     """One split of a data set of images.
 
@@ -48,6 +48,13 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __repr__(self) -> str:
+        few = ", ".join(map(repr, (self.label_names or [])[:3])) + (", ..." if len(self.label_names or []) > 3 else "")
+        classes = f"{len(self.label_names)} classes ({few})" if self.label_names else "no names of classes"
+        columns = {name: column for name, column in vars(self.columns).items() if column and name != "unlabelled"}
+        read = ", ".join(f"{name}={column!r}" for name, column in columns.items())
+        return f"ImageData({self.name!r}, split {self.split!r}: {len(self)} images, {classes},\n    columns: {read})"
 
     def labels(self) -> list[int]:
         """Class id of every row.

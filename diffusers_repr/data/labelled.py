@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -139,8 +140,7 @@ def open_images(data: Any, role: str) -> ImageRows:
     sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, dict))
     if not (sequence or isinstance(data, ImageData)):
         raise TypeError(
-            f"{role} must be ImageData, a datasets.Dataset, or a list, array or tensor of images; got "
-            f"{type(data).__name__}."
+            f"{role} must be ImageData, a datasets.Dataset, or a list, array or tensor of images; got {_got(data)}."
         )
     if not len(data):
         raise ValueError(f"{role} has no images.")
@@ -167,9 +167,7 @@ def open_labelled(data: Any, role: str) -> Labelled:
             f"{role} is a dictionary of splits ({', '.join(map(str, data))}); pass one split, e.g. data['{role}']."
         )
     if not isinstance(data, tuple) or len(data) != 2:
-        raise TypeError(
-            f"{role} must be ImageData, a datasets.Dataset or a tuple (images, labels); got {type(data).__name__}."
-        )
+        raise TypeError(f"{role} must be ImageData, a datasets.Dataset or a tuple (images, labels); got {_got(data)}.")
     images, labels = data
     if hasattr(images, "__iter__") and not hasattr(images, "__getitem__"):
         images = list(images)
@@ -189,6 +187,13 @@ def open_labelled(data: Any, role: str) -> Labelled:
             "`numpy.unique(labels, return_inverse=True)` gives the names and the ids of texts."
         ) from error
     return Labelled(images, "images", targets, role)
+
+
+def _got(data: Any) -> str:
+    """What came, and of a place how to open it."""
+    if isinstance(data, (str, os.PathLike)):
+        return f"the text {os.fspath(data)!r}; load_images({os.fspath(data)!r}) of diffusers_repr.data opens it"
+    return type(data).__name__
 
 
 def _opened(data: Any, role: str) -> Any:

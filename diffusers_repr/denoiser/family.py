@@ -49,6 +49,8 @@ class Family(FamilyLayers):
         not_image: Parts of paths whose modules give no image: text, time, single heads.
         pipeline_arguments: What is passed to the pipeline's call besides the prompt and the size.
         null_arguments: What is passed on top where the prompt is a negative one.
+        prompts_together: Whether the pipeline makes of each prompt of a list what it makes of it alone: all that fills
+            texts up to one length, whatever the others are. Prompts of a batch are then encoded in one call.
         sample_name: Name of the noisy input in the network's forward.
         timestep_name: Name of the timestep.
         early_rows: Path of a top-level module -> index in what it returns of a tensor that the network's own forward
@@ -67,6 +69,7 @@ class Family(FamilyLayers):
     not_image: tuple[str, ...] = ("time_proj", "time_embedding", "time_embed", "class_embedding", "add_embedding")
     pipeline_arguments: Mapping[str, Any] = {}
     null_arguments: Mapping[str, Any] = {}
+    prompts_together: bool = False
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         self.config: Mapping[str, Any] = {} if config is None else config

@@ -104,7 +104,7 @@ def asked_latent_size(
     return tuple(size)
 
 
-_FAR = 4  # times the pixels that a network was made for
+_FAR = 8  # times the pixels that a network was made for
 
 
 def warn_if_far_larger(name: str, size: tuple[int, ...], own: tuple[int, int] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -54,14 +55,23 @@ def require_source(source: Any) -> FeatureSource:
     Raises:
         TypeError: For anything else, a network or a denoiser among them; says what is missing.
     """
-    if isinstance(source, FeatureSource) and not isinstance(source, type):
+    missing = [name for name in ("denoiser", "layers", "image_size") if not _has(source, name)]
+    if callable(source) and not missing and not isinstance(source, type):
         return source
-    missing = [name for name in ("denoiser", "layers", "image_size") if not hasattr(source, name)]
     lacking = f" It has no {' and no '.join(missing)}." if missing else ""
     raise TypeError(
         f"Features are read by a source, such as FeatureExtractor(denoiser, layers, timestep); got "
         f"{type(source).__name__}.{lacking}"
     )
+
+
+def _has(source: Any, name: str) -> bool:
+    """Whether it has an attribute; a property is not asked, for it may raise."""
+    try:
+        inspect.getattr_static(source, name)
+    except AttributeError:
+        return False
+    return True
 
 
 __all__ = ["FeatureSource", "require_source"]

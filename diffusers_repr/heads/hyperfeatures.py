@@ -99,13 +99,12 @@ class HyperfeaturesHead(Head, ModelMixin, ConfigMixin):
             )
         check_sizes(width=width, bottleneck=bottleneck, **{f"channels[{i}]": c for i, c in enumerate(channels)})
         self.reads = check_reads(steps, reads)
-        self.project = nn.ModuleList(Projection(c, bottleneck + width, bias=False) for c in channels)
-        self.blocks = nn.ModuleList(Bottleneck(bottleneck, width, 0) for _ in channels)
+        project = [Projection(c, bottleneck + width, bias=False) for c in channels]
+        blocks = [Bottleneck(bottleneck, width, 0) for _ in channels]
+        for layer, block in zip(project, blocks, strict=True):
+            _start(*layer.weight.detach().split([bottleneck, width]), block.conv_mid.weight, block.conv_out.weight)
+        self.project, self.blocks = nn.ModuleList(project), nn.ModuleList(blocks)
         self.weights = nn.Parameter(torch.ones(len(self.reads), len(layers)))
-        for layer in self.project:
-            _start(*layer.weight.split([bottleneck, width]))
-        for block in self.blocks:
-            _start(block.conv_mid.weight, block.conv_out.weight)
 
     @classmethod
     def for_base(

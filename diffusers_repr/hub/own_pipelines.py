@@ -124,7 +124,7 @@ def pipeline_files() -> list[Path]:
 
     Example:
         >>> [file.parent.name for file in pipeline_files()][0]
-        'feature_extraction'
+        'correspondence'
     """
     package = importlib.import_module("diffusers_repr.pipelines")
     return sorted(Path(package.__path__[0]).glob("*/pipeline.py"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -39,7 +40,7 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor, m: Tensor | None = None) -> Tensor:
         """`(..., width)` to the same, broadcast with what `m` `(..., modulated_by)` gives."""
-        scale = self.scale.to(x.dtype) if self.modulate is None else 1 + self.modulate(m)
+        scale: Any = 1 + self.modulate(m) if self.modulate is not None else cast(Tensor, self.scale).to(x.dtype)
         value, gate = self.up(rms(x) * scale).chunk(2, dim=-1)
         return x + self.down(value * functional.silu(gate))
 
@@ -133,7 +134,7 @@ class FeatureAdapters(ReprModelMixin, ModelMixin, ConfigMixin):
         if layer not in layers:
             raise ValueError(f"No adapter for layer {layer!r}; there are {layers}.")
         x = tokens.to(m.dtype) if m.ndim == 2 else tokens.to(m.dtype)[:, None]
-        for block in self.adapters[layers.index(layer)]:
+        for block in cast(nn.ModuleList, self.adapters[layers.index(layer)]):
             x = block(x, m[..., None, :])
         return x if m.ndim == 2 else x.expand(-1, m.shape[1], -1, -1)
 

@@ -1,6 +1,7 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, PipelineArtifact
+from diffusers_repr.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective
 from diffusers_repr.objectives.auxiliary import (
     AlignmentLoss,
     AttentionAlignmentLoss,
@@ -15,6 +16,7 @@ from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjective
 from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
+from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
@@ -30,6 +32,8 @@ __all__ = [
     "AlignmentLoss",
     "Artifact",
     "AttentionAlignmentLoss",
+    "AutoencoderConfig",
+    "AutoencoderObjective",
     "AuxiliaryLoss",
     "Batch",
     "CachedFeatures",
@@ -38,6 +42,8 @@ __all__ = [
     "ClassifierObjective",
     "CleanDIFTConfig",
     "CleanDIFTObjective",
+    "ContrastiveConfig",
+    "ContrastiveObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "FixedArtifact",

@@ -43,6 +43,7 @@ class HyperfeaturesConfig:
     head: dict | str | None = setting(None, "widths: arguments of HyperfeaturesHead, a mapping (JSON in a flag)")
     temperature: float = setting(0.07, "of the softmax over all places")
     eval_split: str | None = setting(None, "split of pairs to measure PCK on; none: no measurement")
+    eval_pairs: int = setting(256, "pairs of it, the first")
 
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
@@ -183,17 +184,13 @@ class HyperfeaturesObjective(Objective):
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """The loss of a batch of pairs."""
-        first, second = self.descriptors(self.head, batch["images"].flatten(0, 1)).chunk(2)
+        first, second = self.head(self.maps(batch["images"].flatten(0, 1))).chunk(2)
         grid = (first.shape[2], first.shape[3])
         cells = map_cells(batch["points"], self.size, grid)
         return {"loss": keypoint_infonce(first, second, cells, batch["valid"], self.config.temperature)}
 
-    def descriptors(self, head: nn.Module, images: Tensor) -> Tensor:
-        """What a head makes of images (N, C, H, W) in [-1, 1]; gradients reach the head."""
-        return head(self.maps(images))
-
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
-        """Layer -> maps (N, C_l, h_l, w_l) at each level, without gradient.
+        """Layer -> maps (N, C_l, h_l, w_l) at each level, without gradient, of images (N, C, H, W) in [-1, 1].
 
         All are held, at their own resolution: the gradient of the convolutions that read them needs them.
         """

@@ -116,7 +116,7 @@ class SimCLRObjective(Objective):
         side = dict.fromkeys(("height", "width"), config.image_size)
         return [
             ModelArtifact(self.encoder, "encoder", make=make),
-            FixedArtifact(_Preprocessor(size=side, image_mean=self.mean, image_std=self.std)),
+            FixedArtifact(Preprocessor(size=side, image_mean=self.mean, image_std=self.std)),
         ]
 
     def tokens(self, encoder: ViTModel, images: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class SimCLRObjective(Objective):
         return encoder(pixel_values=pixels).last_hidden_state
 
 
-class _Preprocessor:
+class Preprocessor:
     """The file in which transformers keeps an encoder's preprocessing."""
 
     def __init__(self, **own: Any) -> None:
@@ -138,4 +138,4 @@ class _Preprocessor:
         write_json(Path(folder) / "preprocessor_config.json", {**fixed, **self.own})
 
 
-__all__ = ["SimCLRConfig", "SimCLRObjective", "nt_xent"]
+__all__ = ["Preprocessor", "SimCLRConfig", "SimCLRObjective", "nt_xent"]

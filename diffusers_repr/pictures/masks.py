@@ -52,6 +52,20 @@ def mask_over(
     return Image.fromarray(drawn.round().astype(np.uint8))
 
 
+def mask_image(mask: np.ndarray, classes: int) -> Image.Image:
+    """Class ids as an image whose values are the ids, shown in the colours of `palette`; 16 bits from 257 classes on.
+
+    Args:
+        mask: `(H, W)` class ids.
+        classes: How many there are.
+    """
+    if classes > 256:
+        return Image.fromarray(mask.astype(np.uint16))
+    image = Image.fromarray(mask.astype(np.uint8), "P")
+    image.putpalette(palette(256).flatten().tolist())
+    return image
+
+
 def heat(values: np.ndarray, highest: float | None = None) -> Image.Image:
     """Numbers from 0 on as colours, dark to bright.
 
@@ -81,4 +95,4 @@ def legend(names: Sequence[str], height: int = 18, side: int = 12) -> Image.Imag
     return strip
 
 
-__all__ = ["heat", "legend", "mask_over", "palette"]
+__all__ = ["heat", "legend", "mask_image", "mask_over", "palette"]

@@ -147,18 +147,26 @@ def check_base(denoiser: Denoiser, recipe: TaskRecipe) -> None:
     """
     was, came, dependent = recipe.base, base_record(denoiser, marks=recipe.base.marks), _dependent(recipe)
     bases.refuse_other_class(dependent, was, came)
+    if recipe.foreign is None:
+        _check_features_there(denoiser, recipe, was, came, dependent)
+    name, old = called(came), called(was, "a model without a name")
+    differing = bases.config_differences(was, came, config_defaults(denoiser))
+    if differing:
+        if recipe.foreign is None:
+            _measure(denoiser, recipe, "; ".join(differing))
+        _warn(f"{name} has another config than the {recipe.NOUN}'s base ({old}): {'; '.join(differing)}.", recipe)
+    if not bases.same_marks(was, came):
+        _warn(f"{name} has other weights than the {recipe.NOUN}'s base ({old}).", recipe)
+
+
+def _check_features_there(
+    denoiser: Denoiser, recipe: TaskRecipe, was: BaseRecord, came: BaseRecord, dependent: Dependent
+) -> None:
     bases.refuse_missing_layers(
         dependent, was, came, dict(plain_module(denoiser.model).named_modules(remove_duplicate=False))
     )
     found = [Level({}, float(level.timestep), float(level.nsr)) for level in recipe.extractor(denoiser).levels]
     bases.refuse_other_levels(dependent, was, came, recipe.levels, found)
-    name, old = called(came), called(was, "a model without a name")
-    differing = bases.config_differences(was, came, config_defaults(denoiser))
-    if differing:
-        _measure(denoiser, recipe, "; ".join(differing))
-        _warn(f"{name} has another config than the {recipe.NOUN}'s base ({old}): {'; '.join(differing)}.", recipe)
-    if not bases.same_marks(was, came):
-        _warn(f"{name} has other weights than the {recipe.NOUN}'s base ({old}).", recipe)
 
 
 def _warn(what: str, recipe: TaskRecipe) -> None:

@@ -28,18 +28,18 @@ class PairAccuracy:
     Args:
         objective: That trains the head, before its first step.
         data: Pairs.
-        seed: Of moved pairs.
         pairs: How many of them, the first.
+        seed: Of moved pairs.
     """
 
-    def __init__(self, objective: HyperfeaturesObjective, data: TrainData, seed: int, pairs: int = 128) -> None:
+    def __init__(self, objective: HyperfeaturesObjective, data: TrainData, pairs: int, seed: int) -> None:
         self.objective, self.data, self.seed = objective, data, seed
-        self.pairs = min(pairs, len(data))  # type: ignore[arg-type]
+        self.pairs = min(pairs, len(data))
         self.untrained = copy.deepcopy(objective.head).eval()
 
     @torch.no_grad()
     def __call__(self, head: nn.Module, step: int) -> dict[str, float]:
-        """`pck`, `untrained_pck`, `pixels_pck` (patches of 5 x 5), and `layer_pck`, the best of layers and levels alone.
+        """`pck`, `untrained_pck`, `pixels_pck` (patches of 5 x 5), and `layer_pck`, the best layer and level alone.
 
         The latter is chosen on the very pairs that it is measured on, which speaks for it.
         """
@@ -48,10 +48,10 @@ class PairAccuracy:
         for batch in self.batches():
             moved = self.data.on_device(to_device(batch, device))
             images = moved["images"].flatten(0, 1)
-            maps = {"pck": self.objective.descriptors(head.to(device), images), "pixels_pck": patches(images)}
-            maps["untrained_pck"] = self.objective.descriptors(self.untrained.to(device), images)
-            for path, levels in self.objective.maps(images).items():
-                maps |= {f"{path} {place}": level for place, level in enumerate(levels)}
+            read = self.objective.maps(images)
+            maps = {f"{path} {place}": level for path, levels in read.items() for place, level in enumerate(levels)}
+            maps |= {"pck": head.to(device)(read), "untrained_pck": self.untrained.to(device)(read)}
+            maps["pixels_pck"] = patches(images)
             for name, both in maps.items():
                 for first, second, points, valid in zip(
                     *both.chunk(2), moved["points"].transpose(0, 1), moved["valid"], strict=True
@@ -82,7 +82,7 @@ class FeatureRobustness:
 
     def __init__(self, objective: CleanDIFTObjective, data: TrainData, images: int, seed: int) -> None:
         self.objective, self.data, self.seed = objective, data, seed
-        self.images = min(images, len(data))  # type: ignore[arg-type]
+        self.images = min(images, len(data))
 
     @torch.no_grad()
     def __call__(self, pipe: object, step: int) -> dict[str, float]:
@@ -99,7 +99,7 @@ class FeatureRobustness:
         times = torch.tensor([low + place * (high - low) for place in PLACES])
         if objective.denoiser.schedule.kind == "vp":
             times = times.round()
-        found = {}
+        found: dict[str, float] = {}
         for network, names in (
             (tuned.to(device), ("clean", "adapted", "noisy")),
             (objective.teacher.model, ("base",)),

@@ -89,6 +89,11 @@ class TaskRecipe:
         """How features are pooled; None where the head takes maps."""
         return None
 
+    @property
+    def foreign(self) -> str | None:
+        """Class of the source of features, where that is no `FeatureExtractor` and the recipe does not hold it."""
+        return None
+
     def sizes(self, output: FeatureOutput) -> dict[str, int]:
         """Layer -> values of its feature: of a vector, or of each place of a map."""
         if self.pooled is None:
@@ -198,6 +203,11 @@ class SegmentationRecipe(TaskRecipe):
 
     ignore_index: int | None
     source: str | None
+
+    @property
+    def foreign(self) -> str | None:
+        """As `source`."""
+        return self.source
 
 
 def _finite(value: Any) -> Any:

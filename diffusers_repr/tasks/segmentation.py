@@ -23,7 +23,7 @@ from diffusers_repr.hub.places import public_name
 from diffusers_repr.metrics import ConfusionMatrix, EnsembleSums, image_scores
 from diffusers_repr.tasks import files
 from diffusers_repr.tasks import segmentation_fit as fitting
-from diffusers_repr.tasks.base import check_features
+from diffusers_repr.tasks.base import check_base, check_features
 from diffusers_repr.tasks.formats import SEGMENTER
 from diffusers_repr.tasks.recipe import Score, SegmentationRecipe
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
@@ -59,6 +59,11 @@ class Segmenter(Task):
             raise ValueError(
                 f"This segmenter was fitted on features of a {recipe.source}, which its recipe does not hold: pass "
                 "it, source=..."
+            )
+        if source is not None and list(source.layers) != list(recipe.layers):
+            raise ValueError(
+                f"This segmenter reads {list(recipe.layers)} of a {recipe.source or 'FeatureExtractor'}; the source "
+                f"({type(source).__name__}) gives {list(source.layers)}. Pass the one it was fitted on."
             )
         self.source = recipe.extractor(denoiser, batch_size=batch_size) if source is None else source
 
@@ -347,6 +352,21 @@ class Segmenter(Task):
         finally:
             if bar is not None:
                 bar.close()
+
+    def on(self, denoiser: Denoiser) -> Segmenter:
+        """The same segmenter on another copy of its base.
+
+        Args:
+            denoiser: The base to read.
+
+        Raises:
+            ValueError: If it is another model than the segmenter was fitted on.
+        """
+        if denoiser is self.denoiser:
+            return self
+        check_base(denoiser, self.recipe)
+        own = None if self.recipe.source is None else self.source
+        return Segmenter(self.head, self.recipe, denoiser, self.batch_size, own)
 
     def record(self, score: Score) -> None:
         """Keep a score in the recipe; one of the same name, data set and split is replaced."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,17 +31,30 @@ def check_services(config: TrainingConfig) -> None:
         raise NotADirectoryError(f"--output_dir {config.output_dir} is a file; name a folder.")
 
 
+def check_train_data(data: Any) -> None:
+    """Raise TypeError for what is no training data, such as a data set that was not opened for it."""
+    if not all(hasattr(data, name) for name in ("on_device", "fingerprint")):
+        raise TypeError(
+            "`train` takes data of load_train_data(DataConfig(dataset_name=...), channels), or with dataset= one that "
+            f"is loaded; got a {type(data).__name__}."
+        )
+
+
 def check_result(objective: Objective, config: TrainingConfig) -> None:
     """What will be saved, and sampled from, must be there at the end.
 
     Raises:
-        TypeError: If an artifact cannot be made.
+        TypeError: For what is no objective, or if an artifact cannot be made.
         ValueError: If the objective saves nothing, two of its artifacts lie in one folder, or samples are asked of one
             that makes none.
 
     Warns:
         UserWarning: Of what is trained and not saved.
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"`train` takes an Objective, such as DiffusionObjective(denoiser); got a {type(objective).__name__}."
+        )
     artifacts = objective.artifacts()
     method = type(objective).__name__
     check_places(artifacts, method)

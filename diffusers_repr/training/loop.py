@@ -22,6 +22,7 @@ from diffusers_repr.training.checks import (
     check_place,
     check_result,
     check_services,
+    check_train_data,
     warn_of_skipped,
 )
 from diffusers_repr.training.config import TrainingConfig, recipe_of
@@ -88,7 +89,7 @@ def train(
     Raises:
         ValueError: For data that do not fit the objective, a checkpoint of another run, or samples asked of a method
             that makes none.
-        TypeError: If the result cannot be saved.
+        TypeError: For what is no objective or no training data, or if the result cannot be saved.
         CheckpointError: If no checkpoint is whole.
         FloatingPointError: If losses stay infinite or NaN.
         ImportError: For a tracker that is not installed.
@@ -100,6 +101,7 @@ def train(
     """
     check_services(config)
     check_result(objective, config)
+    check_train_data(data)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(config.seed)

@@ -81,9 +81,9 @@ class CorrespondencePipeline(AnyPipelineMixin, DiffusionPipeline):
             features, own = correspondence_source(self.denoiser, layer, timestep, preset, **given)
             prompt = fill_prompt(own, category) if prompt is None else prompt
         elif settings or layer is not None or timestep is not None or preset is not None:
-            named = [*settings, *(n for n, v in (("layer", layer), ("timestep", timestep), ("preset", preset)) if v)]
             raise ValueError(
-                f"features= has its own settings; {', '.join(named)} would change nothing. Leave them out."
+                "features= has a layer, a timestep and settings of its own; those of the call would change nothing. "
+                "Leave them out."
             )
         found = Correspondence(features)(
             source,

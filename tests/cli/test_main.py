@@ -104,7 +104,7 @@ def test_warnings_are_one_line(monkeypatch):
 def test_help_tells_every_default(capsys):
     for command in COMMANDS:
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         told = " ".join(capsys.readouterr().out.split())
         assert "default: None" not in told
         assert "default: []" not in told

@@ -1,7 +1,6 @@
 """`diffusers-repr probe`, `predict` and `push`, in this process; one run as a command of its own."""
 
 import dataclasses
-import importlib
 import json
 import re
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffusers_repr.cli import COMMANDS, main, read_settings
+from diffusers_repr.cli import COMMANDS, command_module, main, read_settings
 from diffusers_repr.cli.predict import find_images
 from diffusers_repr.cli.push import what_is
 from diffusers_repr.data.image_data import load_images
@@ -297,6 +296,8 @@ HAVE = {
     "probe": "timesteps seed dtype batch_size device out overwrite json limit quiet",
     "predict": "dtype batch_size device json limit",
     "match": "timesteps seed dtype batch_size device out overwrite json quiet revision",
+    "segment fit": "timesteps seed dtype store_dtype batch_size device out overwrite json limit quiet",
+    "segment predict": "dtype batch_size device out overwrite json limit quiet",
     "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
 }  # fmt: skip
 
@@ -304,7 +305,7 @@ HAVE = {
 def test_flags_agree():
     hints = {}
     for command in COMMANDS:
-        settings = importlib.import_module(f"diffusers_repr.cli.{command}").Settings
+        settings = command_module(command).Settings
         fields = {field.name: field for field in dataclasses.fields(settings)}
         assert set(HAVE[command].split()) <= set(fields), command
         assert not {"timestep", "samples", "model_dtype", "workers", "force", "output"} & set(fields), command

@@ -99,6 +99,15 @@ def test_batches_and_select():
     assert data.select([6, 1]).labels() == [0, 1]
 
 
+def test_it_is_shown_in_two_lines():
+    assert repr(from_dataset(labelled(), name="pets")) == (
+        "ImageData('pets', split 'train': 5 images, 2 classes ('cat', 'dog'),\n"
+        "    columns: image='image', label='label')"
+    )
+    plain = from_dataset(labelled(2).remove_columns("label"), name="pets")
+    assert repr(plain).startswith("ImageData('pets', split 'train': 2 images, no names of classes,\n")
+
+
 def test_only_the_needed_columns_are_read():
     data = from_dataset(labelled(2, caption=["a", "b"]))
     assert data.dataset.column_names == ["image", "label"]

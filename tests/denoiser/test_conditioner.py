@@ -261,3 +261,19 @@ def test_a_null_class_that_is_named():
         Denoiser(network, DDIMScheduler(), conditioner=LabelConditioner(-1)).condition(batch=2)
     with pytest.raises(ValueError, match=r"null class 6 is not in the table .* 0 to 5"):
         DiffusionObjective(named, null_label=6)
+
+
+@pytest.mark.parametrize(("name", "tower"), [("sd", "text_encoder"), ("sdxl", "text_encoder_2")])
+def test_new_captions_are_encoded_together(name, tower):
+    """One call of the text tower for those not kept yet, which gives each what it gives it alone."""
+    pipe, calls = build(name), []
+    getattr(pipe, tower).register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    together = Denoiser.from_pipe(pipe).conditioner
+    found = together.condition(["ab", "c", "ab", "dd"])
+    assert calls == [3]
+    together.inputs(["ab", "c"])
+    together.inputs(["c", "e"])
+    assert calls[1:] == [2, 1]  # `condition` kept nothing, for it got no cache; training keeps "c"
+    for at, text in enumerate(["ab", "c", "ab", "dd"]):
+        alone = Denoiser.from_pipe(pipe).conditioner.inputs([text])
+        torch.testing.assert_close(found.take([at]), alone)

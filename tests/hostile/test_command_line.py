@@ -29,10 +29,13 @@ COMMANDS = {  # that take --device or --out, with arguments that would fail late
     "convert": ["no.pt"],
     "match": ["no.png", "nor.png", "--model", MODEL[0]],
     "predict": ["no-probe", "no.png"],
+    "segment fit": MODEL,
+    "segment predict": ["no-segmenter", "no.png"],
 }
 OWN = {
     "extract": "manifest.json", "select": "selection.json", "probe": "probe.json", "align": "alignment.json",
-    "match": "matches.json", "convert": "model_index.json",
+    "match": "matches.json", "convert": "model_index.json", "segment fit": "segmentation.json",
+    "segment predict": "masks.jsonl",
 }  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def test_exit_codes_are_told(capsys):
 def test_the_device_is_looked_for_first(command, tmp_path, capsys):
     out = [] if command == "predict" else ["--out", str(tmp_path / "out")]
     for device in ("cuda:99", "toaster", "", "meta", "cpu:1"):
-        assert main([command, *COMMANDS[command], *out, "--device", device]) == 2
+        assert main([*command.split(), *COMMANDS[command], *out, "--device", device]) == 2
         assert f"--device {device!r} is not on this machine; it has cpu" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -144,20 +147,20 @@ def test_out_is_looked_at_first(command, tmp_path, capsys, monkeypatch):
     }
     before = sorted(tmp_path.rglob("*"))
     for name, told in cases.items():
-        assert main([command, *COMMANDS[command], "--out", str(tmp_path / name)]) == 2
+        assert main([*command.split(), *COMMANDS[command], "--out", str(tmp_path / name)]) == 2
         assert told in capsys.readouterr().err, name
-    assert main([command, *COMMANDS[command], "--out", " "]) == 2
+    assert main([*command.split(), *COMMANDS[command], "--out", " "]) == 2
     assert "--out is empty" in capsys.readouterr().err
-    if command in ("probe", "convert"):
+    if command in ("probe", "convert", "segment fit"):
         monkeypatch.chdir(tmp_path / "foreign")
-        assert main([command, *COMMANDS[command], "--out", ".."]) == 2
+        assert main([*command.split(), *COMMANDS[command], "--out", ".."]) == 2
         assert "is or holds the working directory" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / OWN[command]).write_text("{}")
     for name in ("own", "new/deep"):  # taken with --overwrite, so that the next mistake is told
         for more in ([], ["--overwrite"]):
-            assert main([command, *COMMANDS[command], "--out", str(tmp_path / name), *more]) == 2
+            assert main([*command.split(), *COMMANDS[command], "--out", str(tmp_path / name), *more]) == 2
             refused = name == "own" and not more and command != "extract"  # which looks at the store itself
             assert ("--overwrite" in capsys.readouterr().err) == refused, (name, more)
     assert not (tmp_path / "new").exists()
@@ -171,7 +174,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_told_before_the_work(small_disk, capsys):
     for command in OWN:
-        assert main([command, *COMMANDS[command], "--out", str(small_disk / "new" / "out")]) == 1
+        assert main([*command.split(), *COMMANDS[command], "--out", str(small_disk / "new" / "out")]) == 1
         assert "the disk is full (" in capsys.readouterr().err
     (small_disk / "x").write_bytes(b"x" * 12288)
     assert main(["probe", *COMMANDS["probe"], "--out", str(small_disk / "out")]) == 1

@@ -120,13 +120,16 @@ print(json.dumps(report))
 # What to load each published pipeline with; None: the class alone.
 MODELS = {
     "feature_extraction": "ddim",
+    "few_shot_segmentation": "ddim",
     "guided_dit": "dit",
     "guided_stable_diffusion": "sd",
     "guided_stable_diffusion_xl": "sdxl",
     "guided_unconditional": "ddim",
 }
 CLASSES = {
+    "correspondence": "CorrespondencePipeline",
     "feature_extraction": "FeatureExtractionPipeline",
+    "few_shot_segmentation": "FewShotSegmentationPipeline",
     "guided_dit": "GuidedDiTPipeline",
     "guided_stable_diffusion": "GuidedStableDiffusionPipeline",
     "guided_stable_diffusion_xl": "GuidedStableDiffusionXLPipeline",

@@ -15,7 +15,8 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 
-from diffusers_repr import PAG, guide
+from diffusers_repr import PAG, Denoiser, FeatureExtractor, guide
+from diffusers_repr.tasks.correspondence import Correspondence
 from tests.pipelines.guided_cases import GUIDED, arguments, run
 from tests.pipelines.load_custom import check_all
 from tests.testers.hosts import before
@@ -101,6 +102,32 @@ def load_features(*names: str) -> None:
     print("feature_extraction is good", flush=True)
 
 
+def load_segmentation() -> None:
+    from tests.tasks.planted_masks import QUICK, annotated
+
+    pipe = DiffusionPipeline.from_pretrained(saved("ddpm"), **consent("few_shot_segmentation"))
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"members": 2, "protocol": QUICK.replace(max_epochs=1)}
+    output = pipe(annotated(1)[0], examples=annotated(2), **settings)
+    assert output.masks[0].shape == (16, 16)
+    print("few_shot_segmentation is good", flush=True)
+
+
+def load_correspondence() -> None:
+    pipe = DiffusionPipeline.from_pretrained(saved("sd"), **consent("correspondence"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    source = FeatureExtractor(Denoiser.from_pretrained(saved("sd")), "up_blocks.1", 261, image_size=32)
+    image, points = torch.rand(3, 40, 30, generator=torch.Generator().manual_seed(0)), [[4, 5], [20, 33]]
+    want = Correspondence(source)(image, image.flip(2), points, prompt="a cat").scores
+    call = {"layer": "up_blocks.1", "timestep": 261, "image_size": 32, "ensemble_size": 1, "prompt": "a cat"}
+    assert (pipe(image, image.flip(2), points, **call).scores - want).abs().max() < 1e-4
+    with tempfile.TemporaryDirectory() as root:
+        pipe.save_pretrained(root)
+        again = DiffusionPipeline.from_pretrained(root, **consent("correspondence"))
+        assert (again(image, image.flip(2), points, **call).scores - want).abs().max() < 1e-4
+    print("correspondence is good", flush=True)
+
+
 def load_two() -> None:
     """Two folders in one process: the second is refused, the first stays as it is, and the remedies work."""
     first, guided = consent("feature_extraction"), consent("guided_unconditional")
@@ -126,7 +153,8 @@ def load_two() -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
-    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_two, ())]
+    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_segmentation, ())]
+    cases += [(load_correspondence, ()), (load_two, ())]
     for function, given in cases:  # forked, so that the imports are paid once
         process = multiprocessing.get_context("fork").Process(target=function, args=given)
         process.start()

@@ -242,7 +242,7 @@ def test_what_was_passed_in_is_as_before(encoder):
         ({"protocol": "ridg"}, ValueError, "Unknown protocol"),
         ({"encoder": torch.nn.Identity()}, TypeError, "encoder must be an Encoder"),
         ({"data": []}, ValueError, "has no images"),
-        ({"data": "folder"}, TypeError, "data must be ImageData"),
+        ({"data": "folder"}, TypeError, r"data must be ImageData.* load_images\('folder'\) .* opens it"),
         ({"data": [images(1)[0], images(1, side=16)[0]]}, ValueError, "mixed sizes"),
         ({"batch_size": 0}, ValueError, "batch_size"),
     ],

@@ -8,8 +8,9 @@ from PIL import Image
 
 from diffusers_repr.heads.fitting.pixels import DDPM_SEG
 from diffusers_repr.tasks import Segmenter
-from tests.tasks.planted import LAYERS, pipeline
+from tests.tasks.planted import pipeline
 
+LAYERS = ["mid_block", "up_blocks.1"]
 CLASSES = ["ground", "bright", "grey"]
 QUICK = DDPM_SEG.replace(max_epochs=3, learning_rate=1e-2)
 
@@ -42,9 +43,8 @@ def small(source=None, train=None, **changes):
     given = isinstance(source, object) and hasattr(source, "layers")
     reads = {} if given else {"layers": LAYERS, "timestep": [10, 100]}
     settings = {"members": 3, "protocol": QUICK, "label_names": CLASSES, **reads, **changes}
-    return Segmenter.fit(
-        pipeline() if source is None else source, annotated(6) if train is None else train, **settings
-    )
+    train = annotated(6) if train is None else train
+    return Segmenter.fit(pipeline() if source is None else source, train, **settings)
 
 
 @functools.cache

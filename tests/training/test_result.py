@@ -157,6 +157,14 @@ def test_places_on_this_machine():
     }
 
 
+def test_what_is_no_objective_and_what_is_no_training_data(tmp_path):
+    with pytest.raises(TypeError, match=r"takes an Objective, such as DiffusionObjective\(denoiser\); got a Denoiser"):
+        train(tiny_objective().denoiser, Numbers(), settings(tmp_path / "out"))
+    with pytest.raises(TypeError, match=r"takes data of load_train_data\(.*; got a list"):
+        train(tiny_objective(), [1, 2], settings(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     config = settings(tmp_path / "out", dry_run=True)
     result = train(tiny_objective(), Numbers(), config, recipe={"seed": 7, "dataset_name": "numbers"})

@@ -83,7 +83,7 @@ class CaptionConditioner(Conditioner):
         prompts = _prompts("prompt", values)
         count = count_of(len(prompts), batch, "prompts")
         distinct = list(dict.fromkeys(prompts))
-        parts = [_encoded(denoiser, text, size, cache, null=False) for text in distinct]
+        parts = _all_encoded(denoiser, distinct, size, cache)
         index = torch.tensor([distinct.index(text) for text in prompts]).expand(count)
         null = None
         if negative is not None:
@@ -126,20 +126,49 @@ def _prompts(name: str, prompt: str | Sequence[str] | None) -> list[str]:
     return prompts
 
 
+def _all_encoded(
+    denoiser: Conditioned, texts: Sequence[str], size: tuple[int, ...] | None, cache: Cache
+) -> list[dict[str, Any]]:
+    """The inputs of each text, those not kept yet by one call of the pipeline, if it encodes them together."""
+    new = [text for text in texts if not _kept(denoiser, text, size, cache, null=False)]
+    if denoiser.family.prompts_together and len(new) > 1:
+        inputs = pipeline_inputs(denoiser, {"prompt": new}, size)
+        rows = Condition(inputs, len(new), torch.arange(len(new)), denoiser.family.unbatched)
+        found = {text: rows.take([at]) for at, text in enumerate(new)}
+        for text, row in found.items():
+            _keep(denoiser, text, size, cache, row, null=False)
+    return [_encoded(denoiser, text, size, cache, null=False) for text in texts]
+
+
 def _encoded(
     denoiser: Conditioned, text: str, size: tuple[int, ...] | None, cache: Cache, null: bool
 ) -> dict[str, Any]:
     family = denoiser.family
-    # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
-    key = (text, size, null and family.has_null_call, denoiser.device, denoiser.dtype)
-    kept = denoiser.prompts if denoiser.prompts is not None else cache
-    found = cache.get(key) or kept.get(key)
+    found = _kept(denoiser, text, size, cache, null)
     if not found:
         call = family.null_call(denoiser.pipe, text) if null else {"prompt": text}
         found = pipeline_inputs(denoiser, call, size)
-    with _CACHES:
-        kept[key] = cache[key] = found
+    _keep(denoiser, text, size, cache, found, null)
     return found
+
+
+def _kept(denoiser: Conditioned, text: str, size: Any, cache: Cache, null: bool) -> dict[str, Any] | None:
+    key = _key(denoiser, text, size, null)
+    found = cache.get(key)
+    return found or (None if denoiser.prompts is None else denoiser.prompts.get(key))
+
+
+def _keep(denoiser: Conditioned, text: str, size: Any, cache: Cache, inputs: dict[str, Any], null: bool) -> None:
+    key = _key(denoiser, text, size, null)
+    with _CACHES:
+        cache[key] = inputs
+        if denoiser.prompts is not None:
+            denoiser.prompts[key] = inputs
+
+
+def _key(denoiser: Conditioned, text: str, size: Any, null: bool) -> tuple[Any, ...]:
+    # Of a model that was moved or cast since, the rows lie elsewhere or have another dtype.
+    return (text, size, null and denoiser.family.has_null_call, denoiser.device, denoiser.dtype)
 
 
 __all__ = ["CaptionConditioner"]

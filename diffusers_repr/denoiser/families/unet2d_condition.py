@@ -22,6 +22,7 @@ class UNet2DConditionFamily(Family):
     layer_defaults = UNET_DEFAULTS
     not_image = (*Family.not_image, "encoder_hid_proj")
     pipeline_arguments = {"guidance_scale": 1.0}
+    prompts_together = True
 
     def joins_at(self, inputs: Mapping[str, Any], units: Collection[str]) -> bool:
         """Where the forward adds nothing to a part of the image that has not joined: ControlNet, T2I adapters."""

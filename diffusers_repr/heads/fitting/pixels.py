@@ -180,7 +180,10 @@ class _Learning:
         self.best = torch.full((len(self.active),), math.inf, dtype=torch.float64)
         self.worse = torch.zeros(len(self.active), dtype=torch.int64)
         self.small = _members(head, self.active)
-        self.optimizer = torch.optim.Adam(self.small.parameters(), protocol.learning_rate)
+        self.optimizer = self._adam()
+
+    def _adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.small.parameters(), self.protocol.learning_rate, fused=True)
 
     def epoch(self, pixels: PixelSet, seed: int, *, counted: bool, number: int) -> None:
         """One pass; members leave as they stop."""
@@ -240,7 +243,7 @@ class _Learning:
         self.small = _members(self.small, left)
         self.active = [self.active[place] for place in left]
         self.best, self.worse = self.best[left], self.worse[left]
-        self.optimizer = torch.optim.Adam(self.small.parameters(), self.protocol.learning_rate)
+        self.optimizer = self._adam()
         for parameter, moment in zip(self.small.parameters(), moments, strict=True):
             # Adam's own state: its moments are a value a weight, its count of steps is that of all.
             self.optimizer.state[parameter] = {k: v[left] if v.ndim else v for k, v in moment.items()}

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from diffusers_repr.objectives.base import Batch, weighted_sum
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.repa.latent_norm import LatentNorm
 from diffusers_repr.objectives.repa.objective import REPAObjective
-from diffusers_repr.objectives.repa.vae_statistics import latent_statistics, write_statistics
+from diffusers_repr.objectives.repa.vae_statistics import NormalizingVAE, latent_statistics
 from diffusers_repr.objectives.teachers import Teachers
 
 
@@ -239,32 +238,8 @@ class REPAEObjective(REPAObjective):
     def trained_components(self) -> dict[str, ModelArtifact]:
         """With the trained VAE, which gives and takes normalised latents."""
         pipe = self.denoiser.pipe
-        vae = _NormalizingVAE(self.vae, "vae", averaged=False, norm=self.latent_norm, pipeline=type(pipe))
+        vae = NormalizingVAE(self.vae, "vae", averaged=False, norm=self.latent_norm, pipeline=type(pipe))
         return {**super().trained_components(), "vae" if hasattr(pipe, "vae") else "vqvae": vae}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _NormalizingVAE(ModelArtifact):
-    """The VAE with the statistics of the latents in it.
-
-    Attributes:
-        norm: The statistics, which lie in the state as `latent_norm`.
-        pipeline: Class of the pipeline it goes into.
-    """
-
-    norm: LatentNorm
-    pipeline: type
-
-    def build(self, state: Mapping[str, Tensor]) -> Any:
-        """See `Artifact.build`.
-
-        Raises:
-            TypeError: If the pipeline cannot know of the statistics.
-        """
-        vae = super().build(state)
-        mean, var = (state[f"latent_norm.{name}"].double() for name in ("mean", "var"))
-        write_statistics(vae, mean, torch.sqrt(var + self.norm.eps), self.pipeline)
-        return vae
 
 
 __all__ = ["REPAEObjective"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffusers_repr.objectives.artifacts import ModelArtifact
+from diffusers_repr.objectives.repa.latent_norm import LatentNorm
 
 
 def latent_statistics(vae: Any) -> tuple[Any, Any]:
@@ -54,8 +59,32 @@ def write_statistics(vae: Any, mean: Tensor, std: Tensor, pipeline: type) -> Non
     vae.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormalizingVAE(ModelArtifact):
+    """The VAE with the statistics of the latents in it.
+
+    Attributes:
+        norm: The statistics, which lie in the state as `latent_norm`.
+        pipeline: Class of the pipeline it goes into.
+    """
+
+    norm: LatentNorm
+    pipeline: type
+
+    def build(self, state: Mapping[str, Tensor]) -> Any:
+        """See `Artifact.build`.
+
+        Raises:
+            TypeError: If the pipeline cannot know of the statistics.
+        """
+        vae = super().build(state)
+        mean, var = (state[f"latent_norm.{name}"].double() for name in ("mean", "var"))
+        write_statistics(vae, mean, torch.sqrt(var + self.norm.eps), self.pipeline)
+        return vae
+
+
 def _wide(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.weight.double(), layer.bias.double()
 
 
-__all__ = ["latent_statistics", "write_statistics"]
+__all__ = ["NormalizingVAE", "latent_statistics", "write_statistics"]
