@@ -10,6 +10,7 @@ NAMES = (
     "selection",
     "memory",
     "readout",
+    "segmentation",
     "hyperfeatures",
     "pag",
     "guide_overhead",
@@ -20,6 +21,7 @@ NAMES = (
     "repa_step",
     "loop_overhead",
     "cached_training",
+    "correspondence",
     "cleandift",
 )
 
