@@ -184,8 +184,8 @@ def select_features(
         "batch_size": batch_size,
         "tolerance": tolerance,
         "forwards": forwards,
-        **({} if grown else {"measure": measure.describe()}),
         **learned,
+        **({} if grown else {"measure": measure.describe()}),
     }
     return Selection(tuple(cells), ranked[0], tuple(ranked), sets, measure.name, tuple(seeds), recipe)
 

@@ -103,6 +103,7 @@ ADM_TABLE = {
     "up_blocks.2.attentions.0": (512, 8),
     "up_blocks.2.attentions.1": (512, 8),
     "up_blocks.2": (512, 4),
+    "up_blocks.3.resnets.0": (512, 4),
     "up_blocks.3.resnets.1": (512, 4),
     "up_blocks.3": (512, 2),
     "up_blocks.4.resnets.0": (256, 2),
