@@ -62,8 +62,8 @@ def untrained(base: str, seed: int) -> Denoiser:
 def choose(denoiser: Denoiser, pairs: ImagePairs, args: argparse.Namespace, seeds: tuple[int, ...]) -> Selection:
     measure = PCKMeasure("pck", alpha=args.alpha, reference="image")
     return select_features(
-        denoiser, pairs, None, args.timesteps, args.layers, metric=measure, noise=("per_image", "clean"), seeds=seeds, finalists=3,
-        image_size=tuple(args.image_size), batch_size=2,
+        denoiser, pairs, None, args.timesteps, args.layers, metric=measure, noise=("per_image", "clean"), seeds=seeds,
+        finalists=3, image_size=tuple(args.image_size), batch_size=2,
     )  # fmt: skip
 
 
