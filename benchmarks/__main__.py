@@ -21,6 +21,7 @@ NAMES = (
     "repa_step",
     "loop_overhead",
     "cached_training",
+    "correspondence",
     "cleandift",
 )
 

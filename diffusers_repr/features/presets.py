@@ -222,7 +222,7 @@ _PRESETS: tuple[Preset, ...] = (
         0, "Diffusion Hyperfeatures (arXiv 2305.14334), configs of diffusion-hyperfeatures/diffusion_hyperfeatures",
         image_size=512, noise="clean", where="residual", prompt="",
         note="The shipped one-step variant: a clean pass, at t = -1 in the source, which lies outside the training "
-        "range. The multi-step variant walks a DDIM inversion, which extraction does not do.",
+        "range. `Hyperfeatures` of diffusers_repr.heads walks the inversion of the multi-step variant.",
     ),
     Preset(
         "odise", "sd", tuple(f"up_blocks.{i}.resnets.2" for i in range(4)),

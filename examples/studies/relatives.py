@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 from diffusers_repr.pipelines.sit import SiTPipeline
 from judge import judged, the_judge
 from repa_study import Evaluation, read_split
@@ -48,12 +49,12 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 KINDS = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
 COLUMNS = {
+    "step": ("steps", "d"),
     "denoising": ("denoising loss", ".3f"),
     "probe_aligned": ("probe, block 2", ".3f"),
     "probe_middle": ("probe, block 5", ".3f"),
     "cknna_aligned": ("CKNNA, block 2", ".3f"),
     "cknna_middle": ("CKNNA, block 5", ".3f"),
-    "frechet_distance": ("Fréchet distance", ".2f"),
     "judge_accuracy": ("samples of the class asked for", ".3f"),
     "cpu_seconds": ("CPU seconds", ".0f"),
 }
@@ -89,11 +90,12 @@ def measure(name: str, folder: Path, pipe: SiTPipeline, evaluation: Evaluation) 
     last = last_line(folder)
     losses = {key: value for key, value in last.items() if key not in ("learning_rate", "images_per_second")}
     numbers = evaluation(pipe, last["step"]) | {"cpu_seconds": json.loads((folder / "cpu_seconds.json").read_text())}
-    return {"run": name, **{key: round(value, 4) for key, value in (losses | numbers).items()}}
+    rounded = {key: round(value, 4) for key, value in (losses | numbers).items()}
+    return {"run": name, "samples": evaluation.args.samples, **rounded}
 
 
 def table(rows: list[dict]) -> str:
-    """A line a run; empty where a run has no such number."""
+    """A line a run; empty where a run has no such number (REPA-E denoises latents: `main_denoising`)."""
     lines = [f"| | {' | '.join(title for title, _ in COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
     for row in rows:
         cells = [f"{row[key]:{form}}" if key in row else "" for key, (_, form) in COLUMNS.items()]
@@ -117,7 +119,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/relatives-results"), help="folder of the results")
     parser.add_argument("--work", type=Path, default=Path("outputs/relatives"), help="folder of the runs")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--samples", type=int, default=500, help="images for the Fréchet distance")
+    parser.add_argument("--samples", type=int, default=500, help="judged of each run")
     parser.add_argument("--sample_batch", type=int, default=500)
     parser.add_argument("--probe_images", type=int, default=997, help="training images of the probes and CKNNA")
     parser.add_argument("--probe_test", type=int, default=500, help="test images of the probes")
@@ -125,6 +127,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--timestep", type=float, default=200.0, help="level of probes; larger is noisier")
     args, flags = parser.parse_known_args(argv)
 
+    disable_progress_bar()  # of diffusers, when it loads a folder
     recipe = ["--config", str(CONFIGS / "repa_digits.yaml")]
     _, data_config, model_config, repa_config = parse_recipe(KINDS, [*recipe, *flags])
     train, test = (read_split(data_config, split, model_config.image_channels) for split in ("train", "test"))

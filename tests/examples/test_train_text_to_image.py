@@ -1,5 +1,6 @@
 """From scenes to a text-to-image model by four commands, at toy size: each result loads by the stock classes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from make_scenes import main as make_scenes
 from transformers import CLIPModel, CLIPTokenizer
 
+from diffusers_repr import Denoiser, Encoder, FeatureExtractor
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
+from diffusers_repr.data.scenes import scenes
 from diffusers_repr.objectives import AutoencoderConfig, ContrastiveConfig
 from diffusers_repr.training import TrainingConfig
 from tests.examples.scripts import EXAMPLES, run_script
@@ -26,8 +29,8 @@ RUN = {"train_batch_size": 4, "max_train_steps": 2, "checkpointing_steps": 2, "l
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 BLOCKS = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
 RECIPES = {
-    "vae": {"model": {**BLOCKS, "sample_size": 32, "latent_channels": 4, "down_block_types": ["DownEncoderBlock2D"] * 2,
-                      "up_block_types": ["UpDecoderBlock2D"] * 2}},
+    "vae": {"model": {**BLOCKS, "sample_size": 32, "latent_channels": 4,
+                      "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}},
     "clip": {"caption_column": "caption", "text": {**TOWER, "max_position_embeddings": 12}, "embedding_dim": 8,
              "vision": {**TOWER, "image_size": 32, "patch_size": 16}, "eval_splits": ["test", "held_out"]},
     "text": {"caption_column": "caption", "eval_batch_size": 16, "num_inference_steps": 2, "eval_prompts": ["a ring"],
@@ -71,10 +74,25 @@ def test_the_stock_classes_load_it(folder):
     assert two.shape == (1, 32, 32, 3)
     assert np.isfinite(two).all()
     assert not np.allclose(two, ring)
-    stored = sum(path.stat().st_size for path in (folder / "text").glob("*/*.safetensors"))
+    names = ("unet", "vae", "text_encoder", "clip")
+    stored = sum(path.stat().st_size for name in names for path in (folder / "text" / name).glob("*.safetensors"))
     parts = (pipe.unet, pipe.vae, pipe.text_encoder, CLIPModel.from_pretrained(folder / "text" / "clip"))
     numbers = sum(p.numel() for part in parts for p in part.parameters())
-    assert stored < 2.3 * numbers  # two bytes each, and the headers
+    assert stored < 2 * numbers + 50_000  # two bytes each, and the headers
+
+
+def test_the_library_reads_and_guides_it(folder):
+    denoiser = Denoiser.from_pretrained(folder / "text")
+    assert (denoiser.image_size, denoiser.stride) == ((32, 32), 2)
+    extractor = FeatureExtractor(denoiser, ["up_blocks.0"], timestep=100)
+    image = next(scenes("test", 1)).image
+    two, ring = (extractor([image], prompt=text)["up_blocks.0"] for text in ("a two", "a ring"))
+    assert two.shape == (1, 8, 16, 16)
+    assert not torch.equal(two, ring)
+    towers = Encoder.from_pretrained(folder / "text" / "clip")
+    assert (towers.dim, towers.grid_for((32, 32))) == (16, (2, 2))
+    left_out = folder / "text" / "artifacts.json"  # what is uploaded beside the pipeline
+    assert "clip/model.safetensors" in json.loads(left_out.read_text())
 
 
 def test_it_stands_on_the_vae_and_the_clip(folder):
@@ -86,9 +104,8 @@ def test_it_stands_on_the_vae_and_the_clip(folder):
     assert all(torch.equal(p, tower[name]) for name, p in pipe.text_encoder.named_parameters())
     assert all(torch.equal(p, q) for p, q in zip(clip.parameters(), first.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(pipe.vae.parameters(), vae.parameters(), strict=True))
-    assert CLIPTokenizer.from_pretrained(folder / "text" / "clip").tokenize("a ring") == pipe.tokenizer.tokenize(
-        "a ring"
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "text" / "clip")
+    assert tokenizer.tokenize("a ring") == pipe.tokenizer.tokenize("a ring")
     numbers = yaml.safe_load((folder / "clip" / "evaluation.jsonl").read_text())
     assert 0 <= numbers["held_out_image_to_text"] <= 1
     assert numbers["held_out_chance"] >= 0.25

@@ -93,7 +93,7 @@ def test_every_form_of_data_and_of_mask_gives_the_same():
     x = annotated(2, seed=4)[0]
     plain = {"protocol": QUICK.replace(max_epochs=1)}
     wanted = numbers(small(train=(images, masks), **plain)(x))
-    pictures = [Image.fromarray(mask.astype(np.uint8), "L") for mask in masks]
+    pictures = [Image.fromarray(mask.astype(np.uint8)) for mask in masks]
     tensors = torch.stack([torch.from_numpy(np.array(image))[None] for image in images])
     data = dataset(3)
     for train in (
