@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.output_dir / "report.md").write_text("\n\n".join(texts) + "\n")
     print("\n\n".join(texts))
     for name in () if args.no_pictures else study.sets:
-        size = (args.sizes or SIZES[name])[-1]
+        size = (args.sizes or SIZES[name])[0]
         kinds = [kind for kind in DRAWN if kind in args.sources] or args.sources
         picture(study, name, size, args.seeds[0], kinds).save(args.output_dir / f"{name}.png")
 
