@@ -67,7 +67,7 @@ def test_from_command_to_dataset(tmp_path, capsys):
     assert "images: 16 x 16 pixels (H x W), the model's own size; --image_size keep leaves theirs" in printed.out
     assert "7 rows in 2 shards" in printed.out
     assert "up_blocks.1@t261.5  64" in printed.out
-    assert "images/s" in printed.err
+    assert "image/s" in printed.err
     loaded = datasets.load_dataset(str(out), split="train")
     assert loaded.features["mid_block@t100"] == datasets.List(datasets.Value("float16"), length=64)
     assert loaded["label"][:] == [0, 1, 0, 1, 0, 1, 0]

@@ -1,5 +1,7 @@
 """Every method and auxiliary loss by the contract testers of the package; and that these find what is wrong."""
 
+import types
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -199,6 +201,9 @@ def test_what_is_saved_is_checked_before_the_first_step(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+NO_DATA = types.SimpleNamespace(on_device=None, fingerprint=None)  # never read
+
+
 class Headed(DiffusionObjective):
     """With a head of its own beside the network, which nothing saves."""
 
@@ -211,7 +216,7 @@ def test_what_is_trained_and_not_saved_is_told(tmp_path):
     settings = TrainingConfig(str(tmp_path / "out"), dry_run=True, eval_batch_size=0)
     told = r"Headed trains gain \(4 parameters\), head \(8 parameters\), which none of its artifacts holds"
     with pytest.warns(UserWarning, match=told):
-        train(Headed(piped()), None, settings)
+        train(Headed(piped()), NO_DATA, settings)
     named = Headed(piped())
     named.discarded = ("head", "gain")
     assert named.unsaved() == {}
@@ -224,7 +229,7 @@ def test_the_model_is_named_that_the_unsaved_weights_lie_in(tmp_path):
     objective = Headed(piped())
     objective.head, objective.discarded = sit().model, ("gain",)
     with pytest.warns(UserWarning, match=r"add ModelArtifact\(self\.head, 'head', folder='heads/head'\)"):
-        train(objective, None, TrainingConfig(str(tmp_path / "out"), dry_run=True, eval_batch_size=0))
+        train(objective, NO_DATA, TrainingConfig(str(tmp_path / "out"), dry_run=True, eval_batch_size=0))
 
 
 def test_an_auxiliary_loss_is_tried_with_the_vae_and_the_conditioner_of_its_denoiser():
