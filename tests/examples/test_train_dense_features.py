@@ -46,8 +46,8 @@ def test_hyperfeatures(tmp_path):
     """It learns, measures what the saved head gives, and draws the weights."""
     run(
         train_hyperfeatures.main, pretrained_model_name_or_path=DIGITS, dataset_name="digits", steps=4, reads=[0, 2],
-        max_train_steps=25, train_batch_size=4, learning_rate=0.01, ema_max_decay=0.8, logging_steps=5,
-        max_points=12, eval_split="test", eval_pairs=16, output_dir=tmp_path / "out", cache_images=True,
+        max_train_steps=20, train_batch_size=4, learning_rate=0.01, ema_max_decay=0.8, logging_steps=5,
+        max_points=12, eval_split="test", eval_pairs=6, output_dir=tmp_path / "out", cache_images=True,
         head=json.dumps({"width": 16, "bottleneck": 8}),
     )  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
@@ -64,7 +64,7 @@ def test_hyperfeatures(tmp_path):
     config = HyperfeaturesConfig(DIGITS, steps=4, reads=[0, 2], head={"width": 16, "bottleneck": 8})
     objective = HyperfeaturesObjective(config.load_base(), (8, 8), config)
     pairs = load_pairs(PairConfig(dataset_split="test", max_points=12, cache_images=True), 1, (8, 8))
-    accuracy, hits = PairAccuracy(objective, pairs, 16, 0), []
+    accuracy, hits = PairAccuracy(objective, pairs, 6, 0), []
     source = Hyperfeatures(objective.denoiser, head)
     for batch in accuracy.batches():
         moved = pairs.on_device(batch)
@@ -80,7 +80,7 @@ def test_hyperfeatures(tmp_path):
             ).argmax(1)
             found = torch.stack([best % 8, best // 8], 1).float()
             hits.append(correct_points(found, there[valid], 8))
-    assert measured["pck"] == pytest.approx(float(torch.cat(hits).float().mean()), abs=0.01)
+    assert measured["pck"] == pytest.approx(float(torch.cat(hits).float().mean()), abs=0.02)
 
 
 def test_cleandift(tmp_path):
@@ -88,8 +88,8 @@ def test_cleandift(tmp_path):
     out = tmp_path / "out"
     run(
         train_cleandift.main, pretrained_model_name_or_path=DIGITS, dataset_name="digits", levels=2, time_width=16,
-        max_train_steps=12, train_batch_size=4, learning_rate=0.001, ema_max_decay=0.5, logging_steps=4,
-        eval_split="test", eval_images=8, output_dir=out,
+        max_train_steps=8, train_batch_size=4, learning_rate=0.001, ema_max_decay=0.5, logging_steps=2,
+        eval_split="test", eval_images=3, output_dir=out,
     )  # fmt: skip
     log = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"]

@@ -187,7 +187,7 @@ def test_what_lies_behind_the_last_layer_stays_that_of_the_base():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"learn_timestep": True}, {"alignment": "mse"}, {"layers": ["up_blocks.1"], "levels": 1}]
+    "settings", [{"learn_timestep": True}, {"alignment": "mse", "layers": ["up_blocks.1"], "levels": 1}]
 )
 def test_the_contract(settings):
     check_objective(made(**settings), {key: batch()[key] for key in ("pixel_values",)})
@@ -251,13 +251,13 @@ def test_a_short_run_makes_features_sturdier_than_noisy_ones(tmp_path):
     config = CleanDIFTConfig(str(DIGITS), levels=2, time_width=32, layers=["mid_block"])
     objective = CleanDIFTObjective(denoiser, config).train()
     images = denoiser.pixels(load_digits_splits()["train"]["image"][:256])
-    held = denoiser.pixels(load_digits_splits()["test"]["image"][:12])
-    time, noise = torch.tensor([300.0, 600.0, 800.0]), torch.randn(7, 12, 1, 8, 8)
+    held = denoiser.pixels(load_digits_splits()["test"]["image"][:8])
+    time, noise = torch.tensor([300.0, 800.0]), torch.randn(6, 8, 1, 8, 8)
     before = noise_robustness(objective, objective.network, held, time, noise)
     assert torch.equal(before["clean"], before["adapted"])
     optimizer = torch.optim.AdamW(objective.param_groups(), lr=1e-3)
     for _ in range(45):
-        objective({"pixel_values": images[torch.randint(256, (16,))]})["loss"].backward()
+        objective({"pixel_values": images[torch.randint(256, (12,))]})["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     after = noise_robustness(objective, objective.network, held, time, noise)
