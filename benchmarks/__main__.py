@@ -10,6 +10,7 @@ NAMES = (
     "selection",
     "memory",
     "readout",
+    "segmentation",
     "hyperfeatures",
     "pag",
     "guide_overhead",
@@ -21,6 +22,7 @@ NAMES = (
     "loop_overhead",
     "cached_training",
     "cleandift",
+    "correspondence",
 )
 
 

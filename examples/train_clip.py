@@ -2,8 +2,8 @@
 
     accelerate launch examples/train_clip.py --config examples/configs/clip_scenes.yaml
 
-The folder loads by `CLIPModel.from_pretrained(folder)` and `CLIPTokenizer.from_pretrained(folder)` of transformers, its
-image half by `Encoder.from_pretrained(folder)`. The tokenizer is trained on the captions first. With `eval_splits`
+The folder loads by `CLIPModel.from_pretrained(folder)` and `CLIPTokenizer.from_pretrained(folder)` of transformers,
+its image half by `Encoder.from_pretrained(folder)`. The tokenizer is trained on the captions first. With `eval_splits`
 retrieval is measured at the end: `evaluation.jsonl`, the card.
 """
 

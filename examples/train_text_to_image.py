@@ -2,9 +2,9 @@
 
     accelerate launch examples/train_text_to_image.py --config examples/configs/text_to_image_scenes.yaml
 
-The result is a `StableDiffusionPipeline` that `DiffusionPipeline.from_pretrained(folder)` loads. VAE and text tower are
-taken as they are; the whole CLIP and its tokenizer are copied to `clip/`. A share of the captions (`label_dropout`)
-becomes the empty one, from which classifier-free guidance leads away. The loop and its settings: docs/training.md.
+The result is a `StableDiffusionPipeline` that `DiffusionPipeline.from_pretrained(folder)` loads. VAE and text tower
+are taken as they are; the whole CLIP and its tokenizer are copied to `clip/`. A share of the captions
+(`label_dropout`) becomes the empty one, from which classifier-free guidance leads away. The loop: docs/training.md.
 """
 
 import copy

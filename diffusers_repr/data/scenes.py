@@ -180,10 +180,10 @@ def scenes(split: str, count: int, seed: int = 0, **how: Any) -> Iterator[Scene]
 
 
 def load_scenes(split: str, count: int, seed: int = 0, **how: Any) -> Dataset:
-    """As `scenes`, a `datasets.Dataset` with columns
+    """As `scenes`, a `datasets.Dataset`.
 
-    `image`; `caption`; `mask`, class ids as `MASK_NAMES` names them; `panoptic`, 0 for the ground and the `id` of a
-    thing elsewhere; `things`, for each its `id`, `kind`, `colour` and `box` (left, top, right, bottom).
+    Its columns: `image`; `caption`; `mask`, class ids as `MASK_NAMES` names them; `panoptic`, 0 for the ground and the
+    `id` of a thing elsewhere; `things`, for each its `id`, `kind`, `colour` and `box` (left, top, right, bottom).
     """
     rows = [_row(scene) for scene in scenes(split, count, seed, **how)]
     columns = {name: [row[name] for row in rows] for name in FEATURES}
@@ -235,7 +235,7 @@ def _glyph(rng: np.random.Generator, kind: str, digits: Sequence[Sequence[np.nda
     if kind in DIGIT_NAMES:
         images = digits[DIGIT_NAMES.index(kind)]
         side = int(rng.integers(12, 15))
-        small = PILImage.fromarray(images[rng.integers(len(images))].astype(np.float32))
+        small = PILImage.fromarray(images[int(rng.integers(len(images)))].astype(np.float32))
         cover = np.clip(np.asarray(small.resize((side, side), PILImage.Resampling.BICUBIC)) * 1.2, 0, 1)
     else:
         cover = _shape(kind, int(rng.integers(9, 14)))

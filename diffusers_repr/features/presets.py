@@ -222,7 +222,7 @@ _PRESETS: tuple[Preset, ...] = (
         0, "Diffusion Hyperfeatures (arXiv 2305.14334), configs of diffusion-hyperfeatures/diffusion_hyperfeatures",
         image_size=512, noise="clean", where="residual", prompt="",
         note="The shipped one-step variant: a clean pass, at t = -1 in the source, which lies outside the training "
-        "range. The multi-step variant walks a DDIM inversion, which extraction does not do.",
+        "range. `Hyperfeatures` of diffusers_repr.heads walks the inversion of the multi-step variant.",
     ),
     Preset(
         "odise", "sd", tuple(f"up_blocks.{i}.resnets.2" for i in range(4)),
@@ -239,6 +239,13 @@ _PRESETS: tuple[Preset, ...] = (
         (50, 150, 250), "DDPM-Seg (arXiv 2112.03126), experiments/*/ddpm.json of yandex-research/ddpm-segmentation",
         image_size=256, noise="shared",
         note="Maps are resized to the image and put side by side by the head, timesteps in the outer loop.",
+    ),
+    Preset(
+        "ddpm-seg-v1", "adm-256",
+        ("up_blocks.2.attentions.0", "up_blocks.2.attentions.1", "up_blocks.2", "up_blocks.3.resnets.0"),
+        (50, 150, 250, 350), "DDPM-Seg (arXiv 2112.03126), README of yandex-research/ddpm-segmentation",
+        image_size=256, noise="shared",
+        note="What the authors took before March 2022: blocks 6 to 9 of the decoder.",
     ),
     Preset(
         "gdc", "adm-256", ("up_blocks.1.attentions.1",), 150, "GDC " + _DIFFSSL.format("2307.08702"),

@@ -34,20 +34,23 @@ class MemberLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(members, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(members, out_features))
 
-    def forward(self, x: Tensor, member: int | None = None, columns: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, member: int | None = None, columns: Sequence[slice] | None = None) -> Tensor:
         """All members at once, `(E, B, in)` to `(E, B, out)`; or one of them on maps.
 
         Args:
             x: See above; with `member` maps `(B, in, h, w)`.
             member: Which one.
-            columns: With `member`: the part of the inputs that `x` holds; only the first part adds the bias.
+            columns: With `member`: the parts of the inputs that `x` holds side by side; only where the first input is
+                among them the bias is added.
         """
         if member is None:
             return torch.baddbmm(self.bias.to(x.dtype)[:, None], x, self.weight.to(x.dtype).mT)
-        part = slice(0, None) if columns is None else columns
-        y = torch.matmul(self.weight[member, :, part].to(x.dtype), x.flatten(2))
-        if part.start == 0:
-            y = y + self.bias[member].to(x.dtype)[:, None]
+        weight, bias = self.weight[member].to(x.dtype), self.bias[member].to(x.dtype)
+        if columns is not None:
+            weight = torch.cat([weight[:, part] for part in columns], 1)
+        y = torch.matmul(weight, x.flatten(2))
+        if columns is None or any(part.start == 0 for part in columns):
+            y = y + bias[:, None]
         return y.unflatten(2, x.shape[2:])
 
 
@@ -102,8 +105,7 @@ class PixelEnsembleHead(Head, ModelMixin, ConfigMixin):
     A pixel's feature is that of all maps, resized to the image and put side by side: levels in the outer loop, layers
     in the inner one. Each network is `Linear, ReLU, BatchNorm` for every width of `hidden_features` and a last
     `Linear`. On maps the first layer acts at each map's own resolution and its result is resized, which is the same
-    (bilinear weights sum to 1) and neither holds nor multiplies the features of every pixel; maps of one size are
-    summed first.
+    (bilinear weights sum to 1) and neither holds nor multiplies the features of every pixel.
 
     Args:
         layers: Full module paths of the maps.
@@ -175,16 +177,12 @@ class PixelEnsembleHead(Head, ModelMixin, ConfigMixin):
         maps = self._take(features)
         if size is None:
             size = (max(m.shape[2] for m in maps), max(m.shape[3] for m in maps))
-        by_grid: dict[tuple[int, ...], list[tuple[Tensor, slice]]] = {}
-        start = 0
-        for one in maps:
-            by_grid.setdefault(tuple(one.shape[2:]), []).append((one, slice(start, start + one.shape[1])))
-            start += one.shape[1]
+        groups = _by_grid(maps)
         for member in range(int(self.config["members"])):
             first = self.linear[0]
             hidden: Tensor | None = None
-            for group in by_grid.values():
-                part = _added(first(one, member, columns) for one, columns in group)
+            for joined, columns in groups:
+                part = first(joined, member, columns)
                 hidden = resize(part, size) if hidden is None else hidden + resize(part, size)
             assert hidden is not None
             yield self._rest(hidden, member)
@@ -245,11 +243,16 @@ class PixelEnsembleHead(Head, ModelMixin, ConfigMixin):
         return [taken[path][level] for level in range(levels) for path in taken]
 
 
-def _added(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
+def _by_grid(maps: Sequence[Tensor]) -> list[tuple[Tensor, list[slice]]]:
+    """Maps of one size side by side, and where each lies in a pixel's feature."""
+    grids: dict[tuple[int, ...], tuple[list[Tensor], list[slice]]] = {}
+    start = 0
+    for one in maps:
+        found = grids.setdefault(tuple(one.shape[2:]), ([], []))
+        found[0].append(one)
+        found[1].append(slice(start, start + one.shape[1]))
+        start += one.shape[1]
+    return [(torch.cat(parts, 1), columns) for parts, columns in grids.values()]
 
 
 __all__ = ["MemberBatchNorm", "MemberLinear", "PixelEnsembleHead"]

@@ -50,7 +50,7 @@ class AutoencoderConfig:
 
 def new_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     """A VAE with random weights; noise as large as its means would hide the images from the decoder for long."""
-    vae = AutoencoderKL(**config.model)
+    vae = AutoencoderKL(**json_mapping("model", config.model))
     with torch.no_grad():
         vae.quant_conv.bias[vae.config.latent_channels :] = 2 * math.log(config.initial_std)
     return vae

@@ -73,13 +73,14 @@ class ContrastiveConfig:
             arguments = json_mapping(name, getattr(self, name))
             check_keys(f"`{name}`", arguments, kind().to_dict())
             object.__setattr__(self, name, arguments)
-        missing = [key for key in ("image_size", "patch_size") if key not in self.vision]
+        text, vision = (json_mapping(name, getattr(self, name)) for name in ("text", "vision"))
+        missing = [key for key in ("image_size", "patch_size") if key not in vision]
         if missing:
             raise ValueError(f"`vision` needs {', '.join(missing)}, as whole numbers.")
-        if self.vision["image_size"] % self.vision["patch_size"]:
-            raise ValueError(f"`vision` has image_size={self.vision['image_size']}, no multiple of its patch_size.")
+        if vision["image_size"] % vision["patch_size"]:
+            raise ValueError(f"`vision` has image_size={vision['image_size']}, no multiple of its patch_size.")
         own = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"}
-        given = sorted(own & (self.text.keys() | self.vision.keys()))
+        given = sorted(own & (text.keys() | vision.keys()))
         if given:
             raise ValueError(f"{', '.join(given)} come from the tokenizer and from `embedding_dim`; leave them out.")
         if self.embedding_dim < 1 or self.vocabulary < 2:
@@ -103,10 +104,15 @@ def caption_tokenizer(captions: Iterable[str], vocabulary: int = 512, length: in
 def clip_model(config: ContrastiveConfig, tokenizer: Any) -> CLIPModel:
     """A new `CLIPModel` for texts of a tokenizer."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**config.text, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
-    towers = {"text_config": text, "vision_config": dict(config.vision)}
-    for tower in towers.values():
-        tower["projection_dim"] = config.embedding_dim
+    text = {
+        **json_mapping("text", config.text),
+        **ids,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+    }
+    vision = json_mapping("vision", config.vision)
+    towers = {name: {**tower, "projection_dim": config.embedding_dim}
+              for name, tower in (("text_config", text), ("vision_config", vision))}  # fmt: skip
     return CLIPModel(CLIPConfig(**towers, projection_dim=config.embedding_dim))
 
 

@@ -71,7 +71,7 @@ def grow(
 
     def stream(role: str, use: Callable[[Tensor, Tensor], None]) -> None:
         sweep.expect(stage, [role], len(grid.levels))
-        tally = _Joint(columns, total, measure.pooling, bench.device, use)
+        tally = JointTally(columns, total, measure.pooling, bench.device, use)
         sweep.read(grid, role, [tally], [measure.pooling], noise, seeds[role])
 
     stream("train", lambda at, matrix: moments.add(matrix, fit_targets(train, at)))
@@ -98,7 +98,7 @@ def grow(
     return steps
 
 
-class _Joint(Tally):
+class JointTally(Tally):
     """Features of several cells side by side, a batch of images at a time: `use(at, matrix (n, total))`."""
 
     def __init__(
@@ -113,13 +113,16 @@ class _Joint(Tally):
         self.matrix = torch.empty(0)
 
     def begin(self, role: str, at: Tensor, pixels: Tensor) -> None:
+        """Room for the images of a batch."""
         self.matrix = torch.empty(len(at), self.total, device=self.device)
 
     def add(self, role: str, piece: Piece) -> None:
+        """Put the features of a level into their columns."""
         for path, feature in piece.features[self.pooling].items():
             at = self.columns.get((piece.level, path))
             if at is not None:
                 self.matrix[piece.part, int(at[0]) : int(at[-1]) + 1] = feature.to(self.device)
 
     def end(self, role: str, at: Tensor) -> None:
+        """Hand the batch on."""
         self.use(at, self.matrix)

@@ -24,6 +24,7 @@ from diffusers_repr.metrics.encoding import SharedRead
 from diffusers_repr.metrics.gather import sum_over_processes
 from diffusers_repr.noise import LevelLike
 from diffusers_repr.sweep.grid import SweepGrid, resolve_layers, resolve_levels
+from diffusers_repr.sweep.learned import LEARNED, check_method, learned_set
 from diffusers_repr.sweep.linear import LinearSums, comparable
 from diffusers_repr.sweep.measure import Bench, CellScore, Measure, make_measure
 from diffusers_repr.sweep.pck import open_pairs
@@ -57,6 +58,7 @@ def select_features(
     candidates: int = 8,
     tolerance: float = 0.005,
     memory_gib: float = 4.0,
+    method: str = "greedy",
     progress: Progress = True,
 ) -> Selection:
     """Find the noise level and layers whose features suit a task.
@@ -105,6 +107,9 @@ def select_features(
         tolerance: Least gain of the metric for which a set grows.
         memory_gib: Limit on the sums; levels, then layers, take turns, with more passes over the images, if all do not
             fit.
+        method: `greedy`, or `learned`: beside the grown sets one that the survey's learnable selector finds, mixing
+            weights over layers and levels that are fitted with a linear head, see `mixing_shares`, and pruned to
+            `max_layers` and `max_levels`. It is `.sets["learned"]`; the weights are `.recipe["learned"]`.
         progress: Show a bar of forwards; or a function that is called with the share that is done, in [0, 1].
 
     Returns:
@@ -133,6 +138,7 @@ def select_features(
         "candidates": candidates,
     }.items():
         check_whole(name, value, 1)
+    check_method(method, measure)
     levels = resolve_levels(denoiser, timesteps)
     splits, classes = (
         (open_pairs(train, validation), None) if measure.paired else open_splits(train, validation, measure)
@@ -146,10 +152,19 @@ def select_features(
         condition = {"prompt": prompt, "class_labels": class_labels}
         sweep = Sweep([measure], bench, int(memory_gib * 2**30), batch_size, condition, resize, bar)
         stages = _Stages(grid, sweep, measure, policies, seeds)
-        bar.plan(stages.most_forwards(finalists, max_layers, max_levels, candidates))
+        planned = stages.most_forwards(finalists, max_layers, max_levels, candidates)
+        if method == "learned":
+            planned[LEARNED] = sweep.forwards_of(["train", "held"], len(levels))
+        bar.plan(planned)
         cells = stages.score_all()
         ranked = stages.spread(cells, finalists)
         sets = stages.sets(cells, ranked[0], max_layers, max_levels, candidates, tolerance)
+        learned: dict[str, Any] = {}
+        if method == "learned":
+            split_seeds = _seeds(ranked[0].noise, seeds[0])
+            sets["learned"], learned["learned"] = learned_set(
+                sweep, grid, cells, ranked[0].noise, max_layers, max_levels, split_seeds
+            )
         forwards = int(sum_over_processes(torch.tensor(sweep.forwards)))
     final = {_place(cell): cell for cell in ranked}
     cells = [final.get(_place(cell), cell) for cell in cells]
@@ -169,6 +184,7 @@ def select_features(
         "batch_size": batch_size,
         "tolerance": tolerance,
         "forwards": forwards,
+        **learned,
         **({} if grown else {"measure": measure.describe()}),
     }
     return Selection(tuple(cells), ranked[0], tuple(ranked), sets, measure.name, tuple(seeds), recipe)

@@ -15,7 +15,7 @@ from diffusers_repr.objectives.contrastive import ContrastiveObjective
 
 
 def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Share of the images whose nearest text, by cosine, is their caption, and of the texts whose nearest image has it.
+    """How often, by cosine, the text nearest to an image is its caption, and the image nearest to a text has it.
 
     Args:
         images: `(N, D)`.
@@ -51,10 +51,10 @@ class RetrievalAccuracy:
     @torch.no_grad()
     def __call__(self, model: CLIPModel, step: int) -> dict[str, float]:
         """Three numbers a split."""
-        found = {}
+        found: dict[str, float] = {}
         for name, data in self.splits.items():
             parts = [self._embedded(model, data, rows) for rows in torch.arange(len(data)).split(self.batch_size)]
-            images, texts = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+            images, texts = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
             measured = retrieval(images, texts, [text for part in parts for text in part[2]])
             found |= {f"{name}_{key}": value for key, value in measured.items()}
         return found

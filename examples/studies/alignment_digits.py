@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 from transformers import ViTConfig, ViTModel
 
 from diffusers_repr import Denoiser, Encoder
@@ -194,6 +195,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--timesteps", type=float, nargs="+", default=[100, 300, 500], help="larger is noisier")
     parser.add_argument("--k", type=int, default=10, help="neighbours of CKNNA")
     args, args.flags = parser.parse_known_args(argv)
+    disable_progress_bar()  # of diffusers, when it loads a folder
     found = measure(args)
     rows = rows_of(found)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 from diffusers_repr.pipelines.sit import SiTPipeline
 from judge import judged, the_judge
 from repa_study import Evaluation, read_split
@@ -93,7 +94,7 @@ def measure(name: str, folder: Path, pipe: SiTPipeline, evaluation: Evaluation) 
 
 
 def table(rows: list[dict]) -> str:
-    """A line a run; empty where a run has no such number."""
+    """A line a run; empty where a run has no such number (REPA-E denoises latents: `main_denoising`)."""
     lines = [f"| | {' | '.join(title for title, _ in COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
     for row in rows:
         cells = [f"{row[key]:{form}}" if key in row else "" for key, (_, form) in COLUMNS.items()]
@@ -125,6 +126,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--timestep", type=float, default=200.0, help="level of probes; larger is noisier")
     args, flags = parser.parse_known_args(argv)
 
+    disable_progress_bar()  # of diffusers, when it loads a folder
     recipe = ["--config", str(CONFIGS / "repa_digits.yaml")]
     _, data_config, model_config, repa_config = parse_recipe(KINDS, [*recipe, *flags])
     train, test = (read_split(data_config, split, model_config.image_channels) for split in ("train", "test"))

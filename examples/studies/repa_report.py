@@ -69,8 +69,9 @@ def draw_curves(rows: Sequence[dict], path: Path) -> None:
         axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=9)
-    seeds = len({r["seed"] for r in rows})
-    figure.suptitle(f"The same SiT with and without REPA; thin: each of {seeds} seeds", fontsize=11)
+    seeds = sorted({r["seed"] for r in rows})
+    told = f"thin: each of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    figure.suptitle(f"The same SiT with and without REPA; {told}", fontsize=11)
     write_small_png(png_of(figure), path)
 
 

@@ -2,11 +2,11 @@
 
     python examples/studies/segmentation.py --output_dir outputs/segmentation --cifar10 data/cifar10
 
-Two sets. `coins`: disjoint crops of scikit-image's photograph of 24 coins; masks by a watershed on the edges, grown from
-what is darker than 30 (ground) and brighter than 150 (coin), holes filled, as scikit-image's guide segments them. `cars`:
-38 automobiles of CIFAR-10's test split, outlined by eye in `car_outlines.json`; left out without `--cifar10`, a folder
-with `test.parquet`. A seed draws the crops to learn from, the noise and the networks' weights; the crops that are
-measured on are never learned from. Rows that are done are not done again. Writes `rows.jsonl`, `report.md` and a
+Two sets. `coins`: disjoint crops of scikit-image's photograph of 24 coins; masks by a watershed on the edges, grown
+from what is darker than 30 (ground) and brighter than 150 (coin), holes filled, as scikit-image's guide segments them.
+`cars`: 38 automobiles of CIFAR-10's test split, outlined by eye in `car_outlines.json`; left out without `--cifar10`,
+a folder with `test.parquet`. A seed draws the crops to learn from, the noise and the networks' weights; the crops that
+are measured on are never learned from. Rows that are done are not done again. Writes `rows.jsonl`, `report.md` and a
 picture a set.
 """
 
@@ -33,7 +33,7 @@ STUDIES = Path(__file__).parent
 MODEL = STUDIES.parent / "models" / "cars-ddpm"
 SIDE = 48  # of a crop of the coins; 6 x 8 of them
 HELD = {"coins": 28, "cars": 20}  # crops that are measured on
-SIZES = {"coins": (5, 10, 20), "cars": (5, 10, 18)}
+SIZES = {"coins": (5, 20), "cars": (5, 18)}
 NAMES = {"coins": ["ground", "coin"], "cars": ["ground", "car"]}
 SHOWN = 6  # crops in a picture
 SOURCES = {
@@ -66,7 +66,7 @@ class Pixels:
         elif self.kind == "places":
             y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
             found = torch.cat([pixels, torch.stack([y, x]).expand(count, -1, -1, -1)], 1)
-        return FeatureOutput({self.kind: found}, NoiseLevel(timestep=0, nsr=0.0), {}, None, (height, width), images)
+        return FeatureOutput({self.kind: found}, NoiseLevel(timestep=0), {}, None, (height, width), images)
 
 
 def coins() -> tuple[list[Image.Image], list[np.ndarray]]:

@@ -26,8 +26,8 @@ RUN = {"train_batch_size": 4, "max_train_steps": 2, "checkpointing_steps": 2, "l
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 BLOCKS = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
 RECIPES = {
-    "vae": {"model": {**BLOCKS, "sample_size": 32, "latent_channels": 4, "down_block_types": ["DownEncoderBlock2D"] * 2,
-                      "up_block_types": ["UpDecoderBlock2D"] * 2}},
+    "vae": {"model": {**BLOCKS, "sample_size": 32, "latent_channels": 4,
+                      "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}},
     "clip": {"caption_column": "caption", "text": {**TOWER, "max_position_embeddings": 12}, "embedding_dim": 8,
              "vision": {**TOWER, "image_size": 32, "patch_size": 16}, "eval_splits": ["test", "held_out"]},
     "text": {"caption_column": "caption", "eval_batch_size": 16, "num_inference_steps": 2, "eval_prompts": ["a ring"],
@@ -71,10 +71,11 @@ def test_the_stock_classes_load_it(folder):
     assert two.shape == (1, 32, 32, 3)
     assert np.isfinite(two).all()
     assert not np.allclose(two, ring)
-    stored = sum(path.stat().st_size for path in (folder / "text").glob("*/*.safetensors"))
+    names = ("unet", "vae", "text_encoder", "clip")
+    stored = sum(path.stat().st_size for name in names for path in (folder / "text" / name).glob("*.safetensors"))
     parts = (pipe.unet, pipe.vae, pipe.text_encoder, CLIPModel.from_pretrained(folder / "text" / "clip"))
     numbers = sum(p.numel() for part in parts for p in part.parameters())
-    assert stored < 2.3 * numbers  # two bytes each, and the headers
+    assert stored < 2 * numbers + 50_000  # two bytes each, and the headers
 
 
 def test_it_stands_on_the_vae_and_the_clip(folder):
@@ -86,9 +87,8 @@ def test_it_stands_on_the_vae_and_the_clip(folder):
     assert all(torch.equal(p, tower[name]) for name, p in pipe.text_encoder.named_parameters())
     assert all(torch.equal(p, q) for p, q in zip(clip.parameters(), first.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(pipe.vae.parameters(), vae.parameters(), strict=True))
-    assert CLIPTokenizer.from_pretrained(folder / "text" / "clip").tokenize("a ring") == pipe.tokenizer.tokenize(
-        "a ring"
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "text" / "clip")
+    assert tokenizer.tokenize("a ring") == pipe.tokenizer.tokenize("a ring")
     numbers = yaml.safe_load((folder / "clip" / "evaluation.jsonl").read_text())
     assert 0 <= numbers["held_out_image_to_text"] <= 1
     assert numbers["held_out_chance"] >= 0.25

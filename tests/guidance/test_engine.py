@@ -20,6 +20,7 @@ from diffusers_repr.noise import NoiseLevel
 from tests.capture.models import hook_count
 from tests.testers.cases import pairs, some
 from tests.testers.guidance import Counter, Recast, noise, sample, toy_denoiser
+from tests.testers.hosts import noise_of_float32
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, build
 
 NAMES = [name for name in PIPELINES if name != "class_unet"]  # no stock pipeline samples it
@@ -326,8 +327,7 @@ def test_one_noise_level_for_the_whole_batch(scheduler):
     ),
 )
 def test_half_precision_is_kept_and_the_sum_is_wider(name, dtype, monkeypatch):
-    randn = torch.randn  # older torch draws other noise of a seed in half precision than in float32
-    monkeypatch.setattr(torch, "randn", lambda *size, dtype, **more: randn(*size, **more).to(dtype))
+    noise_of_float32(monkeypatch)
     pipe = build(name).to(dtype)
     sums, correction = set(), PAGTerm.correction
     monkeypatch.setattr(PAGTerm, "correction", lambda self, step: sums.add(step.cond.dtype) or correction(self, step))

@@ -15,7 +15,7 @@ from diffusers_repr import CFG, PAG, guide
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.hub import check_pipeline_file
 from tests.pipelines.guided_cases import GUIDED, arguments, run
-from tests.testers.hosts import since
+from tests.testers.hosts import noise_of_float32
 from tests.testers.models import CONDITIONS, build
 
 ROOT = Path(__file__).parents[2]
@@ -146,9 +146,9 @@ def test_callbacks(folder):
     assert "step" not in vars(ours.scheduler)
 
 
-@since("diffusers", "0.37")  # before, noise is drawn in half precision
 @pytest.mark.parametrize("folder", ["guided_stable_diffusion_xl", "guided_dit"])
-def test_offload_and_dtype(folder):
+def test_offload_and_dtype(folder, monkeypatch):
+    noise_of_float32(monkeypatch)
     ours, _, settings = make(folder)
     want = run(ours, **settings, guidance=PAG(2.0))
     ours.enable_model_cpu_offload(device="cpu")

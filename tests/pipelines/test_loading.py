@@ -11,10 +11,8 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDE
 from tests.pipelines import sit_cases
 from tests.pipelines.guided_cases import GUIDED
 from tests.pipelines.test_joint_diffusion import make
-from tests.testers.hosts import since
 
 
-@since("diffusers", "0.37")  # before, `trust_remote_code` is warned of
 def test_every_folder_loads_with_consent(tmp_path):
     """One process for all, which forks: most of the time of a process goes into imports."""
     pipe = sit_cases.pipeline(

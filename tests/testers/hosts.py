@@ -81,3 +81,13 @@ def average_over_gloo() -> None:
 def lora_file() -> dict[str, str]:
     """What diffusers' loaders of LoRA must be told without a network; newer ones look into the folder."""
     return {"weight_name": "pytorch_lora_weights.safetensors"} if before("diffusers", "0.42") else {}
+
+
+def noise_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs in half precision begin at the noise of those in float32: older torch draws other noise of a seed."""
+    randn = torch.randn
+
+    def drawn(*size: Any, dtype: torch.dtype | None = None, **more: Any) -> torch.Tensor:
+        return randn(*size, **more).to(dtype or torch.float32)
+
+    monkeypatch.setattr(torch, "randn", drawn)
