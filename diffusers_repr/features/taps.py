@@ -148,7 +148,7 @@ def _walk(part: Part, name: str, blocks: nn.ModuleList, stride: int, changes: st
     found = []
     for i, block in enumerate(blocks):
         last = len(block.resnets) - 1  # type: ignore[arg-type]
-        channels = int(block.resnets[last].in_channels)  # type: ignore[index,union-attr,arg-type]
+        channels = int(block.resnets[last].in_channels)  # type: ignore[index,union-attr]
         found.append(Tap(part, f"{name}.{i}.resnets.{last}", channels, stride))
         if getattr(block, changes, None):
             stride = stride // 2 if changes == "upsamplers" else stride * 2
