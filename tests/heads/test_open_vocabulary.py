@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel
 
 from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.heads.odise import MaskClassifier, Vocabulary
@@ -13,7 +12,7 @@ from diffusers_repr.heads.odise.classification import (
     pool_masks,
     with_background,
 )
-from tests.testers.tokenizers import clip_tokenizer
+from tests.heads.odise_cases import tiny_towers
 
 
 def drawn(*shape, seed=0):
@@ -117,17 +116,7 @@ def test_vocabulary():
 
 @pytest.fixture(scope="module")
 def towers():
-    tokenizer = clip_tokenizer()
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**tower, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vision = {**tower, "image_size": 32, "patch_size": 8}
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6))
-        for parameter in model.parameters():  # larger than at the start, so that attention matters
-            parameter.data.mul_(4)
-    return ImageTextEncoder(model, tokenizer)
+    return tiny_towers(grow=4)
 
 
 def test_vectors_of_texts_and_images_are_the_models_own(towers):

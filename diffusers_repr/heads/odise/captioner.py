@@ -31,8 +31,10 @@ class ImplicitCaptioner(nn.Module):
         super().__init__()
         check_sizes(vector_dim=vector_dim, tokens=tokens, width=width, time_width=time_width)
         self.text, self.time = CastLinear(vector_dim, width), CastLinear(vector_dim, time_width)
-        self.text_position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, width), std=0.02))
-        self.time_position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, time_width), std=0.02))
+        self.text_position = nn.Parameter(torch.zeros(1, tokens, width))
+        self.time_position = nn.Parameter(torch.zeros(1, time_width))
+        for position in (self.text_position, self.time_position):
+            nn.init.trunc_normal_(position, std=0.02)
         self.text_gate = nn.Parameter(torch.zeros(1, tokens, width))
         self.time_gate = nn.Parameter(torch.zeros(1, time_width))
 
