@@ -21,8 +21,8 @@ NAMES = (
     "repa_step",
     "loop_overhead",
     "cached_training",
-    "cleandift",
     "correspondence",
+    "cleandift",
 )
 
 

@@ -21,8 +21,8 @@ from diffusers_repr.sweep.selection import FeatureSet, SelectionCell
 METHODS = ("greedy", "learned")
 LEARNED = "learned selector"  # the stage, for the progress bar
 MAX_COLUMNS = 2048  # of all candidates side by side: each round of the fit solves for so many unknowns
-PENALTIES = (1e-1, 1e-2, 1e-3)  # on the head; the larger, the fewer cells keep a weight; of equal sets the first
-_ROUNDS = 50
+PENALTIES = (1e-2, 1e-3, 1e-4)  # on the head; the larger, the fewer cells keep a weight; of equal sets the first
+_ROUNDS = 60
 _STILL = 1e-6  # change of the weights at which the fit has come to rest
 
 
@@ -65,11 +65,12 @@ def check_method(method: str, measure: Measure) -> None:
 def mixing_shares(correlation: Tensor, cross: Tensor, groups: Sequence[Tensor], penalty: float) -> Tensor:
     """Mixing weights w of groups of features, fitted together with a linear head on their weighted sum.
 
-    Minimises `mean |y - sum_c w_c P_c z_c|^2 + penalty sum_c |P_c|^2` over heads P and weights w >= 0 that sum to 1;
-    z are standardised features, each group scaled to variance 1 in all. The two are solved in turn, each exactly: P is
-    a ridge regression on the weighted features; for given `B_c = w_c P_c` the best w is `|B_c|^(2/3)`, normalised. So
-    the objective never rises. With w eliminated it is the penalty `(sum_c |B_c|^(2/3))^3`, by which weights of groups
-    that others can stand for go to 0.
+    Minimises `mean |y - sum_c sqrt(w_c) P_c z_c|^2 + penalty sum_c |P_c|^2` over heads P and weights w >= 0 that sum
+    to 1: kernel ridge regression whose kernel is the mixture `sum_c w_c z_c z_c'` (multiple kernel learning). z are
+    standardised features, each group scaled to variance 1 in all. The two are solved in turn, each exactly: P is a
+    ridge regression on the weighted features; for given `B_c = sqrt(w_c) P_c` the best w is `|B_c|`, normalised. So
+    the objective never rises; with w eliminated it is convex in B, the penalty being `(sum_c |B_c|)^2`, by which
+    groups that say nothing new lose their weight.
 
     Args:
         correlation: Of the features, `(D, D)` float64.
@@ -88,15 +89,14 @@ def mixing_shares(correlation: Tensor, cross: Tensor, groups: Sequence[Tensor], 
     gram, right = scale[:, None] * correlation * scale, scale[:, None] * cross
     weights = torch.full((len(groups),), 1 / len(groups), dtype=torch.float64, device=correlation.device)
     for _ in range(_ROUNDS):
-        spread = weights[owner]
+        spread = weights.sqrt()[owner]
         matrix = spread[:, None] * gram * spread
         matrix.diagonal().add_(penalty)
         head = torch.cholesky_solve(spread[:, None] * right, torch.linalg.cholesky(matrix))
         norms = torch.zeros_like(weights).index_add_(0, owner, (spread[:, None] * head).square().sum(1)).sqrt()
         if not bool(norms.any()):
             return weights
-        fresh = norms ** (2 / 3)
-        fresh = fresh / fresh.sum()
+        fresh = norms / norms.sum()
         still = float((fresh - weights).abs().max()) < _STILL
         weights = fresh
         if still:

@@ -23,7 +23,7 @@ from known_pairs import KINDS, pairs_of, sift_matches
 from torch import Tensor, nn
 
 from diffusers_repr import Denoiser
-from diffusers_repr.data.pairs import ImagePairs
+from diffusers_repr.data.image_pairs import ImagePairs
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.metrics.pck import correct_points, pck, reference_length

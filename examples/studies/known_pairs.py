@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance
 from skimage import data, feature, transform
 from torch import Tensor
 
-from diffusers_repr.data.pairs import ImagePairs, PairPoints
+from diffusers_repr.data.image_pairs import ImagePairs, PairPoints
 from diffusers_repr.data.points import check_points
 
 HEIGHT = 192  # of all photographs; the width follows

@@ -1,5 +1,6 @@
 """From scenes to a text-to-image model by four commands, at toy size: each result loads by the stock classes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from make_scenes import main as make_scenes
 from transformers import CLIPModel, CLIPTokenizer
 
+from diffusers_repr import Denoiser, Encoder, FeatureExtractor
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
+from diffusers_repr.data.scenes import scenes
 from diffusers_repr.objectives import AutoencoderConfig, ContrastiveConfig
 from diffusers_repr.training import TrainingConfig
 from tests.examples.scripts import EXAMPLES, run_script
@@ -76,6 +79,20 @@ def test_the_stock_classes_load_it(folder):
     parts = (pipe.unet, pipe.vae, pipe.text_encoder, CLIPModel.from_pretrained(folder / "text" / "clip"))
     numbers = sum(p.numel() for part in parts for p in part.parameters())
     assert stored < 2 * numbers + 50_000  # two bytes each, and the headers
+
+
+def test_the_library_reads_and_guides_it(folder):
+    denoiser = Denoiser.from_pretrained(folder / "text")
+    assert (denoiser.image_size, denoiser.stride) == ((32, 32), 2)
+    extractor = FeatureExtractor(denoiser, ["up_blocks.0"], timestep=100)
+    image = next(scenes("test", 1)).image
+    two, ring = (extractor([image], prompt=text)["up_blocks.0"] for text in ("a two", "a ring"))
+    assert two.shape == (1, 8, 16, 16)
+    assert not torch.equal(two, ring)
+    towers = Encoder.from_pretrained(folder / "text" / "clip")
+    assert (towers.dim, towers.grid_for((32, 32))) == (16, (2, 2))
+    left_out = folder / "text" / "artifacts.json"  # what is uploaded beside the pipeline
+    assert "clip/model.safetensors" in json.loads(left_out.read_text())
 
 
 def test_it_stands_on_the_vae_and_the_clip(folder):

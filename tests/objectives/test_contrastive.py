@@ -1,6 +1,7 @@
 """CLIP's loss against a loop in float64, its tokenizer, and the contract of its objective."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -110,3 +111,33 @@ def test_retrieval_by_hand():
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         ContrastiveConfig(**{"text": TEXT, "vision": VISION} | changes)
+
+
+def half(rank: int, meet: str, inputs: tuple, results) -> None:
+    """The loss of one half of the pairs, and its gradient, in one of two processes."""
+    warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    rows = slice(3 * rank, 3 * rank + 3)
+    images, texts, captions = (part[rows].clone() for part in inputs)
+    images.requires_grad_()
+    loss = clip_loss(images, texts, 2.0, captions)
+    loss.backward()
+    results[rank] = (loss.item(), images.grad.tolist())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_see_all_pairs(tmp_path):
+    """The mean of two halves' losses is the loss of the whole, and so is the gradient that DDP would average."""
+    images, texts = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    captions = torch.tensor([[1], [2], [3], [1], [4], [3]])
+    whole = images.clone().requires_grad_()
+    expected = clip_loss(whole, texts, 2.0, captions)
+    expected.backward()
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        inputs = (str(tmp_path / "meet"), (images, texts, captions), results)
+        torch.multiprocessing.spawn(half, inputs, nprocs=2)
+        losses, gradients = zip(*(results[rank] for rank in (0, 1)), strict=True)
+    assert sum(losses) / 2 == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(torch.tensor([*gradients[0], *gradients[1]]) / 2, whole.grad, atol=1e-6, rtol=1e-4)

@@ -17,7 +17,7 @@ def data():
 
 
 def test_the_fit_is_the_minimum_that_gradients_find():
-    """Of `mean |y - sum w_c P_c z_c|^2 + penalty |P|^2`: descent on w, the head eliminated, ends where it does."""
+    """Of `mean |y - sum sqrt(w_c) P_c z_c|^2 + penalty |P|^2`: descent on w, the head eliminated, ends there."""
     torch.manual_seed(0)
     sizes, count, penalty = (3, 5, 2, 4), 200, 0.05
     groups = list(torch.arange(sum(sizes)).split(sizes))
@@ -29,7 +29,7 @@ def test_the_fit_is_the_minimum_that_gradients_find():
     scaled = torch.cat([z[:, group] / len(group) ** 0.5 for group in groups], dim=1)
 
     def loss(weights: torch.Tensor) -> torch.Tensor:
-        x = scaled * torch.cat([w.expand(n) for w, n in zip(weights, sizes, strict=True)])
+        x = scaled * torch.cat([w.sqrt().expand(n) for w, n in zip(weights, sizes, strict=True)])
         head = torch.linalg.solve(x.T @ x / count + penalty * torch.eye(x.shape[1]), x.T @ y / count)
         return (y - x @ head).square().sum(1).mean() + penalty * head.square().sum()
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from diffusers_repr import Denoiser, FeatureExtractor, GenericFamily
-from diffusers_repr.data.pairs import ImagePairs
+from diffusers_repr.data.image_pairs import ImagePairs
 from diffusers_repr.tasks.correspondence import Correspondence
 
 STRIDE = 4

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor
-from diffusers_repr.data.pairs import ImagePairs
+from diffusers_repr.data.image_pairs import ImagePairs
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.source import FeatureSource, require_source
 from diffusers_repr.tasks.correspondence import Correspondence, fill_prompt, grid_points

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_repr.data.pairs import ImagePairs, PairPoints
+from diffusers_repr.data.image_pairs import ImagePairs, PairPoints
 from diffusers_repr.data.points import check_points
 from diffusers_repr.data.spair import load_spair
 

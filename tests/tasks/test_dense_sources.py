@@ -1,0 +1,58 @@
+"""Hyperfeatures and networks tuned by CleanDIFT where tasks take a source of features: matched, fitted, saved."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_repr import Denoiser
+from diffusers_repr.features import cleandift_extractor
+from diffusers_repr.heads import Hyperfeatures, HyperfeaturesHead
+from diffusers_repr.objectives import CleanDIFTConfig, CleanDIFTObjective
+from diffusers_repr.tasks import Segmenter
+from diffusers_repr.tasks.correspondence import Correspondence
+from tests.tasks.planted import pipeline
+from tests.tasks.planted_masks import annotated, small
+
+
+def hyperfeatures() -> Hyperfeatures:
+    torch.manual_seed(0)
+    denoiser = Denoiser.from_pipe(pipeline())
+    head = HyperfeaturesHead.for_base(denoiser, steps=4, reads=[0, 2], width=8, bottleneck=4)
+    return Hyperfeatures(denoiser, head, batch_size=4)
+
+
+def cleandift(folder):
+    torch.manual_seed(0)
+    objective = CleanDIFTObjective(Denoiser.from_pipe(pipeline()), CleanDIFTConfig("made", time_width=8))
+    objective.save_pretrained(folder, objective.state_dict(), torch.float32)
+    return cleandift_extractor(folder, ["mid_block", "up_blocks.0"])
+
+
+@pytest.mark.parametrize("kind", ["hyperfeatures", "cleandift"])
+def test_points_are_found(kind, tmp_path):
+    """Each point of an image in the image itself, by a map as fine as the image."""
+    source = hyperfeatures() if kind == "hyperfeatures" else cleandift(tmp_path)
+    layer = None if kind == "hyperfeatures" else "up_blocks.0"
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (4, 4), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+    image = np.array(coarse)[::2, ::2]
+    task = Correspondence(source, layer)
+    points = [[3, 4], [8, 8], [12, 3]]
+    same = task(Image.fromarray(image), Image.fromarray(image), points)
+    assert torch.equal(same.matches, torch.tensor(points, dtype=torch.float32))
+    assert float(same.scores.min()) > 0.999
+
+
+@pytest.mark.parametrize("kind", ["hyperfeatures", "cleandift"])
+def test_a_segmenter_is_fitted_saved_and_loaded(kind, tmp_path):
+    source = hyperfeatures() if kind == "hyperfeatures" else cleandift(tmp_path / "tuned")
+    segmenter = small(source)
+    images, masks = annotated(3, seed=2)
+    found = segmenter.evaluate((images, masks), record=False)["mean_iou"]
+    assert found > 0.4  # all ground: 0.25
+    segmenter.save_pretrained(tmp_path / "segmenter")
+    given = {"source": source} if kind == "hyperfeatures" else {}
+    again = Segmenter.from_pretrained(tmp_path / "segmenter", **given)
+    for one, other in zip(again(images).masks, segmenter(images).masks, strict=True):
+        assert torch.equal(one, other)
