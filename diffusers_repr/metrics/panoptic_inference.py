@@ -74,4 +74,18 @@ def panoptic_inference(
     return PanopticMap(ids, classes), found
 
 
-__all__ = ["panoptic_inference"]
+def semantic_inference(probabilities: Tensor, masks: Tensor) -> Tensor:
+    """Scores of the classes at each pixel, `(K, H, W)`: `sum_q p_q(class) m_q(pixel)`, the background left out.
+
+    Args:
+        probabilities: `(Q, K + 1)` of the classes, the background last.
+        masks: `(Q, H, W)` probability that a pixel is of the query.
+
+    Example:
+        >>> semantic_inference(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[[0.5, 1.0]]])).tolist()
+        [[[0.25, 0.5]], [[0.125, 0.25]]]
+    """
+    return torch.einsum("qk,qhw->khw", probabilities[:, :-1], masks)
+
+
+__all__ = ["panoptic_inference", "semantic_inference"]

@@ -11,7 +11,6 @@ from diffusers_repr.heads.odise import FeaturePyramid, ImplicitCaptioner, MaskGe
 from tests.heads.odise_cases import tiny_head, tiny_towers
 from tests.testers.models import WIDTH, build
 
-
 NEAR = {"rtol": 1e-3, "atol": 3e-4}  # batches of another size, through group norms
 
 
