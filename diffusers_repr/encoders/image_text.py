@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -9,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import CLIPModel, CLIPTokenizerFast
 
 from diffusers_repr.denoiser.hooks import Hooks
-from diffusers_repr.encoders.preprocessing import CLIP_MEAN, CLIP_STD, preprocess
+from diffusers_repr.encoders.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Statistics,
+    check_processor,
+    preprocess,
+    statistics_from_processor,
+)
+from diffusers_repr.hub.load import load_json_config
+from diffusers_repr.hub.schema import printable
 
 _MOST_SCALE = 100.0  # Radford et al. 2021, section 2.5
 
@@ -36,6 +47,34 @@ class ImageTextEncoder:
             raise TypeError(f"Both towers of CLIP are needed, a CLIPModel; got {type(model).__name__}.")
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.mean, self.std = tuple(mean), tuple(std)
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_folder: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+    ) -> ImageTextEncoder:
+        """A CLIP with its tokenizer, from a folder or Hub id of transformers, in float32.
+
+        Args:
+            id_or_folder: With `config.json`, weights as safetensors, the tokenizer, and `preprocessor_config.json`, of
+                which mean and std are read.
+            revision: Branch, tag or commit on the Hub.
+            token: Hub token.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            TypeError: For another model.
+            ValueError: For a damaged file.
+        """
+        config = load_json_config(id_or_folder, "config.json", revision, token)
+        if config.get("model_type") != "clip":
+            kind = printable(str(config.get("model_type")))
+            raise TypeError(f"Both towers of CLIP are needed, a CLIPModel; {str(id_or_folder)!r} is a {kind!r}.")
+        file = "preprocessor_config.json"
+        processor = check_processor(load_json_config(id_or_folder, file, revision, token), file)
+        found = statistics_from_processor(processor, Statistics(CLIP_MEAN, CLIP_STD))
+        place = {"revision": revision, "token": token}
+        model = CLIPModel.from_pretrained(id_or_folder, use_safetensors=True, dtype=torch.float32, **place)
+        return cls(model, CLIPTokenizerFast.from_pretrained(id_or_folder, **place), found.mean, found.std)
 
     @property
     def dim(self) -> int:

@@ -60,6 +60,9 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         decoder_feedforward: Width of the transformer decoder's.
         projection: Values in which masks and texts are compared.
         timestep: At which the U-Net reads, with the fixed noise of `read_taps`; None: the clean image.
+        vocabulary: Names of each class it was trained on; for records, as are the next two.
+        stuff: Numbers of those without instances.
+        clip_model: Folder or Hub id of the CLIP.
         timestep_range: Smallest and largest of the noise process; this and the following are recorded by `for_base`.
         base_model: Name of the base.
         base_class: Its class.
@@ -92,6 +95,9 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         decoder_feedforward: int = 2048,
         projection: int = 256,
         timestep: float | None = 0,
+        vocabulary: Sequence[Sequence[str]] | None = None,
+        stuff: Sequence[int] = (),
+        clip_model: str | None = None,
         timestep_range: Sequence[float] = (0.0, 999.0),
         base_model: str | None = None,
         base_class: str | None = None,
