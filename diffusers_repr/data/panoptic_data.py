@@ -58,7 +58,7 @@ class PanopticTrainData(TrainData):
         missing = [name for name in columns if name not in data.column_names]
         if missing:
             raise ValueError(f"There is no column {missing[0]!r}; the data have {', '.join(data.column_names)}.")
-        feature = getattr(data.features[config.segments_column], "feature", None)
+        feature: Any = getattr(data.features[config.segments_column], "feature", None)
         labels = feature.get(config.class_key) if isinstance(feature, Mapping) else None
         if not isinstance(labels, datasets.ClassLabel) or "id" not in feature:
             raise ValueError(

@@ -3,6 +3,7 @@
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
+from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter, PanopticOutput
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
@@ -19,6 +20,7 @@ __all__ = [
     "Level",
     "OpenVocabularySegmenter",
     "PairAccuracy",
+    "PanopticAccuracy",
     "PanopticOutput",
     "Probe",
     "ProbeOutput",

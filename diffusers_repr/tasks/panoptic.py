@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,42 @@ class OpenVocabularySegmenter:
         self.head, self.denoiser, self.towers, self.trained_on = head.eval(), denoiser, towers, trained_on
         self.weights, self.template = weights, template
         self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_folder: str | os.PathLike[str],
+        base: Denoiser | str | os.PathLike[str] | None = None,
+        clip: ImageTextEncoder | str | os.PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        **options: Any,
+    ) -> OpenVocabularySegmenter:
+        """What `examples/train_odise.py` wrote, with its base and its CLIP.
+
+        Args:
+            id_or_folder: Folder or Hub id of the head.
+            base: A `Denoiser`, folder or Hub id in place of the recorded base.
+            clip: An `ImageTextEncoder`, folder or Hub id in place of the recorded CLIP.
+            revision: Of the head.
+            token: Hub token.
+            **options: Further arguments of the class; `trained_on` is in the head's record.
+
+        Raises:
+            FileNotFoundError, OSError: If something is not there.
+            ValueError: For a head without a record of what it needs, and as the class.
+        """
+        head = OdiseHead.from_pretrained(id_or_folder, revision=revision, token=token)
+        names, config = head.config["vocabulary"], head.config
+        base, clip = base or config["base_model"], clip or config["clip_model"]
+        missing = [what for what, value in (("base", base), ("clip", clip), ("vocabulary", names)) if not value]
+        if missing:
+            raise ValueError(f"{str(id_or_folder)!r} does not record its {missing[0]}; pass it.")
+        trained_on = Vocabulary(tuple(tuple(one) for one in names), frozenset(config["stuff"]))
+        denoiser = base if isinstance(base, Denoiser) else Denoiser.from_pretrained(base, token=token)
+        towers = clip if isinstance(clip, ImageTextEncoder) else ImageTextEncoder.from_pretrained(clip, token=token)
+        return cls(head, denoiser, towers, **{"trained_on": trained_on, **options})
 
     @torch.no_grad()
     def __call__(
