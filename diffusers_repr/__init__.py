@@ -21,6 +21,7 @@ _PUBLIC = {
     "Condition": "diffusers_repr.denoiser",
     "Conditioner": "diffusers_repr.denoiser",
     "ContrastiveObjective": "diffusers_repr.objectives",
+    "Correspondence": "diffusers_repr.tasks",
     "DataConfig": "diffusers_repr.data",
     "Denoiser": "diffusers_repr.denoiser",
     "DepthGuidance": "diffusers_repr.guidance",

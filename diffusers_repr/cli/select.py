@@ -58,6 +58,12 @@ def run(args: Settings) -> int:
     from diffusers_repr.pictures.figure import require_matplotlib
     from diffusers_repr.sweep.splits import open_splits, refuse_test
 
+    if args.metric == "pck":
+        raise ValueError(
+            "--metric pck is measured on pairs of images with points, and DATASET has labels. In Python: "
+            "select_features(denoiser, pairs, None, timesteps, metric='pck'); `diffusers-repr match --selection` "
+            "reads what it saves."
+        )
     refuse_test(args.train_split)
     refuse_test(args.validation_split or "validation")
     if not args.no_heatmap:

@@ -49,6 +49,8 @@ def read_decoded(value: Any, what: str) -> Image.Image:
     """As `read_image`, of whatever mode the file is: a mask's values are no colours."""
     what += place_of(value)
     _set_bound()
+    if isinstance(value, Image.Image):  # datasets 4 takes it for a file
+        return value
     try:
         return _opened(value) if isinstance(value, Path) else datasets.Image().decode_example(value)
     except (ConnectionError, TimeoutError, MemoryError):  # says nothing of the image

@@ -18,6 +18,7 @@ from diffusers_repr.denoiser.parts import COMPONENTS
 from diffusers_repr.hub.checked_loading import CheckedLoadingMixin
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.local_module import LocalModuleMixin
+from diffusers_repr.hub.own_pipelines import is_own_pipeline, named_pipeline
 from diffusers_repr.hub.signature_types import SignatureTypesMixin
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ class AnyPipelineMixin(CheckedLoadingMixin, LocalModuleMixin, SignatureTypesMixi
         name = config_dict.get("_class_name")
         name = name[-1] if isinstance(name, (list, tuple)) else name
         if name and name != cls.__name__:
-            config_dict = {**config_dict, "class_name": name}
+            # One of these pipelines, saved, tells what it was made of.
+            config_dict = {**config_dict, "class_name": config_dict.get("class_name") or name}
             names = inspect.signature(cls.__init__).parameters
             lost = {k: v for k, v in config_dict.items() if k not in names and not k.startswith("_") and _is_set(v)}
             if lost:
@@ -236,10 +238,12 @@ def _state(encoders: list[nn.Module]) -> Any:
 
 
 def rebuild_pipeline(name: str, components: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """A pipeline of diffusers' class `name` that shares these components; they stay as they are.
+    """A pipeline of diffusers' class `name`, or of one of this package, that shares these components.
+
+    They stay as they are.
 
     Args:
-        name: Class name in diffusers.
+        name: Class name in diffusers or here.
         components: Name -> component; those the class does not take are left out. The scheduler is copied.
         settings: Its scalar arguments; None means not given.
 
@@ -248,7 +252,7 @@ def rebuild_pipeline(name: str, components: Mapping[str, Any], settings: Mapping
     """
     import diffusers
 
-    cls: Any = getattr(diffusers, name, None)
+    cls: Any = named_pipeline(name) if is_own_pipeline(name) else getattr(diffusers, name, None)
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise TypeError(
             f"diffusers {diffusers.__version__} has no pipeline {name!r}, whose code makes the conditions. Load the "

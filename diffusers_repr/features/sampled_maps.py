@@ -96,16 +96,18 @@ class SampledMaps:
             x: `(n,)`, column.
         """
         found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        parts = []
+        features, start = torch.empty(len(rows), self.channels), 0
         for grid, table in zip(self.grids, self._flat(), strict=True):
             if grid not in found:
                 found[grid] = _corners(rows, y, x, self.size, grid)
             places, weights = found[grid]
             if table.dtype == torch.float32:
-                parts.append(nn.functional.embedding_bag(places, table, per_sample_weights=weights, mode="sum"))
+                part = nn.functional.embedding_bag(places, table, per_sample_weights=weights, mode="sum")
             else:
-                parts.append((table[places].float() * weights[..., None]).sum(1))
-        return torch.cat(parts, 1)
+                part = (table[places].float() * weights[..., None]).sum(1)
+            features[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
+        return features
 
     def _flat(self) -> list[Tensor]:
         """Each map of all images as a table of places, `(N h w, C)`; the batches are not held besides."""

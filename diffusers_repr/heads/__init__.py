@@ -12,6 +12,7 @@ from diffusers_repr.heads.dense.losses import (
 )
 from diffusers_repr.heads.dense.readout import ReadoutHead
 from diffusers_repr.heads.fitting.fit import FitResult, fit_head
+from diffusers_repr.heads.fitting.pixels import DDPM_SEG, PixelProtocol, PixelSet, train_members
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
 from diffusers_repr.heads.hyperfeature_source import Hyperfeatures
 from diffusers_repr.heads.hyperfeatures import HyperfeaturesHead
@@ -28,6 +29,7 @@ from diffusers_repr.heads.projector import Projector
 keep_moved_names()
 
 __all__ = [
+    "DDPM_SEG",
     "PROTOCOLS",
     "DepthHead",
     "FitResult",
@@ -41,6 +43,8 @@ __all__ = [
     "MapHead",
     "OdiseHead",
     "PixelEnsembleHead",
+    "PixelProtocol",
+    "PixelSet",
     "PooledHead",
     "Projector",
     "ReadoutHead",
@@ -56,5 +60,6 @@ __all__ = [
     "register_head",
     "sample_points",
     "sobel_edges",
+    "train_members",
     "unregister_head",
 ]

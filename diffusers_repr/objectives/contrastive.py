@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import string
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +99,12 @@ def caption_tokenizer(captions: Iterable[str], vocabulary: int = 512, length: in
         length: Tokens of a text with its marks, to which it is filled or cut.
     """
     letters = " ".join(string.ascii_lowercase + string.digits)  # so that every word ends in a token
-    tokenizer = CLIPTokenizerFast().train_new_from_iterator([*captions, letters], vocabulary, show_progress=False)
+    with tempfile.TemporaryDirectory() as folder:  # CLIP's rules without its words; transformers 4 takes files alone
+        words, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        words.write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
+        merges.write_text("#version: 0.2\n")
+        rules = CLIPTokenizerFast(str(words), str(merges))
+    tokenizer = rules.train_new_from_iterator([*captions, letters], vocabulary, show_progress=False)
     tokenizer.model_max_length = length
     return tokenizer
 

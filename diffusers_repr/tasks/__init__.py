@@ -1,9 +1,11 @@
-"""What features are for: tasks, of which the probe is the first, and segmentation the second."""
+"""What features are for: probes, segmentation, correspondence, open-vocabulary segments."""
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
+from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
+from diffusers_repr.tasks.matches import Matches
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter, PanopticOutput
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
@@ -15,9 +17,11 @@ from diffusers_repr.tasks.task import Task
 __all__ = [
     "BaseRecord",
     "ClassifierAccuracy",
+    "Correspondence",
     "EncoderAccuracy",
     "FeatureRobustness",
     "Level",
+    "Matches",
     "OpenVocabularySegmenter",
     "PairAccuracy",
     "PanopticAccuracy",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any, NamedTuple
 
 from diffusers_repr.denoiser import Denoiser, list_layers
+from diffusers_repr.denoiser.default_layers import STACKS
 from diffusers_repr.features.extractor import FeatureExtractor
-from diffusers_repr.features.presets import Preset, find_preset, list_presets
+from diffusers_repr.features.presets import Preset, find_preset
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
 _LEVEL = 0.725  # noise to signal of DIFT's timestep 261 of Stable Diffusion
@@ -76,10 +78,10 @@ def middle_layer(denoiser: Denoiser) -> str:
     transformer the block in the middle.
     """
     paths = [layer.path for layer in list_layers(denoiser)]
-    stages = [path for path in paths if path.startswith("up_blocks.") and path.count(".") == 1]
+    stages = [path for path in paths if re.fullmatch(r"up_blocks\.\d+", path)]
     if stages:
         return stages[1] if len(stages) > 2 else stages[0]
-    blocks = [layer.path for layer in list_layers(denoiser) if layer.kind == "tokens"] or paths
+    blocks = [path for path in paths if re.fullmatch(rf"({'|'.join(STACKS)})\.\d+", path)] or paths
     return blocks[len(blocks) // 2]
 
 
@@ -90,9 +92,4 @@ def _published(denoiser: Denoiser) -> Preset | None:
         return None
 
 
-def correspondence_presets() -> list[Preset]:
-    """The presets that are of correspondence: one layer each, of DIFT and its followers."""
-    return [p for p in list_presets() if p.method.startswith("dift")]
-
-
-__all__ = ["ChosenSource", "correspondence_presets", "correspondence_source", "middle_layer"]
+__all__ = ["ChosenSource", "correspondence_source", "middle_layer"]

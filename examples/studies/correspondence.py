@@ -1,7 +1,7 @@
 """Do features of a small diffusion model find points again? Against raw pixels, SIFT and the network untrained.
 
     python examples/studies/correspondence.py --output_dir outputs/correspondence
-    python examples/studies/correspondence.py --base examples/models/cifar10-ddpm --output_dir outputs/correspondence
+    python examples/studies/correspondence.py --base PIPELINE --output_dir outputs/correspondence
 
 Photographs that scikit-image ships, under known homographies, crops, flips and colour changes, and its stereo pair of
 a motorcycle with the measured disparity. Layer, level and noise policy are chosen by PCK on two photographs
@@ -62,8 +62,8 @@ def untrained(base: str, seed: int) -> Denoiser:
 def choose(denoiser: Denoiser, pairs: ImagePairs, args: argparse.Namespace, seeds: tuple[int, ...]) -> Selection:
     measure = PCKMeasure("pck", alpha=args.alpha, reference="image")
     return select_features(
-        denoiser, pairs, None, args.timesteps, metric=measure, noise=("per_image", "clean"), seeds=seeds, finalists=3,
-        image_size=tuple(args.image_size), batch_size=2,
+        denoiser, pairs, None, args.timesteps, args.layers, metric=measure, noise=("per_image", "clean"), seeds=seeds,
+        finalists=3, image_size=tuple(args.image_size), batch_size=2,
     )  # fmt: skip
 
 
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", default=str(MODEL), help="pipeline folder or Hub id of a model of RGB images")
     parser.add_argument("--image_size", nargs=2, type=int, default=(96, 128), metavar=("H", "W"))
     parser.add_argument("--timesteps", nargs="+", type=int, default=[50, 200])
+    parser.add_argument("--layers", nargs="+", help="to choose from; all of them if not given")
     parser.add_argument("--points", type=int, default=24, help="a pair, at most")
     parser.add_argument("--alpha", type=float, default=0.02)
     parser.add_argument("--wide", type=float, default=0.1)

@@ -49,12 +49,12 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 KINDS = (TrainingConfig, DataConfig, ModelConfig, REPAConfig)
 COLUMNS = {
+    "step": ("steps", "d"),
     "denoising": ("denoising loss", ".3f"),
     "probe_aligned": ("probe, block 2", ".3f"),
     "probe_middle": ("probe, block 5", ".3f"),
     "cknna_aligned": ("CKNNA, block 2", ".3f"),
     "cknna_middle": ("CKNNA, block 5", ".3f"),
-    "frechet_distance": ("Fréchet distance", ".2f"),
     "judge_accuracy": ("samples of the class asked for", ".3f"),
     "cpu_seconds": ("CPU seconds", ".0f"),
 }
@@ -90,7 +90,8 @@ def measure(name: str, folder: Path, pipe: SiTPipeline, evaluation: Evaluation) 
     last = last_line(folder)
     losses = {key: value for key, value in last.items() if key not in ("learning_rate", "images_per_second")}
     numbers = evaluation(pipe, last["step"]) | {"cpu_seconds": json.loads((folder / "cpu_seconds.json").read_text())}
-    return {"run": name, **{key: round(value, 4) for key, value in (losses | numbers).items()}}
+    rounded = {key: round(value, 4) for key, value in (losses | numbers).items()}
+    return {"run": name, "samples": evaluation.args.samples, **rounded}
 
 
 def table(rows: list[dict]) -> str:
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/relatives-results"), help="folder of the results")
     parser.add_argument("--work", type=Path, default=Path("outputs/relatives"), help="folder of the runs")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--samples", type=int, default=500, help="images for the Fréchet distance")
+    parser.add_argument("--samples", type=int, default=500, help="judged of each run")
     parser.add_argument("--sample_batch", type=int, default=500)
     parser.add_argument("--probe_images", type=int, default=997, help="training images of the probes and CKNNA")
     parser.add_argument("--probe_test", type=int, default=500, help="test images of the probes")

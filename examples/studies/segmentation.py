@@ -26,6 +26,7 @@ from diffusers_repr import Denoiser, NoiseLevel, Segmenter
 from diffusers_repr.cli.guard import run_script
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.features import FeatureOutput
+from diffusers_repr.heads import DDPM_SEG
 from diffusers_repr.pictures.grid import image_grid
 from diffusers_repr.pictures.masks import heat, mask_over
 
@@ -33,7 +34,7 @@ STUDIES = Path(__file__).parent
 MODEL = STUDIES.parent / "models" / "cars-ddpm"
 SIDE = 48  # of a crop of the coins; 6 x 8 of them
 HELD = {"coins": 28, "cars": 20}  # crops that are measured on
-SIZES = {"coins": (5, 20), "cars": (5, 18)}
+SIZES = {"coins": (5,), "cars": (5, 18)}
 NAMES = {"coins": ["ground", "coin"], "cars": ["ground", "car"]}
 SHOWN = 6  # crops in a picture
 SOURCES = {
@@ -42,6 +43,14 @@ SOURCES = {
     "patches": "7 x 7 pixels",
     "places": "a pixel and its place",
     "pixels": "a pixel",
+}
+DRAWN = ("diffusion", "random", "patches")
+TITLES = {
+    "diffusion": "diffusion model",
+    "random": "random network",
+    "patches": "7 x 7 pixels",
+    "places": "pixel and place",
+    "pixels": "pixel",
 }
 
 
@@ -100,6 +109,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.denoiser, self.members, self.model = Denoiser.from_pretrained(args.model), args.members, args.model
+        self.max_epochs = args.max_epochs
         makers: dict[str, Callable[[], Any]] = {"coins": coins}
         if args.cifar10 is not None:
             makers["cars"] = lambda: cars(args.cifar10)
@@ -120,8 +130,10 @@ class Study:
     def fit(self, name: str, kind: str, size: int, seed: int) -> tuple[Segmenter, tuple[Any, Any]]:
         train, held = self.split(name, size, seed)
         source = self.source(kind, seed)
-        settings = {"image_size": "keep", "seed": seed} if isinstance(source, Denoiser) else {}
-        return Segmenter.fit(source, train, members=self.members, label_names=NAMES[name], **settings), held
+        settings: dict[str, Any] = {"image_size": "keep", "seed": seed} if isinstance(source, Denoiser) else {}
+        protocol = DDPM_SEG.replace(max_epochs=self.max_epochs)
+        settings |= {"members": self.members, "protocol": protocol, "label_names": NAMES[name]}
+        return Segmenter.fit(source, train, **settings), held
 
     def run(self, name: str, kind: str, size: int, seed: int) -> dict[str, Any]:
         segmenter, held = self.fit(name, kind, size, seed)
@@ -150,9 +162,10 @@ def uncertain_errors(segmenter: Segmenter, held: tuple[Any, Any]) -> float:
     return float((ranks[wrong].sum() - bad * (bad + 1) / 2) / (bad * good)) if bad and good else float("nan")
 
 
-def picture(study: Study, name: str, size: int, seed: int) -> Image.Image:
-    """Crops that were held out: truth, what the diffusion model's features, a random network's and patches give."""
-    kinds, masks, doubts = ("diffusion", "random", "patches"), {}, []
+def picture(study: Study, name: str, size: int, seed: int, kinds: list[str]) -> Image.Image:
+    """Crops that were held out: truth, what each kind of features gives, and the uncertainty of the first."""
+    masks: dict[str, list[np.ndarray]] = {}
+    doubts: list[np.ndarray] = []
     for kind in kinds:
         segmenter, held = study.fit(name, kind, size, seed)
         output = segmenter(held[0][:SHOWN])
@@ -164,14 +177,7 @@ def picture(study: Study, name: str, size: int, seed: int) -> Image.Image:
     for drawn in (truth, *masks.values()):
         rows += [mask_over(image, mask, 2) for image, mask in zip(images, drawn, strict=True)]
     rows += [heat(one, highest) for one in doubts]
-    names = [
-        "held-out crop",
-        "its mask",
-        "diffusion model",
-        "random network",
-        "7 x 7 pixels",
-        "uncertainty,\ndiffusion",
-    ]
+    names = ["held-out crop", "its mask", *(TITLES[kind] for kind in kinds), f"uncertainty,\n{TITLES[kinds[0]]}"]
     return image_grid(rows, SHOWN, title=f"Learned from {size} crops", row_titles=names, side=112)
 
 
@@ -203,10 +209,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(MODEL), help="pipeline folder or Hub id")
     parser.add_argument("--cifar10", help="folder with CIFAR-10's test.parquet, for the cars")
     parser.add_argument("--sets", nargs="+", default=["coins", "cars"], choices=["coins", "cars"])
-    parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=list(SOURCES))
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES)[:4], choices=list(SOURCES))
     parser.add_argument("--sizes", nargs="*", type=int, help="crops to learn from; those of the set if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--members", type=int, default=10)
+    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--max_epochs", type=int, default=100)
+    parser.add_argument("--no_pictures", action="store_true")
     args = parser.parse_args(argv)
     study, path = Study(args), args.output_dir / "rows.jsonl"
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -225,9 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     texts = [f"{name}\n\n{table(rows, name)}" for name in study.sets]
     (args.output_dir / "report.md").write_text("\n\n".join(texts) + "\n")
     print("\n\n".join(texts))
-    for name in study.sets:
+    for name in () if args.no_pictures else study.sets:
         size = (args.sizes or SIZES[name])[-1]
-        picture(study, name, size, args.seeds[0]).save(args.output_dir / f"{name}.png")
+        kinds = [kind for kind in DRAWN if kind in args.sources] or args.sources
+        picture(study, name, size, args.seeds[0], kinds).save(args.output_dir / f"{name}.png")
 
 
 if __name__ == "__main__":

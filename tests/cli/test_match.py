@@ -88,3 +88,8 @@ def test_a_file_that_is_no_image(place, capsys):
     for name, message in (("text.png", "it is no image"), ("gone.png", "No file")):
         assert main(["match", str(place / name), str(place / "b.png"), "--model", "m", "--out", str(place / "x")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_selection_by_pck_is_not_a_command_of_labelled_images(place, capsys):
+    assert main(["select", "m", "d", "--timesteps", "5", "--metric", "pck", "--out", str(place / "none")]) == 2
+    assert "measured on pairs of images with points" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family_registry import family_by_name
 from diffusers_repr.denoiser.layers import layer_table
-from diffusers_repr.features.presets import FAMILIES, edm_sigma, list_presets, presets
+from diffusers_repr.features.presets import FAMILIES, edm_sigma, find_preset, list_presets, presets
 from diffusers_repr.models.weights import build_on_meta
 from tests.testers.models import build
 
@@ -103,6 +103,7 @@ ADM_TABLE = {
     "up_blocks.2.attentions.0": (512, 8),
     "up_blocks.2.attentions.1": (512, 8),
     "up_blocks.2": (512, 4),
+    "up_blocks.3.resnets.0": (512, 4),
     "up_blocks.3.resnets.1": (512, 4),
     "up_blocks.3": (512, 2),
     "up_blocks.4.resnets.0": (256, 2),
@@ -137,6 +138,20 @@ def test_layers_exist_with_the_channels_and_stride_of_the_source(preset):
 def test_every_family_has_a_network_and_a_preset(family):
     assert family in NETWORKS
     assert list_presets(family=family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_known_by_its_architecture(family):
+    cls, config, _, _ = NETWORKS[family]
+    scheduler = EDMEulerScheduler() if family.startswith("edm-") else DDPMScheduler()
+    denoiser = Denoiser(build_on_meta(cls, config), scheduler)
+    for preset in list_presets(family=family):
+        assert find_preset(preset.method, denoiser) is preset
+    others = {"hyperfeatures": "sd", "gdc": "adm-256", "ddae-tiny-imagenet": "dit-xl-2"}
+    for method, own in others.items():
+        if own != family:
+            with pytest.raises(ValueError, match=f"choices for {own}, and this {cls.__name__} has another"):
+                find_preset(method, denoiser)
 
 
 def test_odise_reads_inputs_after_the_skip_is_joined():

@@ -1,5 +1,6 @@
 """A guided pipeline beside others that share its network, in many threads; whose calls a guidance acts in."""
 
+import copy
 import threading
 from contextlib import ExitStack
 
@@ -19,8 +20,11 @@ ROUNDS = 2
 
 
 def sharing(pipe):
-    """Another pipeline with the same networks and a scheduler of its own."""
-    other = type(pipe)(**{**pipe.components, "scheduler": DDIMScheduler.from_config(pipe.scheduler.config)})
+    """Another pipeline with the same networks; its scheduler is its own, and a tokenizer, which takes one thread."""
+    own = {"scheduler": DDIMScheduler.from_config(pipe.scheduler.config)}
+    if "tokenizer" in pipe.components:
+        own["tokenizer"] = copy.deepcopy(pipe.tokenizer)
+    other = type(pipe)(**{**pipe.components, **own})
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers_repr.pipelines.correspondence import CorrespondencePipeline
+from diffusers_repr.pipelines.feature_extraction import FeatureExtractionPipeline
 from PIL import Image
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.features.presets import presets
+from diffusers_repr.heads.hyperfeature_source import Hyperfeatures
+from diffusers_repr.heads.hyperfeatures import HyperfeaturesHead
 from diffusers_repr.hub.push import check_pipeline_file
 from diffusers_repr.tasks.correspondence import Correspondence
+from tests.pipelines import sit_cases
 from tests.testers.models import CONDITIONS, build, saved
 
 A, B = (
@@ -49,6 +53,17 @@ def test_every_argument_reaches_the_task():
         ours(A, B, POINTS, features=source, timestep=3)
     with pytest.raises(TypeError, match="pool_size"):
         ours(A, B, POINTS, **CALL, pool_size=2)
+
+
+def test_learned_and_clean_features_serve_as_well():
+    ours = CorrespondencePipeline.from_pipe(build("ddim"))
+    head = HyperfeaturesHead.for_base(ours.denoiser, steps=10, reads=[0, 5], width=8, bottleneck=4)
+    image, points = A.resize((32, 32)), [[5, 6], [20, 9]]
+    clean = FeatureExtractor(ours.denoiser, "up_blocks.0", 100, noise="clean", image_size=16)  # as CleanDIFT is read
+    for source in (Hyperfeatures(ours.denoiser, head, image_size=16), clean):
+        found = ours(image, image, points, features=source)
+        assert torch.equal(found.matches, torch.tensor(points, dtype=torch.float32))
+        assert (found.scores - 1).abs().max() < 1e-5
 
 
 def test_a_preset_and_its_prompt():
@@ -108,6 +123,22 @@ def test_folders_load_without_remote_code(tmp_path):
     ours.save_pretrained(tmp_path)
     again = CorrespondencePipeline.from_pretrained(tmp_path)
     assert (again(A, B, POINTS, **CALL).scores - want.scores).abs().max() < 1e-4
+    FeatureExtractionPipeline.from_pretrained(tmp_path).save_pretrained(tmp_path / "other")  # of the same kind
+    other = CorrespondencePipeline.from_pretrained(tmp_path / "other")
+    assert other.config.class_name == "StableDiffusionPipeline"
+    assert (other(A, B, POINTS, **CALL).scores - want.scores).abs().max() < 1e-4
+
+
+def test_pipelines_of_this_package_too(tmp_path):
+    sit = sit_cases.pipeline(vae=sit_cases.autoencoder(), id2label={1: "goldfish"})
+    call = {"layer": "blocks.1", "timestep": 300, "ensemble_size": 1, "class_labels": 1, "similarity": True}
+    ours = CorrespondencePipeline.from_pipe(sit)
+    image = torch.rand(3, *ours.denoiser.image_size, generator=torch.Generator().manual_seed(0))
+    want = ours(image, image.flip(2), [[1, 2]], **call).similarity
+    sit.save_pretrained(tmp_path)
+    again = CorrespondencePipeline.from_pretrained(tmp_path)
+    assert again.config.class_name == "SiTPipeline"
+    assert (again(image, image.flip(2), [[1, 2]], **call).similarity - want).abs().max() < 1e-4
 
 
 def test_the_file_is_one_pipeline():

@@ -2,11 +2,13 @@
 
 import pytest
 
-from diffusers_repr import FeatureExtractor
+from diffusers_repr import Denoiser, FeatureExtractor
+from diffusers_repr.data.image_pairs import ImagePairs
 from diffusers_repr.sweep import PCKMeasure, Selection, select_features
 from diffusers_repr.tasks.correspondence import Correspondence
 from tests.sweep.selection_models import striped
-from tests.tasks.correspondence_cases import denoiser, pairs
+from tests.tasks.correspondence_cases import denoiser, pairs, photo, shifted
+from tests.testers.models import build
 
 QUICK = {"progress": False, "seeds": (0, 1), "finalists": 2, "image_size": (40, 56), "batch_size": 1}
 
@@ -24,6 +26,19 @@ def test_cells_are_the_pck_of_their_features(tmp_path):
     found.save(tmp_path, heatmap=False)
     task = Correspondence(Selection.load(tmp_path).extractor(denoiser()))
     assert task.evaluate(held).all.per_point == found.best.score
+
+
+@pytest.mark.parametrize("name", ["sd", "dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "sdxl"))])
+def test_any_family(name):
+    """Maps and tokens, text left out: the best layer's score is the task's own."""
+    model = Denoiser.from_pipe(build(name))
+    image = photo(32, 32)
+    own = [(image, shifted(image, 4, 0), [[9, 9], [20, 14], [11, 25]], [[13, 9], [24, 14], [15, 25]], (0, 0, 30, 30))]
+    settings = {"metric": "pck", "seeds": (0,), "progress": False, "image_size": 32}
+    found = select_features(model, own, None, [100], **settings)
+    assert len(found.cells) > 3
+    source = FeatureExtractor(model, found.best.layer, 100, image_size=32)
+    assert Correspondence(source).evaluate(ImagePairs.from_list(own)).all.per_point == found.best.score
 
 
 def test_settings_of_the_measure():

@@ -25,7 +25,7 @@ def annotated(rows, seed=0, size=(16, 16)):
             top, left = generator.integers(0, size[0] - 6), generator.integers(0, size[1] - 7)
             mask[top : top + 6, left : left + 7] = label
         pixels = np.array([20, 230, 120])[mask] + generator.uniform(-15, 15, size)
-        images.append(Image.fromarray(pixels.astype(np.uint8), "L"))
+        images.append(Image.fromarray(pixels.astype(np.uint8)))
         masks.append(mask)
     return images, masks
 
@@ -34,7 +34,7 @@ def dataset(rows, seed=0):
     """The same as a data set, masks as images."""
     images, masks = annotated(rows, seed)
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
-    pictures = [Image.fromarray(mask.astype(np.uint8), "L") for mask in masks]
+    pictures = [Image.fromarray(mask.astype(np.uint8)) for mask in masks]
     return datasets.Dataset.from_dict({"image": images, "mask": pictures}, features=features)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.data.masked import open_masked
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.default_layers import segmentation_default
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
 from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.tasks import Probe, Segmenter
@@ -92,7 +93,7 @@ def test_every_form_of_data_and_of_mask_gives_the_same():
     x = annotated(2, seed=4)[0]
     plain = {"protocol": QUICK.replace(max_epochs=1)}
     wanted = numbers(small(train=(images, masks), **plain)(x))
-    pictures = [Image.fromarray(mask.astype(np.uint8), "L") for mask in masks]
+    pictures = [Image.fromarray(mask.astype(np.uint8)) for mask in masks]
     tensors = torch.stack([torch.from_numpy(np.array(image))[None] for image in images])
     data = dataset(3)
     for train in (
@@ -142,6 +143,8 @@ def test_layers_levels_and_presets_by_default():
     assert segmenter.recipe.layers == ("up_blocks.0.resnets.1", "up_blocks.1.resnets.1")
     assert [round(level.nsr, 3) for level in segmenter.recipe.levels] == [0.176, 0.522, 0.958]
     assert [round(level.timestep) for level in segmenter.recipe.levels] == [50, 150, 250]
+    twelve = segmentation_default([], [f"blocks.{at}" for at in range(12)])
+    assert twelve.layers == ("blocks.6", "blocks.8", "blocks.10")
     given = FeatureExtractor(Denoiser.from_pipe(pipeline()), "up_blocks.1", 10, "per_image")
     assert small(given, train=annotated(2)).recipe.noise == "per_image"
     with pytest.raises(ValueError, match="preset='ddpm-seg' makes a source of a model"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from diffusers_repr.heads.base import Head, head_class, list_heads
 from diffusers_repr.heads.pooled.base import PooledHead
@@ -39,7 +39,7 @@ class Protocol:
         """Whether a class of heads can be fitted so."""
         return head.kind in self.heads
 
-    def replace(self, **changes: Any) -> Protocol:
+    def replace(self, **changes: Any) -> Self:
         """A copy with other values; `describe` then lists them."""
         return dataclasses.replace(self, **changes)
 
