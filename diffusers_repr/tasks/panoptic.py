@@ -144,7 +144,7 @@ class OpenVocabularySegmenter:
         if missing:
             raise ValueError(f"{str(id_or_folder)!r} does not record its {missing[0]}; pass it.")
         trained_on = Vocabulary(tuple(tuple(one) for one in names), frozenset(config["stuff"]))
-        denoiser = base if isinstance(base, Denoiser) else Denoiser.from_pretrained(base, token=token)
+        denoiser = base if isinstance(base, Denoiser) else Denoiser.from_pretrained(os.fspath(base), token=token)
         towers = clip if isinstance(clip, ImageTextEncoder) else ImageTextEncoder.from_pretrained(clip, token=token)
         return cls(head, denoiser, towers, **{"trained_on": trained_on, **options})
 

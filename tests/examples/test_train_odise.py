@@ -40,8 +40,8 @@ def places(tmp_path_factory):
 def test_a_run(places, tmp_path):
     flags = {
         "pretrained_model_name_or_path": saved("sd"), "clip": places / "clip", "dataset_name": places / "scenes",
-        "head": json.dumps({**SMALL, "strides": [2, 8]}), "points": 64, "max_train_steps": 12, "train_batch_size": 4,
-        "learning_rate": 0.003, "logging_steps": 4, "eval_splits": "test", "eval_images": 4,
+        "head": json.dumps({**SMALL, "strides": [2, 8]}), "points": 64, "max_train_steps": 9, "train_batch_size": 4,
+        "learning_rate": 0.003, "logging_steps": 3, "eval_splits": "test", "eval_images": 2,
         "output_dir": tmp_path / "out", **COLUMNS,
     }  # fmt: skip
     try:
