@@ -23,6 +23,7 @@ NAMES = (
     "cached_training",
     "correspondence",
     "cleandift",
+    "odise",
 )
 
 

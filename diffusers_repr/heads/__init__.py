@@ -18,6 +18,7 @@ from diffusers_repr.heads.hyperfeature_source import Hyperfeatures
 from diffusers_repr.heads.hyperfeatures import HyperfeaturesHead
 from diffusers_repr.heads.joint import JointHead
 from diffusers_repr.heads.moved import keep_moved_names
+from diffusers_repr.heads.odise import OdiseHead
 from diffusers_repr.heads.pixel_ensemble import PixelEnsembleHead
 from diffusers_repr.heads.pooled.base import PooledHead
 from diffusers_repr.heads.pooled.knn import KNNHead
@@ -40,6 +41,7 @@ __all__ = [
     "LinearHead",
     "MLPHead",
     "MapHead",
+    "OdiseHead",
     "PixelEnsembleHead",
     "PixelProtocol",
     "PixelSet",

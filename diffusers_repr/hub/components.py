@@ -25,6 +25,7 @@ OWN_COMPONENTS = {
     "LinearHead": "diffusers_repr.heads.pooled.linear",
     "MLPHead": "diffusers_repr.heads.pooled.mlp",
     "NoisyClassifier": "diffusers_repr.models.noisy_classifier",
+    "OdiseHead": "diffusers_repr.heads.odise.head",
     "Projector": "diffusers_repr.heads.projector",
     "ReadoutHead": "diffusers_repr.heads.dense.readout",
     "SiTTransformer2DModel": "diffusers_repr.models.sit",

@@ -7,6 +7,8 @@ from diffusers_repr.metrics.frechet import frechet_distance
 from diffusers_repr.metrics.gather import gather_rows, own_rows
 from diffusers_repr.metrics.generation import measure_generation
 from diffusers_repr.metrics.miou import ConfusionMatrix, mean_iou
+from diffusers_repr.metrics.panoptic import PanopticScores, panoptic_quality
+from diffusers_repr.metrics.panoptic_inference import panoptic_inference, semantic_inference
 from diffusers_repr.metrics.precision_recall import PrecisionRecall, precision_recall
 from diffusers_repr.metrics.record import MetricRecord, UnlikeRecordsError, compare
 from diffusers_repr.metrics.uncertainty import EnsembleSums, certain_rows, image_scores, jensen_shannon
@@ -16,6 +18,7 @@ __all__ = [
     "Encoded",
     "EnsembleSums",
     "MetricRecord",
+    "PanopticScores",
     "PrecisionRecall",
     "UnlikeRecordsError",
     "certain_rows",
@@ -32,5 +35,8 @@ __all__ = [
     "measure_generation",
     "neighbour_graph",
     "own_rows",
+    "panoptic_inference",
+    "panoptic_quality",
     "precision_recall",
+    "semantic_inference",
 ]

@@ -20,6 +20,7 @@ from diffusers_repr.objectives.contrastive import ContrastiveConfig, Contrastive
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
+from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
@@ -53,6 +54,8 @@ __all__ = [
     "NoisyBatch",
     "Objective",
     "Observation",
+    "OdiseConfig",
+    "OdiseObjective",
     "PipelineArtifact",
     "REGObjective",
     "REPAConfig",

@@ -1,10 +1,12 @@
-"""What features are for: probes, segmentation, correspondence."""
+"""What features are for: probes, segmentation, correspondence, open-vocabulary segments."""
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
+from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.matches import Matches
+from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter, PanopticOutput
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
@@ -20,7 +22,10 @@ __all__ = [
     "FeatureRobustness",
     "Level",
     "Matches",
+    "OpenVocabularySegmenter",
     "PairAccuracy",
+    "PanopticAccuracy",
+    "PanopticOutput",
     "Probe",
     "ProbeOutput",
     "ProbeRecipe",

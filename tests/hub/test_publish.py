@@ -135,6 +135,7 @@ CLASSES = {
     "guided_stable_diffusion_xl": "GuidedStableDiffusionXLPipeline",
     "guided_unconditional": "GuidedUnconditionalPipeline",
     "joint_diffusion": "JointDiffusionPipeline",
+    "open_vocabulary_segmentation": "OpenVocabularySegmentationPipeline",
     "sit": "SiTPipeline",
 }
 
