@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFast, CLIPVisionConfig
 
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.objectives.gathered import gathered
 from diffusers_repr.objectives.simclr import Preprocessor
 
 _MOST_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
@@ -40,12 +40,10 @@ def clip_loss(images: Tensor, texts: Tensor, scale: Tensor | float, captions: Te
     own = [F.normalize(rows.float(), dim=-1) for rows in (images, texts)]
     everyone, every_caption, first = own, captions, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = [torch.cat(all_gather(rows)) for rows in own]  # gradients of all processes come back
+        everyone = [gathered(rows) for rows in own]
         first = dist.get_rank() * len(images)
         if captions is not None:
-            gathered = [torch.empty_like(captions) for _ in range(dist.get_world_size())]
-            dist.all_gather(gathered, captions.contiguous())
-            every_caption = torch.cat(gathered)
+            every_caption = gathered(captions)
     right = first + torch.arange(len(images), device=images.device)
     with torch.autocast(images.device.type, enabled=False):
         logits = [scale * own[side] @ everyone[1 - side].T for side in (0, 1)]

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from transformers import ViTConfig, ViTModel
 
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
@@ -20,6 +19,7 @@ from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.hub.files import write_json
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.objectives.gathered import gathered
 
 
 def nt_xent(one: Tensor, two: Tensor, temperature: float) -> Tensor:
@@ -33,7 +33,7 @@ def nt_xent(one: Tensor, two: Tensor, temperature: float) -> Tensor:
     own = F.normalize(torch.cat([one, two]).float(), dim=-1)
     everyone, first = own, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = torch.cat(all_gather(own))  # gradients of all processes come back
+        everyone = gathered(own)
         first = dist.get_rank() * len(own)
     rows = torch.arange(len(own), device=own.device)
     with torch.autocast(own.device.type, enabled=False):

@@ -1,7 +1,6 @@
 """CLIP's loss against a loop in float64, its tokenizer, and the contract of its objective."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -115,7 +114,6 @@ def test_bad_settings(changes, message):
 
 def half(rank: int, meet: str, inputs: tuple, results) -> None:
     """The loss of one half of the pairs, and its gradient, in one of two processes."""
-    warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated")
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
     rows = slice(3 * rank, 3 * rank + 3)
     images, texts, captions = (part[rows].clone() for part in inputs)
