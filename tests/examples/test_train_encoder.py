@@ -181,7 +181,10 @@ def test_two_processes_see_all_negatives(tmp_path):
     config = write_recipe(tmp_path, **plain)
     launch(config, tmp_path / "one", "--train_batch_size", "8")
     launch(config, tmp_path / "two", "--train_batch_size", "4", processes=2)
-    one, two = ([json.loads(row) for row in (tmp_path / n / "loss.jsonl").open()] for n in ("one", "two"))
+    one, two = (
+        [json.loads(row) for row in (tmp_path / name / "loss.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], rel=1e-4)
     assert [a["grad_norm"] for a in one] == pytest.approx([b["grad_norm"] for b in two], rel=1e-3)
 
