@@ -103,7 +103,8 @@ def build(config: ModelConfig) -> TextToImageObjective:
     towers = CLIPModel.from_pretrained(config.clip, dtype=torch.float32)
     tokenizer = CLIPTokenizerFast.from_pretrained(config.clip)
     text_encoder = CLIPTextModel(towers.config.text_config)
-    text_encoder.load_state_dict(towers.text_model.state_dict())
+    tower = getattr(text_encoder, "text_model", text_encoder)  # transformers 4 holds it in a model around it
+    tower.load_state_dict(towers.text_model.state_dict())
     shape = {
         "sample_size": vae.config.sample_size // vae_stride(vae),
         "in_channels": vae.config.latent_channels,
