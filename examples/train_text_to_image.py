@@ -118,7 +118,7 @@ def build(config: ModelConfig) -> TextToImageObjective:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     processor = CLIPImageProcessor.from_pretrained(config.clip)
-    clip = Together(CLIPModel.from_pretrained(config.clip), tokenizer, processor)
+    clip = Together(CLIPModel.from_pretrained(config.clip, dtype="auto"), tokenizer, processor)
     return TextToImageObjective(Denoiser.from_pipe(pipe), clip, config.eval_prompts, config.label_dropout)
 
 

@@ -315,4 +315,6 @@ def z_image() -> ZImagePipeline:
         axes_lens=[256, 32, 32],
     )
     vae = autoencoder(scaling_factor=0.3611, **LATENT)
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):  # diffusers 0.36 leaves them as memory was
+        torch.nn.init.normal_(token, std=0.02)
     return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, None, None, transformer)
