@@ -27,7 +27,8 @@ def test_a_record_in_order(checkout):
 
 
 @pytest.mark.parametrize(
-    ("name", "seconds"), [("tests/rooms/test_fast.py", 30.1), ("diffusers_repr", 60.1), (cost.WHOLE, cost.WHOLE_BUDGET + 0.1)]
+    ("name", "seconds"),
+    [("tests/rooms/test_fast.py", 30.1), ("diffusers_repr", 60.1), (cost.WHOLE, cost.WHOLE_BUDGET + 0.1)],
 )
 def test_beyond_its_budget(checkout, name, seconds):
     costs = {"tests/rooms/test_fast.py": 3.0, "diffusers_repr": 40.0, cost.WHOLE: 800.0}
