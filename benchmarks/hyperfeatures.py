@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def main() -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found, results = {}, {}
     for way in WAYS:
-        to = f"/tmp/hyperfeatures-{os.getpid()}-{way}.pt"
+        to = os.path.join(tempfile.gettempdir(), f"hyperfeatures-{os.getpid()}-{way}.pt")
         command = [sys.executable, "-m", "benchmarks.hyperfeatures", "--way", way, "--levels", str(args.levels)]
         done = subprocess.run([*command, "--to", to], env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
