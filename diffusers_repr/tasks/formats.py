@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers_repr.heads import Head, PixelEnsembleHead, PooledHead
 from diffusers_repr.tasks.probe_card import probe_card
-from diffusers_repr.tasks.recipe import ProbeRecipe, SegmentationRecipe, TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe, ProbeRecipe, SegmentationRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
 
 
@@ -19,13 +19,13 @@ class TaskFormat:
 
     Attributes:
         recipe: Class of its recipe, which names the file.
-        head: Class of which its heads are.
+        head: Class of which its heads are; None: it has none.
         card: `(recipe, class of the head, title) -> README.md`.
         differs: `(head's config, recipe) -> what does not fit`, None where head and recipe are of one task.
     """
 
-    recipe: type[TaskRecipe]
-    head: type[Head]
+    recipe: type[FeatureRecipe]
+    head: type[Head] | None
     card: Callable[[Any, str, str], str]
     differs: Callable[[Any, Any], str | None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,31 +10,32 @@ import torch
 from diffusers_repr.data.labelled import Labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import pooled_size
+from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import PooledHead, fit_head
 from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.sweep.splits import refuse_one_class
-from diffusers_repr.tasks.base import record_base
 from diffusers_repr.tasks.images import class_data, pooled_features
-from diffusers_repr.tasks.levels import PACKAGES, recorded_levels
+from diffusers_repr.tasks.reading import Condition, open_source, reading_fields
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
 
 
 def fit_probe(
-    extractor: FeatureExtractor,
+    source: FeatureSource,
     train: Any,
     validation: Any,
     *,
+    pooling: str,
     requested: Any,
+    seed: int,
     head: str,
     protocol: str | Protocol | None,
     head_options: Mapping[str, Any],
-    condition: tuple[str | None, int | None],
+    condition: Condition,
     label_names: Sequence[str] | None,
     batch_size: int,
     base: tuple[str | None, str | None],
@@ -44,10 +44,12 @@ def fit_probe(
     """The work of `Probe.fit`, which has the arguments' meaning.
 
     Args:
-        extractor: Of the features.
+        source: Of the features.
         train: Labelled images.
         validation: Labelled images, or None.
-        requested: The timestep, or list of them, as the user gave it; None takes the extractor's.
+        pooling: Of the features.
+        requested: The timestep, or list of them, as the user gave it; None takes the source's.
+        seed: Of fitting.
         head: Kind of head.
         protocol: How it is fitted.
         head_options: Arguments of the head's class.
@@ -61,14 +63,12 @@ def fit_probe(
     data, held, names = open_classes(train, validation, label_names)
     keys: list[str] = []
     held_keys: list[str] = []
-    read = (batch_size, *condition, progress_bar)
-    features, output, size = pooled_features(extractor, data, *read, keys)
-    extractor = extractor.replace(image_size=size)
-    device = extractor.denoiser.device if extractor.denoiser.device.type == "cuda" else torch.device("cpu")
+    read = (pooling, batch_size, condition, progress_bar)
+    features, output, size = pooled_features(source, data, *read, keys)
+    device = source.denoiser.device if source.denoiser.device.type == "cuda" else torch.device("cpu")
     pair = None
     if held is not None:
-        other = extractor.replace(seed=validation_seed(extractor.noise.policy, extractor.seed))
-        pair = (pooled_features(other, held, *read, held_keys)[0].to(device), held.targets)
+        pair = (pooled_features(_for_validation(source, size), held, *read, held_keys)[0].to(device), held.targets)
         tell_overlap(keys, held_keys, str(data), str(held))
     result = fit_head(
         features.to(device),
@@ -77,39 +77,30 @@ def fit_probe(
         head=head,
         protocol=chosen,
         validation=pair,
-        generator=torch.Generator().manual_seed(extractor.seed),
+        generator=torch.Generator().manual_seed(seed),
         **head_options,
     )
     scores = []
     if held is not None and result.validation_accuracy is not None:
         scores.append(Score("accuracy", result.validation_accuracy, public_name(held.name), held.split, len(held)))
     sizes = {layer: feature.shape[-1] for layer, feature in output.features.items()}
-    assert extractor.pooling is not None
+    told = reading_fields(source, output, size, sizes, condition, base=base, requested=requested, seed=seed)
     recipe = ProbeRecipe(
-        base=record_base(extractor.denoiser, sizes, *base),
-        layers=tuple(extractor.layers),
-        levels=recorded_levels(extractor.levels, requested),
+        **{**told, "scores": tuple(scores)},
         label_names=tuple(names),
-        where=extractor.where,
-        noise=extractor.noise.policy,
-        seed=extractor.seed,
-        ensemble_size=extractor.ensemble_size,
-        pooling=extractor.pooling,
-        image_size=size,
-        preprocessing={
-            "resize": "bicubic, antialiased, aspect ratio not kept",
-            "channels": extractor.denoiser.image_channels,
-            "range": [-1, 1],
-        },
-        sample_posterior=extractor.sample_posterior,
-        prompt=condition[0],
-        class_labels=condition[1],
+        pooling=pooling,
         protocol=result.protocol,
         train={"dataset": public_name(data.name), "split": data.split, "rows": len(data)},
-        scores=tuple(scores),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
     return result.head, recipe
+
+
+def _for_validation(source: FeatureSource, image_size: tuple[int, int]) -> FeatureSource:
+    """The source with noise of its own for the images that are scored, at the size of those that were learned from."""
+    if not isinstance(source, FeatureExtractor):
+        return source
+    seed = validation_seed(source.noise.policy, source.seed)
+    return source.replace(seed=seed, image_size=image_size)
 
 
 def open_classes(
@@ -133,30 +124,36 @@ def open_classes(
     return data, held, names
 
 
-def make_extractor(source: Any, selection: Selection | None, use: str, settings: dict[str, Any]) -> FeatureExtractor:
-    """The extractor of a denoiser, pipeline or extractor with these settings.
+def make_source(
+    source: Any, selection: Selection | None, use: str, settings: dict[str, Any], batch_size: int
+) -> tuple[FeatureSource, str]:
+    """The source that was given, or that of a denoiser or pipeline with these settings; and how it is pooled.
 
     Raises:
         ValueError: If what to read is not said, said twice, or not pooled.
     """
-    if isinstance(source, FeatureExtractor):
-        if selection is not None:
-            raise ValueError("Pass a FeatureExtractor or a selection, not both.")
-        extractor = source.replace(**settings)
-    else:
-        denoiser = source if isinstance(source, Denoiser) else Denoiser.from_pipe(source)
+    given = isinstance(source, FeatureSource)
+    if given and selection is not None:
+        raise ValueError(f"Pass a {type(source).__name__} or a selection, not both.")
+    pooled = None if not given or isinstance(source, FeatureExtractor) else settings.pop("pooling", "mean")
+
+    def make(denoiser: Denoiser, settings: dict[str, Any]) -> FeatureExtractor:
         if selection is not None:
             if "layers" in settings or "timestep" in settings:
                 raise ValueError("The selection says which layers and timesteps; leave them out, or leave it out.")
-            extractor = selection.extractor(denoiser, use, **settings)
-        else:
-            for name in ("layers", "timestep"):
-                if name not in settings:
-                    raise ValueError(f"Pass {name}=..., or selection=select_features(...).")
-            extractor = FeatureExtractor(denoiser, **{"pooling": "mean", **settings})
-    require_images(extractor.denoiser, "Probes")
-    pooled_size(extractor.pooling)  # refuses maps
-    return extractor
+            return selection.extractor(denoiser, use, **settings)
+        for name in ("layers", "timestep"):
+            if name not in settings:
+                raise ValueError(f"Pass {name}=..., or selection=select_features(...).")
+        return FeatureExtractor(denoiser, **{"pooling": "mean", **settings})
+
+    found = open_source(source, settings, "Probes", make)
+    if isinstance(found, FeatureExtractor):
+        found = found.replace(batch_size=batch_size) if found.batch_size is None else found
+        pooled = found.pooling
+    pooled_size(pooled)  # refuses maps
+    assert pooled is not None
+    return found, pooled
 
 
 def _names(data: Labelled, held: Labelled | None, given: Sequence[str] | None) -> list[str]:
