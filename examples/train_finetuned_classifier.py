@@ -1,7 +1,7 @@
 """Tune a whole diffusion network to classify: its features under a little noise, pooled, and a head on them.
 
     accelerate launch examples/train_finetuned_classifier.py --config examples/configs/finetuned_digits.yaml
-    accelerate launch examples/train_finetuned_classifier.py --config my_recipe.yaml --seed 1 --output_dir outputs/seed1
+    accelerate launch examples/train_finetuned_classifier.py --config my_recipe.yaml --seed 1 --output_dir outputs/1
 
 Layers and level are DDAE's where it has published some for this architecture; `diffusers-repr select` finds others.
 The folder is a pipeline like the base's with the tuned network in it, the head apart; `finetuned_probe(folder)` of
@@ -11,6 +11,7 @@ cheaper, is fitted by `diffusers-repr probe`. The loop, its checkpoints and its 
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         objective.check_data(held_out)
         accuracy = FinetunedAccuracy(objective, held_out, config.train_batch_size, config.seed)
     result = train(objective, data, config, recipe=recipe_of(config, data_config, tuned), evaluate=accuracy)
-    if not config.dry_run and torch.distributed.is_available() and not torch.distributed.is_initialized():
+    if not config.dry_run and os.environ.get("RANK", "0") == "0":  # the process group has ended with the run
         probe = finetuned_probe(result.output_dir)
         probe.save_pretrained(result.output_dir / "probe")
 
