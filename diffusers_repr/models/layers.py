@@ -100,8 +100,15 @@ class CastLayerNorm(nn.LayerNorm):
         return functional.layer_norm(x, self.normalized_shape, _like(self.weight, x), _like(self.bias, x), self.eps)
 
 
-class CastBatchNorm1d(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` in the dtype of its input; in training the running statistics must be of that dtype."""
+class _CastBatchNorm:
+    """What batch norms in the dtype of their input share; in training the running statistics must be of that dtype."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    training: bool
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the shape of `x`.
@@ -112,7 +119,7 @@ class CastBatchNorm1d(nn.BatchNorm1d):
         assert self.running_mean is not None
         assert self.running_var is not None
         if self.running_mean.dtype == x.dtype:
-            return super().forward(x)
+            return super().forward(x)  # type: ignore[misc]
         if self.training:
             raise ValueError(
                 f"Batch norm is trained in float32: its running statistics need it; these are "
@@ -122,8 +129,17 @@ class CastBatchNorm1d(nn.BatchNorm1d):
         return functional.batch_norm(x, mean, variance, _like(self.weight, x), _like(self.bias, x), eps=self.eps)
 
 
+class CastBatchNorm1d(_CastBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` in the dtype of its input; in training the running statistics must be of that dtype."""
+
+
+class CastBatchNorm2d(_CastBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` in the dtype of its input; in training the running statistics must be of that dtype."""
+
+
 __all__ = [
     "CastBatchNorm1d",
+    "CastBatchNorm2d",
     "CastConv2d",
     "CastGroupNorm",
     "CastLayerNorm",
