@@ -16,6 +16,7 @@ from diffusers_repr.heads.dense.readout import ReadoutHead
 from diffusers_repr.heads.feedback import FeedbackHead, feedback_pairs
 from diffusers_repr.heads.feedback_source import FeedbackExtractor
 from diffusers_repr.heads.fitting.fit import FitResult, fit_head
+from diffusers_repr.heads.fitting.maps import fit_map_head
 from diffusers_repr.heads.fitting.pixels import DDPM_SEG, PixelProtocol, PixelSet, train_members
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
 from diffusers_repr.heads.hyperfeature_source import Hyperfeatures
@@ -63,6 +64,7 @@ __all__ = [
     "depth_layers",
     "feedback_pairs",
     "fit_head",
+    "fit_map_head",
     "get_protocol",
     "head_class",
     "list_heads",

@@ -136,14 +136,15 @@ class FeedbackHead(AttentionHead, ModelMixin, ConfigMixin):
             layers=layers, channels=channels, sizes=sizes, num_classes=num_classes, levels=levels, width=width,
             num_layers=num_layers, num_attention_heads=num_attention_heads, mlp_ratio=mlp_ratio, norm=norm,
         )  # fmt: skip
-        pairs = [list(sources), list(source_channels), list(targets), list(target_channels)]
+        pairs: list[list[Any]] = [list(sources), list(source_channels), list(targets), list(target_channels)]
         if not sources or len({len(part) for part in pairs}) != 1 or len(set(targets)) != len(targets):
             raise ValueError(
                 "sources, source_channels, targets and target_channels must go together, each target once; got "
                 f"{', '.join(map(str, pairs))}. feedback_pairs(denoiser) tells the paper's."
             )
-        for what, paths, counts in (("source", *pairs[:2]), ("target", *pairs[2:])):
-            check_sizes(**{f"channels of {what} {path!r}": n for path, n in zip(paths, counts, strict=True)})
+        for what, at in (("source", 0), ("target", 2)):
+            named = zip(pairs[at], pairs[at + 1], strict=True)
+            check_sizes(**{f"channels of {what} {path!r}": count for path, count in named})
         self.feeds = nn.ModuleList(
             _Feed(a, b, depthwise) for a, b in zip(source_channels, target_channels, strict=True)
         )
@@ -191,16 +192,16 @@ class FeedbackHead(AttentionHead, ModelMixin, ConfigMixin):
     def forward(
         self,
         features: Mapping[str, Tensor],
-        second_pass: SecondPass | None = None,
         return_dict: bool | None = None,
+        second_pass: SecondPass | None = None,
     ) -> Tensor | ClassifierOutput | tuple[Tensor]:
         """Logits `(B, num_classes)`.
 
         Args:
             features: Maps by layer: of the sources, `(levels * B, C, h, w)`, or without `second_pass` what the head
                 reads in the second forward, as for an `AttentionHead`.
-            second_pass: From what `feedback` gave to the maps of the head's layers.
             return_dict: None for the logits themselves, True for an output with `logits`, False for a tuple.
+            second_pass: From what `feedback` gave to the maps of the head's layers.
 
         Raises:
             ValueError: If a layer is missing or a map has another shape than the head was made for.

@@ -100,15 +100,8 @@ class CastLayerNorm(nn.LayerNorm):
         return functional.layer_norm(x, self.normalized_shape, _like(self.weight, x), _like(self.bias, x), self.eps)
 
 
-class _CastBatchNorm:
-    """What batch norms in the dtype of their input share; in training the running statistics must be of that dtype."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    training: bool
-    eps: float
+class _CastBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What batch norms in the dtype of their input share."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the shape of `x`.
@@ -119,7 +112,7 @@ class _CastBatchNorm:
         assert self.running_mean is not None
         assert self.running_var is not None
         if self.running_mean.dtype == x.dtype:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         if self.training:
             raise ValueError(
                 f"Batch norm is trained in float32: its running statistics need it; these are "

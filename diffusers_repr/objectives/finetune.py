@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.capture import capture
 from diffusers_repr.config.recipe import json_mapping, setting
@@ -19,6 +19,7 @@ from diffusers_repr.features.pooling import check_pooling, pool, pooled_size
 from diffusers_repr.features.presets import find_preset
 from diffusers_repr.heads import PooledHead, head_class
 from diffusers_repr.hub.files import write_json
+from diffusers_repr.hub.places import public_name
 from diffusers_repr.noise import LevelLike, NoiseLevel, add_noise
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, State
 from diffusers_repr.objectives.base import Batch
@@ -88,6 +89,7 @@ class FinetuneObjective(DiffusionObjective):
         denoiser: From `Denoiser.from_pipe(pipe)`: the tuned network is saved as this pipeline.
         config: Layers, level, head.
         class_names: Of the data; two at least.
+        trained_on: `dataset`, `split` and `rows`, for the record.
 
     Raises:
         ValueError: For layers, levels, heads or options that do not exist, and fewer than two classes.
@@ -95,11 +97,18 @@ class FinetuneObjective(DiffusionObjective):
 
     own_losses = ("loss",)
 
-    def __init__(self, denoiser: Denoiser, config: FinetuneConfig, class_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: FinetuneConfig,
+        class_names: Sequence[str],
+        trained_on: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(denoiser, label_dropout=0.0)
         if len(class_names) < 2:
             raise ValueError(f"A classifier needs two classes; the data have {len(class_names)}: {list(class_names)}.")
         self.config, self.class_names = config, list(class_names)
+        self.trained_on = {"dataset": "unknown", "split": "train", "rows": 0, **(trained_on or {})}
         self.layers, asked = config.place(denoiser)
         level = denoiser.level(asked)
         if config.clean:
@@ -121,8 +130,12 @@ class FinetuneObjective(DiffusionObjective):
         text += 'tunes): `finetuned_probe("{folder}")` of `diffusers_repr.tasks` is the classifier. It no longer '
         text += "denoises.\n\nClasses: " + ", ".join(self.class_names[:50]) + "."
         tags = ["diffusers", "image-classification"]
-        self.card = {**self.card, "kind": "classifier", "text": text, "tags": tags,
+        self.card: dict[str, Any] = {**self.card, "kind": "classifier", "text": text, "tags": tags,
                      "pipeline_tag": "image-classification"}  # fmt: skip
+        if config.eval_split:
+            accuracy = {"type": "accuracy", "name": "accuracy", "dataset": public_name(self.trained_on["dataset"]),
+                        "split": config.eval_split}  # fmt: skip
+            self.card["metrics"] = {"eval_accuracy": accuracy}
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """The loss of a batch of images, or of the moments of their latents, with labels; `noise` in it is taken."""
@@ -131,27 +144,41 @@ class FinetuneObjective(DiffusionObjective):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def logits(self, x0: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`(B, K)` of clean pixels or latents `(B, C, h, w)`; noise is drawn if None."""
+    def logits(
+        self,
+        x0: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        parts: Mapping[str, nn.Module] | None = None,
+    ) -> Tensor:
+        """`(B, K)` of clean pixels or latents.
+
+        Args:
+            x0: `(B, C, h, w)`.
+            noise: As `x0`; drawn if None.
+            generator: Of the drawing.
+            parts: `network` and `head` of `result`, to be taken instead of those that are trained.
+        """
+        network, head = (self.network, self.head) if parts is None else (parts["network"], parts["head"])
         if noise is None:
             noise = torch.randn(x0.shape, device=x0.device, generator=generator)
-        x_t, size = add_noise(x0, self.level, noise), (x0.shape[2], x0.shape[3])
-        denoiser, network = self.denoiser, self.network
+        x_t, size, denoiser = add_noise(x0, self.level, noise), (x0.shape[2], x0.shape[3]), self.denoiser
         pixels = (size[0] * denoiser.stride, size[1] * denoiser.stride)
         condition = denoiser.condition(
             self.config.prompt, class_labels=self.config.class_label, batch=len(x0), size=pixels, cache=self._null
         )
-        inputs = denoiser.network_inputs(x_t.to(floating_dtype(network)), self.level, condition.kwargs())
+        on_device = {k: v.to(x0.device) if isinstance(v, Tensor) else v for k, v in condition.kwargs().items()}
+        inputs = denoiser.network_inputs(x_t.to(floating_dtype(network)), self.level, on_device)
         # A forward that is broken off inside of a checkpointed block cannot be computed again.
         whole = getattr(network, "is_gradient_checkpointing", False) and torch.is_grad_enabled()
         with capture(network, self.layers, stop_early=not whole) as tape:
             network(**inputs)
-        parts = []
+        pooled = []
         for path in self.layers:
             value = tape[path]
             place = denoiser.token_grid(path, value.shape[1], size) if value.ndim == 3 else None
-            parts.append(pool(value, self.config.pooling, place))
-        return self.head(torch.cat(parts, dim=1))
+            pooled.append(pool(value, self.config.pooling, place))
+        return head(torch.cat(pooled, dim=1))
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """There must be labels, of the classes there are.
@@ -189,7 +216,7 @@ class FinetuneObjective(DiffusionObjective):
 
     def identity(self) -> dict[str, Any]:
         """With where the network is read, and the classes."""
-        return {**super().identity(), **self.record()}
+        return {**super().identity(), **{k: v for k, v in self.record().items() if k != "train"}}
 
     def record(self) -> dict[str, Any]:
         """What `finetune.json` holds: all between an image and the head."""
@@ -203,7 +230,20 @@ class FinetuneObjective(DiffusionObjective):
             "prompt": config.prompt,
             "class_label": config.class_label,
             "label_names": self.class_names,
+            "head": config.head,
+            "image_size": list(self.denoiser.image_size),
+            "train": self.trained_on,
         }
+
+    def result(self, state: State) -> nn.ModuleDict:
+        """`network` and `head`, as `logits` takes them.
+
+        Args:
+            state: See `Objective.result`.
+        """
+        network = next(iter(self.trained_components().values()))
+        head = ModelArtifact(self.head, "head")
+        return nn.ModuleDict({"network": network.build(state), "head": head.build(state)})
 
     def artifacts(self) -> list[Artifact]:
         """The pipeline with the tuned network, the head, and what tells how it is read."""

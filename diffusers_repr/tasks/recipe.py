@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
+from diffusers_repr.features.pooling import leaves_maps
 from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import Check, shown
@@ -93,7 +94,7 @@ class FeatureRecipe:
 
     def sizes(self, output: FeatureOutput) -> dict[str, int]:
         """Layer -> values of its feature: of a vector, or of each place of a map."""
-        if self.pooled is None:
+        if leaves_maps(self.pooled):
             return {layer: output.as_map(layer).shape[-3] for layer in output.features}
         return {layer: feature.shape[-1] for layer, feature in output.features.items()}
 
@@ -190,10 +191,10 @@ class TaskRecipe(FeatureRecipe):
 
 @dataclass(frozen=True)
 class ProbeRecipe(TaskRecipe):
-    """Everything between an image and the head of a probe, whose features are one vector an image.
+    """Everything between an image and the head of a probe.
 
     Attributes:
-        pooling: `mean`, `max` or `adaptive:P`.
+        pooling: `mean`, `max` or `adaptive:P` for a head on one vector an image, `map:P` for one on maps.
     """
 
     NOUN: ClassVar[str] = "probe"

@@ -112,7 +112,7 @@ def test_two_forwards_are_two_plain_ones(conditional):
             found = passes.second(run, first, head.feedback(first.features))
             assert torch.equal(found[read[0]], wanted[read[0]])
             assert not torch.equal(found[read[0]], plain(model, run, read)[read[0]])
-    logits = head(first.features, lambda fed: passes.second(run, first, fed))
+    logits = head(first.features, second_pass=lambda fed: passes.second(run, first, fed))
     torch.testing.assert_close(logits, AttentionHead.forward(head, wanted))
     assert all(count_hooks(module) == (0, 0, 0) and "forward" not in module.__dict__ for module in model.modules())
 
@@ -169,7 +169,7 @@ def test_gradients_pass_through_the_feedback_alone(freeze):
     denoiser.model.requires_grad_(not freeze)
     passes = passes_of(denoiser, head)
     first = passes.first(run)
-    head(first.features, lambda fed: passes.second(run, first, fed)).square().sum().backward()
+    head(first.features, second_pass=lambda fed: passes.second(run, first, fed)).square().sum().backward()
     assert all(p.grad is None for p in denoiser.model.parameters())
     assert all(p.requires_grad != freeze for p in denoiser.model.parameters())
     ours = {name: p.grad for name, p in head.named_parameters()}
