@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.heads import Head, PixelEnsembleHead, PooledHead
+from diffusers_repr.heads import Head, OdiseHead, PixelEnsembleHead, PooledHead
+from diffusers_repr.tasks.panoptic_card import panoptic_card
+from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.recipe import ProbeRecipe, SegmentationRecipe, TaskRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
@@ -64,9 +66,17 @@ def _segmenter_differs(config: Any, recipe: SegmentationRecipe) -> str | None:
     )
 
 
+def _panoptic_differs(config: Any, recipe: PanopticRecipe) -> str | None:
+    reads = {f"{part}.{path}": channels for part, path, channels, _ in config["taps"]}
+    if reads == dict(recipe.base.features):
+        return None
+    return f"reads {reads}; {recipe.FILE} describes {dict(recipe.base.features)}"
+
+
 PROBE = TaskFormat(ProbeRecipe, PooledHead, probe_card, _probe_differs)
 SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _segmenter_differs)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER)}
+PANOPTIC = TaskFormat(PanopticRecipe, OdiseHead, panoptic_card, _panoptic_differs)
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, PANOPTIC)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -74,4 +84,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "PANOPTIC", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]

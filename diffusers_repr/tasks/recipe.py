@@ -65,6 +65,7 @@ class TaskRecipe:
     FILE: ClassVar[str] = "task.json"
     FORMAT: ClassVar[str] = "diffusers_repr.task/1"
     OWN: ClassVar[Mapping[str, Check]] = {}  # the checks of a subclass's fields
+    MODELS: ClassVar[Mapping[str, Mapping[str, Check]]] = {"base": BASE}  # its records of models, and what is kept
 
     base: BaseRecord
     layers: tuple[str, ...]
@@ -135,7 +136,8 @@ class TaskRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinity as the text `inf`."""
         plain = asdict(self)
-        plain["base"] = {name: plain["base"][name] for name in BASE}
+        for model, kept in self.MODELS.items():
+            plain[model] = {name: plain[model][name] for name in kept}
         return {"format": self.FORMAT, **_finite(plain)}
 
     @classmethod
@@ -158,7 +160,7 @@ class TaskRecipe:
             fields = check({k: v for k, v in data.items() if k != "format"}, cls.FILE)
         except ValueError as error:
             raise ValueError(f"{source} is damaged or was edited ({error}). Take it from its source again.") from error
-        fields["base"] = BaseRecord(**fields["base"])
+        fields |= {model: BaseRecord(**fields[model]) for model in cls.MODELS}
         fields["levels"] = tuple(Level(**level) for level in fields["levels"])
         fields["scores"] = tuple(Score(**score) for score in fields["scores"])
         fields |= {name: tuple(fields[name]) for name in ("layers", "label_names", "image_size")}

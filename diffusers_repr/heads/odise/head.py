@@ -23,6 +23,7 @@ from diffusers_repr.heads.odise.classification import MaskClassifier
 from diffusers_repr.heads.odise.masks import MaskGenerator
 from diffusers_repr.heads.odise.pyramid import FeaturePyramid
 from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.hub.places import public_name
 
 _NO_LAYERS: dict[str, list[Any]] = {"layers": [], "channels": []}  # taps are checked apart, as they are inputs
 
@@ -60,9 +61,6 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         decoder_feedforward: Width of the transformer decoder's.
         projection: Values in which masks and texts are compared.
         timestep: At which the U-Net reads, with the fixed noise of `read_taps`; None: the clean image.
-        vocabulary: Names of each class it was trained on; for records, as are the next two.
-        stuff: Numbers of those without instances.
-        clip_model: Folder or Hub id of the CLIP.
         timestep_range: Smallest and largest of the noise process; this and the following are recorded by `for_base`.
         base_model: Name of the base.
         base_class: Its class.
@@ -95,9 +93,6 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         decoder_feedforward: int = 2048,
         projection: int = 256,
         timestep: float | None = 0,
-        vocabulary: Sequence[Sequence[str]] | None = None,
-        stuff: Sequence[int] = (),
-        clip_model: str | None = None,
         timestep_range: Sequence[float] = (0.0, 999.0),
         base_model: str | None = None,
         base_class: str | None = None,
@@ -132,10 +127,12 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
             TypeError, ValueError: As `find_taps`; for strides of which the base has no maps.
         """
         taps = find_taps(denoiser)
+        record = describe_base(denoiser)
+        name = record["base_model"]
         prompt = denoiser.condition("", batch=1).kwargs()["encoder_hidden_states"]
         head = cls(
             **{
-                **describe_base(denoiser),
+                **{**record, "base_model": None if name is None else public_name(str(name))},
                 "taps": [[tap.part, tap.path, tap.channels, tap.stride] for tap in taps],
                 "prompt_shape": list(prompt.shape[1:]),
                 "time_width": _time_width(denoiser),
