@@ -60,7 +60,7 @@ def run(args: Settings) -> int:
         dtype=getattr(torch, args.dtype),
     )
     segmenter.to(options.device(args.device))
-    out, names = Path(args.out), _names(files)
+    out, names = Path(args.out), mask_names(files)
     for folder in ("masks", "pictures"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def _write(
     return rows
 
 
-def _names(files: Sequence[Path]) -> list[str]:
+def mask_names(files: Sequence[Path]) -> list[str]:
     """A name for each file's mask; files of one name are counted."""
     seen: dict[str, int] = {}
     names = []

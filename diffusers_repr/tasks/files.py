@@ -89,7 +89,7 @@ def read_recipe(form: TaskFormat, folder: Path) -> Any:
         seems = "holds " + (", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing")
         other = format_in(folder)
         if other is not None:
-            seems = f"is a {other.noun}"
+            seems = f"is {'an' if other.noun[0] in 'aeiou' else 'a'} {other.noun}"
         elif (folder / "model_index.json").is_file():
             seems = f"is a pipeline: pass it as base=..., or fit a {form.noun} on it"
         elif (folder / "manifest.json").is_file():

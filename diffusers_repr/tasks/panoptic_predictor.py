@@ -148,10 +148,10 @@ class PanopticPredictor:
         coarsest = self.head.pyramid.strides[-1]
         padded = functional.pad(pixels, (0, -width % coarsest, 0, -height % coarsest))
         levels = self.head.levels(self.denoiser, self.towers, padded, self.batch_size)
-        found = self.head(levels, texts, words.counts)
-        masks = functional.interpolate(found.masks[-1], tuple(padded.shape[2:]), mode="bilinear", align_corners=False)
+        found, logits = self.head(levels, texts, words.counts, return_dict=False)
+        masks = functional.interpolate(found[-1], tuple(padded.shape[2:]), mode="bilinear", align_corners=False)
         masks = masks[:, :, :height, :width]
-        probabilities = self._classes(pixels, masks.sigmoid(), found.logits[-1], words, texts)
+        probabilities = self._classes(pixels, masks.sigmoid(), logits[-1], words, texts)
         if (height, width) != size:
             masks = functional.interpolate(masks, size, mode="bilinear", align_corners=False)
         return probabilities[0], masks[0].sigmoid()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,8 +29,8 @@ from diffusers_repr.hub.places import public_name
 _NO_LAYERS: dict[str, list[Any]] = {"layers": [], "channels": []}  # taps are checked apart, as they are inputs
 
 
-@dataclass(frozen=True, eq=False)
-class OdiseOutput:
+@dataclass
+class OdiseOutput(BaseOutput):
     """What the queries of images are, layer by layer of the mask generator, the last one last.
 
     Attributes:
@@ -74,6 +75,7 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
     """
 
     kind: ClassVar[str | None] = "odise"
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["captioner", "pyramid", "generator", "classifier"]  # in any dtype
 
     @register_to_config
     def __init__(
@@ -202,13 +204,16 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         pairs = zip(joined, self.pyramid.strides, strict=True)
         return [stitch_windows(level, places, side, size, stride) for level, stride in pairs]
 
-    def forward(self, levels: Sequence[Tensor], texts: Tensor, counts: Sequence[int]) -> OdiseOutput:
+    def forward(
+        self, levels: Sequence[Tensor], texts: Tensor, counts: Sequence[int], return_dict: bool = True
+    ) -> OdiseOutput | tuple[list[Tensor], list[Tensor]]:
         """Masks and classes of queries.
 
         Args:
             levels: What `levels` gave.
             texts: `(N, text_dim)`, CLIP's vectors of one prompt a name, class after class.
             counts: Names of each of the K classes.
+            return_dict: False for the tuple `(masks, logits)`.
 
         Raises:
             TypeError: For weights that are not float32.
@@ -218,7 +223,8 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         found = self.generator(levels)
         pairs = zip(found.queries, found.masks, strict=True)
         vectors = [self.classifier(queries, found.features, masks) for queries, masks in pairs]
-        return OdiseOutput(found.masks, [self.classifier.logits(one, texts, counts) for one in vectors])
+        logits = [self.classifier.logits(one, texts, counts) for one in vectors]
+        return OdiseOutput(found.masks, logits) if return_dict else (found.masks, logits)
 
 
 def _time_width(denoiser: Denoiser) -> int:
