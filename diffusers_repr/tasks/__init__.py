@@ -7,7 +7,9 @@ from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, R
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.matches import Matches
-from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter, PanopticOutput
+from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
+from diffusers_repr.tasks.panoptic_output import PanopticOutput
+from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
@@ -28,6 +30,7 @@ __all__ = [
     "PairAccuracy",
     "PanopticAccuracy",
     "PanopticOutput",
+    "PanopticRecipe",
     "Probe",
     "ProbeOutput",
     "ProbeRecipe",
