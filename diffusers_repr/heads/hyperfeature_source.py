@@ -28,6 +28,7 @@ class Hyperfeatures(PixelSource):
     """Images to one map of descriptors, the layer `hyperfeatures`; a `FeatureSource`.
 
     Nothing is drawn: images are inverted along their own trajectory, so a feature depends on neither ids nor seeds.
+    The head goes where its base is.
 
     Args:
         denoiser: The base of the head.
@@ -146,6 +147,7 @@ class Hyperfeatures(PixelSource):
             size: (H, W) of the images in pixels.
         """
         head, config, grid = self.head, self.head.config, self.grid(size)
+        head.to(x0.device)
         total: Tensor | None = None
 
         def add(place: int, layer: str, maps: Tensor) -> None:
