@@ -15,7 +15,7 @@ from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.noise_policy import image_keys
 from diffusers_repr.features.output import FeatureOutput
-from diffusers_repr.features.source import PixelSource, SourceArguments
+from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.heads.hyperfeature_maps import walk_levels, walk_maps
 from diffusers_repr.heads.hyperfeatures import HYPERFEATURES, HyperfeaturesHead
 from diffusers_repr.hub import resolve_folder
@@ -24,7 +24,7 @@ from diffusers_repr.hub.checks import check_whole
 _PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-class Hyperfeatures(PixelSource):
+class Hyperfeatures(BaseFeatureSource):
     """Images to one map of descriptors, the layer `hyperfeatures`; a `FeatureSource`.
 
     Nothing is drawn: images are inverted along their own trajectory, so a feature depends on neither ids nor seeds.
