@@ -21,7 +21,7 @@ from diffusers_repr.denoiser.require import require_denoiser
 from diffusers_repr.denoiser.sizes import ImageSize, warn_if_far_larger
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys
 from diffusers_repr.features.output import FeatureOutput
-from diffusers_repr.features.pooling import check_pooling, is_linear, pool
+from diffusers_repr.features.pooling import check_pooling, is_linear, leaves_maps, pool
 from diffusers_repr.features.posterior import EncodedImages, SamplePosterior, check_sample_posterior
 from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.hub.checks import check_whole
@@ -58,7 +58,7 @@ class FeatureExtractor(BaseFeatureSource):
         timestep: Training timestep or `NoiseLevel` (larger is noisier), or a list of them.
         noise: Where noise comes from: `per_image`, `shared`, `fresh` or `clean`; see `NoiseSource`.
         ensemble_size: Noise draws an image; features are averaged in float32, before a non-linear pooling.
-        pooling: None, `mean`, `max` or `adaptive:P`; see `pool`.
+        pooling: None, `mean`, `max`, `adaptive:P`, or `map:P` for maps of at most P x P cells; see `pool`.
         batch_size: Rows of one forward, ensemble members and levels counted; None runs all at once.
         output_device: Where features are kept; the model's device if None.
         seed: Of the noise, and of the VAE's posterior if sampled.
@@ -139,8 +139,7 @@ class FeatureExtractor(BaseFeatureSource):
                     self._place(feature, path, size, places)
                     sums.add(path, pool(feature, self.pooling if early else None, places.get(path)), batch.cells)
 
-                with capture(self.denoiser.model, self.layers, self.where, transform=keep):  # type: ignore[arg-type]
-                    self.denoiser.predict(batch.x_t, batch.level, batch.condition)
+                self.read(batch, keep)
         features = {}
         for layer in self.layers:
             mean = sums.totals.pop(layer)
@@ -155,7 +154,18 @@ class FeatureExtractor(BaseFeatureSource):
                 )
             features[layer] = mean.unflatten(0, (len(self.levels), len(pixels))) if self.many else mean
         level = self.levels if self.many else self.levels[0]
+        places = {} if self.pooling is not None and leaves_maps(self.pooling) else places  # tokens became maps
         return FeatureOutput(features, level, places, self.pooling, tuple(pixels.shape[2:]))
+
+    def read(self, batch: ImageBatch, keep: Callable[[Tensor, str], None]) -> None:
+        """One forward of the network, left after the last layer; a subclass has another way to its features.
+
+        Args:
+            batch: What is run.
+            keep: Is given the feature of each layer, and its path.
+        """
+        with capture(self.denoiser.model, self.layers, self.where, transform=keep):  # type: ignore[arg-type]
+            self.denoiser.predict(batch.x_t, batch.level, batch.condition)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -275,10 +285,14 @@ class FeatureExtractor(BaseFeatureSource):
             "sample_posterior": self.sample_posterior,
             "progress_bar": self.progress_bar,
         }
-        copy = FeatureExtractor(**{**settings, **changes})
+        copy = self._like({**settings, **changes})
         if copy.denoiser is self.denoiser:
             copy._prompts = self._prompts
         return copy
+
+    def _like(self, settings: dict[str, Any]) -> FeatureExtractor:
+        """One of its class with other settings."""
+        return FeatureExtractor(**settings)
 
     @property
     def resize(self) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.output import FeatureOutput
+from diffusers_repr.features.pooling import leaves_maps
 
 
 class SourceArguments(TypedDict, total=False):
@@ -86,7 +87,7 @@ class BaseFeatureSource(FeatureSource, ABC):
         """
         pixels = self.denoiser.pixels(images, self.image_size)
         found = self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
-        return found if found.pooling else replace(found, images=images)
+        return replace(found, images=images) if leaves_maps(found.pooling) else found
 
     @abstractmethod
     def from_pixels(self, pixels: Tensor, **arguments: Unpack[SourceArguments]) -> FeatureOutput:
