@@ -57,7 +57,7 @@ class FeatureSource(Protocol):
         ...
 
 
-class PixelSource(FeatureSource, ABC):
+class BaseFeatureSource(FeatureSource, ABC):
     """A source that reads the pixels of images of one size: write `from_pixels`."""
 
     def __call__(
@@ -119,4 +119,4 @@ def _has(source: Any, name: str) -> bool:
     return True
 
 
-__all__ = ["FeatureSource", "PixelSource", "SourceArguments", "require_source"]
+__all__ = ["BaseFeatureSource", "FeatureSource", "SourceArguments", "require_source"]
