@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.heads import Head, MapHead, PooledHead, fit_head, list_heads
+from diffusers_repr.heads import Head, MapClassifier, MapHead, PooledHead, fit_head, fit_map_head, list_heads
 from diffusers_repr.heads.fitting.fit import accuracy_of
+from diffusers_repr.heads.fitting.maps import map_accuracy
 from diffusers_repr.testing.checks import expect, expect_close, leaving_alone
 
 
@@ -20,13 +21,13 @@ def check_head(head: Head, inputs: Mapping[str, Any], *, fits: bool = True, **op
     """Hold a head to the contract of heads.
 
     It must be registered, give float32 in all forms of output, be saved and loaded, give every parameter a gradient;
-    a `PooledHead` and a `MapHead` must run in half precision on float32 features, and the first must learn classes
-    that lie apart.
+    a `PooledHead`, a `MapHead` and a `MapClassifier` must run in half precision on float32 features, and the first and
+    the last must learn classes that lie apart.
 
     Args:
         head: One with drawn weights.
         inputs: Arguments of its call by name, float32, for at least two samples.
-        fits: Whether to fit a new one of its kind too, where it is a `PooledHead`.
+        fits: Whether to fit a new one of its kind too, where it is a `PooledHead` or a `MapClassifier`.
         **options: Of its class, for fitting.
 
     Raises:
@@ -46,11 +47,13 @@ def check_head(head: Head, inputs: Mapping[str, Any], *, fits: bool = True, **op
     for form, found in (("return_dict=True", output.to_tuple()[0]), ("return_dict=False", parts[0])):
         expect(torch.equal(found, plain), f"{name}(..., {form}) differs from the call without it.")
     _saved(head, inputs, plain)
-    if isinstance(head, (PooledHead, MapHead)):
+    if isinstance(head, (PooledHead, MapHead, MapClassifier)):
         _in_half(head, inputs, plain)
     _trained(head, inputs)
     if fits and isinstance(head, PooledHead):
         _fitted(head, options)
+    if fits and isinstance(head, MapClassifier) and head.reads_once:
+        _fitted_on_maps(head, options)
 
 
 def _saved(head: Head, inputs: Mapping[str, Any], wanted: Tensor) -> None:
@@ -105,6 +108,21 @@ def _fitted(head: PooledHead, options: Mapping[str, Any]) -> None:
     expect(found > 0.9, f"A fitted {type(head).__name__} tells {found:.0%} of three classes that lie far apart.")
     with torch.no_grad():
         expect_close(result.head(features)[:5], result.head(features[:5]), "Logits of rows alone and among others")
+
+
+def _fitted_on_maps(head: MapClassifier, options: Mapping[str, Any]) -> None:
+    """Classes that lie apart along the channels, wherever in the map."""
+    assert head.kind is not None
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    maps = torch.randn(60, 8, 3, 2, generator=generator) + 3 * torch.eye(8)[labels][:, :, None, None]
+    with leaving_alone(f"Fitting a {type(head).__name__}"):
+        found = fit_map_head({"a": maps}, labels, head=head.kind, **options).head
+    accuracy = map_accuracy(found, {"a": maps}, labels)
+    expect(accuracy > 0.9, f"A fitted {type(head).__name__} tells {accuracy:.0%} of three classes that lie far apart.")
+    with torch.no_grad():
+        alone, among = found({"a": maps[:5]}), found({"a": maps})[:5]
+        expect_close(among, alone, "Logits of images alone and among others")
 
 
 __all__ = ["check_head"]
