@@ -30,9 +30,7 @@ class Settings:
     private: bool = setting(False, "make the repository private if it is new")
     revision: str | None = setting(None, "branch to push to")
     message: str | None = setting(None, "first line of the commit")
-    base: str | None = setting(
-        None, "of a task: Hub id to write as its base, where that was a folder"
-    )
+    base: str | None = setting(None, "of a task: Hub id to write as its base, where that was a folder")
     base_revision: str | None = setting(None, "branch, tag or commit of --base")
     clip: str | None = setting(None, "of an open-vocabulary segmenter: Hub id to write as its CLIP")
 
