@@ -134,8 +134,8 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "panoptic.json (open-vocabulary segmenter), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
-        "(model or head) and scheduler_config.json (scheduler)."
+        "panoptic.json (open-vocabulary segmenter), manifest.json (store of features), model_index.json (pipeline), "
+        "pipeline.py (custom pipeline), config.json (model or head) and scheduler_config.json (scheduler)."
     )
 
 

@@ -23,8 +23,8 @@ def check_head(
     """Hold a head to the contract of heads.
 
     It must be registered, give float32 in all forms of output, be saved and loaded, give every parameter a gradient.
-    By itself it gives a tensor, or, where it has several, an output object with them. A `PooledHead` and a `MapHead` must run in half precision on float32 features, and the first must learn classes
-    that lie apart.
+    By itself it gives a tensor, or, where it has several, an output object with them. A `PooledHead` and a `MapHead`
+    must run in half precision on float32 features, and the first must learn classes that lie apart.
 
     Args:
         head: One with drawn weights.

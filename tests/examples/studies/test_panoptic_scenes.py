@@ -1,0 +1,57 @@
+"""The study of open-vocabulary segments: its measures by hand, and a whole run with tiny networks."""
+
+import json
+
+import pytest
+import torch
+from panoptic_scenes import dealt, main, named, quality
+from PIL import Image
+
+from diffusers_repr.data.panoptic import PanopticMap
+from diffusers_repr.data.scenes import load_scenes
+from diffusers_repr.tasks import PanopticOutput
+from tests.heads.odise_cases import save_clip, tiny_towers
+from tests.testers.models import saved
+from tests.training.loop_cases import forget_accelerate
+
+NAMES = ("red ring", "red cross", "blue ring", "ground")
+TRUTH = PanopticMap(torch.tensor([[1, 1, 2, 2, 3, 3]]), {1: 0, 2: 2, 3: 3})
+SAID = PanopticMap(torch.tensor([[1, 1, 2, 3, 3, 3]]), {1: 1, 2: 2, 3: 3})
+
+
+def test_names_are_of_things_that_have_a_mask():
+    output = PanopticOutput([SAID], [{}], [], NAMES)
+    right = {"colour": 1.0, "kind": 0.0, "name": 0.0}
+    assert named(output, [TRUTH], NAMES, {0}) == {"things": 1, "masks": 1.0, **right}
+    assert named(output, [TRUTH], NAMES, {0, 2}) == {"things": 2, "masks": 0.5, **right}  # a half is no mask
+    assert named(PanopticOutput([TRUTH], [{}], [], NAMES), [TRUTH], NAMES, {0, 2})["name"] == 1.0
+    assert (quality([TRUTH], [TRUTH], 3, {0, 2}), quality([SAID], [TRUTH], 3, {0, 2})) == (1.0, 0.0)
+
+
+def test_names_dealt_anew_leave_masks_and_the_ground():
+    drawn = [dealt([TRUTH], 3, torch.Generator().manual_seed(seed))[0] for seed in range(200)]
+    assert all(torch.equal(one.ids, TRUTH.ids) and one.classes[3] == 3 for one in drawn)
+    shares = torch.tensor([one.classes[1] for one in drawn]).bincount(minlength=3) / 200
+    assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=0.1)
+
+
+def test_a_run(tmp_path):
+    (tmp_path / "scenes/data").mkdir(parents=True)
+    for split, count in (("train", 8), ("test", 4), ("held_out", 4)):
+        load_scenes(split, count).to_parquet(tmp_path / f"scenes/data/{split}-00000-of-00001.parquet")
+    save_clip(tiny_towers(grow=4), tmp_path / "clip", mean=0.5)
+    places = {"model": saved("sd"), "clip": tmp_path / "clip", "dataset_name": tmp_path / "scenes"}
+    flags = {**places, "work_dir": tmp_path / "work", "output_dir": tmp_path / "out", "images": 3, "steps": 1}
+    try:
+        main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    finally:
+        forget_accelerate()
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["images"], report["steps"], set(report["rows"])) == (3, 1, {"trained", "random"})
+    new = report["rows"]["random"]["held_out"]["both"]["new"]
+    assert 0 <= new["pq_chance"] <= 1
+    assert new["things"] >= 3
+    assert "new" not in report["rows"]["trained"]["test"]["both"]
+    assert (tmp_path / "out/table.md").read_text().count("\n") == 8
+    with Image.open(tmp_path / "out/held_out.png") as drawn:
+        assert drawn.width > 4 * 192
