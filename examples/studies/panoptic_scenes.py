@@ -203,7 +203,7 @@ def main(argv: list[str]) -> None:
         rows[arm], said[arm] = measure(work / arm, base, data, args.clip)
         print(json.dumps({arm: rows[arm]}), flush=True)
     for split, (images, truth, words) in data.items():
-        shown = picture(images, truth, {arm: said[arm][split] for arm in ARMS}, words.names, 6)
+        shown = picture(images, truth, {arm: said[arm][split] for arm in ARMS}, words.names, min(6, len(truth)))
         shown.save(folder / f"{split}.png")
     (folder / "table.md").write_text(table(rows))
     steps = json.loads((work / "trained" / "panoptic.json").read_text())["protocol"]["steps"]
