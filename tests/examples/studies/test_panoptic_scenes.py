@@ -52,7 +52,9 @@ def test_a_run(tmp_path, monkeypatch):
         denoiser, towers = Denoiser.from_pretrained(base), ImageTextEncoder.from_pretrained(args.clip)
         segmenter_of(tiny_head(denoiser, towers, strides=(2, 8)), denoiser, towers, words).save_pretrained(folder)
         recipe = json.loads((folder / "panoptic.json").read_text())
-        (folder / "panoptic.json").write_text(json.dumps({**recipe, "protocol": {**recipe["protocol"], "steps": 1}}))
+        (folder / "panoptic.json").write_text(
+            json.dumps({**recipe, "protocol": {**recipe["protocol"], "steps": 1, "batch_size": 0}})
+        )
         bases.append(denoiser)
 
     monkeypatch.setattr(panoptic_scenes, "train", quick)
@@ -68,6 +70,8 @@ def test_a_run(tmp_path, monkeypatch):
     assert 0 <= new["pq_chance"] <= 1
     assert new["things"] >= 2
     assert "new" not in report["rows"]["trained"]["test"]["both"]
-    assert (tmp_path / "out/table.md").read_text().count("\n") == 8
+    page = (tmp_path / "out/README.md").read_text()
+    assert f"| never seen (`held_out`) | the same networks, random weights | {new['pq']:.3f} |" in page
+    assert "1 steps of 0 images" in page
     with Image.open(tmp_path / "out/held_out.png") as drawn:
         assert drawn.width > 4 * 192
