@@ -50,7 +50,9 @@ class Settings:
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch_size must be at least 1; got {self.batch_size}.")
         if self.stuff is not None and self.vocabulary is None:
-            raise ValueError("--stuff tells which names of --vocabulary have no single things; give --vocabulary, too.")
+            raise ValueError(
+                "--stuff tells which names of --vocabulary have no single things; give --vocabulary, too."
+            )
         if self.vocabulary is not None:
             from diffusers_repr.heads.odise.vocabulary import Vocabulary
 
@@ -82,9 +84,7 @@ def run(args: Settings) -> int:
     out, rows = Path(args.out), []
     for file, name in zip(files, mask_names(files), strict=True):
         image = read_image(file, "The image", "RGB")
-        output = segmenter(
-            image, words, short_side=args.short_side, overlap=args.overlap, threshold=args.threshold
-        )
+        output = segmenter(image, words, short_side=args.short_side, overlap=args.overlap, threshold=args.threshold)
         rows.append(_write(out, file, name, image, output))
         print(json.dumps(rows[-1]) if args.json else _line(file, rows[-1]["segments"]))
     (out / LINES).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -111,9 +111,7 @@ class OdiseObjective(Objective):
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """The loss of a batch, and its terms."""
         levels = self.head.levels(self.denoiser, self.towers, batch["pixel_values"])
-        masks, logits = self.head(
-            levels, self.texts.to(levels[0].device), self.vocabulary.counts, return_dict=False
-        )
+        masks, logits = self.head(levels, self.texts.to(levels[0].device), self.vocabulary.counts, return_dict=False)
         return self.loss(masks, logits, to_maps(batch["panoptic"], batch["segment_classes"]))
 
     def artifacts(self) -> Sequence[Artifact]:

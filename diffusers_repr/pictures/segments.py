@@ -20,6 +20,8 @@ def segment_picture(
 ) -> Image.Image:
     """An image with a colour over each segment, and below it which colour has which name.
 
+    Under a colour the image is grey, so that the colour is that of its name; a wide segment has its name inside, too.
+
     Args:
         image: Of any size; that of `ids` is taken.
         ids: `(H, W)` whole numbers: the id of a segment, from 1 on; 0 is left as the image is.
@@ -40,12 +42,31 @@ def segment_picture(
     shown = image.convert("RGB")
     if factor > 1:
         shown = shown.resize(large.shape[::-1], Image.Resampling.NEAREST)
+    covered = Image.fromarray(np.where(colours > 0, 255, 0).astype(np.uint8))
+    shown = Image.composite(shown.convert("L").convert("RGB"), shown, covered)  # so that hues are those of the names
     drawn = mask_over(shown, colours, len(names) + 1, strength)
+    _write_inside(drawn, large, names)
     below = _names(list(names.values()), drawn.width)
     whole = Image.new("RGB", (drawn.width, drawn.height + below.height), _PAPER)
     whole.paste(drawn)
     whole.paste(below, (0, drawn.height))
     return whole
+
+
+def _write_inside(drawn: Image.Image, ids: np.ndarray, names: Mapping[int, str]) -> None:
+    """Names in the middle of the segments that are wide enough for them."""
+    font: Any = ImageFont.load_default(_TEXT)
+    draw = ImageDraw.Draw(drawn)
+    for number, name in names.items():
+        rows, columns = np.nonzero(ids == number)
+        if not len(rows):
+            continue
+        middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)  # a pixel of its own
+        y, x = int(rows[middle]), int(columns[middle])
+        half = round(font.getlength(name) / 2) + 2
+        around = ids[max(y - _TEXT // 2, 0) : y + _TEXT // 2 + 1, max(x - half, 0) : x + half]
+        if around.shape[1] == 2 * half and bool((around == number).all()):
+            draw.text((x, y), name, _PAPER, font, anchor="mm", stroke_width=2, stroke_fill=_INK)
 
 
 def _names(names: list[str], width: int) -> Image.Image:

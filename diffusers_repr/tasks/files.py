@@ -47,11 +47,13 @@ def save(
 
 def written_recipe(recipe: FeatureRecipe, folder: Path | None) -> Any:
     """A recipe as a file holds it; see `written_base`."""
-    return replace(recipe, **{name: written_base(getattr(recipe, name), folder) for name in recipe.MODELS})
+    models: dict[str, Any] = {name: written_base(getattr(recipe, name), folder) for name in recipe.MODELS}
+    return replace(recipe, **models)
 
 
 def _found_recipe(recipe: FeatureRecipe, folder: Path) -> Any:
-    return replace(recipe, **{name: found_base(getattr(recipe, name), folder) for name in recipe.MODELS})
+    models: dict[str, Any] = {name: found_base(getattr(recipe, name), folder) for name in recipe.MODELS}
+    return replace(recipe, **models)
 
 
 def _write(form: TaskFormat, head: Head | None, recipe: FeatureRecipe, folder: Path, title: str) -> None:

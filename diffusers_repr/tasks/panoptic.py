@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from diffusers_repr.data.panoptic_data import PanopticTrainData
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.heads import OdiseHead
@@ -83,19 +82,19 @@ class OpenVocabularySegmenter(Task):
     def fit(
         cls,
         source: Any,
-        train: PanopticTrainData,
+        train: Any,
         validation: Any = None,
         *,
-        clip: ImageTextEncoder | str | os.PathLike[str],
-        training: TrainingConfig,
+        clip: ImageTextEncoder | str | os.PathLike[str] | None = None,
+        training: TrainingConfig | None = None,
         **settings: Any,
     ) -> OpenVocabularySegmenter:
         """Train a head on images with panoptic masks, by the loop of `diffusers_repr.training`.
 
         Args:
             source: A `Denoiser` or a diffusers pipeline.
-            train: To train on.
-            validation: The same, to measure on.
+            train: `PanopticTrainData`.
+            validation: The same, or `(images, maps)`, to measure on.
             clip: The CLIP, or its folder or Hub id.
             training: The run: folder, steps, learning rate and so on; the same again goes on from its checkpoint.
             **settings: Of `OdiseConfig`: `head`, `template`, `synonyms`, `points`.
@@ -103,6 +102,10 @@ class OpenVocabularySegmenter(Task):
         Raises:
             TypeError, ValueError: For a base without text or maps, and settings that do not exist or fit.
         """
+        if clip is None or training is None:
+            raise ValueError(
+                "Pass clip=..., the CLIP whose vectors name segments, and training=TrainingConfig(output_dir=...)."
+            )
         denoiser = source if isinstance(source, Denoiser) else Denoiser.from_pipe(source)
         towers = clip if isinstance(clip, ImageTextEncoder) else ImageTextEncoder.from_pretrained(clip)
         odise = OdiseConfig(denoiser.name or "a model without a name", clip=towers.name or "a CLIP", **settings)

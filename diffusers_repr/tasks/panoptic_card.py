@@ -18,17 +18,14 @@ def panoptic_card(recipe: PanopticRecipe, head: str, title: str) -> str:
         title: Heading; where it is a Hub id, the example loads it.
     """
     recipe, title = printable_recipe(recipe), printable(title)
-    clip, words = _clip(recipe), ", ".join(f"{name} (stuff)" if at in recipe.stuff else name
-                                           for at, name in enumerate(recipe.label_names))  # fmt: skip
+    clip, known = _clip(recipe), f"{recipe.weights[0]:g} for names of the training, {recipe.weights[1]:g} for others"
+    words = [f"{name} (stuff)" if at in recipe.stuff else name for at, name in enumerate(recipe.label_names)]
     intro = (
-        f"An `{head}` on frozen features of {base_called(recipe)} and the CLIP `{clip}` (ODISE, arXiv 2303.04803): it "
-        "gives the segments of an image names in words of yours, also such as were not in its training. It was trained "
-        f"on {len(recipe.vocabulary)} classes: {words}."
+        f"An `{head}` on frozen features of {base_called(recipe)} and the CLIP `{clip}` (ODISE, arXiv 2303.04803): "
+        "it gives the segments of an image names in words of yours, also such as were not in its training. It was "
+        f"trained on {len(words)} classes: {', '.join(words)}."
     )
-    own = {
-        "CLIP": f"`{clip}`, its share {recipe.weights[0]:g} for names of the training, {recipe.weights[1]:g} for others",
-        "prompts": f"`{recipe.template}`",
-    }
+    own = {"CLIP": f"`{clip}`, its share {known}", "prompts": f"`{recipe.template}`"}
     tag = "image-segmentation"
     return task_card(recipe, title, intro, _usage(recipe, title), [tag, "open-vocabulary", "odise"], tag, own)
 

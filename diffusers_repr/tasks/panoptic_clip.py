@@ -18,9 +18,7 @@ _DEPENDENT = Dependent(_NOUN, "head", "trained", "Pass the CLIP it was trained w
 _SHAPES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "patch_size")
 
 
-def record_clip(
-    towers: ImageTextEncoder, name: str | None = None, marks: dict[str, Any] | None = None
-) -> BaseRecord:
+def record_clip(towers: ImageTextEncoder, name: str | None = None, marks: dict[str, Any] | None = None) -> BaseRecord:
     """What is written of a CLIP: where it is, the shapes of its towers, its statistics, and marks of its weights.
 
     Args:

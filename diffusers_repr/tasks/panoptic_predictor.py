@@ -63,7 +63,9 @@ class PanopticPredictor:
                 f"{self.towers.dim}. Pass the CLIP it was trained with: clip=<folder or Hub id>."
             )
         if len(self.weights) != 2 or not all(0 <= weight <= 1 for weight in self.weights):
-            raise ValueError(f"weights are two numbers in [0, 1], for known and for new classes; got {self.weights!r}.")
+            raise ValueError(
+                f"weights are two numbers in [0, 1], for known and for new classes; got {self.weights!r}."
+            )
         if self.batch_size is not None:
             check_whole("batch_size", self.batch_size)
 

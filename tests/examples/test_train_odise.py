@@ -37,7 +37,10 @@ def places(tmp_path_factory):
 
 def test_a_run(places, tmp_path):
     shown = load_scenes("test", 1)["things"][0][0]
-    barred, at = f"{list(COLOURS)[shown['colour']]} {KINDS[shown['kind']]}", shown["colour"] * len(KINDS) + shown["kind"]
+    barred, at = (
+        f"{list(COLOURS)[shown['colour']]} {KINDS[shown['kind']]}",
+        shown["colour"] * len(KINDS) + shown["kind"],
+    )
     flags = {
         "pretrained_model_name_or_path": saved("sd"), "clip": places / "clip", "dataset_name": places / "scenes",
         "head": json.dumps({**SMALL, "strides": [2, 8]}), "points": 64, "max_train_steps": 9, "train_batch_size": 4,

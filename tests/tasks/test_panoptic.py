@@ -22,6 +22,7 @@ from diffusers_repr.testing import check_task
 from tests.heads.odise_cases import SMALL, WORDS, save_clip, segmenter_of, tiny_head, tiny_towers
 from tests.testers.models import build
 
+
 @pytest.fixture(scope="module")
 def parts():
     denoiser, towers = Denoiser.from_pipe(build("sd")), tiny_towers(grow=4)
@@ -81,7 +82,8 @@ def test_ensemble_with_clip(parts, monkeypatch):
     oracle(monkeypatch, head, halves(), logits)
     seen = []
     monkeypatch.setattr(
-        "diffusers_repr.tasks.panoptic_predictor.panoptic_inference", lambda p, m, *a, **k: seen.append((p, m)) or (None, {})
+        "diffusers_repr.tasks.panoptic_predictor.panoptic_inference",
+        lambda p, m, *a, **k: seen.append((p, m)) or (None, {}),
     )
     segmenter = segmenter_of(head, denoiser, towers, Vocabulary.of(["kitten"]), weights=(0.3, 0.7))
     segmenter(image, WORDS)
