@@ -62,6 +62,7 @@ KINDS: Mapping[str, Kind] = {
             "recipe.yaml",
             "model_index.json",
             "cleandift.json",
+            "probe.json",
             "pytorch_lora_weights.safetensors",
             ARTIFACTS,
             *(f"heads/*/{name}" for name in _MODEL),

@@ -21,6 +21,8 @@ from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
+from diffusers_repr.objectives.probe_config import ProbeConfig
+from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
@@ -57,6 +59,8 @@ __all__ = [
     "OdiseConfig",
     "OdiseObjective",
     "PipelineArtifact",
+    "ProbeConfig",
+    "ProbeObjective",
     "REGObjective",
     "REPAConfig",
     "REPAEObjective",

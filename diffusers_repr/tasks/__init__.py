@@ -8,6 +8,7 @@ from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.matches import Matches
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter, PanopticOutput
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
+from diffusers_repr.tasks.probe_training import ProbeAccuracy, ProbeTraining, prepare_probe
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
 from diffusers_repr.tasks.segmentation import Segmenter
@@ -27,8 +28,10 @@ __all__ = [
     "PanopticAccuracy",
     "PanopticOutput",
     "Probe",
+    "ProbeAccuracy",
     "ProbeOutput",
     "ProbeRecipe",
+    "ProbeTraining",
     "ReadoutErrors",
     "RetrievalAccuracy",
     "Score",
@@ -36,4 +39,5 @@ __all__ = [
     "SegmentationRecipe",
     "Segmenter",
     "Task",
+    "prepare_probe",
 ]
