@@ -3,10 +3,10 @@
     accelerate launch examples/train_probe.py --config examples/configs/probe_digits_attention.yaml
     accelerate launch examples/train_probe.py --config my_recipe.yaml --seed 1 --output_dir outputs/seed1
 
-Heads: `linear` and `mlp` on pooled features, `convolution` and `attention` on maps (`attention` over several layers and
-timesteps is DifFormer), `feedback` (DifFeed) on those of a second forward. In every step images are augmented and get
-new noise; with `feature_cache` features are computed once, `cache_draws` times an image. `protocol` sets optimizer,
-rates, batch and epochs as a paper has them, over the settings of the loop.
+Heads: `linear` and `mlp` on pooled features, `convolution` and `attention` on maps (`attention` over several layers
+and timesteps is DifFormer), `feedback` (DifFeed) on those of a second forward. In every step images are augmented and
+get new noise; with `feature_cache` features are computed once, `cache_draws` times an image. `protocol` sets
+optimizer, rates, batch and epochs as a paper has them, over the settings of the loop.
 
 The folder loads by `Probe.from_pretrained(folder)`. With `eval_split` its accuracy is measured: `evaluation.jsonl`,
 `probe.json`, the card. Which head for which purpose: docs/classification.md. The loop: docs/training.md.

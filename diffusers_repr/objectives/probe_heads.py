@@ -90,7 +90,7 @@ class ProbeObjective(Objective):
                 return self._inputs(self._levels(passes.second(run, first, fed), size))
 
             return self.head(first.features, second_pass=second)
-        with torch.no_grad(), capture(self.denoiser.model, self.extractor.layers, self.extractor.where) as tape:
+        with torch.no_grad(), capture(self.denoiser.model, self.extractor.layers) as tape:
             run()
         return self.head(self._inputs(self._levels(tape.features, size)))
 
