@@ -47,6 +47,7 @@ class Kind:
 _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
+    "matcher": Kind("model", (*_CARD, "correspondence.json")),
     "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
     "store of features": _STORE,
     "store of images": _STORE,
@@ -111,6 +112,8 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("segmentation.json"):
         return "segmenter"
+    if has("correspondence.json"):
+        return "matcher"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -131,8 +134,8 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
-        "(model or head) and scheduler_config.json (scheduler)."
+        "correspondence.json (matcher), manifest.json (store of features), model_index.json (pipeline), pipeline.py "
+        "(custom pipeline), config.json (model or head) and scheduler_config.json (scheduler)."
     )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_repr.heads import Head, MapClassifier, PixelEnsembleHead, PooledHead
+from diffusers_repr.tasks.correspondence_card import matcher_card
 from diffusers_repr.tasks.probe_card import probe_card
-from diffusers_repr.tasks.recipe import FeatureRecipe, ProbeRecipe, SegmentationRecipe, TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe, MatcherRecipe, ProbeRecipe, SegmentationRecipe, TaskRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
 
 
@@ -68,7 +69,8 @@ def _maps_differ(config: Any, recipe: TaskRecipe) -> str | None:
 
 PROBE = TaskFormat(ProbeRecipe, (PooledHead, MapClassifier), probe_card, _probe_differs)
 SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _maps_differ)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER)}
+MATCHER = TaskFormat(MatcherRecipe, None, matcher_card, lambda config, recipe: None)
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, MATCHER)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -76,4 +78,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "MATCHER", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]

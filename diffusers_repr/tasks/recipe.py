@@ -14,7 +14,7 @@ from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import Check, shown
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.recipe_schema import BASE, FITTED, POOLING, SEGMENTATION, recipe_schema
+from diffusers_repr.tasks.recipe_schema import BASE, FITTED, MATCHER, POOLING, SEGMENTATION, recipe_schema
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,22 @@ class SegmentationRecipe(TaskRecipe):
     ignore_index: int | None
 
 
+@dataclass(frozen=True)
+class MatcherRecipe(FeatureRecipe):
+    """Everything between an image and the features that correspondence compares, those of one layer.
+
+    Attributes:
+        chosen_on: Pairs on which layer and level were chosen: `dataset` and `pairs`; None: nobody did.
+    """
+
+    NOUN: ClassVar[str] = "matcher"
+    FILE: ClassVar[str] = "correspondence.json"
+    FORMAT: ClassVar[str] = "diffusers_repr.correspondence/1"
+    OWN: ClassVar[Mapping[str, Check]] = MATCHER
+
+    chosen_on: Mapping[str, Any] | None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
@@ -236,4 +252,4 @@ def _finite(value: Any) -> Any:
     return value
 
 
-__all__ = ["FeatureRecipe", "ProbeRecipe", "Score", "SegmentationRecipe", "TaskRecipe"]
+__all__ = ["FeatureRecipe", "MatcherRecipe", "ProbeRecipe", "Score", "SegmentationRecipe", "TaskRecipe"]

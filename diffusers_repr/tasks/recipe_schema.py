@@ -46,6 +46,10 @@ FITTED: dict[str, Check] = {
     "train": lambda value, at: _train(value, at),
 }
 POOLING: dict[str, Check] = {"pooling": text(20, pattern=f"{VECTORS}|{MAPS}", what=f"{POOLINGS}, or 'map:P'")}
+MATCHER: dict[str, Check] = {
+    "image_size": either(one_of("keep"), listing(_SIZE, 2, 2)),
+    "chosen_on": optional(record({"dataset": text(1000), "pairs": integer(0, _MAX_ROWS)})),
+}
 SEGMENTATION: dict[str, Check] = {"ignore_index": optional(integer(-(1 << 31), (1 << 31) - 1))}
 
 
@@ -156,4 +160,14 @@ def _train(value: Any, at: str) -> Mapping[str, Any]:
     return mapping(anything(4, 10_000), 0, 100)(value, at)
 
 
-__all__ = ["BASE", "FITTED", "MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "POOLING", "SEGMENTATION", "recipe_schema"]
+__all__ = [
+    "BASE",
+    "FITTED",
+    "MATCHER",
+    "MAX_ENSEMBLE",
+    "MAX_LAYERS",
+    "MAX_LEVELS",
+    "POOLING",
+    "SEGMENTATION",
+    "recipe_schema",
+]

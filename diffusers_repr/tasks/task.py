@@ -45,8 +45,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def __call__(self, images: Any) -> Any:
-        """Predict."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; of most tasks the first argument is images."""
 
     @abstractmethod
     def evaluate(self, data: Any, *, record: bool = True) -> dict[str, float]:

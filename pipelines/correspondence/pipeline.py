@@ -16,8 +16,9 @@ from diffusers_repr.denoiser.any_pipeline import AnyPipelineMixin
 from diffusers_repr.features import FeatureSource
 from diffusers_repr.features.presets import Preset
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.correspondence import Correspondence, fill_prompt
+from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.correspondence_source import correspondence_source
+from diffusers_repr.tasks.image_features import fill_prompt
 from diffusers_repr.tasks.matches import Matches
 
 

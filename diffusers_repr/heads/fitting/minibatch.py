@@ -108,7 +108,7 @@ def train_head(
     """
     device = head.mean.device
     features, labels = features.to(device), labels.to(device).long()
-    _start(head, protocol, generator)
+    start_head(head, protocol, generator)
     norm = None
     if protocol.batch_norm is not None:
         affine = protocol.batch_norm == "affine"
@@ -174,7 +174,8 @@ def descend(
     return losses
 
 
-def _start(head: PooledHead, protocol: MinibatchProtocol, generator: torch.Generator) -> None:
+def start_head(head: PooledHead, protocol: MinibatchProtocol, generator: torch.Generator) -> None:
+    """Draw the first weights of a head, from `generator` alone (on the CPU)."""
     drawn = copy.deepcopy(head).cpu()  # drawn on the CPU, so that every device starts alike
     drawn.reset_parameters(generator)
     if protocol.init_std is not None:
