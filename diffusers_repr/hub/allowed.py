@@ -65,6 +65,7 @@ KINDS: Mapping[str, Kind] = {
             "model_index.json",
             "cleandift.json",
             "panoptic.json",
+            "probe.json",
             "pytorch_lora_weights.safetensors",
             ARTIFACTS,
             *(f"heads/*/{name}" for name in _MODEL),

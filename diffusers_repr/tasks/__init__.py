@@ -11,6 +11,7 @@ from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
 from diffusers_repr.tasks.panoptic_output import PanopticOutput
 from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
+from diffusers_repr.tasks.probe_training import ProbeAccuracy, ProbeTraining, prepare_probe
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
 from diffusers_repr.tasks.segmentation import Segmenter
@@ -32,8 +33,10 @@ __all__ = [
     "PanopticOutput",
     "PanopticRecipe",
     "Probe",
+    "ProbeAccuracy",
     "ProbeOutput",
     "ProbeRecipe",
+    "ProbeTraining",
     "ReadoutErrors",
     "RetrievalAccuracy",
     "Score",
@@ -42,4 +45,5 @@ __all__ = [
     "Segmenter",
     "Task",
     "finetuned_probe",
+    "prepare_probe",
 ]
