@@ -154,7 +154,12 @@ class MemberSteps:
         """Gradients from `D` of the logits back, and Adam with them."""
         weights, biases, gammas, betas = [], [slope.sum(1)], [], []
         for at in reversed(range(len(hidden))):
-            layer, weight, gamma, beta = hidden[at], self.weights[at].value, self.gammas[at].value, self.betas[at].value
+            layer, weight, gamma, beta = (
+                hidden[at],
+                self.weights[at].value,
+                self.gammas[at].value,
+                self.betas[at].value,
+            )
             product, total = torch.bmm(layer.normal.mT, slope), biases[-1]
             weights.append(torch.addcmul(gamma[..., None] * product, beta[..., None], total[:, None]))
             gammas.append((weight * product).sum(2))
