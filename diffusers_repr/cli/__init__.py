@@ -21,6 +21,7 @@ COMMANDS = {
     "extract": "write features of a data set to a folder",
     "cache": "encode a data set once for training: VAE moments, features of teachers",
     "select": "find the noise level and layers that suit a task",
+    "compare": "fit all heads on one model under one protocol, and say which to take",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
     "match": "find points of one image in another",
