@@ -11,14 +11,15 @@ from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.source import FeatureSource
-from diffusers_repr.heads import PooledHead
-from diffusers_repr.heads.fitting.protocols import Protocol
+from diffusers_repr.heads import FeedbackExtractor, FeedbackHead
+from diffusers_repr.heads.fitting.protocols import Classifier, Protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.tasks.base import check_features
 from diffusers_repr.tasks.formats import PROBE, TaskFormat
-from diffusers_repr.tasks.images import class_data, join, pooled_features, read_pooled
+from diffusers_repr.tasks.images import class_data, head_inputs, move_inputs, pooled_features, read_pooled, take_images
 from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_source
 from diffusers_repr.tasks.reading import seed_of, texts_of
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
@@ -64,18 +65,20 @@ class Probe(SavedTask):
 
     FORMAT: ClassVar[TaskFormat] = PROBE
 
-    head: PooledHead
+    head: Classifier
     recipe: ProbeRecipe
 
     def __init__(
         self,
-        head: PooledHead,
+        head: Classifier,
         recipe: ProbeRecipe,
         denoiser: Denoiser,
         batch_size: int = 64,
         source: FeatureSource | None = None,
     ) -> None:
         super().__init__(head, recipe, denoiser, batch_size, source)
+        if isinstance(head, FeedbackHead) and isinstance(self.source, FeatureExtractor):
+            self.source = FeedbackExtractor.of(head, self.source)
 
     @classmethod
     def fit(
@@ -104,7 +107,7 @@ class Probe(SavedTask):
         """Read the features of labelled images once and fit a head to them.
 
         Memory holds the pooled features of all images (N x D float32, where D sums over layers and levels; L-BFGS
-        holds them once more in float64) and one batch of images.
+        holds them once more in float64; maps of P x P cells P x P times as much) and one batch of images.
 
         Args:
             source: A `Denoiser`, a diffusers pipeline, a `FeatureExtractor` whose settings are taken, or another
@@ -113,10 +116,12 @@ class Probe(SavedTask):
             validation: The same, for tuning and the probe's validation score. Never the data of the final score.
             layers: Full module paths.
             timestep: Training timestep or `NoiseLevel`, or a list of them.
-            pooling: `mean` (if nothing is said), `max` or `adaptive:P`.
+            pooling: `mean` (if nothing is said), `max` or `adaptive:P`; for heads on maps `map:P`, `map:16` if nothing
+                is said.
             selection: Take layers, levels, noise and pooling from `select_features` instead.
             use: What of the selection: `best`, `layers` or `levels`.
-            head: `linear`, `mlp`, `knn`, or a head of your own by its name in `register_head`.
+            head: `linear`, `mlp`, `knn`; on maps `attention`, `convolution`; or a head of your own by its name in
+                `register_head`.
             protocol: How the head is fitted; see `diffusers_repr.heads.PROTOCOLS`.
             head_options: Arguments of the head's class.
             prompt: Prompt of every image.
@@ -136,7 +141,7 @@ class Probe(SavedTask):
         """
         named = {"layers": layers, "timestep": timestep, "pooling": pooling}
         settings |= {name: value for name, value in named.items() if value is not None}
-        found, pooled = make_source(source, selection, use, settings, batch_size)
+        found, pooled = make_source(source, selection, use, settings, batch_size, head)
         fitted, recipe = fit_probe(
             found,
             train,
@@ -172,7 +177,7 @@ class Probe(SavedTask):
             output = read_pooled(self.source, pixels[rows], self.recipe.pooling, texts(rows), class_labels)
             check_features(self.recipe, self.recipe.sizes(output), self.denoiser.name)
             with torch.no_grad():
-                parts.append(self.head(join(output, self.recipe.layers)))
+                parts.append(self.head(move_inputs(head_inputs(output, self.recipe.layers), self.device)))
             if parts[-1].isnan().any():
                 raise FloatingPointError(
                     f"The features or logits of images {start} to {start + len(pixels[rows]) - 1} are not finite: the "
@@ -180,6 +185,17 @@ class Probe(SavedTask):
                     f"dtype ({self.denoiser.dtype}) is too narrow; try float32."
                 )
         return torch.cat(parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return next(iter(self.head.state_dict().values())).device
+
+    @torch.no_grad()
+    def _guesses(self, features: Any, count: int) -> Tensor:
+        step = 256 if isinstance(features, dict) else 4096
+        parts = (take_images(features, slice(start, start + step)) for start in range(0, count, step))
+        return torch.cat([self.head(move_inputs(part, self.device)).argmax(1).cpu() for part in parts])
 
     def __call__(
         self, images: Any, prompt: str | Sequence[str] | None = None, class_labels: int | None = None
@@ -225,8 +241,7 @@ class Probe(SavedTask):
         features, *_ = pooled_features(
             self.source, found, self.recipe.pooling, self.batch_size, condition, progress_bar
         )
-        with torch.no_grad():
-            guesses = torch.cat([self.head(rows).argmax(1).cpu() for rows in features.split(4096)])
+        guesses = self._guesses(features, len(found))
         right = guesses == found.targets
         each = [float(right[found.targets == label].double().mean()) for label in found.targets.unique()]
         result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
+from diffusers_repr.features.pooling import leaves_maps
 from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import Check, shown
@@ -64,6 +65,7 @@ class FeatureRecipe:
     FILE: ClassVar[str] = "task.json"
     FORMAT: ClassVar[str] = "diffusers_repr.task/1"
     OWN: ClassVar[Mapping[str, Check]] = {}  # the checks of a subclass's fields
+    MODELS: ClassVar[Mapping[str, Mapping[str, Check]]] = {"base": BASE}  # its records of models, and what is kept
 
     base: BaseRecord
     layers: tuple[str, ...]
@@ -93,7 +95,7 @@ class FeatureRecipe:
 
     def sizes(self, output: FeatureOutput) -> dict[str, int]:
         """Layer -> values of its feature: of a vector, or of each place of a map."""
-        if self.pooled is None:
+        if leaves_maps(self.pooled):
             return {layer: output.as_map(layer).shape[-3] for layer in output.features}
         return {layer: feature.shape[-1] for layer, feature in output.features.items()}
 
@@ -132,7 +134,8 @@ class FeatureRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinity as the text `inf`."""
         plain = asdict(self)
-        plain["base"] = {name: plain["base"][name] for name in BASE}
+        for model, kept in self.MODELS.items():
+            plain[model] = {name: plain[model][name] for name in kept}
         if self.source is None:  # as files of earlier versions
             del plain["source"]
         return {"format": self.FORMAT, **_finite(plain)}
@@ -156,7 +159,7 @@ class FeatureRecipe:
             found = cls._check()({k: v for k, v in data.items() if k != "format"}, cls.FILE)
         except ValueError as error:
             raise ValueError(f"{source} is damaged or was edited ({error}). Take it from its source again.") from error
-        found["base"] = BaseRecord(**found["base"])
+        found |= {model: BaseRecord(**found[model]) for model in cls.MODELS}
         found["levels"] = tuple(Level(**level) for level in found["levels"])
         found["scores"] = tuple(Score(**score) for score in found["scores"])
         whole: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
@@ -190,10 +193,10 @@ class TaskRecipe(FeatureRecipe):
 
 @dataclass(frozen=True)
 class ProbeRecipe(TaskRecipe):
-    """Everything between an image and the head of a probe, whose features are one vector an image.
+    """Everything between an image and the head of a probe.
 
     Attributes:
-        pooling: `mean`, `max` or `adaptive:P`.
+        pooling: `mean`, `max` or `adaptive:P` for a head on one vector an image, `map:P` for one on maps.
     """
 
     NOUN: ClassVar[str] = "probe"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.features.noise_policy import Policy
-from diffusers_repr.features.pooling import POOLINGS, VECTORS
+from diffusers_repr.features.pooling import MAPS, POOLINGS, VECTORS
 from diffusers_repr.hub.components import MAX_SIDE, MAX_WIDTH
 from diffusers_repr.hub.errors import is_repo_id
 from diffusers_repr.hub.schema import (
@@ -45,7 +45,7 @@ FITTED: dict[str, Check] = {
     "protocol": lambda value, at: _protocol(value, at),
     "train": lambda value, at: _train(value, at),
 }
-POOLING: dict[str, Check] = {"pooling": text(20, pattern=VECTORS, what=POOLINGS)}
+POOLING: dict[str, Check] = {"pooling": text(20, pattern=f"{VECTORS}|{MAPS}", what=f"{POOLINGS}, or 'map:P'")}
 MATCHER: dict[str, Check] = {
     "image_size": either(one_of("keep"), listing(_SIZE, 2, 2)),
     "chosen_on": optional(record({"dataset": text(1000), "pairs": integer(0, _MAX_ROWS)})),
