@@ -109,6 +109,9 @@ def test_two_recipes_one_table(capsys):
     probe = Probe.from_pretrained("both/probe/seed-3/task")
     assert probe.recipe.base.name == "model"
     assert probe.evaluate(load_images("data", "test"), record=False)["accuracy"] == by_hand(3, False)
+    saved = {"task": "classification", "load": "both/probe/seed-3/task", "data": {"path": "data"}}
+    again = evaluate_recipe(read_evaluation(write("saved", saved)), "saved")
+    assert again["measured"]["test"]["accuracy"]["seeds"] == [by_hand(3, False)]
     with pytest.raises(ValueError, match="has no name"):  # nothing that could be loaded has such weights
         Probe.from_pretrained("both/random/seed-0/task")
     before = {path: path.stat().st_mtime_ns for path in Path("both").rglob("seed-*/**/*")}
@@ -153,6 +156,8 @@ def test_two_recipes_one_table(capsys):
         (changed(data={"train_limit": 0}), "bad.yaml: data: train_limit is a number of rows, at least 1; got 0."),
         (changed(measure={"alpha": 0.1}), "Unknown key 'alpha' in bad.yaml: measure."),
         ({key: PROBE[key] for key in PROBE if key != "data"}, "bad.yaml has no 'data', which an evaluation needs."),
+        ({**PROBE, "load": "x"}, "bad.yaml: fit: a saved task (load) is not fitted again"),
+        ({"task": "classification", "load": "./x", "data": {"path": "data"}}, "bad.yaml: load: './x' is not here"),
         ({"like": "none.yaml"}, "There is no recipe 'none.yaml'; beside it: ["),
         ({"like": "bad.yaml"}, "bad.yaml is like itself"),
     ],
