@@ -26,7 +26,7 @@ from diffusers_repr.tasks.evaluation import (
     unregister_source,
     unregister_task,
 )
-from diffusers_repr.tasks.evaluation.plan import Bases, make_plan
+from diffusers_repr.tasks.evaluation.plan import Bases, Plan, make_plan
 from diffusers_repr.tasks.evaluation.sources import Reading
 from tests.data.test_image_pairs import spair
 from tests.tasks.planted import NAMES, images, pipeline
@@ -133,9 +133,9 @@ def test_two_recipes_one_table(capsys):
             changed(task="clasification"),
             "bad.yaml: task: Unknown task 'clasification'; expected one of classification,",
         ),
-        (changed(base="models"), "bad.yaml: base: 'models' is not here. Give a pipeline's folder or Hub id."),
+        (changed(base="./models"), "bad.yaml: base: './models' is not here. Give a pipeline's folder or Hub id."),
         (changed(base="./data"), "bad.yaml: base: './data' has no model_index.json, so it is no pipeline."),
-        (changed(seeds=[]), "bad.yaml: seeds is []; allowed is a list of 1 to"),
+        (changed(seeds=[]), "bad.yaml: seeds is a list of 0; allowed is a list of 1 to 1000 items."),
         (changed(seeds=[1, 1]), "bad.yaml: seeds"),
         (
             changed(source={"name": "plane"}),
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_told_before_any_work(recipe, message, capsys, monkeypa
     def fit(*given, **settings):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(Probe, "fit", fit)
+    monkeypatch.setattr(Plan, "fitted", fit)
     if not message.startswith(("bad.yaml: source.layers", "bad.yaml: source.timesteps: ")):
         monkeypatch.setattr(Denoiser, "from_pretrained", fit)
     good = write("good", PROBE)
@@ -212,7 +212,7 @@ KILLED = []
 def test_a_task_of_ones_own_and_a_kill_between_seeds(monkeypatch, place):
     """What a kill in the middle of the second seed leaves is the first; the same again goes on from there."""
     register_task("counting")(Counting)
-    monkeypatch.setattr(Bases, "get", lambda self, recipe: None)
+    monkeypatch.setattr(Bases, "get", lambda self, recipe: "a base")
     try:
         recipe = read_evaluation(write("own", {
             "task": "counting", "base": "model", "fit": {"step": "2e0"}, "data": {"path": "data"}, "seeds": [0, 1, 2]
