@@ -255,7 +255,16 @@ _PRESETS: tuple[Preset, ...] = (
     Preset(
         "difformer", "adm-256", ("mid_block", "up_blocks.1.attentions.1", "up_blocks.3.resnets.1"), (90, 150, 300),
         "DifFormer " + _DIFFSSL.format("2311.17921"),
-        image_size=256, note="The head pools each map to at most 16 x 16 tokens.",
+        image_size=256, pooling="map:16", note="For an `AttentionHead`; each map is pooled to at most 16 x 16 tokens.",
+    ),
+    Preset(
+        "gdc-attention", "adm-256", ("up_blocks.1.attentions.1",), 150, "GDC " + _DIFFSSL.format("2307.08702"),
+        image_size=256, pooling="map:16", note="For an `AttentionHead`.",
+    ),
+    Preset(
+        "diffeed", "adm-256", ("up_blocks.1.attentions.1",), 150, "DifFeed " + _DIFFSSL.format("2311.17921"),
+        image_size=256, pooling="map:16",
+        note="For a `FeedbackHead`, which reads it in a second forward; `feedback_pairs` tells what is fed back.",
     ),
     Preset(
         "ddae", "ddpm-cifar10", ("up_blocks.1.resnets.2",), 10, _DDAE,

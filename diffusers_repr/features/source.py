@@ -106,7 +106,7 @@ def require_source(source: Any) -> FeatureSource:
     lacking = f" It has no {' and no '.join(missing)}." if missing else ""
     raise TypeError(
         f"Features are read by a source, such as FeatureExtractor(denoiser, layers, timestep); got "
-        f"{type(source).__name__}.{lacking}"
+        f"{'type' if isinstance(source, type) else type(source).__name__}.{lacking}"
     )
 
 
