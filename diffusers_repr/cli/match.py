@@ -68,7 +68,7 @@ def run(args: Settings) -> int:
         pairs = list(zip(args.points[::2], args.points[1::2], strict=True))
         points = check_points(pairs, (images[0].height, images[0].width), "--points")
     if args.homography != "none":
-        from diffusers_repr.tasks.homography import require_scikit_image
+        from diffusers_repr.data.scikit_image import require_scikit_image
 
         require_scikit_image()  # before the work, not after
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
 
-TASKS = ("probe", "segmenter", "matcher")  # kinds that name a base
+TASKS = ("probe", "segmenter", "open-vocabulary segmenter", "matcher")  # kinds that name a base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Settings:
     message: str | None = setting(None, "first line of the commit")
     base: str | None = setting(None, "of a task: Hub id to write as its base, where that was a folder")
     base_revision: str | None = setting(None, "branch, tag or commit of --base")
+    clip: str | None = setting(None, "of an open-vocabulary segmenter: Hub id to write as its CLIP")
 
 
 def run(args: Settings) -> int:
@@ -43,6 +44,8 @@ def run(args: Settings) -> int:
         raise ValueError(f"{args.folder!r} is a {kind}, which goes to a {repo_type} repository, not {args.repo_type}.")
     if args.base is not None and kind not in TASKS:
         raise ValueError(f"--base is for {' and '.join(f'{task}s' for task in TASKS)}; {args.folder!r} is a {kind}.")
+    if args.clip is not None and kind != "open-vocabulary segmenter":
+        raise ValueError(f"--clip is for open-vocabulary segmenters; {args.folder!r} is a {kind}.")
     options: dict[str, Any] = {
         "private": args.private,
         "revision": args.revision,
@@ -53,7 +56,7 @@ def run(args: Settings) -> int:
     if kind in TASKS:
         from diffusers_repr.tasks.files import push_saved
 
-        address = push_saved(args.folder, args.repo_id, args.base, args.base_revision, **options)
+        address = push_saved(args.folder, args.repo_id, args.base, args.base_revision, args.clip, **options)
     else:
         _check(args.folder, kind)
         address = push_folder(args.folder, args.repo_id, kind=kind, repo_type=repo_type, **options)

@@ -23,7 +23,7 @@ from diffusers_repr.features.noise_policy import NoiseSource, image_keys
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, leaves_maps, pool
 from diffusers_repr.features.posterior import EncodedImages, SamplePosterior, check_sample_posterior
-from diffusers_repr.features.source import PixelSource, SourceArguments
+from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
@@ -47,7 +47,7 @@ class ImageBatch:
     cells: list[int]
 
 
-class FeatureExtractor(PixelSource):
+class FeatureExtractor(BaseFeatureSource):
     """Reads named layers of a denoiser at chosen noise levels.
 
     Threads may share one, and its network with samplers: each call gives what it gives alone.

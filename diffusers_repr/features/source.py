@@ -57,7 +57,7 @@ class FeatureSource(Protocol):
         ...
 
 
-class PixelSource(FeatureSource, ABC):
+class BaseFeatureSource(FeatureSource, ABC):
     """A source that reads the pixels of images of one size: write `from_pixels`."""
 
     def __call__(
@@ -106,7 +106,7 @@ def require_source(source: Any) -> FeatureSource:
     lacking = f" It has no {' and no '.join(missing)}." if missing else ""
     raise TypeError(
         f"Features are read by a source, such as FeatureExtractor(denoiser, layers, timestep); got "
-        f"{type(source).__name__}.{lacking}"
+        f"{'type' if isinstance(source, type) else type(source).__name__}.{lacking}"
     )
 
 
@@ -119,4 +119,4 @@ def _has(source: Any, name: str) -> bool:
     return True
 
 
-__all__ = ["FeatureSource", "PixelSource", "SourceArguments", "require_source"]
+__all__ = ["BaseFeatureSource", "FeatureSource", "SourceArguments", "require_source"]

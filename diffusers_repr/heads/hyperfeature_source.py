@@ -15,7 +15,7 @@ from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.noise_policy import image_keys
 from diffusers_repr.features.output import FeatureOutput
-from diffusers_repr.features.source import PixelSource, SourceArguments
+from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.heads.hyperfeature_maps import walk_levels, walk_maps
 from diffusers_repr.heads.hyperfeatures import HYPERFEATURES, HyperfeaturesHead
 from diffusers_repr.hub import resolve_folder
@@ -24,10 +24,11 @@ from diffusers_repr.hub.checks import check_whole
 _PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-class Hyperfeatures(PixelSource):
+class Hyperfeatures(BaseFeatureSource):
     """Images to one map of descriptors, the layer `hyperfeatures`; a `FeatureSource`.
 
     Nothing is drawn: images are inverted along their own trajectory, so a feature depends on neither ids nor seeds.
+    The head goes where its base is.
 
     Args:
         denoiser: The base of the head.
@@ -146,6 +147,7 @@ class Hyperfeatures(PixelSource):
             size: (H, W) of the images in pixels.
         """
         head, config, grid = self.head, self.head.config, self.grid(size)
+        head.to(x0.device)
         total: Tensor | None = None
 
         def add(place: int, layer: str, maps: Tensor) -> None:

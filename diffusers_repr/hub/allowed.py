@@ -49,6 +49,7 @@ KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
     "matcher": Kind("model", (*_CARD, "correspondence.json")),
     "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
+    "open-vocabulary segmenter": Kind("model", (*_CARD, "panoptic.json", *_MODEL, *_MEASURED)),
     "store of features": _STORE,
     "store of images": _STORE,
     "store of assignments": _STORE,
@@ -63,6 +64,7 @@ KINDS: Mapping[str, Kind] = {
             "recipe.yaml",
             "model_index.json",
             "cleandift.json",
+            "panoptic.json",
             "probe.json",
             "pytorch_lora_weights.safetensors",
             ARTIFACTS,
@@ -114,6 +116,8 @@ def kind_of(folder: Path) -> str:
         return "segmenter"
     if has("correspondence.json"):
         return "matcher"
+    if has("panoptic.json"):
+        return "open-vocabulary segmenter"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -134,8 +138,9 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "correspondence.json (matcher), manifest.json (store of features), model_index.json (pipeline), pipeline.py "
-        "(custom pipeline), config.json (model or head) and scheduler_config.json (scheduler)."
+        "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), manifest.json (store of features), "
+        "model_index.json (pipeline), pipeline.py (custom pipeline), config.json (model or head) and "
+        "scheduler_config.json (scheduler)."
     )
 
 

@@ -16,12 +16,12 @@ from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.heads.odise.head import OdiseHead
 from diffusers_repr.heads.odise.vocabulary import TEMPLATE, Vocabulary
 from diffusers_repr.hub.places import without_places
-from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
+from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
 from diffusers_repr.objectives.frozen_base import FrozenBaseConfig
 from diffusers_repr.objectives.odise_loss import QueryLoss
 
-_FOUND = ("self", "taps", "prompt_shape", "time_width", "text_dim", "vocabulary", "stuff", "clip_model")
+_FOUND = ("self", "taps", "prompt_shape", "time_width", "text_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,9 @@ class OdiseObjective(Objective):
         towers: CLIP.
         vocabulary: Of the data.
         config: The head.
+
+    Attributes:
+        beside: What is saved in the folder of the head, such as the recipe by which it is a task.
     """
 
     def __init__(
@@ -78,10 +81,9 @@ class OdiseObjective(Objective):
         self.denoiser, self.towers, self.vocabulary, self.config = denoiser, towers, vocabulary, config
         self.freeze_base(denoiser)
         self.freeze("clip", towers.model)
-        self.head = OdiseHead.for_base(
-            denoiser, towers, vocabulary=[list(names) for names in vocabulary.classes],
-            stuff=sorted(vocabulary.stuff), clip_model=config.clip, **json_mapping("head", config.head),
-        )  # fmt: skip
+        self.head = OdiseHead.for_base(denoiser, towers, **json_mapping("head", config.head))
+        self.beside: tuple[FixedArtifact, ...] = ()
+        towers.check_words([name for names in vocabulary.classes for name in names])
         self.texts = towers.embed_texts(vocabulary.prompts(config.template))
         self.loss = QueryLoss(len(vocabulary.classes), config.points)
         self.card = self.about()
@@ -109,12 +111,12 @@ class OdiseObjective(Objective):
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """The loss of a batch, and its terms."""
         levels = self.head.levels(self.denoiser, self.towers, batch["pixel_values"])
-        found = self.head(levels, self.texts.to(levels[0].device), self.vocabulary.counts)
-        return self.loss(found.masks, found.logits, to_maps(batch["panoptic"], batch["segment_classes"]))
+        masks, logits = self.head(levels, self.texts.to(levels[0].device), self.vocabulary.counts, return_dict=False)
+        return self.loss(masks, logits, to_maps(batch["panoptic"], batch["segment_classes"]))
 
     def artifacts(self) -> Sequence[Artifact]:
-        """The head as the folder itself."""
-        return [ModelArtifact(self.head, "head")]
+        """The head as the folder itself, and what is saved beside it."""
+        return [ModelArtifact(self.head, "head"), *self.beside]
 
 
 __all__ = ["OdiseConfig", "OdiseObjective"]

@@ -1,13 +1,17 @@
 """What features are for: probes, segmentation, correspondence, open-vocabulary segments."""
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
+from diffusers_repr.tasks.compare_heads import HEADS, HeadPlaces, compare_heads
 from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.finetuned import FinetunedAccuracy, finetuned_probe
+from diffusers_repr.tasks.head_scores import HeadComparison, HeadScore
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.matches import Matches
-from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter, PanopticOutput
+from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
+from diffusers_repr.tasks.panoptic_output import PanopticOutput
+from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.probe_training import ProbeAccuracy, ProbeTraining, prepare_probe
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
@@ -17,18 +21,23 @@ from diffusers_repr.tasks.segmentation_output import SegmentationOutput
 from diffusers_repr.tasks.task import Task
 
 __all__ = [
+    "HEADS",
     "BaseRecord",
     "ClassifierAccuracy",
     "Correspondence",
     "EncoderAccuracy",
     "FeatureRobustness",
     "FinetunedAccuracy",
+    "HeadComparison",
+    "HeadPlaces",
+    "HeadScore",
     "Level",
     "Matches",
     "OpenVocabularySegmenter",
     "PairAccuracy",
     "PanopticAccuracy",
     "PanopticOutput",
+    "PanopticRecipe",
     "Probe",
     "ProbeAccuracy",
     "ProbeOutput",
@@ -41,6 +50,7 @@ __all__ = [
     "SegmentationRecipe",
     "Segmenter",
     "Task",
+    "compare_heads",
     "finetuned_probe",
     "prepare_probe",
 ]

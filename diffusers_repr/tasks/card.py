@@ -17,6 +17,9 @@ _NAMES = {
     "mean_iou": "Mean IoU",
     "mean_iou_legacy": "Mean IoU, as the paper's code counts it",
     "pixel_accuracy": "Pixel accuracy",
+    "pq": "Panoptic quality",
+    "pq_known": "Panoptic quality of names of the training",
+    "pq_new": "Panoptic quality of other names",
 }
 
 
@@ -46,7 +49,7 @@ def task_card(
         title=title,
         text="\n\n".join(sections),
         base_model=base.name if on_hub(recipe) else None,
-        tags=["diffusion", recipe.NOUN, *tags],
+        tags=["diffusion", recipe.NOUN.replace(" ", "-"), *tags],
         metrics=metrics,
         datasets=[train] if is_repo_id(train) and "/" in train and not Path(train).exists() else [],
         pipeline_tag=pipeline_tag,

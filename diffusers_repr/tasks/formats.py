@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.heads import Head, MapClassifier, PixelEnsembleHead, PooledHead
+from diffusers_repr.heads import Head, MapClassifier, OdiseHead, PixelEnsembleHead, PooledHead
 from diffusers_repr.tasks.correspondence_card import matcher_card
+from diffusers_repr.tasks.panoptic_card import panoptic_card
+from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.recipe import FeatureRecipe, MatcherRecipe, ProbeRecipe, SegmentationRecipe, TaskRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
@@ -67,10 +69,18 @@ def _maps_differ(config: Any, recipe: TaskRecipe) -> str | None:
     )
 
 
+def _panoptic_differs(config: Any, recipe: PanopticRecipe) -> str | None:
+    reads = {f"{part}.{path}": channels for part, path, channels, _ in config["taps"]}
+    if reads == dict(recipe.base.features):
+        return None
+    return f"reads {reads}; {recipe.FILE} describes {dict(recipe.base.features)}"
+
+
 PROBE = TaskFormat(ProbeRecipe, (PooledHead, MapClassifier), probe_card, _probe_differs)
 SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _maps_differ)
+PANOPTIC = TaskFormat(PanopticRecipe, OdiseHead, panoptic_card, _panoptic_differs)
 MATCHER = TaskFormat(MatcherRecipe, None, matcher_card, lambda config, recipe: None)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, MATCHER)}
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, PANOPTIC, MATCHER)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -78,4 +88,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "MATCHER", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "MATCHER", "PANOPTIC", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]

@@ -65,6 +65,7 @@ class FeatureRecipe:
     FILE: ClassVar[str] = "task.json"
     FORMAT: ClassVar[str] = "diffusers_repr.task/1"
     OWN: ClassVar[Mapping[str, Check]] = {}  # the checks of a subclass's fields
+    MODELS: ClassVar[Mapping[str, Mapping[str, Check]]] = {"base": BASE}  # its records of models, and what is kept
 
     base: BaseRecord
     layers: tuple[str, ...]
@@ -133,7 +134,8 @@ class FeatureRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinity as the text `inf`."""
         plain = asdict(self)
-        plain["base"] = {name: plain["base"][name] for name in BASE}
+        for model, kept in self.MODELS.items():
+            plain[model] = {name: plain[model][name] for name in kept}
         if self.source is None:  # as files of earlier versions
             del plain["source"]
         return {"format": self.FORMAT, **_finite(plain)}
@@ -157,7 +159,7 @@ class FeatureRecipe:
             found = cls._check()({k: v for k, v in data.items() if k != "format"}, cls.FILE)
         except ValueError as error:
             raise ValueError(f"{source} is damaged or was edited ({error}). Take it from its source again.") from error
-        found["base"] = BaseRecord(**found["base"])
+        found |= {model: BaseRecord(**found[model]) for model in cls.MODELS}
         found["levels"] = tuple(Level(**level) for level in found["levels"])
         found["scores"] = tuple(Score(**score) for score in found["scores"])
         whole: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
