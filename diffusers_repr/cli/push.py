@@ -1,4 +1,4 @@
-"""`diffusers-repr push FOLDER user/name`: push a probe, a segmenter, a store, a pipeline or a model to the Hub."""
+"""`diffusers-repr push FOLDER user/name`: push a task, a store, a pipeline or a model to the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
 
-TASKS = ("probe", "segmenter", "open-vocabulary segmenter")  # kinds that name a base
+TASKS = ("probe", "segmenter", "open-vocabulary segmenter", "matcher")  # kinds that name a base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,14 +21,16 @@ class Settings:
 
     POSITIONAL: ClassVar = ("folder", "repo_id")
 
-    folder: str = setting(REQUIRED, "a probe, a segmenter, a store, a pipeline, a custom pipeline, a model or a head")
+    folder: str = setting(
+        REQUIRED, "a probe, segmenter or matcher, a store, a pipeline, a custom pipeline, a model or a head"
+    )
     repo_id: str = setting(REQUIRED, "user/name")
     repo_type: Literal["auto", "model", "dataset"] = setting("auto", "of the repository; told by the folder")
     dry_run: bool = setting(False, "check all, list the files and sizes, send nothing")
     private: bool = setting(False, "make the repository private if it is new")
     revision: str | None = setting(None, "branch to push to")
     message: str | None = setting(None, "first line of the commit")
-    base: str | None = setting(None, "of a probe or segmenter: Hub id to write as its base, where that was a folder")
+    base: str | None = setting(None, "of a task: Hub id to write as its base, where that was a folder")
     base_revision: str | None = setting(None, "branch, tag or commit of --base")
     clip: str | None = setting(None, "of an open-vocabulary segmenter: Hub id to write as its CLIP")
 

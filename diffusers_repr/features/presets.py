@@ -105,9 +105,7 @@ def presets(method: str, family: str | None = None) -> Preset:
         >>> preset.layers, preset.timestep, preset.ensemble_size, preset.image_size
         (('up_blocks.1',), 261, 8, 768)
     """
-    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
-    if not found:
-        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(_names())}.")
+    found = _of_method(method)
     if family is None and len(found) == 1:
         return next(iter(found.values()))
     if family is None or family not in found:
@@ -129,9 +127,7 @@ def find_preset(method: str, denoiser: Denoiser) -> Preset:
     Raises:
         ValueError: If there is no such method, or none for this architecture; says how to find a choice of one's own.
     """
-    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
-    if not found:
-        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(_names())}.")
+    found = _of_method(method)
     network: Any = plain_module(denoiser.model)
     kind, config = type(network).__name__, network.config
     edm = denoiser.schedule.kind == "edm"
@@ -170,8 +166,13 @@ def edm_sigma(index: int, steps: int = 18, low: float = 0.002, high: float = 80.
     return float((low ** (1 / rho) + part * (high ** (1 / rho) - low ** (1 / rho))) ** rho)
 
 
-def _names() -> list[str]:
-    return list(dict.fromkeys(preset.method for preset in _PRESETS))
+def _of_method(method: str) -> dict[str, Preset]:
+    """The presets of a method by architecture."""
+    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
+    if not found:
+        names = dict.fromkeys(preset.method for preset in _PRESETS)
+        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(names)}.")
+    return found
 
 
 _DIFT = "DIFT (arXiv 2306.03881), README of Tsingularity/dift"

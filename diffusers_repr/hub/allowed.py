@@ -47,6 +47,7 @@ class Kind:
 _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
+    "matcher": Kind("model", (*_CARD, "correspondence.json")),
     "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
     "open-vocabulary segmenter": Kind("model", (*_CARD, "panoptic.json", *_MODEL, *_MEASURED)),
     "store of features": _STORE,
@@ -112,6 +113,8 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("segmentation.json"):
         return "segmenter"
+    if has("correspondence.json"):
+        return "matcher"
     if has("panoptic.json"):
         return "open-vocabulary segmenter"
     if has("manifest.json"):
@@ -134,8 +137,9 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "panoptic.json (open-vocabulary segmenter), manifest.json (store of features), model_index.json (pipeline), "
-        "pipeline.py (custom pipeline), config.json (model or head) and scheduler_config.json (scheduler)."
+        "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), manifest.json (store of features), "
+        "model_index.json (pipeline), pipeline.py (custom pipeline), config.json (model or head) and "
+        "scheduler_config.json (scheduler)."
     )
 
 

@@ -18,6 +18,7 @@ from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
@@ -47,6 +48,8 @@ __all__ = [
     "ContrastiveObjective",
     "DiffusionObjective",
     "DispersiveLoss",
+    "FinetuneConfig",
+    "FinetuneObjective",
     "FixedArtifact",
     "HyperfeaturesConfig",
     "HyperfeaturesObjective",

@@ -2,6 +2,7 @@
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.correspondence import Correspondence
+from diffusers_repr.tasks.finetuned import FinetunedAccuracy, finetuned_probe
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
@@ -22,6 +23,7 @@ __all__ = [
     "Correspondence",
     "EncoderAccuracy",
     "FeatureRobustness",
+    "FinetunedAccuracy",
     "Level",
     "Matches",
     "OpenVocabularySegmenter",
@@ -39,4 +41,5 @@ __all__ = [
     "SegmentationRecipe",
     "Segmenter",
     "Task",
+    "finetuned_probe",
 ]

@@ -19,12 +19,13 @@ from diffusers_repr.hub import base_record as bases
 from diffusers_repr.hub.base_record import BaseRecord, Dependent, Level, called
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.places import is_place, last_name
-from diffusers_repr.tasks.recipe import TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe
 
+_GREY = (64, 64)  # pixels of an image of a model that tells no size of its own
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
 
 
-def _dependent(recipe: TaskRecipe) -> Dependent:
+def _dependent(recipe: FeatureRecipe) -> Dependent:
     remedy = f"Pass the model it was fitted on as base=..., or fit a new {recipe.NOUN}."
     return Dependent(recipe.NOUN, recipe.NOUN, "fitted", remedy)
 
@@ -96,7 +97,12 @@ def found_base(base: BaseRecord, task: Path) -> BaseRecord:
 
 
 def open_base(
-    recipe: TaskRecipe, task: Path, base: Any = None, revision: str | None = None, head: Any = None, **kwargs: Any
+    recipe: FeatureRecipe,
+    task: Path,
+    base: Any = None,
+    revision: str | None = None,
+    head: Any = None,
+    **kwargs: Any,
 ) -> Denoiser:
     """The base of a task, checked.
 
@@ -127,7 +133,7 @@ def open_base(
     return denoiser
 
 
-def _recorded(recipe: TaskRecipe, task: Path, **kwargs: Any) -> Denoiser:
+def _recorded(recipe: FeatureRecipe, task: Path, **kwargs: Any) -> Denoiser:
     base, noun = recipe.base, recipe.NOUN
     if base.name is None:
         raise ValueError(
@@ -169,7 +175,7 @@ def recorded_folder(name: str, task: Path, file: str, what: str, remedy: str) ->
     raise FileNotFoundError(f"{what} was the folder {name!r}, which is not here{above}. {remedy}")
 
 
-def check_base(denoiser: Denoiser, recipe: TaskRecipe) -> None:
+def check_base(denoiser: Denoiser, recipe: FeatureRecipe) -> None:
     """Refuse a base on which the head's weights mean nothing; warn of one that may be another.
 
     Raises:
@@ -191,7 +197,7 @@ def check_base(denoiser: Denoiser, recipe: TaskRecipe) -> None:
 
 
 def _check_features_there(
-    denoiser: Denoiser, recipe: TaskRecipe, was: BaseRecord, came: BaseRecord, dependent: Dependent
+    denoiser: Denoiser, recipe: FeatureRecipe, was: BaseRecord, came: BaseRecord, dependent: Dependent
 ) -> None:
     bases.refuse_missing_layers(
         dependent, was, came, dict(plain_module(denoiser.model).named_modules(remove_duplicate=False))
@@ -200,13 +206,14 @@ def _check_features_there(
     bases.refuse_other_levels(dependent, was, came, recipe.levels, found)
 
 
-def _warn(what: str, recipe: TaskRecipe) -> None:
+def _warn(what: str, recipe: FeatureRecipe) -> None:
     warnings.warn(f"{what} Features may differ; evaluate the {recipe.NOUN} again before you rely on it.", stacklevel=5)
 
 
-def _measure(denoiser: Denoiser, recipe: TaskRecipe, differing: str) -> None:
+def _measure(denoiser: Denoiser, recipe: FeatureRecipe, differing: str) -> None:
     """Measure the features of one grey image: other configs may give features of other sizes."""
-    grey = torch.full((1, denoiser.image_channels, *recipe.image_size), 0.5)
+    size = denoiser.resize_to() if recipe.image_size == "keep" else recipe.image_size
+    grey = torch.full((1, denoiser.image_channels, *(size or _GREY)), 0.5)
     try:
         output = recipe.extractor(denoiser)(grey, prompt=recipe.prompt, class_labels=recipe.class_labels)
     except (ValueError, RuntimeError, TypeError) as error:
@@ -216,6 +223,6 @@ def _measure(denoiser: Denoiser, recipe: TaskRecipe, differing: str) -> None:
     check_features(recipe, recipe.sizes(output), denoiser.name)
 
 
-def check_features(recipe: TaskRecipe, sizes: Mapping[str, int], name: str | None) -> None:
+def check_features(recipe: FeatureRecipe, sizes: Mapping[str, int], name: str | None) -> None:
     """Raise ValueError unless each layer gives as many values as it gave when the head was fitted."""
     bases.refuse_other_sizes(_dependent(recipe), recipe.base, BaseRecord(name), sizes)

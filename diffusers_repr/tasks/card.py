@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers_repr.hub import Metric, is_repo_id, model_card
 from diffusers_repr.hub.schema import printable
-from diffusers_repr.tasks.recipe import TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe, TaskRecipe
 
 _NAMES = {
     "accuracy": "Accuracy",
@@ -24,7 +24,7 @@ _NAMES = {
 
 
 def task_card(
-    recipe: TaskRecipe, title: str, intro: str, usage: str, tags: Sequence[str], pipeline_tag: str, own: Mapping
+    recipe: FeatureRecipe, title: str, intro: str, usage: str, tags: Sequence[str], pipeline_tag: str, own: Mapping
 ) -> str:
     """README.md of a task.
 
@@ -37,12 +37,14 @@ def task_card(
         pipeline_tag: Task id of the Hub.
         own: Further lines of the table of the recipe, by name.
     """
-    base, train = recipe.base, str(recipe.train["dataset"])
+    base = recipe.base
+    train = str(recipe.train["dataset"]) if isinstance(recipe, TaskRecipe) else ""
     metrics = [
         Metric(s.name, s.value, public(s.dataset), split=s.split, name=_NAMES.get(s.name), task=pipeline_tag)
         for s in recipe.scores
     ]
-    sections = [intro, usage, _recipe(recipe, own), _protocol(recipe.protocol), _scores(recipe)]
+    fitting = [_protocol(recipe.protocol)] if isinstance(recipe, TaskRecipe) else []
+    sections = [intro, usage, _recipe(recipe, own), *fitting, _scores(recipe)]
     return model_card(
         title=title,
         text="\n\n".join(sections),
@@ -71,12 +73,12 @@ def public(name: str) -> str:
     return name if is_repo_id(name) and not Path(name).exists() else Path(name).stem or "dataset"
 
 
-def on_hub(recipe: TaskRecipe) -> bool:
+def on_hub(recipe: FeatureRecipe) -> bool:
     """Whether the base is one that others find by its name."""
     return recipe.base.name is not None and not recipe.base.local
 
 
-def base_called(recipe: TaskRecipe) -> str:
+def base_called(recipe: FeatureRecipe) -> str:
     """The base in a sentence: its name and its class."""
     base = recipe.base
     name = base.name if not base.local else Path(base.name or "").name
@@ -90,28 +92,35 @@ def classes_called(recipe: TaskRecipe) -> str:
     return f"{len(names)} classes apart: {', '.join(names[:20])}{more}"
 
 
-def loaded_from(recipe: TaskRecipe, title: str) -> tuple[str, str]:
+def loaded_from(recipe: FeatureRecipe, title: str) -> tuple[str, str]:
     """What an example loads a task from, and the argument for a base that is not on the Hub."""
     name = title if is_repo_id(title) and "/" in title else "path/to/this/folder"
     return name, "" if on_hub(recipe) else ', base="path/to/the/base/model"'
 
 
-def _recipe(recipe: TaskRecipe, own: Mapping[str, Any]) -> str:
+def _recipe(recipe: FeatureRecipe, own: Mapping[str, Any]) -> str:
+    sides = " x ".join(map(str, recipe.image_size))
     rows = {
         "layers": ", ".join(f"`{layer}`" for layer in recipe.layers),
         "timestep": ", ".join(f"{level.timestep:g} (nsr {level.nsr:.4g})" for level in recipe.levels),
         "noise": f"{recipe.noise}, seed {recipe.seed}, {recipe.ensemble_size} draw(s) an image",
         **own,
-        "image size": f"{recipe.image_size[0]} x {recipe.image_size[1]} (H x W)",
+        "features": None if recipe.source is None else f"of a `{recipe.source}`, which is passed as source=...",
+        "image size": "the images' own" if recipe.image_size == "keep" else f"{sides} (H x W)",
         "prompt": None if recipe.prompt is None else repr(recipe.prompt),
         "class condition": recipe.class_labels,
-        "trained on": f"{recipe.train['rows']} images of {public(str(recipe.train['dataset']))} "
-        f"({recipe.train['split']})",
+        "trained on": _trained_on(recipe),
         "base revision": recipe.base.commit or recipe.base.revision,
         "versions": ", ".join(f"{name} {version}" for name, version in recipe.versions.items()),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join(["## Recipe", "", "| | |", "|---|---|", *lines])
+
+
+def _trained_on(recipe: FeatureRecipe) -> str | None:
+    if not isinstance(recipe, TaskRecipe):
+        return None
+    return f"{recipe.train['rows']} images of {public(str(recipe.train['dataset']))} ({recipe.train['split']})"
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
@@ -134,7 +143,7 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _scores(recipe: TaskRecipe) -> str:
+def _scores(recipe: FeatureRecipe) -> str:
     if not recipe.scores:
         return "## Scores\n\nNot measured."
     lines = [

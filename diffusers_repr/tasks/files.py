@@ -17,14 +17,18 @@ from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_js
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.formats import FORMATS, TaskFormat, format_in
-from diffusers_repr.tasks.recipe import TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
 
 
 def save(
-    form: TaskFormat, head: Head, recipe: TaskRecipe, folder: str | os.PathLike[str], title: str | None = None
+    form: TaskFormat,
+    head: Head | None,
+    recipe: FeatureRecipe,
+    folder: str | os.PathLike[str],
+    title: str | None = None,
 ) -> None:
     """Write a task, all or nothing.
 
@@ -41,20 +45,21 @@ def save(
         _write(form, head, written_recipe(recipe, target), fresh, title or Path(os.path.abspath(target)).name)
 
 
-def written_recipe(recipe: TaskRecipe, folder: Path | None) -> Any:
+def written_recipe(recipe: FeatureRecipe, folder: Path | None) -> Any:
     """A recipe as a file holds it; see `written_base`."""
     models: dict[str, Any] = {name: written_base(getattr(recipe, name), folder) for name in recipe.MODELS}
     return replace(recipe, **models)
 
 
-def _found_recipe(recipe: TaskRecipe, folder: Path) -> Any:
+def _found_recipe(recipe: FeatureRecipe, folder: Path) -> Any:
     models: dict[str, Any] = {name: found_base(getattr(recipe, name), folder) for name in recipe.MODELS}
     return replace(recipe, **models)
 
 
-def _write(form: TaskFormat, head: Head, recipe: TaskRecipe, folder: Path, title: str) -> None:
+def _write(form: TaskFormat, head: Head | None, recipe: FeatureRecipe, folder: Path, title: str) -> None:
     form.recipe.from_dict(recipe.to_dict(), f"This {form.noun}'s recipe")  # what is written can be read
-    head.save_pretrained(folder)
+    if head is not None:
+        head.save_pretrained(folder)
     write_json(folder / form.file, recipe.to_dict())
     atomic_write(folder / "README.md", form.card(recipe, type(head).__name__, title))
 
@@ -73,7 +78,7 @@ def load(
     recipe = read_recipe(form, folder)
     recipe = _found_recipe(recipe, folder)
     head = read_head(form, folder)
-    differs = form.differs(head.config, recipe)
+    differs = None if head is None else form.differs(head.config, recipe)
     if differs is not None:
         raise ValueError(f"The head in {str(folder)!r} {differs}. The files are of two {form.noun}s.")
     return head, recipe, open_base(recipe, folder, base, base_revision, head, **kwargs)
@@ -100,13 +105,15 @@ def read_recipe(form: TaskFormat, folder: Path) -> Any:
     return form.recipe.from_dict(read_json(path), f"{str(path)!r}")
 
 
-def read_head(form: TaskFormat, folder: Path) -> Head:
-    """The head in a folder; every weight must be there.
+def read_head(form: TaskFormat, folder: Path) -> Head | None:
+    """The head in a folder, None where the task has none; every weight must be there.
 
     Raises:
         FileNotFoundError: If config or weights are missing.
         ValueError: If they are damaged or do not fit each other.
     """
+    if form.head is None:
+        return None
     config, noun = read_json(folder / "config.json"), form.noun
     name = config.get("_class_name") if isinstance(config, dict) else None
     classes = {cls.__name__: cls for cls in list_heads(form.head).values()}
@@ -133,7 +140,7 @@ def read_head(form: TaskFormat, folder: Path) -> Head:
     return head.eval()
 
 
-def push(form: TaskFormat, head: Head, recipe: TaskRecipe, repo_id: str, **kwargs: Any) -> str:
+def push(form: TaskFormat, head: Head | None, recipe: FeatureRecipe, repo_id: str, **kwargs: Any) -> str:
     """Save to a temporary folder and upload it; warns where others could not find the base."""
     _warn_of_local_models(recipe)
     with tempfile.TemporaryDirectory() as temporary:
@@ -177,7 +184,7 @@ def push_saved(
     return push_folder(folder, repo_id, kind=form.noun, **kwargs)
 
 
-def _warn_of_local_models(recipe: TaskRecipe) -> None:
+def _warn_of_local_models(recipe: FeatureRecipe) -> None:
     for what in recipe.MODELS:
         record = getattr(recipe, what)
         if record.local or record.name is None:

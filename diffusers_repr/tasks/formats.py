@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.heads import Head, OdiseHead, PixelEnsembleHead, PooledHead
+from diffusers_repr.heads import Head, MapClassifier, OdiseHead, PixelEnsembleHead, PooledHead
+from diffusers_repr.tasks.correspondence_card import matcher_card
 from diffusers_repr.tasks.panoptic_card import panoptic_card
 from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe_card import probe_card
-from diffusers_repr.tasks.recipe import ProbeRecipe, SegmentationRecipe, TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe, MatcherRecipe, ProbeRecipe, SegmentationRecipe, TaskRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
 
 
@@ -21,13 +22,13 @@ class TaskFormat:
 
     Attributes:
         recipe: Class of its recipe, which names the file.
-        head: Class of which its heads are.
+        head: Class of which its heads are, or several; None: it has none.
         card: `(recipe, class of the head, title) -> README.md`.
         differs: `(head's config, recipe) -> what does not fit`, None where head and recipe are of one task.
     """
 
-    recipe: type[TaskRecipe]
-    head: type[Head]
+    recipe: type[FeatureRecipe]
+    head: type[Head] | tuple[type[Head], ...] | None
     card: Callable[[Any, str, str], str]
     differs: Callable[[Any, Any], str | None]
 
@@ -43,6 +44,8 @@ class TaskFormat:
 
 
 def _probe_differs(config: Any, recipe: ProbeRecipe) -> str | None:
+    if "in_features" not in config:
+        return _maps_differ(config, recipe)
     values, classes = sum(recipe.base.features.values()) * len(recipe.levels), len(recipe.label_names)
     shape = (config["in_features"], config["num_classes"])
     if shape == (values, classes):
@@ -53,7 +56,7 @@ def _probe_differs(config: Any, recipe: ProbeRecipe) -> str | None:
     )
 
 
-def _segmenter_differs(config: Any, recipe: SegmentationRecipe) -> str | None:
+def _maps_differ(config: Any, recipe: TaskRecipe) -> str | None:
     has = (list(config["layers"]), list(config["channels"]), config["levels"], config["num_classes"])
     told = [recipe.base.features[layer] for layer in recipe.layers]
     wanted = (list(recipe.layers), told, len(recipe.levels), len(recipe.label_names))
@@ -73,10 +76,11 @@ def _panoptic_differs(config: Any, recipe: PanopticRecipe) -> str | None:
     return f"reads {reads}; {recipe.FILE} describes {dict(recipe.base.features)}"
 
 
-PROBE = TaskFormat(ProbeRecipe, PooledHead, probe_card, _probe_differs)
-SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _segmenter_differs)
+PROBE = TaskFormat(ProbeRecipe, (PooledHead, MapClassifier), probe_card, _probe_differs)
+SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _maps_differ)
 PANOPTIC = TaskFormat(PanopticRecipe, OdiseHead, panoptic_card, _panoptic_differs)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, PANOPTIC)}
+MATCHER = TaskFormat(MatcherRecipe, None, matcher_card, lambda config, recipe: None)
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, PANOPTIC, MATCHER)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -84,4 +88,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "PANOPTIC", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "MATCHER", "PANOPTIC", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]

@@ -23,12 +23,13 @@ def probe_card(recipe: ProbeRecipe, head: str, title: str) -> str:
 
 def _usage(recipe: ProbeRecipe, title: str) -> str:
     name, base = loaded_from(recipe, title)
+    source = "" if recipe.source is None else ", source=source"
     return f"""## Use
 
 ```python
 from diffusers_repr.tasks import Probe
 
-probe = Probe.from_pretrained("{name}"{base})
+probe = Probe.from_pretrained("{name}"{base}{source})
 output = probe(images)  # PIL images, numpy arrays or tensors
 print(output.labels, output.probabilities)
 ```

@@ -20,10 +20,7 @@ def segmentation_card(recipe: SegmentationRecipe, head: str, title: str) -> str:
         f"A `{head}` on frozen features of {base_called(recipe)}: it gives every pixel of an image a class, and how "
         f"uncertain that is. It tells {classes_called(recipe)}."
     )
-    own = {
-        "features": None if recipe.source is None else f"of a `{recipe.source}`, which is passed as source=...",
-        "id of no class": recipe.ignore_index,
-    }
+    own = {"id of no class": recipe.ignore_index}
     tag = "image-segmentation"
     return task_card(recipe, title, intro, _usage(recipe, title), [tag, "few-shot"], tag, own)
 

@@ -12,8 +12,9 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from diffusers_repr.heads import Head, MapHead, PooledHead, fit_head, list_heads
+from diffusers_repr.heads import Head, MapClassifier, MapHead, PooledHead, fit_head, fit_map_head, list_heads
 from diffusers_repr.heads.fitting.fit import accuracy_of
+from diffusers_repr.heads.fitting.maps import map_accuracy
 from diffusers_repr.testing.checks import expect, expect_close, leaving_alone
 
 
@@ -23,13 +24,14 @@ def check_head(
     """Hold a head to the contract of heads.
 
     It must be registered, give float32 in all forms of output, be saved and loaded, give every parameter a gradient.
-    By itself it gives a tensor, or, where it has several, an output object with them. A `PooledHead` and a `MapHead`
-    must run in half precision on float32 features, and the first must learn classes that lie apart.
+    By itself it gives a tensor, or, where it has several, an output object with them. A `PooledHead`, a `MapHead` and
+    a `MapClassifier` must run in half precision on float32 features, and the first and the last must learn classes
+    that lie apart.
 
     Args:
         head: One with drawn weights.
         inputs: Arguments of its call by name, float32, for at least two samples.
-        fits: Whether to fit a new one of its kind too, where it is a `PooledHead`.
+        fits: Whether to fit a new one of its kind too, where it is a `PooledHead` or a `MapClassifier`.
         apart: Its parts that make the inputs of its call, and that no gradient of the call reaches.
         **options: Of its class, for fitting.
 
@@ -45,7 +47,7 @@ def check_head(
         output, parts = head(**inputs, return_dict=True), head(**inputs, return_dict=False)
     alone, wanted = isinstance(plain, Tensor), _tensors(plain)
     told = f"{name} gives a {type(plain).__name__} by itself; expected the tensor, or an output object with several."
-    expect(alone or isinstance(plain, BaseOutput) and len(plain.to_tuple()) > 1, told)
+    expect(alone or (isinstance(plain, BaseOutput) and len(plain.to_tuple()) > 1), told)
     for one in wanted:
         expect(one.dtype == torch.float32, f"{name} gives {one.dtype} of float32; expected torch.float32.")
         expect(not bool((one.isnan() | (one == torch.inf)).any()), f"{name} gives NaN or infinity.")
@@ -56,11 +58,13 @@ def check_head(
     for form, found in (("return_dict=True", output), ("return_dict=False", parts)):
         expect(_equal(_tensors(found), wanted), f"{name}(..., {form}) differs from the call without it.")
     _saved(head, inputs, wanted)
-    if isinstance(head, (PooledHead, MapHead)):
+    if isinstance(head, (PooledHead, MapHead, MapClassifier)):
         _in_half(head, inputs, plain)
     _trained(head, inputs, apart)
     if fits and isinstance(head, PooledHead):
         _fitted(head, options)
+    if fits and isinstance(head, MapClassifier) and head.reads_once:
+        _fitted_on_maps(head, options)
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -131,6 +135,21 @@ def _fitted(head: PooledHead, options: Mapping[str, Any]) -> None:
     expect(found > 0.9, f"A fitted {type(head).__name__} tells {found:.0%} of three classes that lie far apart.")
     with torch.no_grad():
         expect_close(result.head(features)[:5], result.head(features[:5]), "Logits of rows alone and among others")
+
+
+def _fitted_on_maps(head: MapClassifier, options: Mapping[str, Any]) -> None:
+    """Classes that lie apart along the channels, wherever in the map."""
+    assert head.kind is not None
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    maps = torch.randn(60, 8, 3, 2, generator=generator) + 3 * torch.eye(8)[labels][:, :, None, None]
+    with leaving_alone(f"Fitting a {type(head).__name__}"):
+        found = fit_map_head({"a": maps}, labels, head=head.kind, **options).head
+    accuracy = map_accuracy(found, {"a": maps}, labels)
+    expect(accuracy > 0.9, f"A fitted {type(head).__name__} tells {accuracy:.0%} of three classes that lie far apart.")
+    with torch.no_grad():
+        alone, among = found({"a": maps[:5]}), found({"a": maps})[:5]
+        expect_close(among, alone, "Logits of images alone and among others")
 
 
 __all__ = ["check_head"]
