@@ -9,6 +9,7 @@ from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, R
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.matches import Matches
+from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter, PanopticOutput
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
@@ -30,6 +31,7 @@ __all__ = [
     "HeadScore",
     "Level",
     "Matches",
+    "NoiseCurve",
     "OpenVocabularySegmenter",
     "PairAccuracy",
     "PanopticAccuracy",
@@ -46,4 +48,5 @@ __all__ = [
     "Task",
     "compare_heads",
     "finetuned_probe",
+    "noise_curve",
 ]
