@@ -75,7 +75,7 @@ def test_noise_drowns_the_signal(tmp_path):
     assert found.best[0] == 5
     trained = torch.cat(seen[:6])  # two batches a reading: every image at a level of its own
     assert len(trained.unique()) > 200
-    assert (torch.cat(seen[6:8]) == 5).all()
+    assert [set(times.tolist()) for times in seen[6:9]] == [{5}, {300}, {950}]
     again = noise_curve(denoiser, "layer", train, test, batch_size=17, **settings)
     assert again == found  # whatever the batches
     found.save(tmp_path)
