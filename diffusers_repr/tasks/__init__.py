@@ -9,6 +9,7 @@ from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, R
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.matches import Matches
+from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
 from diffusers_repr.tasks.panoptic_output import PanopticOutput
 from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
@@ -33,6 +34,7 @@ __all__ = [
     "HeadScore",
     "Level",
     "Matches",
+    "NoiseCurve",
     "OpenVocabularySegmenter",
     "PairAccuracy",
     "PanopticAccuracy",
@@ -52,5 +54,6 @@ __all__ = [
     "Task",
     "compare_heads",
     "finetuned_probe",
+    "noise_curve",
     "prepare_probe",
 ]
