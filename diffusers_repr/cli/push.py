@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
 
-TASKS = ("probe", "segmenter")  # kinds that name a base
+TASKS = ("probe", "segmenter", "zero-shot classifier")  # kinds that name a base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
     "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
+    "zero-shot classifier": Kind("model", (*_CARD, "zero_shot.json")),
     "store of features": _STORE,
     "store of images": _STORE,
     "store of assignments": _STORE,
@@ -110,6 +111,8 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("segmentation.json"):
         return "segmenter"
+    if has("zero_shot.json"):
+        return "zero-shot classifier"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -130,8 +133,8 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
-        "(model or head) and scheduler_config.json (scheduler)."
+        "zero_shot.json (zero-shot classifier), manifest.json (store of features), model_index.json (pipeline), "
+        "pipeline.py (custom pipeline), config.json (model or head) and scheduler_config.json (scheduler)."
     )
 
 

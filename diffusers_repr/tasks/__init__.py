@@ -2,6 +2,11 @@
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.correspondence import Correspondence
+from diffusers_repr.tasks.denoising_errors.classes import ZeroShotClasses
+from diffusers_repr.tasks.denoising_errors.likelihood import CalibratedRacing
+from diffusers_repr.tasks.denoising_errors.output import ZeroShotOutput
+from diffusers_repr.tasks.denoising_errors.racing import Racing
+from diffusers_repr.tasks.denoising_errors.rules import AdaptiveSchedule, Averaging
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
@@ -13,9 +18,14 @@ from diffusers_repr.tasks.retrieval import RetrievalAccuracy
 from diffusers_repr.tasks.segmentation import Segmenter
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
 from diffusers_repr.tasks.task import Task
+from diffusers_repr.tasks.winoground import WinogroundOutput, winoground
+from diffusers_repr.tasks.zero_shot import ZeroShotClassifier
 
 __all__ = [
+    "AdaptiveSchedule",
+    "Averaging",
     "BaseRecord",
+    "CalibratedRacing",
     "ClassifierAccuracy",
     "Correspondence",
     "EncoderAccuracy",
@@ -29,6 +39,7 @@ __all__ = [
     "Probe",
     "ProbeOutput",
     "ProbeRecipe",
+    "Racing",
     "ReadoutErrors",
     "RetrievalAccuracy",
     "Score",
@@ -36,4 +47,9 @@ __all__ = [
     "SegmentationRecipe",
     "Segmenter",
     "Task",
+    "WinogroundOutput",
+    "ZeroShotClasses",
+    "ZeroShotClassifier",
+    "ZeroShotOutput",
+    "winoground",
 ]

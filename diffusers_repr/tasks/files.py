@@ -17,14 +17,13 @@ from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_js
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.formats import FORMATS, TaskFormat, format_in
-from diffusers_repr.tasks.recipe import TaskRecipe
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
 
 
 def save(
-    form: TaskFormat, head: Head, recipe: TaskRecipe, folder: str | os.PathLike[str], title: str | None = None
+    form: TaskFormat, head: Head | None, recipe: Any, folder: str | os.PathLike[str], title: str | None = None
 ) -> None:
     """Write a task, all or nothing.
 
@@ -42,9 +41,10 @@ def save(
         _write(form, head, recipe, fresh, title or Path(os.path.abspath(target)).name)
 
 
-def _write(form: TaskFormat, head: Head, recipe: TaskRecipe, folder: Path, title: str) -> None:
+def _write(form: TaskFormat, head: Head | None, recipe: Any, folder: Path, title: str) -> None:
     form.recipe.from_dict(recipe.to_dict(), f"This {form.noun}'s recipe")  # what is written can be read
-    head.save_pretrained(folder)
+    if head is not None:
+        head.save_pretrained(folder)
     write_json(folder / form.file, recipe.to_dict())
     atomic_write(folder / "README.md", form.card(recipe, type(head).__name__, title))
 
@@ -58,12 +58,12 @@ def load(
     token: str | None,
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any, Denoiser]:
-    """Head, recipe and checked base of a task; the head is read before the base, which may be large."""
+    """Head (None without one), recipe and checked base of a task; the base, which may be large, is read last."""
     folder = resolve_folder(id_or_folder, revision, token, [*_PATTERNS, form.file])
     recipe = read_recipe(form, folder)
     recipe = replace(recipe, base=found_base(recipe.base, folder))
-    head = read_head(form, folder)
-    differs = form.differs(head.config, recipe)
+    head = None if form.head is None else read_head(form, folder)
+    differs = None if head is None else form.differs(head.config, recipe)
     if differs is not None:
         raise ValueError(f"The head in {str(folder)!r} {differs}. The files are of two {form.noun}s.")
     return head, recipe, open_base(recipe, folder, base, base_revision, **kwargs)
@@ -99,6 +99,7 @@ def read_head(form: TaskFormat, folder: Path) -> Head:
     """
     config, noun = read_json(folder / "config.json"), form.noun
     name = config.get("_class_name") if isinstance(config, dict) else None
+    assert form.head is not None
     classes = {cls.__name__: cls for cls in list_heads(form.head).values()}
     if not isinstance(name, str) or name not in classes:
         raise ValueError(
@@ -123,7 +124,7 @@ def read_head(form: TaskFormat, folder: Path) -> Head:
     return head.eval()
 
 
-def push(form: TaskFormat, head: Head, recipe: TaskRecipe, repo_id: str, **kwargs: Any) -> str:
+def push(form: TaskFormat, head: Head | None, recipe: Any, repo_id: str, **kwargs: Any) -> str:
     """Save to a temporary folder and upload it; warns where others could not find the base."""
     _warn_of_local_base(recipe)
     with tempfile.TemporaryDirectory() as temporary:
@@ -153,14 +154,14 @@ def push_saved(
     """
     form = format_in(Path(folder)) or FORMATS["probe"]
     recipe = read_recipe(form, Path(folder))
-    head = read_head(form, Path(folder))
+    head = None if form.head is None else read_head(form, Path(folder))
     if base is not None:
         return push(form, head, recipe.with_base(base, base_revision), repo_id, **kwargs)
     _warn_of_local_base(recipe)
     return push_folder(folder, repo_id, kind=form.noun, **kwargs)
 
 
-def _warn_of_local_base(recipe: TaskRecipe) -> None:
+def _warn_of_local_base(recipe: Any) -> None:
     if recipe.base.local or recipe.base.name is None:
         warnings.warn(
             f"The {recipe.NOUN}'s base is {recipe.base.name!r}, which is not on the Hub: others must pass base=... "

@@ -11,6 +11,8 @@ from diffusers_repr.heads import Head, PixelEnsembleHead, PooledHead
 from diffusers_repr.tasks.probe_card import probe_card
 from diffusers_repr.tasks.recipe import ProbeRecipe, SegmentationRecipe, TaskRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
+from diffusers_repr.tasks.zero_shot_card import zero_shot_card
+from diffusers_repr.tasks.zero_shot_recipe import ZeroShotRecipe
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,13 @@ class TaskFormat:
 
     Attributes:
         recipe: Class of its recipe, which names the file.
-        head: Class of which its heads are.
+        head: Class of which its heads are; None: it has no head.
         card: `(recipe, class of the head, title) -> README.md`.
         differs: `(head's config, recipe) -> what does not fit`, None where head and recipe are of one task.
     """
 
-    recipe: type[TaskRecipe]
-    head: type[Head]
+    recipe: type[TaskRecipe] | type[ZeroShotRecipe]
+    head: type[Head] | None
     card: Callable[[Any, str, str], str]
     differs: Callable[[Any, Any], str | None]
 
@@ -66,7 +68,8 @@ def _segmenter_differs(config: Any, recipe: SegmentationRecipe) -> str | None:
 
 PROBE = TaskFormat(ProbeRecipe, PooledHead, probe_card, _probe_differs)
 SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _segmenter_differs)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER)}
+ZERO_SHOT = TaskFormat(ZeroShotRecipe, None, zero_shot_card, lambda config, recipe: None)
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, ZERO_SHOT)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -74,4 +77,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "PROBE", "SEGMENTER", "ZERO_SHOT", "TaskFormat", "format_in"]

@@ -19,7 +19,7 @@ class Task(ABC):
     writes the abstract methods, and `check_task` of `diffusers_repr.testing` holds it to them.
 
     Args:
-        head: The fitted head.
+        head: The fitted head; None of a task that asks the base itself.
         recipe: Everything between an image and the head, plain data.
         denoiser: The base model.
         batch_size: Images read at a time.
@@ -28,8 +28,8 @@ class Task(ABC):
     head: Any
     recipe: Any
 
-    def __init__(self, head: Head, recipe: Any, denoiser: Denoiser, batch_size: int = 64) -> None:
-        self.head, self.recipe = head.eval(), recipe
+    def __init__(self, head: Head | None, recipe: Any, denoiser: Denoiser, batch_size: int = 64) -> None:
+        self.head, self.recipe = None if head is None else head.eval(), recipe
         self.denoiser, self.batch_size = denoiser, batch_size
 
     @classmethod
@@ -87,7 +87,8 @@ class Task(ABC):
         target.to(device)
         if self.denoiser.vae is not None:
             self.denoiser.vae.to(device)
-        self.head.to(device)
+        if self.head is not None:
+            self.head.to(device)
         return self
 
 

@@ -30,7 +30,8 @@ def check_task(task: Task, images: Any, data: Any, values: Callable[[Any], Tenso
     """
     name = type(task).__name__
     expect(isinstance(task, Task), f"{name} is no subclass of Task.")
-    with leaving_alone(f"A prediction of {name}", task.denoiser.model, task.head):
+    heads = [] if task.head is None else [task.head]
+    with leaving_alone(f"A prediction of {name}", task.denoiser.model, *heads):
         wanted = values(task(images))
     expect(bool(wanted.isfinite().all()), f"{name} predicts values that are not finite.")
     expect(torch.equal(values(task(images)), wanted), f"{name} predicts otherwise when asked again.")
