@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, cast
-
-import torch
+from typing import Any, Literal
 
 from diffusers_repr.config.recipe import json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
@@ -13,19 +11,17 @@ from diffusers_repr.features.presets import find_preset
 from diffusers_repr.heads import MapClassifier
 from diffusers_repr.heads.fitting.fit import check_head_options
 from diffusers_repr.heads.fitting.protocols import MinibatchProtocol, classifier_class, get_protocol
+from diffusers_repr.objectives.frozen_base import FrozenBaseConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(FrozenBaseConfig):
     """The frozen base, what is read of it, the head, and how it is trained and measured.
 
     Raises:
         ValueError: Without a base, and for a head, options, a protocol or a cache that do not fit each other.
     """
 
-    pretrained_model_name_or_path: str | None = setting(None, "pipeline folder or Hub id of the frozen base")
-    revision: str | None = setting(None, "branch, tag or commit of the base on the Hub")
-    base_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the frozen base")
     head: str = setting("attention", "linear, mlp, convolution, attention (DifFormer), feedback (DifFeed)")
     head_options: dict | str | None = setting(None, "arguments of the head's class, a mapping (JSON in a flag)")
     preset: str | None = setting(None, "layers, timesteps and pooling of a method: gdc, difformer, diffeed, ...")
@@ -44,8 +40,7 @@ class ProbeConfig:
     eval_split: str | None = setting(None, "split to measure on; default, or none: no measurement")
 
     def __post_init__(self) -> None:
-        if not self.pretrained_model_name_or_path:
-            raise ValueError("No base; pass --pretrained_model_name_or_path, a pipeline folder or a Hub id.")
+        super().__post_init__()
         cls = classifier_class(self.head)
         if not cls.takes_steps:
             raise ValueError(
@@ -79,11 +74,6 @@ class ProbeConfig:
             return found.replace(**json_mapping("protocol_changes", self.protocol_changes))
         except TypeError as error:
             raise ValueError(f"`protocol_changes`: {error}.") from error
-
-    def load_base(self) -> Denoiser:
-        """The frozen base."""
-        base, dtype = cast(str, self.pretrained_model_name_or_path), getattr(torch, self.base_dtype)
-        return Denoiser.from_pretrained(base, revision=self.revision, dtype=dtype)
 
     def reading(self, denoiser: Denoiser) -> dict[str, Any]:
         """`layers`, `timestep` and `pooling` of the extractor: those of the preset, and what is said over them."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_repr.capture import FeedbackPasses, capture
 from diffusers_repr.features import FeatureExtractor
@@ -50,11 +50,7 @@ class ProbeObjective(Objective):
         super().__init__()
         denoiser = extractor.denoiser
         self.extractor, self.denoiser, self.condition = extractor, denoiser, condition
-        denoiser.prompts = {}  # the prompt is encoded once
-        self.freeze("network", denoiser.model)
-        for name, part in (denoiser.pipe.components if denoiser.pipe is not None else {}).items():
-            if isinstance(part, nn.Module) and part is not denoiser.model:
-                self.freeze(name, part)
+        self.freeze_base(denoiser)
         self.head, self.extra, self.mark = head, list(extra), dict(mark or {})
         self.times = torch.tensor([float(level.timestep) for level in extractor.levels])
         self.passes: FeedbackPasses | None = None

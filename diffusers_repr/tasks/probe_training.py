@@ -24,7 +24,7 @@ from diffusers_repr.features.stored_data import StoredFeatures
 from diffusers_repr.heads import FeedbackHead, MapClassifier
 from diffusers_repr.heads.fitting.loop_settings import loop_settings
 from diffusers_repr.heads.fitting.protocols import Classifier, classifier_class
-from diffusers_repr.hub import is_repo_id, write_json
+from diffusers_repr.hub import write_json
 from diffusers_repr.hub.places import public_name, without_places
 from diffusers_repr.objectives import FixedArtifact, ProbeConfig, ProbeObjective
 from diffusers_repr.store.processes import process_state
@@ -251,11 +251,10 @@ print(probe(images).labels)  # PIL images, numpy arrays or tensors
 
 It was fitted under the protocol `{recipe.protocol["name"]}`, version {recipe.protocol["version"]}."""
     accuracy = {"type": "accuracy", "name": "accuracy", "dataset": dataset, "split": probe.eval_split}
-    public = is_repo_id(base) and not Path(base).is_dir()
     return {
         "kind": f"`{type(head).__name__}`", "pipeline_tag": "image-classification",
         "tags": ["diffusion", "probe", "image-classification"], "text": text,
-        "base_model": base if public else None, "metrics": {"eval_accuracy": accuracy} if probe.eval_split else {},
+        "base_model": probe.public_base, "metrics": {"eval_accuracy": accuracy} if probe.eval_split else {},
     }  # fmt: skip
 
 
