@@ -67,7 +67,8 @@ _KINDS: dict[str, TaskKind] = {
             pictures.of_correspondence, "pck",
         ),
         TaskKind(
-            "zero-shot", "diffusers_repr.tasks.zero_shot:ZeroShotClassifier", settings=fits.zero_shot, headline="accuracy"
+            "zero-shot", "diffusers_repr.tasks.zero_shot:ZeroShotClassifier", settings=fits.zero_shot,
+            headline="accuracy",
         ),
         TaskKind(
             "panoptic", "diffusers_repr.tasks.panoptic:OpenVocabularySegmenter", open_panoptic_images,
