@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": "fit all heads on one model under one protocol, and say which to take",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
+    "classify": "name what is on images, without training",
     "match": "find points of one image in another",
     "segment fit": "learn the classes of pixels from a few images with masks",
     "segment predict": "write masks of images by a saved segmenter",

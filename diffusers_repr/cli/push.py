@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
 
-TASKS = ("probe", "segmenter", "open-vocabulary segmenter", "matcher")  # kinds that name a base
+TASKS = (  # kinds that name a base
+    "probe",
+    "segmenter",
+    "open-vocabulary segmenter",
+    "matcher",
+    "zero-shot classifier",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

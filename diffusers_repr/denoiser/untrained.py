@@ -40,7 +40,9 @@ def untrained(denoiser: Denoiser, seed: int = 0) -> Denoiser:
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         fresh = make(model.config).eval()
-    fresh.to(device=next(model.parameters()).device, dtype=denoiser.dtype)
+    fresh.to(next(model.parameters()).device)
+    if fresh.dtype != denoiser.dtype:
+        fresh.to(dtype=denoiser.dtype)
     pipe = copy.copy(denoiser.pipe)
     if pipe is not None:
         slot = next(name for name, part in pipe.components.items() if part is denoiser.model)

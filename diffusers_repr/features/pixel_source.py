@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -12,13 +11,14 @@ from torch.nn import functional
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.output import FeatureOutput
+from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import NoiseLevel
 
 PIXELS = "pixels"
 
 
-class PixelSource:
+class PixelSource(BaseFeatureSource):
     """A feature source without a network: each pixel, with what is around it or where it lies; the layer `pixels`.
 
     Args:
@@ -56,25 +56,13 @@ class PixelSource:
         self.patch, self.places, self.centred = patch, places, centred
         self.image_size: tuple[int, int] | Literal["keep"] = denoiser.resize_to(image_size) or "keep"
 
-    def __call__(
-        self,
-        images: Any,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        embeddings: Mapping[str, Any] | None = None,
-        ids: Sequence[Any] | None = None,
-    ) -> FeatureOutput:
-        """The pixels of images, `(B, C patch patch (+ 2), H, W)` float32; what conditions a network changes nothing.
+    def from_pixels(self, pixels: Tensor, **arguments: Unpack[SourceArguments]) -> FeatureOutput:
+        """The pixels, `(B, C patch patch (+ 2), H, W)` float32; what conditions a network changes nothing.
 
         Args:
-            images: As of every source.
-            prompt: Likewise.
-            class_labels: Likewise.
-            embeddings: Likewise.
-            ids: Likewise.
+            pixels: `(B, C, H, W)` in [-1, 1].
+            **arguments: As of every source.
         """
-        pixels = self.denoiser.pixels(images, self.image_size)
         count, _, height, width = pixels.shape
         found = pixels
         if self.patch > 1:
@@ -85,7 +73,7 @@ class PixelSource:
         if self.places:
             y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
             found = torch.cat([found, torch.stack([y, x]).to(found).expand(count, -1, -1, -1)], 1)
-        return FeatureOutput({PIXELS: found}, NoiseLevel(timestep=0), {}, None, (height, width), images)
+        return FeatureOutput({PIXELS: found}, NoiseLevel(timestep=0), {}, None, (height, width))
 
 
 __all__ = ["PIXELS", "PixelSource"]

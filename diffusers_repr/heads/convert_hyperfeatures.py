@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads.convert import STACK, check_stack, find_weights, renamed
 from diffusers_repr.heads.dense.features import readout_layers

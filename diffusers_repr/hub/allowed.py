@@ -50,6 +50,7 @@ KINDS: Mapping[str, Kind] = {
     "matcher": Kind("model", (*_CARD, "correspondence.json")),
     "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
     "open-vocabulary segmenter": Kind("model", (*_CARD, "panoptic.json", *_MODEL, *_MEASURED)),
+    "zero-shot classifier": Kind("model", (*_CARD, "zero_shot.json")),
     "store of features": _STORE,
     "store of images": _STORE,
     "store of assignments": _STORE,
@@ -118,6 +119,8 @@ def kind_of(folder: Path) -> str:
         return "matcher"
     if has("panoptic.json"):
         return "open-vocabulary segmenter"
+    if has("zero_shot.json"):
+        return "zero-shot classifier"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -138,9 +141,9 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), manifest.json (store of features), "
-        "model_index.json (pipeline), pipeline.py (custom pipeline), config.json (model or head) and "
-        "scheduler_config.json (scheduler)."
+        "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), zero_shot.json (zero-shot "
+        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
+        "(model or head) and scheduler_config.json (scheduler)."
     )
 
 

@@ -3,12 +3,18 @@
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.tasks.compare_heads import HEADS, HeadPlaces, compare_heads
 from diffusers_repr.tasks.correspondence import Correspondence
+from diffusers_repr.tasks.denoising_errors.classes import ZeroShotClasses
+from diffusers_repr.tasks.denoising_errors.likelihood import CalibratedRacing
+from diffusers_repr.tasks.denoising_errors.output import ZeroShotOutput
+from diffusers_repr.tasks.denoising_errors.racing import Racing
+from diffusers_repr.tasks.denoising_errors.rules import AdaptiveSchedule, Averaging
 from diffusers_repr.tasks.finetuned import FinetunedAccuracy, finetuned_probe
 from diffusers_repr.tasks.head_scores import HeadComparison, HeadScore
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.matches import Matches
+from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
 from diffusers_repr.tasks.panoptic_output import PanopticOutput
 from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
@@ -19,10 +25,15 @@ from diffusers_repr.tasks.retrieval import RetrievalAccuracy
 from diffusers_repr.tasks.segmentation import Segmenter
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
 from diffusers_repr.tasks.task import Task
+from diffusers_repr.tasks.winoground import WinogroundOutput, winoground
+from diffusers_repr.tasks.zero_shot import ZeroShotClassifier
 
 __all__ = [
     "HEADS",
+    "AdaptiveSchedule",
+    "Averaging",
     "BaseRecord",
+    "CalibratedRacing",
     "ClassifierAccuracy",
     "Correspondence",
     "EncoderAccuracy",
@@ -33,6 +44,7 @@ __all__ = [
     "HeadScore",
     "Level",
     "Matches",
+    "NoiseCurve",
     "OpenVocabularySegmenter",
     "PairAccuracy",
     "PanopticAccuracy",
@@ -43,6 +55,7 @@ __all__ = [
     "ProbeOutput",
     "ProbeRecipe",
     "ProbeTraining",
+    "Racing",
     "ReadoutErrors",
     "RetrievalAccuracy",
     "Score",
@@ -50,7 +63,13 @@ __all__ = [
     "SegmentationRecipe",
     "Segmenter",
     "Task",
+    "WinogroundOutput",
+    "ZeroShotClasses",
+    "ZeroShotClassifier",
+    "ZeroShotOutput",
     "compare_heads",
     "finetuned_probe",
+    "noise_curve",
     "prepare_probe",
+    "winoground",
 ]

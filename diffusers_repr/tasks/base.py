@@ -20,12 +20,13 @@ from diffusers_repr.hub.base_record import BaseRecord, Dependent, Level, called
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.places import is_place, last_name
 from diffusers_repr.tasks.recipe import FeatureRecipe
+from diffusers_repr.tasks.zero_shot_recipe import ZeroShotRecipe
 
 _GREY = (64, 64)  # pixels of an image of a model that tells no size of its own
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
 
 
-def _dependent(recipe: FeatureRecipe) -> Dependent:
+def _dependent(recipe: FeatureRecipe | ZeroShotRecipe) -> Dependent:
     remedy = f"Pass the model it was fitted on as base=..., or fit a new {recipe.NOUN}."
     return Dependent(recipe.NOUN, recipe.NOUN, "fitted", remedy)
 
@@ -97,7 +98,7 @@ def found_base(base: BaseRecord, task: Path) -> BaseRecord:
 
 
 def open_base(
-    recipe: FeatureRecipe,
+    recipe: FeatureRecipe | ZeroShotRecipe,
     task: Path,
     base: Any = None,
     revision: str | None = None,
@@ -133,7 +134,7 @@ def open_base(
     return denoiser
 
 
-def _recorded(recipe: FeatureRecipe, task: Path, **kwargs: Any) -> Denoiser:
+def _recorded(recipe: FeatureRecipe | ZeroShotRecipe, task: Path, **kwargs: Any) -> Denoiser:
     base, noun = recipe.base, recipe.NOUN
     if base.name is None:
         raise ValueError(
@@ -175,7 +176,7 @@ def recorded_folder(name: str, task: Path, file: str, what: str, remedy: str) ->
     raise FileNotFoundError(f"{what} was the folder {name!r}, which is not here{above}. {remedy}")
 
 
-def check_base(denoiser: Denoiser, recipe: FeatureRecipe) -> None:
+def check_base(denoiser: Denoiser, recipe: FeatureRecipe | ZeroShotRecipe) -> None:
     """Refuse a base on which the head's weights mean nothing; warn of one that may be another.
 
     Raises:
@@ -184,6 +185,9 @@ def check_base(denoiser: Denoiser, recipe: FeatureRecipe) -> None:
     """
     was, came, dependent = recipe.base, base_record(denoiser, marks=recipe.base.marks), _dependent(recipe)
     bases.refuse_other_class(dependent, was, came)
+    if not isinstance(recipe, FeatureRecipe):
+        _check_whole_network(denoiser, recipe, was, came, dependent)
+        return
     if recipe.foreign is None:
         _check_features_there(denoiser, recipe, was, came, dependent)
     name, old = called(came), called(was, "a model without a name")
@@ -194,6 +198,21 @@ def check_base(denoiser: Denoiser, recipe: FeatureRecipe) -> None:
         _warn(f"{name} has another config than the {recipe.NOUN}'s base ({old}): {'; '.join(differing)}.", recipe)
     if not bases.same_marks(was, came):
         _warn(f"{name} has other weights than the {recipe.NOUN}'s base ({old}).", recipe)
+
+
+def _check_whole_network(
+    denoiser: Denoiser, recipe: ZeroShotRecipe, was: BaseRecord, came: BaseRecord, dependent: Dependent
+) -> None:
+    """A task that asks the network itself: the same config and the same noise process; other weights are warned of."""
+    bases.refuse_other_config(dependent, was, came, config_defaults(denoiser))
+    found = [denoiser.level(level.timestep) for level in recipe.levels]
+    levels = [Level({}, float(level.timestep), float(level.nsr)) for level in found]
+    bases.refuse_other_levels(dependent, was, came, recipe.levels, levels)
+    recipe.classes.check(denoiser)
+    if not bases.same_marks(was, came):
+        old = called(was, "a model without a name")
+        text = f"{called(came)} has other weights than the {recipe.NOUN}'s base ({old}). Evaluate it again."
+        warnings.warn(text, stacklevel=5)
 
 
 def _check_features_there(

@@ -17,18 +17,13 @@ from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_js
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.formats import FORMATS, TaskFormat, format_in
-from diffusers_repr.tasks.recipe import FeatureRecipe
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
 
 
 def save(
-    form: TaskFormat,
-    head: Head | None,
-    recipe: FeatureRecipe,
-    folder: str | os.PathLike[str],
-    title: str | None = None,
+    form: TaskFormat, head: Head | None, recipe: Any, folder: str | os.PathLike[str], title: str | None = None
 ) -> None:
     """Write a task, all or nothing.
 
@@ -45,18 +40,18 @@ def save(
         _write(form, head, written_recipe(recipe, target), fresh, title or Path(os.path.abspath(target)).name)
 
 
-def written_recipe(recipe: FeatureRecipe, folder: Path | None) -> Any:
+def written_recipe(recipe: Any, folder: Path | None) -> Any:
     """A recipe as a file holds it; see `written_base`."""
     models: dict[str, Any] = {name: written_base(getattr(recipe, name), folder) for name in recipe.MODELS}
     return replace(recipe, **models)
 
 
-def _found_recipe(recipe: FeatureRecipe, folder: Path) -> Any:
+def _found_recipe(recipe: Any, folder: Path) -> Any:
     models: dict[str, Any] = {name: found_base(getattr(recipe, name), folder) for name in recipe.MODELS}
     return replace(recipe, **models)
 
 
-def _write(form: TaskFormat, head: Head | None, recipe: FeatureRecipe, folder: Path, title: str) -> None:
+def _write(form: TaskFormat, head: Head | None, recipe: Any, folder: Path, title: str) -> None:
     form.recipe.from_dict(recipe.to_dict(), f"This {form.noun}'s recipe")  # what is written can be read
     if head is not None:
         head.save_pretrained(folder)
@@ -73,7 +68,7 @@ def load(
     token: str | None,
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any, Denoiser]:
-    """Head, recipe and checked base of a task; the head is read before the base, which may be large."""
+    """Head (None without one), recipe and checked base of a task; the base, which may be large, is read last."""
     folder = resolve_folder(id_or_folder, revision, token, [*_PATTERNS, form.file])
     recipe = read_recipe(form, folder)
     recipe = _found_recipe(recipe, folder)
@@ -140,7 +135,7 @@ def read_head(form: TaskFormat, folder: Path) -> Head | None:
     return head.eval()
 
 
-def push(form: TaskFormat, head: Head | None, recipe: FeatureRecipe, repo_id: str, **kwargs: Any) -> str:
+def push(form: TaskFormat, head: Head | None, recipe: Any, repo_id: str, **kwargs: Any) -> str:
     """Save to a temporary folder and upload it; warns where others could not find the base."""
     _warn_of_local_models(recipe)
     with tempfile.TemporaryDirectory() as temporary:
@@ -184,7 +179,7 @@ def push_saved(
     return push_folder(folder, repo_id, kind=form.noun, **kwargs)
 
 
-def _warn_of_local_models(recipe: FeatureRecipe) -> None:
+def _warn_of_local_models(recipe: Any) -> None:
     for what in recipe.MODELS:
         record = getattr(recipe, what)
         if record.local or record.name is None:

@@ -177,7 +177,7 @@ class HeadComparison:
         axes.set_xlabel("labelled training images")
         axes.set_ylabel("test accuracy (%)")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
         return figure
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Task(ABC):
     writes the abstract methods, and `check_task` of `diffusers_repr.testing` holds it to them.
 
     Args:
-        head: The fitted head; None where a task has none.
+        head: The fitted head; None of a task that has none.
         recipe: Everything between an image and the head, plain data.
         denoiser: The base model.
         batch_size: Images read at a time.

@@ -56,7 +56,7 @@ def hyperfeatures(denoiser, saved=(3, 2, 0), steps=4, seed=0):
     state = {name: value for name, value in held["aggregation_network"].items() if ".emb_layers." not in name}
     state["mixing_weights"] = torch.randn(len(saved) * 12, generator=torch.Generator().manual_seed(seed))
     settings = {"model_id": "tiny/model", "save_timestep": list(saved), "num_timesteps": steps,
-                "diffusion_mode": "inversion", "guidance_scale": -1, "prompt": "", "output_resolution": 64}  # fmt: skip
+                "diffusion_mode": "inversion", "guidance_scale": -1, "prompt": ""}  # fmt: skip
     return {"step": 7, "config": settings, "aggregation_network": state}
 
 

@@ -146,6 +146,19 @@ def load_open_vocabulary(place: Path) -> None:
     print("open_vocabulary_segmentation is good", flush=True)
 
 
+def load_classifier() -> None:
+    from diffusers_repr.tasks import Averaging, ZeroShotClassifier
+
+    pipe = DiffusionPipeline.from_pretrained(saved("sd"), **consent("diffusion_classifier"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    classes = {"cat": "a cat", "dog": "a dog"}
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    stock = ZeroShotClassifier.of(Denoiser.from_pretrained(saved("sd")), classes, rule=Averaging(2), image_size=32)
+    found = pipe(images, classes, rule=Averaging(2), image_size=32)
+    assert torch.equal(found.errors, stock(images).errors)
+    print("diffusion_classifier is good", flush=True)
+
+
 def load_two() -> None:
     """Two folders in one process: the second is refused, the first stays as it is, and the remedies work."""
     first, guided = consent("feature_extraction"), consent("guided_unconditional")
@@ -172,7 +185,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
     cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_segmentation, ())]
-    cases += [(load_correspondence, ()), (load_open_vocabulary, (place,)), (load_two, ())]
+    cases += [(load_correspondence, ()), (load_open_vocabulary, (place,)), (load_classifier, ()), (load_two, ())]
     for function, given in cases:  # forked, so that the imports are paid once
         process = multiprocessing.get_context("fork").Process(target=function, args=given)
         process.start()

@@ -38,6 +38,7 @@ def test_every_folder_loads_with_consent(tmp_path):
         "few_shot_segmentation",
         "correspondence",
         "open_vocabulary_segmentation",
+        "diffusion_classifier",
     )
     names = (*GUIDED, *own, "two")
     assert good == [f"{name} is good" for name in names], done.stderr[-3000:]

@@ -137,6 +137,9 @@ def _merged(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The mapping of a file over that of the one it is like."""
     if file.resolve() in seen:
         raise ValueError(f"{file.name}: like: {seen[0].name} is like itself.")
+    if not file.is_file():
+        beside = sorted(one.name for one in file.parent.glob("*.yaml"))
+        raise FileNotFoundError(f"There is no recipe {str(file)!r}; beside it: {beside}.")
     own = read_recipe(file)
     check_keys(file.name, own, [*_CHECKS, "like"])
     other = own.pop("like", None)

@@ -148,6 +148,8 @@ def _open_folder(plan: Plan, folder: Path, overwrite: bool, look: bool = False) 
             "one stays as it is."
         )
     if not look:
+        for left in folder.glob(".seed-*"):  # by a kill
+            shutil.rmtree(left)
         atomic_write(own, to_yaml(plan.recipe.to_dict()))
 
 
