@@ -111,7 +111,7 @@ def alignment_uniformity(
     if len(data) < 2:
         raise ValueError(f"alignment_uniformity compares images; {data} has {len(data)}.")
     readers = [extractor, extractor.replace(seed=extractor.seed + _OTHER)]
-    condition = {"prompt": prompt, "class_labels": class_labels}
+    condition: dict[str, Any] = {"prompt": prompt, "class_labels": class_labels}
     mine = own_rows(len(data))
     kept: list[list[list[list[Tensor]]]] = [[], []]  # draw -> batch -> level -> layer
     bar = None if progress_bar is None else progress_bar(total=len(mine))

@@ -302,7 +302,7 @@ class _Bench:
                 taken, labels, self.classes, levels=levels, protocol=self.protocol_for(len(rows)), **common
             )
             seconds = time.perf_counter() - start
-            accuracy = map_accuracy(result.head, both[1], self.test.targets)  # type: ignore[arg-type]
+            accuracy = map_accuracy(result.head, both[1], self.test.targets)
         forwards = 0.0 if name == "pixels" else self._forwards(kind == "several")
         return _Run(accuracy, len(rows), forwards, _parameters(result.head), seconds)
 
