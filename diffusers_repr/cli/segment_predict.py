@@ -35,7 +35,7 @@ def run(args: Settings) -> int:
     from diffusers_repr.tasks import Segmenter
 
     segmenter = load_task(Segmenter, args.segmenter, args)
-    out, names = Path(args.out), _names(files)
+    out, names = Path(args.out), mask_names(files)
     for folder in ("masks", "pictures"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     written: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ def _write(
     return rows
 
 
-def _names(files: Sequence[Path]) -> list[str]:
+def mask_names(files: Sequence[Path]) -> list[str]:
     """A name for each file's mask; files of one name are counted."""
     seen: dict[str, int] = {}
     names = []

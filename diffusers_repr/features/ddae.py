@@ -6,6 +6,7 @@ import torch
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.features.decoder_units import decoder_units
 from diffusers_repr.features.presets import edm_sigma
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import LevelLike, NoiseLevel
@@ -38,12 +39,7 @@ def ddae_layers(denoiser: Denoiser) -> list[str]:
     """
     require_images(denoiser, "DDAE's grid")
     model = plain_module(denoiser.model)
-    paths = []
-    for i, block in enumerate(getattr(model, "up_blocks", None) or ()):
-        attentions = getattr(block, "attentions", None) or ()
-        for j in range(len(block.resnets)):
-            attends = j < len(attentions) and attentions[j] is not None
-            paths.append(f"up_blocks.{i}.{'attentions' if attends else 'resnets'}.{j}")
+    paths = [path for stage in decoder_units(model) for path in stage]
     for stack in () if paths else denoiser.family.stacks:
         paths += [f"{stack}.{at}" for at in range(len(getattr(model, stack, None) or ()))]
     if not paths:

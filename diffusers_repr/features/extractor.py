@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from diffusers_repr.features.noise_policy import NoiseSource, image_keys
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.pooling import check_pooling, is_linear, leaves_maps, pool
 from diffusers_repr.features.posterior import EncodedImages, SamplePosterior, check_sample_posterior
+from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
@@ -46,7 +47,7 @@ class ImageBatch:
     cells: list[int]
 
 
-class FeatureExtractor:
+class FeatureExtractor(BaseFeatureSource):
     """Reads named layers of a denoiser at chosen noise levels.
 
     Threads may share one, and its network with samplers: each call gives what it gives alone.
@@ -124,51 +125,13 @@ class FeatureExtractor:
         self._stream = Turn()  # the thread that draws from the stream of fresh noise
 
     @torch.no_grad()
-    def __call__(
-        self,
-        images: Any,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        embeddings: Mapping[str, Any] | None = None,
-        ids: Sequence[Any] | None = None,
-    ) -> FeatureOutput:
-        """Features of images.
-
-        Args:
-            images: PIL images, numpy arrays or tensors, see `to_pixels`; for a network of videos also videos, see
-                `to_video_pixels`.
-            prompt: One for all images or one per image.
-            class_labels: One id for all images or one per image.
-            embeddings: Ready network inputs; see `Denoiser.condition`.
-            ids: A stable name per image, the key of its noise; its pixels if None.
-
-        Raises:
-            ValueError: For images, prompts, labels or ids that do not fit the model or each other.
-            FloatingPointError: If a layer gives NaN or infinity; names the layer.
-            RuntimeError: If the network was compiled, and while another thread reads it where that cannot be right:
-                with offloaded weights, with `fresh` noise.
-        """
-        pixels = self.denoiser.pixels(images, self.image_size)
-        found = self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
-        return replace(found, images=images) if leaves_maps(self.pooling) else found
-
-    @torch.no_grad()
-    def from_pixels(
-        self,
-        pixels: Tensor,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        embeddings: Mapping[str, Any] | None = None,
-        ids: Sequence[Any] | None = None,
-    ) -> FeatureOutput:
+    def from_pixels(self, pixels: Tensor, **arguments: Unpack[SourceArguments]) -> FeatureOutput:
         """As a call, from `(B, C, H, W)` or `(B, C, frames, H, W)` in [-1, 1]; `image_size` is not applied."""
         early = is_linear(self.pooling)  # pool at once where that equals pooling the ensemble's mean
         sums = _Sums(len(self.levels) * len(pixels), self.output_device or self.denoiser.device)
         places: dict[str, Grid] = {}
         with self.reading():
-            for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
+            for batch in self.batches(pixels, **arguments):
                 size = tuple(batch.x_t.shape[2:])
 
                 def keep(feature: Tensor, path: str, batch: ImageBatch = batch, size: tuple[int, ...] = size) -> None:
@@ -285,18 +248,12 @@ class FeatureExtractor:
         clean = encoded.take(rows, members)
         noise = self.noise.draw([encoded.keys[row] for row in rows], members, clean.shape[1:])
         if noise is None:
-            x_t = clean * self._clean_scale
+            x_t = clean * self.denoiser.schedule.clean_alpha
         else:
             x_t = self.denoiser.add_noise(clean, level, noise.to(clean.device))
         return ImageBatch(
             x_t, level, condition.take(rows), [at * count + row for at, row in zip(levels, rows, strict=True)]
         )
-
-    @property
-    def _clean_scale(self) -> float:
-        """What the process multiplies x_0 by where no noise is left: 1, for EDM networks 1 / sigma_data."""
-        schedule = self.denoiser.schedule
-        return 1 / schedule.sigma_data if schedule.kind == "edm" else 1.0
 
     def _check_rows(self, feature: Tensor, path: str, rows: int) -> None:
         if feature.ndim < 2 or feature.shape[0] != rows:

@@ -47,7 +47,10 @@ class Kind:
 _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
     "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
+    "matcher": Kind("model", (*_CARD, "correspondence.json")),
     "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
+    "open-vocabulary segmenter": Kind("model", (*_CARD, "panoptic.json", *_MODEL, *_MEASURED)),
+    "zero-shot classifier": Kind("model", (*_CARD, "zero_shot.json")),
     "store of features": _STORE,
     "store of images": _STORE,
     "store of assignments": _STORE,
@@ -62,6 +65,8 @@ KINDS: Mapping[str, Kind] = {
             "recipe.yaml",
             "model_index.json",
             "cleandift.json",
+            "panoptic.json",
+            "probe.json",
             "pytorch_lora_weights.safetensors",
             ARTIFACTS,
             *(f"heads/*/{name}" for name in _MODEL),
@@ -110,6 +115,12 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("segmentation.json"):
         return "segmenter"
+    if has("correspondence.json"):
+        return "matcher"
+    if has("panoptic.json"):
+        return "open-vocabulary segmenter"
+    if has("zero_shot.json"):
+        return "zero-shot classifier"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -130,7 +141,8 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
+        "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), zero_shot.json (zero-shot "
+        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
         "(model or head) and scheduler_config.json (scheduler)."
     )
 

@@ -22,6 +22,8 @@ from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
+from diffusers_repr.objectives.probe_config import ProbeConfig
+from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
@@ -60,6 +62,8 @@ __all__ = [
     "OdiseConfig",
     "OdiseObjective",
     "PipelineArtifact",
+    "ProbeConfig",
+    "ProbeObjective",
     "REGObjective",
     "REPAConfig",
     "REPAEObjective",

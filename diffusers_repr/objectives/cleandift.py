@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -209,10 +208,13 @@ class CleanDIFTObjective(DiffusionObjective):
 
     def clean_features(self, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of the tuned network of clean images, layer -> `(B, N, C)`."""
-        schedule, told = self.denoiser.schedule, self.config.timestep
-        alpha = 1 / schedule.sigma_data if schedule.kind == "edm" else 1.0
-        level = NoiseLevel(told, nsr=0.0, half_log_snr=math.inf, alpha=alpha, sigma=0.0)
-        return self._read(self.denoiser, alpha * x0, level, condition, getattr(self, "tau", None))
+        return self._read_clean(self.denoiser, x0, condition, getattr(self, "tau", None))
+
+    def _read_clean(
+        self, denoiser: Denoiser, x0: Tensor, condition: Mapping[str, Any], tau: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        level = denoiser.schedule.clean_level(self.config.timestep)
+        return self._read(denoiser, level.alpha * x0, level, condition, tau)
 
     def _read(
         self, denoiser: Denoiser, x: Tensor, level: NoiseLevel, condition: Mapping[str, Any], tau: Tensor | None = None
@@ -279,8 +281,7 @@ def noise_robustness(
     with torch.no_grad(), tuned.evaluating():
         x0 = objective.denoiser.encode_pixels(images).float()
         condition = objective.denoiser.condition(batch=len(x0), size=(images.shape[2], images.shape[3])).kwargs()
-        level = NoiseLevel(objective.config.timestep, nsr=0.0, half_log_snr=math.inf, alpha=1.0, sigma=0.0)
-        clean = objective._read(tuned, x0, level, condition)
+        clean = objective._read_clean(tuned, x0, condition)
         for t in time.tolist():
             draws = [
                 objective.noisy_features(x0, torch.full((len(x0), 1), t), draw[:, None], condition) for draw in noise

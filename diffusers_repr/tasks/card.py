@@ -11,12 +11,15 @@ from diffusers_repr.hub import Metric, is_repo_id, model_card
 from diffusers_repr.hub.schema import printable
 from diffusers_repr.tasks.recipe import FeatureRecipe, TaskRecipe
 
-_NAMES = {
+METRIC_NAMES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
     "mean_iou": "Mean IoU",
     "mean_iou_legacy": "Mean IoU, as the paper's code counts it",
     "pixel_accuracy": "Pixel accuracy",
+    "pq": "Panoptic quality",
+    "pq_known": "Panoptic quality of names of the training",
+    "pq_new": "Panoptic quality of other names",
 }
 
 
@@ -37,16 +40,16 @@ def task_card(
     base = recipe.base
     train = str(recipe.train["dataset"]) if isinstance(recipe, TaskRecipe) else ""
     metrics = [
-        Metric(s.name, s.value, public(s.dataset), split=s.split, name=_NAMES.get(s.name), task=pipeline_tag)
+        Metric(s.name, s.value, public(s.dataset), split=s.split, name=METRIC_NAMES.get(s.name), task=pipeline_tag)
         for s in recipe.scores
     ]
     fitting = [_protocol(recipe.protocol)] if isinstance(recipe, TaskRecipe) else []
-    sections = [intro, usage, _recipe(recipe, own), *fitting, _scores(recipe)]
+    sections = [intro, usage, _recipe(recipe, own), *fitting, scores_section(recipe)]
     return model_card(
         title=title,
         text="\n\n".join(sections),
         base_model=base.name if on_hub(recipe) else None,
-        tags=["diffusion", recipe.NOUN, *tags],
+        tags=["diffusion", recipe.NOUN.replace(" ", "-"), *tags],
         metrics=metrics,
         datasets=[train] if is_repo_id(train) and "/" in train and not Path(train).exists() else [],
         pipeline_tag=pipeline_tag,
@@ -140,11 +143,12 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _scores(recipe: FeatureRecipe) -> str:
+def scores_section(recipe: Any) -> str:
+    """What was measured, as a table."""
     if not recipe.scores:
         return "## Scores\n\nNot measured."
     lines = [
-        f"| {_NAMES.get(s.name, s.name)} | {s.value:.4f} | {public(s.dataset)} | {s.split} | {s.rows} |"
+        f"| {METRIC_NAMES.get(s.name, s.name)} | {s.value:.4f} | {public(s.dataset)} | {s.split} | {s.rows} |"
         for s in recipe.scores
     ]
     return "\n".join(
@@ -153,11 +157,13 @@ def _scores(recipe: FeatureRecipe) -> str:
 
 
 __all__ = [
+    "METRIC_NAMES",
     "base_called",
     "classes_called",
     "loaded_from",
     "on_hub",
     "printable_recipe",
     "public",
+    "scores_section",
     "task_card",
 ]

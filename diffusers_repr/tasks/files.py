@@ -17,18 +17,13 @@ from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_js
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.formats import FORMATS, TaskFormat, format_in
-from diffusers_repr.tasks.recipe import FeatureRecipe
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
 
 
 def save(
-    form: TaskFormat,
-    head: Head | None,
-    recipe: FeatureRecipe,
-    folder: str | os.PathLike[str],
-    title: str | None = None,
+    form: TaskFormat, head: Head | None, recipe: Any, folder: str | os.PathLike[str], title: str | None = None
 ) -> None:
     """Write a task, all or nothing.
 
@@ -42,11 +37,21 @@ def save(
             "Choose another folder."
         )
     with atomic_folder(target) as fresh:
-        recipe = replace(recipe, base=written_base(recipe.base, target))
-        _write(form, head, recipe, fresh, title or Path(os.path.abspath(target)).name)
+        _write(form, head, written_recipe(recipe, target), fresh, title or Path(os.path.abspath(target)).name)
 
 
-def _write(form: TaskFormat, head: Head | None, recipe: FeatureRecipe, folder: Path, title: str) -> None:
+def written_recipe(recipe: Any, folder: Path | None) -> Any:
+    """A recipe as a file holds it; see `written_base`."""
+    models: dict[str, Any] = {name: written_base(getattr(recipe, name), folder) for name in recipe.MODELS}
+    return replace(recipe, **models)
+
+
+def _found_recipe(recipe: Any, folder: Path) -> Any:
+    models: dict[str, Any] = {name: found_base(getattr(recipe, name), folder) for name in recipe.MODELS}
+    return replace(recipe, **models)
+
+
+def _write(form: TaskFormat, head: Head | None, recipe: Any, folder: Path, title: str) -> None:
     form.recipe.from_dict(recipe.to_dict(), f"This {form.noun}'s recipe")  # what is written can be read
     if head is not None:
         head.save_pretrained(folder)
@@ -63,15 +68,15 @@ def load(
     token: str | None,
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any, Denoiser]:
-    """Head, recipe and checked base of a task; the head is read before the base, which may be large."""
+    """Head (None without one), recipe and checked base of a task; the base, which may be large, is read last."""
     folder = resolve_folder(id_or_folder, revision, token, [*_PATTERNS, form.file])
     recipe = read_recipe(form, folder)
-    recipe = replace(recipe, base=found_base(recipe.base, folder))
+    recipe = _found_recipe(recipe, folder)
     head = read_head(form, folder)
     differs = None if head is None else form.differs(head.config, recipe)
     if differs is not None:
         raise ValueError(f"The head in {str(folder)!r} {differs}. The files are of two {form.noun}s.")
-    return head, recipe, open_base(recipe, folder, base, base_revision, **kwargs)
+    return head, recipe, open_base(recipe, folder, base, base_revision, head, **kwargs)
 
 
 def read_recipe(form: TaskFormat, folder: Path) -> Any:
@@ -86,7 +91,7 @@ def read_recipe(form: TaskFormat, folder: Path) -> Any:
         seems = "holds " + (", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing")
         other = format_in(folder)
         if other is not None:
-            seems = f"is a {other.noun}"
+            seems = f"is {'an' if other.noun[0] in 'aeiou' else 'a'} {other.noun}"
         elif (folder / "model_index.json").is_file():
             seems = f"is a pipeline: pass it as base=..., or fit a {form.noun} on it"
         elif (folder / "manifest.json").is_file():
@@ -130,12 +135,11 @@ def read_head(form: TaskFormat, folder: Path) -> Head | None:
     return head.eval()
 
 
-def push(form: TaskFormat, head: Head | None, recipe: FeatureRecipe, repo_id: str, **kwargs: Any) -> str:
+def push(form: TaskFormat, head: Head | None, recipe: Any, repo_id: str, **kwargs: Any) -> str:
     """Save to a temporary folder and upload it; warns where others could not find the base."""
-    _warn_of_local_base(recipe)
+    _warn_of_local_models(recipe)
     with tempfile.TemporaryDirectory() as temporary:
-        recipe = replace(recipe, base=written_base(recipe.base, None))
-        _write(form, head, recipe, Path(temporary), repo_id)
+        _write(form, head, written_recipe(recipe, None), Path(temporary), repo_id)
         return push_folder(temporary, repo_id, kind=form.noun, **kwargs)
 
 
@@ -144,6 +148,7 @@ def push_saved(
     repo_id: str,
     base: str | None = None,
     base_revision: str | None = None,
+    clip: str | None = None,
     **kwargs: Any,
 ) -> str:
     """Upload a saved task without loading its base; of its folder, the files of its kind alone.
@@ -153,6 +158,7 @@ def push_saved(
         repo_id: `"user/name"`.
         base: Hub id to write as the base, where it was a folder.
         base_revision: Goes with `base`.
+        clip: Likewise of a task's CLIP.
         **kwargs: For `push_folder`.
 
     Returns:
@@ -162,18 +168,26 @@ def push_saved(
     recipe = read_recipe(form, Path(folder))
     head = read_head(form, Path(folder))
     if base is not None:
-        return push(form, head, recipe.with_base(base, base_revision), repo_id, **kwargs)
-    _warn_of_local_base(recipe)
+        recipe = recipe.with_base(base, base_revision)
+    if clip is not None:
+        if "clip" not in recipe.MODELS:
+            raise ValueError(f"clip={clip!r} is for tasks with a CLIP; {str(folder)!r} is a {form.noun}.")
+        recipe = recipe.with_clip(clip)
+    if base is not None or clip is not None:
+        return push(form, head, recipe, repo_id, **kwargs)
+    _warn_of_local_models(recipe)
     return push_folder(folder, repo_id, kind=form.noun, **kwargs)
 
 
-def _warn_of_local_base(recipe: FeatureRecipe) -> None:
-    if recipe.base.local or recipe.base.name is None:
-        warnings.warn(
-            f"The {recipe.NOUN}'s base is {recipe.base.name!r}, which is not on the Hub: others must pass base=... "
-            "when they load it. Push the base too and give its id: base='user/model'.",
-            stacklevel=4,
-        )
+def _warn_of_local_models(recipe: Any) -> None:
+    for what in recipe.MODELS:
+        record = getattr(recipe, what)
+        if record.local or record.name is None:
+            warnings.warn(
+                f"The {recipe.NOUN}'s {what} is {record.name!r}, which is not on the Hub: others must pass {what}=... "
+                f"when they load it. Push the {what} too and give its id: {what}='user/model'.",
+                stacklevel=4,
+            )
 
 
 __all__ = ["load", "push", "push_saved", "read_head", "read_recipe", "save"]

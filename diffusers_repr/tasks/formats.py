@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.heads import Head, MapClassifier, PixelEnsembleHead, PooledHead
+from diffusers_repr.heads import Head, MapClassifier, OdiseHead, PixelEnsembleHead, PooledHead
+from diffusers_repr.tasks.correspondence_card import matcher_card
+from diffusers_repr.tasks.panoptic_card import panoptic_card
+from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe_card import probe_card
-from diffusers_repr.tasks.recipe import FeatureRecipe, ProbeRecipe, SegmentationRecipe, TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe, MatcherRecipe, ProbeRecipe, SegmentationRecipe, TaskRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
+from diffusers_repr.tasks.zero_shot_card import zero_shot_card
+from diffusers_repr.tasks.zero_shot_recipe import ZeroShotRecipe
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class TaskFormat:
         differs: `(head's config, recipe) -> what does not fit`, None where head and recipe are of one task.
     """
 
-    recipe: type[FeatureRecipe]
+    recipe: type[FeatureRecipe] | type[ZeroShotRecipe]
     head: type[Head] | tuple[type[Head], ...] | None
     card: Callable[[Any, str, str], str]
     differs: Callable[[Any, Any], str | None]
@@ -66,9 +71,23 @@ def _maps_differ(config: Any, recipe: TaskRecipe) -> str | None:
     )
 
 
+def _panoptic_differs(config: Any, recipe: PanopticRecipe) -> str | None:
+    reads = {f"{part}.{path}": channels for part, path, channels, _ in config["taps"]}
+    if reads == dict(recipe.base.features):
+        return None
+    return f"reads {reads}; {recipe.FILE} describes {dict(recipe.base.features)}"
+
+
+def _no_head(config: Any, recipe: Any) -> None:
+    return None
+
+
 PROBE = TaskFormat(ProbeRecipe, (PooledHead, MapClassifier), probe_card, _probe_differs)
 SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _maps_differ)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER)}
+PANOPTIC = TaskFormat(PanopticRecipe, OdiseHead, panoptic_card, _panoptic_differs)
+MATCHER = TaskFormat(MatcherRecipe, None, matcher_card, _no_head)
+ZERO_SHOT = TaskFormat(ZeroShotRecipe, None, zero_shot_card, _no_head)
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, PANOPTIC, MATCHER, ZERO_SHOT)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -76,4 +95,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "PROBE", "SEGMENTER", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "MATCHER", "PANOPTIC", "PROBE", "SEGMENTER", "ZERO_SHOT", "TaskFormat", "format_in"]

@@ -17,7 +17,7 @@ from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import check_pooling, leaves_maps, pooled_size
 from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import MapClassifier, fit_head, fit_map_head
-from diffusers_repr.heads.fitting.fit import FitResult
+from diffusers_repr.heads.fitting.fit import FitResult, check_several_classes
 from diffusers_repr.heads.fitting.maps import check_reads_once
 from diffusers_repr.heads.fitting.protocols import Classifier, Protocol, classifier_class, get_protocol
 from diffusers_repr.hub.places import public_name
@@ -66,6 +66,7 @@ def fit_probe(
     chosen = get_protocol(protocol, head)
     check_reads_once(head)
     data, held, names = open_classes(train, validation, label_names)
+    check_several_classes(data.targets)
     warn_of_absent(data, names)
     keys: list[str] = []
     held_keys: list[str] = []

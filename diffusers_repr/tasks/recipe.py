@@ -14,7 +14,7 @@ from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import Check, shown
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.recipe_schema import BASE, FITTED, POOLING, SEGMENTATION, recipe_schema
+from diffusers_repr.tasks.recipe_schema import BASE, FITTED, MATCHER, POOLING, SEGMENTATION, recipe_schema
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class FeatureRecipe:
     FILE: ClassVar[str] = "task.json"
     FORMAT: ClassVar[str] = "diffusers_repr.task/1"
     OWN: ClassVar[Mapping[str, Check]] = {}  # the checks of a subclass's fields
+    MODELS: ClassVar[Mapping[str, Mapping[str, Check]]] = {"base": BASE}  # its records of models, and what is kept
 
     base: BaseRecord
     layers: tuple[str, ...]
@@ -133,7 +134,8 @@ class FeatureRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinity as the text `inf`."""
         plain = asdict(self)
-        plain["base"] = {name: plain["base"][name] for name in BASE}
+        for model, kept in self.MODELS.items():
+            plain[model] = {name: plain[model][name] for name in kept}
         if self.source is None:  # as files of earlier versions
             del plain["source"]
         return {"format": self.FORMAT, **_finite(plain)}
@@ -157,7 +159,7 @@ class FeatureRecipe:
             found = cls._check()({k: v for k, v in data.items() if k != "format"}, cls.FILE)
         except ValueError as error:
             raise ValueError(f"{source} is damaged or was edited ({error}). Take it from its source again.") from error
-        found["base"] = BaseRecord(**found["base"])
+        found |= {model: BaseRecord(**found[model]) for model in cls.MODELS}
         found["levels"] = tuple(Level(**level) for level in found["levels"])
         found["scores"] = tuple(Score(**score) for score in found["scores"])
         whole: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
@@ -226,6 +228,22 @@ class SegmentationRecipe(TaskRecipe):
     ignore_index: int | None
 
 
+@dataclass(frozen=True)
+class MatcherRecipe(FeatureRecipe):
+    """Everything between an image and the features that correspondence compares, those of one layer.
+
+    Attributes:
+        chosen_on: Pairs on which layer and level were chosen: `dataset` and `pairs`; None: nobody did.
+    """
+
+    NOUN: ClassVar[str] = "matcher"
+    FILE: ClassVar[str] = "correspondence.json"
+    FORMAT: ClassVar[str] = "diffusers_repr.correspondence/1"
+    OWN: ClassVar[Mapping[str, Check]] = MATCHER
+
+    chosen_on: Mapping[str, Any] | None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
@@ -236,4 +254,4 @@ def _finite(value: Any) -> Any:
     return value
 
 
-__all__ = ["FeatureRecipe", "ProbeRecipe", "Score", "SegmentationRecipe", "TaskRecipe"]
+__all__ = ["FeatureRecipe", "MatcherRecipe", "ProbeRecipe", "Score", "SegmentationRecipe", "TaskRecipe"]

@@ -46,6 +46,10 @@ FITTED: dict[str, Check] = {
     "train": lambda value, at: _train(value, at),
 }
 POOLING: dict[str, Check] = {"pooling": text(20, pattern=f"{VECTORS}|{MAPS}", what=f"{POOLINGS}, or 'map:P'")}
+MATCHER: dict[str, Check] = {
+    "image_size": either(one_of("keep"), listing(_SIZE, 2, 2)),
+    "chosen_on": optional(record({"dataset": text(1000), "pairs": integer(0, _MAX_ROWS)})),
+}
 SEGMENTATION: dict[str, Check] = {"ignore_index": optional(integer(-(1 << 31), (1 << 31) - 1))}
 
 
@@ -68,9 +72,9 @@ def recipe_schema(score: type, own: Mapping[str, Check], later: Collection[str] 
         {f.name: anything(4, 1000) for f in dataclasses.fields(score) if f.default is not dataclasses.MISSING},
     )
     fields: dict[str, Check] = {
-        "base": _base,
+        "base": base_check,
         "layers": listing(text(500), 1, MAX_LAYERS, distinct=True),
-        "levels": listing(_level, 1, MAX_LEVELS),
+        "levels": listing(level_check, 1, MAX_LEVELS),
         "where": one_of(*get_args(Where)),
         "noise": one_of(*get_args(Policy)),
         "seed": integer(-(1 << 63), (1 << 64) - 1),
@@ -99,7 +103,8 @@ def recipe_schema(score: type, own: Mapping[str, Check], later: Collection[str] 
     return recipe
 
 
-def _level(value: Any, at: str) -> dict[str, Any]:
+def level_check(value: Any, at: str) -> dict[str, Any]:
+    """The check of a noise level: what was asked for, by one name, and what it came to."""
     requests = {name: _LEVEL for name in ("timestep", "nsr", "half_log_snr")}
     level = record({"requested": record({}, requests), "timestep": number(), "nsr": _LEVEL})(value, at)
     if len(level["requested"]) != 1:
@@ -119,13 +124,14 @@ BASE: dict[str, Check] = {
     "commit": optional(text(40, pattern="[0-9a-f]{40}", what="a commit of 40 hexadecimal digits")),
     "model_class": _CLASS,
     "config": mapping(anything(12, 300_000), 0, 1000),
-    "features": mapping(integer(1, MAX_WIDTH), 1, MAX_LAYERS),
+    "features": mapping(integer(1, MAX_WIDTH), 0, MAX_LAYERS),
     "marks": mapping(listing(number(), 1, 64), 0, 1000),
 }
 _BASE = record(BASE)
 
 
-def _base(value: Any, at: str) -> dict[str, Any]:
+def base_check(value: Any, at: str) -> dict[str, Any]:
+    """The check of a base's record: `BASE`, and a name that is a Hub id where it is no folder."""
     base = _BASE(value, at)
     if base["name"] is not None and not base["local"] and not is_repo_id(base["name"]):
         raise ValueError(f"{at}.name is {shown(base['name'])}; with local false, allowed is a Hub id ('user/name').")
@@ -156,4 +162,16 @@ def _train(value: Any, at: str) -> Mapping[str, Any]:
     return mapping(anything(4, 10_000), 0, 100)(value, at)
 
 
-__all__ = ["BASE", "FITTED", "MAX_ENSEMBLE", "MAX_LAYERS", "MAX_LEVELS", "POOLING", "SEGMENTATION", "recipe_schema"]
+__all__ = [
+    "BASE",
+    "FITTED",
+    "MATCHER",
+    "MAX_ENSEMBLE",
+    "MAX_LAYERS",
+    "MAX_LEVELS",
+    "POOLING",
+    "SEGMENTATION",
+    "base_check",
+    "level_check",
+    "recipe_schema",
+]

@@ -87,7 +87,14 @@ class SavedTask(Task):
             kwargs["token"] = token
         base = source.denoiser if source is not None and base is None else base
         head, recipe, denoiser = files.load(cls.FORMAT, id_or_folder, base, revision, base_revision, token, kwargs)
-        return cls(head, recipe, denoiser, batch_size or cls.BATCH_SIZE, source)
+        return cls._joined(head, recipe, denoiser, batch_size or cls.BATCH_SIZE, source)
+
+    @classmethod
+    def _joined(
+        cls, head: Any, recipe: Any, denoiser: Denoiser, batch_size: int, source: FeatureSource | None
+    ) -> Self:
+        """A task of its parts."""
+        return cls(head, recipe, denoiser, batch_size, source)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
         """Write config and weights of the head, the recipe and a model card, all or nothing.

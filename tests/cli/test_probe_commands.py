@@ -298,6 +298,8 @@ HAVE = {
     "match": "timesteps seed dtype batch_size device out overwrite json quiet revision",
     "segment fit": "timesteps seed dtype store_dtype batch_size device out overwrite json limit quiet",
     "segment predict": "dtype batch_size device out overwrite json limit quiet",
+    "evaluate": "device out overwrite json quiet",
+    "segment open": "dtype batch_size device out overwrite json limit quiet",
     "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
 }  # fmt: skip
 
