@@ -265,7 +265,7 @@ class _Bench:
             for data, found in zip((self.train, self.test), keys, strict=True)
         ]
         if not self.compared:
-            tell_overlap(*keys, str(self.train), str(self.test))
+            tell_overlap(keys[0], keys[1], str(self.train), str(self.test))
             self.compared = True
         return both[0], both[1]
 
