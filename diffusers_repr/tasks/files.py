@@ -94,7 +94,7 @@ def load_source(
     id_or_folder: str | os.PathLike[str],
     revision: str | None,
     token: str | None,
-    recipe: FeatureRecipe,
+    recipe: Any,
     denoiser: Denoiser,
     batch_size: int,
 ) -> FeatureSource | None:
