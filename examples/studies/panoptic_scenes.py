@@ -207,8 +207,8 @@ def table(rows: dict) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="outputs/digits-text", help="text-to-image pipeline of scenes")
-    parser.add_argument("--clip", default="outputs/scenes-clip")
+    parser.add_argument("--model", default="examples/models/digits-text", help="text-to-image pipeline of scenes")
+    parser.add_argument("--clip", default="examples/models/digits-text/clip")
     parser.add_argument("--dataset_name", default="data/scenes")
     parser.add_argument("--work_dir", default="outputs/panoptic", help="of both trainings")
     parser.add_argument("--output_dir", default="docs/results/panoptic")
