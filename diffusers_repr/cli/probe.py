@@ -34,9 +34,9 @@ class Settings(options.ImageSettings, options.ModelSettings):
         None, "folder that `diffusers-repr select` wrote, instead of --layers and --timesteps"
     )
     use: str | None = setting(None, "of the selection: best, layers or levels; default: best")
-    head: str = setting("linear", "linear, mlp or knn")
-    protocol: str | None = setting(None, "lbfgs, ridge, adam, ddae, mae, repa or knn; default: that of the head")
-    pooling: str | None = setting(None, "mean, max or adaptive:P; default: mean, or that of the selection")
+    head: str = setting("linear", "linear, mlp, knn; on maps attention or convolution")
+    protocol: str | None = setting(None, "lbfgs, ridge, adam, adam-maps, ddae, gdc, ...; default: that of the head")
+    pooling: str | None = setting(None, "mean, max or adaptive:P; of heads on maps map:P; default: mean, or map:16")
     noise: str | None = setting(
         None, "per_image, shared, fresh or clean; default: per_image, or that of the selection"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -143,8 +144,11 @@ def _fitted_on_maps(head: MapClassifier, options: Mapping[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     maps = torch.randn(60, 8, 3, 2, generator=generator) + 3 * torch.eye(8)[labels][:, :, None, None]
+    given = ("self", "layers", "channels", "sizes", "num_classes", "levels")
+    own = [name for name in inspect.signature(type(head).__init__).parameters if name not in given]
+    settings = {name: head.config[name] for name in own} | dict(options)  # as wide as the head that came
     with leaving_alone(f"Fitting a {type(head).__name__}"):
-        found = fit_map_head({"a": maps}, labels, head=head.kind, **options).head
+        found = fit_map_head({"a": maps}, labels, head=head.kind, **settings).head
     accuracy = map_accuracy(found, {"a": maps}, labels)
     expect(accuracy > 0.9, f"A fitted {type(head).__name__} tells {accuracy:.0%} of three classes that lie far apart.")
     with torch.no_grad():
