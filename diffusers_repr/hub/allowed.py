@@ -143,8 +143,8 @@ def kind_of(folder: Path) -> str:
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
         "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), zero_shot.json (zero-shot "
-        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
-        "(model or head) and scheduler_config.json (scheduler)."
+        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), "
+        "config.json (model or head) and scheduler_config.json (scheduler)."
     )
 
 

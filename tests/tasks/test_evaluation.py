@@ -28,7 +28,9 @@ from diffusers_repr.tasks.evaluation import (
 )
 from diffusers_repr.tasks.evaluation.plan import Bases, Plan, make_plan
 from diffusers_repr.tasks.evaluation.sources import Reading
+from diffusers_repr.tasks.sift import SiftCorrespondence
 from tests.data.test_image_pairs import spair
+from tests.tasks.correspondence_cases import photo, shifted
 from tests.tasks.planted import NAMES, images, pipeline
 
 RECIPES = Path(__file__).parents[2] / "examples" / "configs" / "evaluate"
@@ -280,6 +282,28 @@ def test_correspondence_on_pairs():
     for name in ("matches", "similarity"):
         with Image.open(f"pairs/seed-0/pictures/{name}.png") as picture:
             assert picture.height > 200
+
+
+def test_sift_on_its_own_key_points(tmp_path):
+    """A shifted image has the same key points, moved; other points have no answer."""
+    image, moved = photo(96, 96), shifted(photo(96, 96), 5, 3)
+    rows = SiftCorrespondence()(image, moved)
+    inside = ((rows[:, :2] > 20) & (rows[:, :2] < 70)).all(1)
+    key = rows[inside, :2]
+    assert len(key) > 3
+    data = [(image, moved, key, key + torch.tensor([5.0, 3.0]))]
+    task = SiftCorrespondence.fit()
+    found = task.evaluate(data, alpha=0.02, reference="image")
+    assert found["pck"] > 0.9
+    task.save_pretrained(tmp_path / "sift")
+    again = SiftCorrespondence.from_pretrained(tmp_path / "sift")
+    assert again.recipe == {
+        "pck at 0.02 of the image": found["pck"],
+        "pck_per_image at 0.02 of the image": found["pck"],
+    }
+    assert again.evaluate(data, alpha=0.02, reference="image", record=False) == found
+    with pytest.raises(ValueError, match="pair 0 asks about points that are no key points of SIFT"):
+        task.evaluate([(image, moved, [[1, 1]], [[1, 1]])], reference="image")
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -28,9 +28,7 @@ class Known:
 
     def __call__(self, asked):
         places = torch.tensor([self.levels.index(time) for time in asked.timesteps.tolist()], dtype=torch.long)
-        for key in zip(
-            *(column.tolist() for column in (asked.images, asked.prompts, places, asked.draws)), strict=True
-        ):
+        for key in zip(*(column.tolist() for column in (asked.images, asked.prompts, places, asked.draws)), strict=True):
             self.seen[key] = self.seen.get(key, 0) + 1
         return self.values[asked.images, asked.prompts, places, asked.draws]
 
@@ -56,9 +54,7 @@ def paper(errors, n_samples, to_keep):
         for prompt in left:
             seen[prompt] += new
             count += len(new)
-        left = sorted(left, key=lambda prompt: sum(errors[prompt][at] for at in seen[prompt]) / len(seen[prompt]))[
-            :keep
-        ]
+        left = sorted(left, key=lambda prompt: sum(errors[prompt][at] for at in seen[prompt]) / len(seen[prompt]))[:keep]
     return left[0], count
 
 

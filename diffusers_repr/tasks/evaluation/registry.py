@@ -66,6 +66,7 @@ _KINDS: dict[str, TaskKind] = {
             "correspondence", "diffusers_repr.tasks.correspondence:Correspondence", open_pairs, fits.correspondence,
             pictures.of_correspondence, "pck",
         ),
+        TaskKind("sift", "diffusers_repr.tasks.sift:SiftCorrespondence", open_pairs, headline="pck"),
         TaskKind(
             "zero-shot", "diffusers_repr.tasks.zero_shot:ZeroShotClassifier", settings=fits.zero_shot,
             headline="accuracy",
