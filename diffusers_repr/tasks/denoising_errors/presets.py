@@ -43,9 +43,7 @@ def rule_and_loss(rule: str | Rule, loss: str | None) -> tuple[Rule, str]:
     if rule == "calibrated":
         raise ValueError("rule='calibrated' is learned from labelled images: see ZeroShotClassifier.fit.")
     names = ", ".join([*plain, *PRESETS])
-    raise ValueError(
-        f"rule={rule!r} is none that is known; take one of {names}, or a Rule: Racing(error=0.01)."
-    )
+    raise ValueError(f"rule={rule!r} is none that is known; take one of {names}, or a Rule: Racing(error=0.01).")
 
 
 __all__ = ["PRESETS", "rule_and_loss"]
