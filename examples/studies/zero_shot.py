@@ -11,6 +11,7 @@ and the races ask for.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +95,9 @@ class Kept:
 UNITS = Units.of(range(CLASSES))
 
 
+Row = dict[str, Any]
+
+
 def shifted(asked: Asked, start: int) -> Asked:
     """The same pairs of images that stand further behind."""
     return Asked(asked.images + start, asked.prompts, asked.timesteps, asked.draws)
@@ -122,11 +126,9 @@ def make_rules(
     return every, whole
 
 
-def rows_of(
-    results: dict[str, list[tuple[Tensor, Tensor]]], labels: Tensor, real: int
-) -> list[dict[str, float | str]]:
+def rows_of(results: dict[str, list[tuple[Tensor, Tensor]]], labels: Tensor, real: int) -> list[Row]:
     """Of each rule: accuracy over seeds, evaluations, and against the schedule on the same images and noise."""
-    rows: list[dict[str, float | str]] = []
+    rows: list[Row] = []
     base = results["schedule"]
     for name, runs in results.items():
         right = torch.stack([(found == labels).double() for found, _ in runs])
@@ -150,22 +152,25 @@ def rows_of(
     return rows
 
 
-def table_of(rows: list[dict[str, float | str]]) -> str:
+def table_of(rows: list[Row]) -> str:
     head = "| rule | seeds | accuracy | lowest seed | 800 as written | evaluations | fewer than the schedule | "
     lines = [head + "accuracy less the schedule's |", "|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row['rule']} | {row['seeds']} | {row['accuracy']:.4f} | {row['lowest']:.4f} | {row['as_written']:.4f} | "
-            f"{row['evaluations']:.1f} | {row['fewer']:.2f}x | {row['difference']:+.4f} +- {row['standard_error']:.4f} |"
-        )
-    return "\n".join(lines) + "\n"
+    form = (
+        "| {rule} | {seeds} | {accuracy:.4f} | {lowest:.4f} | {as_written:.4f} | {evaluations:.1f} | {fewer:.2f}x | "
+        "{difference:+.4f} +- {standard_error:.4f} |"
+    )
+    return "\n".join([*lines, *(form.format(**row) for row in rows)]) + "\n"
 
 
-def picture(rows: list[dict[str, float | str]]) -> bytes:
+def picture(rows: list[Row]) -> bytes:
     figure = require_matplotlib().Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    kinds = {"average": "averaging, levels evenly spread", "best": "averaging, the most telling levels",
-             "race": "calibrated racing, by its stated error", "schedule": "the paper's schedule, 2 then all levels"}  # fmt: skip
+    kinds = {
+        "average": "averaging, levels evenly spread",
+        "best": "averaging, the most telling levels",
+        "race": "calibrated racing, by its stated error",
+        "schedule": "the paper's schedule, 2 then all levels",
+    }
     for kind, text in kinds.items():
         own = sorted((row for row in rows if str(row["rule"]).startswith(kind)), key=lambda row: row["evaluations"])
         style = {"marker": "*", "markersize": 13, "linestyle": ""} if kind == "schedule" else {"marker": "o"}
