@@ -24,6 +24,7 @@ NAMES = (
     "correspondence",
     "cleandift",
     "odise",
+    "zero_shot",
 )
 
 
