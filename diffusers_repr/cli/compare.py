@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers_repr.cli import options
 from diffusers_repr.cli.parts import as_selected, open_parts, refuse_seen
@@ -64,6 +64,7 @@ def run(args: Settings) -> int:
 
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.heads import PROTOCOLS
+    from diffusers_repr.heads.fitting.protocols import MinibatchProtocol
     from diffusers_repr.sweep.select import select_features
     from diffusers_repr.sweep.selection import Selection
     from diffusers_repr.tasks.compare_heads import HEADS, compare_heads
@@ -75,16 +76,19 @@ def run(args: Settings) -> int:
     denoiser.pipe.to(options.device(args.device))
     size = options.sides(args.image_size)
     options.tell_size(denoiser, size, aside=args.json)
-    reading = {"prompt": args.prompt, "class_labels": args.class_label, "image_size": size}
+    reading: dict[str, Any] = {"prompt": args.prompt, "class_labels": args.class_label, "image_size": size}
     if selection is None:
+        assert args.timesteps is not None
         selection = select_features(
             denoiser, parts["train"], parts["validation"], options.numbers(args.timesteps), max_layers=1, max_levels=1,
             batch_size=args.batch_size, seeds=args.seeds, progress=not args.quiet, **reading,
         )  # fmt: skip
+    protocol = PROTOCOLS["adam-maps"].replace(learning_rate=args.learning_rate)
+    assert isinstance(protocol, MinibatchProtocol)
     comparison = compare_heads(
         denoiser, parts["train"], parts["test"], selection, heads=args.heads or list(HEADS), shares=args.shares,
         seeds=args.seeds, epochs=args.epochs, head_options=head_options, map_size=args.map_size,
-        protocol=PROTOCOLS["adam-maps"].replace(learning_rate=args.learning_rate), batch_size=args.batch_size,
+        protocol=protocol, batch_size=args.batch_size,
         progress=None if args.quiet else lambda line: options.say(line, aside=args.json), **reading,
     )  # fmt: skip
     print(json.dumps(comparison.to_dict()) if args.json else f"{comparison.table()}\n\n{comparison.words()}")

@@ -58,11 +58,11 @@ def card(head: Any, title: str, notes: tuple[str, ...]) -> str:
     base = str(config["base_model"])
     lines = "".join(f"\n- {note}" for note in notes)
     text = f"""A `HyperfeaturesHead` converted from a published checkpoint of Diffusion Hyperfeatures (Luo et al. 2023,
-[arXiv 2305.14334](https://arxiv.org/abs/2305.14334)). It mixes {len(config["layers"])} layers of `{without_places(base)}`
-at {len(head.reads)} of {config["steps"]} steps of a DDIM inversion.
+[arXiv 2305.14334](https://arxiv.org/abs/2305.14334)). It mixes {len(config["layers"])} layers of
+`{without_places(base)}` at {len(head.reads)} of {config["steps"]} steps of a DDIM inversion.
 
-`Hyperfeatures.from_pretrained` of `diffusers_repr.heads` loads it with its base; every task that reads features takes it.
-The license is that of the checkpoint.
+`Hyperfeatures.from_pretrained` of `diffusers_repr.heads` loads it with its base; every task that reads features takes
+it. The license is that of the checkpoint.
 {lines}
 """
     public = is_repo_id(base) and not Path(base).is_dir()

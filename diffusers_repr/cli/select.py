@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusers_repr.cli import options
 from diffusers_repr.cli.parts import open_parts
@@ -78,7 +78,7 @@ def run(args: Settings) -> int:
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.sweep.select import choose_measure, select_features
 
-    trained = {"draws": args.draws, "crop": args.crop, "flip": args.flip}
+    trained: dict[str, Any] = {"draws": args.draws, "crop": args.crop, "flip": args.flip}
     measure = choose_measure(args.metric, args.pooling, args.criterion, **trained)
     open_splits(parts["train"], parts["validation"], measure)  # refuses data before the model is loaded
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))

@@ -24,6 +24,7 @@ _TOKENIZER = (
 )  # fmt: skip
 _MEASURED = ("loss.jsonl", "evaluation.json", "evaluation.jsonl", "samples.png", "mixing_weights.png")
 _MODEL = ("config.json", *_WEIGHTS)
+_SOURCE = tuple(f"source/{name}" for name in _MODEL)  # of features, with weights of its own
 _COMPONENT = (*_MODEL, "scheduler_config.json", "generation_config.json", *_PROCESSOR, *_TOKENIZER)
 ARTIFACTS = "artifacts.json"  # of a training result: the files that a method saved in folders of their own
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -46,9 +47,9 @@ class Kind:
 
 _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
-    "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
-    "matcher": Kind("model", (*_CARD, "correspondence.json")),
-    "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
+    "probe": Kind("model", (*_CARD, "probe.json", *_MODEL, *_SOURCE)),
+    "matcher": Kind("model", (*_CARD, "correspondence.json", *_SOURCE)),
+    "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL, *_SOURCE)),
     "open-vocabulary segmenter": Kind("model", (*_CARD, "panoptic.json", *_MODEL, *_MEASURED)),
     "zero-shot classifier": Kind("model", (*_CARD, "zero_shot.json")),
     "store of features": _STORE,
@@ -115,7 +116,7 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("segmentation.json"):
         return "segmenter"
-    if has("correspondence.json"):
+    if has("correspondence.json", *_SOURCE):
         return "matcher"
     if has("panoptic.json"):
         return "open-vocabulary segmenter"
@@ -142,8 +143,8 @@ def kind_of(folder: Path) -> str:
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
         "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), zero_shot.json (zero-shot "
-        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), config.json "
-        "(model or head) and scheduler_config.json (scheduler)."
+        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), "
+        "config.json (model or head) and scheduler_config.json (scheduler)."
     )
 
 

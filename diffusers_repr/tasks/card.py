@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers_repr.hub import Metric, is_repo_id, model_card
 from diffusers_repr.hub.schema import printable
+from diffusers_repr.tasks.kept_source import KEPT
 from diffusers_repr.tasks.recipe import FeatureRecipe, TaskRecipe
 
 METRIC_NAMES = {
@@ -98,6 +99,12 @@ def loaded_from(recipe: FeatureRecipe, title: str) -> tuple[str, str]:
     return name, "" if on_hub(recipe) else ', base="path/to/the/base/model"'
 
 
+def _features(source: str | None) -> str | None:
+    if source is None:
+        return None
+    return f"of a `{source}`, {'which is in `source/`' if source in KEPT else 'which is passed as source=...'}"
+
+
 def _recipe(recipe: FeatureRecipe, own: Mapping[str, Any]) -> str:
     sides = " x ".join(map(str, recipe.image_size))
     rows = {
@@ -105,7 +112,7 @@ def _recipe(recipe: FeatureRecipe, own: Mapping[str, Any]) -> str:
         "timestep": ", ".join(f"{level.timestep:g} (nsr {level.nsr:.4g})" for level in recipe.levels),
         "noise": f"{recipe.noise}, seed {recipe.seed}, {recipe.ensemble_size} draw(s) an image",
         **own,
-        "features": None if recipe.source is None else f"of a `{recipe.source}`, which is passed as source=...",
+        "features": _features(recipe.source),
         "image size": "the images' own" if recipe.image_size == "keep" else f"{sides} (H x W)",
         "prompt": None if recipe.prompt is None else repr(recipe.prompt),
         "class condition": recipe.class_labels,

@@ -265,7 +265,7 @@ class _Bench:
             for data, found in zip((self.train, self.test), keys, strict=True)
         ]
         if not self.compared:
-            tell_overlap(*keys, str(self.train), str(self.test))
+            tell_overlap(keys[0], keys[1], str(self.train), str(self.test))
             self.compared = True
         return both[0], both[1]
 
@@ -302,7 +302,7 @@ class _Bench:
                 taken, labels, self.classes, levels=levels, protocol=self.protocol_for(len(rows)), **common
             )
             seconds = time.perf_counter() - start
-            accuracy = map_accuracy(result.head, both[1], self.test.targets)  # type: ignore[arg-type]
+            accuracy = map_accuracy(result.head, both[1], self.test.targets)
         forwards = 0.0 if name == "pixels" else self._forwards(kind == "several")
         return _Run(accuracy, len(rows), forwards, _parameters(result.head), seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers_repr.hub.schema import printable
 from diffusers_repr.tasks.card import base_called, loaded_from, printable_recipe, task_card
+from diffusers_repr.tasks.kept_source import KEPT
 from diffusers_repr.tasks.recipe import MatcherRecipe
 
 
@@ -27,7 +28,7 @@ def matcher_card(recipe: MatcherRecipe, head: str, title: str) -> str:
 
 def _usage(recipe: MatcherRecipe, title: str) -> str:
     name, base = loaded_from(recipe, title)
-    source = "" if recipe.source is None else ", source=source"
+    source = "" if recipe.source in (None, *KEPT) else ", source=source"
     return f"""## Use
 
 ```python

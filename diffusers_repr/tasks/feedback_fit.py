@@ -49,7 +49,8 @@ class FeedbackFit:
     ) -> None:
         self.extractor = extractor.replace(batch_size=None)
         self.train, self.test, self.classes = train, test, num_classes
-        self.size, self.condition = map_size, {"prompt": condition[0], "class_labels": condition[1]}
+        self.size = map_size
+        self.condition: dict[str, Any] = {"prompt": condition[0], "class_labels": condition[1]}
         pairs: dict[str, Any] = FeedbackHead.options_for(extractor.denoiser, extractor.resize)
         self.options = {**pairs, **options}
         names = (self.options["sources"], self.options["targets"], extractor.layers)

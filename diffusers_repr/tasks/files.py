@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,27 @@ from typing import Any
 import torch
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import Head, list_heads
 from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_json, resolve_folder, write_json
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.formats import FORMATS, TaskFormat, format_in
+from diffusers_repr.tasks.kept_source import KEPT, PATTERNS, copy_source, keep_source, kept_source
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
 
 
 def save(
-    form: TaskFormat, head: Head | None, recipe: Any, folder: str | os.PathLike[str], title: str | None = None
+    form: TaskFormat,
+    head: Head | None,
+    recipe: Any,
+    folder: str | os.PathLike[str],
+    title: str | None = None,
+    source: FeatureSource | None = None,
 ) -> None:
-    """Write a task, all or nothing.
+    """Write a task, all or nothing; with its source, where that is one of `KEPT`.
 
     Raises:
         FileExistsError: If the folder holds something that is no task of this kind.
@@ -38,6 +47,7 @@ def save(
         )
     with atomic_folder(target) as fresh:
         _write(form, head, written_recipe(recipe, target), fresh, title or Path(os.path.abspath(target)).name)
+        keep_source(source, fresh)
 
 
 def written_recipe(recipe: Any, folder: Path | None) -> Any:
@@ -77,6 +87,22 @@ def load(
     if differs is not None:
         raise ValueError(f"The head in {str(folder)!r} {differs}. The files are of two {form.noun}s.")
     return head, recipe, open_base(recipe, folder, base, base_revision, head, **kwargs)
+
+
+def load_source(
+    form: TaskFormat,
+    id_or_folder: str | os.PathLike[str],
+    revision: str | None,
+    token: str | None,
+    recipe: Any,
+    denoiser: Denoiser,
+    batch_size: int,
+) -> FeatureSource | None:
+    """The source that a task's folder holds; None where it holds none."""
+    if recipe.foreign not in KEPT:
+        return None
+    folder = resolve_folder(id_or_folder, revision, token, [form.file, *PATTERNS])
+    return kept_source(recipe, folder, denoiser, batch_size)
 
 
 def read_recipe(form: TaskFormat, folder: Path) -> Any:
@@ -135,11 +161,20 @@ def read_head(form: TaskFormat, folder: Path) -> Head | None:
     return head.eval()
 
 
-def push(form: TaskFormat, head: Head | None, recipe: Any, repo_id: str, **kwargs: Any) -> str:
-    """Save to a temporary folder and upload it; warns where others could not find the base."""
+def push(
+    form: TaskFormat,
+    head: Head | None,
+    recipe: Any,
+    repo_id: str,
+    keep: Callable[[Path], None] | None = None,
+    **kwargs: Any,
+) -> str:
+    """Save to a temporary folder, to which `keep` adds the source, and upload it; warns of bases not on the Hub."""
     _warn_of_local_models(recipe)
     with tempfile.TemporaryDirectory() as temporary:
         _write(form, head, written_recipe(recipe, None), Path(temporary), repo_id)
+        if keep is not None:
+            keep(Path(temporary))
         return push_folder(temporary, repo_id, kind=form.noun, **kwargs)
 
 
@@ -174,7 +209,7 @@ def push_saved(
             raise ValueError(f"clip={clip!r} is for tasks with a CLIP; {str(folder)!r} is a {form.noun}.")
         recipe = recipe.with_clip(clip)
     if base is not None or clip is not None:
-        return push(form, head, recipe, repo_id, **kwargs)
+        return push(form, head, recipe, repo_id, functools.partial(copy_source, Path(folder)), **kwargs)
     _warn_of_local_models(recipe)
     return push_folder(folder, repo_id, kind=form.noun, **kwargs)
 
@@ -190,4 +225,4 @@ def _warn_of_local_models(recipe: Any) -> None:
             )
 
 
-__all__ = ["load", "push", "push_saved", "read_head", "read_recipe", "save"]
+__all__ = ["load", "load_source", "push", "push_saved", "read_head", "read_recipe", "save"]

@@ -15,6 +15,7 @@ from diffusers_repr.data import TrainData
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.pooling import POOLINGS, VECTORS
+from diffusers_repr.heads import PooledHead
 from diffusers_repr.hub import load_json_config, resolve_folder
 from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.places import public_name
@@ -81,6 +82,7 @@ def finetuned_probe(
     told = load_json_config(folder, RECORD)
     _SCHEMA(told, f"{RECORD} of {str(id_or_folder)!r}")
     head = read_head(PROBE, folder / HEAD)
+    assert isinstance(head, PooledHead)
     denoiser = Denoiser.from_pretrained(folder, token=token, **kwargs)
     denoiser.name, denoiser.revision = os.fspath(id_or_folder), revision
     size = (int(told["image_size"][0]), int(told["image_size"][1]))

@@ -57,8 +57,9 @@ class FeatureRecipe:
         class_labels: Condition of a class-conditional model, for every image.
         scores: What was measured.
         versions: Of the libraries.
-        source: Class of the `FeatureSource` that is not a `FeatureExtractor`: it must be given again when the task is
-            loaded, and levels, noise and layers are its own. None: a `FeatureExtractor` with these settings.
+        source: Class of the `FeatureSource` that is not a `FeatureExtractor`: levels, noise and layers are its own.
+            The task's folder holds it (`Hyperfeatures`), or it must be given again when the task is loaded. None: a
+            `FeatureExtractor` with these settings.
     """
 
     NOUN: ClassVar[str] = "task"  # what it is called in messages

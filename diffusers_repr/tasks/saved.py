@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, ClassVar, Self
 
@@ -10,6 +11,7 @@ from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import Head
 from diffusers_repr.tasks import files
 from diffusers_repr.tasks.formats import TaskFormat
+from diffusers_repr.tasks.kept_source import keep_source
 from diffusers_repr.tasks.reading import check_source
 from diffusers_repr.tasks.recipe import FeatureRecipe, Score
 from diffusers_repr.tasks.task import Task
@@ -70,8 +72,8 @@ class SavedTask(Task):
             base: A folder, Hub id, pipeline or `Denoiser` to take instead of the recorded base at its recorded
                 revision.
             revision: Of the task: branch, tag or commit.
-            source: Where features come from, for a task that was not fitted on a `FeatureExtractor`; its base is then
-                the task's.
+            source: Where features come from, for a task that was fitted on a source of another class than
+                `FeatureExtractor` and `Hyperfeatures`; its base is then the task's.
             base_revision: Of `base`.
             token: Hub token, for the task and the base.
             batch_size: Images read at a time, and rows of one forward (ensemble members and levels counted).
@@ -87,7 +89,10 @@ class SavedTask(Task):
             kwargs["token"] = token
         base = source.denoiser if source is not None and base is None else base
         head, recipe, denoiser = files.load(cls.FORMAT, id_or_folder, base, revision, base_revision, token, kwargs)
-        return cls._joined(head, recipe, denoiser, batch_size or cls.BATCH_SIZE, source)
+        size = batch_size or cls.BATCH_SIZE
+        if source is None:
+            source = files.load_source(cls.FORMAT, id_or_folder, revision, token, recipe, denoiser, size)
+        return cls._joined(head, recipe, denoiser, size, source)
 
     @classmethod
     def _joined(
@@ -97,7 +102,7 @@ class SavedTask(Task):
         return cls(head, recipe, denoiser, batch_size, source)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
-        """Write config and weights of the head, the recipe and a model card, all or nothing.
+        """Write config and weights of the head, the recipe and a model card, all or nothing; `Hyperfeatures` too.
 
         A base that is a folder elsewhere on this disk is written as the way to it from `folder`; no absolute place of
         this machine is. If it fails, nothing has changed, and the task can be saved to another place.
@@ -110,7 +115,7 @@ class SavedTask(Task):
             FileExistsError: If the folder holds something else.
             OSError: If the disk is full or the folder cannot be written.
         """
-        files.save(self.FORMAT, self.head, self.recipe, folder, title)
+        files.save(self.FORMAT, self.head, self.recipe, folder, title, self.source)
 
     def push_to_hub(
         self,
@@ -143,7 +148,8 @@ class SavedTask(Task):
         recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
         message = commit_message or f"Upload {self.FORMAT.noun} with diffusers-repr"
         options = {"private": private, "token": token, "revision": revision, "commit_message": message}
-        return files.push(self.FORMAT, self.head, recipe, repo_id, **options)
+        keep = functools.partial(keep_source, self.source)
+        return files.push(self.FORMAT, self.head, recipe, repo_id, keep, **options)
 
     def record(self, score: Score) -> None:
         """Keep a score in the recipe; one of the same name, data set and split is replaced."""

@@ -7,7 +7,8 @@
 Layer and level are chosen by a closed-form linear head on a validation split, once for all heads. Then every head is
 fitted with each share of the labels and each of three seeds, and measured on the test split: linear, MLP, nearest
 neighbours, convolution, attention, DifFormer and DifFeed, against a linear head on raw pixels and on the same layer of
-the untrained network. Writes comparison.json, comparison.md, comparison.png and heatmap.png.
+the untrained network. Last, one classifier that is told the level is measured level by level. Writes comparison.json,
+comparison.md, noise_curve.json and pictures.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from diffusers_repr.data.image_data import load_images
 from diffusers_repr.data.splits import has_split
 from diffusers_repr.heads import PROTOCOLS
 from diffusers_repr.sweep.splits import draw_rows, hold_out
-from diffusers_repr.tasks import HEADS, HeadPlaces, compare_heads
+from diffusers_repr.tasks import HEADS, HeadPlaces, compare_heads, noise_curve
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "classification"
+CURVE = [0, 50, 100, 200, 300, 500, 700, 900]
 
 
 def open_data(dataset: str, limit: int | None, test_limit: int | None, validate: float):
@@ -83,6 +85,11 @@ def main() -> None:
     comparison = dataclasses.replace(comparison, recipe={**comparison.recipe, "seconds": seconds})
     comparison.save(args.output_dir)
     (args.output_dir / "heatmap.png").write_bytes(selection.heatmap())
+    curve = noise_curve(
+        denoiser, places.layer, train, test, timesteps=CURVE, draws=4, protocol=PROTOCOLS["ddae"].replace(epochs=60)
+    )
+    curve.save(args.output_dir)
+    print("accuracy by timestep:", dict(zip(curve.timesteps, curve.accuracies, strict=True)))
     print(comparison.table(), comparison.words(), sep="\n\n")
 
 

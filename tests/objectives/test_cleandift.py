@@ -231,12 +231,17 @@ def test_the_timestep_stays_or_moves(learned):
         assert not hasattr(objective, "tau")
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("what", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_checkpointing_and_compiling_change_nothing(what):
+    """A compiled network is read by hooks that were there before, and not broken off."""
     objective, data = made(), batch()
     objective(data)["loss"].backward()
     plain = gradients(objective)
     objective.zero_grad()
-    objective.network.enable_gradient_checkpointing()
+    if what == "compiled":
+        objective.network.compile(backend="eager")
+    else:
+        objective.network.enable_gradient_checkpointing()
     objective(data)["loss"].backward()
     found = gradients(objective)
     assert plain.keys() == found.keys()

@@ -26,9 +26,11 @@ from diffusers_repr.tasks.evaluation import (
     unregister_source,
     unregister_task,
 )
-from diffusers_repr.tasks.evaluation.plan import Bases, make_plan
+from diffusers_repr.tasks.evaluation.plan import Bases, Plan, make_plan
 from diffusers_repr.tasks.evaluation.sources import Reading
+from diffusers_repr.tasks.sift import SiftCorrespondence
 from tests.data.test_image_pairs import spair
+from tests.tasks.correspondence_cases import photo, shifted
 from tests.tasks.planted import NAMES, images, pipeline
 
 RECIPES = Path(__file__).parents[2] / "examples" / "configs" / "evaluate"
@@ -109,6 +111,9 @@ def test_two_recipes_one_table(capsys):
     probe = Probe.from_pretrained("both/probe/seed-3/task")
     assert probe.recipe.base.name == "model"
     assert probe.evaluate(load_images("data", "test"), record=False)["accuracy"] == by_hand(3, False)
+    saved = {"task": "classification", "load": "both/probe/seed-3/task", "data": {"path": "data"}}
+    again = evaluate_recipe(read_evaluation(write("saved", saved)), "saved")
+    assert again["measured"]["test"]["accuracy"]["seeds"] == [by_hand(3, False)]
     with pytest.raises(ValueError, match="has no name"):  # nothing that could be loaded has such weights
         Probe.from_pretrained("both/random/seed-0/task")
     before = {path: path.stat().st_mtime_ns for path in Path("both").rglob("seed-*/**/*")}
@@ -130,9 +135,9 @@ def test_two_recipes_one_table(capsys):
             changed(task="clasification"),
             "bad.yaml: task: Unknown task 'clasification'; expected one of classification,",
         ),
-        (changed(base="models"), "bad.yaml: base: 'models' is not here. Give a pipeline's folder or Hub id."),
+        (changed(base="./models"), "bad.yaml: base: './models' is not here. Give a pipeline's folder or Hub id."),
         (changed(base="./data"), "bad.yaml: base: './data' has no model_index.json, so it is no pipeline."),
-        (changed(seeds=[]), "bad.yaml: seeds is []; allowed is a list of 1 to"),
+        (changed(seeds=[]), "bad.yaml: seeds is a list of 0; allowed is a list of 1 to 1000 items."),
         (changed(seeds=[1, 1]), "bad.yaml: seeds"),
         (
             changed(source={"name": "plane"}),
@@ -153,6 +158,8 @@ def test_two_recipes_one_table(capsys):
         (changed(data={"train_limit": 0}), "bad.yaml: data: train_limit is a number of rows, at least 1; got 0."),
         (changed(measure={"alpha": 0.1}), "Unknown key 'alpha' in bad.yaml: measure."),
         ({key: PROBE[key] for key in PROBE if key != "data"}, "bad.yaml has no 'data', which an evaluation needs."),
+        ({**PROBE, "load": "x"}, "bad.yaml: fit: a saved task (load) is not fitted again"),
+        ({"task": "classification", "load": "./x", "data": {"path": "data"}}, "bad.yaml: load: './x' is not here"),
         ({"like": "none.yaml"}, "There is no recipe 'none.yaml'; beside it: ["),
         ({"like": "bad.yaml"}, "bad.yaml is like itself"),
     ],
@@ -161,7 +168,7 @@ def test_what_is_wrong_is_told_before_any_work(recipe, message, capsys, monkeypa
     def fit(*given, **settings):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(Probe, "fit", fit)
+    monkeypatch.setattr(Plan, "fitted", fit)
     if not message.startswith(("bad.yaml: source.layers", "bad.yaml: source.timesteps: ")):
         monkeypatch.setattr(Denoiser, "from_pretrained", fit)
     good = write("good", PROBE)
@@ -207,7 +214,7 @@ KILLED = []
 def test_a_task_of_ones_own_and_a_kill_between_seeds(monkeypatch, place):
     """What a kill in the middle of the second seed leaves is the first; the same again goes on from there."""
     register_task("counting")(Counting)
-    monkeypatch.setattr(Bases, "get", lambda self, recipe: None)
+    monkeypatch.setattr(Bases, "get", lambda self, recipe: "a base")
     try:
         recipe = read_evaluation(write("own", {
             "task": "counting", "base": "model", "fit": {"step": "2e0"}, "data": {"path": "data"}, "seeds": [0, 1, 2]
@@ -255,8 +262,8 @@ def test_segmentation_of_coins_by_pixels_and_of_a_source_of_ones_own():
     assert scores["rows"]["mean"] == 28
     with Image.open("coins/seed-0/pictures/masks.png") as picture:
         assert picture.width > 6 * 96
-    source = PixelSource(Denoiser.from_pretrained("colour"), 3, places=True, image_size="keep")
-    again = Segmenter.from_pretrained("coins/seed-0/task", source=source)
+    again = Segmenter.from_pretrained("coins/seed-0/task")  # pixels are a source that a task keeps
+    assert (again.source.patch, again.source.places, again.source.centred) == (3, True, False)
     assert {score.name: score.value for score in again.recipe.scores}["mean_iou"] == scores["mean_iou"]["mean"]
 
 
@@ -277,7 +284,29 @@ def test_correspondence_on_pairs():
             assert picture.height > 200
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sift_on_its_own_key_points(tmp_path):
+    """A shifted image has the same key points, moved; other points have no answer."""
+    image, moved = photo(96, 96), shifted(photo(96, 96), 5, 3)
+    rows = SiftCorrespondence()(image, moved)
+    inside = ((rows[:, :2] > 20) & (rows[:, :2] < 70)).all(1)
+    key = rows[inside, :2]
+    assert len(key) > 3
+    data = [(image, moved, key, key + torch.tensor([5.0, 3.0]))]
+    task = SiftCorrespondence.fit()
+    found = task.evaluate(data, alpha=0.02, reference="image")
+    assert found["pck"] > 0.9
+    task.save_pretrained(tmp_path / "sift")
+    again = SiftCorrespondence.from_pretrained(tmp_path / "sift")
+    assert again.recipe == {
+        "pck at 0.02 of the image": found["pck"],
+        "pck_per_image at 0.02 of the image": found["pck"],
+    }
+    assert again.evaluate(data, alpha=0.02, reference="image", record=False) == found
+    with pytest.raises(ValueError, match="pair 0 asks about points that are no key points of SIFT"):
+        task.evaluate([(image, moved, [[1, 1]], [[1, 1]])], reference="image")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_recipes_of_the_repository_are_right(path, monkeypatch):
     """All but their pairs, which take seconds to make, and the bases, which need not be loaded for it."""
     monkeypatch.chdir(RECIPES.parents[2])
@@ -285,7 +314,7 @@ def test_the_recipes_of_the_repository_are_right(path, monkeypatch):
     plan = make_plan(read_evaluation(path))
     assert plan.recipe.name != path.stem
     assert list(plan.splits) == ["test"]
-    assert f"evaluate/{path.stem.split('_')[0]}_" in path.read_text() or "like: " in path.read_text()
+    assert f"evaluate/{path.parent.name}/*.yaml" in path.read_text() or "like: " in path.read_text()
 
 
 def test_an_untrained_network():

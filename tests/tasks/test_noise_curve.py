@@ -84,4 +84,4 @@ def test_noise_drowns_the_signal(tmp_path):
     with pytest.raises(ValueError, match="without standardisation"):
         noise_curve(denoiser, "layer", train, test, protocol=PROTOCOLS["adam"])
     with pytest.raises(ValueError, match="two classes"):
-        noise_curve(denoiser, "layer", (train[0], torch.zeros(96).long()), test)
+        noise_curve(denoiser, "layer", *((images, torch.zeros(len(images)).long()) for images, _ in (train, test)))

@@ -8,7 +8,10 @@ from diffusers_repr.data.coins import COINS, load_coins
 from diffusers_repr.data.image_data import ImageData, load_images
 from diffusers_repr.data.image_pairs import ImagePairs
 from diffusers_repr.data.known_pairs import PHOTOGRAPHS, load_known_pairs
+from diffusers_repr.data.masked import image_size
+from diffusers_repr.data.panoptic_data import PanopticConfig, PanopticTrainData
 from diffusers_repr.data.spair import load_spair
+from diffusers_repr.data.splits import open_split
 from diffusers_repr.sweep.splits import draw_rows
 from diffusers_repr.tasks.images import class_data
 
@@ -76,6 +79,37 @@ def open_pairs(
     return load_spair(path, split, size, category)  # type: ignore[arg-type]
 
 
+def open_panoptic_images(
+    path: str,
+    split: str,
+    *,
+    image_column: str = "image",
+    panoptic_column: str = "panoptic",
+    segments_column: str = "segments",
+    class_key: str = "class",
+    ground: str | None = None,
+    exclude: list[str] | None = None,
+) -> PanopticTrainData:
+    """A split of images of one size with the segment of every pixel.
+
+    Args:
+        path: As in `load_images`.
+        split: Name of the split.
+        image_column: Of the images.
+        panoptic_column: Of the ids of segments.
+        segments_column: Of the classes of segments.
+        class_key: As in `PanopticConfig`.
+        ground: Likewise.
+        exclude: Likewise.
+    """
+    columns = {"image_column": image_column, "panoptic_column": panoptic_column, "segments_column": segments_column}
+    config = PanopticConfig(path, split, **columns, class_key=class_key, ground=ground, exclude=exclude)
+    rows = open_split(path, split)
+    if image_column not in rows.column_names:
+        raise ValueError(f"There is no column {image_column!r}; the data have {', '.join(rows.column_names)}.")
+    return PanopticTrainData(rows, config, 3, image_size(rows[0][image_column]))
+
+
 def first_rows(data: Any, count: int, seed: int) -> Any:
     """So many rows of a split: images drawn by a seed, of each class its share; of all else the first.
 
@@ -96,4 +130,4 @@ def first_rows(data: Any, count: int, seed: int) -> Any:
     raise TypeError(f"No part can be taken of a {type(data).__name__}; leave out limit and train_limit.")
 
 
-__all__ = ["first_rows", "open_labelled_images", "open_masked_images", "open_pairs"]
+__all__ = ["first_rows", "open_labelled_images", "open_masked_images", "open_pairs", "open_panoptic_images"]

@@ -88,4 +88,50 @@ def correspondence(
     return {**told, "prompt": prompt, "class_labels": class_label}
 
 
-__all__ = ["classification", "correspondence", "segmentation"]
+def zero_shot(
+    *,
+    classes: list[str] | dict[str, Any] | None = None,
+    template: str | list[str] | None = None,
+    rule: str | None = None,
+    error: float | None = None,
+    candidates: int | None = None,
+    draws: int | None = None,
+    criterion: str | None = None,
+    loss: str | None = None,
+    ensemble: Literal["mean", "best"] | None = None,
+    image_size: int | list[int] | None = None,
+    resize: Literal["crop", "stretch"] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `ZeroShotClassifier.fit`; those that are not told are left to it.
+
+    Args:
+        classes: Names, or names with their prompts.
+        template: Puts names into words.
+        rule: `calibrated`, `racing` or `averaging`.
+        error: Of `calibrated`: probability that it eliminates the true class.
+        candidates: Levels that are tried.
+        draws: Of noise, at each.
+        criterion: By which levels are ordered.
+        loss: `l2`, `l1`, `huber` or `vlb`.
+        ensemble: How several prompts of a class count.
+        image_size: One side, or height and width.
+        resize: How images are brought to it.
+    """
+    size = tuple(image_size) if isinstance(image_size, list) else image_size
+    given = {
+        "classes": classes,
+        "template": template,
+        "rule": rule,
+        "error": error,
+        "candidates": candidates,
+        "draws": draws,
+        "criterion": criterion,
+        "loss": loss,
+        "ensemble": ensemble,
+        "image_size": size,
+        "resize": resize,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+__all__ = ["classification", "correspondence", "segmentation", "zero_shot"]

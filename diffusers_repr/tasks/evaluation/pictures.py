@@ -97,6 +97,18 @@ def of_correspondence(task: Any, data: Any) -> dict[str, Image.Image]:
     return {"matches": stack_pictures(lines), **drawn}
 
 
+def of_panoptic(task: Any, data: Any) -> dict[str, Image.Image]:
+    """Segments over images, with their names.
+
+    Args:
+        task: An `OpenVocabularySegmenter`.
+        data: Images with segments, of which the first six are shown.
+    """
+    images = [data[at]["pixel_values"] for at in range(min(_SHOWN, len(data)))]
+    shown = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    return {"segments": image_grid(task(shown).pictures(shown), 3)}
+
+
 def _titled(image: Image.Image, text: str, side: int = 84) -> Image.Image:
     """An image under two lines of text."""
     factor = max(1, side // image.width)
@@ -108,4 +120,4 @@ def _titled(image: Image.Image, text: str, side: int = 84) -> Image.Image:
     return sheet
 
 
-__all__ = ["of_classification", "of_correspondence", "of_segmentation"]
+__all__ = ["of_classification", "of_correspondence", "of_panoptic", "of_segmentation"]

@@ -66,15 +66,17 @@ class Plan:
         with naming(f"{self.recipe.file}: source"):
             return self.maker(base, **self.source)
 
-    def check_base(self, base: Denoiser) -> None:
+    def check_base(self, base: Denoiser | None) -> None:
         """Refuse layers and levels that the base does not have; nothing is run.
 
         Args:
-            base: That the recipe names, trained.
+            base: That the recipe names, trained; None: nothing is checked.
 
         Raises:
             ValueError: Names the key.
         """
+        if base is None:
+            return
         found = self.reading(untrained(base) if self.recipe.random else base)
         layers, timestep = found.settings.get("layers"), found.settings.get("timestep")
         if layers is not None:
@@ -85,14 +87,17 @@ class Plan:
                 for step in timestep if isinstance(timestep, list) else [timestep]:
                     base.level(step)
 
-    def fitted(self, base: Denoiser, seed: int, progress_bar: Callable[..., Any] | None = None) -> Task:
-        """The task, fitted with a seed.
+    def fitted(self, base: Denoiser | None, seed: int, progress_bar: Callable[..., Any] | None = None) -> Task:
+        """The task, fitted with a seed, or loaded.
 
         Args:
-            base: That the recipe names, trained.
+            base: That the recipe names, trained; None: that of the saved task.
             seed: Of noise, fitting, the images that are drawn, and the weights of an untrained network.
             progress_bar: As in `fit` of the task.
         """
+        if self.recipe.load is not None:
+            return self._loaded(base)
+        assert base is not None
         reading = self.reading(untrained(base, seed) if self.recipe.random else base)
         named, further = keywords(self.task.fit), takes_settings(self.task.fit)
         given = {"seed": seed, "progress_bar": progress_bar, "batch_size": self.recipe.batch_size}
@@ -103,6 +108,16 @@ class Plan:
         if train is not None and self.train_limit is not None:
             train = first_rows(train, self.train_limit, seed)
         return self.task.fit(reading.source, train, self.validation, **{**own, **self.fit, **reading.settings})
+
+    def _loaded(self, base: Denoiser | None) -> Task:
+        assert self.recipe.load is not None
+        own: dict[str, Any] = {}
+        if self.maker is not None and base is not None:
+            own["source"] = self.reading(base).source
+        if self.recipe.batch_size is not None:
+            own["batch_size"] = self.recipe.batch_size
+        with naming(f"{self.recipe.file}: load"):
+            return self.task.from_pretrained(self.recipe.load, base, **own)
 
     def measured(self, task: Task, progress_bar: Callable[..., Any] | None = None) -> dict[str, dict[str, float]]:
         """The measures of a task on every split.
@@ -143,8 +158,8 @@ def make_plan(recipe: EvaluationRecipe) -> Plan:
         with naming(f"{file}: fit"):
             fit = settings(**fit)
     measure = checked(f"{file}: measure", recipe.measure, task.evaluate, _GIVEN_TO_MEASURE)
-    _check_base_there(recipe)
-    opened = _open(recipe, kind, _needs_train(task))
+    _check_there(recipe)
+    opened = _open(recipe, kind, recipe.load is None and _needs_train(task))
     return Plan(recipe, kind, task, maker, source, fit, measure, **opened)
 
 
@@ -155,7 +170,14 @@ def _needs_train(task: type[Task]) -> bool:
     return train is not None and train.default is train.empty
 
 
-def _check_base_there(recipe: EvaluationRecipe) -> None:
+def _check_there(recipe: EvaluationRecipe) -> None:
+    """Refuse a base or a saved task that is neither a folder nor may be a Hub id."""
+    if recipe.load is not None and not Path(recipe.load).expanduser().is_dir() and not is_repo_id(recipe.load):
+        raise FileNotFoundError(
+            f"{recipe.file}: load: {recipe.load!r} is not here. Give a saved task's folder or Hub id."
+        )
+    if recipe.base is None:
+        return
     name = recipe.base_name
     folder = Path(name).expanduser()
     if (folder / "model_index.json").is_file() or (not folder.exists() and is_repo_id(name)):
@@ -227,8 +249,10 @@ class Bases:
     def __init__(self, device: str) -> None:
         self.device, self._held = device, {}  # type: ignore[var-annotated]
 
-    def get(self, recipe: EvaluationRecipe) -> Denoiser:
-        """The base of a recipe, trained, on the device."""
+    def get(self, recipe: EvaluationRecipe) -> Denoiser | None:
+        """The base of a recipe, trained, on the device; None if it names none."""
+        if recipe.base is None:
+            return None
         key = (recipe.base_name, recipe.revision, recipe.dtype)
         if key not in self._held:
             self._held.clear()

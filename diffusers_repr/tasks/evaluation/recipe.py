@@ -23,6 +23,7 @@ _CHECKS: dict[str, schema.Check] = {
     "name": schema.optional(schema.text(200)),
     "task": schema.text(100),
     "base": schema.text(1000),
+    "load": schema.text(1000),
     "revision": schema.optional(schema.text(200)),
     "dtype": schema.one_of("float32", "bfloat16", "float16"),
     "seeds": schema.listing(schema.integer(0, (1 << 63) - 1), 1, 1000, distinct=True),
@@ -39,10 +40,12 @@ class EvaluationRecipe:
         file: Where it was read from, for messages.
         name: Of its row in a table.
         task: Of `list_tasks`.
-        base: Folder or Hub id of the model; `random:` before it takes the same network untrained.
+        base: Folder or Hub id of the model; `random:` before it takes the same network untrained. With `load` that of
+            the saved task if None.
         source: How features are made: `name` of `list_sources` (`plain` if there is none) and its settings; None: as
             the task does by itself.
         fit: How the task is fitted.
+        load: Folder or Hub id of a saved task, which is measured as it is; nothing is fitted.
         data: What it is fitted to and measured on: `path`, `train`, `validation`, `measure`, and how they are opened.
         measure: How it is measured.
         seeds: Of noise, fitting, the training images that are drawn, and an untrained network's weights.
@@ -54,8 +57,9 @@ class EvaluationRecipe:
     file: str
     name: str
     task: str
-    base: str
     data: Mapping[str, Any]
+    base: str | None = None
+    load: str | None = None
     source: Mapping[str, Any] | None = None
     fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measure: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,18 +71,18 @@ class EvaluationRecipe:
     @property
     def random(self) -> bool:
         """Whether the base is taken untrained."""
-        return self.base.startswith(RANDOM)
+        return self.base is not None and self.base.startswith(RANDOM)
 
     @property
     def base_name(self) -> str:
-        """The base without `random:`."""
-        return self.base.removeprefix(RANDOM)
+        """The base without `random:`; empty if there is none."""
+        return (self.base or "").removeprefix(RANDOM)
 
     @property
     def reads(self) -> str:
         """The source in a few words, for tables."""
         if self.source is None:
-            return "as the task does"
+            return "as the task does" if self.load is None else "as it was saved"
         words = [str(self.source.get("name", "plain"))]
         for key, value in self.source.items():
             if key != "name":
@@ -122,15 +126,31 @@ def read_evaluation(path: str | os.PathLike[str], seeds: list[int] | None = None
         ValueError: For an unknown key or a value of another kind; names file and key.
     """
     file = Path(path)
-    merged = {"seeds": [0, 1, 2], "dtype": "float32", **_merged(file, ())}
+    given = _merged(file, ())
+    merged = {"seeds": [0] if "load" in given else [0, 1, 2], "dtype": "float32", **given}
     if seeds is not None:
         merged["seeds"] = seeds
     fields = {key: _CHECKS[key](value, f"{file.name}: {key}") for key, value in merged.items()}
-    for key in ("task", "base", "data"):
+    for key in ("task", "data", *(() if "load" in fields else ("base",))):
         if key not in fields:
             raise ValueError(f"{file.name} has no {key!r}, which an evaluation needs.")
+    if "load" in fields:
+        _check_loaded(file.name, fields, own_seeds="seeds" in given or seeds is not None)
     fields["seeds"] = tuple(fields["seeds"])
     return EvaluationRecipe(**{"file": file.name, **fields, "name": fields.get("name") or file.stem})
+
+
+def _check_loaded(place: str, fields: Mapping[str, Any], own_seeds: bool) -> None:
+    """Refuse what a saved task has settled."""
+    if fields.get("fit"):
+        raise ValueError(f"{place}: fit: a saved task (load) is not fitted again; leave out one of them.")
+    if own_seeds and len(fields["seeds"]) > 1:
+        raise ValueError(f"{place}: seeds: a saved task (load) is measured once; leave them out.")
+    learned = [key for key in ("train", "validation", "train_limit") if key in fields["data"]]
+    if learned:
+        raise ValueError(f"{place}: data.{learned[0]}: a saved task (load) learns nothing; leave it out.")
+    if str(fields.get("base", "")).startswith(RANDOM):
+        raise ValueError(f"{place}: base: a saved task (load) was fitted on trained weights; leave out {RANDOM!r}.")
 
 
 def _merged(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

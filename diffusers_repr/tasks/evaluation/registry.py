@@ -10,7 +10,12 @@ from typing import Any
 from PIL import Image
 
 from diffusers_repr.tasks.evaluation import fits, pictures
-from diffusers_repr.tasks.evaluation.data import open_labelled_images, open_masked_images, open_pairs
+from diffusers_repr.tasks.evaluation.data import (
+    open_labelled_images,
+    open_masked_images,
+    open_pairs,
+    open_panoptic_images,
+)
 from diffusers_repr.tasks.task import Task
 
 Opener = Callable[..., Any]
@@ -61,7 +66,15 @@ _KINDS: dict[str, TaskKind] = {
             "correspondence", "diffusers_repr.tasks.correspondence:Correspondence", open_pairs, fits.correspondence,
             pictures.of_correspondence, "pck",
         ),
-        TaskKind("panoptic", "diffusers_repr.tasks.panoptic:OpenVocabularySegmenter", headline="pq"),
+        TaskKind("sift", "diffusers_repr.tasks.sift:SiftCorrespondence", open_pairs, headline="pck"),
+        TaskKind(
+            "zero-shot", "diffusers_repr.tasks.zero_shot:ZeroShotClassifier", settings=fits.zero_shot,
+            headline="accuracy",
+        ),
+        TaskKind(
+            "panoptic", "diffusers_repr.tasks.panoptic:OpenVocabularySegmenter", open_panoptic_images,
+            pictures=pictures.of_panoptic, headline="pq",
+        ),
     )
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from diffusers_repr.hub.files import atomic_files
 from diffusers_repr.hub.places import public_name, without_places
 from diffusers_repr.hub.schema import printable
 from diffusers_repr.tasks.evaluation.plan import Plan
-from diffusers_repr.tasks.evaluation.recipe import RANDOM, EvaluationRecipe
+from diffusers_repr.tasks.evaluation.recipe import EvaluationRecipe
 from diffusers_repr.tasks.levels import PACKAGES
 
 METRICS, TABLE = "metrics.json", "table"
@@ -111,7 +111,9 @@ def _card(plan: Plan, told: Mapping[str, Any], folder: Path) -> str:
 
 
 def _base(recipe: EvaluationRecipe) -> str:
-    random = "the random weights of " * recipe.base.startswith(RANDOM)
+    if recipe.base is None:
+        return f"the base of `{printable(public_name(str(recipe.load)))}`"
+    random = "the random weights of " * recipe.random
     return f"{random}`{printable(public_name(recipe.base_name))}`"
 
 
@@ -132,7 +134,7 @@ def table_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "name": told["name"],
                     "task": own.task,
-                    "base": own.base,
+                    "base": own.base or f"of {own.load}",
                     "features": own.reads,
                     "data": f"{own.data['path']} ({split})",
                     "measure": told["headline"] + (f" ({settings})" if settings else ""),

@@ -111,6 +111,8 @@ def _run_seed(
 ) -> dict[str, Any]:
     began = time.perf_counter()
     task = plan.fitted(bases.get(plan.recipe), seed, progress_bar)
+    if plan.recipe.load is not None:
+        task.to(bases.device)
     fitted = time.perf_counter()
     measured = plan.measured(task, progress_bar)
     done = time.perf_counter()
