@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusers_repr.cli.guard import run_script
 from diffusers_repr.config import parse_recipe
@@ -184,7 +184,9 @@ def picture(images: list, truth: list[PanopticMap], said: dict, names: tuple[str
             things = {} if one is None else {n: names[c] for n, c in one.classes.items() if c < len(names) - 1}
             ids = torch.zeros(images[at].shape[1:], dtype=torch.long) if one is None else one.ids
             tiles.append(segment_picture(as_pil(images[at]), ids.numpy(), things, side=192))
-    return image_grid(tiles, len(columns), column_titles=list(columns))
+    high = max(tile.height for tile in tiles)
+    level = [ImageOps.pad(tile, (tile.width, high), color="white", centering=(0, 0)) for tile in tiles]
+    return image_grid(level, len(columns), column_titles=list(columns))
 
 
 def table(rows: dict) -> str:
@@ -207,8 +209,8 @@ def table(rows: dict) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="outputs/digits-text", help="text-to-image pipeline of scenes")
-    parser.add_argument("--clip", default="outputs/scenes-clip")
+    parser.add_argument("--model", default="examples/models/digits-text", help="text-to-image pipeline of scenes")
+    parser.add_argument("--clip", default="examples/models/digits-text/clip")
     parser.add_argument("--dataset_name", default="data/scenes")
     parser.add_argument("--work_dir", default="outputs/panoptic", help="of both trainings")
     parser.add_argument("--output_dir", default="docs/results/panoptic")
