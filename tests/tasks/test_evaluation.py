@@ -1,5 +1,6 @@
 """`diffusers-repr evaluate`: recipes checked whole, numbers those of the tasks, one table; resumed after a kill."""
 
+import functools
 import json
 import os
 import signal
@@ -80,6 +81,7 @@ def loaded(seed, fresh=False):
     return untrained(denoiser, seed) if fresh else denoiser
 
 
+@functools.cache
 def by_hand(seed, fresh):
     train, test = load_images("data", "train"), load_images("data", "test")
     extractor = FeatureExtractor(loaded(seed, fresh), "mid_block", 50, pooling="adaptive:2", seed=seed, image_size=16)
