@@ -24,6 +24,7 @@ NAMES = (
     "correspondence",
     "cleandift",
     "odise",
+    "heads",
     "zero_shot",
 )
 

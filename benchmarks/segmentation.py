@@ -243,9 +243,9 @@ def training(name: str, layers: dict[str, tuple[int, int]], steps: int, repeats:
 def main(argv: list[str]) -> None:
     parts = {
         "memory": memory,
-        "narrow": lambda: training("narrow", NARROW, 32, 3),
-        "small": lambda: training("small", SMALL, 32, 3),
-        "paper": lambda: training("paper", ADM, 16, 2),
+        "narrow": lambda: training("narrow", NARROW, 64, 3),
+        "small": lambda: training("small", SMALL, 64, 3),
+        "paper": lambda: training("paper", ADM, 32, 2),
         "prediction": lambda: prediction(256 if "--full" in argv else 128, 2),
     }
     for name, part in parts.items():

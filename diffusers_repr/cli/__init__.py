@@ -21,16 +21,19 @@ COMMANDS = {
     "extract": "write features of a data set to a folder",
     "cache": "encode a data set once for training: VAE moments, features of teachers",
     "select": "find the noise level and layers that suit a task",
+    "compare": "fit all heads on one model under one protocol, and say which to take",
     "probe": "fit a probe on features and save it",
     "predict": "label images with a saved probe",
     "classify": "name what is on images, without training",
     "match": "find points of one image in another",
     "segment fit": "learn the classes of pixels from a few images with masks",
     "segment predict": "write masks of images by a saved segmenter",
+    "segment open": "write segments of images under any names, by a saved open-vocabulary segmenter",
+    "evaluate": "fit and measure what recipes tell: numbers, pictures, cards and one table",
     "align": "compare the layers of a model with an encoder, level by level",
     "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT, MoCo v3 or a readout head into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",
-    "push": "push a probe, a segmenter, a classifier, a feature store, a pipeline or a model to the Hub",
+    "push": "push a task, a feature store, a pipeline or a model to the Hub",
 }
 
 

@@ -33,7 +33,7 @@ class Settings:
     out: str = setting(
         REQUIRED,
         "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
-        "`Encoder.from_pretrained`, of a readout `ReadoutHead`)",
+        "`Encoder.from_pretrained`, of a readout `ReadoutHead`, of Hyperfeatures `Hyperfeatures.from_pretrained`)",
     )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
         None, "which of those in the file; default: ema if there, else model"
@@ -54,7 +54,7 @@ class Settings:
         None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
     )
     base: str | None = setting(
-        None, "of a readout head: folder or Hub id of the model it was trained on, whose time embedding it takes over"
+        None, "of a readout head or of Hyperfeatures: folder or Hub id of the model it was trained on"
     )
     kind: Literal["spatial", "appearance", "correspondence"] | None = setting(
         None, "of a readout head, where the file does not tell"
@@ -96,19 +96,25 @@ def _arguments(model: type) -> set[str]:
 
 def run(args: Settings) -> int:
     """Convert, and print what was written."""
+    from diffusers_repr.cli.convert_hyperfeatures import save_hyperfeatures
     from diffusers_repr.cli.convert_readout import save_readout
     from diffusers_repr.heads.convert import is_published_readout
+    from diffusers_repr.heads.convert_hyperfeatures import is_published_hyperfeatures
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
     from diffusers_repr.models.convert_joint import is_joint_vit
     from diffusers_repr.models.convert_moco import is_moco_v3
 
     held = read_checkpoint(args.checkpoint)
+    others: tuple[str, ...] = ("weights", "architecture", "model_config", "path", "sampler", "vae")
+    if is_published_hyperfeatures(held):
+        _refuse(args, (*others, "kind"), "This is the network of Diffusion Hyperfeatures, a head on a U-Net")
+        save_hyperfeatures(held, args.checkpoint, args.out, args.base, overwrite=args.overwrite)
+        return 0
     if is_published_readout(held):
-        others = ("weights", "architecture", "model_config", "path", "sampler", "vae")
         _refuse(args, others, "A readout head is no network by itself")
         save_readout(held, args.checkpoint, args.out, args.base, args.kind, overwrite=args.overwrite)
         return 0
-    _refuse(args, ("base", "kind"), "This is no checkpoint of a readout head")
+    _refuse(args, ("base", "kind"), "This is no checkpoint of a readout head or of Hyperfeatures")
     overrides = read_config(args.model_config)
     weights, name = select_weights(held, args.weights)
     if is_moco_v3(weights):

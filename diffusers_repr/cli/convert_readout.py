@@ -31,11 +31,9 @@ def save_readout(
     from diffusers_repr.hub.files import atomic_folder, atomic_write
 
     if base is None:
-        settings = checkpoint.get("config")
-        named = settings.get("model_id") if isinstance(settings, Mapping) else None
         raise ValueError(
             f"{file!r} is a head of Readout Guidance, which takes over the time embedding of its base: "
-            f"give --base, a folder or Hub id{f' (it was trained on {str(named)!r})' if named else ''}."
+            f"give --base, a folder or Hub id{trained_on(checkpoint)}."
         )
     try:
         head, notes = convert_readout(checkpoint, load_network(base), kind)
@@ -52,6 +50,13 @@ def save_readout(
     )
     for note in notes:
         print(note)
+
+
+def trained_on(checkpoint: Mapping[str, Any]) -> str:
+    """What a checkpoint's settings name as its base, in brackets."""
+    settings = checkpoint.get("config")
+    named = settings.get("model_id") if isinstance(settings, Mapping) else None
+    return f" (it was trained on {str(named)!r})" if named else ""
 
 
 def load_network(id_or_folder: str) -> Denoiser:

@@ -68,7 +68,7 @@ def run(args: Settings) -> int:
         pairs = list(zip(args.points[::2], args.points[1::2], strict=True))
         points = check_points(pairs, (images[0].height, images[0].width), "--points")
     if args.homography != "none":
-        from diffusers_repr.tasks.homography import require_scikit_image
+        from diffusers_repr.data.scikit_image import require_scikit_image
 
         require_scikit_image()  # before the work, not after
 
@@ -95,8 +95,9 @@ def _match(args: Settings, images: list[Any], points: Any) -> Matches:
 
     from diffusers_repr.denoiser import Denoiser
     from diffusers_repr.sweep.selection import Selection
-    from diffusers_repr.tasks.correspondence import Correspondence, fill_prompt
+    from diffusers_repr.tasks.correspondence import Correspondence
     from diffusers_repr.tasks.correspondence_source import correspondence_source
+    from diffusers_repr.tasks.image_features import fill_prompt
 
     selection = None if args.selection is None else Selection.load(args.selection)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers_repr.config.recipe import setting
 
@@ -123,6 +123,35 @@ def say(text: str, aside: bool) -> None:
 def numbers(values: Sequence[float]) -> list[int | float]:
     """Timesteps as given: whole ones as int."""
     return [int(value) if value.is_integer() else value for value in values]
+
+
+def reading(args: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The settings of a `FeatureExtractor` that a command was given: these, levels and image size.
+
+    Args:
+        args: `Settings` of the command.
+        names: Of settings that have the extractor's names.
+    """
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.timesteps is not None:
+        steps = numbers(args.timesteps)
+        settings["timestep"] = steps if len(steps) > 1 else steps[0]
+    if args.image_size is not None:
+        settings["image_size"] = sides(args.image_size)
+    return settings
+
+
+def bar(quiet: bool, what: str, unit: str) -> Callable[[int], Any] | None:
+    """What makes a progress bar, `progress_bar` of Python's functions; None where none is wanted.
+
+    Args:
+        quiet: Whether none is wanted.
+        what: Stands before it.
+        unit: What is counted.
+    """
+    from diffusers_repr.store.progress import progress_bar
+
+    return None if quiet else lambda total: progress_bar(total, what, unit)
 
 
 def device(given: str | None) -> str:

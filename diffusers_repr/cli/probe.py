@@ -34,9 +34,9 @@ class Settings(options.ImageSettings, options.ModelSettings):
         None, "folder that `diffusers-repr select` wrote, instead of --layers and --timesteps"
     )
     use: str | None = setting(None, "of the selection: best, layers or levels; default: best")
-    head: str = setting("linear", "linear, mlp or knn")
-    protocol: str | None = setting(None, "lbfgs, ridge, adam, ddae, mae, repa or knn; default: that of the head")
-    pooling: str | None = setting(None, "mean, max or adaptive:P; default: mean, or that of the selection")
+    head: str = setting("linear", "linear, mlp, knn; on maps attention or convolution")
+    protocol: str | None = setting(None, "lbfgs, ridge, adam, adam-maps, ddae, gdc, ...; default: that of the head")
+    pooling: str | None = setting(None, "mean, max or adaptive:P; of heads on maps map:P; default: mean, or map:16")
     noise: str | None = setting(
         None, "per_image, shared, fresh or clean; default: per_image, or that of the selection"
     )
@@ -82,7 +82,7 @@ def run(args: Settings) -> int:
     denoiser.pipe.to(options.device(args.device))
     if args.selection is None:
         options.tell_size(denoiser, settings.get("image_size"), aside=args.json)
-    bar = None if args.quiet else _bar
+    bar = options.bar(args.quiet, "features", "image")
     probe = Probe.fit(
         denoiser,
         train,
@@ -129,20 +129,4 @@ def _settings(args: Settings) -> dict[str, Any]:
         raise ValueError("Give both --layers and --timesteps; `diffusers-repr select` finds good ones.")
     if args.selection is None and args.use is not None:
         raise ValueError(f"--use {args.use} says what of a selection to take; give --selection too.")
-    settings = {
-        name: getattr(args, name)
-        for name in ("layers", "pooling", "noise", "ensemble_size", "seed")
-        if getattr(args, name) is not None
-    }
-    if args.timesteps is not None:
-        steps = options.numbers(args.timesteps)
-        settings["timestep"] = steps if len(steps) > 1 else steps[0]
-    if args.image_size is not None:
-        settings["image_size"] = options.sides(args.image_size)
-    return settings
-
-
-def _bar(total: int) -> Any:
-    from diffusers_repr.store.progress import progress_bar
-
-    return progress_bar(total, "features", "image")
+    return options.reading(args, ("layers", "pooling", "noise", "ensemble_size", "seed"))

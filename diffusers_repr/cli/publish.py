@@ -121,7 +121,7 @@ def _trained(root: Path) -> list[Publication]:
             return found
     raise ValueError(
         f"{str(root)!r} is no pipeline (model_index.json), model or head (config.json) or task (probe.json, "
-        "segmentation.json), and holds no such folder."
+        "segmentation.json, panoptic.json, correspondence.json), and holds no such folder."
     )
 
 
@@ -129,7 +129,8 @@ def _artefact(folder: Path) -> Publication | None:
     from diffusers_repr.hub import read_json
 
     name = Path(os.path.abspath(folder)).name
-    if any((folder / name).is_file() for name in ("probe.json", "segmentation.json")):
+    tasks = ("probe.json", "segmentation.json", "panoptic.json", "correspondence.json")
+    if any((folder / file).is_file() for file in tasks):
         from diffusers_repr.tasks.files import push_saved
 
         return Publication("heads", name, folder, push_saved)

@@ -1,4 +1,4 @@
-"""`diffusers-repr push FOLDER user/name`: push a probe, a segmenter, a store, a pipeline or a model to the Hub."""
+"""`diffusers-repr push FOLDER user/name`: push a task, a store, a pipeline or a model to the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from diffusers_repr.hub.upload import Upload
 
 
-TASKS = ("probe", "segmenter", "zero-shot classifier")  # kinds that name a base
+TASKS = (  # kinds that name a base
+    "probe",
+    "segmenter",
+    "open-vocabulary segmenter",
+    "matcher",
+    "zero-shot classifier",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,15 +27,18 @@ class Settings:
 
     POSITIONAL: ClassVar = ("folder", "repo_id")
 
-    folder: str = setting(REQUIRED, "a probe, a segmenter, a store, a pipeline, a custom pipeline, a model or a head")
+    folder: str = setting(
+        REQUIRED, "a probe, segmenter or matcher, a store, a pipeline, a custom pipeline, a model or a head"
+    )
     repo_id: str = setting(REQUIRED, "user/name")
     repo_type: Literal["auto", "model", "dataset"] = setting("auto", "of the repository; told by the folder")
     dry_run: bool = setting(False, "check all, list the files and sizes, send nothing")
     private: bool = setting(False, "make the repository private if it is new")
     revision: str | None = setting(None, "branch to push to")
     message: str | None = setting(None, "first line of the commit")
-    base: str | None = setting(None, "of a probe or segmenter: Hub id to write as its base, where that was a folder")
+    base: str | None = setting(None, "of a task: Hub id to write as its base, where that was a folder")
     base_revision: str | None = setting(None, "branch, tag or commit of --base")
+    clip: str | None = setting(None, "of an open-vocabulary segmenter: Hub id to write as its CLIP")
 
 
 def run(args: Settings) -> int:
@@ -41,6 +50,8 @@ def run(args: Settings) -> int:
         raise ValueError(f"{args.folder!r} is a {kind}, which goes to a {repo_type} repository, not {args.repo_type}.")
     if args.base is not None and kind not in TASKS:
         raise ValueError(f"--base is for {' and '.join(f'{task}s' for task in TASKS)}; {args.folder!r} is a {kind}.")
+    if args.clip is not None and kind != "open-vocabulary segmenter":
+        raise ValueError(f"--clip is for open-vocabulary segmenters; {args.folder!r} is a {kind}.")
     options: dict[str, Any] = {
         "private": args.private,
         "revision": args.revision,
@@ -51,7 +62,7 @@ def run(args: Settings) -> int:
     if kind in TASKS:
         from diffusers_repr.tasks.files import push_saved
 
-        address = push_saved(args.folder, args.repo_id, args.base, args.base_revision, **options)
+        address = push_saved(args.folder, args.repo_id, args.base, args.base_revision, args.clip, **options)
     else:
         _check(args.folder, kind)
         address = push_folder(args.folder, args.repo_id, kind=kind, repo_type=repo_type, **options)

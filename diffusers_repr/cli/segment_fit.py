@@ -66,10 +66,10 @@ def run(args: Settings) -> int:
     parts = _open(args)
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
-    settings = _settings(args)
+    settings = options.reading(args, ("layers", "noise", "ensemble_size", "seed"))
     if args.preset is None:
         options.tell_size(denoiser, settings.get("image_size"), aside=args.json)
-    bar = None if args.quiet else _bar
+    bar = options.bar(args.quiet, "segment", "step")
     segmenter = Segmenter.fit(
         denoiser,
         parts["train"],
@@ -124,21 +124,3 @@ def _open(args: Settings) -> dict[str, ImageData]:
         )
         parts[part] = data if args.limit is None else data.select(range(min(args.limit, len(data))))
     return parts
-
-
-def _settings(args: Settings) -> dict[str, Any]:
-    """Settings of the extractor that were given."""
-    names = ("layers", "noise", "ensemble_size", "seed")
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.timesteps is not None:
-        steps = options.numbers(args.timesteps)
-        settings["timestep"] = steps if len(steps) > 1 else steps[0]
-    if args.image_size is not None:
-        settings["image_size"] = options.sides(args.image_size)
-    return settings
-
-
-def _bar(total: int) -> Any:
-    from diffusers_repr.store.progress import progress_bar
-
-    return progress_bar(total, "segment", "step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusers_repr.cli import options
 from diffusers_repr.cli.parts import open_parts
@@ -32,7 +32,10 @@ class Settings(options.ImageSettings, options.ModelSettings):
     metric: str = setting("accuracy", "accuracy, balanced_accuracy, neg_brier, r2 or neg_mse")
     pooling: str = setting("mean", "mean, max or adaptive:P")
     noise: list[str] = setting(["per_image"], "per_image, shared, fresh, clean; several: a third axis")
-    criterion: str = setting("ridge", "ridge or lda")
+    criterion: str = setting("ridge", "ridge or lda; or ddae or adam: a head of gradient steps for every cell")
+    draws: int = setting(1, "with ddae or adam: readings of train, each with other noise; epochs take turns")
+    crop: int = setting(0, "with ddae or adam: pixels up to which a reading moves an image")
+    flip: bool = setting(False, "with ddae or adam: a reading mirrors half the images")
     train_split: str = setting("train", "of the data set")
     validation_split: str | None = setting(
         None, "to score on; default: validation, if there is one; a test split is refused"
@@ -44,8 +47,8 @@ class Settings(options.ImageSettings, options.ModelSettings):
     seeds: list[int] | None = setting(None, "of the noise of the best few; default: --seed and the two after it")
     split_seed: int = setting(0, options.SPLIT_SEED)
     limit: int | None = setting(None, options.LIMIT)
-    max_layers: int = setting(3, "largest set of layers")
-    max_levels: int = setting(2, "largest set of levels")
+    max_layers: int | None = setting(None, "largest set of layers; default: 3, where sets are grown")
+    max_levels: int | None = setting(None, "largest set of levels; default: 2, where sets are grown")
     tolerance: float = setting(0.005, "least gain for which a set grows")
     memory_gib: float = setting(4.0, "limit on the running sums")
     no_heatmap: bool = setting(False, "do not draw the picture (it needs matplotlib)")
@@ -73,11 +76,10 @@ def run(args: Settings) -> int:
     import torch
 
     from diffusers_repr.denoiser import Denoiser
-    from diffusers_repr.features.pooling import check_pooling
-    from diffusers_repr.sweep.measure import make_measure
-    from diffusers_repr.sweep.select import select_features
+    from diffusers_repr.sweep.select import choose_measure, select_features
 
-    measure = make_measure(args.metric, pooling=check_pooling(args.pooling), criterion=args.criterion)
+    trained: dict[str, Any] = {"draws": args.draws, "crop": args.crop, "flip": args.flip}
+    measure = choose_measure(args.metric, args.pooling, args.criterion, **trained)
     open_splits(parts["train"], parts["validation"], measure)  # refuses data before the model is loaded
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
     denoiser.pipe.to(options.device(args.device))
@@ -94,6 +96,7 @@ def run(args: Settings) -> int:
         args.noise,
         args.batch_size,
         criterion=args.criterion,
+        **trained,
         prompt=args.prompt,
         class_labels=args.class_label,
         image_size=image_size,

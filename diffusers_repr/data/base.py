@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from diffusers_repr.data.config import DataConfig
@@ -61,6 +62,16 @@ def augmented(batch: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
 def geometry(config: DataConfig, channels: int, size: tuple[int, int]) -> dict[str, Any]:
     """How images become pixels, as JSON."""
     return {"channels": channels, "size": list(size), "center_crop": config.center_crop}
+
+
+def spread_rows(count: int, most: int = 64) -> list[int]:
+    """Some of `count` rows, spread evenly, the first and the last among them: those that enter a fingerprint.
+
+    Example:
+        >>> spread_rows(3), spread_rows(10, most=4)
+        ([0, 1, 2], [0, 3, 6, 9])
+    """
+    return np.unique(np.linspace(0, count - 1, most).astype(int)).tolist()
 
 
 def hashed(parts: Any) -> str:

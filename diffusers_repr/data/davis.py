@@ -49,8 +49,7 @@ class MaskedVideo:
         image = read_decoded(self.masks[at], f"Mask {at} of {self.name}")
         if image.mode not in ("P", "L", "1"):
             raise ValueError(f"{str(self.masks[at])!r} has mode {image.mode}; masks hold object ids (P or L).")
-        ids = np.asarray(image.convert("L") if image.mode == "1" else image).astype(np.int64)
-        return torch.from_numpy(ids)
+        return torch.from_numpy(np.asarray(image).astype(np.int64))
 
 
 def load_davis(

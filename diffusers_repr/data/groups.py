@@ -7,18 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_repr.data.base import TrainData, hashed
+from diffusers_repr.data.base import TrainData, hashed, spread_rows
 from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.image_files import raw_bytes
 from diffusers_repr.data.placement import Placement
-from diffusers_repr.data.points import pad_points
+from diffusers_repr.data.points import pad_points, parse_points
 from diffusers_repr.data.transforms import Moves, to_unit
-
-_SAMPLED = 64  # rows whose bytes enter a fingerprint
 
 
 class GroupData(TrainData):
@@ -32,7 +29,9 @@ class GroupData(TrainData):
         label: Column of images that show the label.
         label_channels: Of these.
         label_range: Black and white of these, as numbers.
-        points: Columns of the points of each image, `[y, x]` in pixels; those outside of an image are not valid.
+        points: Columns of the points of each image, `[y, x]` in pixels, or `[y, x, visible]` with 0 for those that
+            are not; those outside of an image are not valid.
+        x_first: Points stand as `[x, y]` in the data; samples and batches have `[y, x]` in any case.
         max_points: Points of a row, the first.
         flip: Mirror half of the rows, images and labels together.
         cache: Decode every image once and keep it in memory.
@@ -57,6 +56,7 @@ class GroupData(TrainData):
         label_channels: int = 1,
         label_range: Sequence[float] = (-1.0, 1.0),
         points: Sequence[str] = (),
+        x_first: bool = False,
         max_points: int = 64,
         flip: bool = False,
         cache: bool = False,
@@ -67,6 +67,7 @@ class GroupData(TrainData):
         if missing:
             raise ValueError(f"No column {missing[0]!r} of points among {list(data.features)}; see --points_column.")
         self.size, self.flip, self.max_points, self.label_range = size, flip, max_points, label_range
+        self.x_first = x_first
         self.images = [ImagePixels(data, column, channels, size, cache) for column in columns]
         self.labels = None if label is None else ImagePixels(data, label, label_channels, size, cache)
         self._points, self._data, self._only_points = list(points), data, data.select_columns(list(points))
@@ -82,9 +83,16 @@ class GroupData(TrainData):
         if self._points:
             row = self._data[index]
             sizes = [row[images.column].size[::-1] for images in self.images]
+            read = [
+                parse_points(points, f"The {name!r} of row {index}")
+                for points, name in zip(self._stored(index), self._points, strict=True)
+            ]
+            if len({len(points) for points, _ in read}) > 1:
+                told = " and ".join(f"{len(p)} in {name!r}" for (p, _), name in zip(read, self._points, strict=True))
+                raise ValueError(f"Row {index} has {told}; points correspond one to one.")
             held = [
-                fit_points(torch.tensor(points).reshape(-1, 2), size, self.size, self.max_points)
-                for points, size in zip(self._stored(index), sizes, strict=True)
+                fit_points(points.flip(-1) if self.x_first else points, size, self.size, self.max_points, visible)
+                for (points, visible), size in zip(read, sizes, strict=True)
             ]
             sample["points"] = torch.stack([points for points, _ in held])
             sample["valid"] = torch.stack([valid for _, valid in held]).all(0)
@@ -104,7 +112,7 @@ class GroupData(TrainData):
 
     def fingerprint(self) -> dict[str, Any]:
         """Number and size of the rows, and hashes of some of them, spread evenly."""
-        rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)).tolist()
+        rows = spread_rows(len(self))
         pixels = [*self.images, *([] if self.labels is None else [self.labels])]
         return {
             "rows": len(self),
@@ -123,10 +131,12 @@ class GroupData(TrainData):
         return [row[name] for name in self._points]
 
 
-def fit_points(points: Tensor, size: tuple[int, int], fitted: tuple[int, int], count: int) -> tuple[Tensor, Tensor]:
+def fit_points(
+    points: Tensor, size: tuple[int, int], fitted: tuple[int, int], count: int, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Points (P, 2) as (y, x) of an image after its largest centred crop was scaled from `size` to `fitted`.
 
-    Returns the first `count` of them, padded with zeros, and which of these are points inside the crop.
+    Returns the first `count` of them, padded with zeros, and which of these are visible points inside the crop.
     """
     moved, inside = Placement.of(size, fitted, "fit").points(points.double().flip(-1))
-    return pad_points(moved.flip(-1), inside, count)
+    return pad_points(moved.flip(-1), inside if visible is None else inside & visible, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,12 @@ def _numbers(file: Path, shape: tuple[int, int]) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} is missing. {_HOW}")
     try:
-        found = np.loadtxt(file, dtype=np.float64, ndmin=2)
-        found = found[:, :2] if shape[0] < 0 else found.reshape(shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a file without a line
+            found = np.loadtxt(file, dtype=np.float64, ndmin=2)
+        if shape[0] < 0 and (found.shape[1] < shape[1] or not len(found)):
+            raise ValueError(f"the file has {len(found)} lines of {found.shape[1]} numbers")
+        found = found[:, : shape[1]] if shape[0] < 0 else found.reshape(shape)
     except ValueError as error:
         raise ValueError(f"{str(file)!r} holds no numbers of shape {shape}: {error}") from error
     if not np.isfinite(found).all():

@@ -18,7 +18,7 @@ class MaskColumn:
     """The class ids of pixels, with what they are called.
 
     Args:
-        feature: Type of the column: `datasets.Image`, or arrays of whole numbers.
+        feature: Type of the column: `datasets.Image`, or arrays of whole numbers or truth values (0 and 1).
         names: Name of each class; those of a `ClassLabel` inside the arrays if None, else not known.
         ignore_index: Id of pixels that belong to no class; None: there are none.
 
@@ -90,6 +90,6 @@ def _of_array(value: Any, what: str) -> np.ndarray:
         ids = np.asarray(value)
     except ValueError:  # rows of unequal length
         ids = np.empty(0, dtype=object)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+    if ids.ndim != 2 or ids.dtype.kind not in "iub":
         raise ValueError(f"{what} is no rectangle of whole numbers (H, W); got {ids.dtype} of shape {ids.shape}.")
     return ids.astype(np.int64)

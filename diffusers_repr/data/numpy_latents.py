@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_repr.data.base import hashed
+from diffusers_repr.data.base import hashed, spread_rows
 from diffusers_repr.data.edm_folder import LABELS, NoLabelsFile, files_below, read_labels_file, shard_and_number
 from diffusers_repr.data.train_data import ImageTrainData
 from diffusers_repr.data.transforms import to_unit
@@ -20,7 +20,6 @@ from diffusers_repr.store.manifest import MANIFEST
 from diffusers_repr.store.tensor_cache import LATENTS
 from diffusers_repr.store.tensors import INDEX, TensorLayout
 
-_SAMPLED = 64  # files whose bytes enter the fingerprint
 _APART = 0.1  # of the mean size of a latent: GPUs and half precision are nearer, another range of pixels is not
 
 
@@ -59,7 +58,7 @@ class NumpyLatents:
             own = encode_moments(vae, to_unit(pixels[None]).to(next(vae.parameters()).device)).float().cpu()[0]
         self.layout = TensorLayout(len(self._files), 1, "", LATENTS, {"moments": (1, *own.shape)}, "float32")
         self._check_vae(row, own)
-        rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int))
+        rows = spread_rows(len(self))
         parts = [*(str(len(self)).encode(),), *((self.folder / self._files[row]).read_bytes() for row in rows)]
         self.layout = replace(self.layout, recipe=hashed(parts))
 

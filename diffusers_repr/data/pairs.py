@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.config.recipe import setting
-from diffusers_repr.data.base import TrainData, hashed
+from diffusers_repr.data.base import TrainData, hashed, spread_rows
 from diffusers_repr.data.groups import GroupData
 from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.image_files import raw_bytes
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.data.transforms import Moves, to_unit
 from diffusers_repr.data.views import ViewConfig, jitter
-
-_SAMPLED = 64  # rows whose bytes enter a fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ class PairConfig:
 
 
 class AnnotatedPairs(GroupData):
-    """Rows of two images with points `[x, y]` in both.
+    """Rows of two images with points `[x, y]`, or `[x, y, visible]`, in both.
 
     Args:
         data: Map-style.
@@ -78,6 +76,7 @@ class AnnotatedPairs(GroupData):
             channels,
             size,
             points=(config.points_column, config.second_points_column),
+            x_first=True,
             max_points=config.max_points,
             cache=config.cache_images,
         )
@@ -86,9 +85,6 @@ class AnnotatedPairs(GroupData):
         """`images` (2, B, C, H, W) in [-1, 1], `points` (2, B, P, 2) as (x, y), and `valid` (B, P)."""
         found = super().on_device(batch)
         return {**found, "points": found["points"].flip(-1)}
-
-    def _stored(self, index: int) -> list[Any]:
-        return [[[y, x] for x, y in points] for points in super()._stored(index)]  # as `GroupData` reads them
 
 
 class MovedPairs(TrainData):
@@ -135,7 +131,7 @@ class MovedPairs(TrainData):
 
     def fingerprint(self) -> dict[str, Any]:
         """Number and size of the images, and a hash of some of them, spread evenly."""
-        rows = sorted({round(at * (len(self) - 1) / (_SAMPLED - 1)) for at in range(_SAMPLED)})
+        rows = spread_rows(len(self))
         return {
             "rows": len(self),
             "size": list(self.size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,13 +32,15 @@ class PanopticConfig:
     image_column: str = setting("image", "the images")
     panoptic_column: str = setting("panoptic", "of each image an image with the id of the segment of every pixel")
     segments_column: str = setting("segments", "of each image its segments: `id` and class")
-    class_key: str = setting("class", "name of the class in a segment, a ClassLabel")
+    class_key: str = setting("class", "class of a segment, a ClassLabel; of several, as in 'colour kind', all names")
     ground: str | None = setting(None, "class of the pixels with id 0; default: they are void, of no class")
-    exclude: list[str] | None = setting(None, "classes not learned: images that show one are left out")
+    exclude: list[str] | None = setting(None, "classes not learned: images that show one are left out, and its name")
 
     def __post_init__(self) -> None:
         if self.dataset_name is None:
             raise ValueError("No data; pass --dataset_name, a folder, a .parquet file or a Hub id.")
+        if not self.class_key.split():
+            raise ValueError("class_key is empty; it names what tells a segment's class.")
 
 
 class PanopticTrainData(TrainData):
@@ -58,24 +61,20 @@ class PanopticTrainData(TrainData):
         missing = [name for name in columns if name not in data.column_names]
         if missing:
             raise ValueError(f"There is no column {missing[0]!r}; the data have {', '.join(data.column_names)}.")
-        feature: Any = getattr(data.features[config.segments_column], "feature", None)
-        labels = feature.get(config.class_key) if isinstance(feature, Mapping) else None
-        if not isinstance(labels, datasets.ClassLabel) or "id" not in feature:
-            raise ValueError(
-                f"{config.segments_column!r} must be a list of segments with `id` and {config.class_key!r}, a "
-                f"ClassLabel; it is {data.features[config.segments_column]}."
-            )
-        names = [*labels.names, *([config.ground] if config.ground is not None else [])]
+        names, listed = _labelled(data, config)
         wrong = [name for name in config.exclude or () if name not in names]
         if wrong:
             raise ValueError(f"`exclude` names {wrong[0]!r}; the classes are {', '.join(names)}.")
         barred = {names.index(name) for name in config.exclude or ()}
-        listed = [[(row["id"], row[config.class_key]) for row in rows] for rows in data[config.segments_column]]
         kept = [at for at, rows in enumerate(listed) if rows and not barred & {label for _, label in rows}]
         if not kept:
             raise ValueError("No image with a segment is left to learn from.")
-        self.config, self.size, self._names = config, size, names
-        self._segments, self._most = [listed[at] for at in kept], 1 + max(len(listed[at]) for at in kept)
+        left = [at for at in range(len(names)) if at not in barred]
+        self._names = [names[at] for at in left] + ([config.ground] if config.ground is not None else [])
+        place = {at: new for new, at in enumerate(left)}
+        self.config, self.size = config, size
+        self._segments = [[(number, place[label]) for number, label in listed[at]] for at in kept]
+        self._most = 1 + max(map(len, self._segments))
         chosen = data.select(kept)
         self.images = ImagePixels(chosen, config.image_column, channels, size, cache=True)
         self._ids = self._read(chosen)
@@ -121,8 +120,28 @@ class PanopticTrainData(TrainData):
 
     @property
     def class_names(self) -> list[str]:
-        """Name of each class, the ground's last."""
+        """Name of each class that is learned, the ground's last."""
         return self._names
+
+
+def _labelled(data: datasets.Dataset, config: PanopticConfig) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """Names of the classes, and of each row the id and class of its segments."""
+    feature: Any = getattr(data.features[config.segments_column], "feature", None)
+    fields, keys = (feature if isinstance(feature, Mapping) else {}), config.class_key.split()
+    labels: list[Any] = [fields.get(key) for key in keys]
+    for key, label in zip(keys, labels, strict=True):
+        if not isinstance(label, datasets.ClassLabel) or "id" not in fields:
+            raise ValueError(
+                f"{config.segments_column!r} must be a list of segments with `id` and {key!r}, a ClassLabel; it is "
+                f"{data.features[config.segments_column]}."
+            )
+    shape = [len(label.names) for label in labels]
+    names = [" ".join(parts) for parts in itertools.product(*(label.names for label in labels))]
+    listed = [
+        [(row["id"], int(np.ravel_multi_index([row[key] for key in keys], shape))) for row in rows]
+        for rows in data[config.segments_column]
+    ]
+    return names, listed
 
 
 def to_maps(ids: Tensor, classes: Tensor) -> list[PanopticMap]:

@@ -26,16 +26,7 @@ def read_points(value: Any, what: str, size: tuple[int, int]) -> tuple[Tensor, T
     Raises:
         ValueError: If they are something else, or a visible one is not finite or lies outside of the image.
     """
-    try:
-        held = np.asarray([] if value is None else value, dtype=np.float64)
-    except (TypeError, ValueError):  # points of unequal length, or nothing among the numbers
-        held = np.empty(1)
-    if not held.size:
-        held = held.reshape(0, 2)
-    if held.ndim != 2 or held.shape[1] not in (2, 3):
-        raise ValueError(f"{what} are no list of [x, y] or [x, y, visible]: {str(value)[:80]}.")
-    points = torch.from_numpy(held[:, :2])
-    visible = torch.from_numpy(held[:, 2] != 0) if held.shape[1] == 3 else torch.ones(len(held), dtype=torch.bool)
+    points, visible = parse_points(value, what)
     bound = points.new_tensor([size[1], size[0]])
     inside = ((points >= -_OUTSIDE) & (points <= bound)).all(1)  # false for NaN too
     wrong = (visible & ~inside).nonzero()
@@ -46,6 +37,24 @@ def read_points(value: Any, what: str, size: tuple[int, int]) -> tuple[Tensor, T
             f"{size[0]} (width x height). Give x before y, in pixels; a third number 0 says that it is not visible."
         )
     return points.nan_to_num(0.0, 0.0, 0.0), visible
+
+
+def parse_points(value: Any, what: str) -> tuple[Tensor, Tensor]:
+    """Points of a row as they stand, `(N, 2)` float64, and `(N,)` whether each is visible.
+
+    Raises:
+        ValueError: If they are something else.
+    """
+    try:
+        held = np.asarray([] if value is None else value, dtype=np.float64)
+    except (TypeError, ValueError):  # points of unequal length, or nothing among the numbers
+        held = np.empty(1)
+    if not held.size:
+        held = held.reshape(0, 2)
+    if held.ndim != 2 or held.shape[1] not in (2, 3):
+        raise ValueError(f"{what} are no list of [x, y] or [x, y, visible]: {str(value)[:80]}.")
+    visible = torch.from_numpy(held[:, 2] != 0) if held.shape[1] == 3 else torch.ones(len(held), dtype=torch.bool)
+    return torch.from_numpy(held[:, :2]), visible
 
 
 def check_points(points: Any, size: tuple[int, int], what: str) -> Tensor:

@@ -10,15 +10,13 @@ import datasets
 import numpy as np
 import torch
 
-from diffusers_repr.data.base import TrainData, augmented, geometry, hashed
+from diffusers_repr.data.base import TrainData, augmented, geometry, hashed, spread_rows
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.image_files import raw_bytes
 from diffusers_repr.data.label_column import read_labels
 from diffusers_repr.data.points import most_points
 from diffusers_repr.data.transforms import check_crop
-
-_SAMPLED = 64  # images whose bytes enter a fingerprint
 
 
 class ImageTrainData(TrainData):
@@ -89,7 +87,7 @@ class ImageTrainData(TrainData):
     def fingerprint(self) -> dict[str, Any]:
         """See `TrainData`: number of rows, hashes of evenly spread images and of all labels, geometry."""
         if self._fingerprint is None:
-            rows = [int(row) for row in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int))]
+            rows = spread_rows(len(self))
             labels = None if self._labels is None else hashed([self._labels.ids.tobytes()])
             self._fingerprint = {
                 "rows": len(self),

@@ -39,12 +39,36 @@ def block_output(module: nn.Module, output: Any, path: str) -> Tensor:
         return output
     if isinstance(getattr(output, "sample", None), Tensor):
         return output.sample
+    return output[_image_index(module, output, path)]
+
+
+def replaced_output(module: nn.Module, output: Any, path: str, value: Tensor) -> Any:
+    """What `module` returned, with another image tensor in it; `block_output` of it is `value`.
+
+    Args:
+        module: The module.
+        output: As it returned it; not changed.
+        path: Its path, for messages.
+        value: The other image.
+
+    Raises:
+        TypeError: As `block_output`.
+    """
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(getattr(output, "sample", None), Tensor):
+        return type(output)(**{**output, "sample": value})
+    at = _image_index(module, output, path)
+    return type(output)(value if place == at else part for place, part in enumerate(output))
+
+
+def _image_index(module: nn.Module, output: Any, path: str) -> int:
     if isinstance(output, (tuple, list)):
         if len(output) == 1 and isinstance(output[0], Tensor):
-            return output[0]
+            return 0
         for cls in type(module).__mro__:
             if cls.__name__ in _IMAGE_INDEX:
-                return output[_IMAGE_INDEX[cls.__name__]]
+                return _IMAGE_INDEX[cls.__name__]
     raise TypeError(
         f"Layer {path!r} ({type(module).__name__}) returned {_describe(output)}; which element is the image is not "
         f"known. Tell it once: `diffusers_repr.register_block_output({type(module).__name__!r}, index)`, or read a "

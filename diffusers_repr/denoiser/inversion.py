@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,13 +78,13 @@ def ddim_levels(schedule: NoiseSchedule, steps: int = 50, clean_timestep: float 
         check_whole("steps", steps, high=total)
         noisy = [schedule.resolve(n * (total // steps)) for n in range(steps)]
         told = -1.0 if clean_timestep is None else float(clean_timestep)
-        return [_clean(told, 1.0), *noisy]
+        return [schedule.clean_level(told), *noisy]
     check_whole("steps", steps)
     low, high = (s ** (1 / _RHO) for s in (schedule.sigma_min, schedule.sigma_max))
     grid = [(low + (high - low) * n / max(steps - 1, 1)) ** _RHO for n in range(steps)]
     noisy = [schedule.resolve(NoiseLevel(nsr=min(max(s, schedule.sigma_min), schedule.sigma_max))) for s in grid]
     told = schedule.timestep_range[0] if clean_timestep is None else float(clean_timestep)
-    return [_clean(told, 1 / schedule.sigma_data if schedule.kind == "edm" else 1.0), *noisy]
+    return [schedule.clean_level(told), *noisy]
 
 
 def ddim_update(prediction: Prediction, after: NoiseLevel) -> Tensor:
@@ -234,10 +233,6 @@ def _predict(denoiser: Denoiser, x: Tensor, level: NoiseLevel, condition: Any) -
     """The network takes its own dtype; the state is not rounded to it."""
     raw = denoiser.predict(x.to(denoiser.dtype), level, condition)
     return Prediction(raw.output, x, level, denoiser.schedule)
-
-
-def _clean(timestep: float, alpha: float) -> NoiseLevel:
-    return NoiseLevel(timestep=timestep, nsr=0.0, half_log_snr=math.inf, alpha=alpha, sigma=0.0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -35,18 +35,27 @@ class ImageTextEncoder:
         tokenizer: Of its texts.
         mean: Of the images in [0, 1] that it was trained on, one a channel.
         std: As `mean`.
+        name: Folder or Hub id it was loaded from.
+        revision: As it was given.
 
     Raises:
         TypeError: For another model.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+        self,
+        model: Any,
+        tokenizer: Any,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        name: str | None = None,
+        revision: str | None = None,
     ) -> None:
         if type(model).__name__ != "CLIPModel":
             raise TypeError(f"Both towers of CLIP are needed, a CLIPModel; got {type(model).__name__}.")
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.mean, self.std = tuple(mean), tuple(std)
+        self.name, self.revision = name, revision
 
     @classmethod
     def from_pretrained(
@@ -74,7 +83,8 @@ class ImageTextEncoder:
         found = statistics_from_processor(processor, Statistics(CLIP_MEAN, CLIP_STD))
         place = {"revision": revision, "token": token}
         model = CLIPModel.from_pretrained(id_or_folder, use_safetensors=True, dtype=torch.float32, **place)
-        return cls(model, CLIPTokenizerFast.from_pretrained(id_or_folder, **place), found.mean, found.std)
+        tokenizer = CLIPTokenizerFast.from_pretrained(id_or_folder, **place)
+        return cls(model, tokenizer, found.mean, found.std, os.fspath(id_or_folder), revision)
 
     @property
     def dim(self) -> int:
@@ -96,13 +106,24 @@ class ImageTextEncoder:
         """
         if isinstance(texts, str):
             raise TypeError(f"A list of texts is needed; got the text {texts!r}.")
-        own = self.tokenizer(list(texts), add_special_tokens=False).input_ids
-        empty = [text for text, ids in zip(texts, own, strict=True) if text and not ids]
-        if empty:
-            raise ValueError(f"The tokenizer makes no token of {empty[0]!r}; name the class in its alphabet.")
+        self.check_words([text for text in texts if text])
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = self.tokenizer(list(texts), **options).input_ids.to(self._device)
         return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output).float()
+
+    def check_words(self, words: Sequence[str]) -> None:
+        """Refuse words that say nothing to CLIP, alone or in a prompt.
+
+        Raises:
+            ValueError: For one of which the tokenizer makes nothing, or only the token of what it does not know.
+        """
+        unknown = self.tokenizer.unk_token_id
+        for word in words:
+            ids = self.tokenizer(word, add_special_tokens=False).input_ids
+            if all(number == unknown for number in ids):
+                raise ValueError(
+                    f"The tokenizer of this CLIP makes no token of {word!r}; name the class in words it knows."
+                )
 
     @torch.no_grad()
     def embed_images(self, pixels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.decoder_units import decoder_units
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.hub import load_json_config, resolve_folder
 from diffusers_repr.hub.schema import listing, number, record, text
@@ -32,24 +33,16 @@ def cleandift_layers(model: nn.Module) -> list[str]:
     Raises:
         ValueError: For a network without a middle and up-blocks.
     """
-    blocks = getattr(model, "up_blocks", None)
-    if blocks is None or getattr(model, "mid_block", None) is None:
+    stages = decoder_units(model)
+    if not stages or getattr(model, "mid_block", None) is None:
         raise ValueError(
             f"{type(model).__name__} has no mid_block and up_blocks; name the layers, such as blocks of a "
             "transformer. `list_layers(denoiser)` shows them."
         )
     paths = ["mid_block"]
-    for i, block in enumerate(blocks):
-        attentions = getattr(block, "attentions", None) or ()
-        units = [
-            f"up_blocks.{i}.attentions.{j}"
-            if j < len(attentions) and attentions[j] is not None
-            else f"up_blocks.{i}.resnets.{j}"
-            for j in range(len(block.resnets))
-        ]
-        last = i == len(blocks) - 1
-        paths += units[:1] if last else [*units[:-1], f"up_blocks.{i}"]
-    return paths
+    for i, units in enumerate(stages[:-1]):
+        paths += [*units[:-1], f"up_blocks.{i}"]
+    return [*paths, stages[-1][0]]
 
 
 def cleandift_extractor(

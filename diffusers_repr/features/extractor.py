@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from diffusers_repr.denoiser.require import require_denoiser
 from diffusers_repr.denoiser.sizes import ImageSize, warn_if_far_larger
 from diffusers_repr.features.noise_policy import NoiseSource, image_keys
 from diffusers_repr.features.output import FeatureOutput
-from diffusers_repr.features.pooling import check_pooling, is_linear, pool
+from diffusers_repr.features.pooling import check_pooling, is_linear, leaves_maps, pool
 from diffusers_repr.features.posterior import EncodedImages, SamplePosterior, check_sample_posterior
+from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import LevelLike, NoiseLevel
 
@@ -46,7 +47,7 @@ class ImageBatch:
     cells: list[int]
 
 
-class FeatureExtractor:
+class FeatureExtractor(BaseFeatureSource):
     """Reads named layers of a denoiser at chosen noise levels.
 
     Threads may share one, and its network with samplers: each call gives what it gives alone.
@@ -57,7 +58,7 @@ class FeatureExtractor:
         timestep: Training timestep or `NoiseLevel` (larger is noisier), or a list of them.
         noise: Where noise comes from: `per_image`, `shared`, `fresh` or `clean`; see `NoiseSource`.
         ensemble_size: Noise draws an image; features are averaged in float32, before a non-linear pooling.
-        pooling: None, `mean`, `max` or `adaptive:P`; see `pool`.
+        pooling: None, `mean`, `max`, `adaptive:P`, or `map:P` for maps of at most P x P cells; see `pool`.
         batch_size: Rows of one forward, ensemble members and levels counted; None runs all at once.
         output_device: Where features are kept; the model's device if None.
         seed: Of the noise, and of the VAE's posterior if sampled.
@@ -124,51 +125,13 @@ class FeatureExtractor:
         self._stream = Turn()  # the thread that draws from the stream of fresh noise
 
     @torch.no_grad()
-    def __call__(
-        self,
-        images: Any,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        embeddings: Mapping[str, Any] | None = None,
-        ids: Sequence[Any] | None = None,
-    ) -> FeatureOutput:
-        """Features of images.
-
-        Args:
-            images: PIL images, numpy arrays or tensors, see `to_pixels`; for a network of videos also videos, see
-                `to_video_pixels`.
-            prompt: One for all images or one per image.
-            class_labels: One id for all images or one per image.
-            embeddings: Ready network inputs; see `Denoiser.condition`.
-            ids: A stable name per image, the key of its noise; its pixels if None.
-
-        Raises:
-            ValueError: For images, prompts, labels or ids that do not fit the model or each other.
-            FloatingPointError: If a layer gives NaN or infinity; names the layer.
-            RuntimeError: If the network was compiled, and while another thread reads it where that cannot be right:
-                with offloaded weights, with `fresh` noise.
-        """
-        pixels = self.denoiser.pixels(images, self.image_size)
-        found = self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
-        return found if self.pooling else replace(found, images=images)
-
-    @torch.no_grad()
-    def from_pixels(
-        self,
-        pixels: Tensor,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        embeddings: Mapping[str, Any] | None = None,
-        ids: Sequence[Any] | None = None,
-    ) -> FeatureOutput:
+    def from_pixels(self, pixels: Tensor, **arguments: Unpack[SourceArguments]) -> FeatureOutput:
         """As a call, from `(B, C, H, W)` or `(B, C, frames, H, W)` in [-1, 1]; `image_size` is not applied."""
         early = is_linear(self.pooling)  # pool at once where that equals pooling the ensemble's mean
         sums = _Sums(len(self.levels) * len(pixels), self.output_device or self.denoiser.device)
         places: dict[str, Grid] = {}
         with self.reading():
-            for batch in self.batches(pixels, prompt, class_labels, embeddings, ids):
+            for batch in self.batches(pixels, **arguments):
                 size = tuple(batch.x_t.shape[2:])
 
                 def keep(feature: Tensor, path: str, batch: ImageBatch = batch, size: tuple[int, ...] = size) -> None:
@@ -176,8 +139,7 @@ class FeatureExtractor:
                     self._place(feature, path, size, places)
                     sums.add(path, pool(feature, self.pooling if early else None, places.get(path)), batch.cells)
 
-                with capture(self.denoiser.model, self.layers, self.where, transform=keep):  # type: ignore[arg-type]
-                    self.denoiser.predict(batch.x_t, batch.level, batch.condition)
+                self.read(batch, keep)
         features = {}
         for layer in self.layers:
             mean = sums.totals.pop(layer)
@@ -192,7 +154,18 @@ class FeatureExtractor:
                 )
             features[layer] = mean.unflatten(0, (len(self.levels), len(pixels))) if self.many else mean
         level = self.levels if self.many else self.levels[0]
+        places = {} if self.pooling is not None and leaves_maps(self.pooling) else places  # tokens became maps
         return FeatureOutput(features, level, places, self.pooling, tuple(pixels.shape[2:]))
+
+    def read(self, batch: ImageBatch, keep: Callable[[Tensor, str], None]) -> None:
+        """One forward of the network, left after the last layer; a subclass has another way to its features.
+
+        Args:
+            batch: What is run.
+            keep: Is given the feature of each layer, and its path.
+        """
+        with capture(self.denoiser.model, self.layers, self.where, transform=keep):  # type: ignore[arg-type]
+            self.denoiser.predict(batch.x_t, batch.level, batch.condition)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -275,18 +248,12 @@ class FeatureExtractor:
         clean = encoded.take(rows, members)
         noise = self.noise.draw([encoded.keys[row] for row in rows], members, clean.shape[1:])
         if noise is None:
-            x_t = clean * self._clean_scale
+            x_t = clean * self.denoiser.schedule.clean_alpha
         else:
             x_t = self.denoiser.add_noise(clean, level, noise.to(clean.device))
         return ImageBatch(
             x_t, level, condition.take(rows), [at * count + row for at, row in zip(levels, rows, strict=True)]
         )
-
-    @property
-    def _clean_scale(self) -> float:
-        """What the process multiplies x_0 by where no noise is left: 1, for EDM networks 1 / sigma_data."""
-        schedule = self.denoiser.schedule
-        return 1 / schedule.sigma_data if schedule.kind == "edm" else 1.0
 
     def _check_rows(self, feature: Tensor, path: str, rows: int) -> None:
         if feature.ndim < 2 or feature.shape[0] != rows:
@@ -318,10 +285,14 @@ class FeatureExtractor:
             "sample_posterior": self.sample_posterior,
             "progress_bar": self.progress_bar,
         }
-        copy = FeatureExtractor(**{**settings, **changes})
+        copy = self._like({**settings, **changes})
         if copy.denoiser is self.denoiser:
             copy._prompts = self._prompts
         return copy
+
+    def _like(self, settings: dict[str, Any]) -> FeatureExtractor:
+        """One of its class with other settings."""
+        return FeatureExtractor(**settings)
 
     @property
     def resize(self) -> tuple[int, int] | None:

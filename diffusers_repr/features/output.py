@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusers_repr.denoiser.family import Grid
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.features.pca import draw_pca
+from diffusers_repr.features.pooling import leaves_maps
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import NoiseLevel
 
@@ -63,7 +64,7 @@ class FeatureOutput:
         """
         if layer not in self.features:
             raise KeyError(f"Layer {layer!r} was not extracted; there are {', '.join(self.features)}.")
-        if self.pooling is not None:
+        if not leaves_maps(self.pooling):
             raise ValueError(f"Features were pooled ({self.pooling}); extract with pooling=None for maps.")
         feature = self.features[layer]
         if layer in self.places:

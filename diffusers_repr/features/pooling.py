@@ -14,6 +14,7 @@ from diffusers_repr.denoiser.feature_map import FeatureMap
 
 VECTORS = r"mean|max|adaptive:[1-9]\d{0,2}"  # poolings that leave vectors, as a pattern
 POOLINGS = "'mean', 'max' or 'adaptive:P', P to 999"  # the same in words
+MAPS = r"map:[1-9]\d{0,2}"  # those that leave maps
 
 
 def tokens_to_map(tokens: Tensor, grid: tuple[int, ...], text_tokens: int = 0) -> Tensor:
@@ -41,9 +42,17 @@ def check_pooling(pooling: str | None) -> str | None:
     Raises:
         ValueError: With the poolings there are.
     """
-    if pooling is None or (isinstance(pooling, str) and re.fullmatch(VECTORS, pooling)):
+    if pooling is None or (isinstance(pooling, str) and re.fullmatch(f"{VECTORS}|{MAPS}", pooling)):
         return pooling
-    raise ValueError(f"Unknown pooling {pooling!r}; expected {POOLINGS} (e.g. 'adaptive:2'), or None.")
+    raise ValueError(
+        f"Unknown pooling {pooling!r}; expected {POOLINGS} (e.g. 'adaptive:2'), 'map:P' for maps of at most P x P "
+        "cells, or None."
+    )
+
+
+def leaves_maps(pooling: str | None) -> bool:
+    """Whether what a pooling leaves is still a map, with places."""
+    return pooling is None or pooling.startswith("map:")
 
 
 def is_linear(pooling: str | None) -> bool:
@@ -53,8 +62,8 @@ def is_linear(pooling: str | None) -> bool:
 
 def pooled_size(pooling: str | None) -> int:
     """Values per channel that a pooling leaves (1 for `mean` and `max`)."""
-    if pooling is None:
-        raise ValueError(f"pooling=None leaves maps; choose {POOLINGS}, to get vectors.")
+    if pooling is None or leaves_maps(pooling):
+        raise ValueError(f"pooling={pooling!r} leaves maps; choose {POOLINGS}, to get vectors.")
     return int(pooling.split(":")[1]) ** 2 if pooling.startswith("adaptive") else 1
 
 
@@ -64,8 +73,9 @@ def pool(feature: Tensor, pooling: str | None, place: Grid | None = None) -> Ten
     Args:
         feature: Output of a layer.
         pooling: `mean` and `max` over all positions give `(B, C)`; `adaptive:P` averages over P x P cells and gives
-            `(B, C * P * P)`, channel by channel (a grid with fewer than P cells a side repeats them); None returns
-            the feature as it is.
+            `(B, C * P * P)`, channel by channel (a grid with fewer than P cells a side repeats them); `map:P` averages
+            over cells where a side has more than P of them and leaves a map `(B, C, min(H, P), min(W, P))`; None
+            returns the feature as it is.
         place: For tokens, `((H, W), start)`: grid and first token of the image; others are left out. A video's grid is
             `(frames, H, W)`, and the cells of `adaptive:P` reach over all frames.
 
@@ -98,8 +108,15 @@ def pool(feature: Tensor, pooling: str | None, place: Grid | None = None) -> Ten
     if pooling == "max":
         return feature.amax(dim=axes)
     assert pooling is not None
-    cells = feature if feature.ndim == 4 else feature.mean(dim=2)
-    return functional.adaptive_avg_pool2d(cells, int(pooling.split(":")[1])).flatten(1)
+    cells, side = feature if feature.ndim == 4 else feature.mean(dim=2), int(pooling.split(":")[1])
+    if leaves_maps(pooling):
+        return shrink(cells, (min(cells.shape[2], side), min(cells.shape[3], side)))
+    return functional.adaptive_avg_pool2d(cells, side).flatten(1)
+
+
+def shrink(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Means over cells, `(B, C, *size)`; maps of that size as they are."""
+    return maps if tuple(maps.shape[2:]) == tuple(size) else functional.adaptive_avg_pool2d(maps, size)
 
 
 def concatenate(features: list[Tensor]) -> Tensor:

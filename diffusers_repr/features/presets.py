@@ -105,9 +105,7 @@ def presets(method: str, family: str | None = None) -> Preset:
         >>> preset.layers, preset.timestep, preset.ensemble_size, preset.image_size
         (('up_blocks.1',), 261, 8, 768)
     """
-    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
-    if not found:
-        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(_names())}.")
+    found = _of_method(method)
     if family is None and len(found) == 1:
         return next(iter(found.values()))
     if family is None or family not in found:
@@ -129,9 +127,7 @@ def find_preset(method: str, denoiser: Denoiser) -> Preset:
     Raises:
         ValueError: If there is no such method, or none for this architecture; says how to find a choice of one's own.
     """
-    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
-    if not found:
-        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(_names())}.")
+    found = _of_method(method)
     network: Any = plain_module(denoiser.model)
     kind, config = type(network).__name__, network.config
     edm = denoiser.schedule.kind == "edm"
@@ -170,8 +166,13 @@ def edm_sigma(index: int, steps: int = 18, low: float = 0.002, high: float = 80.
     return float((low ** (1 / rho) + part * (high ** (1 / rho) - low ** (1 / rho))) ** rho)
 
 
-def _names() -> list[str]:
-    return list(dict.fromkeys(preset.method for preset in _PRESETS))
+def _of_method(method: str) -> dict[str, Preset]:
+    """The presets of a method by architecture."""
+    found = {preset.family: preset for preset in _PRESETS if preset.method == method}
+    if not found:
+        names = dict.fromkeys(preset.method for preset in _PRESETS)
+        raise ValueError(f"No preset for method {method!r}. Methods: {', '.join(names)}.")
+    return found
 
 
 _DIFT = "DIFT (arXiv 2306.03881), README of Tsingularity/dift"
@@ -254,7 +255,16 @@ _PRESETS: tuple[Preset, ...] = (
     Preset(
         "difformer", "adm-256", ("mid_block", "up_blocks.1.attentions.1", "up_blocks.3.resnets.1"), (90, 150, 300),
         "DifFormer " + _DIFFSSL.format("2311.17921"),
-        image_size=256, note="The head pools each map to at most 16 x 16 tokens.",
+        image_size=256, pooling="map:16", note="For an `AttentionHead`; each map is pooled to at most 16 x 16 tokens.",
+    ),
+    Preset(
+        "gdc-attention", "adm-256", ("up_blocks.1.attentions.1",), 150, "GDC " + _DIFFSSL.format("2307.08702"),
+        image_size=256, pooling="map:16", note="For an `AttentionHead`.",
+    ),
+    Preset(
+        "diffeed", "adm-256", ("up_blocks.1.attentions.1",), 150, "DifFeed " + _DIFFSSL.format("2311.17921"),
+        image_size=256, pooling="map:16",
+        note="For a `FeedbackHead`, which reads it in a second forward; `feedback_pairs` tells what is fed back.",
     ),
     Preset(
         "ddae", "ddpm-cifar10", ("up_blocks.1.resnets.2",), 10, _DDAE,

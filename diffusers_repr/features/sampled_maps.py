@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,9 @@ class SampledMaps:
             raise ValueError(f"dtype={dtype!r}; maps are held as {' or '.join(STORED)}.")
         self.size, self.dtype = size, getattr(torch, dtype)
         self.grids: list[tuple[int, int]] = []
-        self._parts: list[list[Tensor]] = []  # of each map the batches, (B, h, w, C)
-        self._tables: list[Tensor] = []
+        self._widths: list[int] = []  # channels of each map
+        self._parts: dict[tuple[int, int], list[Tensor]] = {}  # grid -> batches, its maps side by side, (B, h, w, C)
+        self._axes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, maps: Sequence[Tensor]) -> None:
         """The maps `(B, C, h, w)` of further images, in the same order each time.
@@ -62,30 +64,37 @@ class SampledMaps:
             ValueError: If they differ in number, grid or channels from those before.
             OverflowError: If a value does not fit into float16.
         """
-        held = [m.detach().to("cpu", self.dtype).permute(0, 2, 3, 1).contiguous() for m in maps]
-        if not self._parts:
-            self.grids = [(m.shape[1], m.shape[2]) for m in held]
-            self._parts = [[] for _ in held]
-        if len(held) != len(self._parts) or any(
-            (m.shape[1], m.shape[2]) != grid or (part and part[0].shape[3] != m.shape[3])
-            for m, grid, part in zip(held, self.grids, self._parts, strict=True)
-        ):
+        grids, widths = [(m.shape[2], m.shape[3]) for m in maps], [m.shape[1] for m in maps]
+        if self._parts and (grids, widths) != (self.grids, self._widths):
             raise ValueError(f"Maps {[tuple(m.shape) for m in maps]} do not go with those before, of {self.grids}.")
-        if self.dtype == torch.float16 and not all(bool(m.isfinite().all()) for m in held):
-            raise OverflowError("Features are too large for float16; hold them as float32.")
-        for part, m in zip(self._parts, held, strict=True):
-            part.append(m)
-        self._tables = []
+        joined = {}
+        for grid in dict.fromkeys(grids):
+            same = [m.detach().to("cpu", self.dtype).permute(0, 2, 3, 1) for m, g in zip(maps, grids, strict=True)
+                    if g == grid]  # fmt: skip
+            joined[grid] = torch.cat(same, 3).contiguous()
+            if self.dtype == torch.float16 and not bool(joined[grid].isfinite().all()):
+                raise OverflowError("Features are too large for float16; hold them as float32.")
+        if not self._parts:
+            self.grids, self._widths, self._parts = grids, widths, {grid: [] for grid in joined}
+        for grid, held in joined.items():
+            self._parts[grid].append(held)
 
     @property
     def channels(self) -> int:
         """Values of a pixel's feature."""
-        return sum(part[0].shape[3] for part in self._parts)
+        return sum(self._widths)
+
+    @property
+    def columns(self) -> list[list[slice]]:
+        """Of each block of `blocks`, which columns of a pixel's feature it holds, in its order."""
+        ends = list(itertools.accumulate(self._widths))
+        places = [slice(end - width, end) for end, width in zip(ends, self._widths, strict=True)]
+        return [[place for place, own in zip(places, self.grids, strict=True) if own == grid] for grid in self._parts]
 
     @property
     def nbytes(self) -> int:
         """What is held."""
-        return sum(m.nbytes for part in self._parts for m in part)
+        return sum(m.nbytes for part in self._parts.values() for m in part)
 
     def sample(self, rows: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Features of pixels, `(n, L)` float32.
@@ -95,44 +104,57 @@ class SampledMaps:
             y: `(n,)`, row of the pixel in the image, from 0.
             x: `(n,)`, column.
         """
-        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        features, start = torch.empty(len(rows), self.channels), 0
-        for grid, table in zip(self.grids, self._flat(), strict=True):
-            if grid not in found:
-                found[grid] = _corners(rows, y, x, self.size, grid)
-            places, weights = found[grid]
-            if table.dtype == torch.float32:
-                part = nn.functional.embedding_bag(places, table, per_sample_weights=weights, mode="sum")
-            else:
-                part = (table[places].float() * weights[..., None]).sum(1)
-            features[:, start : start + part.shape[1]] = part
-            start += part.shape[1]
+        features = torch.empty(len(rows), self.channels)
+        for block, columns in zip(self.blocks(rows, y, x), self.columns, strict=True):
+            parts = block.split([place.stop - place.start for place in columns], 1)
+            for part, place in zip(parts, columns, strict=True):
+                features[:, place] = part
         return features
 
-    def _flat(self) -> list[Tensor]:
-        """Each map of all images as a table of places, `(N h w, C)`; the batches are not held besides."""
-        if not self._tables:
-            for part in self._parts:
-                part[:] = [torch.cat(part)] if len(part) > 1 else part
-            self._tables = [part[0].flatten(0, 2) for part in self._parts]
-        return self._tables
+    def blocks(self, rows: Tensor, y: Tensor, x: Tensor) -> list[Tensor]:
+        """Features of pixels in parts `(n, L_g)`, one of each grid: `sample` without bringing them into one order.
+
+        Args:
+            rows: As for `sample`.
+            y: As for `sample`.
+            x: As for `sample`.
+        """
+        found = []
+        for grid, table in self._flat():
+            start = rows.long() * (grid[0] * grid[1])
+            if grid == self.size:  # the pixel's own cell
+                found.append(table[start + y * grid[1] + x].float())
+                continue
+            if grid not in self._axes:
+                self._axes[grid] = [_along(length, cells) for length, cells in zip(self.size, grid, strict=True)]
+            places, weights = _corners(self._axes[grid], y, x, grid[1])
+            places += start[:, None]
+            if table.dtype == torch.float32:
+                found.append(nn.functional.embedding_bag(places, table, per_sample_weights=weights, mode="sum"))
+            else:
+                found.append((table[places].float() * weights[..., None]).sum(1))
+        return found
+
+    def _flat(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Each grid and its maps of all images as a table of places, `(N h w, C)`; batches are not held besides."""
+        for grid, part in self._parts.items():
+            part[:] = [torch.cat(part)] if len(part) > 1 else part
+            yield grid, part[0].flatten(0, 2)
 
 
-def _corners(
-    rows: Tensor, y: Tensor, x: Tensor, size: tuple[int, int], grid: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """The four cells around each pixel, `(n, 4)` places in a table, and their bilinear weights."""
-    (y0, y1, v), (x0, x1, u) = _along(y, size[0], grid[0]), _along(x, size[1], grid[1])
-    start = rows.long() * (grid[0] * grid[1])
-    places = torch.stack([start + a * grid[1] + b for a in (y0, y1) for b in (x0, x1)], 1)
-    return places, torch.stack([a * b for a in (1 - v, v) for b in (1 - u, u)], 1)
+def _corners(axes: Sequence[tuple[Tensor, Tensor]], y: Tensor, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The four cells of an image around each pixel, `(n, 4)`, and their bilinear weights."""
+    (above, down), (left, across) = axes
+    cells = (width * above)[y][:, :, None] + left[x][:, None]
+    return cells.flatten(1), (down[y][:, :, None] * across[x][:, None]).flatten(1)
 
 
-def _along(at: Tensor, size: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The cells before and after a pixel's centre on one axis, and the share of the second."""
-    place = ((at.float() + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
+def _along(size: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Of each place on an axis, the cells before and after its centre and the share of each, `(size, 2)`."""
+    place = ((torch.arange(size).float() + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
     low = place.floor().long()
-    return low, (low + 1).clamp(max=cells - 1), place - low
+    share = place - low
+    return torch.stack([low, (low + 1).clamp(max=cells - 1)], 1), torch.stack([1 - share, share], 1)
 
 
 __all__ = ["STORED", "SampledMaps", "feature_maps"]

@@ -1,6 +1,8 @@
 """From features to predictions: heads, and how they are fitted."""
 
+from diffusers_repr.heads.attention import AttentionHead
 from diffusers_repr.heads.base import Head, head_class, list_heads, register_head, unregister_head
+from diffusers_repr.heads.convolution import ConvolutionHead
 from diffusers_repr.heads.dense.base import MapHead
 from diffusers_repr.heads.dense.depth import DepthHead
 from diffusers_repr.heads.dense.features import depth_layers, read_features, readout_layers
@@ -11,12 +13,16 @@ from diffusers_repr.heads.dense.losses import (
     sobel_edges,
 )
 from diffusers_repr.heads.dense.readout import ReadoutHead
+from diffusers_repr.heads.feedback import FeedbackHead, feedback_pairs
+from diffusers_repr.heads.feedback_source import FeedbackExtractor
 from diffusers_repr.heads.fitting.fit import FitResult, fit_head
+from diffusers_repr.heads.fitting.maps import fit_map_head
 from diffusers_repr.heads.fitting.pixels import DDPM_SEG, PixelProtocol, PixelSet, train_members
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS, get_protocol
 from diffusers_repr.heads.hyperfeature_source import Hyperfeatures
 from diffusers_repr.heads.hyperfeatures import HyperfeaturesHead
 from diffusers_repr.heads.joint import JointHead
+from diffusers_repr.heads.map_classifier import MapClassifier
 from diffusers_repr.heads.moved import keep_moved_names
 from diffusers_repr.heads.odise import OdiseHead
 from diffusers_repr.heads.pixel_ensemble import PixelEnsembleHead
@@ -31,7 +37,11 @@ keep_moved_names()
 __all__ = [
     "DDPM_SEG",
     "PROTOCOLS",
+    "AttentionHead",
+    "ConvolutionHead",
     "DepthHead",
+    "FeedbackExtractor",
+    "FeedbackHead",
     "FitResult",
     "Head",
     "Hyperfeatures",
@@ -40,6 +50,7 @@ __all__ = [
     "KNNHead",
     "LinearHead",
     "MLPHead",
+    "MapClassifier",
     "MapHead",
     "OdiseHead",
     "PixelEnsembleHead",
@@ -51,7 +62,9 @@ __all__ = [
     "appearance_triplet_loss",
     "correspondence_loss",
     "depth_layers",
+    "feedback_pairs",
     "fit_head",
+    "fit_map_head",
     "get_protocol",
     "head_class",
     "list_heads",

@@ -60,8 +60,8 @@ def unregister_head(kind: str) -> None:
     del _HEADS[kind]
 
 
-def list_heads(base: type[Head] = Head) -> dict[str, type[Head]]:
-    """The registered heads by name, of a subclass of `Head` if one is given.
+def list_heads(base: type[Head] | tuple[type[Head], ...] = Head) -> dict[str, type[Head]]:
+    """The registered heads by name, of a subclass of `Head` if one or several are given.
 
     Example:
         >>> from diffusers_repr.heads import PooledHead
@@ -71,7 +71,7 @@ def list_heads(base: type[Head] = Head) -> dict[str, type[Head]]:
     return _HEADS.subclasses(base)
 
 
-def head_class(kind: str, base: type[Head] = Head) -> type[Head]:
+def head_class(kind: str, base: type[Head] | tuple[type[Head], ...] = Head) -> type[Head]:
     """The class of a name.
 
     Raises:

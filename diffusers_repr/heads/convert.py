@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from diffusers_repr.heads.dense.record import describe_base
 from diffusers_repr.hub.schema import integer, listing, number
 from diffusers_repr.models.checkpoint import block_numbers, check_tensor_names, check_weights, some_of
 
-_STACK = "bottleneck_layers"
+STACK = "bottleneck_layers"
 # Part of a bottleneck block -> its part here; `conv1` and `shortcut` are one projection.
 _PARTS = {
     "conv1.norm": "norm_in",
@@ -41,7 +41,7 @@ def is_published_readout(checkpoint: Mapping[str, Any]) -> bool:
         (True, False)
     """
     weights = checkpoint.get("aggregation_network", checkpoint)
-    return isinstance(weights, Mapping) and any(str(name).startswith(f"{_STACK}.0.") for name in weights)
+    return isinstance(weights, Mapping) and any(str(name).startswith(f"{STACK}.0.") for name in weights)
 
 
 def convert_readout(
@@ -62,17 +62,7 @@ def convert_readout(
         ValueError: For names that are unknown or missing, numbers that are not finite, another base, and what cannot
             be told.
     """
-    given = checkpoint.get("aggregation_network", checkpoint)
-    settings = checkpoint.get("config", {}) if "aggregation_network" in checkpoint else {}
-    settings = settings if isinstance(settings, Mapping) else {}
-    wrong = [name for name, value in given.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise ValueError(f"The checkpoint's weights hold {some_of(wrong)}, which are no tensors.")
-    # A `Sequential` of one block is called without the time embedding.
-    weights = {str(name): value for name, value in given.items() if name not in _UNUSED}
-    sequential = any(name.startswith(f"{_STACK}.0.0.") for name in weights)
-    if sequential:
-        weights = {_without_sequence(name): value for name, value in weights.items()}
+    weights, settings, sequential = find_weights(checkpoint)
     check_weights(weights, dict.fromkeys((name for name in weights if name.endswith(("conv1.weight", "conv3.weight",
                   "shortcut.weight"))), 4))  # fmt: skip
     kind = _kind(weights, settings, kind)
@@ -81,7 +71,7 @@ def convert_readout(
     if not timed:
         weights = {name: value for name, value in weights.items() if ".emb_layers." not in name}
     head = _head(weights, settings, base, kind, timed=timed, notes=notes)
-    own, found = head.state_dict(), _renamed(weights)
+    own, found = head.state_dict(), renamed(weights)
     wrong = [name for name, value in found.items() if value.shape != own[name].shape]
     if wrong:
         raise ValueError(
@@ -92,9 +82,29 @@ def convert_readout(
     return head.eval(), tuple(notes)
 
 
+def find_weights(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mapping[str, Any], bool]:
+    """The state dict in a checkpoint, its settings, and whether a bottleneck was a `Sequential` of one block.
+
+    Raises:
+        ValueError: For values that are no tensors.
+    """
+    given = checkpoint.get("aggregation_network", checkpoint)
+    settings = checkpoint.get("config", {}) if "aggregation_network" in checkpoint else {}
+    settings = settings if isinstance(settings, Mapping) else {}
+    wrong = [name for name, value in given.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(f"The checkpoint's weights hold {some_of(wrong)}, which are no tensors.")
+    weights = {str(name): value for name, value in given.items() if name not in _UNUSED}
+    # A `Sequential` of one block is called without the time embedding.
+    sequential = any(name.startswith(f"{STACK}.0.0.") for name in weights)
+    if sequential:
+        weights = {_without_sequence(name): value for name, value in weights.items()}
+    return weights, settings, sequential
+
+
 def _without_sequence(name: str) -> str:
     pieces = name.split(".")
-    return ".".join(pieces[:2] + pieces[3:]) if pieces[0] == _STACK and pieces[2] == "0" else name
+    return ".".join(pieces[:2] + pieces[3:]) if pieces[0] == STACK and pieces[2] == "0" else name
 
 
 def _kind(weights: Mapping[str, Tensor], settings: Mapping[str, Any], kind: str | None) -> str:
@@ -138,11 +148,11 @@ def _head(
     notes: list[str],
 ) -> ReadoutHead:
     """The head that the shapes and settings describe, with the base's time embedding and own random weights."""
-    first = weights.get(f"{_STACK}.0.conv1.weight"), weights.get(f"{_STACK}.0.conv3.weight")
+    first = weights.get(f"{STACK}.0.conv1.weight"), weights.get(f"{STACK}.0.conv3.weight")
     if first[0] is None or first[1] is None:
-        raise ValueError(f"The checkpoint lacks {_STACK}.0.conv1.weight or conv3.weight; it is no readout head.")
+        raise ValueError(f"The checkpoint lacks {STACK}.0.conv1.weight or conv3.weight; it is no readout head.")
     bottleneck, width = first[0].shape[0], first[1].shape[0]
-    count = max(block_numbers(weights, _STACK)) + 1
+    count = max(block_numbers(weights, STACK)) + 1
     options: dict[str, Any] = {"kind": kind, "width": width, "bottleneck": bottleneck}
     options |= {"time_source": "network", "reversed_time": True} if timed else {}
     options |= {} if timed or kind == "correspondence" else {"time_source": "none"}
@@ -150,7 +160,7 @@ def _head(
         options |= _spatial(weights, settings, notes)
     _check_names(weights, count, width, kind, timed=timed)
     record = {**describe_base(base), "level_range": base.schedule.timestep_range}
-    channels = [weights[f"{_STACK}.{at}.conv1.weight"].shape[1] for at in range(count)]
+    channels = [weights[f"{STACK}.{at}.conv1.weight"].shape[1] for at in range(count)]
     if timed:
         options["time_width"] = network_time_layers(base.model)[1].out_features
     head = ReadoutHead(**{**record, "layers": _layers(settings, base, count), "channels": channels, **options})
@@ -198,19 +208,8 @@ def _layers(settings: Mapping[str, Any], base: Denoiser, count: int) -> list[str
 
 
 def _check_names(weights: Mapping[str, Tensor], count: int, width: int, kind: str, *, timed: bool) -> None:
-    parts = [name for name in _PARTS if timed or name != "emb_layers"]
-    pairs = [name for name in parts if "norm" in name or name == "emb_layers"]
-    norms = [f"{name}.{leaf}" for name in pairs for leaf in ("weight", "bias")]
-    block = [*norms, "conv1.weight", "conv2.weight", "conv3.weight", "shortcut.weight"]
-    expected = {f"{_STACK}.{at}.{name}" for at in range(count) for name in block} | {"mixing_weights"}
-    if kind == "spatial":
-        expected |= {f"{name}.{leaf}" for name in _OUTPUT for leaf in ("weight", "bias")}
-    check_tensor_names(
-        "a readout head",
-        {"num_layers": count, "hidden_size": width},
-        sorted(expected - set(weights)),
-        sorted(set(weights) - expected),
-    )
+    further = [f"{name}.{leaf}" for name in _OUTPUT for leaf in ("weight", "bias")] if kind == "spatial" else []
+    check_stack("a readout head", weights, count, width, further, timed=timed)
     if weights["mixing_weights"].shape != (count,):
         raise ValueError(
             f"The head mixes {weights['mixing_weights'].numel()} maps of {count} layers: it reads several timesteps "
@@ -218,17 +217,52 @@ def _check_names(weights: Mapping[str, Tensor], count: int, width: int, kind: st
         )
 
 
-def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict by our names."""
+def check_stack(
+    what: str,
+    weights: Mapping[str, Tensor],
+    count: int,
+    width: int,
+    further: Sequence[str] = (),
+    *,
+    timed: bool = False,
+) -> None:
+    """Refuse names that are missing or unknown in a stack of bottlenecks with mixing weights.
+
+    Args:
+        what: Kind of network, for the message.
+        weights: From `find_weights`.
+        count: Bottlenecks.
+        width: Their outputs.
+        further: Names beside those of the stack.
+        timed: Whether bottlenecks have a layer for a time embedding.
+
+    Raises:
+        ValueError: Names some of them.
+    """
+    parts = [name for name in _PARTS if timed or name != "emb_layers"]
+    pairs = [name for name in parts if "norm" in name or name == "emb_layers"]
+    norms = [f"{name}.{leaf}" for name in pairs for leaf in ("weight", "bias")]
+    block = [*norms, "conv1.weight", "conv2.weight", "conv3.weight", "shortcut.weight"]
+    expected = {f"{STACK}.{at}.{name}" for at in range(count) for name in block} | {"mixing_weights", *further}
+    check_tensor_names(
+        what,
+        {"num_layers": count, "hidden_size": width},
+        sorted(expected - set(weights)),
+        sorted(set(weights) - expected),
+    )
+
+
+def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of `find_weights` by the names of `ReadoutHead` and `HyperfeaturesHead`."""
     found: dict[str, Tensor] = {}
     for name, value in weights.items():
         place, leaf = name.rsplit(".", 1) if "." in name else ("", name)
         if place in _OUTPUT:
             found[f"{_OUTPUT[place]}.{leaf}"] = value
-        elif place.startswith(f"{_STACK}."):
+        elif place.startswith(f"{STACK}."):
             _, at, part = place.split(".", 2)
             if part == "conv1":
-                both = [value, weights[f"{_STACK}.{at}.shortcut.weight"]]
+                both = [value, weights[f"{STACK}.{at}.shortcut.weight"]]
                 found[f"project.{at}.weight"] = torch.cat(both)
             elif part != "shortcut":
                 found[f"blocks.{at}.{_PARTS[part]}.{leaf}"] = value
@@ -242,4 +276,4 @@ def _mapping(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-__all__ = ["convert_readout", "is_published_readout"]
+__all__ = ["STACK", "check_stack", "convert_readout", "find_weights", "is_published_readout", "renamed"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.noise_policy import image_keys
 from diffusers_repr.features.output import FeatureOutput
+from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.heads.hyperfeature_maps import walk_levels, walk_maps
 from diffusers_repr.heads.hyperfeatures import HYPERFEATURES, HyperfeaturesHead
 from diffusers_repr.hub import resolve_folder
@@ -24,10 +24,11 @@ from diffusers_repr.hub.checks import check_whole
 _PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-class Hyperfeatures:
+class Hyperfeatures(BaseFeatureSource):
     """Images to one map of descriptors, the layer `hyperfeatures`; a `FeatureSource`.
 
     Nothing is drawn: images are inverted along their own trajectory, so a feature depends on neither ids nor seeds.
+    The head goes where its base is.
 
     Args:
         denoiser: The base of the head.
@@ -100,58 +101,28 @@ class Hyperfeatures:
         folder = resolve_folder(id_or_folder, revision, token, _PATTERNS)
         head = HyperfeaturesHead.from_pretrained(folder)
         head.to(torch.float32)
-        return cls(_opened(head, folder, base, base_revision), head, **settings)
+        return cls(_opened(head, folder, base, revision=base_revision, token=token), head, **settings)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the head, which names its base; `from_pretrained` reads both."""
         self.head.save_pretrained(folder)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        images: Any,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        embeddings: Mapping[str, Any] | None = None,
-        ids: Sequence[Any] | None = None,
-    ) -> FeatureOutput:
-        """Features of images.
+    def from_pixels(self, pixels: Tensor, **arguments: Unpack[SourceArguments]) -> FeatureOutput:
+        """As a call, from `(B, C, H, W)` in [-1, 1]; `image_size` is not applied.
 
         Args:
-            images: PIL images, numpy arrays or tensors, see `to_pixels`.
-            prompt: One for all images or one per image; the head's if None.
-            class_labels: One id for all images or one per image.
-            embeddings: Ready network inputs; see `Denoiser.condition`.
-            ids: As of every source; nothing is drawn here.
-
-        Raises:
-            ValueError: For images, prompts, labels or ids that do not fit the model or each other.
-            FloatingPointError: If the features are NaN or infinite.
+            pixels: See above.
+            **arguments: As of every source: the head's prompt if none is given; `ids` are checked, nothing is drawn.
         """
-        pixels = self.denoiser.pixels(images, self.image_size)
-        found = self.from_pixels(pixels, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
-        return replace(found, images=images)
-
-    @torch.no_grad()
-    def from_pixels(
-        self,
-        pixels: Tensor,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        embeddings: Mapping[str, Any] | None = None,
-        ids: Sequence[Any] | None = None,
-    ) -> FeatureOutput:
-        """As a call, from `(B, C, H, W)` in [-1, 1]; `image_size` is not applied."""
         denoiser, count, size = self.denoiser, len(pixels), tuple(pixels.shape[2:])
+        given: dict[str, Any] = dict(arguments)
+        ids = given.pop("ids", None)
         if ids is not None:
             image_keys(ids, pixels)
-        if prompt is None and class_labels is None and embeddings is None and self.head.config["prompt"]:
-            prompt = self.head.config["prompt"]
-        condition = denoiser.condition(
-            prompt, class_labels=class_labels, embeddings=embeddings, batch=count, size=size, cache=self._prompts
-        )
+        if all(value is None for value in given.values()):
+            given["prompt"] = self.head.config["prompt"] or None
+        condition = denoiser.condition(**given, batch=count, size=size, cache=self._prompts)
         parts = []
         for start in range(0, count, self.batch_size or count):
             rows = range(start, min(start + (self.batch_size or count), count))
@@ -176,6 +147,7 @@ class Hyperfeatures:
             size: (H, W) of the images in pixels.
         """
         head, config, grid = self.head, self.head.config, self.grid(size)
+        head.to(x0.device)
         total: Tensor | None = None
 
         def add(place: int, layer: str, maps: Tensor) -> None:
@@ -204,13 +176,13 @@ class Hyperfeatures:
         )
 
 
-def _opened(head: HyperfeaturesHead, folder: Path, base: Any, revision: str | None) -> Denoiser:
+def _opened(head: HyperfeaturesHead, folder: Path, base: Any, **place: str | None) -> Denoiser:
     if isinstance(base, Denoiser):
         return base
     if base is not None and not isinstance(base, (str, os.PathLike)):
         return Denoiser.from_pipe(base)
     if base is not None:
-        return Denoiser.from_pretrained(os.fspath(base), revision=revision)
+        return Denoiser.from_pretrained(os.fspath(base), **place)
     name = head.config["base_model"]
     if name is None:
         raise ValueError(
@@ -220,7 +192,7 @@ def _opened(head: HyperfeaturesHead, folder: Path, base: Any, revision: str | No
     beside = folder.parent / name
     known = beside if not Path(name).is_dir() and (beside / "model_index.json").is_file() else name
     try:
-        return Denoiser.from_pretrained(known, revision=revision)
+        return Denoiser.from_pretrained(known, **place)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
             f"The head's base {name!r} cannot be opened ({error}) Pass base=<folder, Hub id, pipeline or Denoiser> "

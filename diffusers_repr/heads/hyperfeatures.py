@@ -12,24 +12,21 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.heads.base import Head, register_head
-from diffusers_repr.heads.dense.features import readout_layers, tap_channels
+from diffusers_repr.heads.base import register_head
+from diffusers_repr.heads.dense.base import RecordedHead
 from diffusers_repr.heads.dense.parts import resize
 from diffusers_repr.heads.dense.readout import Bottleneck
-from diffusers_repr.heads.dense.record import RECORD, describe_base, refuse_other_base
 from diffusers_repr.heads.hyperfeature_maps import paper_reads, walk_levels
-from diffusers_repr.hub.checks import check_sizes, check_whole
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.models.layers import Projection, wide_dtype
 from diffusers_repr.models.outputs import SampleOutput, packed
 from diffusers_repr.pictures.mixing import mixing_figure
 
 HYPERFEATURES = "hyperfeatures"  # what a source calls its one layer
-# Of the record of heads on maps, what this one has not: it predicts no label.
-_NO_LABELS = {"label_range": [0, 1], "level_range": [0, 1], "target": None}
 
 
 @register_head("hyperfeatures")
-class HyperfeaturesHead(Head, ModelMixin, ConfigMixin):
+class HyperfeaturesHead(RecordedHead, ModelMixin, ConfigMixin):
     """Luo et al. 2023, Diffusion Hyperfeatures (arXiv 2305.14334), sec. 3.2.
 
     `H = sum_{s,l} softmax(w)_{s,l} B_l(F_{s,l})`: layer l at step s of a DDIM inversion, through a bottleneck that is
@@ -91,13 +88,7 @@ class HyperfeaturesHead(Head, ModelMixin, ConfigMixin):
         noise_fingerprint: str | None = None,
     ) -> None:
         super().__init__()
-        RECORD({**self.config, **_NO_LABELS}, type(self).__name__)
-        if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
-            raise ValueError(
-                f"layers and channels must pair up, each layer once; got {len(layers)} layers ({list(layers)}) and "
-                f"{len(channels)} channels ({list(channels)})."
-            )
-        check_sizes(width=width, bottleneck=bottleneck, **{f"channels[{i}]": c for i, c in enumerate(channels)})
+        self.check_inputs({"width": width, "bottleneck": bottleneck})
         self.reads = check_reads(steps, reads)
         project = [Projection(c, bottleneck + width, bias=False) for c in channels]
         blocks = [Bottleneck(bottleneck, width, 0) for _ in channels]
@@ -126,30 +117,18 @@ class HyperfeaturesHead(Head, ModelMixin, ConfigMixin):
         Raises:
             ValueError: For layers that do not exist or give no map, and steps that the process does not have.
         """
-        paths = readout_layers(denoiser.model) if layers is None else list(layers)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         reads = check_reads(options.get("steps", 50), options.get("reads"))
         levels = walk_levels(denoiser.schedule, options.get("steps", 50), reads, options.get("clean_timestep"))
         return cls(
             **{
-                **describe_base(denoiser),
-                "layers": paths,
-                "channels": tap_channels(denoiser, paths, size),
+                **cls.inputs_of(denoiser, layers, size),
                 "image_size": None if size is None else list(size),
                 "timesteps": [float(levels[step].timestep) for step in reads],
                 **options,
                 "reads": reads,
             }
         )
-
-    def check_base(self, denoiser: Denoiser) -> None:
-        """Refuse another base than the one the head was trained on.
-
-        Raises:
-            TypeError: If `denoiser` is no `Denoiser`.
-            ValueError: If class, config, layers, channels or noise process differ; names both sides.
-        """
-        refuse_other_base(denoiser, type(self).__name__, self.config)
 
     def shares(self) -> Tensor:
         """The mixing weights after the softmax, `(levels, layers)`; they sum to 1."""

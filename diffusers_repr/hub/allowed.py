@@ -24,6 +24,7 @@ _TOKENIZER = (
 )  # fmt: skip
 _MEASURED = ("loss.jsonl", "evaluation.json", "evaluation.jsonl", "samples.png", "mixing_weights.png")
 _MODEL = ("config.json", *_WEIGHTS)
+_SOURCE = tuple(f"source/{name}" for name in _MODEL)  # of features, with weights of its own
 _COMPONENT = (*_MODEL, "scheduler_config.json", "generation_config.json", *_PROCESSOR, *_TOKENIZER)
 ARTIFACTS = "artifacts.json"  # of a training result: the files that a method saved in folders of their own
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -46,8 +47,10 @@ class Kind:
 
 _STORE = Kind("dataset", (*_CARD, "manifest.json", "data/*.parquet"))
 KINDS: Mapping[str, Kind] = {
-    "probe": Kind("model", (*_CARD, "probe.json", *_MODEL)),
-    "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL)),
+    "probe": Kind("model", (*_CARD, "probe.json", *_MODEL, *_SOURCE)),
+    "matcher": Kind("model", (*_CARD, "correspondence.json", *_SOURCE)),
+    "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL, *_SOURCE)),
+    "open-vocabulary segmenter": Kind("model", (*_CARD, "panoptic.json", *_MODEL, *_MEASURED)),
     "zero-shot classifier": Kind("model", (*_CARD, "zero_shot.json")),
     "store of features": _STORE,
     "store of images": _STORE,
@@ -63,6 +66,8 @@ KINDS: Mapping[str, Kind] = {
             "recipe.yaml",
             "model_index.json",
             "cleandift.json",
+            "panoptic.json",
+            "probe.json",
             "pytorch_lora_weights.safetensors",
             ARTIFACTS,
             *(f"heads/*/{name}" for name in _MODEL),
@@ -111,6 +116,10 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("segmentation.json"):
         return "segmenter"
+    if has("correspondence.json", *_SOURCE):
+        return "matcher"
+    if has("panoptic.json"):
+        return "open-vocabulary segmenter"
     if has("zero_shot.json"):
         return "zero-shot classifier"
     if has("manifest.json"):
@@ -133,8 +142,9 @@ def kind_of(folder: Path) -> str:
         return "scheduler"
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
-        "zero_shot.json (zero-shot classifier), manifest.json (store of features), model_index.json (pipeline), "
-        "pipeline.py (custom pipeline), config.json (model or head) and scheduler_config.json (scheduler)."
+        "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), zero_shot.json (zero-shot "
+        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), "
+        "config.json (model or head) and scheduler_config.json (scheduler)."
     )
 
 

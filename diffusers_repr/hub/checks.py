@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -46,4 +47,18 @@ def check_sizes(**values: Any) -> None:
             raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
 
 
-__all__ = ["NotWholeError", "check_sizes", "check_whole"]
+def check_channels(layers: Sequence[str], channels: Sequence[int]) -> None:
+    """Named layers, each once, and the channels of each.
+
+    Raises:
+        ValueError: If they do not pair up, or channels are no whole numbers from 1.
+    """
+    if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
+        raise ValueError(
+            f"layers and channels must pair up, each layer once; got {len(layers)} layers ({list(layers)}) and "
+            f"{len(channels)} channels ({list(channels)})."
+        )
+    check_sizes(**{f"channels of {layer!r}": count for layer, count in zip(layers, channels, strict=True)})
+
+
+__all__ = ["NotWholeError", "check_channels", "check_sizes", "check_whole"]

@@ -15,8 +15,11 @@ from diffusers_repr.hub.files import read_json
 
 # Class of ours that a pipeline may have as a component -> its module; of heads, all that are registered.
 OWN_COMPONENTS = {
+    "AttentionHead": "diffusers_repr.heads.attention",
     "ClassTokenHead": "diffusers_repr.models.class_token",
+    "ConvolutionHead": "diffusers_repr.heads.convolution",
     "DepthHead": "diffusers_repr.heads.dense.depth",
+    "FeedbackHead": "diffusers_repr.heads.feedback",
     "FlowMatchODEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_ode",
     "FlowMatchSDEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_sde",
     "HyperfeaturesHead": "diffusers_repr.heads.hyperfeatures",

@@ -62,11 +62,11 @@ class Registry(dict[str, type[T]]):
 
         return add
 
-    def subclasses(self, base: type[T] | None = None) -> dict[str, type[T]]:
-        """Those of a subclass of `base`, all if None, by name in order."""
+    def subclasses(self, base: type[T] | tuple[type[T], ...] | None = None) -> dict[str, type[T]]:
+        """Those of a subclass of `base`, or of one of several, all if None, by name in order."""
         return {name: cls for name, cls in sorted(self.items()) if issubclass(cls, base or self.base)}
 
-    def find(self, name: str, base: type[T] | None = None) -> type[T]:
+    def find(self, name: str, base: type[T] | tuple[type[T], ...] | None = None) -> type[T]:
         """The class of a name, among `subclasses(base)`.
 
         Raises:

@@ -19,7 +19,7 @@ from diffusers_repr.hub.yaml_text import import_yaml, read_yaml
 _CONFIGS = (
     "config.json", "model_index.json", "scheduler_config.json", "preprocessor_config.json", "processor_config.json",
     "image_processor_config.json", "generation_config.json", "tokenizer_config.json", "probe.json",
-    "segmentation.json", "manifest.json", "evaluation.json",
+    "segmentation.json", "panoptic.json", "correspondence.json", "manifest.json", "evaluation.json",
 )  # fmt: skip
 _TEXTS = ("", ".md", ".txt", ".json", ".jsonl", ".yaml", ".py", ".jinja")
 _MAGIC = {".png": b"\x89PNG", ".parquet": b"PAR1", ".jpg": b"\xff\xd8", ".jpeg": b"\xff\xd8", ".gif": b"GIF8"}

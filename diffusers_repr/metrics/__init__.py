@@ -1,5 +1,6 @@
 """What a representation is worth: alignment with another one, and distances of sets of samples."""
 
+from diffusers_repr.metrics.alignment_uniformity import AlignmentUniformity, alignment_uniformity
 from diffusers_repr.metrics.cka import cka
 from diffusers_repr.metrics.cknna import cknna, compare_graphs, neighbour_graph
 from diffusers_repr.metrics.encoding import Encoded, encode_images
@@ -14,6 +15,7 @@ from diffusers_repr.metrics.record import MetricRecord, UnlikeRecordsError, comp
 from diffusers_repr.metrics.uncertainty import EnsembleSums, certain_rows, image_scores, jensen_shannon
 
 __all__ = [
+    "AlignmentUniformity",
     "ConfusionMatrix",
     "Encoded",
     "EnsembleSums",
@@ -21,6 +23,7 @@ __all__ = [
     "PanopticScores",
     "PrecisionRecall",
     "UnlikeRecordsError",
+    "alignment_uniformity",
     "certain_rows",
     "cka",
     "cknna",

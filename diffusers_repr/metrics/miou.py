@@ -59,19 +59,13 @@ class ConfusionMatrix:
                 f"Class ids are whole numbers; got {found.dtype} and {true.dtype}. Take the argmax first."
             )
         found, true, last = found.flatten().long(), true.flatten().long(), self.num_classes
-        if self.ignore_index is not None:
-            true = torch.where(true == self.ignore_index, last, true)
-        for name, ids, most in (("prediction", found, last - 1), ("truth", true, last)):
-            wrong = ids[(ids < 0) | (ids > most) | ((ids == last) & (self.ignore_index is None))]
+        ignored = torch.zeros_like(true, dtype=torch.bool) if self.ignore_index is None else true == self.ignore_index
+        for name, ids in (("prediction", found), ("truth", true[~ignored])):
+            wrong = ids[(ids < 0) | (ids >= last)]
             if len(wrong):
-                raise ValueError(
-                    f"The {name} has the id {int(wrong[0])}; classes are 0 to {last - 1}"
-                    + (
-                        f", and ignore_index={self.ignore_index} in the truth."
-                        if self.ignore_index is not None
-                        else "."
-                    )
-                )
+                more = "" if self.ignore_index is None else f", and ignore_index={self.ignore_index} in the truth"
+                raise ValueError(f"The {name} has the id {int(wrong[0])}; classes are 0 to {last - 1}{more}.")
+        true = true.masked_fill(ignored, last)
         self.counts += torch.bincount(true * last + found, minlength=(last + 1) * last).view(last + 1, last)
 
     def iou(self, counting: Counting = "masked") -> Tensor:

@@ -111,9 +111,7 @@ def certain_rows(scores: Sequence[float] | Tensor, drop: float = 0.1, cut: Cut =
     if not bool(values.isfinite().all()):
         raise ValueError("Some scores are not finite; the features or the head are broken.")
     order, dropped = values.argsort(stable=True).tolist(), int(len(values) * drop)
-    kept = order[: len(order) - dropped]
-    if cut == "paper" and dropped:
-        kept = order[_SKIPPED : -dropped + _SKIPPED]
+    kept = order[_SKIPPED : _SKIPPED - dropped] if cut == "paper" else order[: len(order) - dropped]
     if not kept:
         why = f": the paper's cut is empty unless more than {_SKIPPED} are dropped, here {dropped}"
         raise ValueError(

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusers_repr.hub.checks import check_sizes
+from diffusers_repr.hub.checks import check_channels, check_sizes
 from diffusers_repr.models.layers import CastLinear, wide_dtype
 from diffusers_repr.models.mixin import ReprModelMixin
 
@@ -87,8 +87,7 @@ class FeatureAdapters(ReprModelMixin, ModelMixin, ConfigMixin):
         timestep_range: Sequence[float] = (0.0, 999.0),
     ) -> None:
         super().__init__()
-        if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
-            raise ValueError(f"layers and channels must pair up; got {list(layers)} and {list(channels)}.")
+        check_channels(layers, channels)
         hidden = [int(expansion * width) for width in channels]
         widths = {f"expansion * channels[{at}]": width for at, width in enumerate(hidden)}
         check_sizes(depth=depth, time_hidden=time_hidden, time_depth=time_depth, **widths)

@@ -100,8 +100,8 @@ class CastLayerNorm(nn.LayerNorm):
         return functional.layer_norm(x, self.normalized_shape, _like(self.weight, x), _like(self.bias, x), self.eps)
 
 
-class CastBatchNorm1d(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` in the dtype of its input; in training the running statistics must be of that dtype."""
+class _CastBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What batch norms in the dtype of their input share."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the shape of `x`.
@@ -122,8 +122,17 @@ class CastBatchNorm1d(nn.BatchNorm1d):
         return functional.batch_norm(x, mean, variance, _like(self.weight, x), _like(self.bias, x), eps=self.eps)
 
 
+class CastBatchNorm1d(_CastBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` in the dtype of its input; in training the running statistics must be of that dtype."""
+
+
+class CastBatchNorm2d(_CastBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` in the dtype of its input; in training the running statistics must be of that dtype."""
+
+
 __all__ = [
     "CastBatchNorm1d",
+    "CastBatchNorm2d",
     "CastConv2d",
     "CastGroupNorm",
     "CastLayerNorm",

@@ -156,6 +156,19 @@ class NoiseSchedule:
         }
         return NoiseLevel(**{k: v.float() if v.ndim else float(v) for k, v in values.items()}, schedule=self)
 
+    def clean_level(self, timestep: float) -> NoiseLevel:
+        """No noise at all: `x_t` is `clean_alpha x_0`.
+
+        Args:
+            timestep: What the network is told, in the range of the schedule or not.
+        """
+        return NoiseLevel(timestep, nsr=0.0, half_log_snr=math.inf, alpha=self.clean_alpha, sigma=0.0)
+
+    @property
+    def clean_alpha(self) -> float:
+        """What x_0 is multiplied by where no noise is left: 1, for EDM networks 1 / sigma_data."""
+        return 1 / self.sigma_data if self.kind == "edm" else 1.0
+
     @property
     def timestep_range(self) -> tuple[float, float]:
         """Smallest and largest timestep that exist, both included."""

@@ -18,9 +18,12 @@ from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
+from diffusers_repr.objectives.probe_config import ProbeConfig
+from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
@@ -47,6 +50,8 @@ __all__ = [
     "ContrastiveObjective",
     "DiffusionObjective",
     "DispersiveLoss",
+    "FinetuneConfig",
+    "FinetuneObjective",
     "FixedArtifact",
     "HyperfeaturesConfig",
     "HyperfeaturesObjective",
@@ -57,6 +62,8 @@ __all__ = [
     "OdiseConfig",
     "OdiseObjective",
     "PipelineArtifact",
+    "ProbeConfig",
+    "ProbeObjective",
     "REGObjective",
     "REPAConfig",
     "REPAEObjective",

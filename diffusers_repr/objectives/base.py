@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.objectives.artifacts import Artifact, trained_parts
 
 Batch = dict[str, Any]
@@ -159,6 +160,14 @@ class Objective(nn.Module):
             module.eval().requires_grad_(False)
         self._frozen[name] = module
         return module
+
+    def freeze_base(self, denoiser: Denoiser) -> None:
+        """Keep a denoiser whose network and whose pipeline's other parts are not trained; a prompt is encoded once."""
+        denoiser.prompts = {}
+        self.freeze("network", denoiser.model)
+        for name, part in denoiser.pipe.components.items():
+            if isinstance(part, nn.Module) and part is not denoiser.model:
+                self.freeze(name, part)
 
     @property
     def frozen(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.capture import capture
+from diffusers_repr.capture.persistent import PersistentCapture
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.family import Family, floating_dtype
 from diffusers_repr.features.cleandift import RECORD, TIMESTEP, cleandift_layers
+from diffusers_repr.hub.compiled import is_compiled_in_place
 from diffusers_repr.hub.files import write_json
 from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
@@ -115,8 +116,8 @@ class CleanDIFTObjective(DiffusionObjective):
 
     f are features of the frozen base at K timesteps, one in each stratum; g those of the tuned copy of the clean
     image, told one timestep for all: the copy runs once a step, for it sees nothing of k, and its features go through
-    the adapters A at all K at once. It stops after the last layer; what lies behind it is not trained. The adapters
-    are the identity at first and are not needed afterwards.
+    the adapters A at all K at once. It stops after the last layer (compiled it runs to its end); what lies behind is
+    not trained. The adapters are the identity at first and are not needed afterwards.
 
     Args:
         denoiser: From `Denoiser.from_pipe(pipe)`: the copy is saved as this pipeline.
@@ -145,6 +146,7 @@ class CleanDIFTObjective(DiffusionObjective):
         reached = reached_parameters(denoiser, self.layers)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in reached)
+        self.reads = PersistentCapture(network, self.layers)  # what a network that is compiled later is read by
         self.adapters = FeatureAdapters(
             self.layers, channels, config.adapter_depth, config.adapter_expansion, config.time_width,
             3 * config.time_width, timestep_range=list(denoiser.schedule.timestep_range),
@@ -209,10 +211,13 @@ class CleanDIFTObjective(DiffusionObjective):
 
     def clean_features(self, x0: Tensor, condition: Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of the tuned network of clean images, layer -> `(B, N, C)`."""
-        schedule, told = self.denoiser.schedule, self.config.timestep
-        alpha = 1 / schedule.sigma_data if schedule.kind == "edm" else 1.0
-        level = NoiseLevel(told, nsr=0.0, half_log_snr=math.inf, alpha=alpha, sigma=0.0)
-        return self._read(self.denoiser, alpha * x0, level, condition, getattr(self, "tau", None))
+        return self._read_clean(self.denoiser, x0, condition, getattr(self, "tau", None))
+
+    def _read_clean(
+        self, denoiser: Denoiser, x0: Tensor, condition: Mapping[str, Any], tau: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        level = denoiser.schedule.clean_level(self.config.timestep)
+        return self._read(denoiser, level.alpha * x0, level, condition, tau)
 
     def _read(
         self, denoiser: Denoiser, x: Tensor, level: NoiseLevel, condition: Mapping[str, Any], tau: Tensor | None = None
@@ -221,12 +226,18 @@ class CleanDIFTObjective(DiffusionObjective):
         inputs = denoiser.network_inputs(x.to(floating_dtype(network)), level, condition)
         if tau is not None:  # as it is: rounded, or cast to the network's dtype, it would not move
             inputs[denoiser.family.timestep_name] = tau.expand(len(x))
-        # A forward that is broken off inside of a checkpointed block cannot be computed again.
-        whole = getattr(network, "is_gradient_checkpointing", False) and torch.is_grad_enabled()
-        with capture(network, self.layers, stop_early=not whole) as tape:
-            network(**inputs)
+        found: Mapping[str, Tensor]
+        if network is self.network and is_compiled_in_place(network):
+            with self.reads.recording() as found:
+                network(**inputs)
+        else:
+            # A forward that is broken off inside of a checkpointed block cannot be computed again.
+            whole = getattr(network, "is_gradient_checkpointing", False) and torch.is_grad_enabled()
+            with capture(network, self.layers, stop_early=not whole) as tape:
+                network(**inputs)
+            found = tape.features
         size = tuple(x.shape[2:])
-        return {path: denoiser.feature_map(path, tape[path], size).tokens() for path in self.layers}
+        return {path: denoiser.feature_map(path, found[path], size).tokens() for path in self.layers}
 
     # What is trained and saved
 
@@ -279,8 +290,7 @@ def noise_robustness(
     with torch.no_grad(), tuned.evaluating():
         x0 = objective.denoiser.encode_pixels(images).float()
         condition = objective.denoiser.condition(batch=len(x0), size=(images.shape[2], images.shape[3])).kwargs()
-        level = NoiseLevel(objective.config.timestep, nsr=0.0, half_log_snr=math.inf, alpha=1.0, sigma=0.0)
-        clean = objective._read(tuned, x0, level, condition)
+        clean = objective._read_clean(tuned, x0, condition)
         for t in time.tolist():
             draws = [
                 objective.noisy_features(x0, torch.full((len(x0), 1), t), draw[:, None], condition) for draw in noise

@@ -7,33 +7,30 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.heads import HyperfeaturesHead
 from diffusers_repr.heads.hyperfeature_maps import walk_maps
-from diffusers_repr.hub import is_repo_id
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, State
 from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.objectives.frozen_base import FrozenBaseConfig
 from diffusers_repr.pictures.figure import png_of
 
 _OWN = ("width", "bottleneck")  # arguments of the head that a recipe gives in `head`
 
 
 @dataclasses.dataclass(frozen=True)
-class HyperfeaturesConfig:
+class HyperfeaturesConfig(FrozenBaseConfig):
     """The frozen base, the steps that are read, and the head."""
 
-    pretrained_model_name_or_path: str | None = setting(None, "pipeline folder or Hub id of the frozen base")
-    revision: str | None = setting(None, "branch, tag or commit of the base on the Hub")
-    base_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the frozen base")
     class_label: int | None = setting(None, "null class of a base whose config tells none")
     prompt: str | None = setting(None, "of a base with text; default: the empty prompt")
     layers: list[str] | None = setting(None, "full module paths; default: all residual branches on the way up")
@@ -46,19 +43,13 @@ class HyperfeaturesConfig:
     eval_pairs: int = setting(256, "pairs of it, the first")
 
     def __post_init__(self) -> None:
-        if self.pretrained_model_name_or_path is None:
-            raise ValueError("No base; pass --pretrained_model_name_or_path, a pipeline folder or a Hub id.")
+        super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
         allowed = [name for name in inspect.signature(HyperfeaturesHead.__init__).parameters if name in _OWN]
         arguments = json_mapping("head", self.head)
         check_keys("`head`", arguments, allowed)
         object.__setattr__(self, "head", arguments)
-
-    def load_base(self) -> Denoiser:
-        """The frozen base."""
-        base, dtype = cast(str, self.pretrained_model_name_or_path), getattr(torch, self.base_dtype)
-        return Denoiser.from_pretrained(base, revision=self.revision, dtype=dtype)
 
 
 def map_cells(points: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -158,11 +149,7 @@ class HyperfeaturesObjective(Objective):
         super().__init__()
         require_images(denoiser, "Hyperfeatures")
         self.config, self.denoiser, self.size = config, denoiser, size
-        denoiser.prompts = {}  # the prompt is encoded once
-        self.freeze("network", denoiser.model)
-        for name, part in denoiser.pipe.components.items():
-            if isinstance(part, nn.Module) and part is not denoiser.model:
-                self.freeze(name, part)
+        self.freeze_base(denoiser)
         self.head = HyperfeaturesHead.for_base(
             denoiser, config.layers, size, steps=config.steps, reads=config.reads, prompt=config.prompt,
             clean_timestep=config.clean_timestep, **json_mapping("head", config.head),
@@ -178,9 +165,8 @@ class HyperfeaturesObjective(Objective):
         text += "(Diffusion Hyperfeatures, arXiv 2305.14334); `Hyperfeatures.from_pretrained` of "
         text += "`diffusers_repr.heads` loads it with its base, as a source of features.\n\n"
         text += "![The share of each layer at each level](mixing_weights.png)"
-        public = is_repo_id(base) and not Path(base).is_dir()
         return {"kind": "`HyperfeaturesHead`", "text": text, "tags": ["hyperfeatures", "correspondence"],
-                "base_model": base if public else None}  # fmt: skip
+                "base_model": self.config.public_base}  # fmt: skip
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """The loss of a batch of pairs."""

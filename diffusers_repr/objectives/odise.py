@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data.panoptic_data import to_maps
@@ -17,22 +15,20 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.heads.odise.head import OdiseHead
 from diffusers_repr.heads.odise.vocabulary import TEMPLATE, Vocabulary
-from diffusers_repr.hub import is_repo_id
 from diffusers_repr.hub.places import without_places
-from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
+from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
+from diffusers_repr.objectives.frozen_base import FrozenBaseConfig
 from diffusers_repr.objectives.odise_loss import QueryLoss
 
-_FOUND = ("self", "taps", "prompt_shape", "time_width", "text_dim", "vocabulary", "stuff", "clip_model")
+_FOUND = ("self", "taps", "prompt_shape", "time_width", "text_dim")
 
 
 @dataclasses.dataclass(frozen=True)
-class OdiseConfig:
+class OdiseConfig(FrozenBaseConfig):
     """The frozen base and CLIP, and the head."""
 
     pretrained_model_name_or_path: str | None = setting(None, "text-to-image pipeline folder or Hub id, frozen")
-    revision: str | None = setting(None, "branch, tag or commit of the base on the Hub")
-    base_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the frozen base")
     clip: str | None = setting(None, "folder or Hub id of a CLIPModel, frozen")
     head: dict | str | None = setting(None, "arguments of OdiseHead, a mapping (JSON in a flag)")
     template: str = setting(TEMPLATE, "of the prompts, with {} for the name of the class")
@@ -42,19 +38,14 @@ class OdiseConfig:
     eval_images: int = setting(256, "images of each, the first")
 
     def __post_init__(self) -> None:
-        for name in ("pretrained_model_name_or_path", "clip"):
-            if getattr(self, name) is None:
-                raise ValueError(f"Pass --{name}, a folder or a Hub id.")
+        super().__post_init__()
+        if self.clip is None:
+            raise ValueError("Pass --clip, a folder or a Hub id.")
         allowed = [n for n in inspect.signature(OdiseHead.__init__).parameters if n not in _FOUND]
         arguments = json_mapping("head", self.head)
         check_keys("`head`", arguments, allowed)
         object.__setattr__(self, "head", arguments)
         object.__setattr__(self, "synonyms", json_mapping("synonyms", self.synonyms))
-
-    def load_base(self) -> Denoiser:
-        """The frozen base."""
-        base, dtype = cast(str, self.pretrained_model_name_or_path), getattr(torch, self.base_dtype)
-        return Denoiser.from_pretrained(base, revision=self.revision, dtype=dtype)
 
     def vocabulary(self, names: Sequence[str], stuff: Sequence[str] = ()) -> Vocabulary:
         """The classes with their synonyms.
@@ -78,6 +69,9 @@ class OdiseObjective(Objective):
         towers: CLIP.
         vocabulary: Of the data.
         config: The head.
+
+    Attributes:
+        beside: What is saved in the folder of the head, such as the recipe by which it is a task.
     """
 
     def __init__(
@@ -85,16 +79,11 @@ class OdiseObjective(Objective):
     ) -> None:
         super().__init__()
         self.denoiser, self.towers, self.vocabulary, self.config = denoiser, towers, vocabulary, config
-        denoiser.prompts = {}  # the empty prompt is encoded once
-        self.freeze("network", denoiser.model)
-        for name, part in denoiser.pipe.components.items():
-            if isinstance(part, nn.Module) and part is not denoiser.model:
-                self.freeze(name, part)
+        self.freeze_base(denoiser)
         self.freeze("clip", towers.model)
-        self.head = OdiseHead.for_base(
-            denoiser, towers, vocabulary=[list(names) for names in vocabulary.classes],
-            stuff=sorted(vocabulary.stuff), clip_model=config.clip, **json_mapping("head", config.head),
-        )  # fmt: skip
+        self.head = OdiseHead.for_base(denoiser, towers, **json_mapping("head", config.head))
+        self.beside: tuple[FixedArtifact, ...] = ()
+        towers.check_words([name for names in vocabulary.classes for name in names])
         self.texts = towers.embed_texts(vocabulary.prompts(config.template))
         self.loss = QueryLoss(len(vocabulary.classes), config.points)
         self.card = self.about()
@@ -107,9 +96,8 @@ class OdiseObjective(Objective):
         )
         text += f" and a CLIP, both frozen. Trained on {len(self.vocabulary.classes)} classes: "
         text += ", ".join(self.vocabulary.names) + ". `OpenVocabularySegmenter` of `diffusers_repr.tasks` uses it."
-        public = is_repo_id(base) and not Path(base).is_dir()
         return {"kind": "`OdiseHead`", "text": text, "tags": ["odise", "image-segmentation"],
-                "pipeline_tag": "image-segmentation", "base_model": base if public else None}  # fmt: skip
+                "pipeline_tag": "image-segmentation", "base_model": self.config.public_base}  # fmt: skip
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """Panoptic masks must be there.
@@ -123,12 +111,12 @@ class OdiseObjective(Objective):
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """The loss of a batch, and its terms."""
         levels = self.head.levels(self.denoiser, self.towers, batch["pixel_values"])
-        found = self.head(levels, self.texts.to(levels[0].device), self.vocabulary.counts)
-        return self.loss(found.masks, found.logits, to_maps(batch["panoptic"], batch["segment_classes"]))
+        masks, logits = self.head(levels, self.texts.to(levels[0].device), self.vocabulary.counts, return_dict=False)
+        return self.loss(masks, logits, to_maps(batch["panoptic"], batch["segment_classes"]))
 
     def artifacts(self) -> Sequence[Artifact]:
-        """The head as the folder itself."""
-        return [ModelArtifact(self.head, "head")]
+        """The head as the folder itself, and what is saved beside it."""
+        return [ModelArtifact(self.head, "head"), *self.beside]
 
 
 __all__ = ["OdiseConfig", "OdiseObjective"]

@@ -6,8 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,10 @@ from diffusers_repr.heads import (
     readout_layers,
     sample_points,
 )
-from diffusers_repr.hub import is_repo_id
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.objectives.artifacts import ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
+from diffusers_repr.objectives.frozen_base import FrozenBaseConfig
 
 TERMS = {"spatial": "mse", "depth": "l1", "appearance": "triplet", "correspondence": "cross_entropy"}
 HEADS: dict[str, type[MapHead]] = {
@@ -45,12 +44,9 @@ GIVEN = ("layers", "channels", "kind", "target", "level_range", "label_range", "
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadoutConfig:
+class ReadoutConfig(FrozenBaseConfig):
     """The frozen base, the head and its levels."""
 
-    pretrained_model_name_or_path: str | None = setting(None, "pipeline folder or Hub id of the frozen base")
-    revision: str | None = setting(None, "branch, tag or commit of the base on the Hub")
-    base_dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the frozen base")
     class_label: int | None = setting(None, "null class of a base whose config tells none")
     kind: Literal["spatial", "depth", "appearance", "correspondence"] = setting("spatial", "what is read")
     target: str = setting("edges", "edges (computed from the images), or what --label_column shows")
@@ -64,8 +60,7 @@ class ReadoutConfig:
     eval_split: str | None = setting(None, "split to measure spatial and depth heads on; none: no measurement")
 
     def __post_init__(self) -> None:
-        if self.pretrained_model_name_or_path is None:
-            raise ValueError("No base; pass --pretrained_model_name_or_path, a pipeline folder or a Hub id.")
+        super().__post_init__()
         arguments = json_mapping("head", self.head)
         allowed = [name for name in inspect.signature(HEADS[self.kind].__init__).parameters if name not in GIVEN]
         check_keys("`head`", arguments, allowed)
@@ -80,11 +75,6 @@ class ReadoutConfig:
             raise ValueError(f"`weak_layers` is for kind: depth, got kind: {self.kind}.")
         if self.eval_split is not None and not self.reads_labels:
             raise ValueError(f"`eval_split` compares with labels, and kind: {self.kind} has none; drop it.")
-
-    def load_base(self) -> Denoiser:
-        """The frozen base."""
-        base, dtype = cast(str, self.pretrained_model_name_or_path), getattr(torch, self.base_dtype)
-        return Denoiser.from_pretrained(base, revision=self.revision, dtype=dtype)
 
     @property
     def reads_labels(self) -> bool:
@@ -108,11 +98,7 @@ class ReadoutObjective(Objective):
         super().__init__()
         require_images(denoiser, "Readout heads")
         self.config, self.denoiser, self.size = config, denoiser, size
-        denoiser.prompts = {}  # the empty prompt is encoded once
-        self.freeze("network", denoiser.model)
-        for name, part in denoiser.pipe.components.items():
-            if isinstance(part, nn.Module) and part is not denoiser.model:
-                self.freeze(name, part)
+        self.freeze_base(denoiser)
         if config.kind == "depth":
             strong, weak = depth_layers(denoiser.model)
             layers = {"strong": config.layers or strong, "weak": config.weak_layers or weak}
@@ -149,9 +135,8 @@ class ReadoutObjective(Objective):
         text += "`diffusers_repr.heads` loads it."
         if config.kind == "depth":
             text += " The weak head, on fewer layers, lies in `weak`."
-        public = is_repo_id(base) and not Path(base).is_dir()
         return {"kind": f"`{name}`", "text": text, "tags": ["readout-guidance", config.kind],
-                "base_model": base if public else None}  # fmt: skip
+                "base_model": config.public_base}  # fmt: skip
 
     # Loss
 

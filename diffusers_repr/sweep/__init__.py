@@ -11,6 +11,7 @@ from diffusers_repr.sweep.select import select_features
 from diffusers_repr.sweep.selection import Selection, SelectionCell
 from diffusers_repr.sweep.similarity import CKA, CKNNA, KNNAccuracy, LinearAccuracy
 from diffusers_repr.sweep.splits import hold_out
+from diffusers_repr.sweep.trained import TrainedHeads
 
 __all__ = [
     "CKA",
@@ -33,6 +34,7 @@ __all__ = [
     "SelectionCell",
     "Split",
     "Tally",
+    "TrainedHeads",
     "compare_alignments",
     "few_shot_probe",
     "hold_out",

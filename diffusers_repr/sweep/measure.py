@@ -98,6 +98,7 @@ class Piece(NamedTuple):
     level: int  # index in the grid of the pass
     part: slice  # which of the batch of images these are
     features: Mapping[str | None, Mapping[str, Tensor]]  # pooling -> path -> features
+    draw: int = 0  # which reading of the split, where a measure asks for several
 
 
 class Tally:
@@ -156,6 +157,27 @@ class Measure(ABC):  # noqa: B024 - one of `score` and `tally` is overridden
     def dim(self, layer: Layer) -> int:
         """Length of the feature of a layer; its channels where it is a map."""
         return layer.channels * (1 if self.pooling is None else pooled_size(self.pooling))
+
+    @property
+    def augments(self) -> bool:
+        """Whether `view` changes images."""
+        return False
+
+    def draws_of(self, role: str) -> int:
+        """How often a split is read, each time with other noise."""
+        return 1
+
+    def view(self, pixels: Tensor, role: str, at: Tensor, seed: int, draw: int) -> Tensor:
+        """The pixels that are read instead of an image's own: of a measure that augments, alone in its sweep.
+
+        Args:
+            pixels: `(n, C, H, W)` in [-1, 1].
+            role: Of the split.
+            at: Places of the images in it.
+            seed: Of the noise.
+            draw: Which reading of the split it is.
+        """
+        return pixels
 
     def bytes_of(self, layer: Layer, bench: Bench) -> int:
         """Bytes that are kept of one layer at one level: float32 features of every image."""

@@ -21,6 +21,8 @@ from diffusers_repr.sweep.held import HeldTally
 from diffusers_repr.sweep.measure import Bench, CellScore, Key, Measure, Piece, Tally
 from diffusers_repr.sweep.progress import SweepBar
 
+_APART = 2**33  # between the seeds of two readings of one split: no seed that is asked for comes near the next
+
 
 @dataclass
 class Sweep:
@@ -78,7 +80,8 @@ class Sweep:
             cells = grid.part(part.layers, part.levels)
             tallies = self._tallies(cells)
             for role in roles:
-                found = self.read(cells, role, tallies, poolings, noise, seeds[role])
+                for draw in range(self.draws_of(role)):
+                    found = self.read(cells, role, tallies, poolings, noise, seeds[role], draw)
                 for tally in tallies:
                     tally.close(role)
                 if not number:
@@ -111,8 +114,12 @@ class Sweep:
         count = 0
         for role in roles:
             full, rest = divmod(len(own_rows(len(self.bench.splits[role]))), self.batch_size)
-            count += full * levels + -(-rest * levels // self.batch_size)
+            count += self.draws_of(role) * (full * levels + -(-rest * levels // self.batch_size))
         return count
+
+    def draws_of(self, role: str) -> int:
+        """How often a split is read, each time with other noise: as often as its measure asks for."""
+        return max(measure.draws_of(role) for measure in self.measures)
 
     def levels_of(self, grid: SweepGrid) -> int:
         """Levels that `run` reads each split at, over all passes that memory asks for."""
@@ -129,6 +136,7 @@ class Sweep:
         poolings: Sequence[str | None],
         noise: str,
         seed: int,
+        draw: int = 0,
     ) -> SharedRead:
         """Let the images of a split stream by: each process reads a share of them and tells its tallies.
 
@@ -139,6 +147,7 @@ class Sweep:
             poolings: The features that they take: pooled vectors `(n, D)`; of None, maps `(n, C, H, W)`.
             noise: Policy.
             seed: Of the noise.
+            draw: Which of the readings of this split it is, from 0; each has noise of its own.
 
         Raises:
             ValueError: For images that differ in size or do not suit the model, on every process.
@@ -150,7 +159,7 @@ class Sweep:
             list(grid.levels),
             noise,
             batch_size=self.batch_size,
-            seed=seed,
+            seed=seed + draw * _APART,
             image_size=self.resize or "keep",
         )
         places = iter(torch.tensor(own_rows(len(split)), dtype=torch.int64).split(self.batch_size))
@@ -159,9 +168,10 @@ class Sweep:
             at = next(places)
             for tally in tallies:
                 tally.begin(role, at, pixels)
+            pixels = self.measures[0].view(pixels, role, at, seed, draw)
             for level, part, features in self._stream(extractor, pixels, poolings):
                 for tally in tallies:
-                    tally.add(role, Piece(at[part], level, part, features))
+                    tally.add(role, Piece(at[part], level, part, features, draw))
             for tally in tallies:
                 tally.end(role, at)
             return {}

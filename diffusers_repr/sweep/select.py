@@ -33,6 +33,7 @@ from diffusers_repr.sweep.run import Sweep
 from diffusers_repr.sweep.search import Addition, grow
 from diffusers_repr.sweep.selection import FeatureSet, Selection, SelectionCell
 from diffusers_repr.sweep.splits import open_splits
+from diffusers_repr.sweep.trained import trained_heads
 
 
 def select_features(
@@ -48,6 +49,9 @@ def select_features(
     *,
     criterion: str = "ridge",
     penalties: Sequence[float] = PENALTIES,
+    draws: int = 1,
+    crop: int = 0,
+    flip: bool = False,
     prompt: str | None = None,
     class_labels: int | None = None,
     image_size: ImageSize = None,
@@ -94,8 +98,13 @@ def select_features(
         noise: Policy, see `FeatureExtractor`; a list makes it a third axis, e.g. `("per_image", "clean")`.
         batch_size: Images a forward.
         criterion: The head: `ridge` (regression onto one-hot labels) or `lda` (multinomial logistic model with the
-            coefficients of Gaussian classes); both come from the same sums.
+            coefficients of Gaussian classes); both come from the same sums. Or a protocol of gradient steps, `ddae`
+            (the linear probe of DDAE, arXiv 2303.09769) or another by `adam` or `sgd`: then features are kept, a head
+            for every cell is trained on them, all together, and sets are not grown; see `TrainedHeads`.
         penalties: Grid of regularisers, for standardised features and a loss that is a mean over images.
+        draws: With such a protocol: how often `train` is read, each time with other noise; epochs take turns.
+        crop: With such a protocol: each reading moves every image of `train` by up to so many pixels.
+        flip: With such a protocol: each reading mirrors half the images of `train`.
         prompt: One for all images.
         class_labels: One id for all images, for class-conditional models; never the labels of the task.
         image_size: As in `FeatureExtractor`: the model's own size if None; `"keep"` for the images'.
@@ -123,7 +132,7 @@ def select_features(
     """
     require_images(denoiser, "Selection")
     policies = [noise] if isinstance(noise, str) else list(noise)
-    measure = make_measure(metric, pooling=check_pooling(pooling), criterion=criterion, penalties=tuple(penalties))
+    measure = choose_measure(metric, pooling, criterion, penalties, draws, crop, flip)
     grown = isinstance(measure, LinearSums)
     max_layers, max_levels = (
         usual if asked is None else asked
@@ -190,6 +199,30 @@ def select_features(
     return Selection(tuple(cells), ranked[0], tuple(ranked), sets, measure.name, tuple(seeds), recipe)
 
 
+def choose_measure(
+    metric: str | Measure,
+    pooling: str | None,
+    criterion: str,
+    penalties: Sequence[float] = PENALTIES,
+    draws: int = 1,
+    crop: int = 0,
+    flip: bool = False,
+) -> Measure:
+    """What `select_features` scores cells by; the arguments are its own.
+
+    Raises:
+        ValueError: For an unknown metric, pooling or criterion, and settings that do not go together.
+    """
+    check_pooling(pooling)
+    if isinstance(metric, str):
+        trained = trained_heads(metric, pooling, criterion, draws, crop, flip)
+        if trained is not None:
+            return trained
+    elif (draws, crop, flip) != (1, 0, False):
+        raise ValueError("draws, crop and flip are settings of the measure that was passed as metric; set them there.")
+    return make_measure(metric, pooling=pooling, criterion=criterion, penalties=tuple(penalties))
+
+
 def _check(
     policies: Sequence[str],
     measure: Measure,
@@ -203,6 +236,8 @@ def _check(
         check_policy(policy)
     if not policies or len(set(policies)) < len(policies):
         raise ValueError(f"noise must name each policy once; got {list(policies)}.")
+    if "clean" in policies and measure.draws_of("train") > 1 and not measure.augments:
+        raise ValueError("Without noise every reading of an image is the same; take draws=1 with noise='clean'.")
     if measure.needs_encoder:
         raise ValueError(f"{measure.name!r} compares with an encoder; see `measure_alignment`.")
     if not isinstance(measure, LinearSums) and (max_layers, max_levels) != (1, 1):

@@ -19,13 +19,14 @@ from diffusers_repr.hub import base_record as bases
 from diffusers_repr.hub.base_record import BaseRecord, Dependent, Level, called
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.places import is_place, last_name
-from diffusers_repr.tasks.recipe import TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe
 from diffusers_repr.tasks.zero_shot_recipe import ZeroShotRecipe
 
+_GREY = (64, 64)  # pixels of an image of a model that tells no size of its own
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
 
 
-def _dependent(recipe: TaskRecipe | ZeroShotRecipe) -> Dependent:
+def _dependent(recipe: FeatureRecipe | ZeroShotRecipe) -> Dependent:
     remedy = f"Pass the model it was fitted on as base=..., or fit a new {recipe.NOUN}."
     return Dependent(recipe.NOUN, recipe.NOUN, "fitted", remedy)
 
@@ -41,17 +42,31 @@ def record_base(
         name: Hub id or folder to write instead of the one it was loaded from.
         revision: Goes with `name`.
     """
-    found, commit = base_record(denoiser), None
+    found = base_record(denoiser)
     if name is None:
-        name, revision = found.name, found.revision
-        for path in (str(denoiser.config.get("_name_or_path", "")), name or ""):
-            snapshot = _SNAPSHOT.search(path)
-            if snapshot:
-                name, commit = snapshot[1].replace("--", "/"), snapshot[2]
-    local = name is not None and (Path(name).expanduser().is_dir() or not is_repo_id(name))
+        place = named_place(found.name, found.revision, str(denoiser.config.get("_name_or_path", "")))
+    else:
+        place = named_place(name, revision)
     return BaseRecord(
-        name, local, revision, commit, found.model_class, found.config, features=dict(features), marks=found.marks
+        **place, model_class=found.model_class, config=found.config, features=dict(features), marks=found.marks
     )
+
+
+def named_place(name: str | None, revision: str | None = None, cached: str | None = None) -> dict[str, Any]:
+    """Where a model is found again: `name`, `local`, `revision` and `commit` of its record.
+
+    Args:
+        name: Hub id or folder.
+        revision: Of the Hub id.
+        cached: Folder that it was read from; in the Hub's cache it tells id and commit. None: `name` as it is.
+    """
+    commit = None
+    for path in () if cached is None else (cached, name or ""):
+        snapshot = _SNAPSHOT.search(path)
+        if snapshot:
+            name, commit = snapshot[1].replace("--", "/"), snapshot[2]
+    local = name is not None and (Path(name).expanduser().is_dir() or not is_repo_id(name))
+    return {"name": name, "local": local, "revision": revision, "commit": commit}
 
 
 def written_base(base: BaseRecord, folder: Path | None) -> BaseRecord:
@@ -83,7 +98,12 @@ def found_base(base: BaseRecord, task: Path) -> BaseRecord:
 
 
 def open_base(
-    recipe: TaskRecipe | ZeroShotRecipe, task: Path, base: Any = None, revision: str | None = None, **kwargs: Any
+    recipe: FeatureRecipe | ZeroShotRecipe,
+    task: Path,
+    base: Any = None,
+    revision: str | None = None,
+    head: Any = None,
+    **kwargs: Any,
 ) -> Denoiser:
     """The base of a task, checked.
 
@@ -92,6 +112,7 @@ def open_base(
         task: Its folder; a relative base folder is also looked for from there and above.
         base: A folder, Hub id, pipeline or `Denoiser` to take instead of the recorded one.
         revision: Of `base`.
+        head: The task's head, which may have a record and a check of its own.
         **kwargs: For `Denoiser.from_pretrained`.
 
     Raises:
@@ -107,11 +128,13 @@ def open_base(
         denoiser = Denoiser.from_pretrained(os.fspath(base), revision=revision, **kwargs)
     else:
         denoiser = _recorded(recipe, task, **kwargs)
+    if hasattr(head, "check_base"):
+        head.check_base(denoiser)
     check_base(denoiser, recipe)
     return denoiser
 
 
-def _recorded(recipe: TaskRecipe | ZeroShotRecipe, task: Path, **kwargs: Any) -> Denoiser:
+def _recorded(recipe: FeatureRecipe | ZeroShotRecipe, task: Path, **kwargs: Any) -> Denoiser:
     base, noun = recipe.base, recipe.NOUN
     if base.name is None:
         raise ValueError(
@@ -126,20 +149,34 @@ def _recorded(recipe: TaskRecipe | ZeroShotRecipe, task: Path, **kwargs: Any) ->
                 f"The {noun} needs its base model {base.name!r} (revision {base.commit or base.revision or 'main'}), "
                 f"which could not be loaded: {error}\nPass base=<folder, Hub id, pipeline or Denoiser> to use a copy."
             ) from error
-    folder = Path(base.name).expanduser()
-    # A relative folder is looked for from here, then from the task's folder and those above it.
+    remedy = f"Pass base=<folder, Hub id, pipeline or Denoiser> with the same {base.model_class}."
+    folder = recorded_folder(base.name, task, "model_index.json", f"The {noun}'s base model", remedy)
+    return Denoiser.from_pretrained(folder, **kwargs)
+
+
+def recorded_folder(name: str, task: Path, file: str, what: str, remedy: str) -> Path:
+    """A folder that a recipe names: as it is, or, of a relative one, from the task's folder or one above it.
+
+    Args:
+        name: The folder.
+        task: Folder of the task.
+        file: That it holds.
+        what: It is, for the message.
+        remedy: What to try.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
+    folder = Path(name).expanduser()
     roots = [] if folder.is_absolute() else [task.resolve(), *task.resolve().parents]
     for candidate in (folder, *(root / folder for root in roots)):
-        if (candidate / "model_index.json").is_file():
-            return Denoiser.from_pretrained(candidate, **kwargs)
+        if (candidate / file).is_file():
+            return candidate
     above = "" if folder.is_absolute() else f", nor in {str(task)!r} and the folders above it"
-    raise FileNotFoundError(
-        f"The {noun}'s base model was the folder {base.name!r}, which is not here{above}. Pass base=<folder, Hub id, "
-        f"pipeline or Denoiser> with the same {base.model_class}."
-    )
+    raise FileNotFoundError(f"{what} was the folder {name!r}, which is not here{above}. {remedy}")
 
 
-def check_base(denoiser: Denoiser, recipe: TaskRecipe | ZeroShotRecipe) -> None:
+def check_base(denoiser: Denoiser, recipe: FeatureRecipe | ZeroShotRecipe) -> None:
     """Refuse a base on which the head's weights mean nothing; warn of one that may be another.
 
     Raises:
@@ -148,7 +185,7 @@ def check_base(denoiser: Denoiser, recipe: TaskRecipe | ZeroShotRecipe) -> None:
     """
     was, came, dependent = recipe.base, base_record(denoiser, marks=recipe.base.marks), _dependent(recipe)
     bases.refuse_other_class(dependent, was, came)
-    if not isinstance(recipe, TaskRecipe):
+    if not isinstance(recipe, FeatureRecipe):
         _check_whole_network(denoiser, recipe, was, came, dependent)
         return
     if recipe.foreign is None:
@@ -179,7 +216,7 @@ def _check_whole_network(
 
 
 def _check_features_there(
-    denoiser: Denoiser, recipe: TaskRecipe, was: BaseRecord, came: BaseRecord, dependent: Dependent
+    denoiser: Denoiser, recipe: FeatureRecipe, was: BaseRecord, came: BaseRecord, dependent: Dependent
 ) -> None:
     bases.refuse_missing_layers(
         dependent, was, came, dict(plain_module(denoiser.model).named_modules(remove_duplicate=False))
@@ -188,13 +225,14 @@ def _check_features_there(
     bases.refuse_other_levels(dependent, was, came, recipe.levels, found)
 
 
-def _warn(what: str, recipe: TaskRecipe) -> None:
+def _warn(what: str, recipe: FeatureRecipe) -> None:
     warnings.warn(f"{what} Features may differ; evaluate the {recipe.NOUN} again before you rely on it.", stacklevel=5)
 
 
-def _measure(denoiser: Denoiser, recipe: TaskRecipe, differing: str) -> None:
+def _measure(denoiser: Denoiser, recipe: FeatureRecipe, differing: str) -> None:
     """Measure the features of one grey image: other configs may give features of other sizes."""
-    grey = torch.full((1, denoiser.image_channels, *recipe.image_size), 0.5)
+    size = denoiser.resize_to() if recipe.image_size == "keep" else recipe.image_size
+    grey = torch.full((1, denoiser.image_channels, *(size or _GREY)), 0.5)
     try:
         output = recipe.extractor(denoiser)(grey, prompt=recipe.prompt, class_labels=recipe.class_labels)
     except (ValueError, RuntimeError, TypeError) as error:
@@ -204,6 +242,6 @@ def _measure(denoiser: Denoiser, recipe: TaskRecipe, differing: str) -> None:
     check_features(recipe, recipe.sizes(output), denoiser.name)
 
 
-def check_features(recipe: TaskRecipe, sizes: Mapping[str, int], name: str | None) -> None:
+def check_features(recipe: FeatureRecipe, sizes: Mapping[str, int], name: str | None) -> None:
     """Raise ValueError unless each layer gives as many values as it gave when the head was fitted."""
     bases.refuse_other_sizes(_dependent(recipe), recipe.base, BaseRecord(name), sizes)

@@ -9,7 +9,8 @@ from typing import Any
 
 from diffusers_repr.hub import Metric, is_repo_id, model_card
 from diffusers_repr.hub.schema import printable
-from diffusers_repr.tasks.recipe import TaskRecipe
+from diffusers_repr.tasks.kept_source import KEPT
+from diffusers_repr.tasks.recipe import FeatureRecipe, TaskRecipe
 
 METRIC_NAMES = {
     "accuracy": "Accuracy",
@@ -17,11 +18,14 @@ METRIC_NAMES = {
     "mean_iou": "Mean IoU",
     "mean_iou_legacy": "Mean IoU, as the paper's code counts it",
     "pixel_accuracy": "Pixel accuracy",
+    "pq": "Panoptic quality",
+    "pq_known": "Panoptic quality of names of the training",
+    "pq_new": "Panoptic quality of other names",
 }
 
 
 def task_card(
-    recipe: TaskRecipe, title: str, intro: str, usage: str, tags: Sequence[str], pipeline_tag: str, own: Mapping
+    recipe: FeatureRecipe, title: str, intro: str, usage: str, tags: Sequence[str], pipeline_tag: str, own: Mapping
 ) -> str:
     """README.md of a task.
 
@@ -34,17 +38,19 @@ def task_card(
         pipeline_tag: Task id of the Hub.
         own: Further lines of the table of the recipe, by name.
     """
-    base, train = recipe.base, str(recipe.train["dataset"])
+    base = recipe.base
+    train = str(recipe.train["dataset"]) if isinstance(recipe, TaskRecipe) else ""
     metrics = [
         Metric(s.name, s.value, public(s.dataset), split=s.split, name=METRIC_NAMES.get(s.name), task=pipeline_tag)
         for s in recipe.scores
     ]
-    sections = [intro, usage, _recipe(recipe, own), _protocol(recipe.protocol), scores_section(recipe)]
+    fitting = [_protocol(recipe.protocol)] if isinstance(recipe, TaskRecipe) else []
+    sections = [intro, usage, _recipe(recipe, own), *fitting, scores_section(recipe)]
     return model_card(
         title=title,
         text="\n\n".join(sections),
         base_model=base.name if on_hub(recipe) else None,
-        tags=["diffusion", recipe.NOUN, *tags],
+        tags=["diffusion", recipe.NOUN.replace(" ", "-"), *tags],
         metrics=metrics,
         datasets=[train] if is_repo_id(train) and "/" in train and not Path(train).exists() else [],
         pipeline_tag=pipeline_tag,
@@ -68,12 +74,12 @@ def public(name: str) -> str:
     return name if is_repo_id(name) and not Path(name).exists() else Path(name).stem or "dataset"
 
 
-def on_hub(recipe: TaskRecipe) -> bool:
+def on_hub(recipe: FeatureRecipe) -> bool:
     """Whether the base is one that others find by its name."""
     return recipe.base.name is not None and not recipe.base.local
 
 
-def base_called(recipe: TaskRecipe) -> str:
+def base_called(recipe: FeatureRecipe) -> str:
     """The base in a sentence: its name and its class."""
     base = recipe.base
     name = base.name if not base.local else Path(base.name or "").name
@@ -87,28 +93,41 @@ def classes_called(recipe: TaskRecipe) -> str:
     return f"{len(names)} classes apart: {', '.join(names[:20])}{more}"
 
 
-def loaded_from(recipe: TaskRecipe, title: str) -> tuple[str, str]:
+def loaded_from(recipe: FeatureRecipe, title: str) -> tuple[str, str]:
     """What an example loads a task from, and the argument for a base that is not on the Hub."""
     name = title if is_repo_id(title) and "/" in title else "path/to/this/folder"
     return name, "" if on_hub(recipe) else ', base="path/to/the/base/model"'
 
 
-def _recipe(recipe: TaskRecipe, own: Mapping[str, Any]) -> str:
+def _features(source: str | None) -> str | None:
+    if source is None:
+        return None
+    return f"of a `{source}`, {'which is in `source/`' if source in KEPT else 'which is passed as source=...'}"
+
+
+def _recipe(recipe: FeatureRecipe, own: Mapping[str, Any]) -> str:
+    sides = " x ".join(map(str, recipe.image_size))
     rows = {
         "layers": ", ".join(f"`{layer}`" for layer in recipe.layers),
         "timestep": ", ".join(f"{level.timestep:g} (nsr {level.nsr:.4g})" for level in recipe.levels),
         "noise": f"{recipe.noise}, seed {recipe.seed}, {recipe.ensemble_size} draw(s) an image",
         **own,
-        "image size": f"{recipe.image_size[0]} x {recipe.image_size[1]} (H x W)",
+        "features": _features(recipe.source),
+        "image size": "the images' own" if recipe.image_size == "keep" else f"{sides} (H x W)",
         "prompt": None if recipe.prompt is None else repr(recipe.prompt),
         "class condition": recipe.class_labels,
-        "trained on": f"{recipe.train['rows']} images of {public(str(recipe.train['dataset']))} "
-        f"({recipe.train['split']})",
+        "trained on": _trained_on(recipe),
         "base revision": recipe.base.commit or recipe.base.revision,
         "versions": ", ".join(f"{name} {version}" for name, version in recipe.versions.items()),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     return "\n".join(["## Recipe", "", "| | |", "|---|---|", *lines])
+
+
+def _trained_on(recipe: FeatureRecipe) -> str | None:
+    if not isinstance(recipe, TaskRecipe):
+        return None
+    return f"{recipe.train['rows']} images of {public(str(recipe.train['dataset']))} ({recipe.train['split']})"
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
@@ -131,7 +150,7 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def scores_section(recipe: TaskRecipe) -> str:
+def scores_section(recipe: Any) -> str:
     """What was measured, as a table."""
     if not recipe.scores:
         return "## Scores\n\nNot measured."

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from diffusers_repr.data.image_pairs import ImagePairs, PairPoints
 from diffusers_repr.data.points import check_points
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.features.source import FeatureSource, require_source
-from diffusers_repr.metrics.cosine_map import CosineMap, sample_map
-from diffusers_repr.metrics.nearest import Likeness, mutual_nearest
+from diffusers_repr.hub.places import public_name
+from diffusers_repr.metrics.cosine_map import CosineMap
+from diffusers_repr.metrics.nearest import Likeness
 from diffusers_repr.metrics.pck import PCK, PCKReference, correct_points, pck, reference_length
+from diffusers_repr.tasks.correspondence_source import choose_source, matcher_recipe
+from diffusers_repr.tasks.formats import MATCHER, TaskFormat
+from diffusers_repr.tasks.image_features import ImageFeatures, check_options, fill_prompt, for_both, mutual_matches
 from diffusers_repr.tasks.matches import Matches
-
-
-@dataclass(frozen=True, eq=False)
-class ImageFeatures:
-    """An image as correspondence sees it; match it with as many others as you like, without reading it again.
-
-    Attributes:
-        map: `(C, h, w)` float32.
-        size: (H, W) of the image itself, which points are in pixels of.
-        image: As it was passed.
-    """
-
-    map: Tensor
-    size: tuple[int, int]
-    image: Any = None
-
-    def at(self, points: Tensor) -> Tensor:
-        """Features `(N, C)` of points `(N, 2)`; see `sample_map`."""
-        return sample_map(self.map, points, self.size)
-
-    def cell_centres(self) -> Tensor:
-        """`(h * w, 2)` as (x, y): the middle of every cell of the map, row by row, in pixels."""
-        h, w = self.map.shape[1:]
-        y, x = ((torch.arange(n) + 0.5) * (length / n) - 0.5 for n, length in zip((h, w), self.size, strict=True))
-        return torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=1).float()
+from diffusers_repr.tasks.reading import check_source
+from diffusers_repr.tasks.recipe import MatcherRecipe, Score
+from diffusers_repr.tasks.saved import SavedTask
 
 
 @dataclass(frozen=True)
@@ -60,7 +42,7 @@ class PCKReport:
     reference: PCKReference
 
 
-class Correspondence:
+class Correspondence(SavedTask):
     """Finds points of one image in another: the nearest feature by cosine, without any training (DIFT).
 
     Tang et al. 2023 (arXiv 2306.03881): features of one layer at one noise level, brought to the image's size
@@ -71,6 +53,8 @@ class Correspondence:
         source: What reads features: a `FeatureExtractor`, or any other `FeatureSource`.
         layer: Which of its layers; None where it gives one.
         chunk: Points at a time; None: as many as 32 MiB of similarities hold.
+        prompt: Of every image, unless another is given in the call; `{category}` stands for the category of a pair.
+        class_labels: Of every image, unless another is given in the call.
 
     Raises:
         TypeError: For what is no source.
@@ -88,8 +72,22 @@ class Correspondence:
                 [50.,  5.]])
     """
 
-    def __init__(self, source: FeatureSource, layer: str | None = None, *, chunk: int | None = None) -> None:
+    FORMAT: ClassVar[TaskFormat] = MATCHER
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        layer: str | None = None,
+        *,
+        chunk: int | None = None,
+        prompt: str | None = None,
+        class_labels: int | None = None,
+    ) -> None:
+        # Nothing is fitted, so there is no head; the recipe is written when it is asked for, since it reads an image.
         self.source, self.chunk = require_source(source), chunk
+        self.head, self.denoiser = None, source.denoiser
+        self.prompt, self.class_labels = prompt, class_labels
+        self._recipe: MatcherRecipe | None = None
         layers = list(source.layers)
         if layer is None and len(layers) > 1:
             raise ValueError(f"The source gives {len(layers)} layers; choose one by layer=: {', '.join(layers)}.")
@@ -100,6 +98,76 @@ class Correspondence:
         if getattr(source, "pooling", None) is not None:
             raise ValueError(f"The source pools its features ({source.pooling}); pass one with pooling=None.")  # type: ignore[attr-defined]
         self.layer = layers[0] if layer is None else layer
+
+    @classmethod
+    def fit(
+        cls,
+        source: Any,
+        train: Any = None,
+        validation: Any = None,
+        *,
+        layers: str | Sequence[str] | None = None,
+        timestep: Any = None,
+        preset: str | None = None,
+        alpha: float = 0.1,
+        reference: PCKReference = "box",
+        prompt: str | None = None,
+        class_labels: int | None = None,
+        progress_bar: Callable[..., Any] | None = None,
+        **settings: Any,
+    ) -> Correspondence:
+        """Take a setting of a paper's, or one's own, or choose layer and level by PCK on pairs; no weights are made.
+
+        Args:
+            source: A `Denoiser`, a diffusers pipeline, a `FeatureExtractor` or another `FeatureSource`.
+            train: Pairs to choose on; see `evaluate`. None: nothing is chosen.
+            validation: Pairs to measure on.
+            layers: The layer; those to choose from, with `train`.
+            timestep: Training timestep or `NoiseLevel`; the list of those to choose from, with `train`.
+            preset: As in `correspondence_source`.
+            alpha: Of the PCK that is chosen by.
+            reference: Likewise.
+            prompt: Of every image; `{category}` stands for the category of a pair. The preset's if None.
+            class_labels: Of class-conditional models.
+            progress_bar: As in `evaluate`.
+            **settings: Further settings of `FeatureExtractor`: `noise`, `ensemble_size`, `seed`, `image_size`, ...
+
+        Raises:
+            ValueError: For layers and levels that do not exist, none to choose from, and pairs for a source whose
+                layer and level are its own.
+        """
+        named = {"layers": layers, "timestep": timestep, "preset": preset}
+        settings |= {name: value for name, value in named.items() if value is not None}
+        train = ImagePairs.from_list(train) if isinstance(train, (list, tuple)) else train
+        found, own = choose_source(source, train, settings, alpha, reference, prompt, class_labels)
+        task = cls(found, prompt=own if prompt is None else prompt, class_labels=class_labels)
+        if train is not None:
+            task.recipe = replace(task.recipe, chosen_on={"dataset": public_name(str(train)), "pairs": len(train)})
+        if validation is not None:
+            task.evaluate(validation, alpha=alpha, reference=reference, split="validation", progress_bar=progress_bar)
+        return task
+
+    @classmethod
+    def _joined(
+        cls, head: None, recipe: MatcherRecipe, denoiser: Denoiser, batch_size: int, source: FeatureSource | None
+    ) -> Self:
+        if source is None:
+            check_source(recipe, None)
+        source = recipe.extractor(denoiser, batch_size=batch_size) if source is None else source
+        made = cls(source, recipe.layers[0], prompt=recipe.prompt, class_labels=recipe.class_labels)
+        made.recipe = recipe
+        return made
+
+    @property
+    def recipe(self) -> MatcherRecipe:
+        """Everything between an image and its features, and what was measured; reads one grey image, once."""
+        if self._recipe is None:
+            self._recipe = matcher_recipe(self.source, self.layer, (self.prompt, self.class_labels))
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, recipe: MatcherRecipe) -> None:
+        self._recipe = recipe
 
     @torch.no_grad()
     def encode(
@@ -115,8 +183,9 @@ class Correspondence:
 
         Args:
             image: PIL image, numpy array (H, W, C) or tensor (C, H, W), of any size.
-            prompt: Of text models; the empty one if None. DIFT's on SPair-71k is "a photo of a {category}".
-            class_labels: Of class-conditional models; the null class, if there is one, if None.
+            prompt: Of text models; the task's, else the empty one, if None. DIFT's on SPair-71k is "a photo of a
+                {category}".
+            class_labels: Of class-conditional models; the task's, else the null class, if there is one, if None.
             embeddings: Ready network inputs.
             image_id: Key of the noise; the pixels if None, so that one image always gets the same.
 
@@ -127,6 +196,8 @@ class Correspondence:
         if len(pixels) != 1:
             raise ValueError(f"One image at a time; got {len(pixels)}.")
         ids = None if image_id is None else [image_id]
+        prompt = fill_prompt(self.prompt, None) if prompt is None else prompt
+        class_labels = self.class_labels if class_labels is None else class_labels
         output = self.source(image, prompt=prompt, class_labels=class_labels, embeddings=embeddings, ids=ids)
         found = output.as_map(self.layer)
         if found.ndim != 4 or len(found) != 1:
@@ -173,8 +244,8 @@ class Correspondence:
             ValueError: For points outside of their image (says so if they would lie inside as (y, x)), target points
                 without points, or options that do not go together.
         """
-        prompts, labels = _both(prompt, str, "prompt"), _both(class_labels, int, "class_labels")
-        _check_options(points, target_points, likeness, similarity)
+        prompts, labels = for_both(prompt, str, "prompt"), for_both(class_labels, int, "class_labels")
+        check_options(points, target_points, likeness, similarity)
         a, b = (
             given
             if isinstance(given, ImageFeatures)
@@ -186,7 +257,7 @@ class Correspondence:
         if asked is not None and among is None:
             found = self._to_pixels(a, b, asked, similarity)
         else:
-            found = _mutual(a, b, a.cell_centres() if asked is None else asked, among, likeness)
+            found = mutual_matches(a, b, a.cell_centres() if asked is None else asked, among, likeness)
             if similarity:
                 maps = CosineMap(b.map, b.size, self.chunk)(a.at(found.points))
                 found = replace(found, similarity=maps)
@@ -203,8 +274,49 @@ class Correspondence:
             points.float(), best.points.cpu(), best.scores.cpu(), a.size, b.size, similarity=maps
         )  # fmt: skip
 
-    @torch.no_grad()
     def evaluate(
+        self,
+        data: Any,
+        *,
+        record: bool = True,
+        alpha: float = 0.1,
+        reference: PCKReference = "box",
+        prompt: str | None = None,
+        dataset: str | None = None,
+        split: str | None = None,
+        progress_bar: Callable[..., Any] | None = None,
+    ) -> dict[str, float]:
+        """PCK of annotated pairs.
+
+        Args:
+            data: `ImagePairs`, or a list of `(source, target, source_points, target_points)`; see `pck_report`.
+            record: Keep the scores in the recipe, so that they are saved and stand in the card.
+            alpha: As in `pck_report`.
+            reference: Likewise.
+            prompt: Likewise.
+            dataset: Name to record; that of the pairs if None.
+            split: Split to record; `test` if None.
+            progress_bar: As in `pck_report`.
+
+        Returns:
+            `pck` (all points alike), `pck_per_image` (all pairs alike), `points`, `rows` (pairs with points), and
+            `pck: NAME` of every category that has points.
+
+        Raises:
+            ValueError: As `pck_report`.
+        """
+        pairs = data if isinstance(data, ImagePairs) else ImagePairs.from_list(data)
+        found = self.pck_report(pairs, alpha=alpha, reference=reference, prompt=prompt, progress_bar=progress_bar)
+        result = {"pck": found.all.per_point, "pck_per_image": found.all.per_image}
+        if record:
+            for name, value in result.items():
+                told = f"{name} at {alpha:g} of the {reference}"
+                self.record(Score(told, value, dataset or public_name(pairs.name), split or "test", found.all.pairs))
+        each = {f"pck: {name}": own.per_point for name, own in found.categories.items()}
+        return {**result, "points": found.all.points, "rows": found.all.pairs, **each}
+
+    @torch.no_grad()
+    def pck_report(
         self,
         pairs: ImagePairs,
         *,
@@ -219,12 +331,14 @@ class Correspondence:
             pairs: See `ImagePairs`, `load_spair`.
             alpha: Share of the reference length that a match may be off, the bound included.
             reference: `box` of the object in the target image, or the `image`.
-            prompt: Of text models; `{category}` stands for the pair's category. The empty one if None.
+            prompt: Of text models; `{category}` stands for the pair's category. The task's, else the empty one, if
+                None.
             progress_bar: As in `FeatureExtractor`: `progress_bar(total=n)`.
 
         Raises:
             ValueError: For pairs without a box, with `reference="box"`; without any point.
         """
+        prompt = self.prompt if prompt is None else prompt
         for pair in pairs.pairs:  # before the first forward
             reference_length(reference, (1, 1), pair.box)
         steps = len({_key(pair, "source") for pair in pairs.pairs}) + len({_key(p, "target") for p in pairs.pairs})
@@ -266,73 +380,8 @@ class Correspondence:
                 bar.update(1)
 
 
-def fill_prompt(prompt: str | None, category: str | None) -> str | None:
-    """A prompt with the name of a category; without a name, of one that asks for it, the empty prompt.
-
-    So does DIFT's code for objects that it has no prompt of.
-
-    Example:
-        >>> fill_prompt("a photo of a {category}", "cat"), fill_prompt("a photo of a {category}", None)
-        ('a photo of a cat', '')
-    """
-    if prompt is None or "{category}" not in prompt:
-        return prompt
-    return "" if category is None else prompt.replace("{category}", category)
-
-
 def _key(pair: PairPoints, side: str) -> tuple[int, str | None]:
     return (pair.source if side == "source" else pair.target), pair.category
 
 
-def _mutual(a: ImageFeatures, b: ImageFeatures, points: Tensor, among: Tensor | None, likeness: Likeness) -> Matches:
-    others = b.cell_centres() if among is None else among
-    found = mutual_nearest(a.at(points), b.at(others), likeness)
-    first, second = found.first.cpu(), found.second.cpu()
-    return Matches(points[first].float(), others[second].float(), found.scores.cpu(), a.size, b.size)
-
-
-def _check_options(points: Any, target_points: Any, likeness: str, similarity: bool) -> None:
-    if points is None and target_points is not None:
-        raise ValueError("target_points are candidates for points of the source; pass points, too.")
-    if likeness not in ("cosine", "l2"):
-        raise ValueError(f"likeness is 'cosine' or 'l2'; got {likeness!r}.")
-    if likeness == "l2" and (target_points is None and points is not None):
-        raise ValueError(
-            "likeness='l2' is of mutual nearest neighbours: pass target_points, too, or no points. Single points are "
-            "matched by cosine."
-        )
-    if likeness == "l2" and similarity:
-        raise ValueError("Similarity maps are cosines; pass similarity=False with likeness='l2'.")
-
-
-def _both(value: Any, kind: type, name: str) -> tuple[Any, Any]:
-    """What is asked of the source image and of the target."""
-    if value is None or isinstance(value, kind):
-        return value, value
-    values = list(value)
-    if len(values) != 2:
-        raise ValueError(f"{name} is one for both images, or two; got {len(values)}.")
-    return values[0], values[1]
-
-
-def grid_points(size: tuple[int, int], count: int) -> Tensor:
-    """About so many points spread evenly over an image, `(N, 2)` as (x, y).
-
-    Args:
-        size: (H, W).
-        count: Of points; as many rows and columns as make the cells square.
-
-    Example:
-        >>> grid_points((20, 40), 2)
-        tensor([[ 9.5000,  9.5000],
-                [29.5000,  9.5000]])
-    """
-    h, w = size
-    columns = max(1, round(math.sqrt(count * w / h)))
-    rows = max(1, round(count / columns))
-    x = (torch.arange(columns) + 0.5) * (w / columns) - 0.5
-    y = (torch.arange(rows) + 0.5) * (h / rows) - 0.5
-    return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], dim=1)
-
-
-__all__ = ["Correspondence", "ImageFeatures", "PCKReport", "fill_prompt", "grid_points"]
+__all__ = ["Correspondence", "PCKReport"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,27 @@ from typing import Any
 import torch
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import Head, list_heads
 from diffusers_repr.hub import atomic_folder, atomic_write, push_folder, read_json, resolve_folder, write_json
 from diffusers_repr.hub.schema import shown
 from diffusers_repr.tasks.base import found_base, open_base, written_base
 from diffusers_repr.tasks.formats import FORMATS, TaskFormat, format_in
+from diffusers_repr.tasks.kept_source import KEPT, PATTERNS, copy_source, keep_source, kept_source
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
 
 
 def save(
-    form: TaskFormat, head: Head | None, recipe: Any, folder: str | os.PathLike[str], title: str | None = None
+    form: TaskFormat,
+    head: Head | None,
+    recipe: Any,
+    folder: str | os.PathLike[str],
+    title: str | None = None,
+    source: FeatureSource | None = None,
 ) -> None:
-    """Write a task, all or nothing.
+    """Write a task, all or nothing; with its source, where that is one of `KEPT`.
 
     Raises:
         FileExistsError: If the folder holds something that is no task of this kind.
@@ -37,8 +46,19 @@ def save(
             "Choose another folder."
         )
     with atomic_folder(target) as fresh:
-        recipe = replace(recipe, base=written_base(recipe.base, target))
-        _write(form, head, recipe, fresh, title or Path(os.path.abspath(target)).name)
+        _write(form, head, written_recipe(recipe, target), fresh, title or Path(os.path.abspath(target)).name)
+        keep_source(source, fresh)
+
+
+def written_recipe(recipe: Any, folder: Path | None) -> Any:
+    """A recipe as a file holds it; see `written_base`."""
+    models: dict[str, Any] = {name: written_base(getattr(recipe, name), folder) for name in recipe.MODELS}
+    return replace(recipe, **models)
+
+
+def _found_recipe(recipe: Any, folder: Path) -> Any:
+    models: dict[str, Any] = {name: found_base(getattr(recipe, name), folder) for name in recipe.MODELS}
+    return replace(recipe, **models)
 
 
 def _write(form: TaskFormat, head: Head | None, recipe: Any, folder: Path, title: str) -> None:
@@ -61,12 +81,28 @@ def load(
     """Head (None without one), recipe and checked base of a task; the base, which may be large, is read last."""
     folder = resolve_folder(id_or_folder, revision, token, [*_PATTERNS, form.file])
     recipe = read_recipe(form, folder)
-    recipe = replace(recipe, base=found_base(recipe.base, folder))
-    head = None if form.head is None else read_head(form, folder)
+    recipe = _found_recipe(recipe, folder)
+    head = read_head(form, folder)
     differs = None if head is None else form.differs(head.config, recipe)
     if differs is not None:
         raise ValueError(f"The head in {str(folder)!r} {differs}. The files are of two {form.noun}s.")
-    return head, recipe, open_base(recipe, folder, base, base_revision, **kwargs)
+    return head, recipe, open_base(recipe, folder, base, base_revision, head, **kwargs)
+
+
+def load_source(
+    form: TaskFormat,
+    id_or_folder: str | os.PathLike[str],
+    revision: str | None,
+    token: str | None,
+    recipe: Any,
+    denoiser: Denoiser,
+    batch_size: int,
+) -> FeatureSource | None:
+    """The source that a task's folder holds; None where it holds none."""
+    if recipe.foreign not in KEPT:
+        return None
+    folder = resolve_folder(id_or_folder, revision, token, [form.file, *PATTERNS])
+    return kept_source(recipe, folder, denoiser, batch_size)
 
 
 def read_recipe(form: TaskFormat, folder: Path) -> Any:
@@ -81,7 +117,7 @@ def read_recipe(form: TaskFormat, folder: Path) -> Any:
         seems = "holds " + (", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing")
         other = format_in(folder)
         if other is not None:
-            seems = f"is a {other.noun}"
+            seems = f"is {'an' if other.noun[0] in 'aeiou' else 'a'} {other.noun}"
         elif (folder / "model_index.json").is_file():
             seems = f"is a pipeline: pass it as base=..., or fit a {form.noun} on it"
         elif (folder / "manifest.json").is_file():
@@ -90,16 +126,17 @@ def read_recipe(form: TaskFormat, folder: Path) -> Any:
     return form.recipe.from_dict(read_json(path), f"{str(path)!r}")
 
 
-def read_head(form: TaskFormat, folder: Path) -> Head:
-    """The head in a folder; every weight must be there.
+def read_head(form: TaskFormat, folder: Path) -> Head | None:
+    """The head in a folder, None where the task has none; every weight must be there.
 
     Raises:
         FileNotFoundError: If config or weights are missing.
         ValueError: If they are damaged or do not fit each other.
     """
+    if form.head is None:
+        return None
     config, noun = read_json(folder / "config.json"), form.noun
     name = config.get("_class_name") if isinstance(config, dict) else None
-    assert form.head is not None
     classes = {cls.__name__: cls for cls in list_heads(form.head).values()}
     if not isinstance(name, str) or name not in classes:
         raise ValueError(
@@ -124,12 +161,20 @@ def read_head(form: TaskFormat, folder: Path) -> Head:
     return head.eval()
 
 
-def push(form: TaskFormat, head: Head | None, recipe: Any, repo_id: str, **kwargs: Any) -> str:
-    """Save to a temporary folder and upload it; warns where others could not find the base."""
-    _warn_of_local_base(recipe)
+def push(
+    form: TaskFormat,
+    head: Head | None,
+    recipe: Any,
+    repo_id: str,
+    keep: Callable[[Path], None] | None = None,
+    **kwargs: Any,
+) -> str:
+    """Save to a temporary folder, to which `keep` adds the source, and upload it; warns of bases not on the Hub."""
+    _warn_of_local_models(recipe)
     with tempfile.TemporaryDirectory() as temporary:
-        recipe = replace(recipe, base=written_base(recipe.base, None))
-        _write(form, head, recipe, Path(temporary), repo_id)
+        _write(form, head, written_recipe(recipe, None), Path(temporary), repo_id)
+        if keep is not None:
+            keep(Path(temporary))
         return push_folder(temporary, repo_id, kind=form.noun, **kwargs)
 
 
@@ -138,6 +183,7 @@ def push_saved(
     repo_id: str,
     base: str | None = None,
     base_revision: str | None = None,
+    clip: str | None = None,
     **kwargs: Any,
 ) -> str:
     """Upload a saved task without loading its base; of its folder, the files of its kind alone.
@@ -147,6 +193,7 @@ def push_saved(
         repo_id: `"user/name"`.
         base: Hub id to write as the base, where it was a folder.
         base_revision: Goes with `base`.
+        clip: Likewise of a task's CLIP.
         **kwargs: For `push_folder`.
 
     Returns:
@@ -154,20 +201,28 @@ def push_saved(
     """
     form = format_in(Path(folder)) or FORMATS["probe"]
     recipe = read_recipe(form, Path(folder))
-    head = None if form.head is None else read_head(form, Path(folder))
+    head = read_head(form, Path(folder))
     if base is not None:
-        return push(form, head, recipe.with_base(base, base_revision), repo_id, **kwargs)
-    _warn_of_local_base(recipe)
+        recipe = recipe.with_base(base, base_revision)
+    if clip is not None:
+        if "clip" not in recipe.MODELS:
+            raise ValueError(f"clip={clip!r} is for tasks with a CLIP; {str(folder)!r} is a {form.noun}.")
+        recipe = recipe.with_clip(clip)
+    if base is not None or clip is not None:
+        return push(form, head, recipe, repo_id, functools.partial(copy_source, Path(folder)), **kwargs)
+    _warn_of_local_models(recipe)
     return push_folder(folder, repo_id, kind=form.noun, **kwargs)
 
 
-def _warn_of_local_base(recipe: Any) -> None:
-    if recipe.base.local or recipe.base.name is None:
-        warnings.warn(
-            f"The {recipe.NOUN}'s base is {recipe.base.name!r}, which is not on the Hub: others must pass base=... "
-            "when they load it. Push the base too and give its id: base='user/model'.",
-            stacklevel=4,
-        )
+def _warn_of_local_models(recipe: Any) -> None:
+    for what in recipe.MODELS:
+        record = getattr(recipe, what)
+        if record.local or record.name is None:
+            warnings.warn(
+                f"The {recipe.NOUN}'s {what} is {record.name!r}, which is not on the Hub: others must pass {what}=... "
+                f"when they load it. Push the {what} too and give its id: {what}='user/model'.",
+                stacklevel=4,
+            )
 
 
-__all__ = ["load", "push", "push_saved", "read_head", "read_recipe", "save"]
+__all__ = ["load", "load_source", "push", "push_saved", "read_head", "read_recipe", "save"]

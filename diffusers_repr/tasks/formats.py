@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_repr.heads import Head, PixelEnsembleHead, PooledHead
+from diffusers_repr.heads import Head, MapClassifier, OdiseHead, PixelEnsembleHead, PooledHead
+from diffusers_repr.tasks.correspondence_card import matcher_card
+from diffusers_repr.tasks.panoptic_card import panoptic_card
+from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe_card import probe_card
-from diffusers_repr.tasks.recipe import ProbeRecipe, SegmentationRecipe, TaskRecipe
+from diffusers_repr.tasks.recipe import FeatureRecipe, MatcherRecipe, ProbeRecipe, SegmentationRecipe, TaskRecipe
 from diffusers_repr.tasks.segmentation_card import segmentation_card
 from diffusers_repr.tasks.zero_shot_card import zero_shot_card
 from diffusers_repr.tasks.zero_shot_recipe import ZeroShotRecipe
@@ -21,13 +24,13 @@ class TaskFormat:
 
     Attributes:
         recipe: Class of its recipe, which names the file.
-        head: Class of which its heads are; None: it has no head.
+        head: Class of which its heads are, or several; None: it has none.
         card: `(recipe, class of the head, title) -> README.md`.
         differs: `(head's config, recipe) -> what does not fit`, None where head and recipe are of one task.
     """
 
-    recipe: type[TaskRecipe] | type[ZeroShotRecipe]
-    head: type[Head] | None
+    recipe: type[FeatureRecipe] | type[ZeroShotRecipe]
+    head: type[Head] | tuple[type[Head], ...] | None
     card: Callable[[Any, str, str], str]
     differs: Callable[[Any, Any], str | None]
 
@@ -43,6 +46,8 @@ class TaskFormat:
 
 
 def _probe_differs(config: Any, recipe: ProbeRecipe) -> str | None:
+    if "in_features" not in config:
+        return _maps_differ(config, recipe)
     values, classes = sum(recipe.base.features.values()) * len(recipe.levels), len(recipe.label_names)
     shape = (config["in_features"], config["num_classes"])
     if shape == (values, classes):
@@ -53,7 +58,7 @@ def _probe_differs(config: Any, recipe: ProbeRecipe) -> str | None:
     )
 
 
-def _segmenter_differs(config: Any, recipe: SegmentationRecipe) -> str | None:
+def _maps_differ(config: Any, recipe: TaskRecipe) -> str | None:
     has = (list(config["layers"]), list(config["channels"]), config["levels"], config["num_classes"])
     told = [recipe.base.features[layer] for layer in recipe.layers]
     wanted = (list(recipe.layers), told, len(recipe.levels), len(recipe.label_names))
@@ -66,10 +71,23 @@ def _segmenter_differs(config: Any, recipe: SegmentationRecipe) -> str | None:
     )
 
 
-PROBE = TaskFormat(ProbeRecipe, PooledHead, probe_card, _probe_differs)
-SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _segmenter_differs)
-ZERO_SHOT = TaskFormat(ZeroShotRecipe, None, zero_shot_card, lambda config, recipe: None)
-FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, ZERO_SHOT)}
+def _panoptic_differs(config: Any, recipe: PanopticRecipe) -> str | None:
+    reads = {f"{part}.{path}": channels for part, path, channels, _ in config["taps"]}
+    if reads == dict(recipe.base.features):
+        return None
+    return f"reads {reads}; {recipe.FILE} describes {dict(recipe.base.features)}"
+
+
+def _no_head(config: Any, recipe: Any) -> None:
+    return None
+
+
+PROBE = TaskFormat(ProbeRecipe, (PooledHead, MapClassifier), probe_card, _probe_differs)
+SEGMENTER = TaskFormat(SegmentationRecipe, PixelEnsembleHead, segmentation_card, _maps_differ)
+PANOPTIC = TaskFormat(PanopticRecipe, OdiseHead, panoptic_card, _panoptic_differs)
+MATCHER = TaskFormat(MatcherRecipe, None, matcher_card, _no_head)
+ZERO_SHOT = TaskFormat(ZeroShotRecipe, None, zero_shot_card, _no_head)
+FORMATS: dict[str, TaskFormat] = {one.noun: one for one in (PROBE, SEGMENTER, PANOPTIC, MATCHER, ZERO_SHOT)}
 
 
 def format_in(folder: Path) -> TaskFormat | None:
@@ -77,4 +95,4 @@ def format_in(folder: Path) -> TaskFormat | None:
     return next((one for one in FORMATS.values() if (folder / one.file).is_file()), None)
 
 
-__all__ = ["FORMATS", "PROBE", "SEGMENTER", "ZERO_SHOT", "TaskFormat", "format_in"]
+__all__ = ["FORMATS", "MATCHER", "PANOPTIC", "PROBE", "SEGMENTER", "ZERO_SHOT", "TaskFormat", "format_in"]

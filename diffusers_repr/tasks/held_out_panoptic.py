@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from diffusers_repr.data.panoptic_data import PanopticTrainData, to_maps
-from diffusers_repr.data.transforms import to_unit
+from diffusers_repr.data.panoptic_data import PanopticTrainData
 from diffusers_repr.heads import OdiseHead
 from diffusers_repr.objectives.odise import OdiseObjective
-from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
+from diffusers_repr.tasks.panoptic_fit import RecipeFile, opened, scores_of, words_of
+from diffusers_repr.tasks.panoptic_predictor import LABEL_WEIGHTS, PanopticPredictor
 
 
 class PanopticAccuracy:
@@ -18,28 +16,39 @@ class PanopticAccuracy:
 
     Args:
         objective: That trains the head.
-        splits: Name -> images with panoptic masks, of the same classes.
-        images: How many of each, the first.
+        splits: Name -> images with panoptic masks. Their classes are named by the data; those that the training had
+            not count as new.
+        images: How many of each, the first; all if None.
+        file: The recipe that keeps the scores; none if None.
     """
 
-    def __init__(self, objective: OdiseObjective, splits: Mapping[str, PanopticTrainData], images: int) -> None:
-        self.objective, self.splits, self.images = objective, dict(splits), images
+    def __init__(
+        self,
+        objective: OdiseObjective,
+        splits: Mapping[str, PanopticTrainData],
+        images: int | None = None,
+        file: RecipeFile | None = None,
+    ) -> None:
+        self.objective, self.splits, self.images, self.file = objective, dict(splits), images, file
 
     def __call__(self, head: OdiseHead, step: int) -> dict[str, float]:
         """Of each split what `OpenVocabularySegmenter.evaluate` gives, and `pq_alone`, without CLIP."""
         found: dict[str, float] = {}
-        made, words = self.objective, self.objective.vocabulary
+        made = self.objective
+        head = head.to(made.denoiser.device)
         for name, data in self.splits.items():
-            rows = [data[at] for at in range(min(self.images, len(data)))]
-            images = list(to_unit(torch.stack([row["pixel_values"] for row in rows])) / 2 + 0.5)
-            truth = to_maps(*(torch.stack([row[key] for row in rows]) for key in ("panoptic", "segment_classes")))
-            for suffix, weights in (("", (0.3, 0.7)), ("_alone", (0.0, 0.0))):
-                segmenter = OpenVocabularySegmenter(
-                    head.to(made.denoiser.device), made.denoiser, made.towers, words, weights, made.config.template
+            images, truth, place = opened(data)
+            images, truth = images[: self.images], truth[: self.images]
+            words = words_of(data, made.vocabulary)
+            for suffix, weights in (("", LABEL_WEIGHTS), ("_alone", (0.0, 0.0))):
+                reader = PanopticPredictor(
+                    head, made.denoiser, made.towers, made.vocabulary, weights, made.config.template
                 )
-                scores = segmenter.evaluate(images, truth)
-                wanted = ("pq", "sq", "rq", "mean_iou") if not suffix else ("pq",)
-                found |= {f"{name}_{key}{suffix}": scores[key] for key in wanted}
+                scores = reader.measure(images, truth, words)
+                kept = [key for key in scores if key != "rows" and (not suffix or key.startswith("pq"))]
+                found |= {f"{name}_{key}{suffix}": scores[key] for key in kept}
+                if self.file is not None and not suffix:
+                    self.file.record(scores_of(scores, *place))
         print({name: round(value, 4) for name, value in found.items()}, flush=True)
         return found
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_repr.data.scikit_image import require_scikit_image
 from diffusers_repr.hub.checks import check_whole
 
 HomographyMethod = Literal["ransac", "lmeds"]
@@ -84,22 +85,6 @@ def find_homography(
     return Homography(None if matrix is None else torch.from_numpy(matrix), torch.from_numpy(inliers), method)
 
 
-def require_scikit_image() -> Any:
-    """The `skimage` package with `feature`, `measure` and `transform`.
-
-    Raises:
-        ImportError: If it is missing; names the extra.
-    """
-    try:
-        import skimage
-        import skimage.feature
-        import skimage.measure
-        import skimage.transform
-    except ImportError as error:
-        raise ImportError('This needs scikit-image: pip install "diffusers-repr[match]"') from error
-    return skimage
-
-
 def _ransac(
     skimage: Any, source: np.ndarray, target: np.ndarray, threshold: float, trials: int, seed: int
 ) -> tuple[np.ndarray | None, np.ndarray]:
@@ -154,4 +139,4 @@ def _squared(model: Any, source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(error), error, np.inf)
 
 
-__all__ = ["Homography", "HomographyMethod", "find_homography", "require_scikit_image"]
+__all__ = ["Homography", "HomographyMethod", "find_homography"]

@@ -2,153 +2,219 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional
 
-from diffusers_repr.data.masked import image_size
-from diffusers_repr.data.panoptic import PanopticMap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.images import image_items
 from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.heads import OdiseHead
-from diffusers_repr.heads.odise.classification import (
-    cosine_logits,
-    geometric_ensemble,
-    merge_synonyms,
-    with_background,
-)
-from diffusers_repr.heads.odise.vocabulary import TEMPLATE, Vocabulary
-from diffusers_repr.hub.checks import check_whole
-from diffusers_repr.metrics import ConfusionMatrix, panoptic_inference, panoptic_quality, semantic_inference
-from diffusers_repr.pictures.masks import mask_over
+from diffusers_repr.heads.odise.vocabulary import Vocabulary
+from diffusers_repr.hub import resolve_folder
+from diffusers_repr.objectives.odise import OdiseConfig
+from diffusers_repr.tasks import files
+from diffusers_repr.tasks import panoptic_fit as fitting
+from diffusers_repr.tasks.formats import PANOPTIC
+from diffusers_repr.tasks.panoptic_clip import check_clip, open_clip
+from diffusers_repr.tasks.panoptic_output import PanopticOutput
+from diffusers_repr.tasks.panoptic_predictor import PanopticPredictor
+from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
+from diffusers_repr.tasks.panoptic_training import train_segmenter
+from diffusers_repr.tasks.task import Task
 
-# Weight of CLIP for classes of the training and for others, of the label and of the caption model (ODISE's configs).
-LABEL_WEIGHTS, CAPTION_WEIGHTS = (0.30, 0.70), (0.35, 0.65)
-
-
-@dataclass(frozen=True)
-class PanopticOutput:
-    """What is where in a batch of images.
-
-    Attributes:
-        maps: Of each image its segments, at the image's own size.
-        scores: Of each image, id of a segment -> probability of its class.
-        class_maps: Of each image the class of every pixel, `(H, W)` int64: the sum over all queries decides, so that
-            no pixel is void.
-        names: Of the classes.
-    """
-
-    maps: list[PanopticMap]
-    scores: list[dict[int, float]]
-    class_maps: list[Tensor]
-    names: tuple[str, ...]
-
-    def segments(self, at: int = 0) -> list[tuple[str, float, int]]:
-        """(name, score, pixels) of each segment of an image, the largest first."""
-        found = self.maps[at]
-        rows = [
-            (self.names[label], self.scores[at][number], int((found.ids == number).sum()))
-            for number, label in found.classes.items()
-        ]
-        return sorted(rows, key=lambda row: -row[2])
-
-    def pictures(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """Each image with its segments over it, every segment in a colour of its own; void is left as it is.
-
-        Args:
-            images: Those that were segmented, as PIL images.
-        """
-        return [
-            mask_over(image, one.ids.numpy().astype(np.int64), max(one.classes, default=0) + 1)
-            for image, one in zip(images, self.maps, strict=True)
-        ]
+if TYPE_CHECKING:
+    from diffusers_repr.training import TrainingConfig
 
 
-class OpenVocabularySegmenter:
+class OpenVocabularySegmenter(Task):
     """Panoptic segmentation by names in words (ODISE, arXiv 2303.04803): a trained head, its base, and CLIP.
 
     Each mask is classified twice, by the head and by CLIP's own vector of it (MaskCLIP); a class whose names were
-    learned trusts the head more, another CLIP.
+    learned trusts the head more, another CLIP. Made by `examples/train_odise.py`, `fit` or `from_pretrained`.
 
     Args:
         head: The trained head.
-        denoiser: The frozen text-to-image model it was trained on.
-        towers: The CLIP it was trained with.
-        trained_on: Vocabulary of the training; classes that share no name with it count as new.
-        weights: CLIP's share for classes of the training and for new ones; 0 leaves it out.
-        template: Of the prompts, with `{}` for the name.
+        recipe: What it was trained with: base, CLIP, vocabulary, prompts.
+        denoiser: The frozen text-to-image model.
+        towers: The CLIP.
         batch_size: Windows read at a time; all of an image if None.
+        weights: CLIP's share for classes of the training and for new ones, 0 leaves it out; those of the recipe if
+            None.
+        template: Of the prompts, with `{}` for the name; that of the recipe if None.
 
     Raises:
         TypeError, ValueError: For a base or a CLIP that is not the head's, and weights outside of [0, 1].
     """
 
+    head: OdiseHead
+    recipe: PanopticRecipe
+
     def __init__(
         self,
         head: OdiseHead,
+        recipe: PanopticRecipe,
         denoiser: Denoiser,
         towers: ImageTextEncoder,
-        trained_on: Vocabulary,
-        weights: tuple[float, float] = LABEL_WEIGHTS,
-        template: str = TEMPLATE,
         batch_size: int | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+        template: str | None = None,
     ) -> None:
         head.check_base(denoiser)
-        if head.config["text_dim"] != towers.dim:
+        check_clip(towers, recipe.clip)
+        super().__init__(head, recipe, denoiser)
+        self.towers = towers
+        self.predictor = PanopticPredictor(
+            self.head,
+            denoiser,
+            towers,
+            recipe.words,
+            recipe.weights if weights is None else tuple(weights),
+            recipe.template if template is None else template,
+            batch_size,
+        )
+
+    @classmethod
+    def fit(
+        cls,
+        source: Any,
+        train: Any,
+        validation: Any = None,
+        *,
+        clip: ImageTextEncoder | str | os.PathLike[str] | None = None,
+        training: TrainingConfig | None = None,
+        **settings: Any,
+    ) -> OpenVocabularySegmenter:
+        """Train a head on images with panoptic masks, by the loop of `diffusers_repr.training`.
+
+        Args:
+            source: A `Denoiser` or a diffusers pipeline.
+            train: `PanopticTrainData`.
+            validation: The same, or `(images, maps)`, to measure on.
+            clip: The CLIP, or its folder or Hub id.
+            training: The run: folder, steps, learning rate and so on; the same again goes on from its checkpoint.
+            **settings: Of `OdiseConfig`: `head`, `template`, `synonyms`, `points`.
+
+        Raises:
+            TypeError, ValueError: For a base without text or maps, and settings that do not exist or fit.
+        """
+        if clip is None or training is None:
             raise ValueError(
-                f"The head was trained with vectors of {head.config['text_dim']} values; this CLIP gives {towers.dim}."
+                "Pass clip=..., the CLIP whose vectors name segments, and training=TrainingConfig(output_dir=...)."
             )
-        if len(weights) != 2 or not all(0 <= weight <= 1 for weight in weights):
-            raise ValueError(f"weights are two numbers in [0, 1], for known and for new classes; got {weights!r}.")
-        self.head, self.denoiser, self.towers, self.trained_on = head.eval(), denoiser, towers, trained_on
-        self.weights, self.template = weights, template
-        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
+        denoiser = source if isinstance(source, Denoiser) else Denoiser.from_pipe(source)
+        towers = clip if isinstance(clip, ImageTextEncoder) else ImageTextEncoder.from_pretrained(clip)
+        odise = OdiseConfig(denoiser.name or "a model without a name", clip=towers.name or "a CLIP", **settings)
+        training = dataclasses.replace(training, eval_batch_size=0)  # a head has no samples
+        train_segmenter(denoiser, towers, train, odise, training)
+        made = cls.from_pretrained(training.output_dir, denoiser, towers)
+        if validation is not None:
+            made.evaluate(validation)
+        return made
 
     @classmethod
     def from_pretrained(
         cls,
         id_or_folder: str | os.PathLike[str],
-        base: Denoiser | str | os.PathLike[str] | None = None,
+        base: Any = None,
         clip: ImageTextEncoder | str | os.PathLike[str] | None = None,
         *,
         revision: str | None = None,
+        base_revision: str | None = None,
         token: str | None = None,
-        **options: Any,
+        batch_size: int | None = None,
+        weights: Sequence[float] | None = None,
+        template: str | None = None,
+        **kwargs: Any,
     ) -> OpenVocabularySegmenter:
-        """What `examples/train_odise.py` wrote, with its base and its CLIP.
+        """What `save_pretrained` or `examples/train_odise.py` wrote, with its base and its CLIP.
 
         Args:
-            id_or_folder: Folder or Hub id of the head.
-            base: A `Denoiser`, folder or Hub id in place of the recorded base.
+            id_or_folder: Folder or Hub id of the segmenter.
+            base: A folder, Hub id, pipeline or `Denoiser` in place of the recorded base.
             clip: An `ImageTextEncoder`, folder or Hub id in place of the recorded CLIP.
-            revision: Of the head.
+            revision: Of the segmenter.
+            base_revision: Of `base`.
             token: Hub token.
-            **options: Further arguments of the class; `trained_on` is in the head's record.
+            batch_size: As the class.
+            weights: As the class.
+            template: As the class.
+            **kwargs: For loading the base (`dtype`, `variant`, ...).
 
         Raises:
-            FileNotFoundError, OSError: If something is not there.
-            ValueError: For a head without a record of what it needs, and as the class.
+            FileNotFoundError: If there is no such folder, segmenter, base or CLIP.
+            OSError: If the Hub does not give one of them.
+            ValueError: If a file is damaged, or base or CLIP are not those of the training.
         """
-        head = OdiseHead.from_pretrained(id_or_folder, revision=revision, token=token)
-        names, config = head.config["vocabulary"], head.config
-        base, clip = base or config["base_model"], clip or config["clip_model"]
-        missing = [what for what, value in (("base", base), ("clip", clip), ("vocabulary", names)) if not value]
-        if missing:
-            raise ValueError(f"{str(id_or_folder)!r} does not record its {missing[0]}; pass it.")
-        trained_on = Vocabulary(tuple(tuple(one) for one in names), frozenset(config["stuff"]))
-        denoiser = base if isinstance(base, Denoiser) else Denoiser.from_pretrained(os.fspath(base), token=token)
-        towers = clip if isinstance(clip, ImageTextEncoder) else ImageTextEncoder.from_pretrained(clip, token=token)
-        return cls(head, denoiser, towers, **{"trained_on": trained_on, **options})
+        if token is not None:
+            kwargs["token"] = token
+        head, recipe, denoiser = files.load(PANOPTIC, id_or_folder, base, revision, base_revision, token, kwargs)
+        folder = resolve_folder(id_or_folder, revision, token, [PANOPTIC.file])
+        towers = open_clip(recipe.clip, folder, clip, token)
+        return cls(head, recipe, denoiser, towers, batch_size, weights=weights, template=template)
 
-    @torch.no_grad()
+    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Write `config.json` and weights of the head, `panoptic.json` and a model card, all or nothing.
+
+        Args:
+            folder: A new or empty folder, or one with a segmenter that `save_pretrained` wrote, which is replaced.
+            title: Heading of the card; the folder's name if None.
+
+        Raises:
+            FileExistsError: If the folder holds something else, also a training run with its checkpoints.
+            OSError: If the disk is full or the folder cannot be written.
+        """
+        if (Path(folder) / "loss.jsonl").is_file():
+            raise FileExistsError(
+                f"{str(folder)!r} holds a training run, which loads as it is; saving would replace its checkpoints "
+                "and logs. Choose another folder."
+            )
+        files.save(PANOPTIC, self.head, self.recipe, folder, title)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | None = None,
+        base_revision: str | None = None,
+        clip: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload open-vocabulary segmenter with diffusers-repr",
+    ) -> str:
+        """Upload what `save_pretrained` writes.
+
+        Args:
+            repo_id: `"user/name"`.
+            base: Hub id to write as the base, where it was a folder.
+            base_revision: Goes with `base`.
+            clip: Hub id to write as the CLIP, where it was a folder.
+            private: Whether a repository made here is private.
+            token: Hub token with the right to write.
+            revision: Branch to push to.
+            commit_message: First line of the commit.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            HubError: If the Hub does not take it.
+        """
+        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
+        recipe = recipe if clip is None else recipe.with_clip(clip)
+        options: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "commit_message": commit_message,
+        }
+        return files.push(PANOPTIC, self.head, recipe, repo_id, **options)
+
     def __call__(
         self,
         images: Any,
@@ -173,33 +239,28 @@ class OpenVocabularySegmenter:
             ValueError: Without images; for names that are none, that stand twice, or of which the tokenizer makes
                 nothing.
         """
-        items = image_items(images)
-        if not items:
-            raise ValueError("No images: the list is empty. Pass at least one PIL image, array or tensor.")
-        words = self._words(vocabulary)
-        texts = self.towers.embed_texts(words.prompts(self.template))
-        maps, scores, class_maps = [], [], []
-        for item in items:
-            probabilities, masks = self._queries(item, words, texts, short_side)
-            found, values = panoptic_inference(probabilities, masks, words.stuff, overlap=overlap, threshold=threshold)
-            maps.append(found)
-            scores.append(values)
-            class_maps.append(semantic_inference(probabilities, masks).argmax(0).cpu())
-        return PanopticOutput(maps, scores, class_maps, words.names)
+        options: dict[str, Any] = {"short_side": short_side, "overlap": overlap, "threshold": threshold}
+        return self.predictor(images, self._words(vocabulary, None), **options)
 
     def evaluate(
         self,
-        images: Iterable[Any],
-        truth: Iterable[PanopticMap],
+        data: Any,
         vocabulary: Vocabulary | Sequence[str | Sequence[str]] | None = None,
+        *,
+        record: bool = True,
+        dataset: str | None = None,
+        split: str | None = None,
         **options: Any,
     ) -> dict[str, float]:
         """Panoptic quality and mean IoU on annotated images.
 
         Args:
-            images: As in a call.
-            truth: One an image, of its size; classes are numbered as in the vocabulary.
-            vocabulary: As in a call.
+            data: `PanopticTrainData`, or `(images, maps)` with a `PanopticMap` an image, of its size.
+            vocabulary: By which the classes of the maps are numbered; the names of the data, or those of the training,
+                if None.
+            record: Keep the scores in the recipe, so that they are saved and stand in the card.
+            dataset: Name to record; that of the data if None.
+            split: Split to record; that of the data if None.
             **options: As in a call.
 
         Returns:
@@ -210,59 +271,37 @@ class OpenVocabularySegmenter:
             ImportError: Without torchmetrics.
             ValueError: As a call; for sizes and classes that do not fit.
         """
-        words, true = self._words(vocabulary), list(truth)
-        output = self(list(images), words, **options)
-        scores = panoptic_quality(output.maps, true, len(words.classes))
-        matrix = ConfusionMatrix(len(words.classes), ignore_index=-1)
-        for found, one in zip(output.class_maps, true, strict=True):
-            matrix.update(found, one.class_map(void=-1))
-        result = {
-            "pq": scores.mean(),
-            "sq": float(scores.segmentation_quality().nanmean()),
-            "rq": float(scores.recognition_quality().nanmean()),
-            "mean_iou": matrix.mean_iou(),
-        }
-        known = words.known(self.trained_on)
-        for name, wanted in (("pq_known", True), ("pq_new", False)):
-            rows = [at for at, own in enumerate(known) if own is wanted]
-            if rows and bool(scores.panoptic_quality()[rows].isfinite().any()):
-                result[name] = scores.mean(rows)
-        return {**result, "rows": float(len(true))}
+        images, truth, place = fitting.opened(data)
+        result = self.predictor.measure(images, truth, self._words(vocabulary, data), **options)
+        if record:
+            scores = fitting.scores_of(result, dataset or place[0], split or place[1])
+            self.recipe = self.recipe.with_scores(scores)
+        return result
 
-    def _words(self, vocabulary: Any) -> Vocabulary:
+    def card(self, title: str) -> str:
+        """The model card: how to use it, what it reads, how it was trained and what was measured.
+
+        Args:
+            title: Heading; where it is a Hub id, the example loads it.
+        """
+        return PANOPTIC.card(self.recipe, type(self.head).__name__, title)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the base model, the head and CLIP."""
+        self.towers.model.to(device)
+        return super().to(device)
+
+    def __repr__(self) -> str:
+        recipe = self.recipe
+        return (
+            f"OpenVocabularySegmenter({self.head.config['queries']} queries, trained on {len(recipe.vocabulary)} "
+            f"classes, base={recipe.base.name!r}, clip={recipe.clip.name!r})"
+        )
+
+    def _words(self, vocabulary: Any, data: Any) -> Vocabulary:
         if vocabulary is None:
-            return self.trained_on
+            return fitting.words_of(data, self.recipe.words)
         return vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.of(vocabulary)
 
-    def _queries(self, image: Any, words: Vocabulary, texts: Tensor, short_side: int | None) -> tuple[Tensor, Tensor]:
-        """Class probabilities `(Q, K + 1)` and mask probabilities `(Q, H, W)` of an image."""
-        size = image_size(image)
-        pixels = self.denoiser.pixels(image, "keep")
-        if short_side is not None:
-            factor = check_whole("short_side", short_side) / min(size)
-            sized = (max(round(size[0] * factor), 1), max(round(size[1] * factor), 1))
-            pixels = functional.interpolate(pixels, sized, mode="bilinear", align_corners=False, antialias=True)
-        height, width = pixels.shape[2:]
-        coarsest = self.head.pyramid.strides[-1]
-        padded = functional.pad(pixels, (0, -width % coarsest, 0, -height % coarsest))
-        levels = self.head.levels(self.denoiser, self.towers, padded, self.batch_size)
-        found = self.head(levels, texts, words.counts)
-        masks = functional.interpolate(found.masks[-1], tuple(padded.shape[2:]), mode="bilinear", align_corners=False)
-        masks = masks[:, :, :height, :width]
-        probabilities = self._classes(pixels, masks.sigmoid(), found.logits[-1], words, texts)
-        if (height, width) != size:
-            masks = functional.interpolate(masks, size, mode="bilinear", align_corners=False)
-        return probabilities[0], masks[0].sigmoid()
 
-    def _classes(self, pixels: Tensor, masks: Tensor, logits: Tensor, words: Vocabulary, texts: Tensor) -> Tensor:
-        """`(B, Q, K + 1)`: the head's probabilities, joined with CLIP's, and those of the background."""
-        own, background = logits[..., :-1].softmax(-1), logits.softmax(-1)[..., -1]
-        if any(self.weights):
-            vectors = self.towers.embed_masks(pixels, masks)
-            clip = merge_synonyms(cosine_logits(vectors, texts, self.towers.scale), words.counts).softmax(-1)
-            shares = [self.weights[0] if known else self.weights[1] for known in words.known(self.trained_on)]
-            own = geometric_ensemble(own, clip, torch.tensor(shares, device=own.device))
-        return with_background(own, background)
-
-
-__all__ = ["CAPTION_WEIGHTS", "LABEL_WEIGHTS", "OpenVocabularySegmenter", "PanopticOutput"]
+__all__ = ["OpenVocabularySegmenter"]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.data.hpatches import PlaneSequence
+from diffusers_repr.data.scikit_image import require_scikit_image
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.metrics.corner_error import THRESHOLDS, corner_accuracy, corner_error
 from diffusers_repr.metrics.nearest import Likeness
 from diffusers_repr.tasks.correspondence import Correspondence
-from diffusers_repr.tasks.homography import HomographyMethod, require_scikit_image
+from diffusers_repr.tasks.homography import HomographyMethod
 from diffusers_repr.tasks.matches import as_pil
 
 

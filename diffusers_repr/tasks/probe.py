@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.heads import PooledHead
-from diffusers_repr.heads.fitting.protocols import Protocol
+from diffusers_repr.features import FeatureExtractor
+from diffusers_repr.features.source import FeatureSource
+from diffusers_repr.heads import FeedbackExtractor, FeedbackHead
+from diffusers_repr.heads.fitting.protocols import Classifier, Protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
-from diffusers_repr.tasks import files
 from diffusers_repr.tasks.base import check_features
-from diffusers_repr.tasks.formats import PROBE
-from diffusers_repr.tasks.images import class_data, join, pooled_features
-from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_extractor
+from diffusers_repr.tasks.formats import PROBE, TaskFormat
+from diffusers_repr.tasks.images import class_data, head_inputs, move_inputs, pooled_features, read_pooled, take_images
+from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_source
+from diffusers_repr.tasks.reading import seed_of, texts_of
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
-from diffusers_repr.tasks.task import Task
+from diffusers_repr.tasks.saved import SavedTask
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ProbeOutput:
         ]
 
 
-class Probe(Task):
+class Probe(SavedTask):
     """A fitted head with its base model; call it with images.
 
     Made by `Probe.fit` or `Probe.from_pretrained`; `Probe(head, recipe, denoiser)` joins parts.
@@ -59,14 +60,25 @@ class Probe(Task):
         recipe: Everything between an image and the head.
         denoiser: The base model.
         batch_size: Images read at a time, and rows of one forward (ensemble members and levels counted).
+        source: Where features come from, if not from a `FeatureExtractor` with the recipe's settings.
     """
 
-    head: PooledHead
+    FORMAT: ClassVar[TaskFormat] = PROBE
+
+    head: Classifier
     recipe: ProbeRecipe
 
-    def __init__(self, head: PooledHead, recipe: ProbeRecipe, denoiser: Denoiser, batch_size: int = 64) -> None:
-        super().__init__(head, recipe, denoiser, batch_size)
-        self.extractor = recipe.extractor(denoiser, batch_size=batch_size)
+    def __init__(
+        self,
+        head: Classifier,
+        recipe: ProbeRecipe,
+        denoiser: Denoiser,
+        batch_size: int = 64,
+        source: FeatureSource | None = None,
+    ) -> None:
+        super().__init__(head, recipe, denoiser, batch_size, source)
+        if isinstance(head, FeedbackHead) and isinstance(self.source, FeatureExtractor):
+            self.source = FeedbackExtractor.of(head, self.source)
 
     @classmethod
     def fit(
@@ -95,18 +107,21 @@ class Probe(Task):
         """Read the features of labelled images once and fit a head to them.
 
         Memory holds the pooled features of all images (N x D float32, where D sums over layers and levels; L-BFGS
-        holds them once more in float64) and one batch of images.
+        holds them once more in float64; maps of P x P cells P x P times as much) and one batch of images.
 
         Args:
-            source: A `Denoiser`, a diffusers pipeline, or a `FeatureExtractor` whose settings are taken.
+            source: A `Denoiser`, a diffusers pipeline, a `FeatureExtractor` whose settings are taken, or another
+                `FeatureSource`, whose maps are pooled.
             train: `ImageData`, a `datasets.Dataset`, or `(images, labels)` with class ids from 0.
             validation: The same, for tuning and the probe's validation score. Never the data of the final score.
             layers: Full module paths.
             timestep: Training timestep or `NoiseLevel`, or a list of them.
-            pooling: `mean` (if nothing is said), `max` or `adaptive:P`.
+            pooling: `mean` (if nothing is said), `max` or `adaptive:P`; for heads on maps `map:P`, `map:16` if nothing
+                is said.
             selection: Take layers, levels, noise and pooling from `select_features` instead.
             use: What of the selection: `best`, `layers` or `levels`.
-            head: `linear`, `mlp`, `knn`, or a head of your own by its name in `register_head`.
+            head: `linear`, `mlp`, `knn`; on maps `attention`, `convolution`; or a head of your own by its name in
+                `register_head`.
             protocol: How the head is fitted; see `diffusers_repr.heads.PROTOCOLS`.
             head_options: Arguments of the head's class.
             prompt: Prompt of every image.
@@ -126,14 +141,14 @@ class Probe(Task):
         """
         named = {"layers": layers, "timestep": timestep, "pooling": pooling}
         settings |= {name: value for name, value in named.items() if value is not None}
-        extractor = make_extractor(source, selection, use, settings)
-        if extractor.batch_size is None:
-            extractor = extractor.replace(batch_size=batch_size)
+        found, pooled = make_source(source, selection, use, settings, batch_size, head)
         fitted, recipe = fit_probe(
-            extractor,
+            found,
             train,
             validation,
+            pooling=pooled,
             requested=settings.get("timestep"),
+            seed=seed_of(found, settings),
             head=head,
             protocol=protocol,
             head_options=head_options or {},
@@ -143,97 +158,7 @@ class Probe(Task):
             base=(base, base_revision),
             progress_bar=progress_bar,
         )
-        return cls(fitted, recipe, extractor.denoiser, batch_size)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id_or_folder: str | os.PathLike[str],
-        base: Any = None,
-        revision: str | None = None,
-        *,
-        base_revision: str | None = None,
-        token: str | None = None,
-        batch_size: int = 64,
-        **kwargs: Any,
-    ) -> Probe:
-        """Load a probe and its base model.
-
-        Args:
-            id_or_folder: What `save_pretrained` wrote, or a Hub id.
-            base: A folder, Hub id, pipeline or `Denoiser` to take instead of the recorded base at its recorded
-                revision.
-            revision: Of the probe: branch, tag or commit.
-            base_revision: Of `base`.
-            token: Hub token, for the probe and the base.
-            batch_size: As for `fit`.
-            **kwargs: For loading the base (`dtype`, `variant`, ...).
-
-        Raises:
-            FileNotFoundError: If there is no such folder, probe or base folder.
-            ValueError: If a file is damaged, or the base is another model than the probe was fitted on.
-            OSError: If the Hub does not give the probe or the base.
-        """
-        if token is not None:
-            kwargs["token"] = token
-        head, recipe, denoiser = files.load(PROBE, id_or_folder, base, revision, base_revision, token, kwargs)
-        return cls(head, recipe, denoiser, batch_size)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
-        """Write `config.json` and weights of the head, `probe.json` and a model card, all or nothing.
-
-        A base that is a folder elsewhere on this disk is written as the way to it from `folder`; no absolute place of
-        this machine is. If it fails, nothing has changed, and the probe can be saved to another place.
-
-        Args:
-            folder: A new or empty folder, or one with a probe, which is replaced.
-            title: Heading of the card; the folder's name if None.
-
-        Raises:
-            FileExistsError: If the folder holds something else.
-            OSError: If the disk is full or the folder cannot be written.
-        """
-        files.save(PROBE, self.head, self.recipe, folder, title)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base: str | None = None,
-        base_revision: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload probe with diffusers-repr",
-    ) -> str:
-        """Upload what `save_pretrained` writes.
-
-        Args:
-            repo_id: `"user/name"`.
-            base: Hub id to write as the base, where it was a folder.
-            base_revision: Goes with `base`.
-            private: Whether a repository made here is private.
-            token: Hub token with the right to write.
-            revision: Branch to push to.
-            commit_message: First line of the commit.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            HubError: If the Hub does not take it.
-        """
-        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        return files.push(
-            PROBE,
-            self.head,
-            recipe,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        return cls(fitted, recipe, found.denoiser, batch_size, None if recipe.source is None else found)
 
     def logits(
         self, images: Any, *, prompt: str | Sequence[str] | None = None, class_labels: int | None = None
@@ -244,18 +169,15 @@ class Probe(Task):
             FloatingPointError: If they are not numbers.
         """
         pixels = to_pixels(images, self.denoiser.image_channels, self.recipe.image_size)
-        if not isinstance(prompt, (str, type(None))) and len(prompt) != len(pixels):
-            raise ValueError(f"{len(prompt)} prompts for {len(pixels)} images; pass 1 or {len(pixels)}.")
-        prompt = self.recipe.prompt if prompt is None else prompt
+        texts = texts_of(self.recipe.prompt if prompt is None else prompt, len(pixels))
         class_labels = self.recipe.class_labels if class_labels is None else class_labels
         parts = []
         for start in range(0, len(pixels), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            texts = prompt if isinstance(prompt, (str, type(None))) else list(prompt)[rows]
-            output = self.extractor.from_pixels(pixels[rows], prompt=texts, class_labels=class_labels)
+            output = read_pooled(self.source, pixels[rows], self.recipe.pooling, texts(rows), class_labels)
             check_features(self.recipe, self.recipe.sizes(output), self.denoiser.name)
             with torch.no_grad():
-                parts.append(self.head(join(output, self.recipe.layers)))
+                parts.append(self.head(move_inputs(head_inputs(output, self.recipe.layers), self.device)))
             if parts[-1].isnan().any():
                 raise FloatingPointError(
                     f"The features or logits of images {start} to {start + len(pixels[rows]) - 1} are not finite: the "
@@ -263,6 +185,17 @@ class Probe(Task):
                     f"dtype ({self.denoiser.dtype}) is too narrow; try float32."
                 )
         return torch.cat(parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return next(iter(self.head.state_dict().values())).device
+
+    @torch.no_grad()
+    def _guesses(self, features: Any, count: int) -> Tensor:
+        step = 256 if isinstance(features, dict) else 4096
+        parts = (take_images(features, slice(start, start + step)) for start in range(0, count, step))
+        return torch.cat([self.head(move_inputs(part, self.device)).argmax(1).cpu() for part in parts])
 
     def __call__(
         self, images: Any, prompt: str | Sequence[str] | None = None, class_labels: int | None = None
@@ -304,11 +237,11 @@ class Probe(Task):
         """
         found = class_data(data, "test")
         check_labels(found, self.recipe.label_names)
+        condition = (self.recipe.prompt, self.recipe.class_labels)
         features, *_ = pooled_features(
-            self.extractor, found, self.batch_size, self.recipe.prompt, self.recipe.class_labels, progress_bar
+            self.source, found, self.recipe.pooling, self.batch_size, condition, progress_bar
         )
-        with torch.no_grad():
-            guesses = torch.cat([self.head(rows).argmax(1).cpu() for rows in features.split(4096)])
+        guesses = self._guesses(features, len(found))
         right = guesses == found.targets
         each = [float(right[found.targets == label].double().mean()) for label in found.targets.unique()]
         result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
@@ -316,18 +249,6 @@ class Probe(Task):
             for name, value in result.items():
                 self.record(Score(name, value, dataset or public_name(found.name), split or found.split, len(found)))
         return {**result, "rows": len(found)}
-
-    def record(self, score: Score) -> None:
-        """Keep a score in the recipe; one of the same name, data set and split is replaced."""
-        self.recipe = self.recipe.with_scores([score])
-
-    def card(self, title: str) -> str:
-        """The model card: how to use it, what it reads, how it was fitted and what was measured.
-
-        Args:
-            title: Heading; where it is a Hub id, the example loads it.
-        """
-        return PROBE.card(self.recipe, type(self.head).__name__, title)
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.timestep:g}" for level in self.recipe.levels)

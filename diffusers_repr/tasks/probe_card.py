@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers_repr.hub.schema import printable
 from diffusers_repr.tasks.card import base_called, classes_called, loaded_from, printable_recipe, task_card
+from diffusers_repr.tasks.kept_source import KEPT
 from diffusers_repr.tasks.recipe import ProbeRecipe
 
 
@@ -23,12 +24,13 @@ def probe_card(recipe: ProbeRecipe, head: str, title: str) -> str:
 
 def _usage(recipe: ProbeRecipe, title: str) -> str:
     name, base = loaded_from(recipe, title)
+    source = "" if recipe.source in (None, *KEPT) else ", source=source"
     return f"""## Use
 
 ```python
 from diffusers_repr.tasks import Probe
 
-probe = Probe.from_pretrained("{name}"{base})
+probe = Probe.from_pretrained("{name}"{base}{source})
 output = probe(images)  # PIL images, numpy arrays or tensors
 print(output.labels, output.probabilities)
 ```

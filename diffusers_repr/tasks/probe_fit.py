@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusers_repr.data.labelled import Labelled
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.noise_policy import validation_seed
-from diffusers_repr.features.pooling import pooled_size
-from diffusers_repr.heads import PooledHead, fit_head
-from diffusers_repr.heads.fitting.protocols import Protocol, get_protocol
+from diffusers_repr.features.pooling import check_pooling, leaves_maps, pooled_size
+from diffusers_repr.features.source import FeatureSource
+from diffusers_repr.heads import MapClassifier, fit_head, fit_map_head
+from diffusers_repr.heads.fitting.fit import FitResult, check_several_classes
+from diffusers_repr.heads.fitting.maps import check_reads_once
+from diffusers_repr.heads.fitting.protocols import Classifier, Protocol, classifier_class, get_protocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.sweep.splits import refuse_one_class
-from diffusers_repr.tasks.base import record_base
-from diffusers_repr.tasks.images import class_data, pooled_features
-from diffusers_repr.tasks.levels import PACKAGES, recorded_levels
+from diffusers_repr.tasks.images import Inputs, class_data, move_inputs, pooled_features
+from diffusers_repr.tasks.reading import Condition, open_source, reading_fields
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
 
 
 def fit_probe(
-    extractor: FeatureExtractor,
+    source: FeatureSource,
     train: Any,
     validation: Any,
     *,
+    pooling: str,
     requested: Any,
+    seed: int,
     head: str,
     protocol: str | Protocol | None,
     head_options: Mapping[str, Any],
-    condition: tuple[str | None, int | None],
+    condition: Condition,
     label_names: Sequence[str] | None,
     batch_size: int,
     base: tuple[str | None, str | None],
     progress_bar: Callable[..., Any] | None,
-) -> tuple[PooledHead, ProbeRecipe]:
+) -> tuple[Classifier, ProbeRecipe]:
     """The work of `Probe.fit`, which has the arguments' meaning.
 
     Args:
-        extractor: Of the features.
+        source: Of the features.
         train: Labelled images.
         validation: Labelled images, or None.
-        requested: The timestep, or list of them, as the user gave it; None takes the extractor's.
+        pooling: Of the features.
+        requested: The timestep, or list of them, as the user gave it; None takes the source's.
+        seed: Of fitting.
         head: Kind of head.
         protocol: How it is fitted.
         head_options: Arguments of the head's class.
@@ -58,58 +64,74 @@ def fit_probe(
         progress_bar: Makes a bar.
     """
     chosen = get_protocol(protocol, head)
+    check_reads_once(head)
     data, held, names = open_classes(train, validation, label_names)
+    check_several_classes(data.targets)
+    warn_of_absent(data, names)
     keys: list[str] = []
     held_keys: list[str] = []
-    read = (batch_size, *condition, progress_bar)
-    features, output, size = pooled_features(extractor, data, *read, keys)
-    extractor = extractor.replace(image_size=size)
-    device = extractor.denoiser.device if extractor.denoiser.device.type == "cuda" else torch.device("cpu")
+    read = (pooling, batch_size, condition, progress_bar)
+    features, output, size = pooled_features(source, data, *read, keys)
+    device = source.denoiser.device if source.denoiser.device.type == "cuda" else torch.device("cpu")
     pair = None
     if held is not None:
-        other = extractor.replace(seed=validation_seed(extractor.noise.policy, extractor.seed))
-        pair = (pooled_features(other, held, *read, held_keys)[0].to(device), held.targets)
+        found = pooled_features(_for_validation(source, size), held, *read, held_keys)[0]
+        pair = (move_inputs(found, device), held.targets)
         tell_overlap(keys, held_keys, str(data), str(held))
-    result = fit_head(
-        features.to(device),
-        data.targets,
-        len(names),
-        head=head,
-        protocol=chosen,
-        validation=pair,
-        generator=torch.Generator().manual_seed(extractor.seed),
-        **head_options,
-    )
+    learned = move_inputs(features, device), data.targets, len(names)
+    generator = torch.Generator().manual_seed(seed)
+    result = _fit(*learned, pair, head, chosen, generator, head_options, len(list(output.per_level())))
     scores = []
     if held is not None and result.validation_accuracy is not None:
         scores.append(Score("accuracy", result.validation_accuracy, public_name(held.name), held.split, len(held)))
-    sizes = {layer: feature.shape[-1] for layer, feature in output.features.items()}
-    assert extractor.pooling is not None
+    axis = -3 if leaves_maps(pooling) else -1
+    sizes = {layer: feature.shape[axis] for layer, feature in output.features.items()}
+    told = reading_fields(source, output, size, sizes, condition, base=base, requested=requested, seed=seed)
     recipe = ProbeRecipe(
-        base=record_base(extractor.denoiser, sizes, *base),
-        layers=tuple(extractor.layers),
-        levels=recorded_levels(extractor.levels, requested),
+        **{**told, "scores": tuple(scores)},
         label_names=tuple(names),
-        where=extractor.where,
-        noise=extractor.noise.policy,
-        seed=extractor.seed,
-        ensemble_size=extractor.ensemble_size,
-        pooling=extractor.pooling,
-        image_size=size,
-        preprocessing={
-            "resize": "bicubic, antialiased, aspect ratio not kept",
-            "channels": extractor.denoiser.image_channels,
-            "range": [-1, 1],
-        },
-        sample_posterior=extractor.sample_posterior,
-        prompt=condition[0],
-        class_labels=condition[1],
+        pooling=pooling,
         protocol=result.protocol,
         train={"dataset": public_name(data.name), "split": data.split, "rows": len(data)},
-        scores=tuple(scores),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
     return result.head, recipe
+
+
+def _fit(
+    inputs: Inputs,
+    labels: Tensor,
+    classes: int,
+    validation: tuple[Any, Tensor] | None,
+    head: str,
+    protocol: Protocol,
+    generator: torch.Generator,
+    options: Mapping[str, Any],
+    levels: int,
+) -> FitResult:
+    given: dict[str, Any] = {"head": head, "protocol": protocol, "generator": generator, **options}
+    if isinstance(inputs, dict):
+        return fit_map_head(inputs, labels, classes, levels=levels, validation=validation, **given)
+    return fit_head(inputs, labels, classes, validation=validation, **given)
+
+
+def warn_of_absent(data: Labelled, names: Sequence[str]) -> None:
+    """Warn of classes without a training image."""
+    there = set(data.targets.tolist())
+    absent = [name for label, name in enumerate(names) if label not in there]
+    if absent:
+        warnings.warn(
+            f"{', '.join(absent[:10])}{', ...' * (len(absent) > 10)}: {len(absent)} of {len(names)} classes have no "
+            f"image in {data} and will not be predicted.",
+            stacklevel=4,
+        )
+
+
+def _for_validation(source: FeatureSource, image_size: tuple[int, int]) -> FeatureSource:
+    """The source with noise of its own for the images that are scored, at the size of those that were learned from."""
+    if not isinstance(source, FeatureExtractor):
+        return source
+    seed = validation_seed(source.noise.policy, source.seed)
+    return source.replace(seed=seed, image_size=image_size)
 
 
 def open_classes(
@@ -133,30 +155,45 @@ def open_classes(
     return data, held, names
 
 
-def make_extractor(source: Any, selection: Selection | None, use: str, settings: dict[str, Any]) -> FeatureExtractor:
-    """The extractor of a denoiser, pipeline or extractor with these settings.
+def make_source(
+    source: Any, selection: Selection | None, use: str, settings: dict[str, Any], batch_size: int, head: str
+) -> tuple[FeatureSource, str]:
+    """The source that was given, or that of a denoiser or pipeline with these settings; and how it is pooled.
+
+    If nothing is said, `mean` for heads on vectors, `map:16` for heads on maps.
 
     Raises:
         ValueError: If what to read is not said, said twice, or not pooled.
     """
-    if isinstance(source, FeatureExtractor):
-        if selection is not None:
-            raise ValueError("Pass a FeatureExtractor or a selection, not both.")
-        extractor = source.replace(**settings)
-    else:
-        denoiser = source if isinstance(source, Denoiser) else Denoiser.from_pipe(source)
+    given, on_maps = isinstance(source, FeatureSource), issubclass(classifier_class(head), MapClassifier)
+    usual = "map:16" if on_maps else "mean"
+    if given and selection is not None:
+        raise ValueError(f"Pass a {type(source).__name__} or a selection, not both.")
+    pooled = None if not given or isinstance(source, FeatureExtractor) else settings.pop("pooling", usual)
+
+    def make(denoiser: Denoiser, settings: dict[str, Any]) -> FeatureExtractor:
         if selection is not None:
             if "layers" in settings or "timestep" in settings:
                 raise ValueError("The selection says which layers and timesteps; leave them out, or leave it out.")
-            extractor = selection.extractor(denoiser, use, **settings)
-        else:
-            for name in ("layers", "timestep"):
-                if name not in settings:
-                    raise ValueError(f"Pass {name}=..., or selection=select_features(...).")
-            extractor = FeatureExtractor(denoiser, **{"pooling": "mean", **settings})
-    require_images(extractor.denoiser, "Probes")
-    pooled_size(extractor.pooling)  # refuses maps
-    return extractor
+            return selection.extractor(denoiser, use, **settings)
+        for name in ("layers", "timestep"):
+            if name not in settings:
+                raise ValueError(f"Pass {name}=..., or selection=select_features(...).")
+        return FeatureExtractor(denoiser, **{"pooling": usual, **settings})
+
+    found = open_source(source, settings, "Probes", make)
+    if isinstance(found, FeatureExtractor):
+        found = found.replace(batch_size=batch_size) if found.batch_size is None else found
+        found = found.replace(pooling=usual) if on_maps and found.pooling is None else found
+        pooled = found.pooling
+    if not on_maps:
+        pooled_size(pooled)  # refuses maps
+    elif not leaves_maps(check_pooling(pooled)):
+        raise ValueError(
+            f"pooling={pooled!r} leaves vectors, and {head!r} reads maps; take 'map:P', such as {usual!r}."
+        )
+    assert pooled is not None
+    return found, pooled
 
 
 def _names(data: Labelled, held: Labelled | None, given: Sequence[str] | None) -> list[str]:

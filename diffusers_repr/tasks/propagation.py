@@ -75,10 +75,13 @@ def propagate_labels(
         `(K, h, w)` float32, each cell with sum 1.
 
     Raises:
-        ValueError: For labels or maps of another size.
+        ValueError: For labels or maps of another size, and without a frame.
     """
     frames = iter(maps)
-    begin = _unit(next(frames))
+    start = next(frames, None)
+    if start is None:
+        raise ValueError("There are no frames: the maps are empty.")
+    begin = _unit(start)
     if first.ndim != 3 or first.shape[1:] != begin.shape[1:]:
         raise ValueError(f"Labels must be (K, {begin.shape[1]}, {begin.shape[2]}), as the maps; got {first.shape}.")
     labels = first.to(begin.device).float()
@@ -205,15 +208,15 @@ def _carry(here: Tensor, context: Tensor, labels: Tensor, config: PropagationCon
             )
             seen = context[:, :, around[0], around[1]].flatten(2)  # (n, C, window)
             target = here[:, rows, columns].flatten(1)  # (C, q)
-            weights = torch.exp(seen.transpose(1, 2) @ target / config.temperature)  # (n, window, q)
+            alike = seen.transpose(1, 2) @ target / config.temperature  # (n, window, q)
             near = (
                 _near(around[0], rows, radius, here)[:, None, :, None]
                 & _near(around[1], columns, radius, here)[None, :, None, :]
             )  # (window rows, window columns, target rows, target columns)
-            weights = (weights * near.flatten(2).flatten(0, 1)).flatten(0, 1)
-            least = weights.topk(min(config.top_k, len(weights)), dim=0).values[-1]
-            weights = weights.masked_fill(weights < least, 0)
-            weights = weights / weights.sum(0)
+            alike = alike.masked_fill(~near.flatten(2).flatten(0, 1), -torch.inf).flatten(0, 1)
+            least = alike.topk(min(config.top_k, len(alike)), dim=0).values[-1]
+            # exp / sum, of which `exp(cosine / T)` alone would overflow from T = 0.011 down
+            weights = alike.masked_fill(alike < least, -torch.inf).softmax(0)
             own = labels[:, :, around[0], around[1]].flatten(2).transpose(0, 1).flatten(1)  # (K, n * window)
             found[:, rows, columns] = (own @ weights).unflatten(1, (rows.stop - top, columns.stop - left))
     return found

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
+from diffusers_repr.features.pooling import leaves_maps
 from diffusers_repr.features.posterior import SamplePosterior
 from diffusers_repr.hub.base_record import BaseRecord, Level
 from diffusers_repr.hub.schema import Check, shown
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.recipe_schema import BASE, POOLING, SEGMENTATION, recipe_schema
+from diffusers_repr.tasks.recipe_schema import BASE, FITTED, MATCHER, POOLING, SEGMENTATION, recipe_schema
 
 
 @dataclass(frozen=True)
@@ -36,53 +37,52 @@ class Score:
 
 
 @dataclass(frozen=True)
-class TaskRecipe:
-    """Everything between an image and the head of a task.
+class FeatureRecipe:
+    """Everything between an image and the features that a task reads.
 
-    A task's own recipe subclasses it, adds fields with their checks and names its file and format.
+    A task's own recipe subclasses it, or `TaskRecipe`, adds fields with their checks and names its file and format.
 
     Attributes:
         base: The model.
         layers: Full module paths; their features stand side by side in this order, within each level.
         levels: Noise levels, in the order of their features.
-        label_names: Name of each class id.
         where: `output`, `input` or `residual`, as in `capture`.
         noise: Noise policy.
         seed: Of the noise and of fitting.
         ensemble_size: Noise draws an image.
-        image_size: (H, W) in pixels to which every image is resized.
+        image_size: (H, W) in pixels to which every image is resized; `"keep"`: it is not, where the task allows it.
         preprocessing: How, in words.
         sample_posterior: How the VAE's latents are drawn; as in `FeatureExtractor`.
         prompt: Prompt of every image, unless another is given in the call.
         class_labels: Condition of a class-conditional model, for every image.
-        protocol: How the head was fitted: every field, and what was chosen.
-        train: Name, split and rows of the training data.
         scores: What was measured.
         versions: Of the libraries.
+        source: Class of the `FeatureSource` that is not a `FeatureExtractor`: levels, noise and layers are its own.
+            The task's folder holds it (`Hyperfeatures`), or it must be given again when the task is loaded. None: a
+            `FeatureExtractor` with these settings.
     """
 
     NOUN: ClassVar[str] = "task"  # what it is called in messages
     FILE: ClassVar[str] = "task.json"
     FORMAT: ClassVar[str] = "diffusers_repr.task/1"
     OWN: ClassVar[Mapping[str, Check]] = {}  # the checks of a subclass's fields
+    MODELS: ClassVar[Mapping[str, Mapping[str, Check]]] = {"base": BASE}  # its records of models, and what is kept
 
     base: BaseRecord
     layers: tuple[str, ...]
     levels: tuple[Level, ...]
-    label_names: tuple[str, ...]
     where: str
     noise: str
     seed: int
     ensemble_size: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | Literal["keep"]
     preprocessing: Mapping[str, Any]
     sample_posterior: SamplePosterior
     prompt: str | None
     class_labels: int | None
-    protocol: Mapping[str, Any]
-    train: Mapping[str, Any]
     scores: tuple[Score, ...]
     versions: Mapping[str, str]
+    source: str | None = field(default=None, kw_only=True)
 
     @property
     def pooled(self) -> str | None:
@@ -92,11 +92,11 @@ class TaskRecipe:
     @property
     def foreign(self) -> str | None:
         """Class of the source of features, where that is no `FeatureExtractor` and the recipe does not hold it."""
-        return None
+        return self.source
 
     def sizes(self, output: FeatureOutput) -> dict[str, int]:
         """Layer -> values of its feature: of a vector, or of each place of a map."""
-        if self.pooled is None:
+        if leaves_maps(self.pooled):
             return {layer: output.as_map(layer).shape[-3] for layer in output.features}
         return {layer: feature.shape[-1] for layer, feature in output.features.items()}
 
@@ -135,7 +135,10 @@ class TaskRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinity as the text `inf`."""
         plain = asdict(self)
-        plain["base"] = {name: plain["base"][name] for name in BASE}
+        for model, kept in self.MODELS.items():
+            plain[model] = {name: plain[model][name] for name in kept}
+        if self.source is None:  # as files of earlier versions
+            del plain["source"]
         return {"format": self.FORMAT, **_finite(plain)}
 
     @classmethod
@@ -153,24 +156,48 @@ class TaskRecipe:
             raise ValueError(
                 f"{source} has the format {shown(data['format'])}; this version reads {cls.FORMAT!r}. Upgrade."
             )
-        check = recipe_schema(Score, cls.OWN)
         try:
-            fields = check({k: v for k, v in data.items() if k != "format"}, cls.FILE)
+            found = cls._check()({k: v for k, v in data.items() if k != "format"}, cls.FILE)
         except ValueError as error:
             raise ValueError(f"{source} is damaged or was edited ({error}). Take it from its source again.") from error
-        fields["base"] = BaseRecord(**fields["base"])
-        fields["levels"] = tuple(Level(**level) for level in fields["levels"])
-        fields["scores"] = tuple(Score(**score) for score in fields["scores"])
-        fields |= {name: tuple(fields[name]) for name in ("layers", "label_names", "image_size")}
-        return cls(**fields)
+        found |= {model: BaseRecord(**found[model]) for model in cls.MODELS}
+        found["levels"] = tuple(Level(**level) for level in found["levels"])
+        found["scores"] = tuple(Score(**score) for score in found["scores"])
+        whole: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        return cls(**whole)
+
+    @classmethod
+    def _check(cls) -> Check:
+        """Of the fields of a file; those with a default may be missing."""
+        own = {name: check for kind in reversed(cls.__mro__) for name, check in vars(kind).get("OWN", {}).items()}
+        later = [one.name for one in fields(cls) if one.default is not MISSING and one.name in own]
+        return recipe_schema(Score, own, later)
+
+
+@dataclass(frozen=True)
+class TaskRecipe(FeatureRecipe):
+    """Everything between an image and the head of a task that is fitted to examples.
+
+    Attributes:
+        label_names: Name of each class id.
+        protocol: How the head was fitted: every field, and what was chosen.
+        train: Name, split and rows of the training data.
+    """
+
+    OWN: ClassVar[Mapping[str, Check]] = FITTED
+
+    image_size: tuple[int, int]
+    label_names: tuple[str, ...]
+    protocol: Mapping[str, Any]
+    train: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ProbeRecipe(TaskRecipe):
-    """Everything between an image and the head of a probe, whose features are one vector an image.
+    """Everything between an image and the head of a probe.
 
     Attributes:
-        pooling: `mean`, `max` or `adaptive:P`.
+        pooling: `mean`, `max` or `adaptive:P` for a head on one vector an image, `map:P` for one on maps.
     """
 
     NOUN: ClassVar[str] = "probe"
@@ -192,8 +219,6 @@ class SegmentationRecipe(TaskRecipe):
 
     Attributes:
         ignore_index: Id of pixels of no class in the masks it was fitted on; None: there were none.
-        source: Class of the `FeatureSource` that is not a `FeatureExtractor`: it must be given again when the task is
-            loaded, and levels, noise and layers are its own. None: a `FeatureExtractor` with these settings.
     """
 
     NOUN: ClassVar[str] = "segmenter"
@@ -202,12 +227,22 @@ class SegmentationRecipe(TaskRecipe):
     OWN: ClassVar[Mapping[str, Check]] = SEGMENTATION
 
     ignore_index: int | None
-    source: str | None
 
-    @property
-    def foreign(self) -> str | None:
-        """As `source`."""
-        return self.source
+
+@dataclass(frozen=True)
+class MatcherRecipe(FeatureRecipe):
+    """Everything between an image and the features that correspondence compares, those of one layer.
+
+    Attributes:
+        chosen_on: Pairs on which layer and level were chosen: `dataset` and `pairs`; None: nobody did.
+    """
+
+    NOUN: ClassVar[str] = "matcher"
+    FILE: ClassVar[str] = "correspondence.json"
+    FORMAT: ClassVar[str] = "diffusers_repr.correspondence/1"
+    OWN: ClassVar[Mapping[str, Check]] = MATCHER
+
+    chosen_on: Mapping[str, Any] | None
 
 
 def _finite(value: Any) -> Any:
@@ -220,4 +255,4 @@ def _finite(value: Any) -> Any:
     return value
 
 
-__all__ = ["ProbeRecipe", "Score", "SegmentationRecipe", "TaskRecipe"]
+__all__ = ["FeatureRecipe", "MatcherRecipe", "ProbeRecipe", "Score", "SegmentationRecipe", "TaskRecipe"]

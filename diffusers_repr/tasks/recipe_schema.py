@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
 from diffusers_repr.capture.capture import Where
 from diffusers_repr.features.noise_policy import Policy
-from diffusers_repr.features.pooling import POOLINGS, VECTORS
+from diffusers_repr.features.pooling import MAPS, POOLINGS, VECTORS
 from diffusers_repr.hub.components import MAX_SIDE, MAX_WIDTH
 from diffusers_repr.hub.errors import is_repo_id
 from diffusers_repr.hub.schema import (
@@ -34,23 +35,31 @@ _MAX_ROWS = 1 << 53
 _SIZE = integer(1, MAX_SIDE)
 # JSON has no infinity; a level of pure noise is written as text.
 _LEVEL = either(one_of("inf", "-inf"), number())
+_CLASS = text(200, pattern=r"[A-Za-z_]\w*", what="the name of a class")
 _NAME = text(1000, pattern=r"(?!\\\\|//)[^\x00-\x1f\x7f]+", what="a folder or a Hub id")
 
 
-# What recipes of single tasks have beside what all have.
-POOLING: dict[str, Check] = {"pooling": text(20, pattern=VECTORS, what=POOLINGS)}
-SEGMENTATION: dict[str, Check] = {
-    "ignore_index": optional(integer(-(1 << 31), (1 << 31) - 1)),
-    "source": optional(text(200, pattern=r"[A-Za-z_]\w*", what="the name of a class")),
+# What recipes have beside what all have: those of fitted tasks, and of single ones.
+FITTED: dict[str, Check] = {
+    "label_names": listing(text(1000), 1, distinct=True),
+    "protocol": lambda value, at: _protocol(value, at),
+    "train": lambda value, at: _train(value, at),
 }
+POOLING: dict[str, Check] = {"pooling": text(20, pattern=f"{VECTORS}|{MAPS}", what=f"{POOLINGS}, or 'map:P'")}
+MATCHER: dict[str, Check] = {
+    "image_size": either(one_of("keep"), listing(_SIZE, 2, 2)),
+    "chosen_on": optional(record({"dataset": text(1000), "pairs": integer(0, _MAX_ROWS)})),
+}
+SEGMENTATION: dict[str, Check] = {"ignore_index": optional(integer(-(1 << 31), (1 << 31) - 1))}
 
 
-def recipe_schema(score: type, own: Mapping[str, Check]) -> Check:
+def recipe_schema(score: type, own: Mapping[str, Check], later: Collection[str] = ()) -> Check:
     """The check of a task's recipe, its `format` left out.
 
     Args:
         score: The dataclass of a score; its fields with defaults may be missing.
-        own: Checks of the fields that this task's recipe has beside those of all.
+        own: Checks of the fields that this task's recipe has beside those of all, or in place of them.
+        later: Those of them that files of earlier versions lack.
     """
     measured = record(
         {
@@ -66,7 +75,6 @@ def recipe_schema(score: type, own: Mapping[str, Check]) -> Check:
         "base": base_check,
         "layers": listing(text(500), 1, MAX_LAYERS, distinct=True),
         "levels": listing(level_check, 1, MAX_LEVELS),
-        "label_names": listing(text(1000), 1, distinct=True),
         "where": one_of(*get_args(Where)),
         "noise": one_of(*get_args(Policy)),
         "seed": integer(-(1 << 63), (1 << 64) - 1),
@@ -76,19 +84,18 @@ def recipe_schema(score: type, own: Mapping[str, Check]) -> Check:
         "sample_posterior": either(boolean(), one_of("per_member")),
         "prompt": optional(text()),
         "class_labels": optional(integer(0, MAX_WIDTH)),
-        "protocol": _protocol,
-        "train": _train,
         "scores": listing(measured, 0, 10_000),
         "versions": mapping(text(200), 0, 100),
         **own,
     }
-    check = record(fields)
+    extra = {"source": optional(_CLASS), **{name: fields.pop(name) for name in later}}
+    check = record(fields, extra)
 
     def recipe(value: Any, at: str) -> dict[str, Any]:
         checked = check(value, at)
-        height, width = checked["image_size"]
-        if height * width > _MAX_PIXELS:
-            raise ValueError(f"{at}: image_size is {height} x {width}; allowed are {_MAX_PIXELS} pixels in all.")
+        if checked["image_size"] != "keep" and math.prod(checked["image_size"]) > _MAX_PIXELS:
+            sides = " x ".join(map(str, checked["image_size"]))
+            raise ValueError(f"{at}: image_size is {sides}; allowed are {_MAX_PIXELS} pixels in all.")
         if set(checked["base"]["features"]) != set(checked["layers"]):
             raise ValueError(f"{at}: base.features names other layers than layers; it must have each of them.")
         return checked
@@ -115,7 +122,7 @@ BASE: dict[str, Check] = {
     "local": boolean(),
     "revision": optional(text(200, pattern=r"[^\x00-\x20\x7f]+", what="a branch, tag or commit")),
     "commit": optional(text(40, pattern="[0-9a-f]{40}", what="a commit of 40 hexadecimal digits")),
-    "model_class": text(200, pattern=r"[A-Za-z_]\w*", what="the name of a class"),
+    "model_class": _CLASS,
     "config": mapping(anything(12, 300_000), 0, 1000),
     "features": mapping(integer(1, MAX_WIDTH), 0, MAX_LAYERS),
     "marks": mapping(listing(number(), 1, 64), 0, 1000),
@@ -157,6 +164,8 @@ def _train(value: Any, at: str) -> Mapping[str, Any]:
 
 __all__ = [
     "BASE",
+    "FITTED",
+    "MATCHER",
     "MAX_ENSEMBLE",
     "MAX_LAYERS",
     "MAX_LEVELS",

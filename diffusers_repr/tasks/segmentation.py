@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,16 +20,16 @@ from diffusers_repr.heads import PixelEnsembleHead
 from diffusers_repr.heads.fitting.pixels import DDPM_SEG, PixelProtocol
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.metrics import ConfusionMatrix, EnsembleSums, image_scores
-from diffusers_repr.tasks import files
 from diffusers_repr.tasks import segmentation_fit as fitting
 from diffusers_repr.tasks.base import check_base, check_features
-from diffusers_repr.tasks.formats import SEGMENTER
+from diffusers_repr.tasks.formats import SEGMENTER, TaskFormat
+from diffusers_repr.tasks.reading import bar_of, seed_of, texts_of
 from diffusers_repr.tasks.recipe import Score, SegmentationRecipe
+from diffusers_repr.tasks.saved import SavedTask
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
-from diffusers_repr.tasks.task import Task
 
 
-class Segmenter(Task):
+class Segmenter(SavedTask):
     """A fitted ensemble of classifiers of pixels with its base model; call it with images.
 
     Made by `Segmenter.fit` or `Segmenter.from_pretrained`. The method is that of DDPM-Seg (arXiv 2112.03126).
@@ -43,6 +42,9 @@ class Segmenter(Task):
         source: Where features come from, if not from a `FeatureExtractor` with the recipe's settings.
     """
 
+    FORMAT: ClassVar[TaskFormat] = SEGMENTER
+    BATCH_SIZE: ClassVar[int] = 8
+
     head: PixelEnsembleHead
     recipe: SegmentationRecipe
 
@@ -54,18 +56,7 @@ class Segmenter(Task):
         batch_size: int = 8,
         source: FeatureSource | None = None,
     ) -> None:
-        super().__init__(head, recipe, denoiser, batch_size)
-        if source is None and recipe.source is not None:
-            raise ValueError(
-                f"This segmenter was fitted on features of a {recipe.source}, which its recipe does not hold: pass "
-                "it, source=..."
-            )
-        if source is not None and list(source.layers) != list(recipe.layers):
-            raise ValueError(
-                f"This segmenter reads {list(recipe.layers)} of a {recipe.source or 'FeatureExtractor'}; the source "
-                f"({type(source).__name__}) gives {list(source.layers)}. Pass the one it was fitted on."
-            )
-        self.source = recipe.extractor(denoiser, batch_size=batch_size) if source is None else source
+        super().__init__(head, recipe, denoiser, batch_size, source)
 
     @classmethod
     def fit(
@@ -136,7 +127,7 @@ class Segmenter(Task):
         if validation is not None:
             held = open_masked(validation, "validation", label_names or data.label_names, ignore_index, mask_column)
             tell_overlap(_keys(found, data), _keys(found, held), str(data), str(held))
-        condition, seed = (prompt, class_labels), getattr(found, "seed", 0)
+        condition, seed = (prompt, class_labels), seed_of(found, settings)
         read = fitting.read_images(found, data, batch_size, condition, store_dtype, progress_bar)
         names = fitting.class_names(data, read.masks)
         kept = fitting.learnable(read.masks, names, protocol.min_pixels, data)
@@ -150,89 +141,6 @@ class Segmenter(Task):
         if held is not None:
             made.evaluate(held)
         return made
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id_or_folder: str | os.PathLike[str],
-        base: Any = None,
-        revision: str | None = None,
-        *,
-        source: FeatureSource | None = None,
-        base_revision: str | None = None,
-        token: str | None = None,
-        batch_size: int = 8,
-        **kwargs: Any,
-    ) -> Segmenter:
-        """Load a segmenter and its base model.
-
-        Args:
-            id_or_folder: What `save_pretrained` wrote, or a Hub id.
-            base: A folder, Hub id, pipeline or `Denoiser` to take instead of the recorded base.
-            revision: Of the segmenter: branch, tag or commit.
-            source: Where features come from, for a segmenter that was not fitted on a `FeatureExtractor`; its base is
-                then the segmenter's.
-            base_revision: Of `base`.
-            token: Hub token, for the segmenter and the base.
-            batch_size: As for `fit`.
-            **kwargs: For loading the base (`dtype`, `variant`, ...).
-
-        Raises:
-            FileNotFoundError: If there is no such folder, segmenter or base folder.
-            ValueError: If a file is damaged, the base is another model than the segmenter was fitted on, or a source
-                is missing or another one.
-            OSError: If the Hub does not give the segmenter or the base.
-        """
-        if token is not None:
-            kwargs["token"] = token
-        base = source.denoiser if source is not None and base is None else base
-        head, recipe, denoiser = files.load(SEGMENTER, id_or_folder, base, revision, base_revision, token, kwargs)
-        return cls(head, recipe, denoiser, batch_size, source)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
-        """Write `config.json` and weights of the head, `segmentation.json` and a model card, all or nothing.
-
-        Args:
-            folder: A new or empty folder, or one with a segmenter, which is replaced.
-            title: Heading of the card; the folder's name if None.
-
-        Raises:
-            FileExistsError: If the folder holds something else.
-            OSError: If the disk is full or the folder cannot be written.
-        """
-        files.save(SEGMENTER, self.head, self.recipe, folder, title)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base: str | None = None,
-        base_revision: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload segmenter with diffusers-repr",
-    ) -> str:
-        """Upload what `save_pretrained` writes.
-
-        Args:
-            repo_id: `"user/name"`.
-            base: Hub id to write as the base, where it was a folder.
-            base_revision: Goes with `base`.
-            private: Whether a repository made here is private.
-            token: Hub token with the right to write.
-            revision: Branch to push to.
-            commit_message: First line of the commit.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            HubError: If the Hub does not take it.
-        """
-        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
-        return files.push(SEGMENTER, self.head, recipe, repo_id, **options)
 
     def __call__(
         self, images: Any, prompt: str | Sequence[str] | None = None, class_labels: int | None = None
@@ -251,15 +159,13 @@ class Segmenter(Task):
         items = image_items(images)
         if not items:
             raise ValueError("No images: the list is empty. Pass at least one PIL image, array or tensor.")
-        if not isinstance(prompt, (str, type(None))) and len(prompt) != len(items):
-            raise ValueError(f"{len(prompt)} prompts for {len(items)} images; pass 1 or {len(items)}.")
+        texts = texts_of(prompt, len(items))
         masks: list[Tensor] = []
         doubts: list[Tensor] = []
         scores = []
         for start in range(0, len(items), self.batch_size):
             part = items[start : start + self.batch_size]
-            texts = prompt if isinstance(prompt, (str, type(None))) else list(prompt)[start : start + len(part)]
-            sums, _ = self._predict(part, texts, class_labels)
+            sums, _ = self._predict(part, texts(slice(start, start + len(part))), class_labels)
             labels, doubt = sums.labels().cpu(), sums.uncertainty().float().cpu()
             scores.append(image_scores(doubt))
             for image, label, one in zip(part, labels, doubt, strict=True):
@@ -326,11 +232,13 @@ class Segmenter(Task):
                 "same names in the same order."
             )
         matrix, scores = ConfusionMatrix(len(names), found.ignore_index), []
-        for images, masks in self._watched(found, progress_bar):
-            sums, size = self._predict(images, None, None)
-            truth = np.stack([placed(mask, size) for mask in masks])
-            matrix.update(sums.labels(), torch.from_numpy(truth))
-            scores.append(image_scores(sums.uncertainty().float()).cpu())
+        with bar_of(progress_bar, len(found)) as tell:
+            for _, images, masks in found.batches(self.batch_size):
+                sums, size = self._predict(images, None, None)
+                truth = np.stack([placed(mask, size) for mask in masks])
+                matrix.update(sums.labels(), torch.from_numpy(truth))
+                scores.append(image_scores(sums.uncertainty().float()).cpu())
+                tell(len(images))
         result = {
             "mean_iou": matrix.mean_iou(),
             "mean_iou_legacy": matrix.mean_iou("legacy"),
@@ -341,17 +249,6 @@ class Segmenter(Task):
                 self.record(Score(name, value, dataset or public_name(found.name), split or found.split, len(found)))
         each = {f"iou: {name}": float(v) for name, v in zip(names, matrix.iou(), strict=True) if not v.isnan()}
         return {**result, "mean_score": float(torch.cat(scores).mean()), "rows": len(found), **each}
-
-    def _watched(self, data: Masked, progress_bar: Callable[..., Any] | None) -> Iterator[tuple[list[Any], list[Any]]]:
-        bar = None if progress_bar is None else progress_bar(total=len(data))
-        try:
-            for _, images, masks in data.batches(self.batch_size):
-                yield images, masks
-                if bar is not None:
-                    bar.update(len(images))
-        finally:
-            if bar is not None:
-                bar.close()
 
     def on(self, denoiser: Denoiser) -> Segmenter:
         """The same segmenter on another copy of its base.
@@ -367,18 +264,6 @@ class Segmenter(Task):
         check_base(denoiser, self.recipe)
         own = None if self.recipe.source is None else self.source
         return Segmenter(self.head, self.recipe, denoiser, self.batch_size, own)
-
-    def record(self, score: Score) -> None:
-        """Keep a score in the recipe; one of the same name, data set and split is replaced."""
-        self.recipe = self.recipe.with_scores([score])
-
-    def card(self, title: str) -> str:
-        """The model card: how to use it, what it reads, how it was fitted and what was measured.
-
-        Args:
-            title: Heading; where it is a Hub id, the example loads it.
-        """
-        return SEGMENTER.card(self.recipe, type(self.head).__name__, title)
 
     def __repr__(self) -> str:
         levels = ", ".join(f"{level.timestep:g}" for level in self.recipe.levels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers_repr.hub.schema import printable
 from diffusers_repr.tasks.card import base_called, classes_called, loaded_from, printable_recipe, task_card
+from diffusers_repr.tasks.kept_source import KEPT
 from diffusers_repr.tasks.recipe import SegmentationRecipe
 
 
@@ -20,17 +21,14 @@ def segmentation_card(recipe: SegmentationRecipe, head: str, title: str) -> str:
         f"A `{head}` on frozen features of {base_called(recipe)}: it gives every pixel of an image a class, and how "
         f"uncertain that is. It tells {classes_called(recipe)}."
     )
-    own = {
-        "features": None if recipe.source is None else f"of a `{recipe.source}`, which is passed as source=...",
-        "id of no class": recipe.ignore_index,
-    }
+    own = {"id of no class": recipe.ignore_index}
     tag = "image-segmentation"
     return task_card(recipe, title, intro, _usage(recipe, title), [tag, "few-shot"], tag, own)
 
 
 def _usage(recipe: SegmentationRecipe, title: str) -> str:
     name, base = loaded_from(recipe, title)
-    source = "" if recipe.source is None else ", source=source"
+    source = "" if recipe.source in (None, *KEPT) else ", source=source"
     return f"""## Use
 
 ```python

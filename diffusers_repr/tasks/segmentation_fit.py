@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,18 +15,15 @@ from diffusers_repr.data.label_column import check_ids
 from diffusers_repr.data.masked import Masked, placed
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family_registry import family_of_or_base
-from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
 from diffusers_repr.features.presets import presets
 from diffusers_repr.features.sampled_maps import SampledMaps, feature_maps
-from diffusers_repr.features.source import FeatureSource, require_source
+from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import PixelEnsembleHead
 from diffusers_repr.heads.fitting.pixels import MemberEnds, PixelProtocol, PixelSet, train_members
-from diffusers_repr.hub.base_record import Level
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.base import record_base
-from diffusers_repr.tasks.levels import PACKAGES, recorded_levels
+from diffusers_repr.tasks.reading import Condition, bar_of, open_source, reading_fields
 from diffusers_repr.tasks.recipe import SegmentationRecipe
 
 # Those of DDPM-Seg's timesteps 50, 150 and 250 in the noise process of its networks, for any other process.
@@ -52,22 +48,21 @@ def make_source(source: Any, preset: str | None, settings: dict[str, Any]) -> tu
         ValueError: For features that are pooled, and settings that another source does not have.
         TypeError: For what is no source.
     """
+    if preset is not None and isinstance(source, FeatureSource):
+        raise ValueError(f"preset={preset!r} makes a source of a model, and a source is given; leave one out.")
     requested = settings.get("timestep")
-    if isinstance(source, FeatureSource):
-        if preset is not None:
-            raise ValueError(f"preset={preset!r} makes a source of a model, and a source is given; leave one out.")
-        if settings and not isinstance(source, FeatureExtractor):
-            raise ValueError(f"{', '.join(settings)} are settings of a model; {type(source).__name__} has its own.")
-        made = source.replace(**settings) if isinstance(source, FeatureExtractor) else require_source(source)
-    else:
-        denoiser = source if isinstance(source, Denoiser) else Denoiser.from_pipe(source)
+
+    def make(denoiser: Denoiser, settings: dict[str, Any]) -> FeatureExtractor:
+        nonlocal requested
         paper = {} if preset is None else presets(preset).arguments()
         chosen = {"noise": "shared", "timestep": list(LEVELS), **paper, **settings}
         if "layers" not in chosen:
             family = family_of_or_base(denoiser.model)
             chosen["layers"] = list(family.default_layers("segmentation", denoiser.model).layers)
-        made, requested = FeatureExtractor(denoiser, **chosen), chosen["timestep"]
-    require_images(made.denoiser, "Segmenters")
+        requested = chosen["timestep"]
+        return FeatureExtractor(denoiser, **chosen)
+
+    made = open_source(source, settings, "Segmenters", make)
     pooling = getattr(made, "pooling", None)
     if pooling is not None:
         raise ValueError(f"pooling={pooling!r} leaves no place for pixels; leave it out, a segmenter reads maps.")
@@ -100,7 +95,7 @@ def read_images(
     source: FeatureSource,
     data: Masked,
     batch_size: int,
-    condition: tuple[str | None, int | None],
+    condition: Condition,
     store_dtype: str,
     progress_bar: Callable[..., Any] | None,
 ) -> Read:
@@ -111,8 +106,7 @@ def read_images(
     """
     held: SampledMaps | None = None
     masks: list[np.ndarray] = []
-    bar = None if progress_bar is None else progress_bar(total=len(data))
-    try:
+    with bar_of(progress_bar, len(data)) as tell:
         for rows, images, found in data.batches(batch_size):
             output = source(images, prompt=condition[0], class_labels=condition[1])
             size = network_size(output)
@@ -126,11 +120,7 @@ def read_images(
             for mask in found:
                 ids = placed(mask, size).astype(np.int64)
                 masks.append(np.where(ids == data.ignore_index, -1, ids) if data.ignore_index is not None else ids)
-            if bar is not None:
-                bar.update(len(images))
-    finally:
-        if bar is not None:
-            bar.close()
+            tell(len(images))
     assert held is not None
     return Read(held, torch.from_numpy(np.stack(masks)), output)
 
@@ -212,46 +202,24 @@ def make_recipe(
     read: Read,
     names: Sequence[str],
     protocol: dict[str, Any],
-    condition: tuple[str | None, int | None],
+    condition: Condition,
     base: tuple[str | None, str | None],
     requested: Any,
     seed: int,
 ) -> SegmentationRecipe:
     """Everything between an image and the head."""
-    output, plain = read.output, isinstance(source, FeatureExtractor)
-    sizes = {layer: output.as_map(layer).shape[-3] for layer in source.layers}
-    levels = [level for level, _ in output.per_level()]
-    own: Any = source
+    sizes = {layer: read.output.as_map(layer).shape[-3] for layer in source.layers}
+    resize = "bicubic, antialiased, aspect ratio not kept; masks from the nearest pixel"
+    told = reading_fields(
+        source, read.output, read.maps.size, sizes, condition, base=base, requested=requested, seed=seed, resize=resize
+    )
     return SegmentationRecipe(
-        base=record_base(source.denoiser, sizes, *base),
-        layers=tuple(source.layers),
-        levels=recorded_levels(levels, requested) if plain else tuple(map(_level, levels)),
+        **told,
         label_names=tuple(names),
-        where=own.where if plain else "output",
-        noise=own.noise.policy if plain else "clean",
-        seed=seed,
-        ensemble_size=own.ensemble_size if plain else 1,
-        image_size=read.maps.size,
-        preprocessing={
-            "resize": "bicubic, antialiased, aspect ratio not kept; masks from the nearest pixel",
-            "channels": source.denoiser.image_channels,
-            "range": [-1, 1],
-        },
-        sample_posterior=own.sample_posterior if plain else False,
-        prompt=condition[0],
-        class_labels=condition[1],
         protocol=protocol,
         train={"dataset": public_name(data.name), "split": data.split, "rows": len(data)},
-        scores=(),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
         ignore_index=data.ignore_index,
-        source=None if plain else type(source).__name__,
     )
-
-
-def _level(level: NoiseLevel) -> Level:
-    time = float(level.timestep) if level.timestep is not None else 0.0
-    return Level({"timestep": time}, time, float(level.nsr) if level.nsr is not None else 0.0)
 
 
 __all__ = [

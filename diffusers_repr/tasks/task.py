@@ -19,7 +19,7 @@ class Task(ABC):
     writes the abstract methods, and `check_task` of `diffusers_repr.testing` holds it to them.
 
     Args:
-        head: The fitted head; None of a task that asks the base itself.
+        head: The fitted head; None of a task that has none.
         recipe: Everything between an image and the head, plain data.
         denoiser: The base model.
         batch_size: Images read at a time.
@@ -45,8 +45,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def __call__(self, images: Any) -> Any:
-        """Predict."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; of most tasks the first argument is images."""
 
     @abstractmethod
     def evaluate(self, data: Any, *, record: bool = True) -> dict[str, float]:

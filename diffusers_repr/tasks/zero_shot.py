@@ -430,7 +430,12 @@ class ZeroShotClassifier(Task):
             HubError: If the Hub does not take it.
         """
         recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        options: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "commit_message": commit_message,
+        }
         return files.push(ZERO_SHOT, None, recipe, repo_id, **options)
 
     def _units(self) -> Units:

@@ -60,6 +60,7 @@ class ZeroShotRecipe:
     NOUN: ClassVar[str] = "zero-shot classifier"
     FILE: ClassVar[str] = "zero_shot.json"
     FORMAT: ClassVar[str] = "diffusers_repr.zero_shot/1"
+    MODELS: ClassVar[tuple[str, ...]] = ("base",)  # its records of models
 
     base: BaseRecord
     classes: ZeroShotClasses

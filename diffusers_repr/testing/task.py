@@ -21,20 +21,20 @@ def check_task(task: Task, images: Any, data: Any, values: Callable[[Any], Tenso
 
     Args:
         task: The task, fitted.
-        images: What it is called with.
+        images: What it is called with; a tuple: all its arguments.
         data: What `evaluate` takes.
         values: The numbers of a prediction, to compare predictions by.
 
     Raises:
         AssertionError: With what was found and what is expected.
     """
-    name = type(task).__name__
+    name, given = type(task).__name__, images if isinstance(images, tuple) else (images,)
     expect(isinstance(task, Task), f"{name} is no subclass of Task.")
-    heads = [] if task.head is None else [task.head]
-    with leaving_alone(f"A prediction of {name}", task.denoiser.model, *heads):
-        wanted = values(task(images))
+    modules = [task.denoiser.model, *([] if task.head is None else [task.head])]
+    with leaving_alone(f"A prediction of {name}", *modules):
+        wanted = values(task(*given))
     expect(bool(wanted.isfinite().all()), f"{name} predicts values that are not finite.")
-    expect(torch.equal(values(task(images)), wanted), f"{name} predicts otherwise when asked again.")
+    expect(torch.equal(values(task(*given)), wanted), f"{name} predicts otherwise when asked again.")
     measured = task.evaluate(data, record=False)
     wrong = {key: value for key, value in measured.items() if not math.isfinite(value)}
     expect(bool(measured) and not wrong, f"evaluate of {name} gives {measured}; expected finite numbers by name.")
@@ -45,7 +45,7 @@ def check_task(task: Task, images: Any, data: Any, values: Callable[[Any], Tenso
         text = (folder / "README.md").read_text("utf-8")
         task.save_pretrained(folder)  # replaces its own kind
         _refuses_others(task, Path(place) / "other")
-    expect(torch.equal(values(again(images)), wanted), f"{name} predicts otherwise once it was saved and loaded.")
+    expect(torch.equal(values(again(*given)), wanted), f"{name} predicts otherwise once it was saved and loaded.")
     expect(again.evaluate(data, record=False) == measured, f"{name} measures otherwise once it was saved and loaded.")
     expect(text == task.card("A task"), f"The README.md that {name} saves is not its card.")
     card = ModelCard(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 from diffusers_repr.config.recipe import setting
@@ -14,6 +15,10 @@ _FREE = (
     "save_dtype", "eval_batch_size", "num_inference_steps", "validation_steps", "report_to", "dataloader_num_workers",
     "push_to_hub", "hub_model_id", "hub_private", "dry_run",
 )  # fmt: skip
+# Settings that runs of earlier versions did not have: at these values a checkpoint of one is of the same run.
+_LATER = {"optimizer": "adamw", "sgd_momentum": 0.0, "lr_step_rules": None}
+_NUMBER = r"\d*\.?\d+(e-?\d+)?"
+_RULES = re.compile(rf"({_NUMBER}:\d+,)+{_NUMBER}")
 _NOT_A_RECIPE = ("output_dir", "resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id", "hub_private")
 
 
@@ -30,13 +35,20 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches in an optimizer step")
     max_train_steps: int = setting(1000, "optimizer steps")
     learning_rate: float = setting(1e-4, "peak learning rate")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = setting("constant", "shape after the warm-up")
+    lr_scheduler: Literal["constant", "linear", "cosine", "piecewise_constant"] = setting(
+        "constant", "shape after the warm-up"
+    )
+    lr_step_rules: str | None = setting(
+        None, "of piecewise_constant, as in diffusers: factor:step, ..., last factor (1:700,0.1:1400,0.01)"
+    )
     lr_warmup_steps: int = setting(0, "steps of linear warm-up")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "which optimizer")
+    sgd_momentum: float = setting(0.0, "momentum of sgd")
     adam_beta1: float = setting(0.9, "AdamW's beta1")
     adam_beta2: float = setting(0.999, "AdamW's beta2")
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
     adam_weight_decay: float = setting(0.0, "weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this")
+    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: do not")
     ema_max_decay: float = setting(0.9999, "decay of the moving average, which is what is saved")
     ema_warmup: bool = setting(True, "(1 + n) / (10 + n) as the decay where that is less")
     mixed_precision: str | None = setting(None, "no, fp16 or bf16; default: what accelerate is set to")
@@ -64,15 +76,30 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                     "checkpoints_total_limit", "logging_steps", "learning_rate", "max_grad_norm",
+                     "checkpoints_total_limit", "logging_steps", "learning_rate",
                      "num_inference_steps"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("lora_rank", "lr_warmup_steps", "validation_steps", "dataloader_num_workers", "seed"):
+        for name in (
+            "lora_rank",
+            "lr_warmup_steps",
+            "max_grad_norm",
+            "sgd_momentum",
+            "validation_steps",
+            "dataloader_num_workers",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise ValueError(f"`mixed_precision` is no, fp16 or bf16, got {self.mixed_precision!r}.")
+        if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
+            raise ValueError("`lr_step_rules` goes with `lr_scheduler: piecewise_constant`, and with no other.")
+        if self.lr_step_rules is not None and _RULES.fullmatch(self.lr_step_rules) is None:
+            raise ValueError(f"`lr_step_rules` is like 1:700,0.1:1400,0.01; got {self.lr_step_rules!r}.")
+        other = {"sgd": "adam_weight_decay", "adamw": "sgd_momentum"}[self.optimizer]
+        if getattr(self, other):
+            raise ValueError(f"`{other}` is of another optimizer than `optimizer: {self.optimizer}`; leave it at 0.")
         if self.eval_batch_size < 0 or self.eval_batch_size % 8:
             raise ValueError(f"`eval_batch_size` must be a multiple of 8, or 0, got {self.eval_batch_size}.")
         if not 0 <= self.ema_max_decay <= 1:
@@ -82,8 +109,9 @@ class TrainingConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the weights: a checkpoint of others is refused."""
-        free = {*_FREE, *({"max_train_steps"} if self.lr_scheduler == "constant" else ())}
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        free = {*_FREE, *({"max_train_steps"} if self.lr_scheduler in ("constant", "piecewise_constant") else ())}
+        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        return {k: v for k, v in kept.items() if k not in _LATER or v != _LATER[k]}
 
 
 def recipe_of(*settings: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from diffusers_repr.training.run import Run, end_processes
 from diffusers_repr.training.sharding import check_sharding
 
 # Where things lie; what they are stands in fingerprints.
-_PLACES = ("cache_images", "latents_dir", "features_dir", "encoder", "dataset_name")
+_PLACES = ("cache_images", "latents_dir", "features_dir", "feature_cache", "encoder", "dataset_name")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Run:
         self.model, *prepared = accelerator.prepare(objective.train(), *optimizers)
         for module in objective.frozen.values():
             module.to(accelerator.device)
-        norm = config.max_grad_norm
+        norm = config.max_grad_norm or None
         self.updates = {
             phase: Update(accelerator, optimizer, norm)
             for phase, optimizer in zip(objective.phases, prepared, strict=True)
@@ -254,6 +254,8 @@ class Run:
         for phase, update in self.updates.items():
             for parameter, values in update.inner.state.items():
                 for key, value in values.items():
+                    if value is None:  # SGD's buffer where there is no momentum
+                        continue
                     yield f"{phase}/{self.names[id(parameter)]}/{key}", full(torch.as_tensor(value))
 
     def _optimizer_states(self, path: Path, saved: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
@@ -282,8 +284,8 @@ class Run:
                 }
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW of the groups that hold a parameter.
+def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Fused AdamW, or SGD, of the groups that hold a parameter.
 
     Raises:
         ValueError: If there is nothing to train.
@@ -292,6 +294,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("The objective has no parameter that requires a gradient; there is nothing to train.")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.learning_rate, momentum=config.sgd_momentum)
     return torch.optim.AdamW(
         groups,
         config.learning_rate,

@@ -24,14 +24,17 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     The first step of the warm-up trains already, with a share of `1 / lr_warmup_steps`; diffusers gives it 0.
     """
     warmup = config.lr_warmup_steps
-    share = _schedule(config.lr_scheduler, warmup, config.max_train_steps)
+    share = _schedule(config.lr_scheduler, warmup, config.max_train_steps, config.lr_step_rules)
     return config.learning_rate * share(step + 1 if step < warmup else step)
 
 
 @cache
-def _schedule(name: str, warmup: int, steps: int) -> Callable[[int], float]:
+def _schedule(name: str, warmup: int, steps: int, rules: str | None) -> Callable[[int], float]:
     """Share of the peak by step. diffusers makes it for an optimizer, which is none of the run's here."""
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     kind = "constant_with_warmup" if name == "constant" else name
-    schedule: Any = get_scheduler(kind, stand_in, num_warmup_steps=warmup, num_training_steps=steps)
-    return schedule.lr_lambdas[0]
+    schedule: Any = get_scheduler(kind, stand_in, step_rules=rules, num_warmup_steps=warmup, num_training_steps=steps)
+    share = schedule.lr_lambdas[0]
+    if name == "piecewise_constant" and warmup:  # diffusers' has no warm-up
+        return lambda step: min(step / warmup, 1.0) * share(step)
+    return share

@@ -18,35 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from known_pairs import KINDS, pairs_of, sift_matches
 from torch import Tensor, nn
 
 from diffusers_repr import Denoiser
 from diffusers_repr.data.image_pairs import ImagePairs
-from diffusers_repr.denoiser.images import to_pixels
-from diffusers_repr.features.output import FeatureOutput
+from diffusers_repr.data.known_pairs import CHOSEN_ON, KINDS, MEASURED_ON, pairs_of, sift_matches
+from diffusers_repr.features.pixel_source import PixelSource
 from diffusers_repr.metrics.pck import correct_points, pck, reference_length
 from diffusers_repr.pictures.match_lines import stack_pictures
 from diffusers_repr.sweep import PCKMeasure, Selection, select_features
 from diffusers_repr.tasks.correspondence import Correspondence
 
 MODEL = Path(__file__).parents[1] / "models" / "cars-ddpm"
-CHOSEN_ON, MEASURED_ON = ["coffee", "rocket"], ["astronaut", "chelsea", "retina"]
 PATCHES = (1, 5, 9, 15)
-
-
-class RawPixels:
-    """A feature source of patches of pixels, without their mean, on the grid that the network sees."""
-
-    def __init__(self, denoiser: Denoiser, patch: int, image_size: tuple[int, int]) -> None:
-        self.denoiser, self.layers, self.image_size, self.patch = denoiser, ["pixels"], image_size, patch
-
-    def __call__(self, images: Any, **_: Any) -> FeatureOutput:
-        pixels = to_pixels(images, 3, self.image_size)
-        maps = F.unfold(F.pad(pixels, [self.patch // 2] * 4, mode="reflect"), self.patch).unflatten(2, self.image_size)
-        maps = maps if self.patch == 1 else maps - maps.mean(1, keepdim=True)
-        return FeatureOutput({"pixels": maps}, self.denoiser.level(0), {}, None, self.image_size)
 
 
 def untrained(base: str, seed: int) -> Denoiser:
@@ -143,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise, and of untrained networks"
     )
-    parser.add_argument("--photographs", nargs="+", default=MEASURED_ON)
+    parser.add_argument("--photographs", nargs="+", default=list(MEASURED_ON))
     args = parser.parse_args(argv)
 
     began, torch_threads = time.time(), torch.get_num_threads()
@@ -170,14 +154,16 @@ def main(argv: list[str] | None = None) -> None:
     }
     rows[f"{name} untrained (mean of {len(random)})"] = mean
 
-    patches = {patch: Correspondence(RawPixels(denoiser, patch, size)) for patch in PATCHES}
+    patches = {
+        patch: Correspondence(PixelSource(denoiser, patch, centred=patch > 1, image_size=size)) for patch in PATCHES
+    }
     best = max(patches, key=lambda p: measure(patches[p], chosen_on, args)[str(args.alpha)]["all"])
     rows[f"raw pixels, patches of {best} x {best}"] = measure(patches[best], measured_on, args)
     rows["SIFT among its own key points"] = sift_scores(measured_on, args)
 
     best_cell = {k: getattr(found.best, k) for k in ("layer", "timestep", "noise", "score", "mean", "std")}
     report = {
-        "base": name, "image_size": list(size), "photographs": args.photographs, "chosen_on": CHOSEN_ON,
+        "base": name, "image_size": list(size), "photographs": args.photographs, "chosen_on": list(CHOSEN_ON),
         "pairs": len(measured_on), "points": sum(len(p.source_points) for p in measured_on.pairs),
         "selected": best_cell, "patch": best, "rows": rows, "untrained": random, "ensemble_size": args.ensemble_size,
         "minutes": round((time.time() - began) / 60, 1), "threads": torch_threads,

@@ -1,6 +1,6 @@
 """How often does a text-to-image model of the composed scenes draw what a caption says, of pairs it never saw too?
 
-    python examples/studies/scenes_text.py --model outputs/digits-text --output_dir outputs/scenes-text
+    python examples/studies/scenes_text.py --model examples/models/digits-text --output_dir outputs/scenes-text
 
 The judge is a rule and no network: things are connected bright regions of a sample; a thing's colour is the one of
 `COLOURS` with the nearest direction, its kind that of the nearest among things of training scenes, cut out and brought
@@ -94,7 +94,7 @@ def sample(pipe, captions: list[str], args: argparse.Namespace) -> list[np.ndarr
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="outputs/digits-text", help="a StableDiffusionPipeline of scenes")
+    parser.add_argument("--model", default="examples/models/digits-text", help="a StableDiffusionPipeline of scenes")
     parser.add_argument("--output_dir", default="outputs/scenes-text")
     parser.add_argument("--count", type=int, default=200, help="captions of each split")
     parser.add_argument("--steps", type=int, default=25)

@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
-from diffusers_repr import Denoiser, NoiseLevel, Segmenter
+from diffusers_repr import Denoiser, Segmenter
 from diffusers_repr.cli.guard import run_script
+from diffusers_repr.data.coins import coin_crops
 from diffusers_repr.data.image_data import load_images
-from diffusers_repr.features import FeatureOutput
+from diffusers_repr.denoiser.untrained import untrained
+from diffusers_repr.features.pixel_source import PixelSource
 from diffusers_repr.heads import DDPM_SEG
 from diffusers_repr.pictures.grid import image_grid
 from diffusers_repr.pictures.masks import heat, mask_over
 
 STUDIES = Path(__file__).parent
 MODEL = STUDIES.parent / "models" / "cars-ddpm"
-SIDE = 48  # of a crop of the coins; 6 x 8 of them
 HELD = {"coins": 28, "cars": 20}  # crops that are measured on
 SIZES = {"coins": (5,), "cars": (5, 18)}
 NAMES = {"coins": ["ground", "coin"], "cars": ["ground", "car"]}
@@ -54,44 +54,6 @@ TITLES = {
 }
 
 
-class Pixels:
-    """A source of features without a network: a pixel, with what is around it or where it lies.
-
-    Args:
-        denoiser: Tells how images become numbers.
-        kind: `pixels`, `patches` or `places`.
-    """
-
-    def __init__(self, denoiser: Denoiser, kind: str) -> None:
-        self.denoiser, self.kind, self.layers, self.image_size = denoiser, kind, [kind], "keep"
-
-    def __call__(self, images: Any, **_: Any) -> FeatureOutput:
-        pixels = self.denoiser.pixels(images, "keep")
-        count, _, height, width = pixels.shape
-        found = pixels
-        if self.kind == "patches":
-            around = nn.functional.pad(pixels, (3, 3, 3, 3), mode="reflect")
-            found = nn.functional.unfold(around, 7).view(count, -1, height, width)
-        elif self.kind == "places":
-            y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-            found = torch.cat([pixels, torch.stack([y, x]).expand(count, -1, -1, -1)], 1)
-        return FeatureOutput({self.kind: found}, NoiseLevel(timestep=0), {}, None, (height, width), images)
-
-
-def coins() -> tuple[list[Image.Image], list[np.ndarray]]:
-    """Disjoint crops of the photograph, and their masks."""
-    from scipy import ndimage
-    from skimage import data, filters, morphology, segmentation
-
-    photograph = data.coins()
-    markers = np.where(photograph < 30, 1, np.where(photograph > 150, 2, 0)).astype(np.int32)
-    mask = ndimage.binary_fill_holes(segmentation.watershed(filters.sobel(photograph), markers) == 2)
-    mask = morphology.remove_small_objects(mask, max_size=200).astype(np.int64)
-    corners = [(y, x) for y in range(0, SIDE * 6, SIDE) for x in range(0, SIDE * 8, SIDE)]
-    crops = [(slice(y, y + SIDE), slice(x, x + SIDE)) for y, x in corners]
-    return [Image.fromarray(photograph[crop]).convert("RGB") for crop in crops], [mask[crop] for crop in crops]
-
-
 def cars(folder: str) -> tuple[list[Image.Image], list[np.ndarray]]:
     """The outlined cars: a pixel is one of the car's whose centre lies inside."""
     from skimage import draw
@@ -108,17 +70,18 @@ class Study:
     """The model, the sets, and one fit after another."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.denoiser, self.members, self.model = Denoiser.from_pretrained(args.model), args.members, args.model
+        self.denoiser, self.members = Denoiser.from_pretrained(args.model), args.members
         self.max_epochs = args.max_epochs
-        makers: dict[str, Callable[[], Any]] = {"coins": coins}
+        makers: dict[str, Callable[[], Any]] = {"coins": coin_crops}
         if args.cifar10 is not None:
             makers["cars"] = lambda: cars(args.cifar10)
         self.sets = {name: make() for name, make in makers.items() if name in args.sets}
 
     def source(self, kind: str, seed: int) -> Any:
         if kind in ("pixels", "patches", "places"):
-            return Pixels(self.denoiser, kind)
-        return self.denoiser if kind == "diffusion" else untrained(self.model, seed)
+            around = {"patch": 7 if kind == "patches" else 1, "places": kind == "places"}
+            return PixelSource(self.denoiser, **around, image_size="keep")
+        return self.denoiser if kind == "diffusion" else untrained(self.denoiser, seed)
 
     def split(self, name: str, size: int, seed: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         images, masks = self.sets[name]
@@ -141,15 +104,6 @@ class Study:
         row = {"set": name, "source": kind, "size": size, "seed": seed, "members": self.members}
         measured = {key.replace("iou: ", "iou_"): value for key, value in found.items()}
         return row | measured | {"uncertain_errors": uncertain_errors(segmenter, held)}
-
-
-def untrained(model: str, seed: int) -> Denoiser:
-    """The model with the random weights that its network starts training from."""
-    denoiser = Denoiser.from_pretrained(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = type(denoiser.model).from_config(denoiser.model.config).eval()
-    return Denoiser(fresh, denoiser.pipe.scheduler)
 
 
 def uncertain_errors(segmenter: Segmenter, held: tuple[Any, Any]) -> float:

@@ -16,8 +16,9 @@ from diffusers_repr.denoiser.any_pipeline import AnyPipelineMixin
 from diffusers_repr.features import FeatureSource
 from diffusers_repr.features.presets import Preset
 from diffusers_repr.noise import NoiseLevel
-from diffusers_repr.tasks.correspondence import Correspondence, fill_prompt
+from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.correspondence_source import correspondence_source
+from diffusers_repr.tasks.image_features import fill_prompt
 from diffusers_repr.tasks.matches import Matches
 
 
@@ -59,7 +60,7 @@ class CorrespondencePipeline(AnyPipelineMixin, DiffusionPipeline):
             timestep: Training timestep or `NoiseLevel` (larger is noisier); likewise.
             preset: `dift`, `dift-hpatches`, ... or a `Preset`; DIFT's for SPair-71k if None and nothing is chosen.
             prompt: One for both images or one each; the preset's if None.
-            category: Of the object, put into the preset's prompt ("a photo of a {category}").
+            category: Of the object, put where the prompt, yours or the preset's, has `{category}`.
             class_labels: One id for both images or one each; the null class if None.
             embeddings: Ready network inputs, for both images.
             features: Another source of features of this model, such as a tuned or learned one; then layer, timestep,
@@ -79,12 +80,14 @@ class CorrespondencePipeline(AnyPipelineMixin, DiffusionPipeline):
         if features is None:
             given = {"progress_bar": self.progress_bar, **settings}
             features, own = correspondence_source(self.denoiser, layer, timestep, preset, **given)
-            prompt = fill_prompt(own, category) if prompt is None else prompt
+            if prompt is None:
+                prompt = own if category is not None else fill_prompt(own, None)
         elif settings or layer is not None or timestep is not None or preset is not None:
             raise ValueError(
                 "features= has a layer, a timestep and settings of its own; those of the call would change nothing. "
                 "Leave them out."
             )
+        prompt = prompt if category is None else _with_category(prompt, category)
         found = Correspondence(features)(
             source,
             target,
@@ -99,3 +102,15 @@ class CorrespondencePipeline(AnyPipelineMixin, DiffusionPipeline):
         )
         self.maybe_free_model_hooks()
         return found
+
+
+def _with_category(prompt: str | Sequence[str] | None, category: str) -> Any:
+    """One prompt or two with the name of the object in its place; ValueError if none has a place for it."""
+    texts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+    if not any("{category}" in (text or "") for text in texts):
+        raise ValueError(
+            f"category={category!r} has no place in the prompt ({prompt!r}) and would change nothing. Pass "
+            'prompt="a photo of a {category}" to a text model, or leave category out.'
+        )
+    filled = [fill_prompt(text, category) for text in texts]
+    return filled[0] if isinstance(prompt, str) else filled

@@ -58,7 +58,7 @@ class FewShotSegmentationPipeline(AnyPipelineMixin, DiffusionPipeline):
             images: PIL images, numpy arrays or tensors of any size.
             examples: `(images, masks)` to learn from, as `fit` takes them; what is learned is not kept.
             segmenter: From `fit`, or a folder or Hub id of one, in place of examples.
-            prompt: One for all images or one per image.
+            prompt: One for all images or one per image; with `examples` one, which they are read with as well.
             class_labels: Condition of a class-conditional model, one for all images.
             **settings: With `examples`: arguments of `fit`.
 
@@ -67,13 +67,17 @@ class FewShotSegmentationPipeline(AnyPipelineMixin, DiffusionPipeline):
             `.pictures(images)`.
 
         Raises:
-            ValueError: Unless one of examples and segmenter is given; for a segmenter of another base.
+            ValueError: Unless one of examples and segmenter is given; for a segmenter of another base, and for several
+                prompts with examples.
         """
         if (examples is None) == (segmenter is None):
             raise ValueError("Pass examples=(images, masks) to learn from, or segmenter=..., one of the two.")
         if examples is not None:
-            segmenter = self.fit(*examples, prompt=prompt if isinstance(prompt, str) else None,
-                                 class_labels=class_labels, **settings)  # fmt: skip
+            if prompt is not None and not isinstance(prompt, str):
+                raise ValueError(
+                    "With examples pass one prompt: they are read with it too. Or fit first: pipe.fit(...)."
+                )
+            segmenter = self.fit(*examples, prompt=prompt, class_labels=class_labels, **settings)
         elif settings:
             raise ValueError(f"{', '.join(settings)}: settings of `fit`, which a fitted segmenter has already.")
         elif isinstance(segmenter, Segmenter):

@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 from diffusers_repr.cli import COMMANDS, command_module, main, read_settings
-from diffusers_repr.cli.predict import find_images
 from diffusers_repr.cli.push import what_is
+from diffusers_repr.cli.saved_task import find_images
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.hub.upload import plan_upload
@@ -298,6 +298,8 @@ HAVE = {
     "match": "timesteps seed dtype batch_size device out overwrite json quiet revision",
     "segment fit": "timesteps seed dtype store_dtype batch_size device out overwrite json limit quiet",
     "segment predict": "dtype batch_size device out overwrite json limit quiet",
+    "evaluate": "device out overwrite json quiet",
+    "segment open": "dtype batch_size device out overwrite json limit quiet",
     "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`diffusers-repr segment fit` and `segment predict`, in this process."""
+"""`diffusers-repr segment fit`, `segment predict` and `segment open`, in this process."""
 
 import json
 
@@ -8,10 +8,15 @@ from PIL import Image
 
 from diffusers_repr.cli import main
 from diffusers_repr.cli.push import what_is
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.encoders.image_text import ImageTextEncoder
+from diffusers_repr.heads.odise import Vocabulary
 from diffusers_repr.hub.upload import plan_upload
-from diffusers_repr.tasks import Segmenter
+from diffusers_repr.tasks import OpenVocabularySegmenter, Segmenter
+from tests.heads.odise_cases import save_clip, segmenter_of, tiny_head, tiny_towers
 from tests.tasks.planted import pipeline
 from tests.tasks.planted_masks import CLASSES, annotated
+from tests.testers.models import build
 
 QUICK = ["--layers", "mid_block", "up_blocks.1", "--timesteps", "10", "100", "--members", "2", "--max_epochs", "1"]
 
@@ -104,4 +109,65 @@ def test_wrong_use(place, tmp_path, capsys):
         main(["segment"])
     assert stopped.value.code == 2
     assert "segment fit" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A text-to-image model, a CLIP, a segmenter on both, and two images."""
+    folder = tmp_path_factory.mktemp("words")
+    build("sd").save_pretrained(folder / "model")
+    save_clip(tiny_towers(grow=4), folder / "clip")
+    base, towers = Denoiser.from_pretrained(folder / "model"), ImageTextEncoder.from_pretrained(folder / "clip")
+    segmenter_of(tiny_head(base, towers), base, towers).save_pretrained(folder / "mine")
+    (folder / "images").mkdir()
+    for at, size in enumerate([(32, 40), (33, 32)]):
+        pixels = np.random.default_rng(at).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{at}.png")
+    return folder
+
+
+def test_open_names_segments_as_python_does(words, tmp_path, capsys):
+    command = ["segment", "open", str(words / "mine"), str(words / "images"), "--out", str(tmp_path / "out")]
+    named = ["--vocabulary", "dog, puppy", "rain", "--stuff", "rain", "--overlap", "0.1", "--weights", "0", "0"]
+    assert main([*command, *named, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [json.loads(line) for line in (tmp_path / "out/segments.jsonl").read_text().splitlines()] == rows
+    task = OpenVocabularySegmenter.from_pretrained(words / "mine", weights=(0, 0))
+    images = [Image.open(words / "images" / f"{at}.png") for at in range(2)]
+    output = task(images, Vocabulary.of(["dog, puppy", "rain"], ["rain"]), overlap=0.1)
+    for at, row in enumerate(rows):
+        assert row["image"].endswith(f"{at}.png")
+        found = sorted((one["name"], one["score"], one["pixels"]) for one in row["segments"])
+        assert found == sorted((name, round(score, 4), pixels) for name, score, pixels in output.segments(at))
+        with Image.open(tmp_path / "out" / row["mask"]) as mask:
+            assert np.array_equal(np.array(mask), output.maps[at].ids.numpy())
+        with Image.open(tmp_path / "out" / row["picture"]) as shown:
+            assert shown.width >= 320
+    assert any(row["segments"] for row in rows)
+    pushed = ["push", str(words / "mine"), "user/name", "--base", "user/base", "--clip", "user/clip", "--dry_run"]
+    assert main(pushed) == 0
+    assert "panoptic.json" in capsys.readouterr().out
+    assert main([*command, "--limit", "1", "--overwrite"]) == 0  # the names it was trained on
+    told = capsys.readouterr().out
+    assert "images/0.png  " in told
+    assert "images/1.png" not in told
+
+
+def test_wrong_use_of_open(words, place, tmp_path, capsys):
+    start = ["segment", "open", str(words / "mine"), str(words / "images"), "--out", str(tmp_path / "a")]
+    cases = [
+        ([*start, "--vocabulary", "cat", "dog, Cat"], "'Cat' of class 1 ('dog') is a name of class 0 ('cat') too"),
+        ([*start, "--vocabulary", "cat,"], "it needs a name"),
+        ([*start, "--stuff", "cat"], "give --vocabulary, too"),
+        ([*start, "--vocabulary", "cat", "--stuff", "sky"], "'sky', which is no class"),
+        ([*start, "--vocabulary", "cat", "--weights", "2", "0"], "two numbers in [0, 1]"),
+        ([*start, "--base", str(place / "model")], "UNet2DConditionModel"),
+        ([*start, "--clip", str(words / "gone")], "gone"),
+        (["segment", "open", str(place / "pixels"), *start[3:]], "is no open-vocabulary segmenter"),
+        (["segment", "predict", str(words / "mine"), *start[3:]], "it is an open-vocabulary segmenter"),
+    ]
+    for given, told in cases:
+        assert main(given) == 2, given
+        assert told in capsys.readouterr().err, given
     assert not (tmp_path / "a").exists()

@@ -1,12 +1,17 @@
-"""A tiny CLIP and a tiny head of ODISE."""
+"""A tiny CLIP, a tiny head of ODISE, and a segmenter of both."""
+
+import json
 
 import torch
 from transformers import CLIPConfig, CLIPModel
 
 from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.heads import OdiseHead
+from diffusers_repr.heads.odise import Vocabulary
+from diffusers_repr.tasks import OpenVocabularySegmenter, PanopticRecipe
 from tests.testers.tokenizers import clip_tokenizer
 
+WORDS = Vocabulary.of(["cat, kitten", "dog", "sky"], stuff=["sky"])
 SMALL = {
     "strides": (4, 16), "pyramid_width": 32, "width": 32, "queries": 6, "encoder_layers": 1, "decoder_layers": 2,
     "heads": 2, "encoder_feedforward": 32, "decoder_feedforward": 32, "projection": 8,
@@ -31,3 +36,15 @@ def tiny_head(denoiser, towers, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return OdiseHead.for_base(denoiser, towers, **{**SMALL, **changes})
+
+
+def segmenter_of(head, denoiser, towers, words=WORDS, batch_size=None, **how):
+    recipe = PanopticRecipe.make(head, denoiser, towers, words)
+    return OpenVocabularySegmenter(head, recipe, denoiser, towers, batch_size, **how)
+
+
+def save_clip(towers, folder, mean=None):
+    towers.model.save_pretrained(folder)
+    towers.tokenizer.save_pretrained(folder)
+    statistics = {} if mean is None else {"image_mean": [mean] * 3, "image_std": [0.25] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))

@@ -1,4 +1,4 @@
-"""Checkpoints of Readout Guidance's heads under their published names, and what such a head computes, written out."""
+"""Checkpoints of Readout Guidance and Diffusion Hyperfeatures under their published names, and what they compute."""
 
 import torch
 from torch.nn import functional
@@ -50,11 +50,23 @@ def checkpoint(denoiser, kind="spatial", idxs=IDXS, sequential=False, seed=0):
     return {"step": 7, "config": settings, "aggregation_network": state}
 
 
+def hyperfeatures(denoiser, saved=(3, 2, 0), steps=4, seed=0):
+    """As the training of Diffusion Hyperfeatures writes it: no time embedding, a weight a step and layer."""
+    held = checkpoint(denoiser, "appearance", range(12), sequential=True, seed=seed)
+    state = {name: value for name, value in held["aggregation_network"].items() if ".emb_layers." not in name}
+    state["mixing_weights"] = torch.randn(len(saved) * 12, generator=torch.Generator().manual_seed(seed))
+    settings = {"model_id": "tiny/model", "save_timestep": list(saved), "num_timesteps": steps,
+                "diffusion_mode": "inversion", "guidance_scale": -1, "prompt": ""}  # fmt: skip
+    return {"step": 7, "config": settings, "aggregation_network": state}
+
+
 def forward(state, maps, embedding=None):
     """The published network on maps of one size, concatenated nowhere: `(B, C, H, W)` each, embedding `(B, E)`."""
     state = {name: value.to(maps[0].dtype) for name, value in state.items()}
     shares, total = torch.softmax(state["mixing_weights"], 0), 0
-    for at, x in enumerate(maps):
+    layers = sum(name.endswith(".conv2.weight") for name in state)
+    for number, x in enumerate(maps):
+        at = number % layers  # levels share the bottlenecks
 
         def convolved(x, name, padding=0, at=at):
             place = f"bottleneck_layers.{at}.{name}"
@@ -67,7 +79,7 @@ def forward(state, maps, embedding=None):
             told = functional.linear(embedding, state[f"{place}.weight"], state[f"{place}.bias"])
             y = y + functional.relu(told)[:, :, None, None]
         y = convolved(functional.relu(convolved(y, "conv2", 1)), "conv3")
-        total = total + shares[at] * functional.relu(y + convolved(x, "shortcut"))
+        total = total + shares[number] * functional.relu(y + convolved(x, "shortcut"))
     if "output_head.0.weight" not in state:
         return total
     for at in (0, 2, 4):

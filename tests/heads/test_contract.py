@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from diffusers_repr.heads import (
+    AttentionHead,
+    ConvolutionHead,
     DepthHead,
+    FeedbackHead,
     HyperfeaturesHead,
     JointHead,
     KNNHead,
@@ -83,6 +86,38 @@ def pixels(levels: int) -> ModelCase:
     return ModelCase(head, inputs, {"logits": (2, 4, 3, 6, 4)}, plain=True, wide=True)
 
 
+def classifier(make, levels: int = 1, **changes) -> ModelCase:
+    def inputs() -> dict:
+        lead = (levels, 2) if levels > 1 else (2,)
+        return {"features": {"a": torch.randn(*lead, 8, 3, 2), "b": torch.randn(*lead, 4, 6, 4)}}
+
+    sizes = [[3, 2], [2, 2]]
+    return ModelCase(functools.partial(make, LAYERS, CHANNELS, sizes, 3, levels, **changes), inputs,
+                     {"logits": (2, 3)}, plain=True, wide=True)  # fmt: skip
+
+
+class SecondPass:
+    """Stands for the network: fed back maps join the maps that are read."""
+
+    def __init__(self, maps):
+        self.maps = maps
+
+    def __call__(self, fed):
+        a = self.maps["a"] + fed["c"].mean((2, 3), keepdim=True)
+        return {"a": a, "b": self.maps["b"] + fed["d"].mean((2, 3), keepdim=True)}
+
+
+def feedback() -> ModelCase:
+    def inputs() -> dict:
+        maps = {"a": torch.randn(2, 8, 3, 2), "b": torch.randn(2, 4, 6, 4)}
+        return {"features": maps, "second_pass": SecondPass({name: one.clone() for name, one in maps.items()})}
+
+    pairs = {"sources": LAYERS, "source_channels": CHANNELS, "targets": ["c", "d"], "target_channels": [8, 4]}
+    make = functools.partial(FeedbackHead, LAYERS, CHANNELS, [[3, 2], [2, 2]], 3, **pairs, depthwise=True, **TINY)
+    return ModelCase(make, inputs, {"logits": (2, 3)}, plain=True, wide=True)
+
+
+TINY = {"width": 8, "num_attention_heads": 2}
 SMALL = {"width": 8, "bottleneck": 4, "output_widths": (8, 4)}
 CASES = {
     "LinearHead": pooled(LinearHead),
@@ -96,15 +131,20 @@ CASES = {
     "PixelEnsembleHead": pixels(1),
     "PixelEnsembleHead, levels": pixels(2),
     "HyperfeaturesHead": hyperfeatures(),
+    "ConvolutionHead": classifier(ConvolutionHead, hidden_features=[8, 4], norm_num_groups=2),
+    "FeedbackHead": feedback(),
     "JointHead": joint("layer"),
     "JointHead, batch": joint("batch"),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+ALONE = {"AttentionHead, levels": classifier(AttentionHead, 2, norm="batch", **TINY)}  # the rest: as FeedbackHead
+
+
+@pytest.mark.parametrize("name", [*CASES, *ALONE])
 def test_keeps_our_own_contract(name):
     """Registered, in all forms of output, saved, trained, and pooled ones fitted: the tester for heads of others."""
-    case = CASES[name]
+    case = {**CASES, **ALONE}[name]
     check_head(case.model(), case.given())
 
 

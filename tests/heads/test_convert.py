@@ -1,13 +1,15 @@
-"""Published heads of Readout Guidance as ours: equal output, what is told and refused, the command."""
+"""Published heads of Readout Guidance and Hyperfeatures as ours: equal output, what is refused, the command."""
 
 import pytest
 import torch
 
 from diffusers_repr import Denoiser
 from diffusers_repr.cli import main
-from diffusers_repr.heads import ReadoutHead, read_features
+from diffusers_repr.heads import Hyperfeatures, ReadoutHead, read_features
 from diffusers_repr.heads.convert import convert_readout, is_published_readout
-from tests.heads.published import IDXS, checkpoint, embedded, forward
+from diffusers_repr.heads.convert_hyperfeatures import convert_hyperfeatures, is_published_hyperfeatures
+from diffusers_repr.heads.hyperfeature_maps import paper_reads, walk_maps
+from tests.heads.published import IDXS, checkpoint, embedded, forward, hyperfeatures
 from tests.testers.models import build, saved
 
 
@@ -148,3 +150,78 @@ def test_the_command(base, tmp_path, capsys):
 def test_times_that_a_head_does_not_take(options, message):
     with pytest.raises(ValueError, match=message):
         ReadoutHead(["a"], [4], width=8, bottleneck=4, output_widths=(4, 4), time_width=8, **options)
+
+
+# Diffusion Hyperfeatures
+
+
+def flat_names(state):
+    """Without the number that a `Sequential` of one block puts into names."""
+    pieces = {name: name.split(".") for name in state}
+    return {".".join(p[:2] + p[3:]) if len(p) > 1 else name: state[name] for name, p in pieces.items()}
+
+
+def test_hyperfeatures_equal_the_published_network(base, tmp_path, capsys):
+    """The clean image is its last number, 3 of 4; weights are level by level, in the order of the file."""
+    saved_at = (0, 3, 2)
+    held, file, out = hyperfeatures(base, saved_at), tmp_path / "aggregation_network.pt", tmp_path / "head"
+    torch.save({**held, "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 0.1}]}}, file)
+    assert is_published_hyperfeatures(held)
+    assert not is_published_hyperfeatures(checkpoint(base, "appearance", sequential=True))
+    assert main(["convert", str(file), "--out", str(out), "--base", str(saved("sd"))]) == 0
+    assert "12 layers of" in (told := capsys.readouterr().out)
+    assert "at 3 of 4 steps" in told
+    source = Hyperfeatures.from_pretrained(out)
+    assert (source.head.reads, source.head.config["steps"]) == ([0, 1, 3], 4)
+    images = torch.rand(2, 3, *source.image_size, generator=torch.Generator().manual_seed(3))
+    denoiser, kept = source.denoiser, {}
+    size = source.grid(denoiser.image_size)
+    walk_maps(denoiser, denoiser.encode(images), denoiser.condition(prompt="", batch=2), source.head.config["layers"],
+              4, [0, 1, 3], lambda place, path, maps: kept.update({((3, 2, 0)[place], path): maps}))  # fmt: skip
+    maps = [
+        torch.nn.functional.interpolate(kept[number, path], size, mode="bilinear")
+        for number in saved_at
+        for path in source.head.config["layers"]
+    ]
+    expected = forward(flat_names(held["aggregation_network"]), maps)
+    torch.testing.assert_close(source(images)["hyperfeatures"], expected, rtol=1e-4, atol=2e-5)
+    card = (out / "README.md").read_text()
+    assert "2305.14334" in card
+    assert str(tmp_path) not in card
+
+
+def test_hyperfeatures_that_tell_no_steps(base):
+    state = hyperfeatures(base)["aggregation_network"]
+    head, (note,) = convert_hyperfeatures({**state, "mixing_weights": torch.ones(12 * 11)}, base)
+    assert (head.reads, head.config["steps"]) == (paper_reads(50), 50)
+    assert "tells no steps" in note
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda state, config: state.pop("bottleneck_layers.3.0.conv2.weight"), "lacks bottleneck_layers.3.conv2"),
+        (
+            lambda state, config: state.update({"bottleneck_layers.1.1.conv1.weight": torch.ones(1, 1, 1, 1)}),
+            "are unknown",
+        ),
+        (lambda state, config: state.update(mixing_weights=torch.ones(24)), "do not go with 24 mixing weights of 12"),
+        (lambda state, config: config.update(save_timestep=[4, 2, 0]), "do not go with"),
+        (lambda state, config: config.update(save_timestep="[0]"), "save_timestep"),
+        (lambda state, config: config.pop("save_timestep"), "neither of the paper's eleven"),
+        (lambda state, config: config.update(diffusion_mode="generation"), "maps of a 'generation'"),
+        (lambda state, config: config.update(guidance_scale=7.5), "guidance 7.5"),
+        (lambda state, config: config.update(flip_timesteps=True), "flip_timesteps"),
+        (lambda state, config: config.update(idxs=[[0, 0]]), "mixes 12 layers; this .* has 1 of them.*tiny/model"),
+        (lambda state, config: state["mixing_weights"].fill_(torch.nan), "not finite"),
+        (
+            lambda state, config: state.update({"bottleneck_layers.0.0.conv2.weight": torch.ones(32, 9, 3, 3)}),
+            "conv_mid.weight.*9, 3",
+        ),
+    ],
+)
+def test_hyperfeatures_that_are_refused(base, change, what):
+    held = hyperfeatures(base)
+    change(held["aggregation_network"], held["config"])
+    with pytest.raises(ValueError, match=what):
+        convert_hyperfeatures(held, base)

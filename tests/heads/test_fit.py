@@ -295,6 +295,8 @@ PINNED = {
         "epochs": 100,
         "warmup_epochs": 0,
         "schedule": "cosine_epoch",
+        "step_epochs": 7,
+        "step_factor": 0.1,
         "batch_norm": None,
         "norm_eps": 1e-5,
         "norm_momentum": 0.1,
@@ -317,6 +319,24 @@ PINNED["mae"] = {
     "init_std": 0.01,
 }
 PINNED["repa"] = {**PINNED["mae"], "batch_norm": "affine", "norm_eps": 1e-5, "init_std": None}
+PINNED["adam-maps"] = {
+    **PINNED["adam"],
+    "standardize": False,
+    "learning_rate": 1e-3,
+    "epochs": 30,
+    "warmup_epochs": 2,
+    "schedule": "cosine_step",
+}
+PINNED["gdc"] = {
+    **PINNED["ddae"],
+    "optimizer": "sgd",
+    "learning_rate": 1e-2,
+    "momentum": 0.0,
+    "epochs": 28,
+    "schedule": "step_epoch",
+}
+PINNED["difformer"] = {**PINNED["gdc"], "learning_rate": 5e-2}
+PINNED["diffeed"] = {**PINNED["gdc"], "batch_size": 16}
 
 
 def test_every_field_of_every_protocol_is_pinned():

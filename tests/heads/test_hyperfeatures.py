@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 from torch.nn import functional
 
@@ -234,3 +235,34 @@ def test_bad_use(cars, tmp_path):
     HyperfeaturesHead(["a"], [4], steps=2, base_model="gone/away/far", **SMALL).save_pretrained(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="base 'gone/away/far' cannot be opened"):
         Hyperfeatures.from_pretrained(tmp_path / "gone")
+
+
+def test_the_head_goes_where_its_base_is(monkeypatch):
+    denoiser = Denoiser(unet2d(1), DDPMScheduler())
+    head = HyperfeaturesHead.for_base(denoiser, steps=4, reads=[0, 2], **SMALL)
+    found = []
+
+    def keep(total, place, layer, maps, size):
+        found.append((maps.device.type, head.weights.device.type))
+        return maps
+
+    monkeypatch.setattr(head, "accumulate", keep)
+    source, size = Hyperfeatures(denoiser, head), denoiser.image_size
+    source.grid(size)
+    denoiser.model.to("meta")  # another device that every machine has
+    source.descriptors(torch.empty(1, denoiser.image_channels, *size, device="meta"), {}, size)
+    assert set(found) == {("meta", "meta")}
+
+
+def test_a_base_on_the_hub_is_loaded_with_its_revision_and_the_token(monkeypatch, tmp_path):
+    HyperfeaturesHead(["a"], [4], steps=2, base_model="someone/private", **SMALL).save_pretrained(tmp_path)
+    asked = []
+
+    def load(name, **place):
+        asked.append((name, place))
+        raise ValueError("no such repository.")
+
+    monkeypatch.setattr(Denoiser, "from_pretrained", load)
+    with pytest.raises(FileNotFoundError, match="base 'someone/private' cannot be opened"):
+        Hyperfeatures.from_pretrained(tmp_path, base_revision="v2", token="secret")
+    assert asked == [("someone/private", {"revision": "v2", "token": "secret"})]

@@ -8,6 +8,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.features.taps import find_taps, read_taps
 from diffusers_repr.heads import OdiseHead
 from diffusers_repr.heads.odise import FeaturePyramid, ImplicitCaptioner, MaskGenerator
+from diffusers_repr.testing import check_head
 from tests.heads.odise_cases import tiny_head, tiny_towers
 from tests.testers.models import WIDTH, build
 
@@ -163,6 +164,20 @@ def test_a_head_reads_windows_trains_and_is_saved(sd, towers, tmp_path):
     with torch.no_grad():
         same = [made(made.levels(sd, towers, pixels), texts, [2, 1]).logits[-1] for made in (head.eval(), again)]
     assert torch.equal(*same)
+
+
+def test_a_head_keeps_the_contract_of_heads(sd, towers, tmp_path):
+    head, texts = tiny_head(sd, towers), towers.embed_texts(["cat", "kitten", "dog"])
+    with torch.no_grad():
+        levels = head.levels(sd, towers, torch.rand(2, 3, 32, 48, generator=seeded()) * 2 - 1)
+    inputs = {"levels": levels, "texts": texts, "counts": [2, 1]}
+    check_head(head, inputs, apart=("captioner", "pyramid"))  # which make the levels
+    with pytest.raises(AssertionError, match="no gradient reaches.*captioner"):
+        check_head(head, inputs)
+    head.save_pretrained(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16):  # it stays in float32, whatever the base is in
+        half = OdiseHead.from_pretrained(tmp_path, torch_dtype=dtype).eval()
+        assert torch.equal(half(**inputs).logits[-1], head.eval()(**inputs).logits[-1])
 
 
 def test_what_a_head_refuses(sd, towers):

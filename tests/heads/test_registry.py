@@ -64,7 +64,7 @@ def test_a_probe_with_a_head_of_ones_own(gated, tmp_path):
     assert torch.equal(loaded(pictures).probabilities, probe(pictures).probabilities)
     unregister_head("gated")
     try:
-        with pytest.raises(ValueError, match=r"is of class 'GatedHead'; known are KNNHead, .*register_head"):
+        with pytest.raises(ValueError, match=r"class 'GatedHead'; known are AttentionHead, .*KNNHead.*register_head"):
             Probe.from_pretrained(tmp_path / "probe", base=pipeline())
     finally:
         register_head("gated")(GatedHead)

@@ -31,11 +31,13 @@ COMMANDS = {  # that take --device or --out, with arguments that would fail late
     "predict": ["no-probe", "no.png"],
     "segment fit": MODEL,
     "segment predict": ["no-segmenter", "no.png"],
+    "evaluate": ["no.yaml"],
+    "segment open": ["no-segmenter", "no.png"],
 }
 OWN = {
     "extract": "manifest.json", "select": "selection.json", "probe": "probe.json", "align": "alignment.json",
     "match": "matches.json", "convert": "model_index.json", "segment fit": "segmentation.json",
-    "segment predict": "masks.jsonl",
+    "segment predict": "masks.jsonl", "segment open": "segments.jsonl", "evaluate": "recipe.yaml",
 }  # fmt: skip
 
 

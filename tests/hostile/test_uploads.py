@@ -45,6 +45,10 @@ INDEX = {
 TRUE = {  # of each kind, what is sent
     "probe": ["README.md", "images/shown.png", "probe.json", "config.json", WEIGHTS],
     "segmenter": ["README.md", "images/shown.png", "segmentation.json", "config.json", WEIGHTS],
+    "matcher": ["README.md", "images/shown.png", "correspondence.json"],
+    "open-vocabulary segmenter": [
+        "README.md", "images/shown.png", "panoptic.json", "config.json", WEIGHTS, "evaluation.jsonl",
+    ],
     "store of features": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],
     "store of images": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],
     "store of assignments": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],

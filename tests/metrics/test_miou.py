@@ -68,6 +68,7 @@ def test_masked_is_that_of_torchmetrics():
         ([0, 255], [0, 255], "The prediction has the id 255"),
         ([0, 1], [0, -1], "The truth has the id -1"),
         ([0, 1], [0, 3], "The truth has the id 3"),
+        ([0, 1], [0, 2], "The truth has the id 2; classes are 0 to 1"),
         ([0, 1], [[0, 1]], r"The prediction is \(2,\), the truth \(1, 2\)"),
         ([0.5, 1.0], [0, 1], "whole numbers"),
     ],

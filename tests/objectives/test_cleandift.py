@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from torch.nn import functional
 
 from diffusers_repr import Denoiser, FeatureExtractor
@@ -230,12 +231,17 @@ def test_the_timestep_stays_or_moves(learned):
         assert not hasattr(objective, "tau")
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("what", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_checkpointing_and_compiling_change_nothing(what):
+    """A compiled network is read by hooks that were there before, and not broken off."""
     objective, data = made(), batch()
     objective(data)["loss"].backward()
     plain = gradients(objective)
     objective.zero_grad()
-    objective.network.enable_gradient_checkpointing()
+    if what == "compiled":
+        objective.network.compile(backend="eager")
+    else:
+        objective.network.enable_gradient_checkpointing()
     objective(data)["loss"].backward()
     found = gradients(objective)
     assert plain.keys() == found.keys()
@@ -277,6 +283,21 @@ def test_a_short_run_makes_features_sturdier_than_noisy_ones(tmp_path):
     assert cleandift_extractor(tmp_path).layers == ["mid_block"]
     adapters = FeatureAdapters.from_pretrained(tmp_path / "heads" / "adapters")
     torch.testing.assert_close(adapters.modulation(time), objective.adapters.modulation(time))
+
+
+def test_robustness_is_of_the_features_that_are_trained():
+    """A network of EDM takes the clean image over sigma_data, there as in training."""
+    torch.manual_seed(0)
+    network = build("ddim").unet
+    denoiser = Denoiser(network, EDMEulerScheduler())
+    objective = CleanDIFTObjective(denoiser, CleanDIFTConfig("edm", layers=["mid_block"], time_width=8, timestep=0.0))
+    images, noise = batch()["pixel_values"], batch()["noise"].transpose(0, 1)
+    found = noise_robustness(objective.eval(), network, images, torch.tensor([-0.5]), noise)
+    with torch.no_grad():
+        clean = objective.clean_features(images, {})["mid_block"]
+        draws = [objective.noisy_features(images, torch.full((2, 1), -0.5), one[:, None], {}) for one in noise[:2]]
+        mean = torch.stack([draw["mid_block"][:, 0] for draw in draws]).mean(0)
+    assert float(found["clean"]) == pytest.approx(float(functional.cosine_similarity(clean, mean, dim=-1).mean()))
 
 
 def test_a_learned_timestep_is_told_on(tmp_path):

@@ -132,6 +132,27 @@ def test_the_objective_reads_what_the_source_reads():
     assert objective.unsaved() == {}
 
 
+def test_annotated_points_that_are_hidden_or_do_not_pair_up():
+    """COCO's third number; of a pair with other numbers of points no row is made."""
+    kinds = {name: datasets.Image() for name in ("image", "second_image")}
+    rows = {name: [Image.new("L", (16, 16))] * 3 for name in kinds}
+    points = {
+        "points": [[[1, 2, 2], [3, 4, 0]], [[1, 2]], []],
+        "second_points": [[[5, 6, 1], [7, 8, 1]], [[5, 6], [7, 8]], []],
+    }
+    number = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
+    data = datasets.Dataset.from_dict(
+        {**rows, **points}, datasets.Features({**kinds, **dict.fromkeys(points, number)})
+    )
+    pairs = AnnotatedPairs(data, PairConfig(second_column="second_image", max_points=4), 1, (16, 16))
+    batch = pairs.on_device({name: value[None] for name, value in pairs[0].items()})
+    assert batch["valid"].tolist() == [[True, False, False, False]]
+    assert batch["points"][:, 0, 0].tolist() == [[1, 2], [5, 6]]
+    assert not pairs[2]["valid"].any()
+    with pytest.raises(ValueError, match=r"Row 1 has 1 in 'points' and 2 in 'second_points'"):
+        pairs[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

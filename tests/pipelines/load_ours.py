@@ -16,6 +16,7 @@ from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 
 from diffusers_repr import PAG, Denoiser, FeatureExtractor, guide
+from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.tasks.correspondence import Correspondence
 from tests.pipelines.guided_cases import GUIDED, arguments, run
 from tests.pipelines.load_custom import check_all
@@ -128,6 +129,23 @@ def load_correspondence() -> None:
     print("correspondence is good", flush=True)
 
 
+def load_open_vocabulary(place: Path) -> None:
+    from tests.heads.odise_cases import save_clip, segmenter_of, tiny_head, tiny_towers
+
+    save_clip(tiny_towers(grow=4), place / "clip")
+    towers = ImageTextEncoder.from_pretrained(place / "clip")
+    plain = Denoiser.from_pretrained(saved("sd"))
+    task = segmenter_of(tiny_head(plain, towers), plain, towers)
+    task.save_pretrained(place / "segmenter")
+    pipe = DiffusionPipeline.from_pretrained(saved("sd"), **consent("open_vocabulary_segmentation"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    image, names = torch.rand(3, 40, 32, generator=torch.Generator().manual_seed(0)), ["a cat", "rain"]
+    found, want = pipe(image, names, head=place / "segmenter"), task(image, names)
+    assert torch.equal(found.class_maps[0], want.class_maps[0])
+    assert found.names == ("a cat", "rain")
+    print("open_vocabulary_segmentation is good", flush=True)
+
+
 def load_classifier() -> None:
     from diffusers_repr.tasks import Averaging, ZeroShotClassifier
 
@@ -167,7 +185,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
     cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_segmentation, ())]
-    cases += [(load_correspondence, ()), (load_classifier, ()), (load_two, ())]
+    cases += [(load_correspondence, ()), (load_open_vocabulary, (place,)), (load_classifier, ()), (load_two, ())]
     for function, given in cases:  # forked, so that the imports are paid once
         process = multiprocessing.get_context("fork").Process(target=function, args=given)
         process.start()

@@ -74,6 +74,11 @@ def test_a_preset_and_its_prompt():
     plain = ours(A, B, POINTS, preset=preset, image_size=32, ensemble_size=2)
     assert torch.equal(got.scores, want.scores)
     assert not torch.equal(got.scores, plain.scores)
+    own = ours(A, B, POINTS, prompt=["a photo of a {category}", "a dog"], category="cat", **CALL)
+    assert torch.equal(own.scores, ours(A, B, POINTS, prompt=["a photo of a cat", "a dog"], **CALL).scores)
+    for without in (None, "a photo"):
+        with pytest.raises(ValueError, match="category='cat' has no place in the prompt"):
+            ours(A, B, POINTS, prompt=without, category="cat", **CALL)
     with pytest.raises(ValueError, match="choices for sd, adm-256, and this UNet2DConditionModel has another"):
         ours(A, B, POINTS, preset="dift")  # the tiny one is no Stable Diffusion
 

@@ -41,6 +41,8 @@ def test_a_saved_segmenter_and_one_of_another_base(tmp_path):
         pipe(x)
     with pytest.raises(ValueError, match="one of the two"):
         pipe(x, annotated(1), fitted())
+    with pytest.raises(ValueError, match="With examples pass one prompt"):
+        pipe(x, annotated(1), prompt=["a horse", "a cat"])
     with pytest.raises(ValueError, match="members: settings of `fit`"):
         pipe(x, segmenter=fitted(), members=3)
 

@@ -31,6 +31,14 @@ def test_every_folder_loads_with_consent(tmp_path):
     command = [sys.executable, "-m", "tests.pipelines.load_ours", str(tmp_path)]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     good = [line for line in done.stdout.splitlines() if "good" in line]
-    own = ("sit", "joint", "feature_extraction", "few_shot_segmentation", "correspondence", "diffusion_classifier")
+    own = (
+        "sit",
+        "joint",
+        "feature_extraction",
+        "few_shot_segmentation",
+        "correspondence",
+        "open_vocabulary_segmentation",
+        "diffusion_classifier",
+    )
     names = (*GUIDED, *own, "two")
     assert good == [f"{name} is good" for name in names], done.stderr[-3000:]

@@ -7,9 +7,10 @@ from diffusers_repr.pipelines.open_vocabulary_segmentation import OpenVocabulary
 from PIL import Image
 
 from diffusers_repr import Denoiser
+from diffusers_repr.encoders.image_text import ImageTextEncoder
 from diffusers_repr.heads.odise import Vocabulary
 from diffusers_repr.tasks import OpenVocabularySegmenter
-from tests.heads.odise_cases import tiny_head, tiny_towers
+from tests.heads.odise_cases import save_clip, segmenter_of, tiny_head, tiny_towers
 from tests.testers.models import build
 
 WORDS = [["cat", "kitten"], ["dog"], ["sky"]]
@@ -18,15 +19,12 @@ IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 32, 3), n
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    folder, towers = tmp_path_factory.mktemp("heads"), tiny_towers(grow=4)
-    denoiser = Denoiser.from_pipe(build("sd"))
-    for name, vocabulary in (("head", WORDS), ("bare", None)):
-        tiny_head(denoiser, towers, vocabulary=vocabulary, stuff=[2], clip_model=str(folder / "clip")).save_pretrained(
-            folder / name
-        )
-    towers.model.save_pretrained(folder / "clip")
-    towers.tokenizer.save_pretrained(folder / "clip")
-    (folder / "clip/preprocessor_config.json").write_text("{}")
+    folder = tmp_path_factory.mktemp("heads")
+    save_clip(tiny_towers(grow=4), folder / "clip")
+    denoiser, towers = Denoiser.from_pipe(build("sd")), ImageTextEncoder.from_pretrained(folder / "clip")
+    words = Vocabulary(tuple(map(tuple, WORDS)), frozenset({2}))
+    segmenter_of(tiny_head(denoiser, towers), denoiser, towers, words).save_pretrained(folder / "head")
+    tiny_head(denoiser, towers).save_pretrained(folder / "bare")
     return folder
 
 
@@ -37,8 +35,8 @@ def test_one_call(places):
     assert output.maps[0].ids.shape == (40, 32)
     trained_on = Vocabulary(tuple(map(tuple, WORDS)), frozenset({2}))
     loaded = pipe.load_head(places / "head", weights=(0.3, 0.7))
-    own = OpenVocabularySegmenter(loaded.head, pipe.denoiser, loaded.towers, trained_on)
-    assert loaded.trained_on == trained_on
+    own = OpenVocabularySegmenter(loaded.head, loaded.recipe, pipe.denoiser, loaded.towers)
+    assert loaded.recipe.words == trained_on
     for vocabulary in (["a cat", "rain"], None):
         want, got = own(IMAGE, vocabulary), pipe(IMAGE, vocabulary, head=loaded)
         assert torch.equal(got.maps[0].ids, want.maps[0].ids)
@@ -53,7 +51,7 @@ def test_what_is_refused(places):
     pipe = OpenVocabularySegmentationPipeline.from_pipe(build("sd"))
     with pytest.raises(ValueError, match="Pass head="):
         pipe(IMAGE, ["cat"])
-    with pytest.raises(ValueError, match="does not record its vocabulary"):
+    with pytest.raises(FileNotFoundError, match="is no open-vocabulary segmenter: it has no panoptic.json"):
         pipe(IMAGE, ["cat"], head=places / "bare")
     with pytest.raises(ValueError, match="another pipeline"):
         OpenVocabularySegmentationPipeline.from_pipe(build("sd"))(IMAGE, head=pipe.load_head(places / "head"))

@@ -20,12 +20,12 @@ def test_cells_are_the_pck_of_their_features(tmp_path):
     assert len(found.cells) == 4
     for cell in found.cells:
         source = FeatureExtractor(denoiser(), cell.layer, cell.timestep, image_size=(40, 56), batch_size=1)
-        assert cell.score == Correspondence(source).evaluate(held).all.per_point
+        assert cell.score == Correspondence(source).pck_report(held).all.per_point
     assert found.best.mean is not None
     assert found.sets == {}
     found.save(tmp_path, heatmap=False)
     task = Correspondence(Selection.load(tmp_path).extractor(denoiser()))
-    assert task.evaluate(held).all.per_point == found.best.score
+    assert task.pck_report(held).all.per_point == found.best.score
 
 
 @pytest.mark.parametrize("name", ["sd", "dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "sdxl"))])
@@ -38,7 +38,7 @@ def test_any_family(name):
     found = select_features(model, own, None, [100], **settings)
     assert len(found.cells) > 3
     source = FeatureExtractor(model, found.best.layer, 100, image_size=32)
-    assert Correspondence(source).evaluate(ImagePairs.from_list(own)).all.per_point == found.best.score
+    assert Correspondence(source).pck_report(ImagePairs.from_list(own)).all.per_point == found.best.score
 
 
 def test_settings_of_the_measure():
@@ -48,7 +48,7 @@ def test_settings_of_the_measure():
         found = select_features(denoiser(), held, None, [10], metric=PCKMeasure("pck", **changes), **settings)
         source = FeatureExtractor(denoiser(), "sharp", 10, image_size=(40, 56), batch_size=1)
         how = {name: value for name, value in changes.items() if name != "per"}
-        want = Correspondence(source).evaluate(held, **how).all
+        want = Correspondence(source).pck_report(held, **how).all
         assert found.best.score == (want.per_image if "per" in changes else want.per_point)
         assert found.recipe["measure"] == {"alpha": 0.1, "reference": "box", "per": "point", **changes}
 

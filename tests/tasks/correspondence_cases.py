@@ -37,9 +37,9 @@ def denoiser():
     return Denoiser(Patches().eval(), DDPMScheduler(), family=GenericFamily(channels=3))
 
 
-def task(layer="sharp", image_size="keep", **settings):
+def task(layer="sharp", image_size="keep", compared=None, **settings):
     settings = {"timestep": 10, "noise": "clean", **settings}
-    return Correspondence(FeatureExtractor(denoiser(), layer, image_size=image_size, **settings))
+    return Correspondence(FeatureExtractor(denoiser(), layer, image_size=image_size, **settings), compared)
 
 
 def photo(height=40, width=56, seed=0):

@@ -12,8 +12,9 @@ from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.data.image_pairs import ImagePairs
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.source import FeatureSource, require_source
-from diffusers_repr.tasks.correspondence import Correspondence, fill_prompt, grid_points
+from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.correspondence_source import correspondence_source, middle_layer
+from diffusers_repr.tasks.image_features import fill_prompt, grid_points
 from tests.pipelines import sit_cases
 from tests.tasks.correspondence_cases import denoiser, pairs, photo, shifted, task
 from tests.testers.models import build
@@ -32,7 +33,7 @@ def test_an_image_matches_itself():
     assert (found.scores - 1).abs().max() < 1e-5
     assert not found.cycle.any()
     pair = ImagePairs.from_list([(image, image, points, points)])
-    report = Correspondence(source).evaluate(pair, reference="image", alpha=0.001)
+    report = Correspondence(source).pck_report(pair, reference="image", alpha=0.001)
     assert (report.all.per_point, report.all.per_image, report.all.points) == (1, 1, len(points))
 
 
@@ -93,7 +94,7 @@ def test_pck_of_pairs_equals_a_loop_and_reads_each_image_once_a_side():
             return source(image, **settings)
 
     assert isinstance(Counted(), FeatureSource)
-    report = Correspondence(Counted()).evaluate(held, alpha=0.1)
+    report = Correspondence(Counted()).pck_report(held, alpha=0.1)
     assert len(reads) == 2 + 2
     hits, shares = [], []
     for pair in held.pairs:
@@ -109,7 +110,7 @@ def test_pck_of_pairs_equals_a_loop_and_reads_each_image_once_a_side():
     assert report.all.per_image == pytest.approx(np.mean(shares))
     assert 0.5 < report.all.per_point < 1
     with pytest.raises(ValueError, match="no box"):
-        own.evaluate(ImagePairs.from_list([(photo(), photo(), POINTS, POINTS)]))
+        own.pck_report(ImagePairs.from_list([(photo(), photo(), POINTS, POINTS)]))
 
 
 def test_under_one_noise_pure_noise_looks_alike():
@@ -237,3 +238,20 @@ def test_what_is_read_where_nothing_is_chosen():
     with pytest.raises(ValueError, match="No preset for method 'dino'"):
         correspondence_source(unet, preset="dino")
     assert fill_prompt(None, "cat") is None
+
+
+def test_fit_chooses_layer_and_level_on_pairs(tmp_path):
+    """`flat`, the mean of a patch, tells less than `sharp`; the choice is that of `select_features`."""
+    made = Correspondence.fit(
+        denoiser(), pairs(), timestep=[10, 500], layers=["flat", "sharp"], noise="clean", image_size="keep"
+    )
+    assert made.layer == "sharp"
+    assert made.recipe.chosen_on == {"dataset": "pairs", "pairs": 3}
+    made.save_pretrained(tmp_path / "m")
+    assert Correspondence.from_pretrained(tmp_path / "m", base=denoiser()).recipe.chosen_on == made.recipe.chosen_on
+    own = Correspondence.fit(made.source, None, pairs())
+    assert {score.split for score in own.recipe.scores} == {"validation"}
+    with pytest.raises(ValueError, match="FeatureExtractor has a layer and a level of its own; leave out the pairs"):
+        Correspondence.fit(made.source, pairs())
+    with pytest.raises(ValueError, match="Pairs to choose on need levels to choose from"):
+        Correspondence.fit(denoiser(), pairs())

@@ -66,6 +66,6 @@ def test_a_base_without_a_name_must_be_given(saved):
 
 def test_a_base_swapped_behind_the_probe_is_noticed():
     probe = small()
-    probe.extractor = probe.recipe.extractor(Denoiser.from_pipe(pipeline(block_out_channels=(16, 32))))
+    probe.source = probe.recipe.extractor(Denoiser.from_pipe(pipeline(block_out_channels=(16, 32))))
     with pytest.raises(ValueError, match="gives 32 values at layer 'mid_block'; the probe was fitted on 16"):
         probe(images(2)[0])

@@ -1,5 +1,6 @@
 """Labels carried through a video against loops; planes by homographies; both on tiny folders of the real layouts."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -66,6 +67,17 @@ def test_labels_equal_a_loop(radius, monkeypatch):
         assert torch.allclose(a.sum(0), torch.ones(5, 6))
 
 
+def test_a_low_temperature_takes_the_nearest_label():
+    """`exp(cosine / T)` itself is infinite in float32 from T = 0.011 down."""
+    maps = torch.randn(3, 8, 5, 6, generator=torch.Generator().manual_seed(0))
+    first = F.one_hot(torch.arange(30).reshape(5, 6) % 3, 3).movedim(-1, 0).float()
+    found = next(propagate_labels(maps, first, PropagationConfig(1e-5, 4, 1, None)))
+    cosines = F.normalize(maps[1].flatten(1), dim=0).T @ F.normalize(maps[0].flatten(1), dim=0)
+    assert torch.allclose(found.flatten(1), first.flatten(1)[:, cosines.argmax(1)], atol=1e-3)
+    with pytest.raises(ValueError, match="no frames"):
+        list(propagate_labels([], first))
+
+
 def moving(folder=None):
     """A video whose second object moves by a cell a frame, as frames and true masks."""
     frames, masks = [], []
@@ -129,6 +141,8 @@ def test_davis_from_a_folder(tmp_path):
     (video,) = load_davis(tmp_path)
     assert (video.name, len(video)) == ("thing", 5)
     assert np.array_equal(video.mask(3), masks[3])
+    Image.fromarray(masks[3] > 0).save(tmp_path / "one.png")  # one bit a pixel: object 1, and not 255, which is void
+    assert np.array_equal(dataclasses.replace(video, masks=(tmp_path / "one.png",)).mask(0), masks[3] > 0)
     scores = evaluate_videos(task(image_size=(40, 56)), [video], PropagationConfig(0.05, 3, 3, 3))
     assert scores["all"].j_mean > 0.85
     assert scores["all"].j_mean == scores["thing"].j_mean
@@ -175,6 +189,10 @@ def test_hpatches_from_a_folder(tmp_path):
     assert 4 <= len(found) <= 20
     detected = evaluate_planes(task(), [plain], detect=harris_points, trials=30)
     assert detected.accuracy["illumination"][5.0] > 0
+    for text, told in (("", "0 lines"), ("7\n8\n", "2 lines of 1 numbers")):
+        (root / "points" / "i_light-2.kp").write_text(text)
+        with pytest.raises(ValueError, match=f"i_light-2.kp' holds no numbers of shape .*{told}"):
+            load_hpatches(root, root / "points")
     (root / "v_view" / "H_1_4").write_text("1 2 3")
     with pytest.raises(ValueError, match="H_1_4' holds no numbers of shape"):
         load_hpatches(root)

@@ -288,6 +288,8 @@ def test_masks_that_do_not_fit():
         small(train=(images, masks[:1]))
     with pytest.raises(ValueError, match="Mask 0 is no rectangle of whole numbers"):
         small(train=(images, [mask / 2 for mask in masks]))
+    truth = open_masked((images, [mask > 0 for mask in masks]), "train").samples([0, 1])[1]
+    assert all((ids == (mask > 0)).all() for ids, mask in zip(truth, masks, strict=True))
     with pytest.raises(ValueError, match="mode 'RGB', which shows colours"):
         small(train=(images[:1], [Image.new("RGB", (16, 16))]))
     with pytest.raises(ValueError, match="show 'ground' of 3 classes; a segmenter needs two"):

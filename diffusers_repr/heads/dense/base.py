@@ -12,13 +12,63 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads.base import Head
 from diffusers_repr.heads.dense.features import readout_layers, tap_channels
 from diffusers_repr.heads.dense.parts import timestep_vector
-from diffusers_repr.heads.dense.record import RECORD, describe_base, refuse_other_base
-from diffusers_repr.hub.checks import check_sizes
+from diffusers_repr.heads.dense.record import LABELS, RECORD, describe_base, refuse_other_base
+from diffusers_repr.hub.checks import check_channels, check_sizes
 from diffusers_repr.models.layers import wide_dtype
 from diffusers_repr.models.outputs import SampleOutput, packed
 
 
-class MapHead(Head):
+class RecordedHead(Head):
+    """Base of heads on maps of named layers: they record their base, and refuse another.
+
+    A subclass registers `layers`, `channels` and what `describe_base` gives, and calls `check_inputs`.
+    """
+
+    def check_inputs(self, widths: Mapping[str, int]) -> None:
+        """Check the registered layers, channels and base, and the widths given.
+
+        Raises:
+            ValueError: For layers and channels that do not pair up, widths below 1, or a record of the base that is
+                none.
+        """
+        RECORD(dict(self.config), type(self).__name__)
+        check_channels(list(self.config["layers"]), list(self.config["channels"]))
+        check_sizes(**widths)
+        self._check_range("timestep_range")
+
+    def _check_range(self, name: str) -> None:
+        low, high = self.config[name]
+        if not low < high:
+            raise ValueError(f"{name} must be (low, high) with low < high; got ({low}, {high}).")
+
+    @staticmethod
+    def inputs_of(
+        denoiser: Denoiser, layers: Sequence[str] | None = None, image_size: int | tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """The arguments that tell what a new head reads: the base, `layers`, and their `channels`.
+
+        Args:
+            denoiser: The base.
+            layers: Full module paths; `readout_layers(denoiser.model)` if None.
+            image_size: Pixels at which sizes are looked up, where the network's config tells none.
+
+        Raises:
+            ValueError: For layers that do not exist or give no map.
+        """
+        paths = readout_layers(denoiser.model) if layers is None else list(layers)
+        return {**describe_base(denoiser), "layers": paths, "channels": tap_channels(denoiser, paths, image_size)}
+
+    def check_base(self, denoiser: Denoiser) -> None:
+        """Refuse another base than the one the head was trained on.
+
+        Raises:
+            TypeError: If `denoiser` is no `Denoiser`.
+            ValueError: If class, config, layers, channels or noise process differ; names both sides.
+        """
+        refuse_other_base(denoiser, type(self).__name__, self.config)
+
+
+class MapHead(RecordedHead):
     """Base of heads that take maps of named layers to maps `(B, out, H, W)`.
 
     A subclass registers `layers`, `channels`, `label_range`, `level_range` and what `describe_base` gives, calls
@@ -29,22 +79,12 @@ class MapHead(Head):
         """Check the registered layers, channels and ranges, and the widths given.
 
         Raises:
-            ValueError: For layers and channels that do not pair up, widths below 1, a range the wrong way round, or a
-                record of the base that is none.
+            ValueError: As `check_inputs`; for a range the wrong way round.
         """
-        RECORD(dict(self.config), type(self).__name__)
-        layers, channels = list(self.config["layers"]), list(self.config["channels"])
-        if not layers or len(set(layers)) != len(layers) or len(layers) != len(channels):
-            raise ValueError(
-                f"layers and channels must pair up, each layer once; got {len(layers)} layers ({layers}) and "
-                f"{len(channels)} channels ({channels})."
-            )
-        sizes = {**widths, **{f"channels of {k!r}": c for k, c in zip(layers, channels, strict=True)}}
-        check_sizes(**sizes)
-        for name in ("label_range", "timestep_range", "level_range"):
-            low, high = self.config[name]
-            if not low < high:
-                raise ValueError(f"{name} must be (low, high) with low < high; got ({low}, {high}).")
+        LABELS(dict(self.config), type(self).__name__)
+        self.check_inputs(widths)
+        for name in ("label_range", "level_range"):
+            self._check_range(name)
 
     @classmethod
     def for_base(
@@ -58,26 +98,15 @@ class MapHead(Head):
 
         Args:
             denoiser: The base.
-            layers: Full module paths; `readout_layers(denoiser.model)` if None.
-            image_size: Pixels at which sizes are looked up, where the network's config tells none.
+            layers: As in `inputs_of`.
+            image_size: As there.
             **options: Further arguments of the class.
 
         Raises:
-            ValueError: For layers that do not exist or give no map.
+            ValueError: As there.
         """
-        paths = readout_layers(denoiser.model) if layers is None else list(layers)
         options.setdefault("level_range", denoiser.schedule.timestep_range)
-        channels = tap_channels(denoiser, paths, image_size)
-        return cls(**{**describe_base(denoiser), "layers": paths, "channels": channels, **options})
-
-    def check_base(self, denoiser: Denoiser) -> None:
-        """Refuse another base than the one the head was trained on.
-
-        Raises:
-            TypeError: If `denoiser` is no `Denoiser`.
-            ValueError: If class, config, layers, channels or noise process differ; names both sides.
-        """
-        refuse_other_base(denoiser, type(self).__name__, self.config)
+        return cls(**{**cls.inputs_of(denoiser, layers, image_size), **options})
 
     @property
     def range(self) -> tuple[float, float]:
@@ -139,4 +168,4 @@ class MapHead(Head):
         return taken
 
 
-__all__ = ["MapHead"]
+__all__ = ["MapHead", "RecordedHead"]

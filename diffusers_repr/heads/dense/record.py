@@ -12,16 +12,20 @@ from diffusers_repr.hub.base_record import BaseRecord, Dependent, ProcessRecord
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.hub.schema import anything, listing, mapping, number, optional, record, text
 
-# Arguments of every head on maps that are read as they stand.
+# Arguments of every head on maps that are read as they stand, and those of heads that predict a label.
 RECORD = record(
     {
         "layers": listing(text(500), 0, 1000),
         "channels": listing(anything(1), 0, 1000),
-        **dict.fromkeys(("label_range", "timestep_range", "level_range"), listing(number(), 2, 2)),
-        **dict.fromkeys(("base_model", "base_class", "noise_kind", "target"), optional(text(1000))),
+        "timestep_range": listing(number(), 2, 2),
+        **dict.fromkeys(("base_model", "base_class", "noise_kind"), optional(text(1000))),
         **dict.fromkeys(("base_fingerprint", "noise_fingerprint"), optional(text(200))),
         "base_config": optional(mapping(anything(12, 300_000), 0, 1000)),
     },
+    others=True,
+)
+LABELS = record(
+    {**dict.fromkeys(("label_range", "level_range"), listing(number(), 2, 2)), "target": optional(text(1000))},
     others=True,
 )
 
@@ -85,4 +89,4 @@ def refuse_other_base(denoiser: Denoiser, head: str, config: Mapping[str, Any]) 
     bases.refuse_other_process(dependent, was, came)
 
 
-__all__ = ["RECORD", "describe_base", "recorded_base", "refuse_other_base"]
+__all__ = ["LABELS", "RECORD", "describe_base", "recorded_base", "refuse_other_base"]

@@ -16,11 +16,13 @@ from diffusers_repr.heads.fitting.closed_form import LinearFit, calibrate, fit_r
 from diffusers_repr.heads.fitting.logistic import LogisticFit, fit_logistic_path
 from diffusers_repr.heads.fitting.minibatch import train_head
 from diffusers_repr.heads.fitting.protocols import (
+    Classifier,
     KNNProtocol,
     LBFGSProtocol,
     MinibatchProtocol,
     Protocol,
     RidgeProtocol,
+    classifier_class,
     get_protocol,
 )
 from diffusers_repr.heads.pooled.base import PooledHead
@@ -44,7 +46,7 @@ class FitResult:
         validation_accuracy: On the validation set if one was given, else None.
     """
 
-    head: PooledHead
+    head: Classifier
     protocol: Mapping[str, Any]
     validation_accuracy: float | None
 
@@ -102,22 +104,18 @@ def fit_head(
         >>> fit_head(x, (x[:, 0] > 0).long()).head(x).shape
         torch.Size([60, 2])
     """
+    head_class(head, PooledHead)  # those on maps have `fit_map_head`
     chosen = get_protocol(protocol, head)
     labels = torch.as_tensor(labels)
     if num_classes is None:
         num_classes = int(labels.max()) + 1 if len(labels) else 0
     check_training_set(features, labels, num_classes, "training")
-    if len(labels.unique()) < 2:
-        raise ValueError(f"All {len(labels)} training labels are {int(labels[0])}; a classifier needs two classes.")
+    check_several_classes(labels)
     if validation is not None:
         validation = (validation[0], torch.as_tensor(validation[1]))
         check_training_set(*validation, num_classes, "validation", features.shape[1])
-        if len(validation[1].unique()) < 2:
-            raise ValueError(
-                f"All {len(validation[1])} validation labels are {int(validation[1][0])}; a score on one class tells "
-                "nothing apart."
-            )
-    _check_options(head, options)
+        check_several_classes(labels, validation[1])
+    check_head_options(head, options)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     task = _Inputs(features, labels, num_classes, validation, generator, options, head)
@@ -135,19 +133,34 @@ def check_training_set(features: Tensor, labels: Tensor, num_classes: int, what:
         raise ValueError(f"The {what} features must be a tensor (N, D) with rows; got {shape}.")
     if size is not None and features.shape[1] != size:
         raise ValueError(f"The {what} features have {features.shape[1]} values a row; training had {size}.")
-    if labels.ndim != 1 or len(labels) != len(features) or labels.is_floating_point():
-        raise ValueError(
-            f"The {what} labels must be {len(features)} class ids, one a row; got {tuple(labels.shape)} "
-            f"{labels.dtype}."
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"The {what} labels run from {low} to {high}; class ids run from 0 to {num_classes - 1}.")
+    check_class_ids(labels, len(features), num_classes, what)
     bad = ~torch.isfinite(features).all(dim=1)
     if bool(bad.any()):
         raise ValueError(
             f"{int(bad.sum())} of {len(features)} rows of the {what} features are not finite (first: row "
             f"{int(bad.nonzero()[0])}); check the images and the model's dtype."
+        )
+
+
+def check_class_ids(labels: Tensor, rows: int, num_classes: int, what: str) -> None:
+    """Raise ValueError unless labels are `(rows,)` class ids below `num_classes`."""
+    if labels.ndim != 1 or len(labels) != rows or labels.is_floating_point():
+        raise ValueError(
+            f"The {what} labels must be {rows} class ids, one a row; got {tuple(labels.shape)} {labels.dtype}."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"The {what} labels run from {low} to {high}; class ids run from 0 to {num_classes - 1}.")
+
+
+def check_several_classes(labels: Tensor, validation: Tensor | None = None) -> None:
+    """Raise ValueError for labels of one class, to learn from or to be scored on."""
+    if len(labels.unique()) < 2:
+        raise ValueError(f"All {len(labels)} training labels are {int(labels[0])}; a classifier needs two classes.")
+    if validation is not None and len(validation.unique()) < 2:
+        raise ValueError(
+            f"All {len(validation)} validation labels are {int(validation[0])}; a score on one class tells nothing "
+            "apart."
         )
 
 
@@ -159,8 +172,9 @@ def accuracy_of(head: PooledHead, features: Tensor, labels: Tensor) -> float:
     return hits / len(labels)
 
 
-def _check_options(head: str, options: Mapping[str, Any]) -> None:
-    cls = head_class(head, PooledHead)
+def check_head_options(head: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments that the class of a head does not have."""
+    cls = classifier_class(head)
     own = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", *_GIVEN)]
     for name in options:
         if name not in own:
@@ -170,7 +184,9 @@ def _check_options(head: str, options: Mapping[str, Any]) -> None:
             )
 
 
-_GIVEN = ("in_features", "num_classes", "bank_size", "k", "temperature", "metric")
+_GIVEN = (
+    "in_features", "num_classes", "bank_size", "k", "temperature", "metric", "layers", "channels", "sizes", "levels",
+)  # fmt: skip
 
 
 def _statistics(features: Tensor) -> Data:

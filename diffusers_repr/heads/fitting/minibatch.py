@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ def protocol_rate(protocol: MinibatchProtocol, epoch: float, batch_size: int) ->
         return rate * epoch / protocol.warmup_epochs
     if protocol.schedule == "constant":
         return rate
+    if protocol.schedule == "step_epoch":
+        return rate * protocol.step_factor ** math.floor(epoch / protocol.step_epochs)
     if protocol.schedule == "cosine_epoch":
         epoch = math.floor(epoch)
     done = (epoch - protocol.warmup_epochs) / (protocol.epochs - protocol.warmup_epochs)
@@ -105,43 +108,74 @@ def train_head(
     """
     device = head.mean.device
     features, labels = features.to(device), labels.to(device).long()
-    _start(head, protocol, generator)
+    start_head(head, protocol, generator)
     norm = None
     if protocol.batch_norm is not None:
         affine = protocol.batch_norm == "affine"
         norm = nn.BatchNorm1d(features.shape[1], protocol.norm_eps, protocol.norm_momentum, affine=affine).to(device)
     parameters = [p for module in (head, norm) if module is not None for p in module.parameters()]
+
+    def loss(rows: Tensor) -> Tensor:
+        inputs = features[rows].float()
+        inputs = head.standardize(inputs) if norm is None else norm(inputs)
+        return nn.functional.cross_entropy(head.classify(inputs), labels[rows])
+
+    losses = descend(parameters, loss, len(features), protocol, generator)
+    if norm is not None:
+        _fold(norm, head)
+    return losses
+
+
+def descend(
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    protocol: MinibatchProtocol,
+    generator: torch.Generator,
+) -> list[float]:
+    """Take the steps of a protocol.
+
+    Args:
+        parameters: What is trained, on one device.
+        loss: From the numbers of a batch's rows, on that device, to the mean loss of these rows.
+        count: Rows.
+        protocol: What to do.
+        generator: CPU generator of the order of the rows.
+
+    Returns:
+        Mean loss of every epoch.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    parameters, device = list(parameters), parameters[0].device
     optimizer = _optimizer(parameters, protocol)
-    size = min(protocol.batch_size, len(features))
-    steps = len(features) // size if protocol.drop_last else -(-len(features) // size)
+    size = min(protocol.batch_size, count)
+    steps = count // size if protocol.drop_last else -(-count // size)
     losses = []
     with torch.enable_grad():
         for epoch in range(protocol.epochs):
-            order = torch.randperm(len(features), generator=generator).to(device)
+            order = torch.randperm(count, generator=generator).to(device)
             total = torch.zeros((), dtype=torch.float64, device=device)
             for step in range(steps):
-                rows = order[step * size : (step + 1) * size]
                 for group in optimizer.param_groups:
                     group["lr"] = protocol_rate(protocol, epoch + step / steps, size)
-                inputs = features[rows].float()
-                inputs = head.standardize(inputs) if norm is None else norm(inputs)
-                loss = nn.functional.cross_entropy(head.classify(inputs), labels[rows])
+                value = loss(order[step * size : (step + 1) * size])
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
-                total += loss.detach()
+                total += value.detach()
             losses.append(float(total) / steps)
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"The loss is {losses[-1]} in epoch {epoch} under protocol {protocol.name!r}; lower learning_rate "
                     "or check the features for NaN."
                 )
-    if norm is not None:
-        _fold(norm, head)
     return losses
 
 
-def _start(head: PooledHead, protocol: MinibatchProtocol, generator: torch.Generator) -> None:
+def start_head(head: PooledHead, protocol: MinibatchProtocol, generator: torch.Generator) -> None:
+    """Draw the first weights of a head, from `generator` alone (on the CPU)."""
     drawn = copy.deepcopy(head).cpu()  # drawn on the CPU, so that every device starts alike
     drawn.reset_parameters(generator)
     if protocol.init_std is not None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_repr.features.noise_policy import keyed_generator
 from diffusers_repr.features.sampled_maps import SampledMaps
 from diffusers_repr.heads.base import Head
+from diffusers_repr.heads.fitting.pixel_steps import MemberSteps
 from diffusers_repr.heads.fitting.protocols import Protocol
 from diffusers_repr.heads.pixel_ensemble import PixelEnsembleHead
 
@@ -87,8 +88,11 @@ class PixelSet:
 
     def features(self, at: Tensor) -> Tensor:
         """Of these pixels, `(n, L)` float32."""
-        rows, y, x = self.places[at].unbind(1)
-        return self.maps.sample(rows, y, x)
+        return self.maps.sample(*self.places[at].unbind(1))
+
+    def blocks(self, at: Tensor) -> list[Tensor]:
+        """Of these pixels, in the parts of `SampledMaps.blocks`, `(*at.shape, L_g)` float32."""
+        return [part.unflatten(0, at.shape) for part in self.maps.blocks(*self.places[at.flatten()].unbind(1))]
 
 
 def member_order(seed: int, member: int, epoch: int, pixels: int) -> Tensor:
@@ -146,22 +150,23 @@ def train_members(
         progress_bar: `progress_bar(total=n)` gives an object with `update(k)` and `close()`; it counts epochs.
 
     Raises:
-        ValueError: For fewer than two pixels.
+        ValueError: For fewer than two pixels, and a head in half precision.
         FloatingPointError: If a loss is not finite.
     """
     if len(pixels.labels) < 2:
         raise ValueError(f"{len(pixels.labels)} pixels to learn from; batch norm needs at least 2.")
+    if head.last.weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"Members are trained in float32; these are {head.last.weight.dtype}. Cast with .float().")
     draw_members(head, seed, protocol.init_std)
-    learning = _Learning(head, protocol)
+    learning = _Learning(head, pixels, protocol)
     bar = None if progress_bar is None else progress_bar(total=protocol.max_epochs)
     try:
-        with torch.enable_grad():
-            for epoch in range(protocol.max_epochs):
-                learning.epoch(pixels, seed, counted=epoch >= protocol.first_counted_epoch, number=epoch)
-                if bar is not None:
-                    bar.update(1)
-                if not learning.active:
-                    break
+        for epoch in range(protocol.max_epochs):
+            learning.epoch(seed, counted=epoch >= protocol.first_counted_epoch, number=epoch)
+            if bar is not None:
+                bar.update(1)
+            if not learning.active:
+                break
     finally:
         if bar is not None:
             bar.close()
@@ -171,52 +176,38 @@ def train_members(
 
 
 class _Learning:
-    """The members that still learn, as a smaller head of their own; what has stopped lies in the whole one."""
+    """The members that still learn; what has stopped lies in the head."""
 
-    def __init__(self, head: PixelEnsembleHead, protocol: PixelProtocol) -> None:
-        self.head, self.protocol = head, protocol
+    def __init__(self, head: PixelEnsembleHead, pixels: PixelSet, protocol: PixelProtocol) -> None:
+        self.head, self.pixels, self.protocol = head, pixels, protocol
         self.active = list(range(head.config["members"]))
         self.steps, self.losses = [0] * len(self.active), [math.nan] * len(self.active)
         self.best = torch.full((len(self.active),), math.inf, dtype=torch.float64)
         self.worse = torch.zeros(len(self.active), dtype=torch.int64)
-        self.small = _members(head, self.active)
-        self.optimizer = self._adam()
+        self.learner = MemberSteps(head, pixels.maps.columns, protocol.learning_rate)
 
-    def _adam(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.small.parameters(), self.protocol.learning_rate, fused=True)
-
-    def epoch(self, pixels: PixelSet, seed: int, *, counted: bool, number: int) -> None:
+    def epoch(self, seed: int, *, counted: bool, number: int) -> None:
         """One pass; members leave as they stop."""
-        count = len(pixels.labels)
+        labels, like = self.pixels.labels, self.head.last.weight
+        count = len(labels)
         size = min(self.protocol.batch_size, count)
-        device = self.small.last.weight.device
         orders = torch.stack([member_order(seed, member, number, count) for member in self.active])
         for start in range(0, count - size + 1, size):
             at = orders[:, start : start + size]
-            features = pixels.features(at.flatten()).to(device, self.small.last.weight.dtype)
-            losses = self._step(features.unflatten(0, at.shape), pixels.labels[at].to(device))
+            blocks = [part.to(like.device, like.dtype) for part in self.pixels.blocks(at)]
+            losses = self.learner.step(blocks, labels[at].to(like.device))
+            for member in self.active:
+                self.steps[member] += 1
             if not counted and start + size <= count - size:
                 continue  # nobody asks: no wait for the device
             told = losses.double().cpu()
             self._check(told, number)
-            for place, member in enumerate(self.active):
-                self.losses[member] = float(told[place])
+            for member, loss in zip(self.active, told.tolist(), strict=True):
+                self.losses[member] = loss
             if counted:
                 orders = self._stop(told, orders)
                 if not self.active:
                     return
-
-    def _step(self, features: Tensor, labels: Tensor) -> Tensor:
-        """One step of all; their losses before it."""
-        logits = self.small.classify(features)
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        losses = losses.view(labels.shape).mean(1)
-        self.optimizer.zero_grad()
-        losses.sum().backward()  # of a member's weights, the gradient of its own loss
-        self.optimizer.step()
-        for member in self.active:
-            self.steps[member] += 1
-        return losses.detach()
 
     def _check(self, losses: Tensor, number: int) -> None:
         if not bool(losses.isfinite().all()):
@@ -236,37 +227,15 @@ class _Learning:
             return orders
         self.keep([place for place, stop in enumerate(done) if stop])
         left = [place for place, stop in enumerate(done) if not stop]
-        if not left:
-            self.active = []
-            return orders[:0]
-        moments = [self.optimizer.state[p] for p in self.small.parameters()]
-        self.small = _members(self.small, left)
+        if left:
+            self.learner.take(left)
         self.active = [self.active[place] for place in left]
         self.best, self.worse = self.best[left], self.worse[left]
-        self.optimizer = self._adam()
-        for parameter, moment in zip(self.small.parameters(), moments, strict=True):
-            # Adam's own state: its moments are a value a weight, its count of steps is that of all.
-            self.optimizer.state[parameter] = {k: v[left] if v.ndim else v for k, v in moment.items()}
         return orders[left]
 
-    @torch.no_grad()
-    def keep(self, places: Any) -> None:
-        """Put members as they are now into the whole head."""
-        whole = self.head.state_dict()
-        for name, value in self.small.state_dict().items():
-            for place in places:
-                whole[name][self.active[place]].copy_(value[place])
-
-
-def _members(head: PixelEnsembleHead, places: list[int]) -> PixelEnsembleHead:
-    """A head with copies of these members, in training mode."""
-    settings = {name: head.config[name] for name in ("layers", "channels", "num_classes", "levels")}
-    small = PixelEnsembleHead(**settings, members=len(places), hidden_features=head.widths)
-    small.to(head.last.weight.device, head.last.weight.dtype)
-    with torch.no_grad():
-        for name, value in small.state_dict().items():
-            value.copy_(head.state_dict()[name][places])
-    return small.train()
+    def keep(self, places: Sequence[int]) -> None:
+        """Put members as they are now into the head."""
+        self.learner.keep(self.head, places, [self.active[place] for place in places])
 
 
 __all__ = ["DDPM_SEG", "MemberEnds", "PixelProtocol", "PixelSet", "draw_members", "member_order", "train_members"]

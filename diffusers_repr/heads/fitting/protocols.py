@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from diffusers_repr.heads.base import Head, head_class, list_heads
+from diffusers_repr.heads.map_classifier import MapClassifier
 from diffusers_repr.heads.pooled.base import PooledHead
 
 Norm = Literal["plain", "affine"]
@@ -109,7 +110,10 @@ class MinibatchProtocol(Protocol):
         drop_last: Leave out an epoch's last batch if it is smaller.
         epochs: Passes over the features.
         warmup_epochs: Epochs in which the rate rises linearly from 0, step by step.
-        schedule: `cosine_epoch`: cosine to 0, changed once an epoch; `cosine_step`: at every step; `constant`.
+        schedule: `cosine_epoch`: cosine to 0, changed once an epoch; `cosine_step`: at every step; `step_epoch`: times
+            `step_factor` after every `step_epochs` epochs; `constant`.
+        step_epochs: Of `step_epoch`.
+        step_factor: Of `step_epoch`.
         batch_norm: BatchNorm before the head: `plain` without, `affine` with weights of its own; None: none. In the
             fitted head its running statistics are `mean` and `std`.
         norm_eps: Epsilon of it.
@@ -128,27 +132,31 @@ class MinibatchProtocol(Protocol):
     drop_last: bool = False
     epochs: int = 15
     warmup_epochs: int = 0
-    schedule: Literal["cosine_epoch", "cosine_step", "constant"] = "cosine_epoch"
+    schedule: Literal["cosine_epoch", "cosine_step", "step_epoch", "constant"] = "cosine_epoch"
+    step_epochs: int = 7
+    step_factor: float = 0.1
     batch_norm: Norm | None = None
     norm_eps: float = 1e-5
     norm_momentum: float = 0.1
     init_std: float | None = None
 
     def fits(self, head: type[Head]) -> bool:
-        """Heads that gradient steps fit."""
+        """Heads that gradient steps fit; those on maps bring their own norms."""
+        if issubclass(head, MapClassifier):
+            return head.takes_steps and not self.standardize and self.batch_norm is None and self.init_std is None
         return issubclass(head, PooledHead) and head.takes_steps
 
     def __post_init__(self) -> None:
         """Refuse values that could not act."""
         choices = {
             "optimizer": ("adam", "sgd", "lars"),
-            "schedule": ("cosine_epoch", "cosine_step", "constant"),
+            "schedule": ("cosine_epoch", "cosine_step", "step_epoch", "constant"),
             "batch_norm": (None, "plain", "affine"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}.")
-        for name in ("batch_size", "epochs"):
+        for name in ("batch_size", "epochs", "step_epochs"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1; got {value!r}.")
@@ -188,6 +196,18 @@ _MAE_SCHEDULE: dict[str, Any] = {
     "warmup_epochs": 10,
     "schedule": "cosine_step",
 }
+_DIFFSSL: dict[str, Any] = {
+    "standardize": False,
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "epochs": 28,
+    "schedule": "step_epoch",
+}
+_DIFFSSL_SOURCE = (
+    "scripts/{} and finetune.py of soumik-kanad/diffssl: SGD without momentum, a tenth of the rate after every 7 "
+    "epochs; the batch is that of its 4 GPUs. The source draws new noise, crops and flips for every image of every "
+    "epoch."
+)
 
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
@@ -226,38 +246,96 @@ PROTOCOLS: dict[str, Protocol] = {
             "sihyun-yu/REPA) and show a BatchNorm1d with torch's default arguments before the linear layer. They "
             "released no code: that the schedule's numbers are MAE's is not verified.",
         ),
+        MinibatchProtocol(
+            "adam-maps",
+            standardize=False,
+            learning_rate=1e-3,
+            batch_size=64,
+            epochs=30,
+            warmup_epochs=2,
+            schedule="cosine_step",
+            source="This library's default for heads on maps.",
+        ),
+        MinibatchProtocol(
+            "gdc",
+            **_DIFFSSL,
+            learning_rate=1e-2,
+            batch_size=128,
+            source="GDC, arXiv 2307.08702, the linear head: " + _DIFFSSL_SOURCE.format("linear.sh"),
+        ),
+        MinibatchProtocol(
+            "difformer",
+            **_DIFFSSL,
+            learning_rate=5e-2,
+            batch_size=128,
+            source="DifFormer, arXiv 2311.17921, and GDC's attention head: "
+            + _DIFFSSL_SOURCE.format("{fusion,attention}.sh"),
+        ),
+        MinibatchProtocol(
+            "diffeed",
+            **_DIFFSSL,
+            learning_rate=1e-2,
+            batch_size=16,
+            source="DifFeed, arXiv 2311.17921: " + _DIFFSSL_SOURCE.format("feedback.sh"),
+        ),
     )
 }
+
+
+# Heads that classify images, and are fitted by a protocol.
+Classifier = PooledHead | MapClassifier
+
+
+def classifier_class(kind: str) -> type[PooledHead] | type[MapClassifier]:
+    """The class of heads, on pooled features or on maps, of a name.
+
+    Raises:
+        ValueError: With the names there are.
+    """
+    found = head_class(kind, (PooledHead, MapClassifier))
+    assert issubclass(found, (PooledHead, MapClassifier))
+    return found
 
 
 def get_protocol(protocol: str | Protocol | None, head: str) -> Protocol:
     """The protocol of a name, checked against the kind of head.
 
     Args:
-        protocol: A name, a protocol, or None for the head's default.
-        head: A registered head on pooled features: `linear`, `mlp`, `knn` or one's own.
+        protocol: A name, with `@1` behind it only in that version; a protocol, or None for the head's default.
+        head: A registered head on pooled features or on maps: `linear`, `mlp`, `knn`, `attention` or one's own.
 
     Raises:
-        ValueError: For an unknown head or protocol, or one that cannot fit this head.
+        ValueError: For an unknown head or protocol, another version than this library's, or a protocol that cannot fit
+            this head.
 
     Example:
         >>> get_protocol("ddae", "linear").epochs
         15
     """
-    cls = head_class(head, PooledHead)
-    assert issubclass(cls, PooledHead)
+    cls = classifier_class(head)
     chosen = cls.default_protocol if protocol is None else protocol
     if isinstance(chosen, str):
-        if chosen not in PROTOCOLS:
-            raise ValueError(f"Unknown protocol {chosen!r}; expected one of {', '.join(PROTOCOLS)}.")
-        chosen = PROTOCOLS[chosen]
+        chosen = _named(chosen)
     if not isinstance(chosen, Protocol):
         raise TypeError(f"protocol must be a name or a Protocol; got {type(chosen).__name__}.")
     if not chosen.fits(cls):
-        fitted = [kind for kind, other in list_heads(PooledHead).items() if chosen.fits(other)]
+        fitted = [kind for kind, other in list_heads((PooledHead, MapClassifier)).items() if chosen.fits(other)]
         fitting = [p.name for p in PROTOCOLS.values() if p.fits(cls)]
         raise ValueError(
-            f"Protocol {chosen.name!r} fits heads {', '.join(fitted)}, not {head!r}; for {head!r} use "
+            f"Protocol {chosen.name!r} fits heads {', '.join(fitted) or 'none'}, not {head!r}; for {head!r} use "
             f"{' or '.join(fitting)}."
         )
     return chosen
+
+
+def _named(text: str) -> Protocol:
+    name, at, version = text.partition("@")
+    if name not in PROTOCOLS:
+        raise ValueError(f"Unknown protocol {text!r}; expected one of {', '.join(PROTOCOLS)}.")
+    found = PROTOCOLS[name]
+    if at and version != str(found.version):
+        raise ValueError(
+            f"Protocol {name!r} is version {found.version} here, and {text!r} was asked for: numbers of two versions "
+            f"do not compare. Take the version of diffusers-repr that has it, or {name!r} as it is and measure anew."
+        )
+    return found

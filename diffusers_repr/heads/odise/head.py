@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,12 +24,13 @@ from diffusers_repr.heads.odise.classification import MaskClassifier
 from diffusers_repr.heads.odise.masks import MaskGenerator
 from diffusers_repr.heads.odise.pyramid import FeaturePyramid
 from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.hub.places import public_name
 
 _NO_LAYERS: dict[str, list[Any]] = {"layers": [], "channels": []}  # taps are checked apart, as they are inputs
 
 
-@dataclass(frozen=True, eq=False)
-class OdiseOutput:
+@dataclass
+class OdiseOutput(BaseOutput):
     """What the queries of images are, layer by layer of the mask generator, the last one last.
 
     Attributes:
@@ -60,9 +62,6 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         decoder_feedforward: Width of the transformer decoder's.
         projection: Values in which masks and texts are compared.
         timestep: At which the U-Net reads, with the fixed noise of `read_taps`; None: the clean image.
-        vocabulary: Names of each class it was trained on; for records, as are the next two.
-        stuff: Numbers of those without instances.
-        clip_model: Folder or Hub id of the CLIP.
         timestep_range: Smallest and largest of the noise process; this and the following are recorded by `for_base`.
         base_model: Name of the base.
         base_class: Its class.
@@ -76,6 +75,7 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
     """
 
     kind: ClassVar[str | None] = "odise"
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["captioner", "pyramid", "generator", "classifier"]  # in any dtype
 
     @register_to_config
     def __init__(
@@ -95,9 +95,6 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         decoder_feedforward: int = 2048,
         projection: int = 256,
         timestep: float | None = 0,
-        vocabulary: Sequence[Sequence[str]] | None = None,
-        stuff: Sequence[int] = (),
-        clip_model: str | None = None,
         timestep_range: Sequence[float] = (0.0, 999.0),
         base_model: str | None = None,
         base_class: str | None = None,
@@ -132,10 +129,12 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
             TypeError, ValueError: As `find_taps`; for strides of which the base has no maps.
         """
         taps = find_taps(denoiser)
+        record = describe_base(denoiser)
+        name = record["base_model"]
         prompt = denoiser.condition("", batch=1).kwargs()["encoder_hidden_states"]
         head = cls(
             **{
-                **describe_base(denoiser),
+                **{**record, "base_model": None if name is None else public_name(str(name))},
                 "taps": [[tap.part, tap.path, tap.channels, tap.stride] for tap in taps],
                 "prompt_shape": list(prompt.shape[1:]),
                 "time_width": _time_width(denoiser),
@@ -205,13 +204,16 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         pairs = zip(joined, self.pyramid.strides, strict=True)
         return [stitch_windows(level, places, side, size, stride) for level, stride in pairs]
 
-    def forward(self, levels: Sequence[Tensor], texts: Tensor, counts: Sequence[int]) -> OdiseOutput:
+    def forward(
+        self, levels: Sequence[Tensor], texts: Tensor, counts: Sequence[int], return_dict: bool = True
+    ) -> OdiseOutput | tuple[list[Tensor], list[Tensor]]:
         """Masks and classes of queries.
 
         Args:
             levels: What `levels` gave.
             texts: `(N, text_dim)`, CLIP's vectors of one prompt a name, class after class.
             counts: Names of each of the K classes.
+            return_dict: False for the tuple `(masks, logits)`.
 
         Raises:
             TypeError: For weights that are not float32.
@@ -221,7 +223,8 @@ class OdiseHead(Head, ModelMixin, ConfigMixin):
         found = self.generator(levels)
         pairs = zip(found.queries, found.masks, strict=True)
         vectors = [self.classifier(queries, found.features, masks) for queries, masks in pairs]
-        return OdiseOutput(found.masks, [self.classifier.logits(one, texts, counts) for one in vectors])
+        logits = [self.classifier.logits(one, texts, counts) for one in vectors]
+        return OdiseOutput(found.masks, logits) if return_dict else (found.masks, logits)
 
 
 def _time_width(denoiser: Denoiser) -> int:

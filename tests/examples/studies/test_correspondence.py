@@ -2,10 +2,11 @@
 
 import json
 
-import known_pairs
 import numpy as np
 import pytest
 from PIL import Image
+
+from diffusers_repr.data import known_pairs
 
 import correspondence  # isort: skip
 

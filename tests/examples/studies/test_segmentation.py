@@ -26,7 +26,7 @@ def test_rows_are_measured_once_and_drawn(tmp_path, capsys):
 
 
 def test_what_is_learned_from_is_never_measured_on():
-    images, masks = segmentation.coins()
+    images, masks = segmentation.coin_crops()
     assert len(images) == len(masks) == 48
     assert 0.3 < sum(mask.mean() for mask in masks) / 48 < 0.4
     study = segmentation.Study.__new__(segmentation.Study)

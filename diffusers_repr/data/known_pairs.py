@@ -1,40 +1,69 @@
 """Photographs that scikit-image ships, changed in ways that are known: pairs whose matches have a truth.
 
 Each kind of change gives an image and a function that takes points (x, y) to where they belong. `motorcycle` is a real
-stereo pair with its measured disparity (Middlebury 2014).
+stereo pair with its measured disparity (Middlebury 2014). They are the data set `photographs` of recipes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
-from skimage import data, feature, transform
 from torch import Tensor
 
 from diffusers_repr.data.image_pairs import ImagePairs, PairPoints
 from diffusers_repr.data.points import check_points
+from diffusers_repr.data.scikit_image import require_scikit_image
 
+PHOTOGRAPHS = "photographs"
+CHOSEN_ON, MEASURED_ON = ("coffee", "rocket"), ("astronaut", "chelsea", "retina")  # the splits train and test
 HEIGHT = 192  # of all photographs; the width follows
 KINDS = ("homography", "strong homography", "crop", "flip", "colour")
 Mapped = Callable[[np.ndarray], np.ndarray]
 
 
+def load_known_pairs(split: Literal["train", "test"], points: int = 24) -> ImagePairs:
+    """The pairs to choose features on, or those to measure on, which the stereo pair is among.
+
+    Args:
+        split: `train` or `test`.
+        points: A pair, at most.
+
+    Raises:
+        ValueError: For another split.
+        ImportError: If scikit-image is missing.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"{PHOTOGRAPHS!r} has no split {split!r}, only ['train', 'test'].")
+    train = split == "train"
+    return pairs_of(CHOSEN_ON if train else MEASURED_ON, points, stereo=not train, seed=int(train))
+
+
 def photograph(name: str) -> Image.Image:
+    """One of scikit-image's photographs, 192 pixels high."""
+    data = require_scikit_image().data
     image = Image.fromarray(np.ascontiguousarray(getattr(data, name)()[..., :3]))
     return image.resize((round(image.width * HEIGHT / image.height), HEIGHT), Image.Resampling.LANCZOS)
 
 
 def changed(image: Image.Image, kind: str, seed: int) -> tuple[Image.Image, Mapped]:
-    """The image after a change, and where its points went."""
+    """The image after a change, and where its points went.
+
+    Args:
+        image: Any.
+        kind: One of `KINDS`.
+        seed: Of crops and homographies.
+    """
+    transform = require_scikit_image().transform
     rng, (width, height) = np.random.default_rng(seed), image.size
     if kind == "flip":
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), lambda p: np.stack([width - 1 - p[:, 0], p[:, 1]], 1)
     if kind == "crop":
         w, h = round(0.6 * width), round(0.6 * height)
-        left, top = rng.integers(0, width - w), rng.integers(0, height - h)
+        left, top = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
         large = image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
         return large, lambda p: (p + 0.5 - (left, top)) * (width / w, height / h) - 0.5
     if kind == "colour":
@@ -50,7 +79,7 @@ def changed(image: Image.Image, kind: str, seed: int) -> tuple[Image.Image, Mapp
 
 def motorcycle() -> tuple[Image.Image, Image.Image, Mapped]:
     """Left and right photograph, and where points of the left one lie in the right one; NaN where not measured."""
-    left, right, disparity = data.stereo_motorcycle()
+    left, right, disparity = require_scikit_image().data.stereo_motorcycle()
     scale = HEIGHT / left.shape[0]
     size = (round(left.shape[1] * scale), HEIGHT)
     images = [Image.fromarray(side).resize(size, Image.Resampling.LANCZOS) for side in (left, right)]
@@ -64,14 +93,22 @@ def motorcycle() -> tuple[Image.Image, Image.Image, Mapped]:
     return images[0], images[1], mapped
 
 
-def sift(image: Image.Image) -> feature.SIFT:
-    found = feature.SIFT()
+def sift(image: Image.Image) -> Any:
+    """SIFT's key points and descriptors of an image."""
+    found = require_scikit_image().feature.SIFT()
     found.detect_and_extract(np.asarray(image.convert("L")) / 255)
     return found
 
 
-def pairs_of(names: list[str], points: int, stereo: bool, seed: int = 0) -> ImagePairs:
-    """Every kind of change of every photograph, asked about at SIFT's own key points, spread at random."""
+def pairs_of(names: Sequence[str], points: int, stereo: bool, seed: int = 0) -> ImagePairs:
+    """Every kind of change of every photograph, asked about at SIFT's own key points, spread at random.
+
+    Args:
+        names: Of photographs.
+        points: A pair, at most.
+        stereo: Whether the stereo pair is added.
+        seed: Of the changes and of the points.
+    """
     images: list[Image.Image] = []
     pairs: list[PairPoints] = []
 
@@ -106,8 +143,14 @@ def pairs_of(names: list[str], points: int, stereo: bool, seed: int = 0) -> Imag
     return ImagePairs(images, tuple(pairs), "photographs of scikit-image")
 
 
-def sift_matches(pairs: ImagePairs, pair: PairPoints, found: dict[int, feature.SIFT]) -> Tensor:
-    """SIFT's own answers: of each point the target key point with the nearest descriptor, over all orientations."""
+def sift_matches(pairs: ImagePairs, pair: PairPoints, found: dict[int, Any]) -> Tensor:
+    """SIFT's own answers: of each point the target key point with the nearest descriptor, over all orientations.
+
+    Args:
+        pairs: That the pair is of.
+        pair: Its points are key points of SIFT.
+        found: SIFT of images by their places; taken up here.
+    """
     for side in (pair.source, pair.target):
         if side not in found:
             found[side] = sift(pairs.image(side))
@@ -121,3 +164,16 @@ def sift_matches(pairs: ImagePairs, pair: PairPoints, found: dict[int, feature.S
         best = int(near.flatten().argmin()) % near.shape[1]
         answers.append(target.keypoints[best, ::-1].astype(float))
     return torch.from_numpy(np.array(answers))
+
+
+__all__ = [
+    "KINDS",
+    "PHOTOGRAPHS",
+    "changed",
+    "load_known_pairs",
+    "motorcycle",
+    "pairs_of",
+    "photograph",
+    "sift",
+    "sift_matches",
+]

@@ -1,0 +1,167 @@
+"""`SavedTask`: a task that is a folder by its format: how it is saved, loaded, shared, scored and told of."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, ClassVar, Self
+
+from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.source import FeatureSource
+from diffusers_repr.heads import Head
+from diffusers_repr.tasks import files
+from diffusers_repr.tasks.formats import TaskFormat
+from diffusers_repr.tasks.kept_source import keep_source
+from diffusers_repr.tasks.reading import check_source
+from diffusers_repr.tasks.recipe import FeatureRecipe, Score
+from diffusers_repr.tasks.task import Task
+
+
+class SavedTask(Task):
+    """What tasks that read features share; a subclass names its format, fits, predicts and measures.
+
+    Args:
+        head: The fitted head; None where nothing is fitted.
+        recipe: Everything between an image and the head.
+        denoiser: The base model.
+        batch_size: Images read at a time.
+        source: Where features come from, if not from a `FeatureExtractor` with the recipe's settings.
+
+    Attributes:
+        FORMAT: Its files.
+        BATCH_SIZE: What `from_pretrained` reads at a time, if nothing is said.
+
+    Raises:
+        ValueError: If the recipe does not hold its source and none is given, or one with other layers.
+    """
+
+    FORMAT: ClassVar[TaskFormat]
+    BATCH_SIZE: ClassVar[int] = 64
+
+    source: FeatureSource
+
+    def __init__(
+        self,
+        head: Head | None,
+        recipe: FeatureRecipe,
+        denoiser: Denoiser,
+        batch_size: int,
+        source: FeatureSource | None = None,
+    ) -> None:
+        super().__init__(head, recipe, denoiser, batch_size)
+        check_source(recipe, source)
+        self.source = recipe.extractor(denoiser, batch_size=batch_size) if source is None else source
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_folder: str | os.PathLike[str],
+        base: Any = None,
+        revision: str | None = None,
+        *,
+        source: FeatureSource | None = None,
+        base_revision: str | None = None,
+        token: str | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a task and its base model.
+
+        Args:
+            id_or_folder: What `save_pretrained` wrote, or a Hub id.
+            base: A folder, Hub id, pipeline or `Denoiser` to take instead of the recorded base at its recorded
+                revision.
+            revision: Of the task: branch, tag or commit.
+            source: Where features come from, for a task that was fitted on a source of another class than
+                `FeatureExtractor` and `Hyperfeatures`; its base is then the task's.
+            base_revision: Of `base`.
+            token: Hub token, for the task and the base.
+            batch_size: Images read at a time, and rows of one forward (ensemble members and levels counted).
+            **kwargs: For loading the base (`dtype`, `variant`, ...).
+
+        Raises:
+            FileNotFoundError: If there is no such folder, task or base folder.
+            ValueError: If a file is damaged, the base is another model than the task was fitted on, or a source is
+                missing or another one.
+            OSError: If the Hub does not give the task or the base.
+        """
+        if token is not None:
+            kwargs["token"] = token
+        base = source.denoiser if source is not None and base is None else base
+        head, recipe, denoiser = files.load(cls.FORMAT, id_or_folder, base, revision, base_revision, token, kwargs)
+        size = batch_size or cls.BATCH_SIZE
+        if source is None:
+            source = files.load_source(cls.FORMAT, id_or_folder, revision, token, recipe, denoiser, size)
+        return cls._joined(head, recipe, denoiser, size, source)
+
+    @classmethod
+    def _joined(
+        cls, head: Any, recipe: Any, denoiser: Denoiser, batch_size: int, source: FeatureSource | None
+    ) -> Self:
+        """A task of its parts."""
+        return cls(head, recipe, denoiser, batch_size, source)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Write config and weights of the head, the recipe and a model card, all or nothing; `Hyperfeatures` too.
+
+        A base that is a folder elsewhere on this disk is written as the way to it from `folder`; no absolute place of
+        this machine is. If it fails, nothing has changed, and the task can be saved to another place.
+
+        Args:
+            folder: A new or empty folder, or one with a task of this kind, which is replaced.
+            title: Heading of the card; the folder's name if None.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+            OSError: If the disk is full or the folder cannot be written.
+        """
+        files.save(self.FORMAT, self.head, self.recipe, folder, title, self.source)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | None = None,
+        base_revision: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes.
+
+        Args:
+            repo_id: `"user/name"`.
+            base: Hub id to write as the base, where it was a folder.
+            base_revision: Goes with `base`.
+            private: Whether a repository made here is private.
+            token: Hub token with the right to write.
+            revision: Branch to push to.
+            commit_message: First line of the commit.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            HubError: If the Hub does not take it.
+        """
+        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
+        message = commit_message or f"Upload {self.FORMAT.noun} with diffusers-repr"
+        options = {"private": private, "token": token, "revision": revision, "commit_message": message}
+        keep = functools.partial(keep_source, self.source)
+        return files.push(self.FORMAT, self.head, recipe, repo_id, keep, **options)
+
+    def record(self, score: Score) -> None:
+        """Keep a score in the recipe; one of the same name, data set and split is replaced."""
+        self.recipe = self.recipe.with_scores([score])
+
+    def card(self, title: str) -> str:
+        """The model card: how to use it, what it reads, how it was made and what was measured.
+
+        Args:
+            title: Heading; where it is a Hub id, the example loads it.
+        """
+        return self.FORMAT.card(self.recipe, type(self.head).__name__, title)
+
+
+__all__ = ["SavedTask"]
