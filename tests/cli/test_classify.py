@@ -42,7 +42,7 @@ def test_classes_as_json_pictures_and_a_classifier(photos, capsys, tmp_path):
     assert len(list((tmp_path / "curves").glob("*.png"))) == 2
     assert main(["classify", str(tmp_path / "made"), str(photos / "0.png"), "--limit", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == want.labels[0]
-    assert main(["push", str(tmp_path / "made"), "user/made", "--dry_run"]) == 0
+    assert main(["push", str(tmp_path / "made"), "user/made", "--base", "user/base", "--dry_run"]) == 0
     listed = capsys.readouterr().out
     assert "zero_shot.json" in listed
     assert "Nothing was sent" in listed
