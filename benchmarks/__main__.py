@@ -25,6 +25,7 @@ NAMES = (
     "cleandift",
     "odise",
     "heads",
+    "zero_shot",
 )
 
 

@@ -6,6 +6,7 @@ stereo pair with its measured disparity (Middlebury 2014). They are the data set
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ KINDS = ("homography", "strong homography", "crop", "flip", "colour")
 Mapped = Callable[[np.ndarray], np.ndarray]
 
 
+@functools.cache  # each recipe of a table asks for them, and SIFT takes seconds
 def load_known_pairs(split: Literal["train", "test"], points: int = 24) -> ImagePairs:
     """The pairs to choose features on, or those to measure on, which the stereo pair is among.
 

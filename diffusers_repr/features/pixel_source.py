@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Literal, Unpack
 
 import torch
@@ -13,9 +15,12 @@ from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.output import FeatureOutput
 from diffusers_repr.features.source import BaseFeatureSource, SourceArguments
 from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.hub.files import read_json, write_json
+from diffusers_repr.hub.schema import boolean, integer, record
 from diffusers_repr.noise import NoiseLevel
 
 PIXELS = "pixels"
+_SETTINGS = record({"patch": integer(1, 999), "places": boolean(), "centred": boolean()})
 
 
 class PixelSource(BaseFeatureSource):
@@ -55,6 +60,33 @@ class PixelSource(BaseFeatureSource):
         self.denoiser, self.layers = denoiser, [PIXELS]
         self.patch, self.places, self.centred = patch, places, centred
         self.image_size: tuple[int, int] | Literal["keep"] = denoiser.resize_to(image_size) or "keep"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the settings, as `config.json`; `from_pretrained` reads them."""
+        settings = {"patch": self.patch, "places": self.places, "centred": self.centred}
+        write_json(Path(folder) / "config.json", settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        base: Denoiser,
+        *,
+        image_size: ImageSize = None,
+        batch_size: int | None = None,
+    ) -> PixelSource:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            folder: With a `config.json`.
+            base: Tells how images become numbers.
+            image_size: As the class.
+            batch_size: As of every source; it changes nothing.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        return cls(base, **_SETTINGS(read_json(Path(folder) / "config.json"), "config.json"), image_size=image_size)
 
     def from_pixels(self, pixels: Tensor, **arguments: Unpack[SourceArguments]) -> FeatureOutput:
         """The pixels, `(B, C patch patch (+ 2), H, W)` float32; what conditions a network changes nothing.

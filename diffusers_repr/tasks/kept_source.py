@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.features.pixel_source import PixelSource
 from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import Hyperfeatures
 from diffusers_repr.hub import read_json, write_json
@@ -16,7 +18,10 @@ from diffusers_repr.tasks.recipe import FeatureRecipe
 FOLDER = "source"  # in the task's; the base is the task's own
 PATTERNS = (f"{FOLDER}/config.json", f"{FOLDER}/*.safetensors", f"{FOLDER}/*.safetensors.index.json")
 # Class, as the recipe names it -> what writes and reads it; a name that is not here is never looked up.
-KEPT: Mapping[str, type[Hyperfeatures]] = {"Hyperfeatures": Hyperfeatures}
+KEPT: Mapping[str, type[Hyperfeatures] | type[PixelSource]] = {
+    "Hyperfeatures": Hyperfeatures,
+    "PixelSource": PixelSource,
+}
 
 
 def keep_source(source: FeatureSource | None, folder: Path) -> None:
@@ -24,7 +29,7 @@ def keep_source(source: FeatureSource | None, folder: Path) -> None:
     if source is None or type(source) is not KEPT.get(type(source).__name__):
         return
     place = folder / FOLDER
-    source.save_pretrained(place)
+    cast(Any, source).save_pretrained(place)
     config = read_json(place / "config.json")
     if config.get("base_model") is not None:  # no place of this machine; the task's recipe tells the base
         write_json(place / "config.json", {**config, "base_model": public_name(config["base_model"])})

@@ -207,7 +207,12 @@ class OpenVocabularySegmenter(Task):
         """
         recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
         recipe = recipe if clip is None else recipe.with_clip(clip)
-        options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        options: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "commit_message": commit_message,
+        }
         return files.push(PANOPTIC, self.head, recipe, repo_id, **options)
 
     def __call__(

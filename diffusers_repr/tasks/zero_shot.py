@@ -29,7 +29,7 @@ from diffusers_repr.tasks.denoising_errors.calibration import (
 )
 from diffusers_repr.tasks.denoising_errors.classes import TEMPLATE, ZeroShotClasses
 from diffusers_repr.tasks.denoising_errors.conditions import ConditionRows, encode_conditions
-from diffusers_repr.tasks.denoising_errors.crops import sized_pixels
+from diffusers_repr.tasks.denoising_errors.crops import check_resize, sized_pixels
 from diffusers_repr.tasks.denoising_errors.levels import even_timesteps
 from diffusers_repr.tasks.denoising_errors.likelihood import CalibratedRacing, class_probabilities
 from diffusers_repr.tasks.denoising_errors.network import NetworkErrors
@@ -37,6 +37,7 @@ from diffusers_repr.tasks.denoising_errors.output import ZeroShotOutput
 from diffusers_repr.tasks.denoising_errors.presets import rule_and_loss
 from diffusers_repr.tasks.denoising_errors.racing import Racing
 from diffusers_repr.tasks.denoising_errors.rules import Averaging, Decisions, Rule, Units
+from diffusers_repr.tasks.denoising_errors.scores import check_loss
 from diffusers_repr.tasks.formats import ZERO_SHOT
 from diffusers_repr.tasks.images import class_data
 from diffusers_repr.tasks.levels import PACKAGES, recorded_levels
@@ -107,6 +108,8 @@ class ZeroShotClassifier(Task):
         denoiser = source if isinstance(source, Denoiser) else Denoiser.from_pipe(source)
         found = ZeroShotClasses.of(denoiser, classes, template)
         chosen, loss = rule_and_loss(rule, loss)
+        check_loss(loss)
+        check_resize(resize)
         Units.of(found.of_value, ensemble)  # type: ignore[arg-type]
         size = denoiser.resize_to(image_size)
         if size is None:
@@ -427,7 +430,12 @@ class ZeroShotClassifier(Task):
             HubError: If the Hub does not take it.
         """
         recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        options: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "commit_message": commit_message,
+        }
         return files.push(ZERO_SHOT, None, recipe, repo_id, **options)
 
     def _units(self) -> Units:

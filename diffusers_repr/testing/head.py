@@ -13,7 +13,16 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from diffusers_repr.heads import Head, MapClassifier, MapHead, PooledHead, fit_head, fit_map_head, list_heads
+from diffusers_repr.heads import (
+    PROTOCOLS,
+    Head,
+    MapClassifier,
+    MapHead,
+    PooledHead,
+    fit_head,
+    fit_map_head,
+    list_heads,
+)
 from diffusers_repr.heads.fitting.fit import accuracy_of
 from diffusers_repr.heads.fitting.maps import map_accuracy
 from diffusers_repr.testing.checks import expect, expect_close, leaving_alone
@@ -144,11 +153,12 @@ def _fitted_on_maps(head: MapClassifier, options: Mapping[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     maps = torch.randn(60, 8, 3, 2, generator=generator) + 3 * torch.eye(8)[labels][:, :, None, None]
+    quick = PROTOCOLS["adam-maps"].replace(learning_rate=0.02, batch_size=15)  # few images, narrow heads
     given = ("self", "layers", "channels", "sizes", "num_classes", "levels")
     own = [name for name in inspect.signature(type(head).__init__).parameters if name not in given]
     settings = {name: head.config[name] for name in own} | dict(options)  # as wide as the head that came
     with leaving_alone(f"Fitting a {type(head).__name__}"):
-        found = fit_map_head({"a": maps}, labels, head=head.kind, **settings).head
+        found = fit_map_head({"a": maps}, labels, head=head.kind, protocol=quick, **settings).head
     accuracy = map_accuracy(found, {"a": maps}, labels)
     expect(accuracy > 0.9, f"A fitted {type(head).__name__} tells {accuracy:.0%} of three classes that lie far apart.")
     with torch.no_grad():

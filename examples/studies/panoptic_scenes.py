@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusers_repr.cli.guard import run_script
 from diffusers_repr.config import parse_recipe
@@ -184,7 +184,9 @@ def picture(images: list, truth: list[PanopticMap], said: dict, names: tuple[str
             things = {} if one is None else {n: names[c] for n, c in one.classes.items() if c < len(names) - 1}
             ids = torch.zeros(images[at].shape[1:], dtype=torch.long) if one is None else one.ids
             tiles.append(segment_picture(as_pil(images[at]), ids.numpy(), things, side=192))
-    return image_grid(tiles, len(columns), column_titles=list(columns))
+    high = max(tile.height for tile in tiles)
+    level = [ImageOps.pad(tile, (tile.width, high), color="white", centering=(0, 0)) for tile in tiles]
+    return image_grid(level, len(columns), column_titles=list(columns))
 
 
 def table(rows: dict) -> str:

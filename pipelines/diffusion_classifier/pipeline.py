@@ -70,11 +70,11 @@ class DiffusionClassifierPipeline(AnyPipelineMixin, DiffusionPipeline):
                 self.denoiser, classes, template=template, rule=rule, loss=loss, ensemble=ensemble, **settings
             )
         elif classes is not None or settings:
-            raise ValueError("classifier= has classes and settings of its own; those of the call would change nothing.")
+            raise ValueError("classifier= has classes and settings of its own; leave out those of the call.")
         else:
             made = classifier if isinstance(classifier, ZeroShotClassifier) else self.load_classifier(classifier)
             if made.denoiser.model is not self.denoiser.model:
-                raise ValueError("This classifier was loaded on another pipeline; take load_classifier(...) of this one.")
+                raise ValueError("This classifier is of another pipeline; take load_classifier(...) of this one.")
         found = made(images)
         self.maybe_free_model_hooks()
         return found

@@ -145,6 +145,9 @@ def test_open_names_segments_as_python_does(words, tmp_path, capsys):
         with Image.open(tmp_path / "out" / row["picture"]) as shown:
             assert shown.width >= 320
     assert any(row["segments"] for row in rows)
+    pushed = ["push", str(words / "mine"), "user/name", "--base", "user/base", "--clip", "user/clip", "--dry_run"]
+    assert main(pushed) == 0
+    assert "panoptic.json" in capsys.readouterr().out
     assert main([*command, "--limit", "1", "--overwrite"]) == 0  # the names it was trained on
     told = capsys.readouterr().out
     assert "images/0.png  " in told

@@ -80,3 +80,17 @@ def test_what_cannot_be_pooled():
         pool(values(2, 3, 4, 5, 6, 2), "mean")
     with pytest.raises(ValueError, match="leaves maps"):
         pooled_size(None)
+
+
+def test_maps_stay_maps():
+    """`map:P` averages over cells where a side has more than P; a smaller side stays, tokens become a map."""
+    x = values(2, 5, 4, 6)
+    assert torch.equal(pool(x, "map:9"), x)
+    found = pool(x, "map:3")
+    assert found.shape == (2, 5, 3, 3)
+    torch.testing.assert_close(pool(x, "map:2"), pool(x, "adaptive:2").view(2, 5, 2, 2))
+    torch.testing.assert_close(pool(values(2, 3, 2, 6), "map:3"), values(2, 3, 2, 6).unflatten(3, (3, 2)).mean(4))
+    tokens = x.flatten(2).transpose(1, 2)
+    assert torch.equal(pool(tokens, "map:3", ((4, 6), 0)), found)
+    with pytest.raises(ValueError, match="pooling='map:3' leaves maps"):
+        pooled_size("map:3")

@@ -1,5 +1,6 @@
 """DifFeed: the two forwards against plain full ones with hooks of the test's own, and what must not be left behind."""
 
+import functools
 import threading
 
 import pytest
@@ -39,13 +40,19 @@ def unet(conditional=False):
         return UNet2DConditionModel(**{**settings, **kinds}, cross_attention_dim=6).eval()
 
 
+@functools.cache
+def options_of(conditional=False):
+    """Of the pairs of a network, from its table of layers, which takes a while."""
+    return FeedbackHead.options_for(Denoiser(unet(conditional), DDPMScheduler()))
+
+
 def setting(conditional=False):
     """A denoiser, a head with drawn weights for its pairs, and a call of the network."""
     denoiser = Denoiser(unet(conditional), DDPMScheduler())
     read = "up_blocks.0.attentions.1"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        options = FeedbackHead.options_for(denoiser)
+        options = options_of(conditional)
         head = FeedbackHead([read], [16], [[4, 4]], 3, width=8, num_attention_heads=2, **options).eval()
         for parameter in head.parameters():
             parameter.data.add_(0.3 * torch.randn_like(parameter))
@@ -217,8 +224,7 @@ def test_as_a_source_of_features():
 
 
 def test_levels_in_training_have_statistics_of_their_own():
-    denoiser, _, _ = setting()
-    options = FeedbackHead.options_for(denoiser)
+    options = options_of()
     torch.manual_seed(0)
     head = FeedbackHead(["up_blocks.0.attentions.1"], [16], [[4, 4]], 3, 2, width=8, num_attention_heads=2, **options)
     maps = {name: torch.randn(8, count, 4, 4) for name, count in zip(options["sources"], options["source_channels"],

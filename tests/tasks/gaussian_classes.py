@@ -1,4 +1,4 @@
-"""A class-conditional denoiser in closed form: each class a normal distribution, so that the Bayes classifier is known."""
+"""A class-conditional denoiser in closed form: each class is normal, so that the Bayes classifier is known."""
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -9,13 +9,13 @@ from diffusers_repr.denoiser.conditioner.labels import LabelConditioner
 from diffusers_repr.denoiser.family_registry import family_by_name
 from diffusers_repr.noise import NoiseSchedule, training_target
 
-SIDE, WIDTH = 4, 0.5
+SIDE, WIDTH = 4, 0.2
 
 
 def means(classes=4, seed=0):
     """(K, 1, SIDE, SIDE) float64."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(classes, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    return torch.rand(classes, 1, SIDE, SIDE, generator=generator, dtype=torch.float64) - 0.5
 
 
 class GaussianClasses(nn.Module):
@@ -49,9 +49,14 @@ def denoiser(kind="epsilon", centres=None):
 
 
 def draw(count, seed=1, centres=None, width=WIDTH):
-    """`(images, labels)`: tensors in [-1, 1] would clip nothing, for they are latents of a model without a VAE."""
+    """`(x0, labels)`, float64."""
     centres = means() if centres is None else centres
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(centres)
     noise = torch.randn(count, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
     return centres[labels] + width * noise, labels
+
+
+def photos(x0):
+    """x0 as images are passed: float32 in [0, 1]."""
+    return ((x0.clamp(-1, 1) + 1) / 2).float()

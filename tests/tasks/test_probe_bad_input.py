@@ -105,7 +105,7 @@ def test_saving_does_not_replace_what_is_no_probe(tmp_path, monkeypatch):
         ({"layers": ["mid_blok"]}, ValueError, "No layer 'mid_blok'.*Closest"),
         ({"layers": [3]}, TypeError, "never by an index"),
         ({"timestep": 5000}, ValueError, "5000"),
-        ({"head": "tree"}, ValueError, "expected one of knn, linear, mlp"),
+        ({"head": "tree"}, ValueError, "expected one of .*, knn, linear, mlp"),
         ({"protocol": "sgd"}, ValueError, "expected one of lbfgs"),
         ({"label_names": ["a", "b"]}, ValueError, "class ids run from 0 to 1"),
         ({"label_names": ["a", "a", "b"]}, ValueError, "must differ"),

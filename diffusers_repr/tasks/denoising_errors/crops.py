@@ -15,6 +15,13 @@ from diffusers_repr.denoiser.images import to_pixels
 RESIZES = ("crop", "stretch")
 
 
+def check_resize(resize: str) -> str:
+    """The word, if it is one; ValueError with those there are else."""
+    if resize not in RESIZES:
+        raise ValueError(f"resize={resize!r}; take one of {', '.join(RESIZES)}.")
+    return resize
+
+
 def sized_pixels(images: Sequence[Any], denoiser: Denoiser, size: tuple[int, int], resize: str) -> Tensor:
     """Images as `(N, C, H, W)` float32 in [-1, 1].
 
@@ -28,9 +35,7 @@ def sized_pixels(images: Sequence[Any], denoiser: Denoiser, size: tuple[int, int
     Raises:
         ValueError: For another word.
     """
-    if resize not in RESIZES:
-        raise ValueError(f"resize={resize!r}; take one of {', '.join(RESIZES)}.")
-    if resize == "stretch":
+    if check_resize(resize) == "stretch":
         return torch.cat([to_pixels(image, denoiser.image_channels, size) for image in images])
     return torch.cat([_cropped(to_pixels(image, denoiser.image_channels), size) for image in images])
 
@@ -45,4 +50,4 @@ def _cropped(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels[:, :, top : top + size[0], left : left + size[1]].clamp(-1, 1)
 
 
-__all__ = ["RESIZES", "sized_pixels"]
+__all__ = ["RESIZES", "check_resize", "sized_pixels"]

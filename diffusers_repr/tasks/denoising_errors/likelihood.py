@@ -24,8 +24,8 @@ class CalibratedRacing(Rule):
     less likely (Wald's test for several hypotheses). If the likelihoods are right, the true class is eliminated with a
     probability of at most `error`: under the truth the likelihood ratio of another class is a martingale that starts
     at 1 and passes b with a probability of at most `1 / b`, at whatever level one stops (Ville), and there are
-    `units - 1` others. In contrast to `Racing` this is a promise about the image's class, and it rests on the calibration: on
-    images that are like those, of which there were enough. `evaluate` tells what came of it.
+    `units - 1` others. In contrast to `Racing` this is a promise about the image's class, and it rests on the
+    calibration: on images that are like those, of which there were enough. `evaluate` tells what came of it.
 
     Attributes:
         at: Timesteps from the most telling to the least, each evaluated once.

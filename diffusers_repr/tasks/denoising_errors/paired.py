@@ -9,9 +9,10 @@ from torch import Tensor
 
 # Differences of errors that are smaller, as a share of the errors, are float32's rounding.
 NOTHING = 1e-6
+_TOGETHER = 16  # images in one array of all pairs of units
 
 
-def log_evidence(total: Tensor, squares: Tensor, rounds: int, effect: float) -> Tensor:
+def log_evidence(total: Tensor, squares: Tensor, rounds: int | Tensor, effect: float) -> Tensor:
     """Logarithm of the evidence against a mean of zero, of normal differences with unknown variance.
 
     With `T` the sum and `V` the sum of the squares of n differences and `c = 1 / effect^2`,
@@ -23,7 +24,7 @@ def log_evidence(total: Tensor, squares: Tensor, rounds: int, effect: float) -> 
     Args:
         total: T, any shape.
         squares: V, the same shape; where it is 0 the differences say nothing and the evidence is 1.
-        rounds: n.
+        rounds: n, one for all or the shape of T.
         effect: Standard deviation of the prior of mean over standard deviation of a difference. Any value is right;
             a good guess makes races short.
 
@@ -32,10 +33,10 @@ def log_evidence(total: Tensor, squares: Tensor, rounds: int, effect: float) -> 
         >>> log_evidence(one, one.square(), 1, 1.0).abs() < 1e-12
         tensor([True])
     """
-    c = 1 / effect**2
-    most = rounds / (rounds + c)  # T^2 <= n V, but for rounding
-    share = torch.where(squares > 0, total.square() / ((rounds + c) * squares), 0.0).clamp(max=most)
-    value = 0.5 * math.log(c / (rounds + c)) - 0.5 * rounds * torch.log1p(-share)
+    n, c = torch.as_tensor(rounds, dtype=total.dtype), 1 / effect**2
+    # T^2 <= n V, but for rounding
+    share = torch.where(squares > 0, total.square() / ((n + c) * squares), 0.0).minimum(n / (n + c))
+    value = 0.5 * torch.log(c / (n + c)) - 0.5 * n * torch.log1p(-share)
     return torch.where(squares > 0, value, 0.0)
 
 
@@ -53,32 +54,26 @@ def confidence(rounds: Tensor, classes: Tensor, labels: Tensor, effect: float = 
         labels: The winner's class, `(N,)`.
         effect: See `log_evidence`.
     """
-    found = torch.empty(len(rounds), dtype=torch.float64)
-    for at, (values, label) in enumerate(zip(rounds, labels.tolist(), strict=True)):
-        here = values.isfinite()
-        both = (here[:, None] & here[None, :]).sum(-1)
-        filled = values.nan_to_num(0.0)
-        own = here.double()
-        # Sums over the rounds both were in, without an array of all pairs and rounds.
-        total = filled @ own.T - own @ filled.T
-        square = filled.square()
-        sums = square @ own.T + own @ square.T
-        squares = sums - 2 * filled @ filled.T
-        squares = squares.where(squares > NOTHING**2 * sums, 0.0)
-        evidence = _evidence(total, squares, both, effect).masked_fill(total <= 0, 0.0)
-        best = evidence.amax(1)[classes != label]
-        p = torch.exp(math.log(max(len(classes) - 1, 1) / 2) - best).clamp(max=1)
-        found[at] = 1 - p.amax()
-    return found
+    here, filled = rounds.isfinite().double(), rounds.nan_to_num(0.0)
+    found = [
+        _sure(*part, classes, effect)
+        for part in zip(here.split(_TOGETHER), filled.split(_TOGETHER), labels.split(_TOGETHER), strict=True)
+    ]
+    return torch.cat(found)
 
 
-def _evidence(total: Tensor, squares: Tensor, rounds: Tensor, effect: float) -> Tensor:
-    found = torch.zeros_like(total)
-    for count in rounds.unique().tolist():
-        own = rounds == count
-        if count:
-            found[own] = log_evidence(total[own], squares[own], count, effect)
-    return found
+def _sure(here: Tensor, filled: Tensor, labels: Tensor, classes: Tensor, effect: float) -> Tensor:
+    """Sums over the rounds that two units were both in, without an array of all pairs and rounds."""
+    square = filled.square()
+    both = here @ here.mT
+    total = filled @ here.mT - here @ filled.mT
+    sums = square @ here.mT + here @ square.mT
+    squares = sums - 2 * filled @ filled.mT
+    squares = squares.where(squares > NOTHING**2 * sums, 0.0)
+    evidence = log_evidence(total, squares, both.clamp(min=1), effect).masked_fill(total <= 0, 0.0)
+    best = evidence.amax(2).masked_fill(classes == labels[:, None], torch.inf)
+    p = torch.exp(math.log(max(len(classes) - 1, 1) / 2) - best).clamp(max=1)
+    return 1 - p.amax(1)
 
 
 __all__ = ["NOTHING", "confidence", "log_evidence"]

@@ -75,7 +75,7 @@ def open_pairs(
         points: A pair, at most, of the photographs.
     """
     if path == PHOTOGRAPHS:
-        return load_known_pairs(split, points)  # type: ignore[arg-type]
+        return load_known_pairs(split, points)
     return load_spair(path, split, size, category)  # type: ignore[arg-type]
 
 

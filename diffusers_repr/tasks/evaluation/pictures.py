@@ -54,10 +54,10 @@ def of_segmentation(task: Any, data: Any) -> dict[str, Image.Image]:
 
     Args:
         task: A `Segmenter`.
-        data: Images with masks, of which the first six are shown.
+        data: Images with masks, of which six are shown, evenly over the split.
     """
     found, names = open_masked(data, "test", task.recipe.label_names), task.recipe.label_names
-    images, truth = found.samples(range(min(_SHOWN, len(found))))
+    images, truth = found.samples(_spread(len(found)))
     output = task(images)
     highest = max(float(one.max()) for one in output.uncertainty)
     rows: list[Image.Image] = [image.convert("RGB") for image in images]
@@ -102,11 +102,17 @@ def of_panoptic(task: Any, data: Any) -> dict[str, Image.Image]:
 
     Args:
         task: An `OpenVocabularySegmenter`.
-        data: Images with segments, of which the first six are shown.
+        data: Images with segments, of which six are shown, evenly over the split.
     """
-    images = [data[at]["pixel_values"] for at in range(min(_SHOWN, len(data)))]
+    images = [data[at]["pixel_values"] for at in _spread(len(data))]
     shown = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     return {"segments": image_grid(task(shown).pictures(shown), 3)}
+
+
+def _spread(count: int) -> list[int]:
+    """Places of the images that are shown."""
+    shown = min(_SHOWN, count)
+    return [at * count // shown for at in range(shown)]
 
 
 def _titled(image: Image.Image, text: str, side: int = 84) -> Image.Image:
