@@ -116,7 +116,7 @@ def kind_of(folder: Path) -> str:
         return "probe"
     if has("segmentation.json"):
         return "segmenter"
-    if has("correspondence.json", *_SOURCE):
+    if has("correspondence.json"):
         return "matcher"
     if has("panoptic.json"):
         return "open-vocabulary segmenter"
