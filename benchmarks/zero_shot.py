@@ -43,7 +43,8 @@ def main() -> None:
     runs = {"single": lambda: one_at_a_time(classifier, pixels), "batched": lambda: classifier(images).errors}
     difference = float((runs["single"]() - runs["batched"]()).abs().max())
     seconds = {name: median(values) for name, values in interleaved(runs, 3).items()}
-    unet = sd15_unet().to("meta")
+    with torch.device("meta"):
+        unet = sd15_unet()
     inputs = {
         "sample": torch.empty(1, 4, 64, 64, device="meta"),
         "timestep": torch.empty(1, device="meta"),

@@ -140,7 +140,7 @@ class ZeroShotClassifier(Task):
         *,
         classes: Any = None,
         rule: str | Rule = "calibrated",
-        error: float = 0.01,
+        error: float | None = None,
         candidates: int = 16,
         draws: int = 2,
         criterion: Criterion = "bits",
@@ -158,7 +158,8 @@ class ZeroShotClassifier(Task):
             classes: As for `of`; None of a text model: the names of the data's classes.
             rule: `calibrated`: `CalibratedRacing` with what is learned. `racing`, `averaging` or a `Rule` of these
                 take their levels from it, the most telling first.
-            error: Of `calibrated`: probability that it eliminates the true class.
+            error: Of `calibrated`: probability that it eliminates the true class, 0.01 if None; of `racing`: see
+                `Racing`.
             candidates: Levels that are tried, evenly spread.
             draws: Of noise, at each.
             criterion: See `rank_levels`.
@@ -173,7 +174,10 @@ class ZeroShotClassifier(Task):
         if classes is None and data.label_names is not None and _argument(source) == "prompt":
             classes = list(data.label_names)
         calibrated = rule == "calibrated"
-        made = cls.of(source, classes, rule=Racing() if calibrated or rule == "racing" else rule, **settings)
+        if error is not None and rule not in ("calibrated", "racing"):
+            raise ValueError(f"error= is of rule 'calibrated' or 'racing'; {rule!r} has none, or its own.")
+        racing = Racing() if error is None else Racing(error=error)
+        made = cls.of(source, classes, rule=racing if calibrated or rule == "racing" else rule, **settings)
         if not isinstance(made.recipe.rule, (Racing, Averaging)):
             raise ValueError("The paper's schedules have levels of their own; fit is for racing and averaging.")
         made._check_labels(data)
@@ -186,7 +190,8 @@ class ZeroShotClassifier(Task):
         order = errors[[levels.index(level) for level in learned.timesteps]]
         new: Rule
         if calibrated:
-            new = CalibratedRacing(learned.timesteps, running_scales(order, data.targets), error)
+            scales = running_scales(order, data.targets)
+            new = CalibratedRacing(learned.timesteps, scales, 0.01 if error is None else error)
         elif isinstance(made.recipe.rule, Racing):
             new = dataclasses.replace(made.recipe.rule, at=learned.timesteps, effect=learned.effect)
         else:
