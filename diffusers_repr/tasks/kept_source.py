@@ -26,7 +26,8 @@ KEPT: Mapping[str, type[Hyperfeatures] | type[PixelSource]] = {
 
 def keep_source(source: FeatureSource | None, folder: Path) -> None:
     """Write a source of `KEPT` into a task's folder; one of another class is passed again when the task is loaded."""
-    if source is None or type(source) is not KEPT.get(type(source).__name__):
+    made = KEPT.get(type(source).__name__)
+    if made is None or not isinstance(source, made):
         return
     place = folder / FOLDER
     cast(Any, source).save_pretrained(place)

@@ -6,12 +6,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from diffusers_repr.heads.pixel_ensemble import MemberBatchNorm, PixelEnsembleHead
+from diffusers_repr.heads.pixel_ensemble import PixelEnsembleHead
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class MemberSteps:
         self.columns = [list(places) for places in columns]
         self.sizes = [head.in_features, *head.widths, int(head.config["num_classes"])]
         self.widths = [sum(place.stop - place.start for place in places) for places in self.columns]
-        norms: list[MemberBatchNorm] = list(head.norm)  # type: ignore[arg-type]
+        norms: list[Any] = list(head.norm)
         self.eps, self.momentum = [norm.eps for norm in norms], [norm.momentum for norm in norms]
         like = head.last.weight
         self.rows = like.new_empty(len(like), sum(map(math.prod, _shapes(self.sizes))), requires_grad=False)
@@ -97,14 +98,16 @@ class MemberSteps:
 
     def _pairs(self, head: PixelEnsembleHead) -> list[tuple[Tensor, Tensor]]:
         """Each weight here and in the head."""
-        first, *others = [*head.linear, head.last]
+        layers: list[Any] = [*head.linear, head.last]
+        norms: list[Any] = list(head.norm)
+        first, *others = layers
         blocks = [place for places in self.columns for place in places]
         parts = self.weights.linear[0].split([place.stop - place.start for place in blocks], 1)
         pairs = [(part, first.weight[..., place].mT) for part, place in zip(parts, blocks, strict=True)]
         pairs += [(w, layer.weight.mT) for w, layer in zip(self.weights.linear[1:], others, strict=True)]
         pairs += [(b, layer.bias) for b, layer in zip(self.weights.bias, (first, *others), strict=True)]
-        pairs += [(g, norm.weight) for g, norm in zip(self.weights.gamma, head.norm, strict=True)]
-        return pairs + [(b, norm.bias) for b, norm in zip(self.weights.beta, head.norm, strict=True)]
+        pairs += [(g, norm.weight) for g, norm in zip(self.weights.gamma, norms, strict=True)]
+        return pairs + [(b, norm.bias) for b, norm in zip(self.weights.beta, norms, strict=True)]
 
     @torch.no_grad()
     def step(self, blocks: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ class MemberSteps:
 
 
 def _statistics(head: PixelEnsembleHead) -> tuple[list[Tensor], list[Tensor]]:
-    norms: list[MemberBatchNorm] = list(head.norm)  # type: ignore[arg-type]
+    norms: list[Any] = list(head.norm)
     return [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
 
 
