@@ -92,6 +92,7 @@ def _classifier(args: Settings) -> ZeroShotClassifier:
         )
     denoiser = Denoiser.from_pretrained(args.model, revision=args.revision, dtype=dtype)
     denoiser.pipe.to(options.device(args.device))
+    options_given: dict[str, Any] = {} if args.template is None else {"template": args.template}
     return ZeroShotClassifier.of(
         denoiser,
         _classes(args),
@@ -102,7 +103,7 @@ def _classifier(args: Settings) -> ZeroShotClassifier:
         resize="stretch" if args.stretch else "crop",
         seed=args.seed,
         batch_size=args.batch_size,
-        **({} if args.template is None else {"template": args.template}),
+        **options_given,
     )
 
 
@@ -120,9 +121,9 @@ def _classes(args: Settings) -> Any:
 def _rule(args: Settings) -> Any:
     if args.error is None:
         return args.rule
-    from diffusers_repr.tasks.denoising_errors.presets import rule_and_loss
+    from diffusers_repr.tasks.denoising_errors.presets import RACING
 
-    return dataclasses.replace(rule_and_loss("racing", None)[0], error=args.error)  # type: ignore[call-arg]
+    return dataclasses.replace(RACING, error=args.error)
 
 
 def _print(files: Sequence[Path], output: Any, args: Settings, width: int) -> None:

@@ -192,8 +192,8 @@ class MemberSteps:
     def keep(self, head: PixelEnsembleHead, places: Sequence[int], members: Sequence[int]) -> None:
         """Put the members at `places` here into the head, as its `members`."""
         pairs = self._pairs(head)
-        for here, there in zip((self.means, self.variances), _statistics(head), strict=True):
-            pairs += zip(here, there, strict=True)
+        for ours, theirs in zip((self.means, self.variances), _statistics(head), strict=True):
+            pairs += zip(ours, theirs, strict=True)
         for here, there in pairs:
             for place, member in zip(places, members, strict=True):
                 there[member].copy_(here[place])

@@ -22,6 +22,9 @@ PRESETS: dict[str, tuple[AdaptiveSchedule, str]] = {
 }
 
 
+RACING = Racing(n_levels=4, max_rounds=25)
+
+
 def rule_and_loss(rule: str | Rule, loss: str | None) -> tuple[Rule, str]:
     """A rule by name or as it is, and the loss: as given, else the preset's, else `l2`.
 
@@ -34,7 +37,7 @@ def rule_and_loss(rule: str | Rule, loss: str | None) -> tuple[Rule, str]:
     """
     if isinstance(rule, Rule):
         return rule, loss or "l2"
-    plain: dict[str, Rule] = {"racing": Racing(n_levels=4, max_rounds=25), "averaging": Averaging()}
+    plain: dict[str, Rule] = {"racing": RACING, "averaging": Averaging()}
     if rule in plain:
         return plain[rule], loss or "l2"
     if rule in PRESETS:
@@ -46,4 +49,4 @@ def rule_and_loss(rule: str | Rule, loss: str | None) -> tuple[Rule, str]:
     raise ValueError(f"rule={rule!r} is none that is known; take one of {names}, or a Rule: Racing(error=0.01).")
 
 
-__all__ = ["PRESETS", "rule_and_loss"]
+__all__ = ["PRESETS", "RACING", "rule_and_loss"]
