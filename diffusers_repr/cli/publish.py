@@ -121,7 +121,7 @@ def _trained(root: Path) -> list[Publication]:
             return found
     raise ValueError(
         f"{str(root)!r} is no pipeline (model_index.json), model or head (config.json) or task (probe.json, "
-        "segmentation.json, panoptic.json, correspondence.json), and holds no such folder."
+        "segmentation.json, panoptic.json, correspondence.json, zero_shot.json), and holds no such folder."
     )
 
 
@@ -129,16 +129,12 @@ def _artefact(folder: Path) -> Publication | None:
     from diffusers_repr.hub import read_json
 
     name = Path(os.path.abspath(folder)).name
-    tasks = ("probe.json", "segmentation.json", "panoptic.json", "correspondence.json")
+    tasks = ("probe.json", "segmentation.json", "panoptic.json", "correspondence.json", "zero_shot.json")
     if any((folder / file).is_file() for file in tasks):
         from diffusers_repr.tasks.files import push_saved
 
         return Publication("heads", name, folder, push_saved)
     if (folder / "model_index.json").is_file():
-        if (folder / "recipe.yaml").is_file():  # of a training run: not all that lies there is its result
-            from diffusers_repr.training.result import push_result
-
-            return Publication("models", name, folder, push_result)
         return Publication("models", name, folder)
     if not (folder / "config.json").is_file():
         return None

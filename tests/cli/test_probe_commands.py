@@ -299,6 +299,8 @@ HAVE = {
     "segment fit": "timesteps seed dtype store_dtype batch_size device out overwrite json limit quiet",
     "segment predict": "dtype batch_size device out overwrite json limit quiet",
     "evaluate": "device out overwrite json quiet",
+    "compare": "timesteps batch_size out json limit",
+    "classify": "seed dtype batch_size device json",
     "segment open": "dtype batch_size device out overwrite json limit quiet",
     "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
 }  # fmt: skip

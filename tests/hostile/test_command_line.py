@@ -163,7 +163,7 @@ def test_out_is_looked_at_first(command, tmp_path, capsys, monkeypatch):
     for name in ("own", "new/deep"):  # taken with --overwrite, so that the next mistake is told
         for more in ([], ["--overwrite"]):
             assert main([*command.split(), *COMMANDS[command], "--out", str(tmp_path / name), *more]) == 2
-            refused = name == "own" and not more and command != "extract"  # which looks at the store itself
+            refused = name == "own" and not more and command not in ("extract", "evaluate")  # which go on
             assert ("--overwrite" in capsys.readouterr().err) == refused, (name, more)
     assert not (tmp_path / "new").exists()
 

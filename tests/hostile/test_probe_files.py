@@ -37,7 +37,7 @@ RECIPES = {
     "an unknown field": (("code", "import os"), "has 'code', which this version does not know"),
     "no base": (("base", None), "base is null"),
     "base.features": (("base", "features", None), "base.features is null"),
-    "base.features of nothing": (("base", "features", {}), "base.features is an object of 0"),
+    "base.features of nothing": (("base", "features", {}), "base.features names other layers"),
     "base.features of others": (("base", "features", {"conv_in": 8}), "base.features names other layers"),
     "base.features of a size": (("base", "features", {"mid_block": 10**18}), "features.mid_block is 100000000"),
     "base.config": (("base", "config", "x"), "base.config is 'x'"),
