@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypedDict, Unpack, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, TypeGuard, Unpack, runtime_checkable
 
 from torch import Tensor
 
@@ -94,20 +94,29 @@ class BaseFeatureSource(FeatureSource, ABC):
         """As a call, from `(B, C, H, W)` or `(B, C, frames, H, W)` in [-1, 1]; `image_size` is not applied."""
 
 
+def is_source(source: Any) -> TypeGuard[FeatureSource]:
+    """Whether it has what a `FeatureSource` has; no property of it is asked, for it may raise."""
+    return callable(source) and not isinstance(source, type) and not _missing(source)
+
+
 def require_source(source: Any) -> FeatureSource:
     """The source, if it is one.
 
     Raises:
         TypeError: For anything else, a network or a denoiser among them; says what is missing.
     """
-    missing = [name for name in ("denoiser", "layers", "image_size") if not _has(source, name)]
-    if callable(source) and not missing and not isinstance(source, type):
+    if is_source(source):
         return source
+    missing = _missing(source)
     lacking = f" It has no {' and no '.join(missing)}." if missing else ""
     raise TypeError(
         f"Features are read by a source, such as FeatureExtractor(denoiser, layers, timestep); got "
         f"{'type' if isinstance(source, type) else type(source).__name__}.{lacking}"
     )
+
+
+def _missing(source: Any) -> list[str]:
+    return [name for name in ("denoiser", "layers", "image_size") if not _has(source, name)]
 
 
 def _has(source: Any, name: str) -> bool:
@@ -119,4 +128,4 @@ def _has(source: Any, name: str) -> bool:
     return True
 
 
-__all__ = ["BaseFeatureSource", "FeatureSource", "SourceArguments", "require_source"]
+__all__ = ["BaseFeatureSource", "FeatureSource", "SourceArguments", "is_source", "require_source"]

@@ -13,7 +13,7 @@ from diffusers_repr.denoiser import Denoiser, list_layers
 from diffusers_repr.denoiser.default_layers import STACKS
 from diffusers_repr.features.extractor import FeatureExtractor
 from diffusers_repr.features.presets import Preset, find_preset
-from diffusers_repr.features.source import FeatureSource
+from diffusers_repr.features.source import FeatureSource, is_source
 from diffusers_repr.metrics.pck import PCKReference
 from diffusers_repr.noise import LevelLike, NoiseLevel
 from diffusers_repr.sweep import PCKMeasure, select_features
@@ -119,10 +119,10 @@ def choose_source(
             told[0] = found.prompt
             return found.source
 
-        if preset is not None and isinstance(given, FeatureSource):
+        if preset is not None and is_source(given):
             raise ValueError(f"preset={preset!r} makes a source of a model, and a source is given; leave one out.")
         return open_source(given, own, "Correspondence", make), told[0]
-    if isinstance(given, FeatureSource) or preset is not None:
+    if is_source(given) or preset is not None:
         what = f"preset={preset!r}" if preset is not None else type(given).__name__
         raise ValueError(f"{what} has a layer and a level of its own; leave out the pairs to choose on, or it.")
     levels = own.pop("timestep", None)

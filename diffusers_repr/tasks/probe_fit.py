@@ -15,7 +15,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.features.noise_policy import validation_seed
 from diffusers_repr.features.pooling import check_pooling, leaves_maps, pooled_size
-from diffusers_repr.features.source import FeatureSource
+from diffusers_repr.features.source import FeatureSource, is_source
 from diffusers_repr.heads import MapClassifier, fit_head, fit_map_head
 from diffusers_repr.heads.fitting.fit import FitResult, check_several_classes
 from diffusers_repr.heads.fitting.maps import check_reads_once
@@ -165,7 +165,7 @@ def make_source(
     Raises:
         ValueError: If what to read is not said, said twice, or not pooled.
     """
-    given, on_maps = isinstance(source, FeatureSource), issubclass(classifier_class(head), MapClassifier)
+    given, on_maps = is_source(source), issubclass(classifier_class(head), MapClassifier)
     usual = "map:16" if on_maps else "mean"
     if given and selection is not None:
         raise ValueError(f"Pass a {type(source).__name__} or a selection, not both.")

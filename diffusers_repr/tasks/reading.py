@@ -10,7 +10,7 @@ from typing import Any, cast
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
-from diffusers_repr.features.source import FeatureSource, require_source
+from diffusers_repr.features.source import FeatureSource, is_source, require_source
 from diffusers_repr.hub.base_record import Level
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.tasks.base import record_base
@@ -37,7 +37,7 @@ def open_source(
     """
     if isinstance(source, FeatureExtractor):
         made: FeatureSource = source.replace(**settings)
-    elif isinstance(source, FeatureSource):
+    elif is_source(source):
         others = [name for name in settings if name != "seed"]
         if others:
             raise ValueError(f"{', '.join(others)} are settings of a model; {type(source).__name__} has its own.")

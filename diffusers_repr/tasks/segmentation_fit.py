@@ -18,7 +18,7 @@ from diffusers_repr.denoiser.family_registry import family_of_or_base
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
 from diffusers_repr.features.presets import presets
 from diffusers_repr.features.sampled_maps import SampledMaps, feature_maps
-from diffusers_repr.features.source import FeatureSource
+from diffusers_repr.features.source import FeatureSource, is_source
 from diffusers_repr.heads import PixelEnsembleHead
 from diffusers_repr.heads.fitting.pixels import MemberEnds, PixelProtocol, PixelSet, train_members
 from diffusers_repr.hub.places import public_name
@@ -48,7 +48,7 @@ def make_source(source: Any, preset: str | None, settings: dict[str, Any]) -> tu
         ValueError: For features that are pooled, and settings that another source does not have.
         TypeError: For what is no source.
     """
-    if preset is not None and isinstance(source, FeatureSource):
+    if preset is not None and is_source(source):
         raise ValueError(f"preset={preset!r} makes a source of a model, and a source is given; leave one out.")
     requested = settings.get("timestep")
 
