@@ -26,6 +26,13 @@ def class_data(data: Any, role: str) -> Labelled:
     return replace(found, targets=found.class_ids())
 
 
+def class_accuracies(guesses: Tensor, targets: Tensor) -> dict[str, float]:
+    """`accuracy`, and its mean over the classes that have images, `balanced_accuracy`; both of class ids `(N,)`."""
+    right = guesses == targets
+    each = [float(right[targets == label].double().mean()) for label in targets.unique()]
+    return {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
+
+
 def join(output: FeatureOutput, layers: Sequence[str]) -> Tensor:
     """Pooled features side by side, `(B, D)` float32: levels in order, within each the layers in order."""
     parts = [one.features[layer].float() for _, one in output.per_level() for layer in layers]

@@ -18,19 +18,19 @@ from diffusers_repr.hub import resolve_folder
 from diffusers_repr.objectives.odise import OdiseConfig
 from diffusers_repr.tasks import files
 from diffusers_repr.tasks import panoptic_fit as fitting
+from diffusers_repr.tasks.folder_task import FolderTask
 from diffusers_repr.tasks.formats import PANOPTIC
 from diffusers_repr.tasks.panoptic_clip import check_clip, open_clip
 from diffusers_repr.tasks.panoptic_output import PanopticOutput
 from diffusers_repr.tasks.panoptic_predictor import PanopticPredictor
 from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.panoptic_training import train_segmenter
-from diffusers_repr.tasks.task import Task
 
 if TYPE_CHECKING:
     from diffusers_repr.training import TrainingConfig
 
 
-class OpenVocabularySegmenter(Task):
+class OpenVocabularySegmenter(FolderTask):
     """Panoptic segmentation by names in words (ODISE, arXiv 2303.04803): a trained head, its base, and CLIP.
 
     Each mask is classified twice, by the head and by CLIP's own vector of it (MaskCLIP); a class whose names were
@@ -50,6 +50,7 @@ class OpenVocabularySegmenter(Task):
         TypeError, ValueError: For a base or a CLIP that is not the head's, and weights outside of [0, 1].
     """
 
+    FORMAT = PANOPTIC
     head: OdiseHead
     recipe: PanopticRecipe
 
@@ -173,31 +174,15 @@ class OpenVocabularySegmenter(Task):
                 f"{str(folder)!r} holds a training run, which loads as it is; saving would replace its checkpoints "
                 "and logs. Choose another folder."
             )
-        files.save(PANOPTIC, self.head, self.recipe, folder, title)
+        super().save_pretrained(folder, title=title)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base: str | None = None,
-        base_revision: str | None = None,
-        clip: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload open-vocabulary segmenter with diffusers-repr",
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, clip: str | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes.
 
         Args:
             repo_id: `"user/name"`.
-            base: Hub id to write as the base, where it was a folder.
-            base_revision: Goes with `base`.
             clip: Hub id to write as the CLIP, where it was a folder.
-            private: Whether a repository made here is private.
-            token: Hub token with the right to write.
-            revision: Branch to push to.
-            commit_message: First line of the commit.
+            **options: As of every task: `base`, `base_revision`, `private`, `token`, `revision`, `commit_message`.
 
         Returns:
             Address of the commit.
@@ -205,15 +190,7 @@ class OpenVocabularySegmenter(Task):
         Raises:
             HubError: If the Hub does not take it.
         """
-        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        recipe = recipe if clip is None else recipe.with_clip(clip)
-        options: dict[str, Any] = {
-            "private": private,
-            "token": token,
-            "revision": revision,
-            "commit_message": commit_message,
-        }
-        return files.push(PANOPTIC, self.head, recipe, repo_id, **options)
+        return self._push(self.recipe if clip is None else self.recipe.with_clip(clip), repo_id, **options)
 
     def __call__(
         self,
@@ -277,14 +254,6 @@ class OpenVocabularySegmenter(Task):
             scores = fitting.scores_of(result, dataset or place[0], split or place[1])
             self.recipe = self.recipe.with_scores(scores)
         return result
-
-    def card(self, title: str) -> str:
-        """The model card: how to use it, what it reads, how it was trained and what was measured.
-
-        Args:
-            title: Heading; where it is a Hub id, the example loads it.
-        """
-        return PANOPTIC.card(self.recipe, type(self.head).__name__, title)
 
     def to(self, device: str | torch.device) -> Self:
         """Move the base model, the head and CLIP."""

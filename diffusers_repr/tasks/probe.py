@@ -19,7 +19,15 @@ from diffusers_repr.hub.places import public_name
 from diffusers_repr.sweep.selection import Selection
 from diffusers_repr.tasks.base import check_features
 from diffusers_repr.tasks.formats import PROBE, TaskFormat
-from diffusers_repr.tasks.images import class_data, head_inputs, move_inputs, pooled_features, read_pooled, take_images
+from diffusers_repr.tasks.images import (
+    class_accuracies,
+    class_data,
+    head_inputs,
+    move_inputs,
+    pooled_features,
+    read_pooled,
+    take_images,
+)
 from diffusers_repr.tasks.probe_fit import check_labels, fit_probe, make_source
 from diffusers_repr.tasks.reading import seed_of, texts_of
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
@@ -241,10 +249,7 @@ class Probe(SavedTask):
         features, *_ = pooled_features(
             self.source, found, self.recipe.pooling, self.batch_size, condition, progress_bar
         )
-        guesses = self._guesses(features, len(found))
-        right = guesses == found.targets
-        each = [float(right[found.targets == label].double().mean()) for label in found.targets.unique()]
-        result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
+        result = class_accuracies(self._guesses(features, len(found)), found.targets)
         if record:
             for name, value in result.items():
                 self.record(Score(name, value, dataset or public_name(found.name), split or found.split, len(found)))

@@ -29,7 +29,7 @@ from diffusers_repr.hub.places import public_name, without_places
 from diffusers_repr.objectives import FixedArtifact, ProbeConfig, ProbeObjective
 from diffusers_repr.store.processes import process_state
 from diffusers_repr.tasks.base import written_base
-from diffusers_repr.tasks.images import head_inputs
+from diffusers_repr.tasks.images import class_accuracies, head_inputs
 from diffusers_repr.tasks.probe import Probe
 from diffusers_repr.tasks.reading import reading_fields
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score
@@ -106,11 +106,10 @@ class ProbeAccuracy:
             moved = self.data.on_device(batch)
             guesses.append(probe.logits(moved["pixel_values"] / 2 + 0.5).argmax(1).cpu())
             labels.append(batch["class_labels"])
-        right, found = torch.cat(guesses) == torch.cat(labels), torch.cat(labels)
-        each = [float(right[found == label].double().mean()) for label in found.unique()]
-        result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
+        found = torch.cat(labels)
+        result = class_accuracies(torch.cat(guesses), found)
         name = public_name(str(getattr(self.data, "name", None) or "dataset"))
-        self.file.keep([Score(key, value, name, self.split, len(right)) for key, value in result.items()])
+        self.file.keep([Score(key, value, name, self.split, len(found)) for key, value in result.items()])
         told = {f"eval_{key}": value for key, value in result.items()}
         print({key: round(value, 4) for key, value in told.items()}, flush=True)
         return told

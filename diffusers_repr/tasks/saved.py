@@ -1,8 +1,7 @@
-"""`SavedTask`: a task that is a folder by its format: how it is saved, loaded, shared, scored and told of."""
+"""`SavedTask`: a task that reads features by a source, and how it is loaded."""
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any, ClassVar, Self
 
@@ -10,14 +9,12 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.source import FeatureSource
 from diffusers_repr.heads import Head
 from diffusers_repr.tasks import files
-from diffusers_repr.tasks.formats import TaskFormat
-from diffusers_repr.tasks.kept_source import keep_source
+from diffusers_repr.tasks.folder_task import FolderTask
 from diffusers_repr.tasks.reading import check_source
-from diffusers_repr.tasks.recipe import FeatureRecipe, Score
-from diffusers_repr.tasks.task import Task
+from diffusers_repr.tasks.recipe import FeatureRecipe
 
 
-class SavedTask(Task):
+class SavedTask(FolderTask):
     """What tasks that read features share; a subclass names its format, fits, predicts and measures.
 
     Args:
@@ -28,14 +25,12 @@ class SavedTask(Task):
         source: Where features come from, if not from a `FeatureExtractor` with the recipe's settings.
 
     Attributes:
-        FORMAT: Its files.
         BATCH_SIZE: What `from_pretrained` reads at a time, if nothing is said.
 
     Raises:
         ValueError: If the recipe does not hold its source and none is given, or one with other layers.
     """
 
-    FORMAT: ClassVar[TaskFormat]
     BATCH_SIZE: ClassVar[int] = 64
 
     source: FeatureSource
@@ -100,68 +95,6 @@ class SavedTask(Task):
     ) -> Self:
         """A task of its parts."""
         return cls(head, recipe, denoiser, batch_size, source)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
-        """Write config and weights of the head, the recipe and a model card, all or nothing; `Hyperfeatures` too.
-
-        A base that is a folder elsewhere on this disk is written as the way to it from `folder`; no absolute place of
-        this machine is. If it fails, nothing has changed, and the task can be saved to another place.
-
-        Args:
-            folder: A new or empty folder, or one with a task of this kind, which is replaced.
-            title: Heading of the card; the folder's name if None.
-
-        Raises:
-            FileExistsError: If the folder holds something else.
-            OSError: If the disk is full or the folder cannot be written.
-        """
-        files.save(self.FORMAT, self.head, self.recipe, folder, title, self.source)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base: str | None = None,
-        base_revision: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-    ) -> str:
-        """Upload what `save_pretrained` writes.
-
-        Args:
-            repo_id: `"user/name"`.
-            base: Hub id to write as the base, where it was a folder.
-            base_revision: Goes with `base`.
-            private: Whether a repository made here is private.
-            token: Hub token with the right to write.
-            revision: Branch to push to.
-            commit_message: First line of the commit.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            HubError: If the Hub does not take it.
-        """
-        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        message = commit_message or f"Upload {self.FORMAT.noun} with diffusers-repr"
-        options = {"private": private, "token": token, "revision": revision, "commit_message": message}
-        keep = functools.partial(keep_source, self.source)
-        return files.push(self.FORMAT, self.head, recipe, repo_id, keep, **options)
-
-    def record(self, score: Score) -> None:
-        """Keep a score in the recipe; one of the same name, data set and split is replaced."""
-        self.recipe = self.recipe.with_scores([score])
-
-    def card(self, title: str) -> str:
-        """The model card: how to use it, what it reads, how it was made and what was measured.
-
-        Args:
-            title: Heading; where it is a Hub id, the example loads it.
-        """
-        return self.FORMAT.card(self.recipe, type(self.head).__name__, title)
 
 
 __all__ = ["SavedTask"]

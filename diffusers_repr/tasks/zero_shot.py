@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,35 +19,30 @@ from diffusers_repr.hub.places import public_name
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.tasks import files
 from diffusers_repr.tasks.base import record_base
-from diffusers_repr.tasks.denoising_errors.calibration import (
-    Criterion,
-    best_scale,
-    class_errors,
-    rank_levels,
-    running_scales,
-)
+from diffusers_repr.tasks.denoising_errors.calibration import Criterion, class_errors
 from diffusers_repr.tasks.denoising_errors.classes import TEMPLATE, ZeroShotClasses
 from diffusers_repr.tasks.denoising_errors.conditions import ConditionRows, encode_conditions
 from diffusers_repr.tasks.denoising_errors.crops import check_resize, sized_pixels
+from diffusers_repr.tasks.denoising_errors.learned import learned_rule
 from diffusers_repr.tasks.denoising_errors.levels import even_timesteps
-from diffusers_repr.tasks.denoising_errors.likelihood import CalibratedRacing, class_probabilities
+from diffusers_repr.tasks.denoising_errors.likelihood import class_probabilities
 from diffusers_repr.tasks.denoising_errors.network import NetworkErrors
 from diffusers_repr.tasks.denoising_errors.output import ZeroShotOutput
 from diffusers_repr.tasks.denoising_errors.presets import rule_and_loss
 from diffusers_repr.tasks.denoising_errors.racing import Racing
-from diffusers_repr.tasks.denoising_errors.rules import Averaging, Decisions, Rule, Units
+from diffusers_repr.tasks.denoising_errors.rules import Averaging, Decisions, Rule, Units, join_decisions
 from diffusers_repr.tasks.denoising_errors.scores import check_loss
+from diffusers_repr.tasks.folder_task import FolderTask
 from diffusers_repr.tasks.formats import ZERO_SHOT
-from diffusers_repr.tasks.images import class_data
+from diffusers_repr.tasks.images import class_accuracies, class_data
 from diffusers_repr.tasks.levels import PACKAGES, recorded_levels
 from diffusers_repr.tasks.recipe import Score
-from diffusers_repr.tasks.task import Task
 from diffusers_repr.tasks.zero_shot_recipe import ZeroShotRecipe
 
 _ELEMENTS = 1 << 22  # of an array of all pairs of units, images decided together are kept within
 
 
-class ZeroShotClassifier(Task):
+class ZeroShotClassifier(FolderTask):
     """Compares denoising errors under the conditions of classes (Diffusion Classifier, arXiv 2303.16203).
 
     The class under which a text-to-image or class-conditional model estimates the noise best is the image's. All
@@ -61,6 +55,7 @@ class ZeroShotClassifier(Task):
         batch_size: Rows of one forward; smaller, with a warning, where memory does not suffice.
     """
 
+    FORMAT = ZERO_SHOT
     recipe: ZeroShotRecipe
 
     def __init__(self, recipe: ZeroShotRecipe, denoiser: Denoiser, batch_size: int = 64) -> None:
@@ -180,24 +175,15 @@ class ZeroShotClassifier(Task):
         made = cls.of(source, classes, rule=racing if calibrated or rule == "racing" else rule, **settings)
         if not isinstance(made.recipe.rule, (Racing, Averaging)):
             raise ValueError("The paper's schedules have levels of their own; fit is for racing and averaging.")
-        made._check_labels(data)
+        made.recipe.classes.check_labels(data)
         levels = even_timesteps(made.denoiser.schedule, candidates)
         if made.recipe.loss == "vlb":
             levels = [level for level in levels if made.denoiser.schedule.kind != "vp" or level >= 1]
         units = Units.of(made.recipe.classes.of_value, made.recipe.ensemble)  # type: ignore[arg-type]
         errors = class_errors(made._errors(data, draws * candidates, progress_bar), units, len(data), levels, draws)
-        learned = rank_levels(errors, data.targets, levels, criterion)
-        order = errors[[levels.index(level) for level in learned.timesteps]]
-        new: Rule
-        if calibrated:
-            scales = running_scales(order, data.targets)
-            new = CalibratedRacing(learned.timesteps, scales, 0.01 if error is None else error)
-        elif isinstance(made.recipe.rule, Racing):
-            new = dataclasses.replace(made.recipe.rule, at=learned.timesteps, effect=learned.effect)
-        else:
-            new = dataclasses.replace(made.recipe.rule, at=learned.timesteps)
-        first = order[: made.recipe.rule.n_levels].mean(0).flatten(0, 1)
-        learned = dataclasses.replace(learned, scale=best_scale(first, data.targets.repeat(draws))[0])
+        new, learned = learned_rule(
+            "calibrated" if calibrated else made.recipe.rule, errors, data.targets, levels, criterion, error
+        )
         told = {"dataset": public_name(data.name), "split": data.split, "rows": len(data), "criterion": criterion}
         made.recipe = dataclasses.replace(made.recipe, rule=new, calibration=learned, train=told)
         if validation is not None:
@@ -326,7 +312,7 @@ class ZeroShotClassifier(Task):
             ValueError: If the data's classes are not these. A warning tells of classes without images.
         """
         found = class_data(data, "test")
-        self._check_labels(found)
+        self.recipe.classes.check_labels(found)
         bar = None if progress_bar is None else progress_bar(total=len(found))
         try:
             parts: list[Decisions] = []
@@ -338,39 +324,13 @@ class ZeroShotClassifier(Task):
             if bar is not None:
                 bar.close()
         output = self.output(parts)
-        right = output.ids == found.targets
-        each = [float(right[found.targets == label].double().mean()) for label in found.targets.unique()]
-        result = {"accuracy": float(right.double().mean()), "balanced_accuracy": sum(each) / len(each)}
+        result = class_accuracies(output.ids, found.targets)
         if record:
             for name, value in result.items():
                 self.record(Score(name, value, dataset or public_name(found.name), split or found.split, len(found)))
         if output.decided is not None:
             result["decided"] = float(output.decided.double().mean())
         return {**result, "evaluations": float(output.evaluations.double().mean()), "rows": len(found)}
-
-    def record(self, score: Score) -> None:
-        """Keep a score in the recipe; one of the same name, data set and split is replaced."""
-        self.recipe = self.recipe.with_scores([score])
-
-    def card(self, title: str) -> str:
-        """The model card: how to use it, what it asks the model, what was measured.
-
-        Args:
-            title: Heading; where it is a Hub id, the example loads it.
-        """
-        return ZERO_SHOT.card(self.recipe, "", title)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
-        """Write `zero_shot.json` and a model card, all or nothing. There are no weights: the base is all.
-
-        Args:
-            folder: A new or empty folder, or one with a zero-shot classifier, which is replaced.
-            title: Heading of the card; the folder's name if None.
-
-        Raises:
-            FileExistsError: If the folder holds something else.
-        """
-        files.save(ZERO_SHOT, None, self.recipe, folder, title)
 
     @classmethod
     def from_pretrained(
@@ -406,43 +366,6 @@ class ZeroShotClassifier(Task):
         _, recipe, denoiser = files.load(ZERO_SHOT, id_or_folder, base, revision, base_revision, token, kwargs)
         return cls(recipe, denoiser, batch_size)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base: str | None = None,
-        base_revision: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload zero-shot classifier with diffusers-repr",
-    ) -> str:
-        """Upload what `save_pretrained` writes.
-
-        Args:
-            repo_id: `"user/name"`.
-            base: Hub id to write as the base, where it was a folder.
-            base_revision: Goes with `base`.
-            private: Whether a repository made here is private.
-            token: Hub token with the right to write.
-            revision: Branch to push to.
-            commit_message: First line of the commit.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            HubError: If the Hub does not take it.
-        """
-        recipe = self.recipe if base is None else self.recipe.with_base(base, base_revision)
-        options: dict[str, Any] = {
-            "private": private,
-            "token": token,
-            "revision": revision,
-            "commit_message": commit_message,
-        }
-        return files.push(ZERO_SHOT, None, recipe, repo_id, **options)
-
     def _units(self) -> Units:
         return Units.of(self.recipe.classes.of_value, self.recipe.ensemble)  # type: ignore[arg-type]
 
@@ -454,55 +377,12 @@ class ZeroShotClassifier(Task):
         bar = None if progress_bar is None else progress_bar(total=total)
         return self.network(pixels, image_keys(None, pixels), None if bar is None else bar.update)
 
-    def _check_labels(self, data: Labelled) -> None:
-        names, low, high = self.recipe.label_names, int(data.targets.min()), int(data.targets.max())
-        if low < 0 or high >= len(names):
-            raise ValueError(
-                f"Labels of {data} run from {low} to {high}; those of these classes from 0 to {len(names) - 1}."
-            )
-        known = data.label_names
-        if known is not None and len(known) != len(names):
-            raise ValueError(
-                f"{data} has {len(known)} classes ({', '.join(known[:5])}, ...); the classifier has {len(names)} "
-                f"({', '.join(names[:5])}, ...). Give one class to each, in the data's order."
-            )
-        if known is not None and set(known) == set(names) and list(known) != list(names):
-            raise ValueError(f"{data} has the same classes in another order: {known}. Bring them to the same order.")
-        empty = [name for at, name in enumerate(names) if not bool((data.targets == at).any())]
-        if empty:
-            warnings.warn(
-                f"{len(empty)} of {len(names)} classes have no image in {data}: {', '.join(empty[:5])}"
-                f"{', ...' if len(empty) > 5 else ''}. Of these nothing is measured.",
-                stacklevel=3,
-            )
-
     def __repr__(self) -> str:
         recipe = self.recipe
         return (
             f"ZeroShotClassifier({len(recipe.classes)} classes, {recipe.rule!r}, loss={recipe.loss!r}, "
             f"base={recipe.base.name!r}, image_size={recipe.image_size})"
         )
-
-
-def join_decisions(parts: Sequence[Decisions]) -> Decisions:
-    """Decisions of one batch after another as those of all; places of images go on counting."""
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part.labels))
-    asked = dataclasses.replace(
-        parts[0].asked,
-        images=torch.cat([part.asked.images + start for part, start in zip(parts, starts, strict=False)]),
-        prompts=torch.cat([part.asked.prompts for part in parts]),
-        timesteps=torch.cat([part.asked.timesteps for part in parts]),
-        draws=torch.cat([part.asked.draws for part in parts]),
-    )
-    tested = [part.decided for part in parts if part.decided is not None]
-    decided = torch.cat(tested) if tested else None
-    held = [part.log_odds for part in parts if part.log_odds is not None]
-    odds = torch.cat(held) if held else None
-    names = ("labels", "errors", "evaluations", "confidence", "pair_errors")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return Decisions(**joined, decided=decided, log_odds=odds, asked=asked)
 
 
 def _reference_levels(schedule: NoiseSchedule) -> Any:
@@ -514,4 +394,4 @@ def _argument(source: Any) -> str:
     return denoiser.conditioner.argument
 
 
-__all__ = ["ZeroShotClassifier", "join_decisions"]
+__all__ = ["ZeroShotClassifier"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers_repr.data.labelled import Labelled
 from diffusers_repr.denoiser import Denoiser
 
 TEMPLATE = "a photo of a {}."
@@ -78,6 +80,33 @@ class ZeroShotClasses:
                 raise ValueError(_no_condition(denoiser))
         found.check(denoiser)
         return found
+
+    def check_labels(self, data: Labelled) -> None:
+        """Refuse labels of other classes, and warn of classes without images.
+
+        Raises:
+            ValueError: If labels, number or order of the data's classes are not these.
+        """
+        names, low, high = self.names, int(data.targets.min()), int(data.targets.max())
+        if low < 0 or high >= len(names):
+            raise ValueError(
+                f"Labels of {data} run from {low} to {high}; those of these classes from 0 to {len(names) - 1}."
+            )
+        known = data.label_names
+        if known is not None and len(known) != len(names):
+            raise ValueError(
+                f"{data} has {len(known)} classes ({', '.join(known[:5])}, ...); the classifier has {len(names)} "
+                f"({', '.join(names[:5])}, ...). Give one class to each, in the data's order."
+            )
+        if known is not None and set(known) == set(names) and list(known) != list(names):
+            raise ValueError(f"{data} has the same classes in another order: {known}. Bring them to the same order.")
+        empty = [name for at, name in enumerate(names) if not bool((data.targets == at).any())]
+        if empty:
+            warnings.warn(
+                f"{len(empty)} of {len(names)} classes have no image in {data}: {', '.join(empty[:5])}"
+                f"{', ...' if len(empty) > 5 else ''}. Of these nothing is measured.",
+                stacklevel=4,
+            )
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError unless a model is conditioned on what these classes have."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -85,6 +85,27 @@ class Decisions:
     log_odds: Tensor | None
     asked: Asked
     pair_errors: Tensor
+
+
+def join_decisions(parts: Sequence[Decisions]) -> Decisions:
+    """Decisions of one batch after another as those of all; places of images go on counting."""
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part.labels))
+    asked = replace(
+        parts[0].asked,
+        images=torch.cat([part.asked.images + start for part, start in zip(parts, starts, strict=False)]),
+        prompts=torch.cat([part.asked.prompts for part in parts]),
+        timesteps=torch.cat([part.asked.timesteps for part in parts]),
+        draws=torch.cat([part.asked.draws for part in parts]),
+    )
+    tested = [part.decided for part in parts if part.decided is not None]
+    decided = torch.cat(tested) if tested else None
+    held = [part.log_odds for part in parts if part.log_odds is not None]
+    odds = torch.cat(held) if held else None
+    names = ("labels", "errors", "evaluations", "confidence", "pair_errors")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Decisions(**joined, decided=decided, log_odds=odds, asked=asked)
 
 
 class Rule(ABC):
@@ -263,4 +284,4 @@ class AdaptiveSchedule(Rule):
         return kept.decisions(live)
 
 
-__all__ = ["AdaptiveSchedule", "Averaging", "Decisions", "Ensemble", "Kept", "Rule", "Units"]
+__all__ = ["AdaptiveSchedule", "Averaging", "Decisions", "Ensemble", "Kept", "Rule", "Units", "join_decisions"]

@@ -5,10 +5,12 @@ import sys
 from unittest import mock
 
 import classification
+import pytest
 
 from tests.examples.scripts import picture
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(classification, "CURVE", [50])
     flags = ["--heads", "knn", "--shares", "1", "--seeds", "0", "--epochs", "1", "--limit", "40", "--test_limit", "20"]

@@ -38,6 +38,7 @@ def test_names_dealt_anew_leave_masks_and_the_ground():
     assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path, monkeypatch):
     (tmp_path / "scenes/data").mkdir(parents=True)
     for split in ("test", "held_out"):
