@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.hub.compiled import plain_module
+from diffusers_repr.hub.files import write_json
 from diffusers_repr.hub.own_pipelines import named_pipeline
 from diffusers_repr.objectives.adapters import adapter_state, merge_lora, save_adapters
 
@@ -201,6 +202,27 @@ class FixedArtifact(Artifact):
         return self.thing
 
 
+@dataclass(frozen=True)
+class RecordArtifact(FixedArtifact):
+    """A JSON file in the result's own folder, by which the package reads the result.
+
+    Attributes:
+        thing: `state -> what is written`.
+        file: Its name.
+    """
+
+    file: str
+
+    @property
+    def kind(self) -> str:
+        """The name of the file."""
+        return self.file
+
+    def save(self, root: Path, state: State, dtype: torch.dtype) -> None:
+        """See `Artifact.save`."""
+        write_json(root / self.file, self.thing(state))
+
+
 def rebuild(module: Any, state: State, prefix: str, make: Callable[[], Any] | None = None) -> Any:
     """A fresh model of the same class and config on the CPU, with weights out of `state`.
 
@@ -268,6 +290,7 @@ __all__ = [
     "FixedArtifact",
     "ModelArtifact",
     "PipelineArtifact",
+    "RecordArtifact",
     "check_places",
     "model_class",
     "rebuild",

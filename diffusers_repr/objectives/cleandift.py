@@ -19,10 +19,9 @@ from diffusers_repr.denoiser import Condition, Denoiser
 from diffusers_repr.denoiser.family import Family, floating_dtype
 from diffusers_repr.features.cleandift import RECORD, TIMESTEP, cleandift_layers
 from diffusers_repr.hub.compiled import is_compiled_in_place
-from diffusers_repr.hub.files import write_json
 from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
-from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, State
+from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, RecordArtifact, State
 from diffusers_repr.objectives.base import Batch, weighted_sum
 from diffusers_repr.objectives.cosine import mean_cosine
 from diffusers_repr.objectives.diffusion import DiffusionObjective
@@ -87,28 +86,6 @@ def strata_timesteps(draws: Tensor, schedule: NoiseSchedule) -> Tensor:
     levels = draws.shape[1]
     times = low + (draws.double().cpu() + torch.arange(levels)) / levels * (high - low)
     return times.floor() if schedule.kind == "vp" else times
-
-
-@dataclasses.dataclass(frozen=True)
-class CleanDIFTRecord(FixedArtifact):
-    """`cleandift.json`: layers and timestep, by which `cleandift_extractor` reads the result.
-
-    Attributes:
-        thing: The objective.
-    """
-
-    @property
-    def kind(self) -> str:
-        """The name of the file."""
-        return RECORD
-
-    def save(self, root: Path, state: State, dtype: torch.dtype) -> None:
-        """See `Artifact.save`."""
-        objective = self.thing
-        told = float(state["tau"]) if objective.config.learn_timestep else objective.config.timestep
-        base = objective.denoiser.name
-        base = None if base is None or Path(base).is_absolute() else base
-        write_json(root / RECORD, {"layers": objective.layers, "timestep": told, "base": base})
 
 
 class CleanDIFTObjective(DiffusionObjective):
@@ -253,10 +230,17 @@ class CleanDIFTObjective(DiffusionObjective):
         """With the layers and the timestep."""
         return {**super().identity(), "layers": self.layers, "timestep": self.config.timestep}
 
+    def record(self, state: State) -> dict[str, Any]:
+        """`cleandift.json`: layers, timestep and base, by which `cleandift_extractor` reads the result."""
+        told = float(state["tau"]) if self.config.learn_timestep else self.config.timestep
+        base = self.denoiser.name
+        base = None if base is None or Path(base).is_absolute() else base
+        return {"layers": self.layers, "timestep": told, "base": base}
+
     def artifacts(self) -> list[Artifact]:
         """The pipeline with the tuned network, the adapters, and what tells the layers and the timestep."""
         adapters = ModelArtifact(self.adapters, "adapters", folder="heads/adapters")
-        return [*super().artifacts(), adapters, CleanDIFTRecord(self)]
+        return [*super().artifacts(), adapters, RecordArtifact(self.record, RECORD)]
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """None: the result does not sample.

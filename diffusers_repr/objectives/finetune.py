@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,9 @@ from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.features.pooling import check_pooling, pool, pooled_size
 from diffusers_repr.features.presets import find_preset
 from diffusers_repr.heads import PooledHead, head_class
-from diffusers_repr.hub.files import write_json
 from diffusers_repr.hub.places import public_name
 from diffusers_repr.noise import LevelLike, NoiseLevel, add_noise
-from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, State
+from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, RecordArtifact, State
 from diffusers_repr.objectives.base import Batch
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.reached import reached_parameters
@@ -248,7 +246,7 @@ class FinetuneObjective(DiffusionObjective):
     def artifacts(self) -> list[Artifact]:
         """The pipeline with the tuned network, the head, and what tells how it is read."""
         head = ModelArtifact(self.head, "head", folder=HEAD)
-        return [*super().artifacts(), head, FinetuneRecord(self)]
+        return [*super().artifacts(), head, RecordArtifact(lambda state: self.record(), RECORD)]
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """None: the result does not sample.
@@ -257,24 +255,6 @@ class FinetuneObjective(DiffusionObjective):
             ValueError: Always; set `eval_batch_size` to 0.
         """
         raise ValueError("A network that was tuned to classify no longer denoises; set eval_batch_size to 0.")
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneRecord(FixedArtifact):
-    """`finetune.json`, by which `finetuned_probe` reads the result.
-
-    Attributes:
-        thing: The objective.
-    """
-
-    @property
-    def kind(self) -> str:
-        """The name of the file."""
-        return RECORD
-
-    def save(self, root: Path, state: State, dtype: torch.dtype) -> None:
-        """See `Artifact.save`."""
-        write_json(root / RECORD, self.thing.record())
 
 
 __all__ = ["HEAD", "RECORD", "FinetuneConfig", "FinetuneObjective"]
