@@ -2,5 +2,6 @@
 
 from diffusers_repr.assign.base import Assigner, assigner_class, list_assigners, register_assigner
 from diffusers_repr.assign.identity import IdentityAssigner
+from diffusers_repr.assign.index import RetrievalIndex
 
-__all__ = ["Assigner", "IdentityAssigner", "assigner_class", "list_assigners", "register_assigner"]
+__all__ = ["Assigner", "IdentityAssigner", "RetrievalIndex", "assigner_class", "list_assigners", "register_assigner"]
