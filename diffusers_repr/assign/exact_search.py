@@ -1,4 +1,4 @@
-"""Nearest vectors by cosine, exactly, with torch alone; and the one ranking of candidates that every search ends in."""
+"""Nearest vectors by cosine, exactly, with torch alone; and the ranking of candidates that every search ends in."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def read_index_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / INDEX_RECORD
     if not path.is_file():
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no index: it has no {INDEX_RECORD}. `diffusers-repr assign --method neighbours` or "
-            "RetrievalIndex.build(..., folder) makes one."
+            f"{str(folder)!r} holds no index: it has no {INDEX_RECORD}. `diffusers-repr assign --method neighbours` "
+            "or RetrievalIndex.build(..., folder) makes one."
         )
     return _INDEX(read_json(path), str(path))
 
