@@ -46,6 +46,7 @@ _PUBLIC = {
     "KNNHead": "diffusers_repr.heads",
     "LabelConditioner": "diffusers_repr.denoiser",
     "Layer": "diffusers_repr.denoiser",
+    "LayoutConditioner": "diffusers_repr.denoiser",
     "LinearHead": "diffusers_repr.heads",
     "MLPHead": "diffusers_repr.heads",
     "MapConditioner": "diffusers_repr.denoiser",

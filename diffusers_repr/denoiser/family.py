@@ -280,6 +280,10 @@ class Family(FamilyLayers):
         """Name of the network's input of vectors `(B, D)` that it is conditioned on, whose width `example` shows."""
         return None
 
+    def map_channels(self) -> int:
+        """Channels of the network's input behind x_t that say what is where, by its config (`LayoutConditioner`)."""
+        return 0
+
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Condition inputs from class labels `(B,)`; None asks for the null class."""
         if labels is not None:
