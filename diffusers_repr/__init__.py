@@ -84,6 +84,7 @@ _PUBLIC = {
     "Tape": "diffusers_repr.capture",
     "TokenConditioner": "diffusers_repr.denoiser",
     "TrainingConfig": "diffusers_repr.training",
+    "UViTTransformer2DModel": "diffusers_repr.models",
     "VectorConditioner": "diffusers_repr.denoiser",
     "attention_layers": "diffusers_repr.capture",
     "attention_maps": "diffusers_repr.features.attention",

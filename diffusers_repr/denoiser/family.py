@@ -245,6 +245,10 @@ class Family(FamilyLayers):
                 return None
             h, w = -(-h // 2), -(-w // 2)
 
+    def class_token_at(self) -> int | None:
+        """Place of a class token in sequences that hold the image: 0, -1 for the last; None where there is none."""
+        return None
+
     def is_image(self, path: str) -> bool:
         """Whether the module at `path` may carry the image."""
         return not any(part in self.not_image for part in path.split("."))

@@ -34,6 +34,7 @@ OWN_COMPONENTS = {
     "Projector": "diffusers_repr.heads.projector",
     "ReadoutHead": "diffusers_repr.heads.dense.readout",
     "SiTTransformer2DModel": "diffusers_repr.models.sit",
+    "UViTTransformer2DModel": "diffusers_repr.models.uvit",
 }
 # Module in which a class of ours lay when older folders were saved -> where it lies now.
 MOVED_MODULES = {

@@ -5,6 +5,7 @@ from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.sit import SiTTransformer2DModel
+from diffusers_repr.models.uvit import UViTTransformer2DModel
 
 __all__ = [
     "ClassTokenHead",
@@ -12,5 +13,6 @@ __all__ = [
     "JointViTModel",
     "NoisyClassifier",
     "SiTTransformer2DModel",
+    "UViTTransformer2DModel",
     "describe_process",
 ]

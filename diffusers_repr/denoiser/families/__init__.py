@@ -19,6 +19,7 @@ from diffusers_repr.denoiser.families import (
     sit,
     unet2d,
     unet2d_condition,
+    uvit,
     wan,
     z_image,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "sit",
     "unet2d",
     "unet2d_condition",
+    "uvit",
     "wan",
     "z_image",
 ]
