@@ -52,13 +52,7 @@ def cached_key_values(model: nn.Module) -> Iterator[KeyValueCache]:
         ValueError: For one without cross-attention.
     """
     refuse_compiled(model, "Sample without this, or with the plain network.")
-    found = {
-        f"{path}.{name}": getattr(module, name)
-        for path, module in model.named_modules()
-        if getattr(module, "is_cross_attention", False)
-        for name in _PROJECTIONS
-        if isinstance(getattr(module, name, None), nn.Module)
-    }
+    found = _projections(model)
     if not found:
         raise ValueError(f"This {type(model).__name__} has no cross-attention whose keys and values could be kept.")
     cache = KeyValueCache(tuple(found))
@@ -66,6 +60,25 @@ def cached_key_values(model: nn.Module) -> Iterator[KeyValueCache]:
         for projection in found.values():
             stack.callback(replace_forward(projection, _Kept(cache)))
         yield cache
+
+
+def can_cache(model: nn.Module) -> bool:
+    """Whether `cached_key_values` would act on a network: it has cross-attention, and is not compiled."""
+    try:
+        refuse_compiled(model)
+    except RuntimeError:
+        return False
+    return bool(_projections(model))
+
+
+def _projections(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        f"{path}.{name}": getattr(module, name)
+        for path, module in model.named_modules()
+        if getattr(module, "is_cross_attention", False)
+        for name in _PROJECTIONS
+        if isinstance(getattr(module, name, None), nn.Module)
+    }
 
 
 @dataclass
@@ -103,4 +116,4 @@ def _autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-__all__ = ["KeyValueCache", "cached_key_values"]
+__all__ = ["KeyValueCache", "cached_key_values", "can_cache"]

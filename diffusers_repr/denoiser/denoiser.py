@@ -38,7 +38,7 @@ class Denoiser:
         pipe: The pipeline whose code makes text conditions.
         family: Adapter; by the model's class if None.
         schedule: Noise process; read from the scheduler if None.
-        conditioner: What the network is conditioned on; as its family tells if None.
+        conditioner: What the network is conditioned on; as its pipeline or its family tells if None.
         name: Hub id or folder it came from, for recipes.
         revision: Its revision.
 
@@ -89,6 +89,7 @@ class Denoiser:
         model, scheduler, vae = denoiser_parts(pipe)
         place = pipe.config.get("_name_or_path")
         kwargs.setdefault("name", None if place is None else str(place))
+        kwargs.setdefault("conditioner", getattr(pipe, "conditioner", None))  # pipelines of ours may tell
         return cls(model, scheduler, vae, pipe=pipe, **kwargs)
 
     @classmethod

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.denoiser.condition import Condition
 from diffusers_repr.denoiser.conditioner.inputs import Cache, Conditioned, rows_of, to_device
@@ -25,11 +25,13 @@ class Conditioner(ABC):
         kind: What values are, in one word.
         argument: Argument of `Denoiser.condition` by which they are given.
         column: Where a batch of training data has them.
+        module: What of it may be trained with the network, such as a null condition; None of most.
     """
 
     kind: ClassVar[str] = "values"
     argument: ClassVar[str] = "values"
     column: str = "condition"
+    module: nn.Module | None = None
     _denoiser: Conditioned | None = None
 
     def bound_to(self, denoiser: Conditioned) -> Self:

@@ -20,15 +20,25 @@ class TensorConditioner(Conditioner):
         name: The network's input.
         column: Of a batch of training data.
         null: Values of the null condition: a number for all, or a tensor that broadcasts to a row. A parameter is
-            learned where the objective has it. None: there is none, unless the network has one.
+            learned where the objective has it; a module with `tokens` (`NullTokens`) is trained with the network that
+            it is in one pipeline with. None: there is none, unless the network has one.
         width: Channels; as the network's config says if None, and not checked if it does not say.
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
     channel_axis: ClassVar[int] = -1
 
-    def __init__(self, name: str | None, column: str, null: Tensor | float | None, width: int | None = None) -> None:
-        self.name, self.column, self.null_value, self.width = name, column, null, width
+    def __init__(
+        self, name: str | None, column: str, null: nn.Module | Tensor | float | None, width: int | None = None
+    ) -> None:
+        self.name, self.column, self.width = name, column, width
+        self.module = null if isinstance(null, nn.Module) else None
+        self._null = None if isinstance(null, nn.Module) else null
+
+    @property
+    def null_value(self) -> Tensor | float | None:
+        """Values of the null condition, as they are now."""
+        return self._null if self.module is None else self.module.tokens
 
     @property
     def has_null(self) -> bool:
@@ -110,7 +120,7 @@ class TensorConditioner(Conditioner):
 
     def describe(self) -> dict[str, Any]:
         """With the input's name and the null: a hash of a tensor, `learned` of a parameter."""
-        null: Any = self.null_value
+        null = self.null_value
         if isinstance(null, nn.Parameter):
             null = "learned"
         elif isinstance(null, Tensor):
@@ -172,7 +182,7 @@ class TokenConditioner(TensorConditioner):
         self,
         name: str = "encoder_hidden_states",
         column: str = "tokens",
-        null: Tensor | float | None = 0.0,
+        null: nn.Module | Tensor | float | None = 0.0,
         width: int | None = None,
         count: int = 1,
     ) -> None:
@@ -181,6 +191,12 @@ class TokenConditioner(TensorConditioner):
 
     def _shape(self) -> tuple[int, ...]:
         return (self.count, *super()._shape())
+
+    def _row(self, device: torch.device) -> Tensor:
+        null = self.null_value
+        if isinstance(null, Tensor) and null.ndim == 2 and len(null) == 1:  # one that stands in every place
+            return torch.zeros(1, self.count, null.shape[1], device=device)
+        return super()._row(device)
 
 
 class MapConditioner(TensorConditioner):
