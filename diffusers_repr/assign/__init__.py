@@ -1,6 +1,22 @@
 """From a representation to a condition: the assignment `c = f(z)` of self-supervised guidance."""
 
 from diffusers_repr.assign.base import Assigner, assigner_class, list_assigners, register_assigner
+from diffusers_repr.assign.classifier import ClassifierAssigner
 from diffusers_repr.assign.identity import IdentityAssigner
+from diffusers_repr.assign.index import RetrievalIndex
+from diffusers_repr.assign.kmeans import KMeansAssigner
+from diffusers_repr.assign.neighbours import NeighboursAssigner
+from diffusers_repr.assign.retrieval_prior import FrequencyPrior
 
-__all__ = ["Assigner", "IdentityAssigner", "assigner_class", "list_assigners", "register_assigner"]
+__all__ = [
+    "Assigner",
+    "ClassifierAssigner",
+    "FrequencyPrior",
+    "IdentityAssigner",
+    "KMeansAssigner",
+    "NeighboursAssigner",
+    "RetrievalIndex",
+    "assigner_class",
+    "list_assigners",
+    "register_assigner",
+]

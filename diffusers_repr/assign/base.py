@@ -110,9 +110,12 @@ class Assigner(ReprModelMixin, ModelMixin, ConfigMixin):
             RuntimeError: Before `fit`.
             ValueError: As `prepare`.
         """
+        self._check_fitted()
+        return self.assign_prepared(self.prepare(features))
+
+    def _check_fitted(self) -> None:
         if not bool(self.fitted):
             raise RuntimeError(f"This {type(self).__name__} is not fitted; call fit(features) or load a fitted one.")
-        return self.assign_prepared(self.prepare(features))
 
     def fit_prepared(self, features: Tensor, generator: torch.Generator) -> None:
         """Learn from prepared features: set the buffers."""
@@ -161,7 +164,7 @@ def list_assigners() -> dict[str, type[Assigner]]:
 
     Example:
         >>> list(list_assigners())
-        ['identity']
+        ['classifier', 'identity', 'kmeans', 'neighbours']
     """
     return _ASSIGNERS.subclasses()
 

@@ -38,7 +38,7 @@ class Denoiser:
         pipe: The pipeline whose code makes text conditions.
         family: Adapter; by the model's class if None.
         schedule: Noise process; read from the scheduler if None.
-        conditioner: What the network is conditioned on; as its pipeline or its family tells if None.
+        conditioner: What the network is conditioned on; as its family tells if None.
         name: Hub id or folder it came from, for recipes.
         revision: Its revision.
 
@@ -82,6 +82,8 @@ class Denoiser:
     def from_pipe(cls, pipe: Any, **kwargs: Any) -> Denoiser:
         """From a loaded pipeline; its components are shared, not copied.
 
+        A pipeline that has a `conditioner` tells what its network is conditioned on.
+
         Raises:
             TypeError: If it is no pipeline, or no component of it is a denoiser we know.
             ValueError: If the pipeline has two networks, one for high and one for low noise.
@@ -89,7 +91,9 @@ class Denoiser:
         model, scheduler, vae = denoiser_parts(pipe)
         place = pipe.config.get("_name_or_path")
         kwargs.setdefault("name", None if place is None else str(place))
-        kwargs.setdefault("conditioner", getattr(pipe, "conditioner", None))  # pipelines of ours may tell
+        told = getattr(pipe, "conditioner", None)
+        if isinstance(told, Conditioner):
+            kwargs.setdefault("conditioner", told)
         return cls(model, scheduler, vae, pipe=pipe, **kwargs)
 
     @classmethod

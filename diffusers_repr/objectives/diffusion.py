@@ -73,7 +73,7 @@ class DiffusionObjective(Objective):
         null_label: int | None = None,
     ) -> None:
         super().__init__()
-        require_images(denoiser, "Training")
+        self.check_denoiser(denoiser)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
         self.denoiser, self.network = denoiser, denoiser.model
@@ -94,11 +94,13 @@ class DiffusionObjective(Objective):
             )
         if denoiser.vae is not None:
             self.freeze("vae", denoiser.vae)
-        own = self._trained_condition()
         if denoiser.pipe is not None:
             for name, part in denoiser.pipe.components.items():
-                if isinstance(part, torch.nn.Module) and part not in (self.network, denoiser.vae, own):
-                    self.freeze(name, part)
+                if isinstance(part, torch.nn.Module) and part is not self.network and part is not denoiser.vae:
+                    if name not in self.conditioner.trained_parts():
+                        self.freeze(name, part)
+        for name, part in self.conditioner.trained_parts().items():
+            self.add_module(name, part)
         self.encoders = name_encoders(encoders)
         self._layers: dict[str, Layer] | None = None
         # "terms" is how checkpoints call the weights of these.
@@ -107,20 +109,6 @@ class DiffusionObjective(Objective):
         for name, encoder in self.encoders.items():
             if isinstance(encoder, ImageEncoder):
                 self.freeze(f"encoder-{name}", encoder)
-
-    def _trained_condition(self) -> torch.nn.Module | None:
-        """What of the condition is trained with the network, such as learned null tokens; kept as `condition_part`."""
-        part = self.conditioner.module
-        if part is None or not any(True for _ in part.parameters()):
-            return None
-        components = {} if self.denoiser.pipe is None else self.denoiser.pipe.components
-        if not any(part is other for other in components.values()):
-            raise ValueError(
-                f"The {type(part).__name__} of the conditioner is trained and would not be saved: it is no component "
-                f"of this {type(self.denoiser.pipe).__name__}."
-            )
-        self.condition_part = part.requires_grad_(True).train()
-        return part
 
     @property
     def losses(self) -> AuxiliaryLosses:
@@ -141,6 +129,14 @@ class DiffusionObjective(Objective):
                 f"Layer {path!r} gives no image of maps or tokens. `list_layers(denoiser)` shows the layers that do."
             )
         return self._layers[path]
+
+    def check_denoiser(self, denoiser: Denoiser) -> None:
+        """Refuse what the method does not train: by default networks of videos and of vectors.
+
+        Raises:
+            ValueError: With the reason.
+        """
+        require_images(denoiser, "Training")
 
     # Drawing
 
@@ -319,12 +315,8 @@ class DiffusionObjective(Objective):
         """What is trained of the pipeline, by its name there."""
         pipe = self.denoiser.pipe
         slot = next((name for name in COMPONENTS if pipe and getattr(pipe, name, None) is self.network), "network")
-        found = {slot: ModelArtifact(self.network, "network")}
-        part = self._modules.get("condition_part")
-        if part is not None:
-            name = next(name for name, other in pipe.components.items() if other is part)
-            found[name] = ModelArtifact(part, "condition_part")
-        return found
+        own = {name: ModelArtifact(part, name) for name, part in self.conditioner.trained_parts().items()}
+        return {slot: ModelArtifact(self.network, "network"), **own}
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """Samples; of class-conditional models the classes in turn, rows of 8 a class."""

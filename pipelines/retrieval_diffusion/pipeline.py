@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPTokenizerFast
 
 from diffusers_repr.assign.index import RetrievalIndex
-from diffusers_repr.assign.neighbours_of import NeighbourPrior, neighbour_tokens
+from diffusers_repr.assign.neighbour_tokens import neighbour_tokens
+from diffusers_repr.assign.retrieval_prior import FrequencyPrior
 from diffusers_repr.capture.key_values import cached_key_values, can_cache
 from diffusers_repr.denoiser import TokenConditioner, sampling
 from diffusers_repr.denoiser.conditioner import bare_conditioner
@@ -193,7 +194,10 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
             found = neighbour_tokens(index, self._queries(query, encoder, index), k, include_query)
             tokens = found.tokens
         elif index is not None:
-            pseudo = NeighbourPrior(index, k, include_query, top, weighted)
+            share = 1.0 if top is None else top
+            pseudo = FrequencyPrior(
+                index, k + include_query, include_query=include_query, share=share, weighted=weighted
+            )
         tokens, rows, scores = sampling.repeat_rows(
             num_images_per_query,
             query=self._given_tokens(tokens),
@@ -203,7 +207,7 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
         batch_size = sampling.count_samples(batch_size=batch_size, query=tokens, latents=latents, generator=generator)
         noise = self._noise(batch_size, generator, latents)
         if pseudo is not None:
-            found = pseudo.neighbours(pseudo.rows.draw(batch_size, generator))
+            found = pseudo.neighbours(pseudo.draw_rows(batch_size, generator))
             tokens, rows, scores = self._given_tokens(found.tokens), found.rows, found.scores
         elif prior is not None:
             tokens = self._given_tokens(prior.draw(batch_size, generator))

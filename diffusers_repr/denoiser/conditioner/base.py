@@ -25,13 +25,11 @@ class Conditioner(ABC):
         kind: What values are, in one word.
         argument: Argument of `Denoiser.condition` by which they are given.
         column: Where a batch of training data has them.
-        module: What of it may be trained with the network, such as a null condition; None of most.
     """
 
     kind: ClassVar[str] = "values"
     argument: ClassVar[str] = "values"
     column: str = "condition"
-    module: nn.Module | None = None
     _denoiser: Conditioned | None = None
 
     def bound_to(self, denoiser: Conditioned) -> Self:
@@ -104,6 +102,10 @@ class Conditioner(ABC):
     def recorded(self) -> bool:
         """Whether checkpoints keep `describe()`; not where the network's config tells all of it."""
         return True
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """Modules of its own that are trained with the network, by their names as components of a pipeline."""
+        return {}
 
     def from_batch(self, batch: Mapping[str, Any], count: int) -> Any:
         """The values of a batch of `count` samples."""
