@@ -29,6 +29,7 @@ OWN_COMPONENTS = {
     "LinearHead": "diffusers_repr.heads.pooled.linear",
     "MLPHead": "diffusers_repr.heads.pooled.mlp",
     "NoisyClassifier": "diffusers_repr.models.noisy_classifier",
+    "NullTokens": "diffusers_repr.models.null_tokens",
     "OdiseHead": "diffusers_repr.heads.odise.head",
     "PixelEnsembleHead": "diffusers_repr.heads.pixel_ensemble",
     "Projector": "diffusers_repr.heads.projector",

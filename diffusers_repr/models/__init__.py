@@ -4,6 +4,7 @@ from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
+from diffusers_repr.models.null_tokens import NullTokens
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureAdapters",
     "JointViTModel",
     "NoisyClassifier",
+    "NullTokens",
     "RepresentationMLPModel",
     "SiTTransformer2DModel",
     "UViTTransformer2DModel",

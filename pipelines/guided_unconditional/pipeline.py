@@ -144,7 +144,9 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         noise = self._noise(batch_size, generator, latents)
         if prior is not None:
             drawn = prior.draw(batch_size, generator)
-            rows, layouts = (None, self._layout_rows(drawn)) if self._takes_layouts else (self._class_rows(drawn), None)
+            rows, layouts = (
+                (None, self._layout_rows(drawn)) if self._takes_layouts else (self._class_rows(drawn), None)
+            )
         rows, layouts = (
             None if given is None else given.expand(batch_size, *given.shape[1:]) for given in (rows, layouts)
         )

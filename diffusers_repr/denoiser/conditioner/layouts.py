@@ -42,9 +42,7 @@ class LayoutConditioner(SeveralConditioner):
     kind = "layouts"
     column = "masks"
 
-    def __init__(
-        self, nothing: int = NOTHING, column: str = "masks", size: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, nothing: int = NOTHING, column: str = "masks", size: tuple[int, int] | None = None) -> None:
         self.nothing, self.column, self.size, self.classes = nothing, column, size, 0
         self.parts = ()
 
@@ -120,7 +118,9 @@ class LayoutConditioner(SeveralConditioner):
             raise TypeError(f"layouts are a tensor of class ids (B, H, W); got {type(values).__name__}.")
         whole = not values.is_floating_point() and not values.is_complex() and values.dtype != torch.bool
         if values.ndim != 3 or not whole or not values.numel():
-            raise ValueError(f"layouts are class ids (B, H, W), whole numbers; got {tuple(values.shape)}, {values.dtype}.")
+            raise ValueError(
+                f"layouts are class ids (B, H, W), whole numbers; got {tuple(values.shape)}, {values.dtype}."
+            )
         there = (values >= 0) & (values != self.nothing)
         most = int(values.masked_fill(~there, -1).max())
         if most >= self.classes:
