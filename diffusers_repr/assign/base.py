@@ -161,7 +161,7 @@ def list_assigners() -> dict[str, type[Assigner]]:
 
     Example:
         >>> list(list_assigners())
-        ['identity']
+        ['identity', 'sinkhorn']
     """
     return _ASSIGNERS.subclasses()
 
