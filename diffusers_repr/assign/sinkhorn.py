@@ -16,6 +16,7 @@ from diffusers_repr.models.layers import CastBatchNorm1d, CastLayerNorm, CastLin
 
 Norm = Literal["batch", "layer", "none"]
 _FIT_STEPS, _FIT_BATCH = 200, 256
+_FIRST = 4096  # features among which prototypes start
 
 
 @torch.no_grad()
@@ -142,6 +143,7 @@ class SinkhornAssigner(Assigner):
         if len(features) < self.config["num_prototypes"]:
             raise ValueError(f"{len(features)} features cannot fill {self.config['num_prototypes']} prototypes.")
         self.train()
+        self.prototypes.data.copy_(_far_apart(self.embed(features[:_FIRST]).detach(), len(self.prototypes)))
         optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
         for _ in range(_FIT_STEPS):
             rows = torch.randperm(len(features), generator=generator)[:_FIT_BATCH].to(features.device)
@@ -191,9 +193,17 @@ class SinkhornAssigner(Assigner):
         return torch.zeros_like(self.prototypes[0], dtype=torch.float32)
 
 
-def clustering_loss(
-    scores: Tensor, epsilon: float = 0.05, iterations: int = 3, temperature: float = 0.1
-) -> Tensor:
+def _far_apart(rows: Tensor, count: int) -> Tensor:
+    """The first of the unit vectors, and then each the farthest from those that are chosen."""
+    nearest = rows @ rows[0]
+    chosen = [0]
+    for _ in range(count - 1):
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, rows @ rows[chosen[-1]])
+    return rows[chosen]
+
+
+def clustering_loss(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, temperature: float = 0.1) -> Tensor:
     """Cross-entropy `(B,)` of the softmax over the scores and their balanced assignments (online guidance, SwAV).
 
     Args:
