@@ -55,6 +55,7 @@ _PUBLIC = {
     "NoiseSchedule": "diffusers_repr.noise",
     "NoisyClassifier": "diffusers_repr.models",
     "Objective": "diffusers_repr.objectives",
+    "OnlineGuidanceObjective": "diffusers_repr.objectives",
     "PAG": "diffusers_repr.guidance",
     "PixelEnsembleHead": "diffusers_repr.heads",
     "Prediction": "diffusers_repr.noise",

@@ -7,6 +7,7 @@ from diffusers_repr.assign.index import RetrievalIndex
 from diffusers_repr.assign.kmeans import KMeansAssigner
 from diffusers_repr.assign.neighbours import NeighboursAssigner
 from diffusers_repr.assign.retrieval_prior import FrequencyPrior
+from diffusers_repr.assign.sinkhorn import SinkhornAssigner, clustering_loss, sinkhorn_knopp
 
 __all__ = [
     "Assigner",
@@ -16,7 +17,10 @@ __all__ = [
     "KMeansAssigner",
     "NeighboursAssigner",
     "RetrievalIndex",
+    "SinkhornAssigner",
     "assigner_class",
+    "clustering_loss",
     "list_assigners",
     "register_assigner",
+    "sinkhorn_knopp",
 ]
