@@ -2,7 +2,7 @@
 
 from diffusers_repr.assign.base import Assigner, assigner_class, list_assigners, register_assigner
 from diffusers_repr.assign.classifier import ClassifierAssigner
-from diffusers_repr.assign.identity import IdentityAssigner
+from diffusers_repr.assign.identity import IdentityAssigner, standardize_vectors
 from diffusers_repr.assign.index import RetrievalIndex
 from diffusers_repr.assign.kmeans import KMeansAssigner
 from diffusers_repr.assign.neighbours import NeighboursAssigner
@@ -23,4 +23,5 @@ __all__ = [
     "list_assigners",
     "register_assigner",
     "sinkhorn_knopp",
+    "standardize_vectors",
 ]
