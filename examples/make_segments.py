@@ -2,9 +2,8 @@
 
     python examples/make_segments.py --out outputs/digits-segments
 
-What comes out is the data set anew, with columns of masks `segments` (the cluster of every pixel) and `box` (255 outside
-of the box, its cluster inside), for `train_conditional.py --level mask` and `--level box`. Features are those of a
-denoiser's layer (`--layer`, `--timestep`) or of the patches of an encoder (without them).
+What comes out is the data set anew, with columns of masks `segments` (the cluster of every pixel) and `box` (the
+cluster of the box inside, 255 outside), for `train_conditional.py --level mask` and `--level box`.
 """
 
 import argparse

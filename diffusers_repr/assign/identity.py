@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusers_repr.assign.base import Assigner, register_assigner
 
+
 Over = Literal["column", "vector"]
 
 

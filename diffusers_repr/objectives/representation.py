@@ -128,11 +128,7 @@ class RepresentationObjective(DiffusionObjective):
     def identity(self) -> dict[str, Any]:
         """With the assigner's fingerprint."""
         own = {"vectors": self.encoder or self.column}
-        return {
-            **super().identity(),
-            **own,
-            "assigner": None if self.assigner is None else self.assigner.fingerprint(),
-        }
+        return {**super().identity(), **own, "assigner": None if self.assigner is None else self.assigner.fingerprint()}
 
     def artifacts(self) -> list[Artifact]:
         """The pipeline of the vectors, and the assigner."""

@@ -174,8 +174,8 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         if scale > 1 and self.null_label is None and not self._takes_layouts:
             raise ValueError(
                 f"guidance_scale={scale} needs a null class, which this {name} lacks "
-                f"(num_class_embeds={config.num_class_embeds}, class_embed_type={config.class_embed_type!r}). Leave it "
-                "at 1; other guidance needs no classes: guidance=[PAG(3.0)]."
+                f"(num_class_embeds={config.num_class_embeds}, class_embed_type={config.class_embed_type!r}). Leave "
+                "it at 1; other guidance needs no classes: guidance=[PAG(3.0)]."
             )
         given, other = ("layout", "class_labels") if self._takes_layouts else ("class_labels", "layout")
         if {"layout": layout, "class_labels": class_labels}[other] is not None:

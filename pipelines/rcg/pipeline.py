@@ -375,9 +375,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         images = self._images(tensors["latents"], output_type)
         self._guidance_scale = 1.0
         self.maybe_free_model_hooks()
-        return (
-            (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
-        )
+        return (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
 
     @property
     def _width(self) -> int | None:
@@ -389,9 +387,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         """Labels and vectors as given."""
         sampling.check_output_type(output_type)
         sampling.check_number("guidance_scale", scale)
-        bound = bare_conditioner(
-            self._need(self._network, "network of images (unet or transformer)"), self.conditioner
-        )
+        bound = bare_conditioner(self._need(self._network, "network of images (unet or transformer)"), self.conditioner)
         if given > 1:
             raise ValueError("Vectors come from condition, from prior, or from the pipeline's own prior; give one.")
         if not given:

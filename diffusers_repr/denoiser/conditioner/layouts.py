@@ -57,8 +57,8 @@ class LayoutConditioner(SeveralConditioner):
         maps, labels, vector = family.map_channels(), LabelConditioner(), family.vector_input()
         if not maps or (vector is None and not family.classes()[0]):
             raise ValueError(
-                f"This {name} takes no layouts: for masks of S classes it needs S input channels more than it predicts "
-                "and class_embed_type='identity'; for boxes of K classes one more and num_class_embeds=K + 1."
+                f"This {name} takes no layouts: for masks of S classes it needs S input channels more than it "
+                "predicts and class_embed_type='identity'; for boxes of K classes one more and num_class_embeds=K + 1."
             )
         if vector is None and maps != 1:
             raise ValueError(f"A box is one channel beside x_0, and this {name} has {maps}.")
