@@ -28,6 +28,7 @@ from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
+from diffusers_repr.objectives.representation import RepresentationObjective
 from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
@@ -73,6 +74,7 @@ __all__ = [
     "ReadoutConfig",
     "ReadoutObjective",
     "ReadoutRows",
+    "RepresentationObjective",
     "RowsConfig",
     "SelfAlignmentLoss",
     "SimCLRConfig",

@@ -7,8 +7,10 @@ from diffusers_repr.models import (
     ClassTokenHead,
     JointViTModel,
     NoisyClassifier,
+    RepresentationMLPModel,
     SiTTransformer2DModel,
     UViTTransformer2DModel,
+    VectorEmbedding,
 )
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
@@ -70,6 +72,18 @@ CASES = {
         {"sample": (2, 2, 8, 4), "logits": (2, 3)},
         close=0.2,  # the time scales the residual stream itself, rounding with it
         targets=("to_q", "to_v"),
+    ),
+    "RepresentationMLPModel": ModelCase(
+        lambda: RepresentationMLPModel(6, 16, 2, time_embed_dim=8, num_classes=3, class_embed_dim=4),
+        lambda: {"sample": torch.randn(2, 6), "timestep": TIMES, "class_labels": torch.tensor([1, 3])},
+        {"sample": (2, 6)},
+        targets=("linear_in", "linear_out"),
+    ),
+    "VectorEmbedding": ModelCase(
+        lambda: VectorEmbedding(6, 5),
+        lambda: {"vectors": torch.randn(2, 6), "drop_mask": torch.tensor([False, True])},
+        {"sample": (2, 5)},
+        plain=True,
     ),
 }
 
