@@ -1,10 +1,11 @@
-"""Train a diffusion model of images (`UNet2DModel`, `DDPMScheduler`) and save it as a pipeline folder.
+"""Train a diffusion model of images (a U-Net or a U-ViT, `DDPMScheduler`) and save it as a pipeline folder.
 
     accelerate launch examples/train_unconditional.py --config examples/configs/ddpm_digits.yaml
     accelerate launch examples/train_unconditional.py --config my_recipe.yaml --seed 1 --output_dir outputs/seed1
 
 An unconditional model is saved as a `DDPMPipeline`. A model with `num_class_embeds`, the number of classes and one
 more for the null id, is trained on labels, a share of which become the null id, and is saved as a `DDIMPipeline`.
+With `network: UViTTransformer2DModel`, whose `num_classes` does not count the null, either is saved as a `SiTPipeline`.
 The loop, its checkpoints and its settings: docs/training.md.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers_repr.pipelines.sit import SiTPipeline
 
 from diffusers_repr import Denoiser
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
@@ -21,22 +23,27 @@ from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.models import UViTTransformer2DModel
 from diffusers_repr.objectives import DiffusionObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 RECIPES = Path(__file__).parent / "configs"
+NETWORKS = {"UNet2DModel": UNet2DModel, "UViTTransformer2DModel": UViTTransformer2DModel}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The network and its noise process."""
 
-    model: dict | str | None = setting(None, "arguments of UNet2DModel, a mapping (JSON in a flag)")
+    network: str = setting("UNet2DModel", "class of the network, or UViTTransformer2DModel")
+    model: dict | str | None = setting(None, "arguments of the network, a mapping (JSON in a flag)")
     scheduler: dict | str | None = setting(None, "arguments of DDPMScheduler, a mapping")
     label_dropout: float = setting(0.1, "share of labels that become the null id, the number of classes")
 
     def __post_init__(self) -> None:
-        for name, target in (("model", UNet2DModel), ("scheduler", DDPMScheduler)):
+        if self.network not in NETWORKS:
+            raise ValueError(f"`network` is one of {', '.join(NETWORKS)}, got {self.network!r}.")
+        for name, target in (("model", NETWORKS[self.network]), ("scheduler", DDPMScheduler)):
             arguments = json_mapping(name, getattr(self, name))
             check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
             object.__setattr__(self, name, arguments)
@@ -49,12 +56,13 @@ class ModelConfig:
 
     @property
     def class_conditional(self) -> bool:
-        return self.model.get("num_class_embeds") is not None
+        return self.model.get("num_class_embeds") is not None or bool(self.model.get("num_classes"))
 
 
 def build(config: ModelConfig) -> DiffusionObjective:
-    model, scheduler = UNet2DModel(**config.model), DDPMScheduler(**config.scheduler)
-    pipe = (DDIMPipeline if config.class_conditional else DDPMPipeline)(model, scheduler)
+    model, scheduler = NETWORKS[config.network](**config.model), DDPMScheduler(**config.scheduler)
+    of_classes = DDIMPipeline if config.class_conditional else DDPMPipeline
+    pipe = (of_classes if config.network == "UNet2DModel" else SiTPipeline)(model, scheduler)
     return DiffusionObjective(Denoiser.from_pipe(pipe), label_dropout=config.label_dropout)
 
 
@@ -66,9 +74,9 @@ def main(argv: list[str]) -> None:
     objective = build(model_config)
     if not model_config.class_conditional:
         data_config = dataclasses.replace(data_config, label_column="none")
-    unet = objective.network.config
+    network = objective.network.config
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}
-    data = load_train_data(data_config, unet.in_channels, unet.sample_size, **loading)
+    data = load_train_data(data_config, network.in_channels, network.sample_size, **loading)
     train(objective, data, config, recipe=recipe_of(config, data_config, model_config))
 
 

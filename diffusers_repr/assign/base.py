@@ -166,7 +166,7 @@ def list_assigners() -> dict[str, type[Assigner]]:
 
     Example:
         >>> list(list_assigners())
-        ['classifier', 'identity', 'kmeans', 'neighbours']
+        ['classifier', 'identity', 'kmeans', 'neighbours', 'sinkhorn']
     """
     return _ASSIGNERS.subclasses()
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.assign.index import RetrievalIndex
-from diffusers_repr.denoiser.prior import Prior, StoredPrior
+from diffusers_repr.assign.neighbour_tokens import Neighbours, neighbour_tokens
+from diffusers_repr.denoiser.prior import Generators, Prior, StoredPrior
 from diffusers_repr.hub.checks import check_whole
 
 
@@ -64,18 +65,23 @@ class FrequencyPrior(Prior):
 
     def sample(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Tokens `(count, k, D)`; see `Prior`."""
+        return self.neighbours(self._drawn(count, generator)).tokens
+
+    def draw_rows(self, count: int, generator: Generators = None) -> Tensor:
+        """Rows of pseudo-queries, `(count,)`, drawn as `draw` does before it looks for their neighbours."""
+        if isinstance(generator, (list, tuple)):
+            return torch.cat([self._drawn(1, one) for one in generator])
+        return self._drawn(count, generator)  # type: ignore[arg-type]
+
+    def _drawn(self, count: int, generator: torch.Generator | None) -> Tensor:
         device = "cpu" if generator is None else generator.device
         at = torch.multinomial(self.weights.to(device), count, replacement=True, generator=generator).cpu()
-        return self.neighbours(self.rows[at])
+        return self.rows[at]
 
-    def neighbours(self, rows: Tensor) -> Tensor:
-        """The condition `(B, k, D)` of stored vectors by row."""
-        queries, wanted = self.index.embeddings[rows], self.k - self.include_query
-        tokens = [queries[:, None]] if self.include_query else []
-        if wanted:
-            found = self.index.search(queries, wanted, rows if self.exclude_self else None)[0]
-            tokens.append(self.index.embeddings[found])
-        return torch.cat(tokens, 1)
+    def neighbours(self, rows: Tensor) -> Neighbours:
+        """The condition of stored vectors by row, `.tokens` `(B, k, D)`, and which rows it is of."""
+        found, excluded = self.k - self.include_query, rows if self.exclude_self else None
+        return neighbour_tokens(self.index, self.index.embeddings[rows], found, self.include_query, excluded)
 
     def stored(self, count: int, seed: int = 0) -> StoredPrior:
         """As many draws as data, which are saved beside a model; the prior itself needs its index."""

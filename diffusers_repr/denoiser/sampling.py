@@ -298,6 +298,11 @@ def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
     return (1 - part) * low + part * high
 
 
+def accepted_arguments(scheduler: Any) -> set[str]:
+    """Names of what a scheduler's `step` takes."""
+    return set(inspect.signature(scheduler.step).parameters)
+
+
 def step_arguments(
     scheduler: Any, generator: Any, eta: Any = 0.0, use_clipped_model_output: bool | None = None
 ) -> dict[str, Any]:
@@ -307,7 +312,7 @@ def step_arguments(
         TypeError: For an `eta` that is no number.
         ValueError: For an `eta` outside of [0, 1], and settings that this scheduler does not act on.
     """
-    accepted = inspect.signature(scheduler.step).parameters
+    accepted = accepted_arguments(scheduler)
     eta = check_number("eta", eta, 0, 1)
     given = {"eta": eta or None, "use_clipped_model_output": use_clipped_model_output}
     given = {name: value for name, value in given.items() if value is not None}
@@ -368,6 +373,7 @@ def call_back(
 __all__ = [
     "OUTPUT_TYPES",
     "SamplingMixin",
+    "accepted_arguments",
     "call_back",
     "callback_names",
     "check_generator",

@@ -175,7 +175,7 @@ def test_frequency_prior_draws_of_the_most_frequent_alone(tmp_path):
     queries = tokens[:, 0]  # each is its own nearest
     assert {int((vectors == query).all(1).nonzero()) for query in queries} == {7, 3, 21}
     own = FrequencyPrior(index, k=3, share=0.06, include_query=True)
-    found = own.neighbours(torch.tensor([7]))[0]
+    found = own.neighbours(torch.tensor([7])).tokens[0]
     rows, _ = index.search(vectors[7:8], 2, torch.tensor([7]))
     assert torch.equal(found, torch.cat([vectors[7:8], vectors[rows[0]]]))
     weighted = FrequencyPrior(index, k=1, share=0.04, weighted=True).draw(4000, torch.Generator().manual_seed(0))
