@@ -72,7 +72,13 @@ def sinkhorn(folder):
     return sinkhorn_job()
 
 
-JOBS = (metrics, extract, cache, training, samples, sinkhorn)
+def assign(folder):
+    from tests.cli.test_assign import job
+
+    return job(folder.parent / "inputs", folder)
+
+
+JOBS = (metrics, extract, cache, training, samples, sinkhorn, assign)
 
 
 def everywhere(value):
