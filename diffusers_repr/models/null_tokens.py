@@ -44,15 +44,8 @@ class NullTokens(ReprModelMixin, ModelMixin, ConfigMixin):
             self.register_buffer("tokens", values)
 
     def forward(self, batch: int = 1, count: int | None = None) -> Tensor:
-        """`(batch, count, D)`; as many tokens as it has if None.
-
-        Raises:
-            ValueError: For another number of tokens than it has, if that is not 1.
-        """
-        own = len(self.tokens)
-        if count is not None and own not in (1, count):
-            raise ValueError(f"These null tokens are {own}; a condition of {count} needs as many, or 1.")
-        return self.tokens.expand(batch, count or own, -1)
+        """`(batch, count, D)`; as many tokens as it has if `count` is None."""
+        return self.tokens.expand(batch, count or len(self.tokens), -1)
 
 
 __all__ = ["NullTokens"]
