@@ -18,8 +18,8 @@ def network(level, **changes):
     own = {"class_embed_type": "identity"} if level == "mask" else {"num_class_embeds": 5}
     return UNet2DModel(
         sample_size=8, in_channels=4 if level == "mask" else 2, out_channels=1, block_out_channels=(8, 16),
-        layers_per_block=1, norm_num_groups=4, attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **{**own, **changes},
+        layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), **{**own, **changes},
     ).eval()  # fmt: skip
 
 
@@ -143,6 +143,6 @@ def test_networks_that_take_no_layouts():
     with pytest.raises(ValueError, match="takes no layouts"):
         LayoutConditioner().bound_to(Denoiser(plain, DDIMScheduler()))
     with pytest.raises(ValueError, match="A box is one channel"):
-        Denoiser(network("box", in_channels=4), DDIMScheduler()).conditioner
+        LayoutConditioner().bound_to(Denoiser(network("box", in_channels=4), DDIMScheduler()))
     with pytest.raises(ValueError, match="takes no layout;"):
         sample(GuidedUnconditionalPipeline(plain, DDIMScheduler()), layout=layouts("box"))

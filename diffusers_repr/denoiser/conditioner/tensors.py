@@ -232,20 +232,11 @@ class TokenConditioner(TensorConditioner):
         """See `TensorConditioner`.
 
         Raises:
-            ValueError: For another number of tokens than the null condition has, if that is not 1.
+            ValueError: For another number of tokens than `NullTokens` has, if that is not 1.
         """
-        null = self.null_value
-        own = len(null) if isinstance(null, Tensor) and null.ndim == 2 else 1
-        if dropped is not None and own not in (1, values.shape[1]):
-            raise ValueError(
-                f"The null condition has {own} tokens, and the sets {values.shape[1]}: a set has as many, or the null "
-                "condition one, which stands in every place."
-            )
-        return super().inputs(values, dropped)
-
-    def _null_value(self) -> Tensor:
-        # The module's tensor of now: moving a module may give it another.
-        return super()._null_value() if self.null_tokens is None else self.null_tokens.tokens
+        if self.null_tokens is None or dropped is None:
+            return super().inputs(values, dropped)
+        return {self._input(): self.null_tokens(values.to(self.denoiser.dtype), dropped)}
 
     def _shape(self) -> tuple[int, ...]:
         return (self.count, *super()._shape())
