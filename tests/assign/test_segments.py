@@ -45,10 +45,17 @@ def features():
 
 def test_planted_masks_and_boxes(features, tmp_path):
     data = from_dataset(planted(), name="planted", split="train")
-    found = write_segments(
-        tmp_path / "out", {"train": data, "validation": data.select([1, 2])}, features,
-        KMeansAssigner(4, 3, normalize=True, backend="sklearn"), KMeansAssigner(4, 2, backend="sklearn"),
-    )  # fmt: skip
+
+    def write(clusters=3):
+        kmeans = (KMeansAssigner(4, clusters, backend="sklearn"), KMeansAssigner(4, 2, backend="sklearn"))
+        return write_segments(tmp_path / "out", {"train": data, "validation": data.select([1, 2])}, features, *kmeans)
+
+    found = write()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    assert write() == found
+    with pytest.raises(FileExistsError, match="num_clusters: 3 -> 2"):
+        write(2)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
     assert len(found.background) == 1
     assert found.boxes == {"train": 1.0, "validation": 1.0}
     config = DataConfig(dataset_name=str(tmp_path / "out"), image_column="image", mask_column="segments")

@@ -15,9 +15,10 @@ GENERATORS = [torch.Generator() for _ in range(2)]
 def network(level, **changes):
     """Masks of 3 classes or boxes of 4."""
     torch.manual_seed(0)
-    own = {"class_embed_type": "identity"} if level == "mask" else {"num_class_embeds": 5}
+    boxes, masks = {"num_class_embeds": 5, "in_channels": 2}, {"class_embed_type": "identity", "in_channels": 4}
+    own = masks if level == "mask" else boxes
     return UNet2DModel(
-        sample_size=8, in_channels=4 if level == "mask" else 2, out_channels=1, block_out_channels=(8, 16),
+        sample_size=8, out_channels=1, block_out_channels=(8, 16),
         layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), **{**own, **changes},
     ).eval()  # fmt: skip

@@ -78,7 +78,7 @@ class TestRetrieval(PipelineContract):
     repeated = {**pair, "query": pair["query"].repeat_interleave(2, 0)}
 
     def make(self):
-        return retrieval_cases.pipeline()
+        return retrieval_cases.pipeline(k=4)  # the default, which components alone do not tell
 
 
 class ByPrompt(PipelineContract):

@@ -147,7 +147,8 @@ def test_queries_by_an_encoder(pipe):
     assert sample(ours, images[2:], store, encoder=encoder).rows[:, 0].tolist() == [2, 3]
     with pytest.raises(ValueError, match="none for texts"):
         sample(ours, "a cat", store, encoder=encoder)
-    other = Encoder.from_module(nn.Conv2d(3, DIM, 4, stride=4), patch_size=4, pooling="mean")
+    net.weight.data += 1
+    other = Encoder.from_module(net, patch_size=4, pooling="mean")
     with pytest.raises(ValueError, match="another encoder"):
         sample(ours, images[2:], store, encoder=other)
 
