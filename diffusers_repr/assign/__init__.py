@@ -3,4 +3,11 @@
 from diffusers_repr.assign.base import Assigner, assigner_class, list_assigners, register_assigner
 from diffusers_repr.assign.identity import IdentityAssigner, standardize_vectors
 
-__all__ = ["Assigner", "IdentityAssigner", "assigner_class", "list_assigners", "register_assigner", "standardize_vectors"]
+__all__ = [
+    "Assigner",
+    "IdentityAssigner",
+    "assigner_class",
+    "list_assigners",
+    "register_assigner",
+    "standardize_vectors",
+]

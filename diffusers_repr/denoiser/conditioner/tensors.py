@@ -188,7 +188,12 @@ class VectorConditioner(TensorConditioner):
 
     def _owns_null(self) -> bool:
         own = self._input() == self.denoiser.family.vector_input()
-        return self.null_value is None and self.embedding is None and own and "drop_mask" in forward_names(self.denoiser.model)
+        return (
+            self.null_value is None
+            and self.embedding is None
+            and own
+            and "drop_mask" in forward_names(self.denoiser.model)
+        )
 
 
 class TokenConditioner(TensorConditioner):
