@@ -22,6 +22,7 @@ from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
+from diffusers_repr.objectives.perceptual import PerceptualLoss, PerceptualObjective
 from diffusers_repr.objectives.probe_config import ProbeConfig
 from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
@@ -62,6 +63,8 @@ __all__ = [
     "Observation",
     "OdiseConfig",
     "OdiseObjective",
+    "PerceptualLoss",
+    "PerceptualObjective",
     "PipelineArtifact",
     "ProbeConfig",
     "ProbeObjective",
