@@ -29,6 +29,11 @@ def register_block_output(class_name: str, index: int) -> None:
         raise ValueError(f"{class_name} is registered already, with index {_IMAGE_INDEX[class_name]}.")
 
 
+def registered_outputs() -> tuple[tuple[str, int], ...]:
+    """What is registered so far: names of classes and positions."""
+    return tuple(_IMAGE_INDEX.items())
+
+
 def block_output(module: nn.Module, output: Any, path: str) -> Tensor:
     """The image tensor in what `module` returned.
 

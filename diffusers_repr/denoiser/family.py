@@ -245,6 +245,10 @@ class Family(FamilyLayers):
                 return None
             h, w = -(-h // 2), -(-w // 2)
 
+    def class_token_at(self) -> int | None:
+        """Place of a class token in sequences that hold the image: 0, -1 for the last; None where there is none."""
+        return None
+
     def is_image(self, path: str) -> bool:
         """Whether the module at `path` may carry the image."""
         return not any(part in self.not_image for part in path.split("."))
@@ -280,6 +284,10 @@ class Family(FamilyLayers):
     def vector_input(self) -> str | None:
         """Name of the network's input of vectors `(B, D)` that it is conditioned on, whose width `example` shows."""
         return None
+
+    def map_channels(self) -> int:
+        """Channels of the network's input behind x_t that say what is where, by its config (`LayoutConditioner`)."""
+        return 0
 
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Condition inputs from class labels `(B,)`; None asks for the null class."""

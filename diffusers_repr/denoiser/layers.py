@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_repr.denoiser.block_outputs import block_output
+from diffusers_repr.denoiser.block_outputs import block_output, registered_outputs
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.denoiser.family import Family
@@ -30,6 +32,9 @@ from diffusers_repr.models.weights import build_on_meta
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule
 
 Detail = Literal["blocks", "all"]
+
+_TABLES: OrderedDict[Hashable, tuple[Layer, ...]] = OrderedDict()  # by what they depend on, the latest last
+_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ def list_layers(
 ) -> list[Layer]:
     """Layers of a denoiser in the order in which they are done.
 
-    The network is rebuilt on the meta device from its config: no weights are touched.
+    The network is rebuilt on the meta device from its config: no weights are touched. What was found is kept in the
+    process, for the next network of the same class and config.
 
     Args:
         denoiser: Of any family.
@@ -87,7 +93,35 @@ def list_layers(
     size = (size, size) if isinstance(size, int) else size
     denoiser.check_size(size)
     small = denoiser.latent_size(size)
-    return layer_table(on_meta(denoiser.model), denoiser.family, small, denoiser.stride, denoiser.schedule, detail)
+    key = architecture_key(denoiser)
+    key = key and (key, small, denoiser.stride, detail, registered_outputs())
+    if key in _TABLES:
+        _TABLES.move_to_end(key)
+        return list(_TABLES[key])
+    table = layer_table(on_meta(denoiser.model), denoiser.family, small, denoiser.stride, denoiser.schedule, detail)
+    if key is not None:
+        _TABLES[key] = tuple(table)
+        while len(_TABLES) > _KEPT:
+            _TABLES.popitem(last=False)
+    return table
+
+
+def architecture_key(denoiser: Denoiser) -> tuple[Hashable, ...] | None:
+    """What all that is found without weights depends on, sizes apart; None where that is not a class and a config."""
+    inner: Any = plain_module(denoiser.model)
+    if not hasattr(inner, "from_config") or not is_rebuilt(inner):
+        return None
+    family, cls = denoiser.family, type(inner)
+    more = {name: _settings(value, cls) if name == "config" else value for name, value in vars(family).items()}
+    return cls, _settings(inner.config, cls), type(family), repr(more), repr(_example_level(denoiser.schedule))
+
+
+def _settings(config: Mapping[str, Any], cls: type) -> str:
+    """A config as text, the same of a new network and of one that was loaded."""
+    told = {k: v for k, v in config.items() if not k.startswith("_")}
+    if config.get("_class_name", cls.__name__) != cls.__name__:  # the class may read such a config in its own way
+        told["_class_name"] = config["_class_name"]
+    return json.dumps(told, sort_keys=True, default=repr)
 
 
 def list_layers_from_config(
@@ -267,11 +301,16 @@ def _example_level(schedule: NoiseSchedule | None) -> NoiseLevel:
 def on_meta(model: nn.Module) -> nn.Module:
     """The same network without weights: from its config, or a copy; itself if it is on the meta device already."""
     inner: Any = plain_module(model)
-    # By accelerate's private mark: weights that it keeps away from the model are on the meta device too. Without it
-    # such a network would count as one without weights, and its hooks would run.
-    if all(p.is_meta for p in inner.parameters()) and not hasattr(inner, "_hf_hook"):
+    if not is_rebuilt(inner):
         return inner
     return build_on_meta(type(inner), inner.config) if hasattr(inner, "from_config") else copy_to_meta(inner)
+
+
+def is_rebuilt(model: nn.Module) -> bool:
+    """Whether `on_meta` makes another network of it: not of one that has no weights anyway."""
+    # By accelerate's private mark: weights that it keeps away from the model are on the meta device too. Without it
+    # such a network would count as one without weights, and its hooks would run.
+    return hasattr(model, "_hf_hook") or not all(p.is_meta for p in model.parameters())
 
 
 def copy_to_meta(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Images from a SiT, by class, by a vector or freely, with guidance inside an interval. Needs `diffusers-repr`.
+"""Images from a SiT or U-ViT by class, by a vector or freely, guided inside an interval. Needs `diffusers-repr`.
 
 `SiTPipeline.from_pretrained(X)` without remote code, or `DiffusionPipeline.from_pretrained(X, custom_pipeline=<this
 folder or its Hub id>, trust_remote_code=True)`, where X is a folder or Hub id that a training script or
@@ -37,6 +37,7 @@ from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.labels import Labels, class_or_null_ids
 from diffusers_repr.models.sit import SiTTransformer2DModel
+from diffusers_repr.models.uvit import UViTTransformer2DModel
 
 # Timesteps are float32: 1000 t of a grid point may stand this far (in t) from where the grid has it.
 _SLACK = 1e-6
@@ -58,12 +59,13 @@ class SiTPipelineOutput(BaseOutput):
 
 
 class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
-    """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) in latent or pixel space.
+    """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) or a `UViTTransformer2DModel` (arXiv 2209.12152).
 
-    Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and `FlowMatchSDEScheduler` of
-    this package and diffusers' `FlowMatchEulerDiscreteScheduler` for networks that predict the velocity, DDIM, DDPM
-    and their kin for a converted DiT, whose learned variance is split off where the scheduler does not read it.
-    Between the steps the sample is float32, or float64 if `latents` are, whatever the dtype of the network.
+    In latent or pixel space. Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and
+    `FlowMatchSDEScheduler` of this package and diffusers' `FlowMatchEulerDiscreteScheduler` for networks that predict
+    the velocity, DDIM, DDPM and their kin for networks of noise, as a converted DiT or U-ViT; a learned variance is
+    split off where the scheduler does not read it. Between the steps the sample is float32, or float64 if `latents`
+    are, whatever the dtype of the network.
 
     Args:
         transformer: The network.
@@ -82,7 +84,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
 
     def __init__(
         self,
-        transformer: SiTTransformer2DModel,
+        transformer: SiTTransformer2DModel | UViTTransformer2DModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: Mapping[Any, str] | None = None,

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from diffusers import (
 
 from diffusers_repr.capture import capture
 from diffusers_repr.cli import main
-from diffusers_repr.denoiser import Denoiser, GenericFamily, layer_table, list_layers
+from diffusers_repr.denoiser import Denoiser, GenericFamily, block_outputs, layer_table, list_layers
+from diffusers_repr.denoiser import layers as layers_file
 from diffusers_repr.denoiser.family_registry import family_by_name
 from diffusers_repr.denoiser.layers import list_layers_from_config
 from diffusers_repr.models.weights import build_on_meta
@@ -118,7 +120,8 @@ def test_the_network_is_not_touched():
     assert not calls
 
 
-def test_an_offloaded_pipeline():
+def test_an_offloaded_pipeline(monkeypatch):
+    monkeypatch.setattr(layers_file, "architecture_key", lambda denoiser: None)  # nothing is kept: each is found anew
     pipe = build("dit")
     want = list_layers(Denoiser.from_pipe(pipe))
     pipe.enable_model_cpu_offload(device="cpu")
@@ -126,6 +129,36 @@ def test_an_offloaded_pipeline():
     pipe = build("dit")
     pipe.enable_sequential_cpu_offload(device="cpu")
     assert list_layers(Denoiser.from_pipe(pipe)) == want
+
+
+def test_what_was_found_is_kept_while_nothing_has_changed(monkeypatch, tmp_path):
+    """Of one class, config, family, size, level and register of outputs."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return layer_table(*args, **kwargs)
+
+    monkeypatch.setattr(layers_file, "layer_table", counted)
+    monkeypatch.setattr(layers_file, "_TABLES", OrderedDict())
+    monkeypatch.setattr(block_outputs, "_IMAGE_INDEX", dict(block_outputs._IMAGE_INDEX))
+    pipe = build("class_unet")
+    first = list_layers(Denoiser.from_pipe(pipe))
+    list_layers(Denoiser.from_pipe(pipe)).clear()  # the caller's own
+    pipe.save_pretrained(tmp_path)
+    pipe.to(dtype=torch.float16)
+    assert list_layers(Denoiser.from_pipe(pipe)) == list_layers(Denoiser.from_pretrained(tmp_path)) == first
+    assert len(calls) == 1
+    smaller = Denoiser.from_pipe(pipe)
+    assert list_layers(smaller, 8)[0].grid == (8, 8)
+    assert len(list_layers(smaller, detail="all")) > len(first)
+    assert len(calls) == 3
+    other = build("class_unet")
+    other.unet = type(other.unet).from_config({**other.unet.config, "layers_per_block": 3})
+    assert len(list_layers(Denoiser.from_pipe(other))) > len(first)
+    block_outputs.register_block_output("Blob", 1)
+    assert list_layers(Denoiser.from_pipe(pipe)) == first
+    assert len(calls) == 5
 
 
 def test_bad_sizes():

@@ -9,6 +9,7 @@ from diffusers_repr.models import (
     NoisyClassifier,
     RepresentationMLPModel,
     SiTTransformer2DModel,
+    UViTTransformer2DModel,
     VectorEmbedding,
 )
 from tests.testers.model_contract import CONCERNS, ModelCase, check
@@ -23,6 +24,11 @@ def sit_inputs(width: int = 8, **more) -> dict:
     mask = torch.tensor([False, True])
     given = {"hidden_states": torch.randn(2, 4, 8, width), "timestep": torch.tensor([50.0, 951.0])}
     return {**given, "class_labels": torch.tensor([3, 10]), "drop_mask": mask, **more}
+
+
+def uvit(**changes) -> UViTTransformer2DModel:
+    sizes = {"sample_size": 8, "num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "num_classes": 10}
+    return UViTTransformer2DModel(**sizes, **changes)
 
 
 def classifier() -> NoisyClassifier:
@@ -40,6 +46,13 @@ CASES = {
     "SiT, other size, vector": ModelCase(
         lambda: sit(condition_dim=6, qk_norm=True),
         lambda: sit_inputs(12, condition=torch.randn(2, 6)),
+        {"sample": (2, 4, 8, 12)},
+        targets=("to_q", "to_v"),
+    ),
+    "UViT": ModelCase(uvit, sit_inputs, {"sample": (2, 4, 8, 8)}, targets=("to_q", "to_v")),
+    "UViT, other size, all tokens": ModelCase(
+        lambda: uvit(condition_dim=6, text_dim=5, text_tokens=3, class_token=True, time_mlp=True),
+        lambda: sit_inputs(12, condition=torch.randn(2, 6), encoder_hidden_states=torch.randn(2, 3, 5)),
         {"sample": (2, 4, 8, 12)},
         targets=("to_q", "to_v"),
     ),

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.data.digits import load_digits_splits
+from diffusers_repr.denoiser.layers import architecture_key
 from diffusers_repr.features import cleandift_extractor, cleandift_layers
 from diffusers_repr.features.presets import presets
 from diffusers_repr.models import FeatureAdapters
@@ -20,6 +21,7 @@ from diffusers_repr.objectives import (
     CleanDIFTConfig,
     CleanDIFTObjective,
     DiffusionObjective,
+    cleandift,
     noise_robustness,
     strata_timesteps,
 )
@@ -29,6 +31,22 @@ from tests.objectives.cases import gradients, shake
 from tests.testers.models import build
 
 DIGITS = Path(__file__).parents[2] / "examples" / "models" / "digits-ddpm"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _reached_once():
+    """Which parameters some layers of a network reach is found once for all objectives of it."""
+    known, real = {}, cleandift.reached_parameters
+
+    def kept(denoiser, layers):
+        key = (architecture_key(denoiser), *layers)
+        if key not in known:
+            known[key] = real(denoiser, layers)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cleandift, "reached_parameters", kept)
+        yield
 
 
 def made(pipe: str = "ddim", **settings) -> CleanDIFTObjective:
@@ -195,7 +213,7 @@ def test_the_contract(settings):
 
 
 def test_text_conditions_and_latents():
-    objective = made("sd", levels=2, layers=["mid_block", "up_blocks.0"])
+    objective = made("short_sd", levels=2, layers=["mid_block", "up_blocks.0"])
     side = objective.denoiser.image_size[0]
     data = {"pixel_values": torch.rand(2, 3, side, side) * 2 - 1, "caption": ["a dog", "a red house"]}
     check_objective(objective, data)

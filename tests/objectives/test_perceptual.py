@@ -15,7 +15,9 @@ from diffusers_repr.testing import check_auxiliary_loss, check_objective, tiny_d
 from tests.objectives.cases import COSINE, LINEAR, batch, sit
 from tests.testers.models import build
 
-ZERO_SNR = DDPMScheduler(100, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+ZERO_SNR = DDPMScheduler(
+    100, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True
+)
 VP = {kind: NoiseSchedule.from_scheduler(DDPMScheduler(100, prediction_type=kind))
       for kind in ("epsilon", "v_prediction", "sample")}  # fmt: skip
 SCHEDULES = {"linear": LINEAR, "cosine": COSINE, **VP, "zero": NoiseSchedule.from_scheduler(ZERO_SNR)}
@@ -249,7 +251,9 @@ def test_it_keeps_the_contracts():
     with torch.no_grad():
         other.losses["perceptual"].frozen.proj_out.weight[0] += 1
     assert objective.identity() != other.identity()  # a run is not gone on with from another base
-    check_objective(PerceptualObjective(Denoiser.from_pipe(build("ddpm"))), {"pixel_values": torch.zeros(2, 1, 16, 16)})
+    check_objective(
+        PerceptualObjective(Denoiser.from_pipe(build("ddpm"))), {"pixel_values": torch.zeros(2, 1, 16, 16)}
+    )
 
 
 @pytest.mark.parametrize(("call", "message"), [

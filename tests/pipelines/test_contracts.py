@@ -9,7 +9,6 @@ from diffusers_repr.pipelines.guided_stable_diffusion import GuidedStableDiffusi
 from diffusers_repr.pipelines.guided_stable_diffusion_xl import GuidedStableDiffusionXLPipeline
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
-from diffusers_repr.pipelines.rcg import RCGPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 from diffusers_repr.heads import JointHead

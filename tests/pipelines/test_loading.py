@@ -18,7 +18,7 @@ def test_every_folder_loads_with_consent(tmp_path):
     pipe = sit_cases.pipeline(
         FlowMatchSDEScheduler(path="cosine"), vae=sit_cases.autoencoder(), id2label={1: "goldfish"}
     )
-    call = {"num_inference_steps": 4, "output_type": "np"}
+    call = {"num_inference_steps": 2, "output_type": "np"}
     pipe.save_pretrained(tmp_path / "sit")
     sit_cases.pipeline().save_pretrained(tmp_path / "sit-pixels")
     np.save(tmp_path / "sit.npy", pipe("goldfish", generator=torch.Generator().manual_seed(0), **call).images)

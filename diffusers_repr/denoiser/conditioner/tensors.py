@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.conditioner.base import Conditioner
 from diffusers_repr.denoiser.family import MAP_INPUT, floating_dtype
+from diffusers_repr.models.null_tokens import NullTokens
 from diffusers_repr.models.vector_embedding import VectorEmbedding
 
 TOKENS = "encoder_hidden_states"
@@ -113,7 +114,7 @@ class TensorConditioner(Conditioner):
 
     def describe(self) -> dict[str, Any]:
         """With the input's name and the null: a hash of a tensor, `learned` of a parameter."""
-        null: Any = self.null_value
+        null = self.null_value
         if isinstance(null, nn.Parameter):
             null = "learned"
         elif isinstance(null, Tensor):
@@ -202,7 +203,8 @@ class TokenConditioner(TensorConditioner):
     Args:
         name: The network's input.
         column: Of a batch of training data.
-        null: See `TensorConditioner`; a row is `(k, D)`. Zeros unless told otherwise.
+        null: See `TensorConditioner`; a row is `(k, D)`. Zeros unless told otherwise. `NullTokens` that are learned
+            are trained with the network, and are a component of its pipeline, `null_tokens`.
         width: D; as the network's config says if None.
         count: k of the null condition, where its own shape does not tell.
     """
@@ -214,15 +216,30 @@ class TokenConditioner(TensorConditioner):
         self,
         name: str = TOKENS,
         column: str = "tokens",
-        null: Tensor | float | None = 0.0,
+        null: NullTokens | Tensor | float | None = 0.0,
         width: int | None = None,
         count: int = 1,
     ) -> None:
-        super().__init__(name, column, null, width)
-        self.count = count
+        super().__init__(name, column, null.tokens if isinstance(null, NullTokens) else null, width)
+        self.count, self.null_tokens = count, null if isinstance(null, NullTokens) else None
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """The null tokens, where they are learned."""
+        learned = self.null_tokens is not None and self.null_tokens.config["learned"]
+        return {"null_tokens": self.null_tokens} if learned and self.null_tokens is not None else {}
+
+    def _null_value(self) -> Tensor:
+        # The module's tensor of now: moving a module may give it another.
+        return super()._null_value() if self.null_tokens is None else self.null_tokens.tokens
 
     def _shape(self) -> tuple[int, ...]:
         return (self.count, *super()._shape())
+
+    def _row(self, device: torch.device) -> Tensor:
+        null = self.null_value
+        if isinstance(null, Tensor) and null.ndim == 2 and len(null) == 1:  # one that stands in every place
+            return torch.zeros(1, self.count, null.shape[1], device=device)
+        return super()._row(device)
 
 
 class MapConditioner(TensorConditioner):

@@ -20,6 +20,7 @@ from diffusers_repr.denoiser.families import (
     sit,
     unet2d,
     unet2d_condition,
+    uvit,
     wan,
     z_image,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "sit",
     "unet2d",
     "unet2d_condition",
+    "uvit",
     "wan",
     "z_image",
 ]
