@@ -102,7 +102,8 @@ class OnlineGuidanceObjective(DiffusionObjective):
         )  # fmt: skip
         super().__init__(denoiser, losses=[clustering, *losses], label_dropout=label_dropout, **options)
         self.switch_step, self.encode_time, self.patches = switch_step, encode_time, patches
-        self.steps, self._ema = 0, None
+        self.steps = 0
+        self._ema: Any = None
         channels = self.layer(clustering.layers[0]).channels
         if assigner.in_features != channels:
             raise ValueError(
@@ -121,6 +122,7 @@ class OnlineGuidanceObjective(DiffusionObjective):
         conditioner, config = denoiser.conditioner, assigner.config
         width = config["embed_dim"] or assigner.in_features
         name = type(denoiser.model).__name__
+        wanted: dict[str, tuple[Any, int]]
         if isinstance(conditioner, LabelConditioner):
             wanted = {"classes": (conditioner.num_classes, config["num_prototypes"])}
         elif isinstance(conditioner, VectorConditioner | MapConditioner):

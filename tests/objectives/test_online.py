@@ -205,17 +205,17 @@ def test_maps_are_kept_for_the_prior():
     assert prior.values.shape == (6, E, 8, 8)
     # the prior has the weights' prototypes, the step the average's; which of them is the same
     kept = torch.einsum("behw,ke->bhwk", prior.values, prototypes).argmax(-1)
-    told = torch.einsum(
-        "behw,ke->bhwk", noisy.condition["map_channels"], F.normalize(ema.shadow["assigner.prototypes"], dim=1)
-    )
+    averaged = F.normalize(ema.shadow["assigner.prototypes"], dim=1)
+    told = torch.einsum("behw,ke->bhwk", noisy.condition["map_channels"], averaged)
     assert torch.equal(kept, told.argmax(-1))
     assert made.usage.sum() == 6 * 16
 
 
 def test_a_unet_by_the_mean_of_its_middle():
     torch.manual_seed(0)
-    unet = UNet2DModel(8, 1, 1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-                       block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=K + 1)  # fmt: skip
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(8, 1, 1, **blocks, **sizes, num_class_embeds=K + 1)
     pipe = GuidedUnconditionalPipeline(unet, DDPMScheduler(num_train_timesteps=100))
     made = OnlineGuidanceObjective(Denoiser.from_pipe(pipe), SinkhornAssigner(16, K), 2)
     assert made.clustering.layers == ("mid_block",)
