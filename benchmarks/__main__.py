@@ -26,6 +26,7 @@ NAMES = (
     "odise",
     "heads",
     "zero_shot",
+    "online_step",
     "retrieval_keys",
 )
 

@@ -355,7 +355,7 @@ class RetrievalIndex:
 
     def _write_record(self) -> None:
         assert self.folder is not None
-        found = {"kind": self.kind, "dim": self.dim, "rows": [part.rows for part in self.parts]}
+        found: dict[str, Any] = {"kind": self.kind, "dim": self.dim, "rows": [part.rows for part in self.parts]}
         found |= {"cells": self.cells, "probes": self.probes, "encoder": self.encoder}
         write_json(self.folder / INDEX_RECORD, {"format": 1, **found})
 

@@ -50,7 +50,7 @@ class Part:
         lists = InvertedLists.open(path) if listed else None
         if lists is not None and len(lists) != len(store):
             raise ValueError(f"{str(path)!r} has {len(lists)} of {len(store)} vectors. Build the index anew.")
-        return cls(store.blocks(), str(store.recipe.get("content", store.layout.recipe)), lists)
+        return cls(store.blocks(), store.content, lists)
 
     @property
     def rows(self) -> int:

@@ -70,6 +70,7 @@ class KMeansAssigner(Assigner):
             raise ValueError(f"backend is 'faiss' or 'sklearn'; got {backend!r}.")
         self.num_clusters, self.backend = num_clusters, backend or ("faiss" if has_faiss() else "sklearn")
         self.register_to_config(backend=self.backend)
+        self.most_rows = num_clusters * rows_per_cluster
         self.register_buffer("centers", torch.zeros(num_clusters, in_features))
 
     def fit_prepared(self, features: Tensor, generator: torch.Generator) -> None:

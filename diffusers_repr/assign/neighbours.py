@@ -38,7 +38,8 @@ class NeighboursAssigner(Assigner):
     def __init__(self, in_features: int, k: int = 4, rows: int = 0) -> None:
         super().__init__()
         self.make_state(in_features)
-        self.k, self._index = check_whole("k", k), None
+        self.k = check_whole("k", k)
+        self._index: RetrievalIndex | None = None
         self.register_buffer("embeddings", torch.zeros(check_whole("rows", rows, 0), in_features))
 
     def fit_prepared(self, features: Tensor, generator: torch.Generator) -> None:

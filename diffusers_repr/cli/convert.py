@@ -33,7 +33,7 @@ class Settings:
     out: str = setting(
         REQUIRED,
         "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
-        "`Encoder.from_pretrained`, of a readout `ReadoutHead`, of Hyperfeatures `Hyperfeatures.from_pretrained`)",
+        "`Encoder.from_pretrained`, of RCG's representation diffusion `RCGPipeline`, of a readout `ReadoutHead`, of Hyperfeatures `Hyperfeatures.from_pretrained`)",
     )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
         None, "which of those in the file; default: ema if there, else model"
@@ -101,11 +101,12 @@ def run(args: Settings) -> int:
     """Convert, and print what was written."""
     from diffusers_repr.cli.convert_hyperfeatures import save_hyperfeatures
     from diffusers_repr.cli.convert_readout import save_readout
+    from diffusers_repr.cli.convert_representation import save_representation
     from diffusers_repr.heads.convert import is_published_readout
     from diffusers_repr.heads.convert_hyperfeatures import is_published_hyperfeatures
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
-    from diffusers_repr.models.convert_joint import is_joint_vit
     from diffusers_repr.models.convert_moco import is_moco_v3
+    from diffusers_repr.models.convert_representation import is_representation_model
 
     held = read_checkpoint(args.checkpoint)
     others: tuple[str, ...] = ("weights", "architecture", "model_config", "path", "sampler", "process", "vae")
@@ -123,6 +124,10 @@ def run(args: Settings) -> int:
     if is_moco_v3(weights):
         _refuse(args, ("architecture", "vae", "path", "sampler", "process"), "MoCo v3 is an encoder, no pipeline")
         _save_encoder(args, weights, overrides)
+    elif is_representation_model(weights):
+        own = ("architecture", "vae", "path", "sampler", "model_config")
+        _refuse(args, own, "A representation diffusion model of RCG tells all of it")
+        save_representation(weights, args.checkpoint, args.out, overwrite=args.overwrite)
     else:
         _save_pipeline(args, weights, overrides, name, _form(args, weights), held.get("vae"))
     return 0

@@ -22,6 +22,8 @@ from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
+from diffusers_repr.objectives.online import OnlineGuidanceObjective
+from diffusers_repr.objectives.perceptual import PerceptualLoss, PerceptualObjective
 from diffusers_repr.objectives.probe_config import ProbeConfig
 from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
@@ -62,6 +64,9 @@ __all__ = [
     "Observation",
     "OdiseConfig",
     "OdiseObjective",
+    "OnlineGuidanceObjective",
+    "PerceptualLoss",
+    "PerceptualObjective",
     "PipelineArtifact",
     "ProbeConfig",
     "ProbeObjective",

@@ -321,11 +321,17 @@ class DiffusionObjective(Objective):
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """Samples; of class-conditional models the classes in turn, rows of 8 a class."""
         given = self.conditioner.preview(count)
-        if "class_labels" in given and "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
-            # diffusers has no pipeline that tells a `UNet2DModel` a class.
-            pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
-            pipe.set_progress_bar_config(disable=True)
+        pipe = self.previewing(pipe) if "class_labels" in given else pipe
         return pipe(**given, generator=generator, num_inference_steps=steps).images
+
+    @staticmethod
+    def previewing(pipe: Any) -> Any:
+        """A pipeline that takes class_labels, of the same network; diffusers has none for a `UNet2DModel`."""
+        if "class_labels" in inspect.signature(type(pipe).__call__).parameters:
+            return pipe
+        pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def preview_labels(self, count: int) -> Sequence[int] | None:
         """See `Objective`."""

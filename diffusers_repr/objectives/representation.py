@@ -32,6 +32,7 @@ class RepresentationObjective(DiffusionObjective):
         assigner: Fitted, of vectors: standardises what the batch holds; None for vectors that are ready.
         time_sampling: How noise levels are drawn.
         label_dropout: Probability that a class becomes null, of a network with classes.
+        id2label: Names of the classes, for the pipeline.
 
     Raises:
         TypeError: For what is no assigner.
@@ -55,10 +56,11 @@ class RepresentationObjective(DiffusionObjective):
         assigner: Assigner | None = None,
         time_sampling: TimeSampler | None = None,
         label_dropout: float = 0.1,
+        id2label: Mapping[Any, str] | None = None,
     ) -> None:
         conditional = denoiser.conditioner.conditional
         super().__init__(denoiser, time_sampling=time_sampling, label_dropout=label_dropout if conditional else 0.0)
-        self.column, self.encoder = column, encoder
+        self.column, self.encoder, self.id2label = column, encoder, id2label
         if assigner is not None:
             self.freeze("assigner", self._checked(assigner))
 
@@ -126,11 +128,19 @@ class RepresentationObjective(DiffusionObjective):
     def identity(self) -> dict[str, Any]:
         """With the assigner's fingerprint."""
         own = {"vectors": self.encoder or self.column}
-        return {**super().identity(), **own, "assigner": None if self.assigner is None else self.assigner.fingerprint()}
+        return {
+            **super().identity(),
+            **own,
+            "assigner": None if self.assigner is None else self.assigner.fingerprint(),
+        }
 
     def artifacts(self) -> list[Artifact]:
         """The pipeline of the vectors, and the assigner."""
-        parts = {"prior": ModelArtifact(self.network, "network"), "prior_scheduler": self.denoiser.scheduler}
+        parts: dict[str, Any] = {
+            "prior": ModelArtifact(self.network, "network"),
+            "prior_scheduler": self.denoiser.scheduler,
+        }
+        parts |= {} if self.id2label is None else {"id2label": dict(self.id2label)}
         beside = [] if self.assigner is None else [FixedArtifact(self.assigner, folder="assigner")]
         return [PipelineArtifact("RCGPipeline", parts), *beside]
 

@@ -72,6 +72,11 @@ class VectorStore(Store):
         """Values of a vector."""
         return self.layout.tensors[_NAME][0]
 
+    @property
+    def content(self) -> str:
+        """Tells what is in it: a hash of the values, or of all that decides them."""
+        return str(self.recipe.get("content", self.layout.recipe))
+
     def blocks(self) -> list[Tensor]:
         """Each shard's vectors `(n, dim)`, mapped into memory: nothing is read before it is used.
 
@@ -176,6 +181,17 @@ def read_index_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return _INDEX(read_json(path), str(path))
 
 
+def index_fingerprint(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What decides what a row number of an index stands for, as JSON; `RetrievalIndex.fingerprint` of its folder.
+
+    Raises:
+        FileNotFoundError, ValueError: As `VectorTable.open`.
+    """
+    found = read_index_record(folder)
+    names = [VectorStore.open(Path(folder) / part_name(part)).content for part in range(len(found["rows"]))]
+    return {"dim": found["dim"], "rows": found["rows"], "parts": names}
+
+
 def write_vectors(
     out: str | os.PathLike[str],
     rows: int,
@@ -258,4 +274,12 @@ def _mapped(folder: Path) -> list[Tensor]:
     return [block for store in stores for block in store.blocks()]
 
 
-__all__ = ["VectorStore", "VectorTable", "part_name", "read_index_record", "vectors_hash", "write_vectors"]
+__all__ = [
+    "VectorStore",
+    "VectorTable",
+    "index_fingerprint",
+    "part_name",
+    "read_index_record",
+    "vectors_hash",
+    "write_vectors",
+]

@@ -1,54 +1,45 @@
 """How many network evaluations does the Diffusion Classifier need, by the paper's schedule, by racing, by averaging?
 
     python examples/studies/zero_shot.py --output_dir outputs/zero_shot --results outputs/zero_shot-results
+    python examples/studies/zero_shot.py --ask kind --model examples/models/digits-text --output_dir outputs/zero_text
 
-The class-conditional digits model tells digits apart that it was not trained on. Every error of an image, a class and
-a level is evaluated once and kept, so a run that was stopped goes on where it was, and all rules are replayed on the
-same table: they see the same noise, image by image. The first seed has the whole table, the others what the schedule
-and the races ask for.
+The class-conditional digits model tells digits apart that it was not trained on; the text-to-image model of composed
+scenes tells, by prompts, what the one thing of a scene is (`--ask kind`) or which colour it has (`--ask colour`), in
+scenes of digits that it was not trained on; `--several` gives each kind a prompt for every colour.
+
+Every error of an image, a class and a level is evaluated once and kept, so a run that was stopped goes on where it
+was, and all rules are replayed on the same table: they see the same noise, image by image. The first seed has the
+whole table, the others what the schedule and the races ask for.
 """
 
 import argparse
+import dataclasses
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from zero_shot_questions import Question, question
 
 from diffusers_repr.cli.guard import run_script
-from diffusers_repr.data.digits import load_digits_splits
-from diffusers_repr.data.transforms import augment
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.noise_policy import pixel_keys
 from diffusers_repr.pictures.figure import png_of, require_matplotlib
+from diffusers_repr.pictures.match_lines import stack_pictures
 from diffusers_repr.tasks import AdaptiveSchedule, Averaging, CalibratedRacing
 from diffusers_repr.tasks.denoising_errors.calibration import class_errors, rank_levels, running_scales
-from diffusers_repr.tasks.denoising_errors.conditions import ConditionRows, encode_conditions
 from diffusers_repr.tasks.denoising_errors.levels import even_timesteps
 from diffusers_repr.tasks.denoising_errors.network import NetworkErrors
 from diffusers_repr.tasks.denoising_errors.pairs import Asked, PairTable
-from diffusers_repr.tasks.denoising_errors.rules import Rule, Units
+from diffusers_repr.tasks.denoising_errors.picture import plot_curves
+from diffusers_repr.tasks.denoising_errors.rules import Decisions, Rule
 
-CLASSES, CHUNK, STATED = 10, 100, (0.2, 0.1, 0.05, 0.02, 0.01)
-
-
-def held_out(count: int) -> tuple[Tensor, Tensor, int]:
-    """Pixels and labels of digits that the model was not trained on, and how many of them are as they were written.
-
-    These are validation and test together, 800; beyond them come copies, turned, moved and scaled as in training.
-    """
-    splits = load_digits_splits()
-    images = [image for split in ("test", "validation") for image in splits[split]["image"]]
-    labels = torch.tensor([label for split in ("test", "validation") for label in splits[split]["label"]])
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None].float() / 127.5 - 1
-    real = min(count, len(pixels))
-    more = torch.arange(count - real) % len(pixels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        moved = augment(pixels[more], False, 10.0, 0.0875, 0.1)
-    return torch.cat([pixels[:real], moved]), torch.cat([labels[:real], labels[more]]), real
+CHUNK, STATED = 100, (0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 class Kept:
@@ -56,34 +47,39 @@ class Kept:
 
     Args:
         denoiser: The model.
+        asked: Gives conditions and units.
         pixels: Of the images.
         seed: Of the noise.
         path: Of the file.
-        conditions: Of the classes.
     """
 
-    def __init__(self, denoiser: Denoiser, pixels: Tensor, seed: int, path: Path, conditions: ConditionRows) -> None:
-        self.path = path
-        x0, keys = denoiser.encode_pixels(pixels), pixel_keys(pixels)
-        network = NetworkErrors(denoiser, x0, keys, conditions, seed=seed, batch_size=256)
+    def __init__(self, denoiser: Denoiser, asked: Question, pixels: Tensor, seed: int, path: Path) -> None:
+        self.path, self.units, conditions = path, asked.units, asked.conditions
+        x0 = torch.cat([denoiser.encode_pixels(part) for part in pixels.split(CHUNK)])
+        network = NetworkErrors(denoiser, x0, pixel_keys(pixels), conditions, seed=seed, batch_size=256)
         self.table = PairTable(network, len(pixels), len(conditions))
         if path.is_file():
             with np.load(path) as file:
                 found = {tuple(json.loads(name)): torch.from_numpy(file[name]) for name in file.files}
             self.table.held = {(float(time), int(draw)): values for (time, draw), values in found.items()}
 
-    def labels(self, rule: Rule, levels: list[float]) -> tuple[Tensor, Tensor]:
-        """Class and evaluations of each image by a rule, some images at a time, what is evaluated being kept."""
-        labels, evaluations = [], []
+    def decide(self, rule: Rule, levels: list[float]) -> Iterator[Decisions]:
+        """What a rule finds, some images at a time; what is evaluated is kept."""
         for start in range(0, self.table.images, CHUNK):
             count, before = min(CHUNK, self.table.images - start), self.table.evaluations
-            found = rule(lambda asked, start=start: self.table(shifted(asked, start)), UNITS, count, levels)
-            labels.append(found.labels)
-            evaluations.append(found.evaluations)
+            yield rule(lambda asked, start=start: self.table(shifted(asked, start)), self.units, count, levels)
             if self.table.evaluations > before:
                 self.save()
                 print(f"{self.path.name}: {type(rule).__name__}, images to {start + count}", flush=True)
-        return torch.cat(labels), torch.cat(evaluations).double()
+
+    def labels(self, rule: Rule, levels: list[float]) -> tuple[Tensor, Tensor]:
+        """Class and evaluations of each image by a rule."""
+        found = list(self.decide(rule, levels))
+        return torch.cat([one.labels for one in found]), torch.cat([one.evaluations for one in found]).double()
+
+    def errors(self, levels: list[float]) -> Tensor:
+        """Error of every class at every level, `(L, N, K)`, of its best prompt, where prompts compete."""
+        return class_errors(self.table, self.units, self.table.images, levels, 1)[:, 0]
 
     def save(self) -> None:
         """Write what is held, whole or not at all."""
@@ -92,10 +88,8 @@ class Kept:
         fresh.replace(self.path)
 
 
-UNITS = Units.of(range(CLASSES))
-
-
 Row = dict[str, Any]
+Rules = dict[str, tuple[Rule, list[float]]]
 
 
 def shifted(asked: Asked, start: int) -> Asked:
@@ -103,32 +97,30 @@ def shifted(asked: Asked, start: int) -> Asked:
     return Asked(asked.images + start, asked.prompts, asked.timesteps, asked.draws)
 
 
-def make_rules(
-    denoiser: Denoiser, conditions: ConditionRows, out: Path, count: int, levels: list[float]
-) -> tuple[dict[str, tuple[Rule, list[float]]], dict[str, tuple[Rule, list[float]]]]:
+def make_rules(denoiser: Denoiser, asked: Question, out: Path, levels: list[float]) -> tuple[Rules, Rules]:
     """Rules for every seed, and those for the seed with the whole table; levels are learned from training images."""
-    train, size = load_digits_splits()["train"].select(range(count)), len(levels)
-    kept = Kept(denoiser, denoiser.pixels(train["image"]), 1000, out / "calibration.npz", conditions)
-    errors = class_errors(kept.table, UNITS, count, levels, 2)
+    pixels, labels = asked.train
+    size, kept = len(levels), Kept(denoiser, asked, pixels, 1000, out / "calibration.npz")
+    errors = class_errors(kept.table, asked.units, len(pixels), levels, 2)
     kept.save()
-    labels = torch.tensor(train["label"])
     learned = rank_levels(errors, labels, levels)
     order = list(learned.timesteps)
     scales = running_scales(errors[[levels.index(level) for level in order]], labels)
     print("levels, the most telling first:", [int(level) for level in order], flush=True)
-    every: dict[str, tuple[Rule, list[float]]] = {"schedule": (AdaptiveSchedule((2, size), (5, 1)), levels)}
+    every: Rules = {"schedule": (AdaptiveSchedule((2, size), (min(5, len(asked.units) // 2), 1)), levels)}
     every |= {f"race {error:g}": (CalibratedRacing(tuple(order), scales, error), order) for error in STATED[::-1]}
-    whole: dict[str, tuple[Rule, list[float]]] = {f"average {size}": (Averaging(size), levels)}
-    for few in (1, 2, 4, 8):
+    whole: Rules = {f"average {size}": (Averaging(size), levels)}
+    for few in [few for few in (1, 2, 4, 8) if few < size]:
         places = range(size // few // 2, size, size // few)
         whole[f"average {few}"] = Averaging(few), [levels[place] for place in places][:few]
         whole[f"best {few}"] = Averaging(few), order[:few]
     return every, whole
 
 
-def rows_of(results: dict[str, list[tuple[Tensor, Tensor]]], labels: Tensor, real: int) -> list[Row]:
+def rows_of(results: dict[str, list[tuple[Tensor, Tensor]]], asked: Question) -> list[Row]:
     """Of each rule: accuracy over seeds, evaluations, and against the schedule on the same images and noise."""
     rows: list[Row] = []
+    labels, real = asked.test[1], asked.real
     base = results["schedule"]
     for name, runs in results.items():
         right = torch.stack([(found == labels).double() for found, _ in runs])
@@ -152,17 +144,17 @@ def rows_of(results: dict[str, list[tuple[Tensor, Tensor]]], labels: Tensor, rea
     return rows
 
 
-def table_of(rows: list[Row]) -> str:
-    head = "| rule | seeds | accuracy | lowest seed | 800 as written | evaluations | fewer than the schedule | "
-    lines = [head + "accuracy less the schedule's |", "|---|---|---|---|---|---|---|---|"]
-    form = (
-        "| {rule} | {seeds} | {accuracy:.4f} | {lowest:.4f} | {as_written:.4f} | {evaluations:.1f} | {fewer:.2f}x | "
-        "{difference:+.4f} +- {standard_error:.4f} |"
-    )
-    return "\n".join([*lines, *(form.format(**row) for row in rows)]) + "\n"
+def table_of(rows: list[Row], asked: Question) -> str:
+    moved = asked.real < len(asked.test[1])
+    names = ["rule", "seeds", "accuracy", "lowest seed", *([f"{asked.real} as written"] if moved else [])]
+    names += ["evaluations", "fewer than the schedule", "accuracy less the schedule's"]
+    form = "| {rule} | {seeds} | {accuracy:.4f} | {lowest:.4f} |" + " {as_written:.4f} |" * moved
+    form += " {evaluations:.1f} | {fewer:.2f}x | {difference:+.4f} +- {standard_error:.4f} |"
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names), *(form.format(**row) for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
-def picture(rows: list[Row]) -> bytes:
+def picture(rows: list[Row], asked: Question) -> bytes:
     figure = require_matplotlib().Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     kinds = {
@@ -180,22 +172,64 @@ def picture(rows: list[Row]) -> bytes:
             place = (row["evaluations"], row["accuracy"])
             axes.annotate(stated, place, xytext=(-4, 7), textcoords="offset points", fontsize="small", ha="right")
     axes.set_xscale("log")
-    axes.set_xticks([10, 20, 50, 100, 200], labels=["10", "20", "50", "100", "200"])
-    axes.set_xlabel("network evaluations an image (10 classes)")
-    axes.set_ylabel("accuracy on held-out digits")
+    told = "classes" if asked.name == "digit" else "prompts"
+    ticks = [len(asked.units.of_prompt) * times for times in (1, 2, 5, 10, 20)]
+    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.set_xlabel(f"network evaluations an image ({len(asked.units.of_prompt)} {told})")
+    axes.set_ylabel(f"accuracy on images not seen, {len(asked.classes)} classes")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return png_of(figure)
 
 
+def picture_of_levels(errors: Tensor, levels: list[float], labels: Tensor) -> bytes:
+    """How often one evaluation a class is right, at each level alone."""
+    figure = require_matplotlib().Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    right = (errors.argmin(2) == labels).double()
+    deviation = (right.var(1) / right.shape[1]).sqrt()
+    axes.errorbar(levels, right.mean(1), 2 * deviation, marker="o", markersize=4, capsize=3)
+    axes.axhline(1 / errors.shape[2], color="grey", linestyle=":", label="chance")
+    axes.set_xlabel("timestep (larger is noisier)")
+    axes.set_ylabel("accuracy at this level alone")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return png_of(figure)
+
+
+def picture_of_images(
+    errors: Tensor, levels: list[float], asked: Question, decided: Decisions, limit: int = 6
+) -> Image.Image:
+    """Error of each class by level: of the image the model is surest of, the one it is least sure of, a wrong one."""
+    labels, sheets = asked.test[1], []
+    right = (decided.labels == labels).double()
+    chosen = [int((decided.confidence + 2 * right).argmax()), int((decided.confidence - 2 * right).argmin())]
+    chosen += (right == 0).nonzero()[:1, 0].tolist()
+    for at in chosen:
+        order = errors[:, at].mean(0).argsort()[:limit]
+        names = [asked.classes[place] for place in order]
+        title = f"{names[0]}, confidence {float(decided.confidence[at]):.3f}; it is {asked.classes[int(labels[at])]}"
+        shown = ((asked.test[0][at] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        image = Image.fromarray(shown[..., 0] if shown.shape[2] == 1 else shown)
+        drawn = plot_curves(torch.tensor(levels), errors[:, at, order], names, title, image)
+        sheets.append(Image.open(io.BytesIO(png_of(drawn))).convert("RGB"))
+    return stack_pictures(sheets)
+
+
+def joined(parts: list[Decisions]) -> Decisions:
+    """Of all images, without the pairs."""
+    return dataclasses.replace(
+        parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("labels", "confidence")}
+    )
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="examples/models/digits-class-ddim")
-    parser.add_argument(
-        "--text_model", default="outputs/digits-text", help="of composed scenes; left out if not there"
-    )
+    parser.add_argument("--ask", choices=("digit", "kind", "colour"), default="digit")
+    parser.add_argument("--several", action="store_true", help="a prompt for every colour of a kind")
+    parser.add_argument("--model", help="examples/models/digits-class-ddim, or digits-text for kinds and colours")
     parser.add_argument("--output_dir", default="outputs/zero_shot", help="where errors are kept")
-    parser.add_argument("--results", default="outputs/zero_shot-results", help="table and picture")
+    parser.add_argument("--results", default="outputs/zero_shot-results", help="table and pictures")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--calibration_images", type=int, default=60)
     parser.add_argument("--levels", type=int, default=16)
@@ -205,21 +239,25 @@ def main(argv: list[str]) -> None:
     out, results = Path(args.output_dir), Path(args.results)
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    denoiser = Denoiser.from_pretrained(args.model)
-    conditions = encode_conditions(denoiser, class_labels=list(range(CLASSES)), size=denoiser.image_size)
+    default = "examples/models/" + ("digits-class-ddim" if args.ask == "digit" else "digits-text")
+    denoiser = Denoiser.from_pretrained(args.model or default)
+    asked = question(denoiser, args.ask, args.several, args.calibration_images, args.images)
     levels = even_timesteps(denoiser.schedule, args.levels)
-    every, whole = make_rules(denoiser, conditions, out, args.calibration_images, levels)
-    pixels, labels, real = held_out(args.images)
+    every, whole = make_rules(denoiser, asked, out, levels)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in (*every, *whole)}
     for at, seed in enumerate(args.seeds):
-        kept = Kept(denoiser, pixels, seed, out / f"seed{seed}.npz", conditions)
+        kept = Kept(denoiser, asked, asked.test[0], seed, out / f"seed{seed}.npz")
         for name, (rule, own) in {**every, **(whole if at == 0 else {})}.items():
             found[name].append(kept.labels(rule, own))
-    rows = rows_of(found, labels, real)
+        if at == 0:
+            errors, sure = kept.errors(levels), joined(list(kept.decide(Averaging(len(levels)), levels)))
+    rows = rows_of(found, asked)
     (results / "rows.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (results / "table.md").write_text(table_of(rows))
-    (results / "accuracy.png").write_bytes(picture(rows))
-    print(table_of(rows))
+    (results / "table.md").write_text(table_of(rows, asked))
+    (results / "accuracy.png").write_bytes(picture(rows, asked))
+    (results / "levels.png").write_bytes(picture_of_levels(errors, levels, asked.test[1]))
+    picture_of_images(errors, levels, asked, sure).save(results / "images.png")
+    print(table_of(rows, asked))
 
 
 if __name__ == "__main__":

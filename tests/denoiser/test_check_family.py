@@ -12,7 +12,7 @@ from diffusers_repr import Denoiser, Family, GenericFamily
 from diffusers_repr.denoiser import AttentionLayout
 from diffusers_repr.denoiser.family_layers import FamilyLayers
 from diffusers_repr.testing import check_family
-from tests.testers.models import SIZES, build
+from tests.testers.models import PIPELINES, SIZES, build
 from tests.testers.models_text import FAMILIES
 from tests.testers.models_video import VIDEOS  # noqa: F401  (registers them)
 from tests.testers.pages import ROOT
@@ -184,7 +184,7 @@ SLOW = pytest.mark.slow
 QUICK = ("dit",)
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=SLOW) for n in SIZES if n not in QUICK)])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=SLOW) for n in PIPELINES if n not in QUICK)])
 def test_our_families(name):
     report = check_family(Denoiser.from_pipe(build(name)), image_size=SIZES[name])
     states = {finding.part: finding.state for finding in report.findings}

@@ -12,7 +12,7 @@ from diffusers_repr.denoiser.family import PatchTransformerFamily
 from tests.testers.models import CONDITIONS, PIPELINES, SIZES, autoencoder, build, t5_encoder
 from tests.testers.tokenizers import t5_tokenizer
 
-TEXT = [name for name, condition in CONDITIONS.items() if "prompt" in condition]
+TEXT = [name for name in PIPELINES if "prompt" in CONDITIONS[name]]
 
 
 class Stop(Exception):

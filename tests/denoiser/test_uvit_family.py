@@ -95,10 +95,10 @@ def test_repa_reads_the_images_tokens():
         "time": torch.tensor([100, 600]),
         "noise": torch.randn(2, 3, 8, 8),
     }
+    noisy = objective.noised(batch, drop=False)
     with torch.no_grad(), capture(pipe.transformer, "blocks.1") as tape:
-        noisy = objective.noised(batch, drop=False)
         pipe.transformer(noisy.x_t, batch["time"], batch["class_labels"])
-        seen = objective.layer_tokens("blocks.1", tape["blocks.1"], (8, 8)).tokens()
+    seen = objective.layer_tokens("blocks.1", tape["blocks.1"], (8, 8)).tokens()
     assert torch.equal(seen, tape["blocks.1"][:, 3:])
     objective(batch)["loss"].backward()
     grads = [block.attn.to_q.weight.grad for block in pipe.transformer.blocks]

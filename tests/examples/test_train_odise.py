@@ -42,7 +42,7 @@ def test_a_run(places, tmp_path):
         shown["colour"] * len(KINDS) + shown["kind"],
     )
     flags = {
-        "pretrained_model_name_or_path": saved("sd"), "clip": places / "clip", "dataset_name": places / "scenes",
+        "pretrained_model_name_or_path": saved("short_sd"), "clip": places / "clip", "dataset_name": places / "scenes",
         "head": json.dumps({**SMALL, "strides": [2, 8]}), "points": 64, "max_train_steps": 9, "train_batch_size": 4,
         "learning_rate": 0.003, "logging_steps": 3, "eval_splits": "test", "eval_images": 2,
         "output_dir": tmp_path / "out", "template": "a {}", **COLUMNS, "class_key": "colour kind",
@@ -73,7 +73,7 @@ def test_a_run(places, tmp_path):
 def test_fit(places, tmp_path):
     config = PanopticConfig(str(places / "scenes"), **COLUMNS)
     data = load_panoptic(config, 3, (32, 32))
-    base, clip = Denoiser.from_pretrained(saved("sd")), places / "clip"
+    base, clip = Denoiser.from_pretrained(saved("short_sd")), places / "clip"
     training = TrainingConfig(
         output_dir=str(tmp_path / "run"), max_train_steps=2, train_batch_size=2, learning_rate=1e-3, logging_steps=1
     )
@@ -94,7 +94,9 @@ def test_fit(places, tmp_path):
 
 
 def test_contract(places):
-    config = OdiseConfig(str(saved("sd")), clip=str(places / "clip"), head={**SMALL, "strides": [2, 8]}, points=32)
+    config = OdiseConfig(
+        str(saved("short_sd")), clip=str(places / "clip"), head={**SMALL, "strides": [2, 8]}, points=32
+    )
     data = PanopticTrainData(load_scenes("train", 3), PanopticConfig("scenes", **COLUMNS), 3, (32, 32))
     batch = torch.utils.data.default_collate([data[at] for at in range(3)])
     words, towers = config.vocabulary(data.class_names, ["ground"]), ImageTextEncoder.from_pretrained(config.clip)
@@ -107,7 +109,7 @@ def test_contract(places):
     with pytest.raises(ValueError, match="Pass --clip"):
         OdiseConfig("base")
     with pytest.raises(TypeError, match="CLIPModel"):
-        ImageTextEncoder.from_pretrained(saved("sd") / "text_encoder")
+        ImageTextEncoder.from_pretrained(saved("short_sd") / "text_encoder")
 
 
 def test_maps_of_scenes():

@@ -96,7 +96,7 @@ def test_reversed_intervals_of_other_kinds_are_seen_with_the_model(name):
 
 
 def test_intervals_of_every_kind_mean_the_same():
-    pipe = build("sd")
+    pipe = build("short_sd")
     level = Denoiser.from_pipe(pipe).level
     low, high = level(201), level(601)
     kinds = [
@@ -126,7 +126,7 @@ def test_both_ends_of_an_interval_are_in_it_for_flow_models():
 
 
 def test_adaptive_scale_falls_with_the_noise():
-    pipe = build("sd")
+    pipe = build("short_sd")
     config = PAG(3.0, adaptive=0.005)
     term = config.bind(Denoiser.from_pipe(pipe))
     level = Denoiser.from_pipe(pipe).level
@@ -164,14 +164,14 @@ def test_targets_that_are_none(target, message):
     ],
 )
 def test_guidances_that_are_none(guidance, error, message):
-    pipe = build("sd")
+    pipe = build("short_sd")
     with pytest.raises(error, match=message):
         guide(pipe, guidance)
     assert untouched(pipe)
 
 
 def test_arguments_for_loops():
-    pipe = build("sd")
+    pipe = build("short_sd")
     with pytest.raises(ValueError, match="scheduler= and null= are for a loop of your own"):
         guide(pipe, PAG(1.0), scheduler=pipe.scheduler)
     with pytest.raises(ValueError, match="null= is the null condition of CFG, and no CFG was given"):
@@ -180,7 +180,7 @@ def test_arguments_for_loops():
 
 
 def test_guided_already():
-    pipe = build("sd")
+    pipe = build("short_sd")
     with guide(pipe, PAG(1.0)):
         hooks = hook_count(pipe.unet)
         for target in (pipe, Denoiser.from_pipe(pipe)):
@@ -196,7 +196,7 @@ def test_guided_already():
 
 
 def test_pipelines_with_lanes_of_their_own():
-    parts = {**build("sd").components, "requires_safety_checker": False}
+    parts = {**build("short_sd").components, "requires_safety_checker": False}
     for cls in (StableDiffusionSAGPipeline, StableDiffusionInstructPix2PixPipeline):
         accepted = {k: v for k, v in parts.items() if k in ("requires_safety_checker", *cls._get_signature_types())}
         pipe = cls(**accepted)
@@ -210,7 +210,7 @@ def test_pipelines_with_lanes_of_their_own():
         guide(pag, PAG(1.0)),
     ):
         run("sd", pag, 3.0, pag_scale=2.0)
-    plain = build("sd")
+    plain = build("short_sd")
     with guide(plain, PAG(1.0)):
         expected = run("sd", plain, 3.0)
     pag.unet.set_attn_processor(plain.unet.attn_processors)  # an error leaves diffusers' own in place
@@ -367,7 +367,7 @@ def test_an_interval_that_holds_no_step():
 
 def test_a_loop_of_ones_own_over_a_guided_pipeline():
     """With its batch doubled nobody tells which half is which; without, rows are conditional."""
-    pipe = build("sd")
+    pipe = build("short_sd")
     x, embeds = noise(1, 4, 16, 16), torch.zeros(2, 5, 16)
     pipe.scheduler.set_timesteps(4)
     with (

@@ -96,7 +96,7 @@ FAST = ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteSchedul
 
 @pytest.mark.parametrize("name", some(SAMPLERS, *FAST))
 def test_stable_diffusion_under_every_scheduler(name):
-    pipe = build("sd")
+    pipe = build("short_sd")
     pipe.scheduler = scheduler_of(name, pipe.scheduler.config)
     latents, steps = noise(1, 4, 16, 16), 4
     with guide(pipe, [PAG(2.0), CFG(4.0)]) as handle:
@@ -113,7 +113,7 @@ def test_stable_diffusion_under_every_scheduler(name):
 
 @pytest.mark.parametrize("name", some(["DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"], "PNDMScheduler"))
 def test_interval_under_schedulers_with_several_calls_a_step(name):
-    pipe = build("sd")
+    pipe = build("short_sd")
     pipe.scheduler = scheduler_of(name, pipe.scheduler.config)
     latents = noise(1, 4, 16, 16)
     with guide(pipe, PAG(3.0, interval=(300, 600))) as handle:
@@ -170,7 +170,7 @@ def test_flow_models_under_every_scheduler(name, scheduler):
 )
 def test_from_an_image_on(kind, scheduler):
     """A run that begins later: levels are those of its own steps; CFG equals the pipeline's."""
-    stock = build("sd")
+    stock = build("short_sd")
     parts = {**stock.components, "scheduler": scheduler.from_config(stock.scheduler.config)}
     parts.pop("image_encoder", None)
     cls = StableDiffusionImg2ImgPipeline if kind == "img2img" else StableDiffusionInpaintPipeline
@@ -223,7 +223,7 @@ def test_a_run_that_ends_before_the_last_step_and_one_that_goes_on():
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler])
 def test_signatures_and_identity(cls):
-    pipe = build("sd")
+    pipe = build("short_sd")
     pipe.scheduler = scheduler = cls.from_config(pipe.scheduler.config)
     before = {name: inspect.signature(getattr(scheduler, name)) for name in ("step", "set_timesteps")}
     held, config = dict(vars(scheduler)), dict(scheduler.config)
@@ -242,7 +242,7 @@ def test_signatures_and_identity(cls):
 
 
 def test_arguments_of_steps_and_custom_timesteps_arrive():
-    pipe = build("sd")
+    pipe = build("short_sd")
     latents = noise(1, 4, 16, 16)
     for extra in ({"eta": 1.0}, {"timesteps": [800, 500, 20]}):
         if "timesteps" in extra:
@@ -259,7 +259,7 @@ def test_arguments_of_steps_and_custom_timesteps_arrive():
 
 @pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_a_copy_of_a_guided_scheduler_is_a_plain_one(how):
-    pipe = build("sd")
+    pipe = build("short_sd")
     pipe.scheduler.set_timesteps(4)
     state, held = noise(1, 4, 8, 8), []
     with guide(pipe, PAG(1.0)) as handle:
@@ -281,7 +281,7 @@ def test_a_copy_of_a_guided_scheduler_is_a_plain_one(how):
 
 def test_attributes_saved_and_restored_by_a_pipeline():
     """As StableDiffusionPanoramaPipeline does between its views."""
-    pipe = build("sd")
+    pipe = build("short_sd")
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.set_timesteps(4)
     state = noise(1, 4, 8, 8)
@@ -295,7 +295,7 @@ def test_attributes_saved_and_restored_by_a_pipeline():
 
 
 def test_a_step_that_a_user_put_on_the_object_is_called():
-    pipe = build("sd")
+    pipe = build("short_sd")
     steps, plain = [], pipe.scheduler.step
 
     def step(model_output, timestep, sample, **kwargs):
@@ -312,7 +312,7 @@ def test_a_step_that_a_user_put_on_the_object_is_called():
 
 
 def test_one_scheduler_of_two_guided_networks():
-    one, two = build("sd"), build("sd")
+    one, two = build("short_sd"), build("short_sd")
     two.scheduler = one.scheduler
     first, second = guide(one, CFG(3.0)), guide(two, CFG(5.0))
     latents = noise(1, 4, 16, 16)
@@ -321,12 +321,12 @@ def test_one_scheduler_of_two_guided_networks():
     found = call(two, latents, 2)
     second.remove()
     assert type(one.scheduler) is DDIMScheduler
-    assert vars(one.scheduler).keys() == vars(build("sd").scheduler).keys()
+    assert vars(one.scheduler).keys() == vars(build("short_sd").scheduler).keys()
     torch.testing.assert_close(found, call(two, latents, 2, scale=5.0), rtol=1e-5, atol=1e-5)
 
 
 def test_a_scheduler_replaced_while_guided():
-    pipe = build("sd")
+    pipe = build("short_sd")
     latents, first = noise(1, 4, 16, 16), pipe.scheduler
     others = [EulerDiscreteScheduler.from_config(first.config), DPMSolverMultistepScheduler.from_config(first.config)]
     with guide(pipe, [CFG(3.0), PAG(1.0)]) as handle:
@@ -344,14 +344,14 @@ def test_a_scheduler_replaced_while_guided():
 
 def by_hand_plain(pipe, latents):
     """The loop on copies: the network and the scheduler of `pipe` are guided."""
-    twin = build("sd")
+    twin = build("short_sd")
     twin.scheduler = copy.deepcopy(pipe.scheduler)
     return by_hand(twin, latents, 3, 3.0, 1.0)
 
 
 def test_another_pipeline_with_the_same_network():
     """The pipeline that runs tells its own lanes and scheduler."""
-    pipe = build("sd")
+    pipe = build("short_sd")
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     other.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -384,7 +384,7 @@ def test_another_pipeline_with_the_same_network():
 
 def test_the_guidance_scale_may_end_during_a_run():
     """A callback may switch the pipeline's own guidance off, as its documentation shows."""
-    pipe = build("sd")
+    pipe = build("short_sd")
     latents = noise(1, 4, 16, 16)
 
     def stop(pipeline, step, timestep, tensors):

@@ -104,7 +104,7 @@ GUIDANCES = {"PAG": [PAG(2.0)], "energy": [energy()], "all": [PAG(2.0), SAG(0.75
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_nothing_is_left_after_an_error_in_the_network(error, guidance, form):
-    pipe, guidance = warmed("sd"), GUIDANCES[guidance]
+    pipe, guidance = warmed("short_sd"), GUIDANCES[guidance]
     before = snapshot(pipe)
     expected = run("sd", pipe, 3.0)
     with guide(pipe, guidance):
@@ -151,7 +151,7 @@ def test_an_error_in_the_network_is_undone_at_once():
 
 
 def test_a_run_broken_off_before_the_interval_is_not_judged():
-    pipe = build("sd")
+    pipe = build("short_sd")
     handle = guide(pipe, PAG(2.0, interval=(0, 300)))
 
     def stop(*args):
@@ -175,7 +175,7 @@ def test_a_run_broken_off_before_the_interval_is_not_judged():
 @pytest.mark.parametrize("error", [ValueError("in the term"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("own", [1.0, 3.0])
 def test_nothing_is_left_after_an_error_in_a_term(error, own):
-    pipe = warmed("sd")
+    pipe = warmed("short_sd")
     before = snapshot(pipe)
 
     def fails(features, x0, condition):
@@ -188,7 +188,7 @@ def test_nothing_is_left_after_an_error_in_a_term(error, own):
 
 
 def test_guide_that_fails_leaves_the_pipeline_untouched():
-    pipe = warmed("sd")
+    pipe = warmed("short_sd")
     before = snapshot(pipe)
     for guidance in ([PAG(2.0), PAG(1.0, layers="nowhere")], [PAG(2.0), CFG(2.0), CFG(3.0)], [PAG(1.0), "PAG"]):
         with pytest.raises((ValueError, TypeError)):
@@ -228,7 +228,7 @@ def test_the_global_random_state_is_that_of_an_unguided_run(name):
 
 
 def test_conditions_and_features_of_a_guided_pipeline():
-    pipe = build("sd")
+    pipe = build("short_sd")
     images = [torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(1))]
     denoiser = Denoiser.from_pipe(pipe)
     extractor = FeatureExtractor(denoiser, ["mid_block", "up_blocks.1"], 261, image_size="keep")
@@ -246,7 +246,7 @@ def test_conditions_and_features_of_a_guided_pipeline():
 
 def test_a_reader_during_a_run():
     """In a callback: conditions, features, and the network itself at the sampler's next step."""
-    pipe = build("sd")
+    pipe = build("short_sd")
     denoiser = Denoiser.from_pipe(pipe)
 
     def read(pipeline, step, timestep, tensors):
@@ -262,7 +262,7 @@ def test_a_reader_during_a_run():
 
 
 def test_a_call_that_is_no_step_of_the_sampler_is_refused():
-    pipe = build("sd")
+    pipe = build("short_sd")
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
 
     def read(pipeline, step, timestep, tensors):
@@ -295,7 +295,7 @@ def test_a_term_may_call_the_network_itself():
 
 
 def test_a_copy_of_a_guided_pipeline_is_not_guided():
-    pipe = build("sd")
+    pipe = build("short_sd")
     plain = run("sd", pipe, 3.0)
     with guide(pipe, PAG(5.0)) as handle:
         twin = copy.deepcopy(pipe)
@@ -426,7 +426,7 @@ def test_offloaded_networks(name, kind):
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 def test_offload_works_after_an_error(error):
-    pipe = build("sd")
+    pipe = build("short_sd")
     expected = run("sd", pipe, 3.0)
     offload(pipe, "model")
     hook = pipe.unet.up_blocks[-1].register_forward_hook(Raises(error))

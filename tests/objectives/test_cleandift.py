@@ -213,7 +213,7 @@ def test_the_contract(settings):
 
 
 def test_text_conditions_and_latents():
-    objective = made("sd", levels=2, layers=["mid_block", "up_blocks.0"])
+    objective = made("short_sd", levels=2, layers=["mid_block", "up_blocks.0"])
     side = objective.denoiser.image_size[0]
     data = {"pixel_values": torch.rand(2, 3, side, side) * 2 - 1, "caption": ["a dog", "a red house"]}
     check_objective(objective, data)

@@ -25,7 +25,7 @@ CALL = {"layer": "up_blocks.1", "timestep": 261, "ensemble_size": 2, "image_size
 
 
 def test_every_argument_reaches_the_task():
-    pipe = build("sd")
+    pipe = build("short_sd")
     settings = {
         "image_size": (16, 32),
         "noise": "shared",
@@ -97,7 +97,7 @@ def test_any_family_without_a_choice(name):
 
 
 def test_offload_dtype_and_errors_leave_it_usable():
-    ours = CorrespondencePipeline.from_pipe(build("sd"))
+    ours = CorrespondencePipeline.from_pipe(build("short_sd"))
     want = ours(A, B, POINTS, **CALL)
     ours.enable_model_cpu_offload(device="cpu")
     assert torch.equal(ours(A, B, POINTS, **CALL).scores, want.scores)
@@ -115,14 +115,14 @@ def test_offload_dtype_and_errors_leave_it_usable():
 
 
 def test_progress_bar(capfd):
-    ours = CorrespondencePipeline.from_pipe(build("sd"))
+    ours = CorrespondencePipeline.from_pipe(build("short_sd"))
     ours.set_progress_bar_config(disable=False, desc="reading")
     ours(A, B, POINTS, **CALL)
     assert capfd.readouterr().err.count("reading: 100%") >= 2
 
 
 def test_folders_load_without_remote_code(tmp_path):
-    ours = CorrespondencePipeline.from_pretrained(saved("sd"))
+    ours = CorrespondencePipeline.from_pretrained(saved("short_sd"))
     assert ours.config.class_name == "StableDiffusionPipeline"
     want = ours(A, B, POINTS, **CALL)
     ours.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-from tests.pipelines import retrieval_cases, sit_cases
+from tests.pipelines import rcg_cases, retrieval_cases, sit_cases
 from tests.pipelines.guided_cases import GUIDED
 from tests.pipelines.test_joint_diffusion import make
 
@@ -18,7 +18,7 @@ def test_every_folder_loads_with_consent(tmp_path):
     pipe = sit_cases.pipeline(
         FlowMatchSDEScheduler(path="cosine"), vae=sit_cases.autoencoder(), id2label={1: "goldfish"}
     )
-    call = {"num_inference_steps": 4, "output_type": "np"}
+    call = {"num_inference_steps": 2, "output_type": "np"}
     pipe.save_pretrained(tmp_path / "sit")
     sit_cases.pipeline().save_pretrained(tmp_path / "sit-pixels")
     np.save(tmp_path / "sit.npy", pipe("goldfish", generator=torch.Generator().manual_seed(0), **call).images)
@@ -27,6 +27,11 @@ def test_every_folder_loads_with_consent(tmp_path):
         pipe.save_pretrained(tmp_path / kind)
         guided = {"class_labels": "owl", "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(0)}
         np.save(tmp_path / f"{kind}.npy", pipe(**guided, **call).images)
+    pipe = rcg_cases.make("unet", num_classes=3)
+    pipe.save_pretrained(tmp_path / "rcg")
+    guided = {"class_labels": [0, 2], "guidance_scale": 2.0, "prior_num_inference_steps": 2, "output_type": "np"}
+    guided |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    np.save(tmp_path / "rcg.npy", pipe(**guided).images)
     pipe = retrieval_cases.pipeline()
     pipe.save_pretrained(tmp_path / "retrieval")
     call = {"guidance_scale": 2.0, "num_inference_steps": 3, "output_type": "np"}
@@ -39,6 +44,7 @@ def test_every_folder_loads_with_consent(tmp_path):
     own = (
         "sit",
         "joint",
+        "rcg",
         "feature_extraction",
         "few_shot_segmentation",
         "correspondence",

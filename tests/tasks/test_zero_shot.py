@@ -143,7 +143,7 @@ def test_coefficients_are_not_rounded(dtype):
 
 @pytest.fixture(scope="module")
 def text():
-    return Denoiser.from_pipe(build("sd"))
+    return Denoiser.from_pipe(build("short_sd"))
 
 
 def test_text_by_the_pipelines_own_call(text):
@@ -180,7 +180,7 @@ def find_noise(made, images, at, time, shape):
 
 
 def test_no_batch_changes_an_answer(text):
-    images, rule = pictures(), Racing(n_levels=2, max_rounds=3)
+    images, rule = pictures(2), Racing(n_levels=2, max_rounds=2)
     whole = ZeroShotClassifier.of(text, WORDS, rule=rule, image_size=32)(images)
     parts = [ZeroShotClassifier.of(text, WORDS, rule=rule, image_size=32, batch_size=1)(image) for image in images]
     torch.testing.assert_close(torch.cat([part.errors for part in parts]), whole.errors, rtol=1e-4, atol=1e-6)

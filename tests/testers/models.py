@@ -57,12 +57,13 @@ mask_in_float64()
 WIDTH = 16  # of every text encoder but T5's, which is 32
 
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {}
+_BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {}  # those and the others, which no matrix of families runs
 # What each is conditioned on, and an image size (H, W) with H != W where the network takes one.
 CONDITIONS: dict[str, dict] = {}
 SIZES: dict[str, tuple[int, int]] = {}
 
 
-def _register(name: str, size: tuple[int, int], **condition):
+def _register(name: str, size: tuple[int, int], family: bool = True, **condition):
     """Register a builder: it runs once a process, seeded; each call after gives a copy."""
 
     def register(function: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
@@ -80,15 +81,17 @@ def _register(name: str, size: tuple[int, int], **condition):
         def build_fresh() -> DiffusionPipeline:
             return copy.deepcopy(master())
 
-        PIPELINES[name], CONDITIONS[name], SIZES[name] = build_fresh, condition, size
+        _BUILDERS[name], CONDITIONS[name], SIZES[name] = build_fresh, condition, size
+        if family:
+            PIPELINES[name] = build_fresh
         return build_fresh
 
     return register
 
 
 def build(name: str) -> DiffusionPipeline:
-    """A fresh pipeline by its name in `PIPELINES`."""
-    return PIPELINES[name]()
+    """A fresh pipeline by its name."""
+    return _BUILDERS[name]()
 
 
 @functools.cache
@@ -96,7 +99,7 @@ def saved(name: str) -> Path:
     """A folder with the pipeline, one a process and removed at its end; do not write into it."""
     folder = tempfile.mkdtemp(prefix=f"{name}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    PIPELINES[name]().save_pretrained(folder)
+    build(name).save_pretrained(folder)
     return Path(folder)
 
 
@@ -192,22 +195,14 @@ def class_unet() -> DDIMPipeline:
 # Text-to-image models with a U-Net.
 
 
-@_register("sd", size=(32, 48), prompt="a photo of a cat")
-def sd() -> StableDiffusionPipeline:
-    """Stable Diffusion 1: four stages, two layers a stage, as the real one."""
+def stable_diffusion(**unet) -> StableDiffusionPipeline:
     tokenizer = clip_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 8, 16, 16),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+    settings = {"sample_size": 16, "cross_attention_dim": WIDTH, "attention_head_dim": 2, "norm_num_groups": 4}
     return StableDiffusionPipeline(
         vae=autoencoder(),
         text_encoder=CLIPTextModel(clip_config(tokenizer)),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=UNet2DConditionModel(**settings, **unet),
         scheduler=DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -220,6 +215,22 @@ def sd() -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@_register("sd", size=(32, 48), prompt="a photo of a cat")
+def sd() -> StableDiffusionPipeline:
+    """Stable Diffusion 1: four stages, two layers a stage, as the real one."""
+    return stable_diffusion(block_out_channels=(8, 8, 16, 16))
+
+
+@_register("short_sd", size=(32, 48), family=False, prompt="a photo of a cat")
+def short_sd() -> StableDiffusionPipeline:
+    """Its text and its latents, with a quarter of its attention layers, for what does not depend on their number."""
+    return stable_diffusion(
+        block_out_channels=(8, 16, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
 
 
 def sdxl_unet(pooled: int, **changes) -> UNet2DConditionModel:

@@ -66,7 +66,13 @@ def samples(folder):
     return str(sample(folder))
 
 
-JOBS = (metrics, extract, cache, training, samples)
+def sinkhorn(folder):
+    from tests.assign.test_sinkhorn import sinkhorn_job
+
+    return sinkhorn_job()
+
+
+JOBS = (metrics, extract, cache, training, samples, sinkhorn)
 
 
 def everywhere(value):

@@ -60,7 +60,7 @@ def test_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(panoptic_scenes, "train", quick)
     monkeypatch.setattr(panoptic_scenes, "DEALS", 2)
-    places = {"model": saved("sd"), "clip": tmp_path / "clip", "dataset_name": tmp_path / "scenes"}
+    places = {"model": saved("short_sd"), "clip": tmp_path / "clip", "dataset_name": tmp_path / "scenes"}
     flags = {**places, "work_dir": tmp_path / "work", "output_dir": tmp_path / "out", "images": 1}
     panoptic_scenes.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
     one, two = (base.model.conv_in.weight for base in bases)
