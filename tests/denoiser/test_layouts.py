@@ -18,9 +18,9 @@ def network(level, **changes):
     boxes, masks = {"num_class_embeds": 5, "in_channels": 2}, {"class_embed_type": "identity", "in_channels": 4}
     own = masks if level == "mask" else boxes
     return UNet2DModel(
-        sample_size=8, out_channels=1, block_out_channels=(8, 16),
-        layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), **{**own, **changes},
+        sample_size=8, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **{**own, **changes},
     ).eval()  # fmt: skip
 
 
@@ -110,7 +110,8 @@ class TestLevels:
         stepped = sample(pipe, layout=values, guidance_scale=1.5, guidance=CFG(2.0))
         torch.testing.assert_close(stepped, guided, rtol=1e-4, atol=1e-4)
         assert float((sample(pipe, layout=values, guidance=PAG(1.0, layers="mid_block.*")) - cond).abs().max()) > 1e-3
-        assert torch.equal(sample(pipe, batch_size=2, prior=StoredPrior(values, in_order=True)), cond)
+        stored = StoredPrior(values.to(torch.uint8), in_order=True)  # map and class of an image are drawn as one
+        assert torch.equal(sample(pipe, batch_size=2, prior=stored), cond)
         large = values.repeat_interleave(3, 1).repeat_interleave(3, 2)
         assert torch.equal(sample(pipe, layout=large), cond)  # resized to the nearest pixel
         pipe.save_pretrained(tmp_path)
