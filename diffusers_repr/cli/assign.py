@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
-from diffusers_repr.cli.encoders import layer_encoder, split_layer
+from diffusers_repr.cli.encoders import open_encoder
 from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
     from diffusers_repr.assign import Assigner
+    from diffusers_repr.data.config import DataConfig
     from diffusers_repr.data.train_data import ImageTrainData
     from diffusers_repr.store import AssignmentStore
 
@@ -63,9 +64,7 @@ class Settings(options.ModelSettings):
     image_column: str | None = setting(None, "of the images; default: found by type")
     label_column: str | None = setting(None, "of the class ids; default: found by type")
     dataset_revision: str | None = setting(None, "branch, tag or commit of the data set on the Hub")
-    resolution: int | None = setting(
-        None, "side of the square cut from an image; default: the first one's short side"
-    )
+    resolution: int | None = setting(None, "side of the square cut from an image; default: the first one's short side")
     center_crop: Literal["adm", "fit"] = setting("fit", "the largest crop by Lanczos, or ADM's")
     bad_images: Literal["error", "skip"] = setting("error", "images that cannot be read: stop, or take the next one")
     encoder_positions: str = setting("transformers", "how position embeddings are resampled: transformers or repa")
@@ -90,13 +89,44 @@ class Settings(options.ModelSettings):
             raise ValueError("--index_kind, --cells and --probes are of an index that is made, and --index names one.")
 
 
+def write_from_recipe(data_config: DataConfig, recipe: Any, out: str, seed: int) -> None:
+    """What the command does, for the recipe of a training whose conditions are not there yet.
+
+    Args:
+        data_config: The data; images are encoded at their own size.
+        recipe: With `assigner`, `encoder`, `text_space`, `k` and `labels_per_class`.
+        out: Folder of the assignments; those of the same recipe are taken as they are.
+        seed: Of the fit.
+
+    Raises:
+        FileExistsError, ValueError: As the command.
+    """
+    if data_config.dataset_name is None:
+        raise ValueError("No data set; pass --dataset_name, a folder, a .parquet file, a Hub id or digits.")
+    names = ("image_column", "label_column", "dataset_revision", "bad_images")
+    same = {name: getattr(data_config, name) for name in names}
+    same["label_column"] = None if same["label_column"] == "none" else same["label_column"]
+    split, method = data_config.dataset_split, recipe.assigner
+    own = [name for name in ("k", "labels_per_class") if name in _OF_METHOD[method]]  # a recipe may have the others
+    same |= {name: getattr(recipe, name) for name in ("text_space", *own)}
+    args = {"encoder": recipe.encoder, "dataset": data_config.dataset_name, "out": out, "method": method}
+    run(Settings(**args, split=split, seed=seed, quiet=True, **same))
+
+
 def run(args: Settings) -> int:
     """Encode, fit, assign, and say what was written."""
     from diffusers_repr.store.processes import process_state
 
     state = process_state()
     with state.main_process_first():  # the others find it in the cache
-        encoder = _encoder(args)
+        encoder = open_encoder(
+            args.encoder,
+            revision=args.revision,
+            dtype=args.dtype,
+            positions=args.encoder_positions,
+            text_space=args.text_space,
+            seed=args.seed,
+        )
         data = _data(args, encoder.channels)
     if args.overwrite:
         with state.main_process_first():
@@ -130,29 +160,6 @@ def _data(args: Settings, channels: int) -> ImageTrainData:
         column = config.columns(dataset.features, args.dataset).image
         side = min(dataset[0][column].size)
     return ImageTrainData(dataset, config, channels, (side, side), args.dataset)
-
-
-def _encoder(args: Settings) -> Any:
-    """By its word, on the CPU; `encode_images` moves it."""
-    import torch
-
-    from diffusers_repr.denoiser import Denoiser
-    from diffusers_repr.encoders import Encoder
-    from diffusers_repr.encoders.image_text import ImageTextEncoder
-
-    if (Path(args.encoder) / "model_index.json").is_file():
-        raise ValueError(
-            f"{args.encoder!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a "
-            f"timestep, such as {args.encoder}:mid_block@100."
-        )
-    if args.text_space:
-        return ImageTextEncoder.from_pretrained(args.encoder, args.revision)
-    dtype, layer = getattr(torch, args.dtype), split_layer(args.encoder)
-    if layer is not None:
-        denoiser = Denoiser.from_pretrained(layer[0], revision=args.revision, dtype=dtype)
-        return layer_encoder(args.encoder, denoiser, args.seed)
-    positions: Any = args.encoder_positions
-    return Encoder.from_pretrained(args.encoder, revision=args.revision, dtype=dtype, positions=positions)
 
 
 def _assign(args: Settings, encoder: Any, data: ImageTrainData) -> AssignmentStore:
