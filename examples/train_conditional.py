@@ -15,8 +15,8 @@ the null one, from which guidance leads away. The folder holds the conditions to
 | SiTTransformer2DModel, UViTTransformer2DModel | SiTPipeline | SiTPipeline | |
 | UNet2DConditionModel | | RCGPipeline | RetrievalDiffusionPipeline |
 
-With `--level mask` or `box` a UNet2DModel is told what is where: the classes of the pixels of `mask_column`, or, without
-one, clusters of the encoder's patches (`--assigner kmeans`), written once as a data set with masks.
+With `--level mask` or `box` a UNet2DModel is told what is where: the classes of the pixels of `mask_column`, or
+clusters of the encoder's patches (`--assigner kmeans`), which are written once as a data set with masks.
 """
 
 import dataclasses
