@@ -153,7 +153,9 @@ def load_classifier() -> None:
     assert type(pipe).__module__.startswith("diffusers_modules.local")
     classes = {"cat": "a cat", "dog": "a dog"}
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    stock = ZeroShotClassifier.of(Denoiser.from_pretrained(saved("short_sd")), classes, rule=Averaging(2), image_size=32)
+    stock = ZeroShotClassifier.of(
+        Denoiser.from_pretrained(saved("short_sd")), classes, rule=Averaging(2), image_size=32
+    )
     found = pipe(images, classes, rule=Averaging(2), image_size=32)
     assert torch.equal(found.errors, stock(images).errors)
     print("diffusion_classifier is good", flush=True)
