@@ -28,6 +28,7 @@ NAMES = (
     "zero_shot",
     "online_step",
     "cluster_lookup",
+    "retrieval_keys",
 )
 
 

@@ -14,6 +14,9 @@ the null one, from which guidance leads away. The folder holds the conditions to
 | UNet2DModel | GuidedUnconditionalPipeline | RCGPipeline | |
 | SiTTransformer2DModel, UViTTransformer2DModel | SiTPipeline | SiTPipeline | |
 | UNet2DConditionModel | | RCGPipeline | RetrievalDiffusionPipeline |
+
+With `--level mask` or `box` a UNet2DModel is told what is where: the classes of the pixels of `mask_column`, or
+clusters of the encoder's patches (`--assigner kmeans`), which are written once as a data set with masks.
 """
 
 import dataclasses
@@ -30,12 +33,17 @@ from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
 
 from diffusers_repr import Denoiser
+from diffusers_repr.assign import KMeansAssigner
+from diffusers_repr.assign.segment_data import BOX, SEGMENTS, write_segments
+from diffusers_repr.assign.segments import PatchFeatures
 from diffusers_repr.cli.assign import write_from_recipe
+from diffusers_repr.cli.encoders import open_encoder
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.data.image_data import load_images
 from diffusers_repr.denoiser.loading import load_autoencoder
 from diffusers_repr.denoiser.prior import HistogramPrior, StoredPrior
 from diffusers_repr.denoiser.vae import vae_stride
@@ -47,6 +55,7 @@ RECIPES = Path(__file__).parent / "configs"
 TRANSFORMERS = (SiTTransformer2DModel, UViTTransformer2DModel)
 NETWORKS = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel, *TRANSFORMERS)}
 OWN = ("num_classes", "num_class_embeds", "class_embed_type", "condition_dim")
+LEVELS = ("image", "mask", "box")
 STORED = 1000  # conditions that are saved to draw from, of vectors and sets
 
 
@@ -59,7 +68,9 @@ class ConditionConfig:
     )
     encoder: str | None = setting(None, "of the images: a vision transformer, or MODEL:layer@timestep")
     text_space: bool = setting(False, "the encoder is a CLIP: vectors that texts have too")
-    k: int | None = setting(None, "clusters (default 100), or neighbours that are stored (default 20)")
+    k: int | None = setting(None, "clusters (default 100; of pixels 8), or neighbours that are stored (default 20)")
+    level: Literal["image", "mask", "box"] = setting("image", "what is told: of the image, its pixels, or a box in it")
+    box_classes: int = setting(20, "clusters of boxes, at level box; of boxes of yours their classes")
     labels_per_class: int | None = setting(None, "that a classifier sees; default: all")
     network: str = setting("UNet2DModel", f"class of the network: {', '.join(NETWORKS)}")
     model: dict | str | None = setting(None, "arguments of the network, a mapping, but for its condition")
@@ -82,12 +93,18 @@ class ConditionConfig:
             raise ValueError("`pretrained_model` brings its own model, scheduler and vae; drop them.")
         if not self.pretrained_model and self.model.get("sample_size") is None:
             raise ValueError("`model` needs `sample_size`, the side of the images or latents.")
+        if self.level not in LEVELS:
+            raise ValueError(f"`level` is one of {', '.join(LEVELS)}, got {self.level!r}.")
+        if self.level != "image" and (self.network != "UNet2DModel" or self.vae or self.pretrained_model):
+            raise ValueError(f"`level` {self.level} is told to a new UNet2DModel of pixels; set `level` to image.")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"`label_dropout` is a probability, got {self.label_dropout}.")
 
 
 def assigned(config: TrainingConfig, data_config: DataConfig, condition: ConditionConfig) -> DataConfig:
     """The settings of the data with its conditions, which are made where they are not there yet."""
+    if condition.level != "image":
+        return segmented(config, data_config, condition)
     if condition.assigner in ("none", "labels"):
         if data_config.assignments_dir:
             raise ValueError(f"`assigner` {condition.assigner} takes nothing that was assigned; drop assignments_dir.")
@@ -105,11 +122,45 @@ def assigned(config: TrainingConfig, data_config: DataConfig, condition: Conditi
     return dataclasses.replace(data_config, assignments_dir=folder)
 
 
+def segmented(config: TrainingConfig, data_config: DataConfig, condition: ConditionConfig) -> DataConfig:
+    """The settings of the data with masks: those of a column of theirs, or clusters, which are written once."""
+    if data_config.mask_column is not None:
+        if condition.assigner or condition.encoder or (condition.k is None and condition.level == "mask"):
+            raise ValueError("Masks of `mask_column` need no assigner and no encoder, and `k`: how many classes.")
+        return dataclasses.replace(data_config, label_column="none")
+    if condition.assigner != "kmeans" or condition.encoder is None or condition.text_space:
+        raise ValueError(
+            f"`level` {condition.level} takes clusters of patches (`assigner: kmeans` and an `encoder`), or masks of "
+            "yours by `mask_column`."
+        )
+    encoder = open_encoder(
+        condition.encoder, revision=None, dtype="float32", positions="transformers", text_space=False, seed=config.seed
+    )
+    data = load_images(
+        data_config.dataset_name, data_config.dataset_split, data_config.image_column,
+        revision=data_config.dataset_revision,
+    )  # fmt: skip
+    folder, size = f"{config.output_dir.rstrip('/')}-segments", condition.model["sample_size"]
+    write_segments(
+        folder,
+        {data_config.dataset_split: data},
+        PatchFeatures(encoder, (size, size)),
+        KMeansAssigner(encoder.dim, condition.k or 8),
+        KMeansAssigner(encoder.dim, condition.box_classes) if condition.level == "box" else None,
+        seed=config.seed,
+    )
+    column = {"mask": SEGMENTS, "box": BOX}[condition.level]
+    own = {"dataset_name": folder, "dataset_revision": None, "image_column": data.image_column}
+    return dataclasses.replace(data_config, **own, mask_column=column, label_column="none")
+
+
 def build(condition: ConditionConfig, data, vae=None):
     """A pipeline of a new network for the conditions of some data."""
     kind, model = NETWORKS[condition.network], dict(condition.model)
     flows = kind in TRANSFORMERS and not condition.scheduler
     scheduler = FlowMatchODEScheduler() if flows else DDIMScheduler(**{"clip_sample": False, **condition.scheduler})
+    if condition.level != "image":
+        return _of_layouts(condition, model, scheduler)
     values = data[0].get("condition")
     if values is None:
         return _of_ids(kind, model, data.num_classes, scheduler, vae)
@@ -136,6 +187,16 @@ def _of_ids(kind, model: dict, classes: int, scheduler, vae):
         raise ValueError("A UNet2DModel of classes works on pixels; train a transformer on latents.")
     own = {"num_class_embeds": classes + 1} if classes else {}
     return GuidedUnconditionalPipeline(kind(**model, **own), scheduler)
+
+
+def _of_layouts(condition: ConditionConfig, model: dict, scheduler):
+    """Behind the channels of the image a channel a class, or one of the box."""
+    channels = model.get("in_channels", 3)
+    classes = condition.k or 8
+    masks = {"in_channels": channels + classes, "class_embed_type": "identity"}
+    boxes = {"in_channels": channels + 1, "num_class_embeds": condition.box_classes + 1}
+    own = masks if condition.level == "mask" else boxes
+    return GuidedUnconditionalPipeline(UNet2DModel(**{**model, "out_channels": channels, **own}), scheduler)
 
 
 def _of_sets(kind, model: dict, values: torch.Tensor, data, scheduler, vae):
@@ -166,6 +227,9 @@ def images_of(data):
 def stored_prior(data, seed: int):
     """What the conditions of samples are drawn from: ids by their frequency, or conditions of training images."""
     images = images_of(data)
+    if images.config.mask_column is not None:
+        rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STORED].tolist()
+        return StoredPrior(torch.stack([images[row]["masks"] for row in sorted(rows)]).to(torch.uint8))
     if images.assigned is not None and images.assigned.has_values:
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STORED]
         return StoredPrior(images.assigned.values(rows.sort().values))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffusers_repr.assign.base import Assigner, register_assigner
 
-
 Over = Literal["column", "vector"]
 
 

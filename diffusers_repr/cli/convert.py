@@ -105,7 +105,6 @@ def run(args: Settings) -> int:
     from diffusers_repr.heads.convert import is_published_readout
     from diffusers_repr.heads.convert_hyperfeatures import is_published_hyperfeatures
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
-    from diffusers_repr.models.convert_joint import is_joint_vit
     from diffusers_repr.models.convert_moco import is_moco_v3
     from diffusers_repr.models.convert_representation import is_representation_model
 

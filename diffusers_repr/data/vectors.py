@@ -45,8 +45,14 @@ class VectorData(TrainData):
             raise ValueError("The vectors have NaN or infinite values.")
         if (labels is None) != (class_names is None) or (labels is not None and labels.shape != (len(vectors),)):
             raise ValueError(f"labels are ({len(vectors)},), and come with class_names.")
-        if labels is not None and class_names is not None and not -1 <= int(labels.min()) <= int(labels.max()) < len(class_names):
-            raise ValueError(f"labels lie in 0..{len(class_names) - 1}; got {int(labels.min())} to {int(labels.max())}.")
+        if (
+            labels is not None
+            and class_names is not None
+            and not -1 <= int(labels.min()) <= int(labels.max()) < len(class_names)
+        ):
+            raise ValueError(
+                f"labels lie in 0..{len(class_names) - 1}; got {int(labels.min())} to {int(labels.max())}."
+            )
         self.vectors = vectors.detach().float().cpu().contiguous()
         self.labels = None if labels is None else labels.long().cpu()
         self._names = None if class_names is None else list(class_names)

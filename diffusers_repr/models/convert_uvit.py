@@ -70,7 +70,9 @@ def convert_uvit(
     if process is None:
         latent = config["in_channels"] != 3
         process = "discrete" if latent and (config["hidden_size"] == 1152 or config["text_dim"]) else "continuous"
-        notes.append(f"Taken for {process} time by its size, as the published networks are (--process says otherwise).")
+        notes.append(
+            f"Taken for {process} time by its size, as the published networks are (--process says otherwise)."
+        )
     config["time_offset"] = 1.0 if process == "discrete" else 0.0
     renamed = {"positions": _positions(weights["pos_embed"], config)}
     for old, ends in names.items():
@@ -82,7 +84,9 @@ def convert_uvit(
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 renamed[new.replace("to_qkv", f"to_{letter}")] = part.clone()
     if config["text_dim"]:
-        notes.append("It takes text tokens (encoder_hidden_states), which SiTPipeline does not give: call the network.")
+        notes.append(
+            "It takes text tokens (encoder_hidden_states), which SiTPipeline does not give: call the network."
+        )
     if table:
         renamed["label_embed.weight"], note = _labels(weights["label_emb.weight"], config["num_classes"])
         notes += note
@@ -134,7 +138,9 @@ def _sizes(weights: Mapping[str, Tensor], overrides: dict[str, Any]) -> dict[str
         image = places - 1 - (table is not None) - (77 if text is not None else 0)
         side = math.isqrt(max(image, 0))
         if side * side != image or not image:
-            raise ValueError(f"pos_embed has {places} places, not those of a square; give the size of x_0: sample_size.")
+            raise ValueError(
+                f"pos_embed has {places} places, not those of a square; give the size of x_0: sample_size."
+            )
         size = side * patch
     config = {
         "sample_size": size,

@@ -41,7 +41,9 @@ class SiTOutput(Transformer2DModelOutput):
     class_token: Tensor | None = None
 
 
-class SiTTransformer2DModel(ConditionedMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SiTTransformer2DModel(
+    ConditionedMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
+):
     """Transformer on patches, conditioned by adaptive layer norm on time and a class or a vector.
 
     The architecture of DiT (Peebles and Xie 2022, arXiv 2212.09748) as SiT (Ma et al. 2024, arXiv 2401.08740) and REPA

@@ -128,11 +128,18 @@ class RepresentationObjective(DiffusionObjective):
     def identity(self) -> dict[str, Any]:
         """With the assigner's fingerprint."""
         own = {"vectors": self.encoder or self.column}
-        return {**super().identity(), **own, "assigner": None if self.assigner is None else self.assigner.fingerprint()}
+        return {
+            **super().identity(),
+            **own,
+            "assigner": None if self.assigner is None else self.assigner.fingerprint(),
+        }
 
     def artifacts(self) -> list[Artifact]:
         """The pipeline of the vectors, and the assigner."""
-        parts: dict[str, Any] = {"prior": ModelArtifact(self.network, "network"), "prior_scheduler": self.denoiser.scheduler}
+        parts: dict[str, Any] = {
+            "prior": ModelArtifact(self.network, "network"),
+            "prior_scheduler": self.denoiser.scheduler,
+        }
         parts |= {} if self.id2label is None else {"id2label": dict(self.id2label)}
         beside = [] if self.assigner is None else [FixedArtifact(self.assigner, folder="assigner")]
         return [PipelineArtifact("RCGPipeline", parts), *beside]

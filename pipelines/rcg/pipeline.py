@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -31,6 +31,7 @@ from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.labels import Labels, class_or_null_ids
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
+from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.vector_embedding import VectorEmbedding
 
 
@@ -83,7 +84,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         prior: RepresentationMLPModel | None = None,
         prior_scheduler: SchedulerMixin | None = None,
         unet: UNet2DModel | UNet2DConditionModel | None = None,
-        transformer: ModelMixin | None = None,
+        transformer: SiTTransformer2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
         vae: AutoencoderKL | None = None,
         condition_embedding: VectorEmbedding | None = None,
@@ -376,9 +377,10 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         predict = self._predictor()
         tensors = self._denoise(steps, tensors, predict, samplers, extra, callback_on_step_end, names)
         images = self._images(tensors["latents"], output_type)
-        self._guidance_scale = 1.0
         self.maybe_free_model_hooks()
-        return (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
+        return (
+            (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
+        )
 
     @property
     def _width(self) -> int | None:
@@ -390,7 +392,9 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         """Labels and vectors as given."""
         sampling.check_output_type(output_type)
         sampling.check_number("guidance_scale", scale)
-        bound = bare_conditioner(self._need(self._network, "network of images (unet or transformer)"), self.conditioner)
+        bound = bare_conditioner(
+            self._need(self._network, "network of images (unet or transformer)"), self.conditioner
+        )
         if given > 1:
             raise ValueError("Vectors come from condition, from prior, or from the pipeline's own prior; give one.")
         if not given:

@@ -70,7 +70,14 @@ def test_schedulers_have_the_papers_processes():
 
 def test_convert_command_and_pipeline(tmp_path, capsys):
     torch.save(drawn_weights(classes=11, channels=3), tmp_path / "uvit.pth")
-    words = ["convert", tmp_path / "uvit.pth", "--out", tmp_path / "out", "--model_config", '{"num_attention_heads": 2}']
+    words = [
+        "convert",
+        tmp_path / "uvit.pth",
+        "--out",
+        tmp_path / "out",
+        "--model_config",
+        '{"num_attention_heads": 2}',
+    ]
     assert main([*map(str, words)]) == 0
     assert "Taken for continuous time" in capsys.readouterr().out
     pipe = SiTPipeline.from_pretrained(tmp_path / "out")
