@@ -257,9 +257,12 @@ class OnlineGuidanceObjective(DiffusionObjective):
         return StoredPrior(prototype_values(prototypes, rows_by_share(usage, _KEPT), None))
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
-        """Samples in rows of 8 of the prototypes that are taken most; free ones in the first stage, and of patches."""
-        if not self.conditions_now or self.patches:
+        """Samples in rows of 8 of the prototypes that are taken most, or of a map; free ones in the first stage."""
+        if not self.conditions_now:
             return pipe(batch_size=count, generator=generator, num_inference_steps=steps).images
+        if self.patches:
+            maps = self.prior().draw(-(-count // 8), generator).repeat_interleave(8, dim=0)[:count]
+            return pipe(condition=maps, generator=generator, num_inference_steps=steps).images
         often = self.usage.argsort(descending=True).cpu()
         ids = often[torch.arange(count) // 8 % len(often)]
         if isinstance(self.conditioner, LabelConditioner):

@@ -170,7 +170,7 @@ def test_at_the_switch_the_average_becomes_the_weights():
     assert made.conditions_now
 
 
-@pytest.mark.parametrize("kind", ["class", "vector"])
+@pytest.mark.parametrize("kind", ["class", "vector", "map"])
 def test_training_saves_what_sampling_draws_from(kind, tmp_path):
     """The pipeline, the averaged assigner, and a prior of prototypes as often as they were taken."""
     made = objective(kind, switch=2)
@@ -183,12 +183,23 @@ def test_training_saves_what_sampling_draws_from(kind, tmp_path):
     pipe = SiTPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assigner, prior = SinkhornAssigner.from_pretrained(tmp_path / "assigner"), load_prior(tmp_path / "prior")
-    assert assigner.gives == kind
+    assert assigner.gives == ("class" if kind == "class" else "vector")
     assert made.usage.sum() > 0
     out = pipe(batch_size=64, prior=prior, num_inference_steps=1, output_type="latent")
     if kind == "class":
         torch.testing.assert_close(prior.frequencies, made.usage.double())
         assert set(out.class_labels.tolist()) <= set(made.usage.nonzero().flatten().tolist())
+    elif kind == "map":
+        unit = F.normalize(assigner.prototypes.detach(), dim=1)
+        maps = prior.values[:3]
+        cells = unit[made.recent[:3]].permute(0, 3, 1, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        torch.testing.assert_close(maps, cells)
+        start = torch.randn(3, 1, 8, 8)
+        one_step = pipe(condition=maps, latents=start, guidance_scale=3.0, num_inference_steps=1, output_type="latent")
+        lanes = (pipe.transformer(torch.cat([start, given], 1), 1000.0).sample for given in (0 * maps, maps))
+        with torch.no_grad():
+            null, cond = lanes
+        torch.testing.assert_close(one_step.images, start - null - 3.0 * (cond - null), rtol=1e-4, atol=1e-4)
     else:
         unit = F.normalize(assigner.prototypes.detach(), dim=1)
         nearest = (prior.values @ unit.T).argmax(1)
