@@ -27,6 +27,8 @@ NAMES = (
     "heads",
     "zero_shot",
     "online_step",
+    "perceptual",
+    "rcg_vectors",
 )
 
 
