@@ -26,6 +26,7 @@ from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.denoiser import MapConditioner
 from diffusers_repr.models import SiTTransformer2DModel, UViTTransformer2DModel
 from diffusers_repr.objectives import OnlineGuidanceObjective
 from diffusers_repr.objectives.online import middle_layer
@@ -33,7 +34,7 @@ from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 RECIPES = Path(__file__).parent / "configs"
 NETWORKS = {kind.__name__: kind for kind in (UViTTransformer2DModel, SiTTransformer2DModel, UNet2DModel)}
-OWN = ("num_classes", "num_class_embeds", "condition_dim", "class_embed_type")
+OWN = ("num_classes", "num_class_embeds", "condition_dim", "class_embed_type", "out_channels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,9 @@ class OnlineConfig:
     model: dict | str | None = setting(None, "arguments of the network, a mapping, but for its condition")
     scheduler: dict | str | None = setting(None, "arguments of a DDPMScheduler, a mapping; default: flow matching")
     num_prototypes: int = setting(10, "clusters")
-    condition: Literal["id", "vector"] = setting("vector", "what the network is told: the id, or the prototype")
+    condition: Literal["id", "vector", "patch"] = setting(
+        "vector", "what the network is told: the id, the prototype, or that of every patch"
+    )
     embed_dim: int | None = setting(None, "channels of a prototype; default: those of the layer")
     head_norm: str = setting("batch", "of the head: batch, layer or none")
     layer: str | None = setting(None, "that the head reads; default: the middle block")
@@ -68,7 +71,7 @@ class OnlineConfig:
         if not 0 < self.switch < 1:
             raise ValueError(f"`switch` is a share of the steps between 0 and 1, got {self.switch}.")
         if self.network == "UNet2DModel" and self.condition != "id":
-            raise ValueError("A UNet2DModel is told the id: condition: id.")
+            raise ValueError("A UNet2DModel is told the id (`condition: id`); the others are for transformers.")
 
 
 def build(config: OnlineConfig, steps: int) -> OnlineGuidanceObjective:
@@ -77,22 +80,26 @@ def build(config: OnlineConfig, steps: int) -> OnlineGuidanceObjective:
     if width is None:
         width = config.model.get("hidden_size", inspect.signature(kind).parameters.get("hidden_size"))
         width = getattr(width, "default", width)
-    own = {"num_classes": config.num_prototypes} if config.condition == "id" else {"condition_dim": width}
-    if kind is SiTTransformer2DModel and config.condition == "vector":
-        own["num_classes"] = 0
+    channels = config.model.get("in_channels", 4)
+    own = {
+        "id": {"num_classes": config.num_prototypes},
+        "vector": {"num_classes": 0, "condition_dim": width},
+        "patch": {"num_classes": 0, "in_channels": channels + (width or 0), "out_channels": channels},
+    }[config.condition]
     if kind is UNet2DModel:
-        own = {"num_class_embeds": config.num_prototypes + 1}
+        own = {"num_class_embeds": config.num_prototypes + 1, "out_channels": config.model.get("in_channels", 3)}
     model = kind(**{**config.model, **own})
     scheduler = DDPMScheduler(**config.scheduler) if config.scheduler else FlowMatchODEScheduler()
     pipe = (GuidedUnconditionalPipeline if kind is UNet2DModel else SiTPipeline)(model, scheduler)
-    denoiser = Denoiser.from_pipe(pipe)
+    conditioner = MapConditioner(width) if config.condition == "patch" else None
+    denoiser = Denoiser(model, scheduler, pipe=pipe, conditioner=conditioner)
     layer = config.layer or middle_layer(denoiser)
-    channels = {found.path: found.channels for found in list_layers(denoiser, detail="all")}
-    if layer not in channels:
+    widths = {found.path: found.channels for found in list_layers(denoiser, detail="all")}
+    if layer not in widths:
         raise ValueError(f"`layer` {layer!r} is none of an image; `diffusers-repr layers` shows those that are.")
     output = "class" if config.condition == "id" else "vector"
     sizes = {"num_prototypes": config.num_prototypes, "embed_dim": width}
-    assigner = SinkhornAssigner(channels[layer], **sizes, norm=config.head_norm, output=output)
+    assigner = SinkhornAssigner(widths[layer], **sizes, norm=config.head_norm, output=output)
     return OnlineGuidanceObjective(
         denoiser,
         assigner,
@@ -111,9 +118,9 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(config.seed)
     objective = build(online, config.max_train_steps)
     data_config = dataclasses.replace(data_config, label_column="none")
-    network = objective.network.config
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}
-    data = load_train_data(data_config, network.in_channels, network.sample_size, **loading)
+    channels, side = objective.denoiser.image_channels, objective.network.config.sample_size
+    data = load_train_data(data_config, channels, side, **loading)
     train(objective, data, config, recipe=recipe_of(config, data_config, online))
 
 

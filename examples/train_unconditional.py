@@ -5,7 +5,7 @@
 
 An unconditional model is saved as a `DDPMPipeline`. A model with `num_class_embeds`, the number of classes and one
 more for the null id, is trained on labels, a share of which become the null id, and is saved as a `DDIMPipeline`.
-With `network: UViTTransformer2DModel`, whose `num_classes` does not count the null, either is saved as a `SiTPipeline`.
+With `network: UViTTransformer2DModel`, whose `num_classes` leaves the null out, either is saved as a `SiTPipeline`.
 With `perceptual_base`, the folder of such a pipeline, that model's training goes on by its own middle features alone
 (arXiv 2401.00110; `perceptual_digits.yaml`).
 The loop, its checkpoints and its settings: docs/training.md.

@@ -115,7 +115,7 @@ class SinkhornAssigner(Assigner):
             raise ValueError(
                 f"norm is one of {', '.join(get_args(Norm))} and output class or vector; got {norm!r} and {output!r}."
             )
-        self.gives = output  # type: ignore[misc]
+        self.gives = output  # type: ignore[misc,assignment]
         norms: dict[str, Any] = {"batch": CastBatchNorm1d, "layer": CastLayerNorm, "none": nn.Identity}
         self.head = nn.Sequential(
             CastLinear(in_features, hidden), norms[norm](hidden), nn.ReLU(), CastLinear(hidden, embed)
@@ -123,7 +123,7 @@ class SinkhornAssigner(Assigner):
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, embed), dim=1))
 
     def embed(self, features: Tensor) -> Tensor:
-        """Q `(B, embed_dim)` of length 1, from prepared features `(B, D)`."""
+        """Embeddings `(B, embed_dim)` of length 1, from prepared features `(B, D)`."""
         return F.normalize(self.head(features), dim=1)
 
     def unit_prototypes(self) -> Tensor:

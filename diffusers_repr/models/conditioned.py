@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 
 class ConditionedMixin:
-    """For a network with the settings `in_channels`, `patch_size`, `num_classes`, `condition_dim`,
-    `class_dropout_prob` and `time_divisor`, and a `null_condition`: a learned vector, or None where it takes none.
+    """Base of networks on patches that take a time, classes and vectors.
+
+    Their settings: `in_channels`, `patch_size`, `num_classes`, `condition_dim`, `class_dropout_prob`, `time_divisor`,
+    and `time_offset` if they have it. Their `null_condition` is a learned vector, or None where they take none.
     """
 
     config: Mapping[str, Any]

@@ -71,8 +71,8 @@ class UViTTransformer2DModel(
         ValueError: For sizes that do not fit together.
 
     Example:
-        >>> model = UViTTransformer2DModel(8, 2, 4, num_layers=3, hidden_size=16, num_attention_heads=2, num_classes=10)
-        >>> model(torch.ones(2, 4, 8, 6), torch.tensor([250.0, 750.0]), class_labels=torch.tensor([3, 10])).sample.shape
+        >>> model = UViTTransformer2DModel(8, 2, 4, num_layers=3, hidden_size=16, num_attention_heads=2, num_classes=5)
+        >>> model(torch.ones(2, 4, 8, 6), torch.tensor([250.0, 750.0]), class_labels=torch.tensor([3, 5])).sample.shape
         torch.Size([2, 4, 8, 6])
     """
 
@@ -110,8 +110,8 @@ class UViTTransformer2DModel(
         check_conditions(num_classes, class_dropout_prob, time_divisor)
         if num_layers < 1 or num_layers % 2 == 0 or text_tokens < 1:
             raise ValueError(
-                f"num_layers is odd, one block in the middle of as many on both sides, and text_tokens at least 1; got "
-                f"{num_layers} and {text_tokens}."
+                "num_layers is odd, one block in the middle of as many on both sides, and text_tokens at least 1; "
+                f"got {num_layers} and {text_tokens}."
             )
         self.gradient_checkpointing = False
         self.out_channels = in_channels if out_channels is None else out_channels
@@ -231,7 +231,8 @@ class UViTTransformer2DModel(
         image = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
         tokens = torch.cat([*front, image], dim=1)
         tokens = tokens + self._positions(grid, tokens)
-        half, skips = len(self.blocks) // 2, []
+        half = len(self.blocks) // 2
+        skips: list[Tensor] = []
         for at, block in enumerate(self.blocks):
             given = (tokens, skips.pop()) if at > half else (tokens,)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -281,7 +282,7 @@ class UViTTransformer2DModel(
 
     def _positions(self, grid: tuple[int, int], tokens: Tensor) -> Tensor:
         """Learned positions, interpolated for another grid than that of training."""
-        table = self.positions
+        table: Tensor = self.positions
         if grid != self._grid:
             first = first_image_token(self.config)
             places = table[:, first:].unflatten(1, self._grid).permute(0, 3, 1, 2)

@@ -102,7 +102,8 @@ class OnlineGuidanceObjective(DiffusionObjective):
         )  # fmt: skip
         super().__init__(denoiser, losses=[clustering, *losses], label_dropout=label_dropout, **options)
         self.switch_step, self.encode_time, self.patches = switch_step, encode_time, patches
-        self.steps, self._ema = 0, None
+        self.steps = 0
+        self._ema: Any = None
         channels = self.layer(clustering.layers[0]).channels
         if assigner.in_features != channels:
             raise ValueError(
@@ -121,6 +122,7 @@ class OnlineGuidanceObjective(DiffusionObjective):
         conditioner, config = denoiser.conditioner, assigner.config
         width = config["embed_dim"] or assigner.in_features
         name = type(denoiser.model).__name__
+        wanted: dict[str, tuple[Any, int]]
         if isinstance(conditioner, LabelConditioner):
             wanted = {"classes": (conditioner.num_classes, config["num_prototypes"])}
         elif isinstance(conditioner, VectorConditioner | MapConditioner):
@@ -255,9 +257,12 @@ class OnlineGuidanceObjective(DiffusionObjective):
         return StoredPrior(prototype_values(prototypes, rows_by_share(usage, _KEPT), None))
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
-        """Samples in rows of 8 of the prototypes that are taken most; free ones in the first stage, and of patches."""
-        if not self.conditions_now or self.patches:
+        """Samples in rows of 8 of the prototypes that are taken most, or of a map; free ones in the first stage."""
+        if not self.conditions_now:
             return pipe(batch_size=count, generator=generator, num_inference_steps=steps).images
+        if self.patches:
+            maps = self.prior().draw(-(-count // 8), generator).repeat_interleave(8, dim=0)[:count]
+            return pipe(condition=maps, generator=generator, num_inference_steps=steps).images
         often = self.usage.argsort(descending=True).cpu()
         ids = often[torch.arange(count) // 8 % len(often)]
         if isinstance(self.conditioner, LabelConditioner):

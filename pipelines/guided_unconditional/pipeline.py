@@ -115,7 +115,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `layout`.
             num_images_per_label: Samples of each of the class_labels or layouts, side by side.
             prior: Draws the class_labels, or the layouts of a model of these, by the generator, after the noise, where
-                they are not given.
+                they are not given; `stored_prior` if None.
             layout: Class ids of pixels `(B, H, W)`, or `(H, W)` for all, of any size; 255 is no class. None of a model
                 of layouts is the null condition.
 
@@ -128,6 +128,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
                 their ranges, latents that do not fit or are not finite, settings that this model or scheduler does
                 not act on, and a scheduler made from the config of another noise process.
         """
+        prior = self.drawing(prior, class_labels, layout)
         self._check(output_type, guidance_scale, class_labels, layout, prior)
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)

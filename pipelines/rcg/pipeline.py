@@ -324,7 +324,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             eta: Noise of DDIM for the image, from 0 to 1. Other schedulers take none but 0.
             latents: Standard normal noise `(B, C, h, w)` to start the image from, in place of drawing it.
             condition: Vectors `(B, D)`, or one for all, in place of drawing them: those of images, for example.
-            prior: Draws the vectors instead, after the noise: `StoredPrior(vectors, in_order=True)`.
+            prior: Draws the vectors instead, after the noise: `StoredPrior(vectors, in_order=True)`; of a pipeline
+                without a network for them `stored_prior` if None.
             prior_guidance_scale: As `guidance_scale` of `sample_representations`.
             prior_num_inference_steps: Steps of the vectors' sampler.
             prior_eta: As `eta` of `sample_representations`.
@@ -344,6 +345,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 outside of their ranges, latents that do not fit or are not finite, guidance that could not act, and a
                 missing half of the pipeline.
         """
+        if self.prior is None:
+            prior = self.drawing(prior, condition, class_labels)
         given = sum(value is not None for value in (condition, prior, class_labels))
         labels, vectors = self._check(output_type, guidance_scale, class_labels, condition, given)
         known = self._callback_tensor_inputs

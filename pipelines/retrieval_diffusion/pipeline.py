@@ -166,7 +166,7 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
             return_dict: False returns the tuple `(images,)`.
             encoder: `Encoder` or `ImageTextEncoder` of the queries; the pipeline's CLIP if None.
             tokens: The token sets themselves, `(B, k, D)` or `(k, D)` for all, in place of query and index.
-            prior: Draws the tokens, in place of query and index.
+            prior: Draws the tokens, in place of query and index; `stored_prior` if None.
             top: Share of the index that pseudo-queries are drawn from, those rows that were neighbours of training
                 images most often; all if None.
             weighted: Draw pseudo-queries by how often they were neighbours.
@@ -186,6 +186,7 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
             ValueError: For an index of other vectors than the network was trained on, more neighbours than it has,
                 texts for an encoder without texts, shapes and numbers that do not fit, and settings without effect.
         """
+        prior = self.drawing(prior, query, index, tokens)
         self._check(output_type, guidance_scale, query, index, tokens, prior, top, weighted)
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)

@@ -138,6 +138,7 @@ CLASSES = {
     "joint_diffusion": "JointDiffusionPipeline",
     "open_vocabulary_segmentation": "OpenVocabularySegmentationPipeline",
     "rcg": "RCGPipeline",
+    "retrieval_diffusion": "RetrievalDiffusionPipeline",
     "sit": "SiTPipeline",
 }
 

@@ -170,7 +170,7 @@ def test_at_the_switch_the_average_becomes_the_weights():
     assert made.conditions_now
 
 
-@pytest.mark.parametrize("kind", ["class", "vector"])
+@pytest.mark.parametrize("kind", ["class", "vector", "map"])
 def test_training_saves_what_sampling_draws_from(kind, tmp_path):
     """The pipeline, the averaged assigner, and a prior of prototypes as often as they were taken."""
     made = objective(kind, switch=2)
@@ -183,12 +183,23 @@ def test_training_saves_what_sampling_draws_from(kind, tmp_path):
     pipe = SiTPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assigner, prior = SinkhornAssigner.from_pretrained(tmp_path / "assigner"), load_prior(tmp_path / "prior")
-    assert assigner.gives == kind
+    assert assigner.gives == ("class" if kind == "class" else "vector")
     assert made.usage.sum() > 0
     out = pipe(batch_size=64, prior=prior, num_inference_steps=1, output_type="latent")
     if kind == "class":
         torch.testing.assert_close(prior.frequencies, made.usage.double())
         assert set(out.class_labels.tolist()) <= set(made.usage.nonzero().flatten().tolist())
+    elif kind == "map":
+        unit = F.normalize(assigner.prototypes.detach(), dim=1)
+        maps = prior.values[:3]
+        cells = unit[made.recent[:3]].permute(0, 3, 1, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        torch.testing.assert_close(maps, cells)
+        start = torch.randn(3, 1, 8, 8)
+        one_step = pipe(condition=maps, latents=start, guidance_scale=3.0, num_inference_steps=1, output_type="latent")
+        lanes = (pipe.transformer(torch.cat([start, given], 1), 1000.0).sample for given in (0 * maps, maps))
+        with torch.no_grad():
+            null, cond = lanes
+        torch.testing.assert_close(one_step.images, start - null - 3.0 * (cond - null), rtol=1e-4, atol=1e-4)
     else:
         unit = F.normalize(assigner.prototypes.detach(), dim=1)
         nearest = (prior.values @ unit.T).argmax(1)
@@ -205,17 +216,17 @@ def test_maps_are_kept_for_the_prior():
     assert prior.values.shape == (6, E, 8, 8)
     # the prior has the weights' prototypes, the step the average's; which of them is the same
     kept = torch.einsum("behw,ke->bhwk", prior.values, prototypes).argmax(-1)
-    told = torch.einsum(
-        "behw,ke->bhwk", noisy.condition["map_channels"], F.normalize(ema.shadow["assigner.prototypes"], dim=1)
-    )
+    averaged = F.normalize(ema.shadow["assigner.prototypes"], dim=1)
+    told = torch.einsum("behw,ke->bhwk", noisy.condition["map_channels"], averaged)
     assert torch.equal(kept, told.argmax(-1))
     assert made.usage.sum() == 6 * 16
 
 
 def test_a_unet_by_the_mean_of_its_middle():
     torch.manual_seed(0)
-    unet = UNet2DModel(8, 1, 1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-                       block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=K + 1)  # fmt: skip
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(8, 1, 1, **blocks, **sizes, num_class_embeds=K + 1)
     pipe = GuidedUnconditionalPipeline(unet, DDPMScheduler(num_train_timesteps=100))
     made = OnlineGuidanceObjective(Denoiser.from_pipe(pipe), SinkhornAssigner(16, K), 2)
     assert made.clustering.layers == ("mid_block",)

@@ -182,6 +182,25 @@ def load_classifier() -> None:
     print("diffusion_classifier is good", flush=True)
 
 
+def load_retrieval(place: Path) -> None:
+    from tests.pipelines.retrieval_cases import index, vectors
+
+    pipe = DiffusionPipeline.from_pretrained(place / "retrieval", **consent("retrieval_diffusion"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"query": vectors(2, 9), "index": index(), "guidance_scale": 2.0, "num_inference_steps": 3}
+    want = np.load(place / "retrieval.npy")
+
+    def far() -> float:
+        images = pipe(**call, generator=torch.Generator().manual_seed(0), output_type="np").images
+        return np.abs(images - want).max()
+
+    assert far() < 5e-5
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert far() < 5e-5
+    print("retrieval is good", flush=True)
+
+
 def load_two() -> None:
     """Two folders in one process: the second is refused, the first stays as it is, and the remedies work."""
     first, guided = consent("feature_extraction"), consent("guided_unconditional")
@@ -211,6 +230,7 @@ if __name__ == "__main__":
         (load_sit, (place,)),
         (load_joint, (place,)),
         (load_rcg, (place,)),
+        (load_retrieval, (place,)),
         (load_features, FEW),
         (load_segmentation, ()),
     ]

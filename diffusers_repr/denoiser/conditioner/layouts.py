@@ -97,7 +97,7 @@ class LayoutConditioner(SeveralConditioner):
 
         A pixel of x_0 has the class of the nearest one.
         """
-        values = resized(values, self.size or self.denoiser.family.size())
+        values = resized(values.long(), self.size or self.denoiser.family.size())
         values = values.masked_fill(values == self.nothing, -1)
         if self.boxes:
             ids = values.flatten(1).amax(1)
@@ -121,6 +121,7 @@ class LayoutConditioner(SeveralConditioner):
             raise ValueError(
                 f"layouts are class ids (B, H, W), whole numbers; got {tuple(values.shape)}, {values.dtype}."
             )
+        values = values.long()
         there = (values >= 0) & (values != self.nothing)
         most = int(values.masked_fill(~there, -1).max())
         if most >= self.classes:
