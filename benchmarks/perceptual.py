@@ -43,7 +43,9 @@ class Whole:
     def __init__(self, objective: PerceptualObjective) -> None:
         self.objective, loss = objective, objective.losses["perceptual"]
         self.frozen, self.kept = copy.deepcopy(loss.frozen), None
-        self.frozen.get_submodule(loss.layer).register_forward_hook(lambda module, args, out: setattr(self, "kept", out))
+        self.frozen.get_submodule(loss.layer).register_forward_hook(
+            lambda module, args, out: setattr(self, "kept", out)
+        )
 
     def middle(self, x_t, level, condition):
         self.frozen(**self.objective.denoiser.network_inputs(x_t, level, condition))
