@@ -29,6 +29,8 @@ NAMES = (
     "online_step",
     "cluster_lookup",
     "retrieval_keys",
+    "perceptual",
+    "rcg_vectors",
 )
 
 
