@@ -161,7 +161,9 @@ def build(condition: ConditionConfig, data, vae=None):
     scheduler = FlowMatchODEScheduler() if flows else DDIMScheduler(**{"clip_sample": False, **condition.scheduler})
     if condition.level != "image":
         return _of_layouts(condition, model, scheduler)
-    values = data[0].get("condition")
+    values = None if condition.assigner in ("none", "labels") else data[0].get("condition")
+    if condition.assigner == "labels" and not data.num_classes:
+        raise ValueError("`assigner` labels: the data have no column of class ids; name one by `label_column`.")
     if values is None:
         return _of_ids(kind, model, data.num_classes, scheduler, vae)
     if values.ndim == 2:
@@ -230,10 +232,12 @@ def stored_prior(data, seed: int):
     if images.config.mask_column is not None:
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STORED].tolist()
         return StoredPrior(torch.stack([images[row]["masks"] for row in sorted(rows)]).to(torch.uint8))
-    if images.assigned is not None and images.assigned.has_values:
+    assigned = getattr(images, "assigned", None)  # a stream has neither that nor its labels beforehand
+    if assigned is not None and assigned.has_values:
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STORED]
-        return StoredPrior(images.assigned.values(rows.sort().values))
-    return None if images.labels is None else HistogramPrior.of_labels(images.labels, images.num_classes)
+        return StoredPrior(assigned.values(rows.sort().values))
+    labels = getattr(images, "labels", None)
+    return None if labels is None else HistogramPrior.of_labels(labels, images.num_classes)
 
 
 def main(argv: list[str]) -> None:

@@ -30,7 +30,7 @@ CROSS = UNET | {
 SIT = {"sample_size": 8, "in_channels": 1, "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 SMALL = {
     "encoder": f"{EXAMPLES / 'models' / 'digits-ddpm'}:mid_block@100", "max_train_steps": 1, "lr_warmup_steps": 0,
-    "train_batch_size": 8, "eval_batch_size": 2, "num_inference_steps": 1, "checkpointing_steps": 1,
+    "train_batch_size": 8, "eval_batch_size": 0, "num_inference_steps": 1, "checkpointing_steps": 1,
 }  # fmt: skip
 TRANSFORMER = {"network": "SiTTransformer2DModel", "model": SIT, "scheduler": None}
 
@@ -117,7 +117,7 @@ def test_what_is_assigned_reaches_the_network(photos, tmp_path, monkeypatch, rec
 
 def test_vectors_of_a_u_net_and_a_null_that_is_learned(photos, tmp_path, monkeypatch):
     seen = watched(monkeypatch)
-    output = run(photos, tmp_path, "representation", label_dropout=1.0)
+    output = run(photos, tmp_path, "representation", label_dropout=1.0, eval_batch_size=8)
     assert all(len(condition["class_labels"].unique(dim=0)) == 1 for _, condition in seen)  # the null alone
     pipe = RCGPipeline.from_pretrained(output)
     assert pipe.condition_embedding.config.in_channels == 64
