@@ -250,6 +250,9 @@ def main(argv: list[str]) -> None:
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}
     if condition.pretrained_model:
         denoiser = Denoiser.from_pretrained(condition.pretrained_model)
+        if isinstance(denoiser.model, UNet2DModel) and not hasattr(denoiser.pipe, "stored_prior"):  # DDPM, DDIM
+            pipe = GuidedUnconditionalPipeline(denoiser.model, denoiser.scheduler)
+            denoiser = Denoiser.from_pipe(pipe, name=denoiser.name)
         data = load_train_data(data_config, denoiser.image_channels, denoiser.image_size, vae=denoiser.vae, **loading)
     else:
         vae = None if condition.vae is None else load_autoencoder(condition.vae)
@@ -257,7 +260,8 @@ def main(argv: list[str]) -> None:
         size = condition.model["sample_size"] * (1 if vae is None else vae_stride(vae))
         data = load_train_data(data_config, channels, size, vae=vae, **loading)
         denoiser = Denoiser.from_pipe(build(condition, data, vae))
-    denoiser.pipe.stored_prior = stored_prior(data, config.seed)
+    if hasattr(denoiser.pipe, "stored_prior"):  # pipelines of diffusers have no place for one
+        denoiser.pipe.stored_prior = stored_prior(data, config.seed)
     denoiser.pipe.set_progress_bar_config(disable=True)
     objective = DiffusionObjective(denoiser, label_dropout=condition.label_dropout)
     train(objective, data, config, recipe=recipe_of(config, data_config, condition))
