@@ -38,9 +38,9 @@ examples/studies/retrieval_load.py` ([numbers](load.json)).
 {built}
 
 Normal vectors have no clusters and are the worst case of lists: the nearest in {dim} dimensions are hardly nearer
-than the rest, and lie in any list. What an encoder gives has clusters, as vectors around {centres:,} centres have. The
-exact search of a batch is one product of matrices, and lists are read query by query: a whole data set is searched exactly
-unless few lists are enough for it, and recall is measured first (`RetrievalIndex.open(folder, "exact")`).
+than the rest, and lie in any list. What an encoder gives has clusters, as vectors around {centres:,} centres have.
+Exact search of a batch is one product of matrices, and lists are read query by query: a whole data set is searched
+exactly unless few lists are enough for it; `RetrievalIndex.open(folder, "exact")` tells the recall first.
 
 ## A plan for a thousand million
 
