@@ -31,7 +31,7 @@ OUT = options.Out("assignments", _FOLDERS, again="resumed")
 _OF_METHOD = {
     "kmeans": ("k", "metric", "iterations", "backend", "init"),
     "neighbours": ("k", "index", "include_self", "index_kind", "cells", "probes"),
-    "identity": (),
+    "identity": ("over",),
     "classifier": ("labels_per_class",),
 }
 
@@ -58,6 +58,9 @@ class Settings(options.ModelSettings):
     index_kind: Literal["exact", "ivf"] = setting("exact", "of the index that is made; ivf needs faiss")
     cells: int | None = setting(None, "lists of an index of kind ivf; default: the root of the number of images")
     probes: int | None = setting(None, "lists that a search looks into; default: a sixteenth of them")
+    over: Literal["column", "vector"] = setting(
+        "column", "of identity: mean and deviation over the images, or of each vector by itself as RCG has it"
+    )
     labels_per_class: int | None = setting(None, "labels the classifier sees, drawn by --seed; default: all")
     text_space: bool = setting(False, "ENCODER is a CLIP: vectors of the space of images and texts, for text queries")
     split: str = setting("train", "of the data set")
@@ -94,7 +97,7 @@ def write_from_recipe(data_config: DataConfig, recipe: Any, out: str, seed: int)
 
     Args:
         data_config: The data; images are encoded at their own size.
-        recipe: With `assigner`, `encoder`, `text_space`, `k` and `labels_per_class`.
+        recipe: With `assigner`, `encoder`, `text_space`, and `k`, `labels_per_class` or `over`.
         out: Folder of the assignments; those of the same recipe are taken as they are.
         seed: Of the fit.
 
@@ -107,7 +110,9 @@ def write_from_recipe(data_config: DataConfig, recipe: Any, out: str, seed: int)
     same = {name: getattr(data_config, name) for name in names}
     same["label_column"] = None if same["label_column"] == "none" else same["label_column"]
     split, method = data_config.dataset_split, recipe.assigner
-    own = [name for name in ("k", "labels_per_class") if name in _OF_METHOD[method]]  # a recipe may have the others
+    own = [
+        name for name in ("k", "labels_per_class", "over") if name in _OF_METHOD[method] and hasattr(recipe, name)
+    ]  # a recipe may have the others
     same |= {name: getattr(recipe, name) for name in ("text_space", *own)}
     args = {"encoder": recipe.encoder, "dataset": data_config.dataset_name, "out": out, "method": method}
     run(Settings(**args, split=split, seed=seed, quiet=True, **same))
@@ -200,7 +205,7 @@ def _assigner(args: Settings, encoder: Any, data: ImageTrainData) -> Assigner:
         cosine = args.metric == "cosine"
         return KMeansAssigner(encoder.dim, clusters, cosine, args.iterations, args.init, backend=args.backend)
     if args.method == "identity":
-        return IdentityAssigner(encoder.dim)
+        return IdentityAssigner(encoder.dim, over=args.over)
     return ClassifierAssigner(encoder.dim, data.num_classes)
 
 

@@ -1,4 +1,4 @@
-"""Diffusion with perceptual loss (arXiv 2401.00110): a second stage of training, by the network's own middle features."""
+"""Diffusion with perceptual loss (arXiv 2401.00110): a second stage of training, by own middle features."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ class RepresentationObjective(DiffusionObjective):
         width = self.denoiser.family.channels()
         if assigner.gives != "vector" or not bool(assigner.fitted) or assigner.null.shape != (width,):
             raise ValueError(
-                f"The assigner is a fitted one that gives vectors of {width} channels; got a {type(assigner).__name__} "
-                f"that gives {assigner.gives} (fitted: {bool(assigner.fitted)})."
+                f"The assigner is a fitted one that gives vectors of {width} channels; got one "
+                f"({type(assigner).__name__}) that gives {assigner.gives} (fitted: {bool(assigner.fitted)})."
             )
         return assigner
 

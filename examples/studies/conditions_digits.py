@@ -45,7 +45,7 @@ import train_representation
 EXAMPLES = Path(__file__).parents[1]
 ENCODER = f"{EXAMPLES / 'models' / 'digits-ddpm'}:mid_block@100"
 U_NET = json.dumps({
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": [32, 80],
+    "sample_size": 8, "in_channels": 1, "layers_per_block": 1, "block_out_channels": [32, 80],
     "down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2, "attention_head_dim": 16,
     "norm_num_groups": 8,
 })  # fmt: skip

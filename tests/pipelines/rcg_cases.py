@@ -26,7 +26,8 @@ def prior(**changes):
 def unet():
     torch.manual_seed(0)
     return UNet2DModel(8, 3, 3, block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
-                       up_block_types=("UpBlock2D",) * 2, class_embed_type="identity", layers_per_block=1).eval()  # fmt: skip
+                       up_block_types=("UpBlock2D",) * 2, class_embed_type="identity",
+                       layers_per_block=1).eval()  # fmt: skip
 
 
 def text_unet(width):

@@ -260,7 +260,7 @@ def test_a_half_is_loaded_and_the_other_put_in(tmp_path):
     (lambda: RCGPipeline(prior()[0]), "prior is there without its prior_scheduler"),
     (lambda: RCGPipeline(unet=unet(), transformer=sit(), scheduler=DDIMScheduler()), "Both unet and transformer"),
     (lambda: RCGPipeline(transformer=sit(), scheduler=DDIMScheduler()), "takes no vectors"),
-    (lambda: RCGPipeline(*prior(), unet=unet(), scheduler=DDIMScheduler()), "draws vectors of 6 channels, and UNet2DM"),
+    (lambda: RCGPipeline(*prior(), unet=unet(), scheduler=DDIMScheduler()), "vectors of 6 channels, and UNet2DM"),
     (lambda: RCGPipeline(*prior())(), "has no network of images"),
     (lambda: RCGPipeline(**pixels("sit"))(), "has no prior to draw vectors"),
     (lambda: RCGPipeline(**pixels("sit")).as_prior(), "has no prior"),
