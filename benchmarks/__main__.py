@@ -26,6 +26,11 @@ NAMES = (
     "odise",
     "heads",
     "zero_shot",
+    "online_step",
+    "cluster_lookup",
+    "retrieval_keys",
+    "perceptual",
+    "rcg_vectors",
 )
 
 

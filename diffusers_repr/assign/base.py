@@ -27,6 +27,7 @@ class Assigner(ReprModelMixin, ModelMixin, ConfigMixin):
 
     Attributes:
         kind: The name it is registered by.
+        most_rows: Features that a fit looks at, drawn at random of more; None: all.
         gives: `class`: ids `(B,)` from 0 to `num_classes - 1`, int64; `vector`: `(B, D)`, float32; `neighbours`: rows
             `(B, k)` of the set it was fitted on, nearest first, int64.
     """
@@ -35,6 +36,7 @@ class Assigner(ReprModelMixin, ModelMixin, ConfigMixin):
 
     kind: ClassVar[str | None] = None
     gives: ClassVar[Gives]
+    most_rows: int | None = None
 
     fitted: Tensor
 
@@ -110,9 +112,12 @@ class Assigner(ReprModelMixin, ModelMixin, ConfigMixin):
             RuntimeError: Before `fit`.
             ValueError: As `prepare`.
         """
+        self._check_fitted()
+        return self.assign_prepared(self.prepare(features))
+
+    def _check_fitted(self) -> None:
         if not bool(self.fitted):
             raise RuntimeError(f"This {type(self).__name__} is not fitted; call fit(features) or load a fitted one.")
-        return self.assign_prepared(self.prepare(features))
 
     def fit_prepared(self, features: Tensor, generator: torch.Generator) -> None:
         """Learn from prepared features: set the buffers."""
@@ -161,7 +166,7 @@ def list_assigners() -> dict[str, type[Assigner]]:
 
     Example:
         >>> list(list_assigners())
-        ['identity']
+        ['classifier', 'identity', 'kmeans', 'neighbours', 'sinkhorn']
     """
     return _ASSIGNERS.subclasses()
 

@@ -33,15 +33,16 @@ class Settings:
     out: str = setting(
         REQUIRED,
         "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
-        "`Encoder.from_pretrained`, of a readout `ReadoutHead`, of Hyperfeatures `Hyperfeatures.from_pretrained`)",
+        "`Encoder.from_pretrained`, of RCG `RCGPipeline`, of a readout `ReadoutHead`, "
+        "of Hyperfeatures `Hyperfeatures.from_pretrained`)",
     )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
         None, "which of those in the file; default: ema if there, else model"
     )
-    architecture: Literal["sit", "dit", "hybvit"] | None = setting(
+    architecture: Literal["sit", "dit", "hybvit", "uvit"] | None = setting(
         None,
-        "what the network predicts: a velocity (REPA too), noise, or noise and classes; needed where the file does "
-        "not tell",
+        "what the network predicts: a velocity (REPA too), noise, noise and classes, or noise with long skips; needed "
+        "where the file does not tell",
     )
     model_config: str | None = setting(
         None,
@@ -50,6 +51,9 @@ class Settings:
     )
     path: Literal["linear", "cosine"] | None = setting(None, "of a sit; default: linear")
     sampler: Literal["sde", "ode"] | None = setting(None, "of a sit; default: sde; dit gets DDIM")
+    process: Literal["continuous", "discrete"] | None = setting(
+        None, "of a uvit: beta from 0.1 to 20, or the steps of Stable Diffusion; default: as published for its size"
+    )
     vae: str | None = setting(
         None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
     )
@@ -83,9 +87,9 @@ class Settings:
 
 def network_arguments() -> set[str]:
     """Names of the arguments of all networks that are converted to."""
-    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
+    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel, UViTTransformer2DModel
 
-    return _arguments(SiTTransformer2DModel) | _arguments(JointViTModel)
+    return set().union(*map(_arguments, (SiTTransformer2DModel, JointViTModel, UViTTransformer2DModel)))
 
 
 def _arguments(model: type) -> set[str]:
@@ -98,14 +102,15 @@ def run(args: Settings) -> int:
     """Convert, and print what was written."""
     from diffusers_repr.cli.convert_hyperfeatures import save_hyperfeatures
     from diffusers_repr.cli.convert_readout import save_readout
+    from diffusers_repr.cli.convert_representation import save_representation
     from diffusers_repr.heads.convert import is_published_readout
     from diffusers_repr.heads.convert_hyperfeatures import is_published_hyperfeatures
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
-    from diffusers_repr.models.convert_joint import is_joint_vit
     from diffusers_repr.models.convert_moco import is_moco_v3
+    from diffusers_repr.models.convert_representation import is_representation_model
 
     held = read_checkpoint(args.checkpoint)
-    others: tuple[str, ...] = ("weights", "architecture", "model_config", "path", "sampler", "vae")
+    others: tuple[str, ...] = ("weights", "architecture", "model_config", "path", "sampler", "process", "vae")
     if is_published_hyperfeatures(held):
         _refuse(args, (*others, "kind"), "This is the network of Diffusion Hyperfeatures, a head on a U-Net")
         save_hyperfeatures(held, args.checkpoint, args.out, args.base, overwrite=args.overwrite)
@@ -118,33 +123,60 @@ def run(args: Settings) -> int:
     overrides = read_config(args.model_config)
     weights, name = select_weights(held, args.weights)
     if is_moco_v3(weights):
-        _refuse(args, ("architecture", "vae", "path", "sampler"), "MoCo v3 is an encoder, no pipeline")
+        _refuse(args, ("architecture", "vae", "path", "sampler", "process"), "MoCo v3 is an encoder, no pipeline")
         _save_encoder(args, weights, overrides)
+    elif is_representation_model(weights):
+        own = ("architecture", "vae", "path", "sampler", "model_config")
+        _refuse(args, own, "A representation diffusion model of RCG tells all of it")
+        save_representation(weights, args.checkpoint, args.out, overwrite=args.overwrite)
     else:
-        joint = args.architecture == "hybvit" or (args.architecture is None and is_joint_vit(weights))
-        _refuse(args, ("vae", "path", "sampler") if joint else (), "A HybViT is a network of pixels with a DDPM")
-        _save_pipeline(args, weights, overrides, name, joint, held.get("vae"))
+        _save_pipeline(args, weights, overrides, name, _form(args, weights), held.get("vae"))
     return 0
 
 
+def _form(args: Settings, weights: dict[str, Tensor]) -> Literal["joint", "uvit", "sit"]:
+    """Whose code the weights are of, by what is asked for or by their names."""
+    from diffusers_repr.models.convert_joint import is_joint_vit
+    from diffusers_repr.models.convert_uvit import is_uvit
+
+    asked = args.architecture
+    if asked == "hybvit" or (asked is None and is_joint_vit(weights)):
+        _refuse(args, ("vae", "path", "sampler", "process"), "A HybViT is a network of pixels with a DDPM")
+        return "joint"
+    if asked == "uvit" or (asked is None and is_uvit(weights)):
+        _refuse(args, ("path", "sampler"), "A U-ViT gets DDIM")
+        return "uvit"
+    _refuse(args, ("process",), "Only a U-ViT was trained by one process or the other")
+    return "sit"
+
+
 def _save_pipeline(
-    args: Settings, weights: dict[str, Tensor], overrides: dict[str, Any], name: str, joint: bool, vae: Any
+    args: Settings,
+    weights: dict[str, Tensor],
+    overrides: dict[str, Any],
+    name: str,
+    form: Literal["joint", "uvit", "sit"],
+    vae: Any,
 ) -> None:
     """A diffusion model, its projectors and its scheduler."""
     from diffusers_repr.hub.files import atomic_folder
-    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel
+    from diffusers_repr.models import JointViTModel, SiTTransformer2DModel, UViTTransformer2DModel
     from diffusers_repr.models.convert import convert_state_dict
     from diffusers_repr.models.convert_joint import convert_joint_vit
+    from diffusers_repr.models.convert_uvit import convert_uvit
 
-    overrides = checked(overrides, JointViTModel if joint else SiTTransformer2DModel)
+    model: Any = {"joint": JointViTModel, "uvit": UViTTransformer2DModel, "sit": SiTTransformer2DModel}[form]
+    overrides = checked(overrides, model)
     try:
-        if joint:
+        if form == "joint":
             converted = convert_joint_vit(weights, overrides)
+        elif form == "uvit":
+            converted = convert_uvit(weights, args.process, overrides)
         else:
             converted = convert_state_dict(weights, args.architecture, overrides)
     except ValueError as error:
         raise ValueError(f"{args.checkpoint!r}: {error}") from error
-    pipe = _joint_pipeline(converted) if joint else _pipeline(converted, args, vae)
+    pipe = _joint_pipeline(converted) if form == "joint" else _pipeline(converted, args, vae)
     with atomic_folder(Path(args.out), overwrite=args.overwrite) as folder:
         pipe.save_pretrained(folder)
         _save_projectors(converted, folder)
@@ -238,16 +270,18 @@ def checked(config: dict[str, Any], model: type) -> dict[str, Any]:
 def _pipeline(converted: ConvertedCheckpoint, args: Settings, own_vae: Any) -> Any:
     from diffusers import DDIMScheduler
 
-    from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel
+    from diffusers_repr.models import ClassTokenHead, SiTTransformer2DModel, UViTTransformer2DModel
     from diffusers_repr.pipelines.sit import SiTPipeline
     from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
     from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-    model = _network(SiTTransformer2DModel, converted)
+    model = _network(UViTTransformer2DModel if converted.architecture == "uvit" else SiTTransformer2DModel, converted)
     scheduler: Any
     if converted.architecture == "dit":
         _refuse(args, ("path", "sampler"), "A DiT gets DDIM")
         scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    elif converted.architecture == "uvit":
+        scheduler = DDIMScheduler(**converted.scheduler)
     else:
         cls = FlowMatchODEScheduler if args.sampler == "ode" else FlowMatchSDEScheduler
         scheduler = cls(path=args.path or "linear")

@@ -44,6 +44,10 @@ class DataConfig:
     bad_images: Literal["error", "skip"] = setting("error", "images that cannot be read: stop, or leave out")
     latents_dir: str | None = setting(None, "latents to train on: of `diffusers-repr cache`, or REPA's folder vae-sd")
     features_dir: str | None = setting(None, "teacher features, written by `diffusers-repr cache`")
+    assignments_dir: str | None = setting(None, "what images are conditioned on, written by `diffusers-repr assign`")
+    index_dir: str | None = setting(None, "index that neighbours are of; default: the one in assignments_dir")
+    num_neighbours: int | None = setting(None, "of those that are stored, the nearest; default: all")
+    include_query: bool = setting(False, "before its neighbours the image's own vector")
 
     def __post_init__(self) -> None:
         if self.center_crop not in CROPS:
@@ -57,7 +61,7 @@ class DataConfig:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.random_scale >= 1:
             raise ValueError(f"`random_scale` is a share below 1, got {self.random_scale}.")
-        for name in ("resolution", "max_points"):
+        for name in ("resolution", "max_points", "num_neighbours"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
@@ -68,7 +72,9 @@ class DataConfig:
             raise ValueError("How many points the rows of a stream have is not known before; pass --max_points.")
         if self.shuffle_buffer < 1:
             raise ValueError(f"`shuffle_buffer` must be at least 1 (1: no shuffling), got {self.shuffle_buffer}.")
-        cached = [name for name in ("cache_images", "latents_dir", "features_dir") if getattr(self, name)]
+        cached = [
+            name for name in ("cache_images", "latents_dir", "features_dir", "assignments_dir") if getattr(self, name)
+        ]
         if self.streaming and cached:
             raise ValueError(f"`streaming` has no places in the data set to keep {', '.join(cached)} by; drop one.")
         moved = [name for name in ("random_rotation", "random_shift", "random_scale") if getattr(self, name)]
@@ -81,8 +87,9 @@ class DataConfig:
     def held_out(self, split: str) -> DataConfig:
         """The same for another split whose images are read as they are, to measure on."""
         still: dict[str, Any] = dict.fromkeys(("random_rotation", "random_shift", "random_scale"), 0.0)
+        still |= dict.fromkeys(("latents_dir", "assignments_dir", "index_dir", "num_neighbours"))
         return dataclasses.replace(
-            self, dataset_split=split, random_flip=False, streaming=False, latents_dir=None, **still
+            self, dataset_split=split, random_flip=False, streaming=False, include_query=False, **still
         )
 
     def columns(self, features: Mapping[str, Any], name: str) -> Columns:

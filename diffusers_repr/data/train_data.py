@@ -10,11 +10,12 @@ import datasets
 import numpy as np
 import torch
 
+from diffusers_repr.data.assigned import AssignedConditions, open_assigned
 from diffusers_repr.data.base import TrainData, augmented, geometry, hashed, spread_rows
 from diffusers_repr.data.config import DataConfig
 from diffusers_repr.data.image_column import ImagePixels
 from diffusers_repr.data.image_files import raw_bytes
-from diffusers_repr.data.label_column import read_labels
+from diffusers_repr.data.label_column import ClassLabels, read_labels
 from diffusers_repr.data.points import most_points
 from diffusers_repr.data.transforms import check_crop
 
@@ -34,13 +35,17 @@ class ImageTrainData(TrainData):
         name: Of the data set; None if it has none.
         config: As given.
         masks: Names of the classes of pixels; None without masks.
+        assigned: What `assignments_dir` holds; None without.
 
     A sample has `pixel_values` (uint8, C, H, W), `index` (place in the data set, int64), and, where the data have
     them, `class_labels` (int64, -1 for none), `caption` (str, empty for none), `masks` (int32, H, W), and `points`
-    (float32, P, 2, as x and y) with `visible` (bool, P).
+    (float32, P, 2, as x and y) with `visible` (bool, P). With `assignments_dir`, classes that were assigned are the
+    `class_labels`, and vectors (D,) or the vectors of neighbours (k, D), float32, are the `condition`.
 
     Raises:
-        ValueError: For columns that are not there or hold something else, missing labels, a crop that does not fit.
+        ValueError: For columns that are not there or hold something else, missing labels, a crop that does not fit,
+            and assignments of other images.
+        FileNotFoundError: If the assignments are not there.
     """
 
     def __init__(
@@ -54,7 +59,6 @@ class ImageTrainData(TrainData):
         check_crop(config.center_crop, size)
         self.name = name or dataset.info.dataset_name
         columns = config.columns(dataset.features, self.name or "the data set")
-        self._labels = None if columns.label is None else read_labels(dataset, columns.label, config.missing_labels)
         self._captions = None if columns.caption is None else dataset.with_format(None).select_columns(columns.caption)
         self.config, self.masks = config, config.masks(dataset.features)
         most = config.max_points or (1 if columns.points is None else most_points(dataset, columns.points))
@@ -63,6 +67,13 @@ class ImageTrainData(TrainData):
             columns.mask, columns.points, self.masks, most,
         )  # fmt: skip
         self._fingerprint: dict[str, Any] | None = None
+        self.assigned: AssignedConditions | None = None
+        self._labels: ClassLabels | None = None
+        if config.assignments_dir is not None:
+            self.assigned = open_assigned(config, len(self), self._images_hash())
+            self._labels = self.assigned.labels
+        if self._labels is None and columns.label is not None:
+            self._labels = read_labels(dataset, columns.label, config.missing_labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,6 +89,8 @@ class ImageTrainData(TrainData):
             sample["class_labels"] = torch.tensor(self._labels.ids[row])
         if self._captions is not None:
             sample["caption"] = self._captions[row][self.config.caption_column] or ""
+        if self.assigned is not None and self.assigned.has_values:
+            sample["condition"] = self.assigned.values(sample["index"])
         return sample
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +104,7 @@ class ImageTrainData(TrainData):
             labels = None if self._labels is None else hashed([self._labels.ids.tobytes()])
             self._fingerprint = {
                 "rows": len(self),
-                "images": hashed(raw_bytes(self.images.raw(row)) for row in rows),
+                "images": self._images_hash(),
                 "labels": labels,
                 "classes": self.class_names,
                 "captions": self.config.caption_column,
@@ -100,7 +113,12 @@ class ImageTrainData(TrainData):
             for kind, column in (("masks", self.config.mask_column), ("points", self.config.points_column)):
                 if column is not None:
                     self._fingerprint[kind] = hashed(raw_bytes(self.images.stored(row)[column]) for row in rows)
+            if self.assigned is not None:
+                self._fingerprint["assignments"] = self.assigned.fingerprint()
         return json.loads(json.dumps(self._fingerprint))
+
+    def _images_hash(self) -> str:
+        return hashed(raw_bytes(self.images.raw(row)) for row in spread_rows(len(self)))
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -124,4 +142,6 @@ class InMemoryTrainData(ImageTrainData):
             batch["class_labels"] = torch.from_numpy(self._labels.ids[rows.numpy()])
         if self._captions is not None:
             batch["caption"] = [self.annotations(int(row))["caption"] for row in rows]
+        if self.assigned is not None and self.assigned.has_values:
+            batch["condition"] = self.assigned.values(rows)
         return batch

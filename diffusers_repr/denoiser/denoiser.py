@@ -82,6 +82,8 @@ class Denoiser:
     def from_pipe(cls, pipe: Any, **kwargs: Any) -> Denoiser:
         """From a loaded pipeline; its components are shared, not copied.
 
+        A pipeline that has a `conditioner` tells what its network is conditioned on.
+
         Raises:
             TypeError: If it is no pipeline, or no component of it is a denoiser we know.
             ValueError: If the pipeline has two networks, one for high and one for low noise.
@@ -89,6 +91,9 @@ class Denoiser:
         model, scheduler, vae = denoiser_parts(pipe)
         place = pipe.config.get("_name_or_path")
         kwargs.setdefault("name", None if place is None else str(place))
+        told = getattr(pipe, "conditioner", None)
+        if isinstance(told, Conditioner):
+            kwargs.setdefault("conditioner", told)
         return cls(model, scheduler, vae, pipe=pipe, **kwargs)
 
     @classmethod

@@ -42,7 +42,7 @@ class Family(FamilyLayers):
         config: Of the network it is bound to; a `Denoiser` binds its family.
 
     Attributes:
-        axes: Of the grid of x_0: 2, `(H, W)`, or 3 of a video, `(frames, H, W)`.
+        axes: Of the grid of x_0: 2, `(H, W)`, or 3 of a video, `(frames, H, W)`; 0 of vectors `(B, D)`.
         conditioning: `"text"` (made by the pipeline's own call), `"class"` (`class_labels`) or `"none"`.
         unbatched: Names of condition inputs without a batch dimension (position ids).
         batched: Names that mean no batch elsewhere (`image_rotary_emb`) and have a row a sample in its modules.
@@ -245,6 +245,10 @@ class Family(FamilyLayers):
                 return None
             h, w = -(-h // 2), -(-w // 2)
 
+    def class_token_at(self) -> int | None:
+        """Place of a class token in sequences that hold the image: 0, -1 for the last; None where there is none."""
+        return None
+
     def is_image(self, path: str) -> bool:
         """Whether the module at `path` may carry the image."""
         return not any(part in self.not_image for part in path.split("."))
@@ -271,7 +275,8 @@ class Family(FamilyLayers):
     def classes(self) -> tuple[int, int | None]:
         """Number of classes that the network is told of (0: none), and the id of its null class.
 
-        The id is None where the config does not tell: then the number counts all ids, the null's among them.
+        The id is None where the config does not tell: then the number counts all ids, the null's among them. It is -1
+        where there is none.
         """
         count = int(self.config.get("num_classes") or 0) if self.conditioning == "class" else 0
         return count, count or None
@@ -279,6 +284,10 @@ class Family(FamilyLayers):
     def vector_input(self) -> str | None:
         """Name of the network's input of vectors `(B, D)` that it is conditioned on, whose width `example` shows."""
         return None
+
+    def map_channels(self) -> int:
+        """Channels of the network's input behind x_t that say what is where, by its config (`LayoutConditioner`)."""
+        return 0
 
     def from_class_labels(self, labels: Tensor | None) -> dict[str, Any]:
         """Condition inputs from class labels `(B,)`; None asks for the null class."""

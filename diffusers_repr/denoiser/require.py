@@ -17,13 +17,15 @@ def require_denoiser(value: Any) -> None:
 
 
 def require_images(denoiser: Denoiser, what: str) -> None:
-    """Raise ValueError for a network of videos.
+    """Raise ValueError for a network of videos, or of vectors.
 
     Args:
         denoiser: The network.
         what: Is for images alone; begins a sentence.
     """
     require_denoiser(denoiser)
+    if denoiser.family.axes == 0:
+        raise ValueError(f"{what}: for networks of images; {type(denoiser.model).__name__} denoises vectors.")
     if denoiser.family.axes != 2:
         raise ValueError(
             f"{what}: for networks of images; {type(denoiser.model).__name__} makes videos. What there is for those: "

@@ -21,6 +21,7 @@ from diffusers_repr.encoders.preprocessing import (
     preprocess,
     statistics_from_processor,
 )
+from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.hub.load import load_json_config
 from diffusers_repr.hub.schema import printable
 
@@ -90,6 +91,28 @@ class ImageTextEncoder:
     def dim(self) -> int:
         """Values of a vector."""
         return int(self.model.config.projection_dim)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images it takes."""
+        return 3
+
+    def to(self, device: str | torch.device | None = None) -> ImageTextEncoder:
+        """Move both towers; returns the encoder itself."""
+        nn.Module.to(self.model, device=device)
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the vectors, as JSON values: equal for encoders whose vectors are the same."""
+        return {
+            "encoder": "image-text",
+            "name": self.name,
+            "revision": self.revision,
+            "image_size": self.model.config.vision_config.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "weights": weights_hash(self.model),
+        }
 
     @property
     def scale(self) -> float:

@@ -29,11 +29,15 @@ OWN_COMPONENTS = {
     "LinearHead": "diffusers_repr.heads.pooled.linear",
     "MLPHead": "diffusers_repr.heads.pooled.mlp",
     "NoisyClassifier": "diffusers_repr.models.noisy_classifier",
+    "NullTokens": "diffusers_repr.models.null_tokens",
     "OdiseHead": "diffusers_repr.heads.odise.head",
     "PixelEnsembleHead": "diffusers_repr.heads.pixel_ensemble",
     "Projector": "diffusers_repr.heads.projector",
     "ReadoutHead": "diffusers_repr.heads.dense.readout",
+    "RepresentationMLPModel": "diffusers_repr.models.representation_mlp",
     "SiTTransformer2DModel": "diffusers_repr.models.sit",
+    "UViTTransformer2DModel": "diffusers_repr.models.uvit",
+    "VectorEmbedding": "diffusers_repr.models.vector_embedding",
 }
 # Module in which a class of ours lay when older folders were saved -> where it lies now.
 MOVED_MODULES = {

@@ -3,6 +3,7 @@
 from diffusers_repr.metrics.alignment_uniformity import AlignmentUniformity, alignment_uniformity
 from diffusers_repr.metrics.cka import cka
 from diffusers_repr.metrics.cknna import cknna, compare_graphs, neighbour_graph
+from diffusers_repr.metrics.clusters import normalized_mutual_information, purity
 from diffusers_repr.metrics.encoding import Encoded, encode_images
 from diffusers_repr.metrics.frechet import frechet_distance
 from diffusers_repr.metrics.gather import gather_rows, own_rows
@@ -37,9 +38,11 @@ __all__ = [
     "mean_iou",
     "measure_generation",
     "neighbour_graph",
+    "normalized_mutual_information",
     "own_rows",
     "panoptic_inference",
     "panoptic_quality",
     "precision_recall",
+    "purity",
     "semantic_inference",
 ]

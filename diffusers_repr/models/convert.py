@@ -16,7 +16,7 @@ from diffusers_repr.models.class_token import without_class_token
 from diffusers_repr.models.convert_relatives import RelativeParts, split_relatives
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, grid_positions
 
-Architecture = Literal["sit", "dit", "hybvit"]
+Architecture = Literal["sit", "dit", "hybvit", "uvit"]
 
 ARCHITECTURES: tuple[Architecture, ...] = ("sit", "dit")
 # Width -> heads, of the named sizes.
@@ -30,15 +30,15 @@ class ConvertedCheckpoint:
     """A checkpoint in the form of this package.
 
     Attributes:
-        config: Arguments of `SiTTransformer2DModel`, or of `JointViTModel`.
+        config: Arguments of `SiTTransformer2DModel`, `JointViTModel` or `UViTTransformer2DModel`.
         transformer: Its state dict.
         projectors: State dict of each projector of REPA, weights and biases of the layers `0`, `2` and `4` of a
             sequence (iREPA: `RelativeParts.projectors`); none for the others.
         class_token: State dict of the `ClassTokenHead` of a REG; None for the others.
         architecture: `sit` predicts a velocity from t in [0, 1], `dit` noise from whole timesteps 0 to 999, `hybvit`
-            noise and classes.
+            noise and classes, `uvit` noise.
         notes: What was left out or assumed, a sentence each.
-        scheduler: Arguments of its `DDPMScheduler`, of a `hybvit`.
+        scheduler: Arguments of its `DDPMScheduler`, of a `hybvit`, or of its `DDIMScheduler`, of a `uvit`.
         relatives: What iREPA, SRA and REPA-E have beside it.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from diffusers_repr.models.conditioned import ConditionedMixin, check_conditions, check_patches
 from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, SiTAttnProcessor, SiTBlock, SiTFinalNorm, grid_positions
 
@@ -41,7 +41,9 @@ class SiTOutput(Transformer2DModelOutput):
     class_token: Tensor | None = None
 
 
-class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SiTTransformer2DModel(
+    ConditionedMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
+):
     """Transformer on patches, conditioned by adaptive layer norm on time and a class or a vector.
 
     The architecture of DiT (Peebles and Xie 2022, arXiv 2212.09748) as SiT (Ma et al. 2024, arXiv 2401.08740) and REPA
@@ -101,12 +103,8 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
     ) -> None:
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        _check_sizes(height, width, patch_size, hidden_size, num_attention_heads)
-        if num_classes < 0 or not 0 <= class_dropout_prob <= 1 or not time_divisor > 0:
-            raise ValueError(
-                "num_classes must be at least 0, class_dropout_prob from 0 to 1 and time_divisor above 0; got "
-                f"{num_classes}, {class_dropout_prob}, {time_divisor}."
-            )
+        check_patches(height, width, patch_size, hidden_size, num_attention_heads)
+        check_conditions(num_classes, class_dropout_prob, time_divisor)
         self.gradient_checkpointing = False
         self.out_channels = in_channels if out_channels is None else out_channels
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -226,18 +224,15 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
         Raises:
             ValueError: For inputs of other shapes, and for a condition that the network does not take.
         """
-        batch, _, height, width = self._check_input(hidden_states)
+        batch, _, height, width = self.check_input(hidden_states)
         patch = self.config["patch_size"]
-        dropped = self._drop_mask(drop_mask, batch, hidden_states.device)
+        dropped = self.drop_mask(drop_mask, batch, hidden_states.device)
         temb = self._embed_time(timestep, hidden_states)
+        self.refuse_conditions(class_labels, condition)
         if self.label_embed is not None:
-            temb = temb + self.label_embed(self._labels(class_labels, dropped, batch, hidden_states.device))
-        elif class_labels is not None:
-            raise ValueError("This SiTTransformer2DModel has no classes (num_classes=0); drop class_labels.")
+            temb = temb + self.label_embed(self.label_ids(class_labels, dropped, batch, hidden_states.device))
         if self.condition_embed is not None:
-            temb = temb + self.condition_embed(self._condition(condition, dropped, batch, hidden_states.device))
-        elif condition is not None:
-            raise ValueError("This SiTTransformer2DModel takes no vector (condition_dim=None); drop condition.")
+            temb = temb + self.condition_embed(self.condition_rows(condition, dropped, batch, hidden_states.device))
         grid = (height // patch, width // patch)
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
         tokens = tokens + self._positions(grid, tokens)
@@ -259,15 +254,6 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
             return SiTOutput(sample=sample, class_token=state) if return_dict else (sample, state)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _check_input(self, value: Tensor) -> Sequence[int]:
-        channels, patch = self.config["in_channels"], self.config["patch_size"]
-        if value.ndim != 4 or value.shape[1] != channels or value.shape[2] % patch or value.shape[3] % patch:
-            raise ValueError(
-                f"SiTTransformer2DModel takes x_t (B, {channels}, H, W) with H and W multiples of {patch}; got "
-                f"{tuple(value.shape)}."
-            )
-        return value.shape
-
     def _positions(self, grid: tuple[int, int], tokens: Tensor) -> Tensor:
         table = self.positions if grid == self._grid else grid_positions(*grid, tokens.shape[-1], tokens.device)
         # Under autocast the residual stream is float32, as in the papers' code. Else the dtype is that of the tokens:
@@ -282,64 +268,7 @@ class SiTTransformer2DModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMi
         return value.to(tokens)[:, None]
 
     def _embed_time(self, timestep: Tensor | float, like: Tensor) -> Tensor:
-        times = torch.as_tensor(timestep, device=like.device).reshape(-1)
-        if times.shape[0] not in (1, like.shape[0]):
-            raise ValueError(
-                f"{times.shape[0]} timesteps for {like.shape[0]} samples; pass one for all, or one for each."
-            )
-        # Half precision cannot tell neighbouring timesteps apart.
-        times = times.to(torch.promote_types(times.dtype, torch.float32)) / self.config["time_divisor"]
-        waves = get_timestep_embedding(
-            times.expand(like.shape[0]), TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
-        return self.time_embed(waves.to(like.dtype))
-
-    def _drop_mask(self, mask: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
-        if mask is None:
-            if not self.training or not self.config["class_dropout_prob"]:
-                return None
-            return torch.rand(batch, device=device) < self.config["class_dropout_prob"]
-        if mask.shape != (batch,) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"drop_mask must be boolean ({batch},), True where the condition is dropped; got {mask.dtype} "
-                f"{tuple(mask.shape)}."
-            )
-        return mask.to(device)
-
-    def _labels(self, labels: Tensor | None, dropped: Tensor | None, batch: int, device: torch.device) -> Tensor:
-        null = self.config["num_classes"]
-        if labels is None:
-            return torch.full((batch,), null, device=device)
-        if labels.shape != (batch,):
-            raise ValueError(f"class_labels must be ({batch},); got {tuple(labels.shape)}.")
-        # On a GPU the check would wait for all work before it.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = (labels < 0) | (labels > null)
-            if bool(outside.any()):
-                raise ValueError(
-                    f"class_labels must lie in 0..{null} ({null} is the null class); got {labels.tolist()}."
-                )
-        labels = labels.to(device)
-        return labels if dropped is None else torch.where(dropped, null, labels)
-
-    def _condition(self, condition: Tensor | None, dropped: Tensor | None, batch: int, device: torch.device) -> Tensor:
-        null = self.null_condition
-        assert null is not None
-        if condition is None:
-            return null.expand(batch, -1)
-        if condition.shape != (batch, len(null)):
-            raise ValueError(f"condition must be ({batch}, {len(null)}); got {tuple(condition.shape)}.")
-        if dropped is None:
-            dropped = torch.zeros(batch, dtype=torch.bool, device=device)
-        # Always a choice, so that the null vector has a gradient in every step, as DDP wants.
-        return torch.where(dropped[:, None], null, condition.to(device, null.dtype))
-
-
-def _check_sizes(height: int, width: int, patch: int, dim: int, heads: int) -> None:
-    if height % patch or width % patch:
-        raise ValueError(f"sample_size {height} x {width} must be a multiple of patch_size={patch}.")
-    if dim % 4 or dim % heads:
-        raise ValueError(f"hidden_size={dim} must be a multiple of 4 and of num_attention_heads={heads}.")
+        return self.time_embed(self.time_waves(timestep, like, TIME_CHANNELS))
 
 
 __all__ = ["PATCHES", "SIZES", "SiTOutput", "SiTTransformer2DModel"]

@@ -22,11 +22,14 @@ from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
+from diffusers_repr.objectives.online import OnlineGuidanceObjective
+from diffusers_repr.objectives.perceptual import PerceptualLoss, PerceptualObjective
 from diffusers_repr.objectives.probe_config import ProbeConfig
 from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
 from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
+from diffusers_repr.objectives.representation import RepresentationObjective
 from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
@@ -61,6 +64,9 @@ __all__ = [
     "Observation",
     "OdiseConfig",
     "OdiseObjective",
+    "OnlineGuidanceObjective",
+    "PerceptualLoss",
+    "PerceptualObjective",
     "PipelineArtifact",
     "ProbeConfig",
     "ProbeObjective",
@@ -71,6 +77,7 @@ __all__ = [
     "ReadoutConfig",
     "ReadoutObjective",
     "ReadoutRows",
+    "RepresentationObjective",
     "RowsConfig",
     "SelfAlignmentLoss",
     "SimCLRConfig",

@@ -73,7 +73,7 @@ class DiffusionObjective(Objective):
         null_label: int | None = None,
     ) -> None:
         super().__init__()
-        require_images(denoiser, "Training")
+        self.check_denoiser(denoiser)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is a probability; got {label_dropout}.")
         self.denoiser, self.network = denoiser, denoiser.model
@@ -95,9 +95,12 @@ class DiffusionObjective(Objective):
         if denoiser.vae is not None:
             self.freeze("vae", denoiser.vae)
         if denoiser.pipe is not None:
+            trained = (self.network, denoiser.vae, *self.conditioner.trained_parts().values())
             for name, part in denoiser.pipe.components.items():
-                if isinstance(part, torch.nn.Module) and part is not self.network and part is not denoiser.vae:
+                if isinstance(part, torch.nn.Module) and not any(part is other for other in trained):
                     self.freeze(name, part)
+        for name, part in self.conditioner.trained_parts().items():
+            self.add_module(name, part)
         self.encoders = name_encoders(encoders)
         self._layers: dict[str, Layer] | None = None
         # "terms" is how checkpoints call the weights of these.
@@ -126,6 +129,14 @@ class DiffusionObjective(Objective):
                 f"Layer {path!r} gives no image of maps or tokens. `list_layers(denoiser)` shows the layers that do."
             )
         return self._layers[path]
+
+    def check_denoiser(self, denoiser: Denoiser) -> None:
+        """Refuse what the method does not train: by default networks of videos and of vectors.
+
+        Raises:
+            ValueError: With the reason.
+        """
+        require_images(denoiser, "Training")
 
     # Drawing
 
@@ -304,16 +315,23 @@ class DiffusionObjective(Objective):
         """What is trained of the pipeline, by its name there."""
         pipe = self.denoiser.pipe
         slot = next((name for name in COMPONENTS if pipe and getattr(pipe, name, None) is self.network), "network")
-        return {slot: ModelArtifact(self.network, "network")}
+        own = {name: ModelArtifact(part, name) for name, part in self.conditioner.trained_parts().items()}
+        return {slot: ModelArtifact(self.network, "network"), **own}
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """Samples; of class-conditional models the classes in turn, rows of 8 a class."""
         given = self.conditioner.preview(count)
-        if "class_labels" in given and "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
-            # diffusers has no pipeline that tells a `UNet2DModel` a class.
-            pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
-            pipe.set_progress_bar_config(disable=True)
+        pipe = self.previewing(pipe) if "class_labels" in given else pipe
         return pipe(**given, generator=generator, num_inference_steps=steps).images
+
+    @staticmethod
+    def previewing(pipe: Any) -> Any:
+        """A pipeline that takes class_labels, of the same network; diffusers has none for a `UNet2DModel`."""
+        if "class_labels" in inspect.signature(type(pipe).__call__).parameters:
+            return pipe
+        pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def preview_labels(self, count: int) -> Sequence[int] | None:
         """See `Objective`."""

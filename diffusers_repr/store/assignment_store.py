@@ -1,4 +1,4 @@
-"""`AssignmentStore`: the class or the neighbours of every row of a data set, with the record of what assigned them."""
+"""`AssignmentStore`: class, vector or neighbours of every row of a data set, with the record of what assigned them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from diffusers_repr.store.parquet_store import ParquetStore
 from diffusers_repr.store.write import Plan, Spans, check_folder, choose_shard_size, write_store
 
 Assign = Callable[[int, int], Mapping[str, np.ndarray]]
-DTYPES = {"class_id": "int64", "neighbours": "int64", "distances": "float32"}
+DTYPES = {"class_id": "int64", "neighbours": "int64", "distances": "float32", "vector": "float32"}
 _KIND = "assignments"
 _BOUND = optional(integer(1, MAX_ROWS))
 
 
 @dataclass(frozen=True)
 class AssignmentLayout(ParquetLayout):
-    """Rows of `row` and one or more of `class_id`, `neighbours` (rows of another set, nearest first), `distances`.
+    """Rows of `row` and one or more of `class_id`, `vector`, `neighbours` (rows, nearest first), `distances`.
 
     Attributes:
-        columns: Shape of one row by column: `()` for a class, `(k,)` for the others.
+        columns: Shape of one row by column: `()` for a class, `(D,)` for a vector, `(k,)` for the others.
         num_classes: Classes there are; -1 is none of them.
         index_rows: Rows of the set that neighbours are of.
         split: Of the data set.
@@ -73,8 +73,8 @@ class AssignmentLayout(ParquetLayout):
 
     def value_problem(self, name: str, values: np.ndarray) -> str | None:
         """What values of a column have wrong: ids out of range, NaN."""
-        if name == "distances":
-            return None if np.isfinite(values).all() else "holds NaN or infinity in 'distances'"
+        if name in ("distances", "vector"):
+            return None if np.isfinite(values).all() else f"holds NaN or infinity in {name!r}"
         low, bound = (-1, self.num_classes) if name == "class_id" else (0, self.index_rows)
         if values.size and not (low <= values.min() and (bound is None or values.max() < bound)):
             return f"holds {name!r} outside {low} to {'...' if bound is None else bound - 1}"
@@ -82,7 +82,7 @@ class AssignmentLayout(ParquetLayout):
 
 
 class AssignmentStore(ParquetStore):
-    """Class ids or neighbours of every row of a data set; made by `write_assignments`."""
+    """Class ids, vectors or neighbours of every row of a data set; made by `write_assignments`."""
 
     noun: ClassVar[str] = "store of assignments"
     command: ClassVar[str] = "write_assignments(...)"
@@ -120,7 +120,7 @@ class AssignmentStore(ParquetStore):
         return self.recipe["assigner"]
 
     def array(self, name: str) -> np.ndarray:
-        """All values of a column: `class_id` `(rows,)`, `neighbours` or `distances` `(rows, k)`.
+        """All values of a column: `class_id` `(rows,)`, `vector` `(rows, D)`, `neighbours` or `distances` `(rows, k)`.
 
         Raises:
             KeyError: For a column that is not stored.
@@ -153,8 +153,8 @@ def write_assignments(
     Args:
         out: Folder of the store; new, empty, or of an earlier call with the same records.
         rows: Of the data set.
-        assign: Called with a first row and the row after the last: `class_id` `(n,)`, or `neighbours` and `distances`
-            `(n, k)`, or all of them.
+        assign: Called with a first row and the row after the last: `class_id` `(n,)`, `vector` `(n, D)`, or
+            `neighbours` and `distances` `(n, k)`, or several of them.
         assigner: Record of what assigns, as JSON: all that decides the values.
         data: Record of the data set, as JSON.
         num_classes: Classes there are.
@@ -203,7 +203,7 @@ def write_assignments(
 def _column(name: str, values: Any) -> np.ndarray:
     """Values in the dtype of their column; a cast would round down what is no whole number."""
     values = np.asarray(values)
-    if name != "distances" and values.dtype.kind not in "iu":
+    if DTYPES[name] == "int64" and values.dtype.kind not in "iu":
         raise ValueError(f"`assign` gave {name!r} as {values.dtype}; give whole numbers.")
     return values.astype(DTYPES[name])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from diffusers_repr.assign import Assigner, list_assigners
 from diffusers_repr.testing.checks import expect, leaving_alone
 
 
-def check_assigner(assigner: Assigner, features: Tensor) -> None:
+def check_assigner(assigner: Assigner, features: Tensor, **fitting: Any) -> None:
     """Hold an assigner to the contract of assigners.
 
     It must be registered, refuse to assign before it is fitted, fit the same twice from one seed, give each row the
@@ -20,6 +21,7 @@ def check_assigner(assigner: Assigner, features: Tensor) -> None:
     Args:
         assigner: A new one, not fitted.
         features: `(N, in_features)`, enough for it to be fitted.
+        **fitting: What else its `fit` takes: `labels=...`.
 
     Raises:
         AssertionError: With what was found and what is expected.
@@ -33,7 +35,8 @@ def check_assigner(assigner: Assigner, features: Tensor) -> None:
     else:
         raise AssertionError(f"{name} assigns before it is fitted; expected a RuntimeError.")
     with leaving_alone(f"Fitting a {name}"):
-        expect(assigner.fit(features, torch.Generator().manual_seed(0)) is assigner, f"{name}.fit gives not itself.")
+        fitted = assigner.fit(features, torch.Generator().manual_seed(0), **fitting)
+    expect(fitted is assigner, f"{name}.fit gives not itself.")
     found = assigner.assign(features)
     _check_form(assigner, found, len(features))
     alone = torch.cat([assigner.assign(row[None]) for row in features[:8]])
@@ -41,7 +44,7 @@ def check_assigner(assigner: Assigner, features: Tensor) -> None:
     again = type(assigner).from_config(assigner.config)
     told = again.fingerprint() != assigner.fingerprint()
     expect(told, f"{name}.fingerprint() does not tell a fitted one from a new one; stores go on by it.")
-    again.fit(features, torch.Generator().manual_seed(0))
+    again.fit(features, torch.Generator().manual_seed(0), **fitting)
     expect(torch.equal(again.assign(features), found), f"{name} fitted again from one seed assigns otherwise.")
     with tempfile.TemporaryDirectory() as folder:
         assigner.save_pretrained(folder)

@@ -72,6 +72,25 @@ class EMA:
             torch._foreach_add_(shadow, change)
         self.updates += 1
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Make the average the weights themselves; how fast it moves on from there stays as it was."""
+        for mean, value in zip(*(self._pairs or self._local_pairs()), strict=True):
+            mean.copy_(value)
+
+    def averages(self, path: str) -> dict[str, Tensor]:
+        """The averaged tensors of a submodule by their names in it; not copies.
+
+        Args:
+            path: Of the submodule in the objective.
+
+        Raises:
+            ValueError: If they are sharded: no process has them whole.
+        """
+        if self._sharded:
+            raise ValueError("The moving average is sharded over the processes (FSDP), and no process has it whole.")
+        return {k.removeprefix(f"{path}."): v for k, v in self.shadow.items() if k.startswith(f"{path}.")}
+
     def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         return [local(t) for t in self.shadow.values()], [local(t) for t in self.source.values()]
 

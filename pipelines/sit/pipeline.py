@@ -1,4 +1,4 @@
-"""Images from a SiT, by class, by a vector or freely, with guidance inside an interval. Needs `diffusers-repr`.
+"""Images from a SiT or U-ViT by class, by a vector or freely, guided inside an interval. Needs `diffusers-repr`.
 
 `SiTPipeline.from_pretrained(X)` without remote code, or `DiffusionPipeline.from_pretrained(X, custom_pipeline=<this
 folder or its Hub id>, trust_remote_code=True)`, where X is a folder or Hub id that a training script or
@@ -26,9 +26,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
-from diffusers_repr.denoiser import LabelConditioner, VectorConditioner, sampling
+from diffusers_repr.denoiser import LabelConditioner, MapConditioner, VectorConditioner, sampling
 from diffusers_repr.denoiser.conditioner import bare_conditioner
 from diffusers_repr.denoiser.conditioner.tensors import given_vectors
+from diffusers_repr.denoiser.family import MAP_INPUT
 from diffusers_repr.denoiser.prior import HistogramPrior, Prior
 from diffusers_repr.denoiser.sizes import asked_latent_size
 from diffusers_repr.denoiser.vae import decode_latents, vae_stride
@@ -37,6 +38,7 @@ from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.labels import Labels, class_or_null_ids
 from diffusers_repr.models.sit import SiTTransformer2DModel
+from diffusers_repr.models.uvit import UViTTransformer2DModel
 
 # Timesteps are float32: 1000 t of a grid point may stand this far (in t) from where the grid has it.
 _SLACK = 1e-6
@@ -58,12 +60,13 @@ class SiTPipelineOutput(BaseOutput):
 
 
 class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
-    """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) in latent or pixel space.
+    """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) or a `UViTTransformer2DModel` (arXiv 2209.12152).
 
-    Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and `FlowMatchSDEScheduler` of
-    this package and diffusers' `FlowMatchEulerDiscreteScheduler` for networks that predict the velocity, DDIM, DDPM
-    and their kin for a converted DiT, whose learned variance is split off where the scheduler does not read it.
-    Between the steps the sample is float32, or float64 if `latents` are, whatever the dtype of the network.
+    In latent or pixel space. Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and
+    `FlowMatchSDEScheduler` of this package and diffusers' `FlowMatchEulerDiscreteScheduler` for networks that predict
+    the velocity, DDIM, DDPM and their kin for networks of noise, as a converted DiT or U-ViT; a learned variance is
+    split off where the scheduler does not read it. Between the steps the sample is float32, or float64 if `latents`
+    are, whatever the dtype of the network.
 
     Args:
         transformer: The network.
@@ -82,7 +85,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
 
     def __init__(
         self,
-        transformer: SiTTransformer2DModel,
+        transformer: SiTTransformer2DModel | UViTTransformer2DModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: Mapping[Any, str] | None = None,
@@ -120,6 +123,11 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
     def null_label(self) -> int | None:
         """Id of the null class; None for a model without classes."""
         return self.transformer.config.num_classes or None
+
+    @property
+    def map_channels(self) -> int:
+        """Input channels of the network that are no x_t, but a map it is conditioned on."""
+        return max(0, self.transformer.config.in_channels - self.transformer.out_channels)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Class ids of names.
@@ -170,7 +178,8 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             num_inference_steps: Steps of the scheduler, 1 or more.
             generator: One, or one a sample, which makes a sample independent of its batch.
             latents: Standard normal noise `(B, C, h, w)` to start from, in place of drawing it.
-            condition: Vectors `(B, condition_dim)`, or one for all; None is the null vector.
+            condition: Vectors `(B, condition_dim)`, or one for all; None is the null vector. Of a network with C more
+                input channels than it predicts maps `(B, C, h, w)` of the latents' size; None is zeros.
             height: Of the images, in pixels; that of training if None.
             width: As `height`.
             guidance_channels: Guide the first channels only, the others are conditional (the code of DiT guides 3 of
@@ -182,8 +191,8 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`,
                 `class_token`.
             num_images_per_label: Samples of each of the class_labels or conditions, side by side.
-            prior: Draws the class_labels, or the conditions if it gives vectors, that are not given; class_labels are
-                drawn from all alike if None.
+            prior: Draws the class_labels, or the conditions if it gives vectors, that are not given; `stored_prior` if
+                None, and without one class_labels are drawn from all alike.
             class_token_guidance_scale: Guidance of the class token, of a model of REG (`--cls-cfg-scale` of its code);
                 1 leaves the token conditional. It acts where `guidance_scale` does, which it equals if None.
 
@@ -196,6 +205,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 not fit, numbers outside of their ranges, latents that are not finite, guidance that could not act,
                 and a scheduler made from the config of another noise process.
         """
+        prior = self.drawing(prior, class_labels, condition)
         self._check(output_type, guidance_scale, guidance_interval, guidance_channels)
         self._check_token_scale(class_token_guidance_scale, guidance_scale)
         known = self._callback_tensor_inputs
@@ -256,8 +266,9 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         if interval[0] > interval[1] >= 0:
             raise ValueError(f"guidance_interval={tuple(interval)} is the wrong way round: give (low, high).")
         if channels is not None:
-            check_whole("guidance_channels", channels, 1, self.transformer.config.in_channels)
-        if scale > 1 and self.null_label is None and self.transformer.config.condition_dim is None:
+            check_whole("guidance_channels", channels, 1, self._channels)
+        config = self.transformer.config
+        if scale > 1 and self.null_label is None and config.condition_dim is None and not self.map_channels:
             raise ValueError(
                 f"guidance_scale={scale} needs a model with classes or a vector condition; this "
                 f"{type(self.transformer).__name__} has neither (num_classes=0, condition_dim=None). Leave it at 1."
@@ -322,7 +333,21 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         return class_or_null_ids(class_labels, self.null_label, self.get_label_ids)
 
     def _given_condition(self, condition: Tensor | None) -> Tensor | None:
-        return given_vectors(condition, self.transformer.config.condition_dim)
+        if not self.map_channels:
+            return given_vectors(condition, self.transformer.config.condition_dim)
+        if condition is not None:
+            self._bound().check(condition)
+        return condition
+
+    def _bound(self) -> Any:
+        """How the network takes vectors or maps."""
+        kind = MapConditioner(self.map_channels) if self.map_channels else VectorConditioner()
+        return bare_conditioner(self.transformer, kind)
+
+    @property
+    def _channels(self) -> int:
+        """Of x_t."""
+        return self.transformer.config.in_channels - self.map_channels
 
     def _noise(
         self, batch_size: int, generator: Any, latents: Tensor | None, height: int | None, width: int | None
@@ -333,12 +358,12 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         trained = config.sample_size
         trained = (trained, trained) if isinstance(trained, int) else tuple(trained)
         if latents is not None:
-            sampling.check_latents(latents, config.in_channels)
+            sampling.check_latents(latents, self._channels)
             trained = tuple(latents.shape[2:])
         size = asked_latent_size(height, width, trained, stride, config.patch_size, given=latents is not None)
         if latents is not None:
             return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
-        shape = (batch_size, config.in_channels, *size)
+        shape = (batch_size, self._channels, *size)
         return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
 
     def _token_noise(self, batch_size: int, generator: Any, like: Tensor) -> Tensor | None:
@@ -366,10 +391,15 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         dropped = torch.arange(len(x), device=x.device) < len(x) - batch
         # In training mode the network otherwise drops labels at random.
         inputs: dict[str, Any] = {"drop_mask": torch.zeros_like(dropped)} if self.transformer.training else {}
-        for values, kind in ((class_labels, LabelConditioner()), (condition, VectorConditioner())):
+        if condition is None and self.map_channels:
+            condition = latents.new_zeros(batch, self.map_channels, *latents.shape[2:])
+        labelled = bare_conditioner(self.transformer, LabelConditioner())
+        for values, bound in ((class_labels, labelled), (condition, self._bound())):
             if values is not None:
                 values = torch.cat([values] * 2) if guided else values
-                inputs |= bare_conditioner(self.transformer, kind).inputs(values, dropped if guided else None)
+                inputs |= bound.inputs(values, dropped if guided else None)
+        if MAP_INPUT in inputs:
+            x = torch.cat([x, inputs.pop(MAP_INPUT).to(x)], dim=1)
         timestep = torch.as_tensor(t, device=x.device).expand(len(x))
         if class_token is not None:
             inputs["class_token"] = self.class_token.enter(torch.cat([class_token] * 2) if guided else class_token)

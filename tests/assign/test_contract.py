@@ -14,10 +14,21 @@ from diffusers_repr.testing import check_assigner
 FEATURES = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7) + 3
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+LABELS = torch.arange(20) % 4
+EACH = {  # settings, each a case, and what else `fit` takes
+    "classifier": ([{"num_classes": 4}, {"num_classes": 4, "normalize": False, "center": False}], {"labels": LABELS}),
+    "identity": ([{}, {"normalize": True}], {}),
+    "kmeans": ([{"num_clusters": 3, "normalize": normalize, "backend": "sklearn"} for normalize in (True, False)]
+               + [{"num_clusters": 20, "backend": "sklearn", "init": "random"}], {}),
+    "neighbours": ([{"k": 3}, {"k": 20}], {}),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", list(list_assigners()))
-def test_contract(kind, normalize):
-    check_assigner(assigner_class(kind)(6, normalize=normalize), FEATURES)
+def test_contract(kind):
+    cases, fitting = EACH[kind]
+    for settings in cases:
+        check_assigner(assigner_class(kind)(6, **settings), FEATURES, **fitting)
 
 
 def test_identity_standardises():
@@ -40,7 +51,7 @@ def test_wrong_use():
             assigner.fit(features)
     with pytest.raises(ValueError, match="in_features"):
         IdentityAssigner(0)
-    with pytest.raises(ValueError, match="Unknown assigner 'kmean'; expected one of identity"):
+    with pytest.raises(ValueError, match="Unknown assigner 'kmean'; expected one of classifier, identity"):
         assigner_class("kmean")
     with pytest.raises(ValueError, match="'identity' is the assigner .*IdentityAssigner already"):
         register_assigner("identity")(type("Other", (IdentityAssigner,), {}))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline
+from diffusers_repr.pipelines.sit import SiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from train_unconditional import ModelConfig, main
@@ -150,6 +151,16 @@ def test_prediction_types_and_images_of_a_folder(tmp_path, kind):
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
+def test_a_uvit_of_classes(tmp_path):
+    sizes = {"sample_size": 8, "in_channels": 1, "num_layers": 3, "hidden_size": 16, "num_attention_heads": 2}
+    output = run_here(tmp_path, network="UViTTransformer2DModel", model=sizes | {"num_classes": 10}, max_train_steps=1)
+    pipe = SiTPipeline.from_pretrained(output)
+    assert pipe.transformer.config.num_classes == 10
+    assert pipe.scheduler.config.num_train_timesteps == 100
+    assert picture(output / "samples.png").width > 2 * 6 + 8 * 64 + 7 * 4  # names of classes in front
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_dry_run(tmp_path, capsys):
     main(["--config", str(DIGITS_RECIPE), "--dry_run", "--seed", "5", "--output_dir", str(tmp_path / "none")])
     printed = capsys.readouterr().out
@@ -173,6 +184,8 @@ def test_dry_run(tmp_path, capsys):
         ({"model": {"sample_sise": 8}}, "Unknown key 'sample_sise' in `model`.*'sample_size'"),
         ({"scheduler": {"betas": 1}}, "Unknown key 'betas' in `scheduler`"),
         ({"model": {}}, "needs `sample_size`"),
+        ({"network": "UVit2DModel"}, "`network` is one of UNet2DModel, UViTTransformer2DModel"),
+        ({"network": "UViTTransformer2DModel"}, "Unknown key .* in `model`"),
         ({"model": [8]}, "model is a list of 1; allowed is an object"),
         ({"label_dropout": 1.5}, "`label_dropout` is a probability, got 1.5"),
         ({"label_dropout": -0.1}, "`label_dropout` is a probability"),
@@ -192,11 +205,11 @@ def test_models_as_flags():
     assert not config.class_conditional
 
 
-@pytest.mark.parametrize("name", ["ddpm_digits", "ddpm_cars", "ddim_digits_class"])
+@pytest.mark.parametrize("name", ["ddpm_digits", "ddpm_cars", "ddim_digits_class", "uvit_digits"])
 def test_recipes_that_are_shipped(name):
     config, data, model = parse(["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
     assert config.output_dir.startswith("outputs/")
-    assert model.class_conditional == (name == "ddim_digits_class")
+    assert model.class_conditional == (name in ("ddim_digits_class", "uvit_digits"))
     assert data.dataset_name
 
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from diffusers_repr.models import ClassTokenHead, JointViTModel, NoisyClassifier, SiTTransformer2DModel
+from diffusers_repr.models import (
+    ClassTokenHead,
+    JointViTModel,
+    NoisyClassifier,
+    NullTokens,
+    RepresentationMLPModel,
+    SiTTransformer2DModel,
+    UViTTransformer2DModel,
+    VectorEmbedding,
+)
 from tests.testers.model_contract import CONCERNS, ModelCase, check
 
 
@@ -16,6 +25,11 @@ def sit_inputs(width: int = 8, **more) -> dict:
     mask = torch.tensor([False, True])
     given = {"hidden_states": torch.randn(2, 4, 8, width), "timestep": torch.tensor([50.0, 951.0])}
     return {**given, "class_labels": torch.tensor([3, 10]), "drop_mask": mask, **more}
+
+
+def uvit(**changes) -> UViTTransformer2DModel:
+    sizes = {"sample_size": 8, "num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "num_classes": 10}
+    return UViTTransformer2DModel(**sizes, **changes)
 
 
 def classifier() -> NoisyClassifier:
@@ -36,6 +50,13 @@ CASES = {
         {"sample": (2, 4, 8, 12)},
         targets=("to_q", "to_v"),
     ),
+    "UViT": ModelCase(uvit, sit_inputs, {"sample": (2, 4, 8, 8)}, targets=("to_q", "to_v")),
+    "UViT, other size, all tokens": ModelCase(
+        lambda: uvit(condition_dim=6, text_dim=5, text_tokens=3, class_token=True, time_mlp=True),
+        lambda: sit_inputs(12, condition=torch.randn(2, 6), encoder_hidden_states=torch.randn(2, 3, 5)),
+        {"sample": (2, 4, 8, 12)},
+        targets=("to_q", "to_v"),
+    ),
     "NoisyClassifier": ModelCase(
         classifier,
         lambda: {"sample": torch.randn(2, 2, 8, 6), "timestep": TIMES},
@@ -52,6 +73,24 @@ CASES = {
         {"sample": (2, 2, 8, 4), "logits": (2, 3)},
         close=0.2,  # the time scales the residual stream itself, rounding with it
         targets=("to_q", "to_v"),
+    ),
+    "RepresentationMLPModel": ModelCase(
+        lambda: RepresentationMLPModel(6, 16, 2, time_embed_dim=8, num_classes=3, class_embed_dim=4),
+        lambda: {"sample": torch.randn(2, 6), "timestep": TIMES, "class_labels": torch.tensor([1, 3])},
+        {"sample": (2, 6)},
+        targets=("linear_in", "linear_out"),
+    ),
+    "NullTokens": ModelCase(
+        lambda: NullTokens(6, 3),
+        lambda: {"tokens": torch.randn(2, 3, 6), "drop_mask": torch.tensor([False, True])},
+        {"sample": (2, 3, 6)},
+        plain=True,
+    ),
+    "VectorEmbedding": ModelCase(
+        lambda: VectorEmbedding(6, 5),
+        lambda: {"vectors": torch.randn(2, 6), "drop_mask": torch.tensor([False, True])},
+        {"sample": (2, 5)},
+        plain=True,
     ),
 }
 

@@ -145,9 +145,9 @@ def test_one_mask_for_the_whole_network(name):
 def test_the_mask_is_drawn_by_its_share():
     model = tiny(zero=True, class_dropout_prob=0.25).train()
     torch.manual_seed(0)
-    share = model._drop_mask(None, 20000, torch.device("cpu")).float().mean()
+    share = model.drop_mask(None, 20000, torch.device("cpu")).float().mean()
     assert share == pytest.approx(0.25, abs=0.01)
-    assert model.eval()._drop_mask(None, 5, torch.device("cpu")) is None
+    assert model.eval().drop_mask(None, 5, torch.device("cpu")) is None
 
 
 def test_a_tap_is_a_shorter_network():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.denoiser.condition import Condition
 from diffusers_repr.denoiser.conditioner.inputs import Cache, Conditioned, rows_of, to_device
@@ -102,6 +102,10 @@ class Conditioner(ABC):
     def recorded(self) -> bool:
         """Whether checkpoints keep `describe()`; not where the network's config tells all of it."""
         return True
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """Modules of its own that are trained with the network, by their names as components of a pipeline."""
+        return {}
 
     def from_batch(self, batch: Mapping[str, Any], count: int) -> Any:
         """The values of a batch of `count` samples."""

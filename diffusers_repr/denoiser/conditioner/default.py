@@ -12,15 +12,18 @@ from diffusers_repr.denoiser.conditioner.base import Conditioner
 from diffusers_repr.denoiser.conditioner.captions import CaptionConditioner
 from diffusers_repr.denoiser.conditioner.inputs import Cache
 from diffusers_repr.denoiser.conditioner.labels import LabelConditioner
+from diffusers_repr.denoiser.conditioner.layouts import LayoutConditioner
 from diffusers_repr.denoiser.conditioner.tensors import VectorConditioner
 from diffusers_repr.denoiser.family import Family, floating_dtype
 from diffusers_repr.denoiser.family_registry import family_of
 
 
 def default_conditioner(family: Family) -> Conditioner:
-    """By what the family tells: captions, labels, vectors where there are no classes; unbound."""
+    """By what the family tells: captions, layouts, labels, vectors where there are no classes; unbound."""
     if family.conditioning == "text":
         return CaptionConditioner()
+    if family.map_channels():
+        return LayoutConditioner()
     if not family.classes()[0] and family.vector_input() is not None:
         return VectorConditioner()
     return LabelConditioner()

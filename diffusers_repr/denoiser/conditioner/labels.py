@@ -50,7 +50,7 @@ class LabelConditioner(Conditioner):
                 )
             null = None if self._null == -1 else count - 1 if self._null is None else self._null
             count -= self._null != -1
-        bound.num_classes, bound.null_label = count, null
+        bound.num_classes, bound.null_label = count, None if null == -1 else null
         return bound
 
     @property

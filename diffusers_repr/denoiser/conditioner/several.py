@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.denoiser.conditioner.base import Conditioner
 from diffusers_repr.denoiser.conditioner.inputs import Conditioned
@@ -50,6 +50,10 @@ class SeveralConditioner(Conditioner):
     def map_channels(self) -> int:
         """See `Conditioner`."""
         return sum(part.map_channels for part in self.parts)
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """Those of all parts."""
+        return {name: module for part in self.parts for name, module in part.trained_parts().items()}
 
     def from_batch(self, batch: Mapping[str, Any], count: int) -> tuple[Any, ...]:
         """See `Conditioner`."""

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.conditioner.base import Conditioner
-from diffusers_repr.denoiser.family import MAP_INPUT
+from diffusers_repr.denoiser.family import MAP_INPUT, floating_dtype
+from diffusers_repr.models.null_tokens import NullTokens
+from diffusers_repr.models.vector_embedding import VectorEmbedding
+
+TOKENS = "encoder_hidden_states"
 
 
 class TensorConditioner(Conditioner):
@@ -110,7 +114,7 @@ class TensorConditioner(Conditioner):
 
     def describe(self) -> dict[str, Any]:
         """With the input's name and the null: a hash of a tensor, `learned` of a parameter."""
-        null: Any = self.null_value
+        null = self.null_value
         if isinstance(null, nn.Parameter):
             null = "learned"
         elif isinstance(null, Tensor):
@@ -122,13 +126,19 @@ class VectorConditioner(TensorConditioner):
     """Vectors `(B, D)`: features of an image, a cluster's centre; they enter by adaptive norms or the time embedding.
 
     By default a SiT's `condition`, whose null is the network's learned vector, and the `class_labels` of a U-Net with
-    `class_embed_type="identity"`, which has no null unless one is given.
+    `class_embed_type="identity"`, which has no null unless one is given. By `encoder_hidden_states` they are one token
+    of the cross-attention.
 
     Args:
         name: The network's input; as the family tells if None.
         column: Of a batch of training data.
         null: See `TensorConditioner`.
         width: D; as the network's config says if None.
+        embedding: A `VectorEmbedding` that brings vectors of another width to the network's, with a null of its own;
+            trained with the network, and a component of its pipeline, `condition_embedding`.
+
+    Raises:
+        ValueError: For an embedding beside a null or a width.
     """
 
     kind = "vectors"
@@ -140,8 +150,36 @@ class VectorConditioner(TensorConditioner):
         column: str = "condition",
         null: Tensor | float | None = None,
         width: int | None = None,
+        embedding: VectorEmbedding | None = None,
     ) -> None:
-        super().__init__(name, column, null, width)
+        if embedding is not None and (null is not None or width is not None):
+            raise ValueError("A VectorEmbedding has a null and a width of its own; leave out null= and width=.")
+        super().__init__(name, column, null, width if embedding is None else embedding.config["in_channels"])
+        self.embedding = embedding
+
+    @property
+    def has_null(self) -> bool:
+        """See `Conditioner`."""
+        return self.embedding is not None or super().has_null
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """The embedding."""
+        return {} if self.embedding is None else {"condition_embedding": self.embedding}
+
+    def inputs(self, values: Any, dropped: Tensor | None = None) -> dict[str, Any]:
+        """See `TensorConditioner`; through the embedding where there is one, and as a token where they enter so."""
+        if self.embedding is None:
+            made = super().inputs(values, dropped)
+        else:
+            made = {self._input(): self.embedding(values.to(floating_dtype(self.embedding)), dropped)}
+        if self._input() == TOKENS:
+            made[TOKENS] = made[TOKENS][:, None]
+        return made
+
+    def describe(self) -> dict[str, Any]:
+        """See `TensorConditioner`."""
+        own = {} if self.embedding is None else {"embedding": dict(self.embedding.config)}
+        return {**super().describe(), **own}
 
     def _input(self) -> str:
         name = self.name or self.denoiser.family.vector_input()
@@ -151,7 +189,12 @@ class VectorConditioner(TensorConditioner):
 
     def _owns_null(self) -> bool:
         own = self._input() == self.denoiser.family.vector_input()
-        return self.null_value is None and own and "drop_mask" in forward_names(self.denoiser.model)
+        return (
+            self.null_value is None
+            and self.embedding is None
+            and own
+            and "drop_mask" in forward_names(self.denoiser.model)
+        )
 
 
 class TokenConditioner(TensorConditioner):
@@ -160,7 +203,8 @@ class TokenConditioner(TensorConditioner):
     Args:
         name: The network's input.
         column: Of a batch of training data.
-        null: See `TensorConditioner`; a row is `(k, D)`. Zeros unless told otherwise.
+        null: See `TensorConditioner`; a row is `(k, D)`. Zeros unless told otherwise. `NullTokens` that are learned
+            are trained with the network, and are a component of its pipeline, `null_tokens`.
         width: D; as the network's config says if None.
         count: k of the null condition, where its own shape does not tell.
     """
@@ -170,17 +214,38 @@ class TokenConditioner(TensorConditioner):
 
     def __init__(
         self,
-        name: str = "encoder_hidden_states",
+        name: str = TOKENS,
         column: str = "tokens",
-        null: Tensor | float | None = 0.0,
+        null: NullTokens | Tensor | float | None = 0.0,
         width: int | None = None,
         count: int = 1,
     ) -> None:
-        super().__init__(name, column, null, width)
-        self.count = count
+        super().__init__(name, column, null.tokens if isinstance(null, NullTokens) else null, width)
+        self.count, self.null_tokens = count, null if isinstance(null, NullTokens) else None
+
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """The null tokens, where they are learned."""
+        learned = self.null_tokens is not None and self.null_tokens.config["learned"]
+        return {"null_tokens": self.null_tokens} if learned and self.null_tokens is not None else {}
+
+    def inputs(self, values: Any, dropped: Tensor | None = None) -> dict[str, Any]:
+        """See `TensorConditioner`.
+
+        Raises:
+            ValueError: For another number of tokens than `NullTokens` has, if that is not 1.
+        """
+        if self.null_tokens is None or dropped is None:
+            return super().inputs(values, dropped)
+        return {self._input(): self.null_tokens(values.to(self.denoiser.dtype), dropped)}
 
     def _shape(self) -> tuple[int, ...]:
         return (self.count, *super()._shape())
+
+    def _row(self, device: torch.device) -> Tensor:
+        null = self.null_value
+        if isinstance(null, Tensor) and null.ndim == 2 and len(null) == 1:  # one that stands in every place
+            return torch.zeros(1, self.count, null.shape[1], device=device)
+        return super()._row(device)
 
 
 class MapConditioner(TensorConditioner):

@@ -39,7 +39,7 @@ class SiTFamily(PatchTransformerFamily):
         null = int(self.config["num_classes"])
         if not null:
             if labels is not None:
-                raise ValueError("This SiTTransformer2DModel has no classes (num_classes=0); drop class_labels.")
+                raise ValueError("This network has no classes (num_classes=0); drop class_labels.")
             return {}
         if labels is None:
             return {"class_labels": torch.tensor([null])}

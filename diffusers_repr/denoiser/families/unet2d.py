@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.denoiser.default_layers import LayerDefault, Method
-from diffusers_repr.denoiser.family import Family
+from diffusers_repr.denoiser.family import BatchLanes, Family
 from diffusers_repr.denoiser.family_registry import register_family
 
 # Stages return (hidden_states, residuals).
@@ -74,6 +74,16 @@ class UNet2DFamily(Family):
     def vector_input(self) -> str | None:
         """`class_labels`, which an `identity` embedding adds to that of the time."""
         return "class_labels" if self.config.get("class_embed_type") == "identity" else None
+
+    def map_channels(self) -> int:
+        """What the input has more channels than the output, in a network that is told a class as well."""
+        told = self.config.get("num_class_embeds") or self.config.get("class_embed_type") == "identity"
+        extra = int(self.config["in_channels"]) - int(self.config.get("out_channels") or 0)
+        return max(0, extra) if told else 0
+
+    def lanes(self, pipe: Any, inputs: Mapping[str, Any]) -> BatchLanes:
+        """See `Family`; the maps behind x_t differ between the two halves."""
+        return super().lanes(pipe, {**inputs, self.sample_name: self.sample(inputs)})
 
     def multiple(self) -> int:
         """Two to the number of down-samplings."""

@@ -41,6 +41,7 @@ def fit_logistic_path(
     penalties: Sequence[float],
     max_iter: int = 10_000,
     tolerance: float = 1e-10,
+    intercept: bool = True,
 ) -> list[LogisticFit]:
     """Minimise `mean cross-entropy + l2 / 2 ||W||^2` for each penalty; the bias has none.
 
@@ -54,6 +55,7 @@ def fit_logistic_path(
         penalties: Values of l2, above 0; strong to weak is fastest.
         max_iter: Most iterations a penalty.
         tolerance: Largest absolute gradient at which the solver stops.
+        intercept: False: no bias, which is 0 then.
 
     Raises:
         ValueError: For features that are not finite.
@@ -69,7 +71,9 @@ def fit_logistic_path(
 
     x, y = features.double().cpu(), labels.cpu().long()
     binary = len(y.unique()) == 2
-    model = LogisticRegression(solver="lbfgs", tol=tolerance, max_iter=max_iter, warm_start=True)
+    model = LogisticRegression(
+        solver="lbfgs", tol=tolerance, max_iter=max_iter, warm_start=True, fit_intercept=intercept
+    )
     found = []
     for l2 in penalties:
         # Of two classes scikit-learn fits the rows' difference w: l2 / 2 (|w / 2|^2 + |w / 2|^2) = l2 / 4 |w|^2.
@@ -78,7 +82,7 @@ def fit_logistic_path(
             warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
             model.fit(x.numpy(), y.numpy())
         weight, bias = _rows(model.coef_, model.intercept_, model.classes_, num_classes)
-        norm = _gradient_norm(x, y, weight, bias, l2)
+        norm = _gradient_norm(x, y, weight, bias, l2, intercept)
         at = features.device
         found.append(LogisticFit(weight.to(at), bias.to(at), norm, norm <= _NEAR * l2, int(max(model.n_iter_))))
     return found
@@ -94,8 +98,9 @@ def _rows(weight: np.ndarray, bias: np.ndarray, classes: np.ndarray, num_classes
     return full, shift
 
 
-def _gradient_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> float:
+def _gradient_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float, intercept: bool) -> float:
     error = torch.addmm(bias, x, weight.T).softmax(1)
     error[torch.arange(len(y)), y] -= 1
     error /= len(y)
-    return float(torch.cat([(error.T @ x + l2 * weight).flatten(), error.sum(0)]).norm())
+    of_weight = (error.T @ x + l2 * weight).flatten()
+    return float((torch.cat([of_weight, error.sum(0)]) if intercept else of_weight).norm())

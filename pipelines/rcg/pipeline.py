@@ -1,0 +1,455 @@
+"""Images by way of a representation: a vector is drawn by diffusion, then an image given it. Needs `diffusers-repr`.
+
+`RCGPipeline.from_pretrained(X)` without remote code, or `DiffusionPipeline.from_pretrained(X, custom_pipeline=<this
+folder or its Hub id>, trust_remote_code=True)`, where X is a folder or Hub id that
+`examples/train_representation.py` or `RCGPipeline.save_pretrained` wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers loads a component of a class that is imported already, and imports none because a folder names it.
+from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
+from torch import Tensor
+
+from diffusers_repr.denoiser import Conditioner, VectorConditioner, sampling
+from diffusers_repr.denoiser.conditioner import bare_conditioner
+from diffusers_repr.denoiser.conditioner.tensors import TOKENS, given_vectors
+from diffusers_repr.denoiser.family_registry import family_of
+from diffusers_repr.denoiser.prior import GeneratorPrior, Prior
+from diffusers_repr.denoiser.vae import decode_latents
+from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
+from diffusers_repr.models.labels import Labels, class_or_null_ids
+from diffusers_repr.models.representation_mlp import RepresentationMLPModel
+from diffusers_repr.models.sit import SiTTransformer2DModel
+from diffusers_repr.models.uvit import UViTTransformer2DModel
+from diffusers_repr.models.vector_embedding import VectorEmbedding
+
+
+@dataclass
+class RCGPipelineOutput(BaseOutput):
+    """What `RCGPipeline` returns.
+
+    Attributes:
+        images: PIL images, an array `(B, H, W, C)` or a tensor `(B, C, H, W)`.
+        condition: The vectors they were made from, `(B, D)`, float32.
+        class_labels: int64 `(B,)`, of the vectors; None where none were given.
+    """
+
+    images: Any
+    condition: Tensor | None = None
+    class_labels: Tensor | None = None
+
+
+class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
+    """Representation-conditioned generation (RCG, Li et al. 2023, arXiv 2312.03701), without labels or by class.
+
+    `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
+    `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a transformer with a
+    vector input, such as `SiTTransformer2DModel(condition_dim=D)`. A pipeline may have one half alone. Between the
+    steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the networks.
+
+    Args:
+        prior: Denoises vectors.
+        prior_scheduler: Its sampler; what the network predicts is in its `prediction_type`.
+        unet: Denoises images or latents; or
+        transformer: likewise.
+        scheduler: Its sampler.
+        vae: Decodes latents; None of a model of pixels in [-1, 1].
+        condition_embedding: Brings vectors to the width of a U-Net's input, with the null vector of its guidance.
+        id2label: Of a prior with classes: id -> name, or several names with commas between.
+
+    Raises:
+        ValueError: For both `unet` and `transformer`, a network without its sampler, one that takes no vectors, and
+            widths that differ.
+    """
+
+    model_cpu_offload_seq = "prior->condition_embedding->unet->transformer->vae"
+    _optional_components = [
+        "prior", "prior_scheduler", "unet", "transformer", "scheduler", "vae", "condition_embedding",
+    ]  # fmt: skip
+    _callback_tensor_inputs = ["latents", "condition", "class_labels"]
+
+    def __init__(
+        self,
+        prior: RepresentationMLPModel | None = None,
+        prior_scheduler: SchedulerMixin | None = None,
+        unet: UNet2DModel | UNet2DConditionModel | None = None,
+        transformer: SiTTransformer2DModel | UViTTransformer2DModel | None = None,
+        scheduler: SchedulerMixin | None = None,
+        vae: AutoencoderKL | None = None,
+        condition_embedding: VectorEmbedding | None = None,
+        id2label: Mapping[Any, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            prior=prior,
+            prior_scheduler=prior_scheduler,
+            unet=unet,
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            condition_embedding=condition_embedding,
+        )
+        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        names = ((name.strip(), int(key)) for key, value in (id2label or {}).items() for name in value.split(","))
+        self.labels: dict[str, int] = dict(sorted(names))
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        for network, sampler in (("prior", "prior_scheduler"), ("unet", "scheduler"), ("transformer", "scheduler")):
+            if getattr(self, network) is not None and getattr(self, sampler) is None:
+                raise ValueError(f"{network} is there without its {sampler}; pass both.")
+        if self.unet is not None and self.transformer is not None:
+            raise ValueError("Both unet and transformer are given; one network makes the images.")
+        if self._network is None:
+            return
+        width = bare_conditioner(self._network, self.conditioner).channels()
+        if self.prior is not None and width != self.prior.config.in_channels:
+            raise ValueError(
+                f"The prior draws vectors of {self.prior.config.in_channels} channels, and "
+                f"{type(self._network).__name__} takes {width}; a VectorEmbedding({self.prior.config.in_channels}, {width}) that was trained with it "
+                "brings them there: condition_embedding=."
+            )
+
+    @property
+    def _network(self) -> Any:
+        """What makes the images; None of a pipeline of vectors alone."""
+        return self.unet if self.unet is not None else self.transformer
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What the network of images is conditioned on: vectors.
+
+        Raises:
+            ValueError: If it takes none, or there is no network.
+        """
+        network = self._need(self._network, "network of images (unet or transformer)")
+        family = family_of(network)
+        name = TOKENS if isinstance(network, UNet2DConditionModel) else family.vector_input()
+        if name is None:
+            raise ValueError(
+                f"This {type(network).__name__} takes no vectors. Those that do: UNet2DModel(class_embed_type="
+                '"identity"), UNet2DConditionModel, SiTTransformer2DModel(condition_dim=D).'
+            )
+        return VectorConditioner(name, embedding=self.condition_embedding)
+
+    def _need(self, part: Any, what: str) -> Any:
+        if part is None:
+            raise ValueError(f"This RCGPipeline has no {what}; load one and pass it.")
+        return part
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the network of images is called with null and conditional rows, in this order."""
+        return self._guidance_scale > 1
+
+    @property
+    def null_label(self) -> int | None:
+        """Id of the prior's null class; None of one without classes or without a null class."""
+        config = self._need(self.prior, "prior").config
+        return config.num_classes if config.num_classes and config.null_class else None
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Class ids of names.
+
+        Raises:
+            ValueError: For a name that `id2label` does not have.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        unknown = [name for name in names if name not in self.labels]
+        if unknown:
+            known = ", ".join(list(self.labels)[:10]) or "none: the pipeline has no id2label"
+            raise ValueError(f"No class has the names {unknown}. Known names, see `pipe.labels`: {known}.")
+        return [self.labels[name] for name in names]
+
+    # Vectors
+
+    @torch.no_grad()
+    def sample_representations(
+        self,
+        batch_size: int | None = None,
+        class_labels: Labels | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 250,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Vectors alone, `(B, D)` float32: of a whole evaluation set at once, for `StoredPrior(..., in_order=True)`.
+
+        Args:
+            batch_size: Number of them; as many as labels, latents or generators if None, else 1.
+            class_labels: One id or name for all or one each, of a prior with classes; its null class if None.
+            guidance_scale: Classifier-free guidance to the classes, `null + guidance_scale (cond - null)` of what the
+                network predicts: both are of one x_t and t, so it is the same in eps, x_0 and v. Off up to 1.
+            num_inference_steps: Steps of the sampler.
+            eta: Noise of DDIM; 1 if None, as RCG has it, of a sampler that takes it.
+            generator: One, or one a vector, which makes a vector independent of its batch.
+            latents: Standard normal noise `(B, D)` to start from.
+
+        Raises:
+            TypeError: For labels that are neither whole numbers nor names, and numbers that are none.
+            ValueError: For labels that the prior does not have, guidance without classes, numbers of samples that
+                differ, and noise of another shape.
+        """
+        labels = self._given_labels(class_labels)
+        self._check_prior_guidance(guidance_scale, labels)
+        count = sampling.count_samples(
+            batch_size=batch_size, class_labels=labels, latents=latents, generator=generator
+        )
+        vectors = self._vectors(count, labels, guidance_scale, num_inference_steps, eta, generator, latents)
+        self.maybe_free_model_hooks()
+        return vectors
+
+    def as_prior(self, **settings: Any) -> GeneratorPrior:
+        """This pipeline's vectors as the `prior` of another pipeline, or of `StoredPrior`.
+
+        Args:
+            **settings: Of `sample_representations`, without number and generator.
+        """
+        self._need(self.prior, "prior")
+        return GeneratorPrior(
+            lambda count, generator: self.sample_representations(count, generator=generator, **settings)
+        )
+
+    def _given_labels(self, class_labels: Labels | None) -> Tensor | None:
+        """Ids, of a prior with classes."""
+        if class_labels is None:
+            return None
+        config = self._need(self.prior, "prior, so class_labels do nothing").config
+        ids = class_or_null_ids(class_labels, config.num_classes or None, self.get_label_ids)
+        if ids is not None and not config.null_class and bool(ids.eq(config.num_classes).any()):
+            raise ValueError(f"The prior has the classes 0 to {config.num_classes - 1} and no null class.")
+        return ids
+
+    def _check_prior_guidance(self, scale: float, labels: Tensor | None) -> None:
+        sampling.check_number("guidance_scale of the prior", scale)
+        if scale > 1 and (self.null_label is None or labels is None):
+            raise ValueError(
+                f"guidance_scale={scale} of the prior guides to classes: it takes class_labels, and a prior with a "
+                f"null class (num_classes={self.prior.config.num_classes}, null_class={self.prior.config.null_class})."
+            )
+
+    def _vectors(
+        self,
+        count: int,
+        labels: Tensor | None,
+        scale: float,
+        steps: int,
+        eta: float | None,
+        generator: Any,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Sampled vectors, `(count, D)`."""
+        network, scheduler = self._need(self.prior, "prior"), self.prior_scheduler
+        config, device = network.config, torch.device(self._execution_device)
+        shape = (count, config.in_channels)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape or not bool(latents.isfinite().all()):
+            raise ValueError(f"latents of the prior are finite, {shape}; got {tuple(latents.shape)}.")
+        if eta is None:
+            eta = 1.0 if "eta" in sampling.accepted_arguments(scheduler) else 0.0
+        extra = sampling.step_arguments(scheduler, generator, eta)
+        sampling.set_timesteps(scheduler, steps, device)
+        latents = latents.to(device).float() * getattr(scheduler, "init_noise_sigma", 1.0)
+        inputs = self._label_inputs(labels, count, scale > 1, device)
+
+        def predict(step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Tensor]:
+            x = torch.cat([tensors["latents"]] * 2) if scale > 1 else tensors["latents"]
+            x = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            timestep = torch.as_tensor(t, device=device).expand(len(x))
+            output = network(x.to(network.dtype), timestep, **inputs, return_dict=False)[0].float()
+            if scale > 1:
+                null, cond = output.chunk(2)
+                output = null + scale * (cond - null)
+            return {"latents": output}
+
+        samplers, self._interrupt = {"latents": scheduler}, False
+        return self._denoise(scheduler.timesteps, {"latents": latents}, predict, samplers, extra, None, ())["latents"]
+
+    def _label_inputs(self, labels: Tensor | None, count: int, guided: bool, device: torch.device) -> dict[str, Any]:
+        """The prior's input of classes, null rows first where it is guided."""
+        if not self.prior.config.num_classes:
+            return {}
+        if labels is None:
+            if self.null_label is None:
+                raise ValueError("The prior has classes and no null class; give class_labels.")
+            labels = torch.tensor([self.null_label])
+        labels = labels.to(device).expand(count)
+        return {"class_labels": torch.cat([torch.full_like(labels, self.null_label), labels]) if guided else labels}
+
+    # Images
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: Labels | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        eta: float = 0.0,
+        latents: Tensor | None = None,
+        condition: Tensor | None = None,
+        prior: Prior | None = None,
+        prior_guidance_scale: float = 1.0,
+        prior_num_inference_steps: int = 250,
+        prior_eta: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_label: int = 1,
+    ) -> RCGPipelineOutput | tuple[Any]:
+        """Samples.
+
+        Args:
+            batch_size: Number of samples; as many as there are labels, vectors, latents or generators if None, else 1.
+            class_labels: One id or name for all or one a sample, of a prior with classes; its null class if None.
+            guidance_scale: Classifier-free guidance of the image to its vector, `null + guidance_scale (cond - null)`;
+                off up to 1.
+            num_inference_steps: Steps of the image's sampler, 1 or more.
+            generator: One, or one a sample, which makes a sample independent of its batch.
+            eta: Noise of DDIM for the image, from 0 to 1. Other schedulers take none but 0.
+            latents: Standard normal noise `(B, C, h, w)` to start the image from, in place of drawing it.
+            condition: Vectors `(B, D)`, or one for all, in place of drawing them: those of images, for example.
+            prior: Draws the vectors instead, after the noise: `StoredPrior(vectors, in_order=True)`; of a pipeline
+                without a network for them `stored_prior` if None.
+            prior_guidance_scale: As `guidance_scale` of `sample_representations`.
+            prior_num_inference_steps: Steps of the vectors' sampler.
+            prior_eta: As `eta` of `sample_representations`.
+            output_type: `pil`, `np` (B, H, W, C) and `pt` (B, C, H, W) in [0, 1], or `latent`: what the sampler gave.
+            return_dict: False returns the tuple `(images,)`.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step of the image;
+                tensors that it returns by name take the place of these.
+            callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `condition`, `class_labels`.
+            num_images_per_label: Samples of each of the class_labels or vectors, side by side.
+
+        Returns:
+            `.images`, `.condition` and `.class_labels`.
+
+        Raises:
+            TypeError: For labels that are neither whole numbers nor names, and numbers that are none.
+            ValueError: For labels and vectors that the networks do not take, numbers of samples that differ, numbers
+                outside of their ranges, latents that do not fit or are not finite, guidance that could not act, and a
+                missing half of the pipeline.
+        """
+        if self.prior is None:
+            prior = self.drawing(prior, condition, class_labels)
+        given = sum(value is not None for value in (condition, prior, class_labels))
+        labels, vectors = self._check(output_type, guidance_scale, class_labels, condition, given)
+        known = self._callback_tensor_inputs
+        names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
+        extra = sampling.step_arguments(self.scheduler, generator, eta)
+        if condition is None and prior is None:
+            self._check_prior_guidance(prior_guidance_scale, labels)
+        labels, vectors = sampling.repeat_rows(num_images_per_label, class_labels=labels, condition=vectors)
+        count = sampling.count_samples(
+            batch_size=batch_size, class_labels=labels, condition=vectors, latents=latents, generator=generator
+        )
+        noise = self._noise(count, generator, latents)
+        if prior is not None:
+            vectors = given_vectors(prior.draw(count, generator), self._width)
+        elif vectors is None:
+            draws = (prior_guidance_scale, prior_num_inference_steps, prior_eta, generator)
+            vectors = self._vectors(count, labels, *draws)
+        assert vectors is not None
+        tensors: dict[str, Any] = {
+            "latents": noise,
+            "condition": vectors.to(noise.device, torch.float32).expand(count, -1),
+            "class_labels": None if labels is None else labels.to(noise.device).expand(count),
+        }
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._num_timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, noise.device)
+        tensors["latents"] = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        samplers, steps = {"latents": self.scheduler}, self.scheduler.timesteps
+        predict = self._predictor()
+        tensors = self._denoise(steps, tensors, predict, samplers, extra, callback_on_step_end, names)
+        images = self._images(tensors["latents"], output_type)
+        self.maybe_free_model_hooks()
+        return (
+            (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
+        )
+
+    @property
+    def _width(self) -> int | None:
+        return bare_conditioner(self._network, self.conditioner).channels()
+
+    def _check(
+        self, output_type: str, scale: float, class_labels: Any, condition: Any, given: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and vectors as given."""
+        sampling.check_output_type(output_type)
+        sampling.check_number("guidance_scale", scale)
+        bound = bare_conditioner(
+            self._need(self._network, "network of images (unet or transformer)"), self.conditioner
+        )
+        if given > 1:
+            raise ValueError("Vectors come from condition, from prior, or from the pipeline's own prior; give one.")
+        if not given:
+            self._need(self.prior, "prior to draw vectors: give condition= or prior=, or load one")
+        if scale > 1 and not bound.has_null:
+            raise ValueError(
+                f"guidance_scale={scale} needs a null vector, which {type(self._network).__name__} was trained "
+                "without (condition_embedding=None). Leave it at 1."
+            )
+        return self._given_labels(class_labels), given_vectors(condition, bound.channels())
+
+    def _noise(self, count: int, generator: Any, latents: Tensor | None) -> Tensor:
+        """Noise to start from, `(B, C, h, w)`, float32 or wider."""
+        family, device = family_of(self._network), torch.device(self._execution_device)
+        if latents is not None:
+            sampling.check_latents(latents, family.channels(), multiple=family.multiple())
+            return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        shape = (check_whole("batch_size", count), family.channels(), *family.size())
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _predictor(self) -> Callable[[int, Tensor, dict[str, Any]], dict[str, Tensor]]:
+        """What the sampler of images steps with; vectors enter once, not at every step."""
+        network, scheduler = self._network, self.scheduler
+        family, bound = family_of(network), bare_conditioner(network, self.conditioner)
+        entered: list[Any] = [None, None, {}]  # vectors, whether guided, inputs
+
+        def inputs(vectors: Tensor, guided: bool) -> dict[str, Any]:
+            if entered[0] is not vectors or entered[1] != guided:
+                both = torch.cat([vectors] * 2) if guided else vectors
+                dropped = torch.arange(len(both), device=both.device) < len(both) - len(vectors)
+                made = bound.inputs(both, dropped if guided else None)
+                entered[:] = vectors, guided, made
+            return entered[2]
+
+        def predict(step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Tensor]:
+            latents, guided = tensors["latents"], self.do_classifier_free_guidance
+            channels = latents.shape[1]
+            x = torch.cat([latents] * 2) if guided else latents
+            x = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            named = {
+                family.sample_name: x.to(network.dtype),
+                family.timestep_name: torch.as_tensor(t, device=x.device).expand(len(x)),
+            }
+            output = network(**named, **inputs(tensors["condition"], guided), return_dict=False)[0].to(latents.dtype)
+            if guided:
+                null, cond = output.chunk(2)
+                combined = null[:, :channels] + self.guidance_scale * (cond[:, :channels] - null[:, :channels])
+                output = torch.cat([combined, cond[:, channels:]], 1)
+            return {"latents": sampling.without_variance(scheduler, output, channels)}
+
+        return predict
+
+    def _images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = latents if self.vae is None else decode_latents(self.vae, latents)
+        return sampling.pack_images(images.float(), output_type)
