@@ -1,6 +1,6 @@
 """Keys and values of retrieved neighbours made once a run, against anew in each step; equal bit for bit.
 
-A latent U-Net of three stages, 128, 256 and 512 channels, with cross-attention of RDM's width 512 in all of them, under
+A latent U-Net of three stages, 128, 256 and 512 channels, with cross-attention of RDM's width 512 in each, under
 classifier-free guidance; tokens: 4 (RDM's k), 20 (what it stores), 77 (a text's).
 """
 
