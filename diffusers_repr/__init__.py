@@ -57,6 +57,8 @@ _PUBLIC = {
     "Objective": "diffusers_repr.objectives",
     "OnlineGuidanceObjective": "diffusers_repr.objectives",
     "PAG": "diffusers_repr.guidance",
+    "PerceptualLoss": "diffusers_repr.objectives",
+    "PerceptualObjective": "diffusers_repr.objectives",
     "PixelEnsembleHead": "diffusers_repr.heads",
     "Prediction": "diffusers_repr.noise",
     "Preset": "diffusers_repr.features.presets",

@@ -6,6 +6,8 @@
 An unconditional model is saved as a `DDPMPipeline`. A model with `num_class_embeds`, the number of classes and one
 more for the null id, is trained on labels, a share of which become the null id, and is saved as a `DDIMPipeline`.
 With `network: UViTTransformer2DModel`, whose `num_classes` leaves the null out, either is saved as a `SiTPipeline`.
+With `perceptual_base`, the folder of such a pipeline, that model's training goes on by its own middle features alone
+(arXiv 2401.00110; `perceptual_digits.yaml`).
 The loop, its checkpoints and its settings: docs/training.md.
 """
 
@@ -24,7 +26,7 @@ from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.models import UViTTransformer2DModel
-from diffusers_repr.objectives import DiffusionObjective
+from diffusers_repr.objectives import DiffusionObjective, PerceptualObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 RECIPES = Path(__file__).parent / "configs"
@@ -39,8 +41,26 @@ class ModelConfig:
     model: dict | str | None = setting(None, "arguments of the network, a mapping (JSON in a flag)")
     scheduler: dict | str | None = setting(None, "arguments of DDPMScheduler, a mapping")
     label_dropout: float = setting(0.1, "share of labels that become the null id, the number of classes")
+    perceptual_base: str | None = setting(
+        None,
+        "folder or Hub id of a trained pipeline to go on with by perceptual loss; no `model` and `scheduler` then",
+    )
+    perceptual_layer: str | None = setting(None, "layer of its features; default: the middle block")
+    denoising_weight: float = setting(0.0, "of the denoising loss beside the perceptual one")
 
     def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"`label_dropout` is a probability, got {self.label_dropout}.")
+        if self.perceptual_base is not None:
+            if self.model is not None or self.scheduler is not None:
+                raise ValueError(
+                    "`perceptual_base` brings its own network and scheduler; leave out those of a new one."
+                )
+            return
+        if self.perceptual_layer is not None or self.denoising_weight:
+            raise ValueError(
+                "`perceptual_layer` and `denoising_weight` are of the perceptual loss: `perceptual_base`."
+            )
         if self.network not in NETWORKS:
             raise ValueError(f"`network` is one of {', '.join(NETWORKS)}, got {self.network!r}.")
         for name, target in (("model", NETWORKS[self.network]), ("scheduler", DDPMScheduler)):
@@ -51,8 +71,6 @@ class ModelConfig:
             raise ValueError("`model` needs `sample_size`, the side of the images.")
         if self.class_conditional and self.model.get("class_embed_type") is not None:
             raise ValueError("`model` has `num_class_embeds`, which only the `class_embed_type` null uses; drop one.")
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"`label_dropout` is a probability, got {self.label_dropout}.")
 
     @property
     def class_conditional(self) -> bool:
@@ -60,6 +78,10 @@ class ModelConfig:
 
 
 def build(config: ModelConfig) -> DiffusionObjective:
+    if config.perceptual_base is not None:
+        denoiser = Denoiser.from_pretrained(config.perceptual_base)
+        settings = {"label_dropout": config.label_dropout, "denoising_weight": config.denoising_weight}
+        return PerceptualObjective(denoiser, config.perceptual_layer, **settings)
     model, scheduler = NETWORKS[config.network](**config.model), DDPMScheduler(**config.scheduler)
     of_classes = DDIMPipeline if config.class_conditional else DDPMPipeline
     pipe = (of_classes if config.network == "UNet2DModel" else SiTPipeline)(model, scheduler)
@@ -69,10 +91,10 @@ def build(config: ModelConfig) -> DiffusionObjective:
 def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, DataConfig, ModelConfig)
     config, data_config, model_config = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
-    check_made(RECIPES, dataset_name=data_config.dataset_name)
+    check_made(RECIPES, dataset_name=data_config.dataset_name, perceptual_base=model_config.perceptual_base)
     torch.manual_seed(config.seed)
     objective = build(model_config)
-    if not model_config.class_conditional:
+    if not objective.conditioner.conditional:
         data_config = dataclasses.replace(data_config, label_column="none")
     network = objective.network.config
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}

@@ -45,7 +45,7 @@ class IdentityAssigner(Assigner):
         super().__init__()
         if over not in get_args(Over) or (over == "vector" and in_features < 2):
             raise ValueError(
-                f"over is one of {', '.join(get_args(Over))}, and a vector needs two entries or more; got {over!r} and "
+                f"over is one of {', '.join(get_args(Over))}, and a vector needs two entries or more; got {over!r}, "
                 f"in_features={in_features}."
             )
         self.make_state(in_features, normalize)

@@ -79,7 +79,7 @@ class KMeansAssigner(Assigner):
         Raises:
             ValueError: For fewer images than clusters, or fewer different ones.
         """
-        count, most = self.num_clusters, self.most_rows
+        count, most = self.num_clusters, self.num_clusters * self.config["rows_per_cluster"]
         if len(features) < count:
             raise ValueError(f"{count} clusters of {len(features)} images; ask for at most as many clusters.")
         if len(features) > most:

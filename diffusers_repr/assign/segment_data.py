@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,15 +24,20 @@ from diffusers_repr.assign.segments import (
     fit_segments,
     segment_pixels,
 )
+from diffusers_repr.data.base import hashed, spread_rows
 from diffusers_repr.data.image_data import ImageData
-from diffusers_repr.hub.files import atomic_folder, write_json
+from diffusers_repr.data.teacher_features import encoder_fingerprint
+from diffusers_repr.hub.files import atomic_folder, read_json, write_json
+from diffusers_repr.metrics.gather import failing_together
+from diffusers_repr.store.manifest import recipe_differences
+from diffusers_repr.store.processes import process_state
 
 SEGMENTS, BOX = "segments", "box"  # columns of masks
 RECORD = "segments.json"
 _SOME = 256  # images that tell which classes are background
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Segmentation:
     """What `write_segments` found, besides the files.
 
@@ -62,6 +69,8 @@ def write_segments(
     mean feature. Both are PNGs of the size of their image. The clusters are those of the first split; they are kept in
     `segments/` and `boxes/`, and all that decided them in `segments.json`.
 
+    The same call again finds the folder and does nothing. Under `accelerate launch` the main process writes.
+
     Args:
         out: Folder that is made; it takes its name only when it is whole.
         splits: By name; the images of the first are what is learned from.
@@ -73,41 +82,90 @@ def write_segments(
         seed: Of the draw of these and of the fits.
 
     Raises:
-        FileExistsError: If the folder is there and not empty.
+        FileExistsError: If the folder holds segments of another encoder, recipe or data set, or anything else.
         ValueError: For assigners that give no classes, more classes than a mask can hold, more clusters than patches
-            or boxes, NaN in features.
+            or boxes, NaN in features, a data set that has columns of these names.
     """
+    folder, recipe = Path(out), _recipe(splits, features, classes, box_classes, most, seed)
+    with failing_together():
+        if process_state().is_main_process and not _is_written(folder, recipe):
+            with atomic_folder(folder, overwrite=False) as place:
+                found = _write(place, splits, features, classes, box_classes, batch_size, most, seed)
+                write_json(place / RECORD, {"recipe": recipe, "found": dataclasses.asdict(found)})
+    return Segmentation(**read_json(folder / RECORD)["found"])
+
+
+def _recipe(
+    splits: Mapping[str, ImageData],
+    features: PatchFeatures,
+    classes: Assigner,
+    box_classes: Assigner | None,
+    most: int,
+    seed: int,
+) -> dict[str, Any]:
+    """All that decides what is written, as JSON."""
+    assigners = {"segments": classes, "boxes": box_classes}
+    recipe = {
+        "encoder": encoder_fingerprint(features.encoder),
+        "size": features.size,
+        "upsample": features.upsample,
+        "data": {name: _data_record(data) for name, data in splits.items()},
+        "patches": most,
+        "seed": seed,
+        **{
+            name: one and {"assigner": one.kind, **{k: v for k, v in dict(one.config).items() if k[0] != "_"}}
+            for name, one in assigners.items()
+        },
+    }
+    return json.loads(json.dumps(recipe))
+
+
+def _data_record(data: ImageData) -> dict[str, Any]:
+    some = data.read(spread_rows(len(data), 16))
+    return {"rows": len(data), "images": hashed(np.asarray(image).tobytes() for image in some)}
+
+
+def _is_written(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether the folder holds what a recipe gives."""
+    if not (folder / RECORD).is_file():
+        return False
+    differs = recipe_differences(read_json(folder / RECORD)["recipe"], recipe)
+    if differs:
+        raise FileExistsError(
+            f"{str(folder)!r} holds segments of another recipe; nothing was changed. What differs (there -> now): "
+            f"{'; '.join(differs)[:400]}. Name another folder."
+        )
+    return True
+
+
+def _write(
+    folder: Path,
+    splits: Mapping[str, ImageData],
+    features: PatchFeatures,
+    classes: Assigner,
+    box_classes: Assigner | None,
+    batch_size: int,
+    most: int,
+    seed: int,
+) -> Segmentation:
     first = next(iter(splits))
-    with atomic_folder(out, overwrite=False) as folder:
-        generator = torch.Generator().manual_seed(seed)
-        fit_segments(features, lambda: _images(splits[first], batch_size), classes, most, generator)
-        count = int(classes.null)
-        some = splits[first].read(range(min(len(splits[first]), _SOME)))
-        background = background_classes(segment_pixels(features.pixels(some), classes), count)
-        read = {name: _read(data, features, classes, background, batch_size) for name, data in splits.items()}
-        found, boxes = ({name: parts[at] for name, parts in read.items()} for at in (0, 1))
-        if box_classes is not None:
-            box_classes.fit(boxes[first].features[boxes[first].found], generator)
-        for name, data in splits.items():
-            _write_split(folder, name, data, found[name], boxes[name], box_classes)
-        for name, assigner in ((SEGMENTS, classes), ("boxes", box_classes)):
-            if assigner is not None:
-                assigner.save_pretrained(folder / name)
-        shares = torch.bincount(found[first].flatten(), minlength=count).double() / found[first].numel()
-        with_box = {name: float(box.found.double().mean()) for name, box in boxes.items()}
-        done = Segmentation(background.nonzero().flatten().tolist(), shares.tolist(), with_box)
-        record = {
-            "encoder": features.encoder.fingerprint(),
-            "size": list(features.size),
-            "segments": classes.fingerprint(),
-            "boxes": None if box_classes is None else box_classes.fingerprint(),
-            "background": done.background,
-            "pixels": done.pixels,
-            "images_with_a_box": None if box_classes is None else done.boxes,
-            "seed": seed,
-        }
-        write_json(folder / RECORD, record)
-    return done
+    generator = torch.Generator().manual_seed(seed)
+    fit_segments(features, lambda: _images(splits[first], batch_size), classes, most, generator)
+    count = int(classes.null)
+    some = splits[first].read(range(min(len(splits[first]), _SOME)))
+    background = background_classes(segment_pixels(features.pixels(some), classes), count)
+    read = {name: _read(data, features, classes, background, batch_size) for name, data in splits.items()}
+    found, boxes = ({name: parts[at] for name, parts in read.items()} for at in (0, 1))
+    if box_classes is not None:
+        box_classes.fit(boxes[first].features[boxes[first].found], generator)
+    for name, data in splits.items():
+        _write_split(folder, name, data, found[name], boxes[name], box_classes)
+    for name, assigner in ((SEGMENTS, classes), ("boxes", box_classes)):
+        if assigner is not None:
+            assigner.save_pretrained(folder / name)
+    shares = torch.bincount(found[first].flatten(), minlength=count).double() / found[first].numel()
+    with_box = {name: float(box.found.double().mean()) for name, box in boxes.items()}
+    return Segmentation(background.nonzero().flatten().tolist(), shares.tolist(), with_box)
 
 
 def _images(data: ImageData, batch_size: int) -> Iterator[Sequence[Any]]:

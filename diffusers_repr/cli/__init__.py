@@ -20,6 +20,7 @@ COMMANDS = {
     "layers": "print the layers of a model that can be read",
     "extract": "write features of a data set to a folder",
     "cache": "encode a data set once for training: VAE moments, features of teachers",
+    "assign": "write what a model is to be conditioned on: clusters, neighbours, vectors, classes of few labels",
     "select": "find the noise level and layers that suit a task",
     "compare": "fit all heads on one model under one protocol, and say which to take",
     "probe": "fit a probe on features and save it",

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
+from diffusers_repr.cli.encoders import layer_encoder, split_layer
 from diffusers_repr.cli.recorded import save_result
 from diffusers_repr.config.recipe import REQUIRED, setting
 
@@ -237,7 +237,7 @@ def _encoders(args: Settings, denoiser: Denoiser | None, device: str) -> list[En
     from diffusers_repr.encoders.loading import distinct_names, spread_positions
 
     specs = [args.encoder, *(args.encoders or [])]
-    layers = [re.fullmatch(r"(.+):([^:@]+)@([0-9.]+)", spec) for spec in specs]
+    layers = [split_layer(spec) for spec in specs]
     plain = [spec for spec, layer in zip(specs, layers, strict=True) if layer is None]
     if args.encoder_positions and not plain:
         raise ValueError("--encoder_positions would not act: layers of denoisers are no vision transformers; drop it.")
@@ -247,7 +247,7 @@ def _encoders(args: Settings, denoiser: Denoiser | None, device: str) -> list[En
     for at, (spec, layer) in enumerate(zip(specs, layers, strict=True)):
         revision = None if at else args.encoder_revision
         if layer is not None:
-            found.append(_layer_encoder(args, spec, layer, revision, denoiser, device))
+            found.append(_layer_encoder(args, spec, layer[0], revision, denoiser, device))
             continue
         found.append(
             Encoder.from_pretrained(
@@ -263,17 +263,11 @@ def _encoders(args: Settings, denoiser: Denoiser | None, device: str) -> list[En
 
 
 def _layer_encoder(
-    args: Settings, spec: str, parts: re.Match[str], revision: str | None, denoiser: Denoiser | None, device: str
+    args: Settings, spec: str, name: str, revision: str | None, denoiser: Denoiser | None, device: str
 ) -> Encoder:
-    from diffusers_repr.encoders import Encoder
-
-    name, path, timestep = parts.groups()
     if denoiser is None or (name, revision) != (args.model, args.revision):
         denoiser = _denoiser(args, name, revision, device)
-    level = float(timestep)
-    return Encoder.from_denoiser(
-        denoiser, path, int(level) if level.is_integer() else level, noise_seed=args.seed, name=spec
-    )
+    return layer_encoder(spec, denoiser, args.seed)
 
 
 def _best(alignment: Alignment, metric: str) -> list[AlignmentCell]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
-from diffusers_repr.cli.predict import find_images
+from diffusers_repr.cli.saved_task import find_images
 from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ class Settings(options.ModelSettings):
     preset: str | None = setting(None, "dift, dift-hpatches, ...; default: dift, for a model of the paper")
     selection: str | None = setting(None, "folder of a selection, whose best layer and level are read")
     prompt: str | None = setting(None, "of both images; default: the preset's, or the empty one")
-    category: str | None = setting(None, "of the object, for the preset's prompt")
+    category: str | None = setting(None, "of the object, for {category} in the preset's prompt or --prompt")
     class_label: int | None = setting(None, "of class-conditional models; default: the null class, if it has one")
     ensemble_size: int | None = setting(None, "noise draws an image; default: the preset's, or 8")
     image_size: list[str] | None = setting(None, options.IMAGE_SIZE)
@@ -55,6 +55,10 @@ class Settings(options.ModelSettings):
             raise ValueError(f"--timesteps takes one level here; got {len(self.timesteps)}.")
         if self.selection is not None and (self.layer or self.timesteps or self.preset):
             raise ValueError("--selection has its own layer and level; leave out --layer, --timesteps and --preset.")
+        if self.category is not None and self.prompt is not None and "{category}" not in self.prompt:
+            raise ValueError(
+                f"--category {self.category} has no place in --prompt; write {{category}} where it stands."
+            )
 
 
 def run(args: Settings) -> int:
@@ -112,7 +116,14 @@ def _match(args: Settings, images: list[Any], points: Any) -> Matches:
     else:
         timestep = None if args.timesteps is None else options.numbers(args.timesteps)[0]
         source, own = correspondence_source(denoiser, args.layer, timestep, args.preset, **settings)
-    prompt = fill_prompt(own, args.category) if args.prompt is None else args.prompt
+    prompt = own if args.prompt is None else args.prompt
+    if args.category is not None and "{category}" not in (prompt or ""):
+        told = "a selection has no prompt" if selection is not None else f"the prompt is {prompt!r}"
+        raise ValueError(
+            f"--category {args.category} has no place: {told}. Pass --prompt 'a photo of a {{category}}', or a preset "
+            "whose prompt names the category, such as dift."
+        )
+    prompt = fill_prompt(prompt, args.category)
     level = source.levels[0].timestep
     options.say(f"layer {source.layers[0]} at timestep {level:g}, ensemble of {source.ensemble_size}", aside=args.json)
     task = Correspondence(source)

@@ -18,6 +18,7 @@ class Settings(SavedTaskSettings):
 
     probe: str = setting(REQUIRED, "folder or Hub id of a probe")
     top: int = setting(5, "classes shown an image")
+    prompt: str | None = setting(None, "of all images; default: the recorded one")
     batch_size: int = setting(64, "images a forward")
 
 

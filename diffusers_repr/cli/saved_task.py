@@ -19,14 +19,13 @@ T = TypeVar("T", bound="SavedTask")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedTaskSettings:
-    """How a saved task is loaded and which images it sees; the batch size is a field of each command's own."""
+    """How a saved task is loaded and which images it sees; batch size and prompt are fields of each command's own."""
 
     images: list[str] = setting(REQUIRED, "image files, or folders that are searched for them")
     json: bool = setting(False, "print JSON lines instead of a table")
     base: str | None = setting(None, "folder or Hub id of the base model; default: the recorded one")
     base_revision: str | None = setting(None, "branch, tag or commit of --base")
     revision: str | None = setting(None, "branch, tag or commit of the task's repository")
-    prompt: str | None = setting(None, "of all images; default: the recorded one")
     limit: int | None = setting(None, "the first images only, for a quick try; default: all")
     dtype: options.DType = setting("float32", "of the base model, what it computes in")
     device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
@@ -34,28 +33,30 @@ class SavedTaskSettings:
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):
-            value = getattr(self, name, 1)
-            if value < 1:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1; got {value}.")
 
 
-def load_task(kind: type[T], name: str, args: Any) -> T:
+def load_task(kind: type[T], name: str, args: Any, **more: Any) -> T:
     """The task of a folder or Hub id, on the device that was asked for.
 
     Args:
         kind: Its class.
         name: Folder or Hub id.
         args: `Settings` of the command.
+        **more: What else its `from_pretrained` takes.
     """
     import torch
 
     task = kind.from_pretrained(
         name,
-        args.base,
-        args.revision,
+        base=args.base,
+        revision=args.revision,
         base_revision=args.base_revision,
         batch_size=args.batch_size,
         dtype=getattr(torch, args.dtype),
+        **more,
     )
     return task.to(options.device(args.device))
 

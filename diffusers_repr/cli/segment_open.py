@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers_repr.cli import options
-from diffusers_repr.cli.predict import find_images
+from diffusers_repr.cli.saved_task import SavedTaskSettings, find_images, load_task
 from diffusers_repr.cli.segment_predict import mask_names
 from diffusers_repr.config.recipe import REQUIRED, setting
 
@@ -18,37 +18,27 @@ OUT = options.Out("folder of segments", (LINES,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(SavedTaskSettings):
     """Arguments of the command."""
 
     POSITIONAL: ClassVar = ("segmenter", "images")
 
     segmenter: str = setting(REQUIRED, "folder or Hub id of an open-vocabulary segmenter")
-    images: list[str] = setting(REQUIRED, "image files, or folders that are searched for them")
     out: str = setting(REQUIRED, "folder for masks/ (ids of segments), pictures/ and segments.jsonl")
     vocabulary: list[str] | None = setting(
         None, 'what may be on them, synonyms parted by commas in quotes: "dog, puppy" cat; default: what it learned'
     )
     stuff: list[str] | None = setting(None, "names of --vocabulary that have no single things, such as sky")
-    base: str | None = setting(None, "folder or Hub id of the base model; default: the recorded one")
-    base_revision: str | None = setting(None, "branch, tag or commit of --base")
     clip: str | None = setting(None, "folder or Hub id of the CLIP; default: the recorded one")
-    revision: str | None = setting(None, "branch, tag or commit of the segmenter")
     weights: list[float] | None = setting(None, "CLIP's share for names it learned and for others; default: recorded")
     short_side: int | None = setting(None, "to which the shorter side of an image is brought; default: as it is")
     overlap: float = setting(0.8, "least share of a mask that other segments leave")
     threshold: float = setting(0.0, "least probability of a segment's name")
     batch_size: int | None = setting(None, "windows of an image a forward; default: all")
-    limit: int | None = setting(None, "the first images only, for a quick try; default: all")
-    json: bool = setting(False, "print JSON lines instead of a table")
     overwrite: bool = setting(False, "write into a folder of segments that is there")
-    dtype: options.DType = setting("float32", "of the base model, what it computes in")
-    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
-    quiet: bool = setting(False, "no progress bar")
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"--batch_size must be at least 1; got {self.batch_size}.")
+        super().__post_init__()
         if self.stuff is not None and self.vocabulary is None:
             raise ValueError(
                 "--stuff tells which names of --vocabulary have no single things; give --vocabulary, too."
@@ -63,23 +53,11 @@ def run(args: Settings) -> int:
     """Load, segment, write and print, one line an image."""
     files = find_images(args.images)[: args.limit]
 
-    import torch
-
     from diffusers_repr.data.image_files import read_image
     from diffusers_repr.heads.odise.vocabulary import Vocabulary
     from diffusers_repr.tasks import OpenVocabularySegmenter
 
-    segmenter = OpenVocabularySegmenter.from_pretrained(
-        args.segmenter,
-        args.base,
-        args.clip,
-        revision=args.revision,
-        base_revision=args.base_revision,
-        batch_size=args.batch_size,
-        weights=args.weights,
-        dtype=getattr(torch, args.dtype),
-    )
-    segmenter.to(options.device(args.device))
+    segmenter = load_task(OpenVocabularySegmenter, args.segmenter, args, clip=args.clip, weights=args.weights)
     words = None if args.vocabulary is None else Vocabulary.of(args.vocabulary, args.stuff or [])
     out, rows = Path(args.out), []
     for file, name in zip(files, mask_names(files), strict=True):

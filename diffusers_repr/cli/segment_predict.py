@@ -24,6 +24,7 @@ class Settings(SavedTaskSettings):
 
     segmenter: str = setting(REQUIRED, "folder or Hub id of a segmenter")
     out: str = setting(REQUIRED, "folder for masks/ (class ids), pictures/ and masks.jsonl")
+    prompt: str | None = setting(None, "of all images; default: the recorded one")
     batch_size: int = setting(8, "images a forward")
     overwrite: bool = setting(False, "write into a folder of masks that is there")
 

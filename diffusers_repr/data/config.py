@@ -68,9 +68,6 @@ class DataConfig:
         for name, column in (("mask_names", "mask_column"), ("max_points", "points_column")):
             if getattr(self, name) is not None and getattr(self, column) is None:
                 raise ValueError(f"`{name}` is set, but no `{column}`; name the column.")
-        for name in ("index_dir", "num_neighbours", "include_query"):
-            if getattr(self, name) and not self.assignments_dir:
-                raise ValueError(f"`{name}` is of neighbours, and no `assignments_dir` is set; name the folder.")
         if self.streaming and self.points_column is not None and self.max_points is None:
             raise ValueError("How many points the rows of a stream have is not known before; pass --max_points.")
         if self.shuffle_buffer < 1:

@@ -50,6 +50,9 @@ def load_train_data(
         ValueError: If columns or settings do not fit, or a cache was made otherwise or is not finished.
     """
     height_width = config.size(size)
+    for setting in ("index_dir", "num_neighbours", "include_query"):
+        if getattr(config, setting) and not config.assignments_dir:
+            raise ValueError(f"`{setting}` is of neighbours, and no `assignments_dir` is set; name the folder.")
     name = config.dataset_name or "the data set"
     if dataset is None:
         if config.dataset_name is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import datasets
@@ -68,11 +68,29 @@ class MaskColumn:
         if wrong.any():
             y, x = np.argwhere(wrong)[0]
             allowed = "from 0 on" if self.names is None else f"0 to {last}"
+            hint = black_and_white(np.unique(ids).tolist(), False, self.ignore_index)
             raise ValueError(
                 f"{what} has the class {ids[y, x]} at x={x}, y={y}; classes are {allowed}, and "
-                f"ignore_index={self.ignore_index} where there is none."
+                f"ignore_index={self.ignore_index} where there is none.{hint}"
             )
         return ids.astype(np.int32)
+
+
+def black_and_white(classes: Collection[int], ignored: bool, ignore_index: int | None) -> str:
+    """What to say of masks that look as if 255 were meant for a class; empty where they do not.
+
+    Args:
+        classes: Ids that occur, without `ignore_index`.
+        ignored: Whether pixels with `ignore_index` occur.
+        ignore_index: Of the masks.
+    """
+    if ignored and ignore_index == IGNORE_INDEX and len(classes) < 2:
+        told = "their pixels of 255 count for no class (ignore_index=255)"
+    elif sorted(classes) == [0, IGNORE_INDEX]:
+        told = "their 255 is no class of these"
+    else:
+        return ""
+    return f" Are they black and white? Then {told}: store ids 0 and 1 (mask // 255), or images of mode '1'."
 
 
 def _of_image(value: Any, what: str) -> np.ndarray:

@@ -35,6 +35,7 @@ class ImageTrainData(TrainData):
         name: Of the data set; None if it has none.
         config: As given.
         masks: Names of the classes of pixels; None without masks.
+        assigned: What `assignments_dir` holds; None without.
 
     A sample has `pixel_values` (uint8, C, H, W), `index` (place in the data set, int64), and, where the data have
     them, `class_labels` (int64, -1 for none), `caption` (str, empty for none), `masks` (int32, H, W), and `points`
@@ -66,11 +67,11 @@ class ImageTrainData(TrainData):
             columns.mask, columns.points, self.masks, most,
         )  # fmt: skip
         self._fingerprint: dict[str, Any] | None = None
-        self._assigned: AssignedConditions | None = None
+        self.assigned: AssignedConditions | None = None
         self._labels: ClassLabels | None = None
         if config.assignments_dir is not None:
-            self._assigned = open_assigned(config, len(self), self._images_hash())
-            self._labels = self._assigned.labels
+            self.assigned = open_assigned(config, len(self), self._images_hash())
+            self._labels = self.assigned.labels
         if self._labels is None and columns.label is not None:
             self._labels = read_labels(dataset, columns.label, config.missing_labels)
 
@@ -88,8 +89,8 @@ class ImageTrainData(TrainData):
             sample["class_labels"] = torch.tensor(self._labels.ids[row])
         if self._captions is not None:
             sample["caption"] = self._captions[row][self.config.caption_column] or ""
-        if self._assigned is not None and self._assigned.has_values:
-            sample["condition"] = self._assigned.values(sample["index"])
+        if self.assigned is not None and self.assigned.has_values:
+            sample["condition"] = self.assigned.values(sample["index"])
         return sample
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +113,8 @@ class ImageTrainData(TrainData):
             for kind, column in (("masks", self.config.mask_column), ("points", self.config.points_column)):
                 if column is not None:
                     self._fingerprint[kind] = hashed(raw_bytes(self.images.stored(row)[column]) for row in rows)
-            if self._assigned is not None:
-                self._fingerprint["assignments"] = self._assigned.fingerprint()
+            if self.assigned is not None:
+                self._fingerprint["assignments"] = self.assigned.fingerprint()
         return json.loads(json.dumps(self._fingerprint))
 
     def _images_hash(self) -> str:
@@ -141,6 +142,6 @@ class InMemoryTrainData(ImageTrainData):
             batch["class_labels"] = torch.from_numpy(self._labels.ids[rows.numpy()])
         if self._captions is not None:
             batch["caption"] = [self.annotations(int(row))["caption"] for row in rows]
-        if self._assigned is not None and self._assigned.has_values:
-            batch["condition"] = self._assigned.values(rows)
+        if self.assigned is not None and self.assigned.has_values:
+            batch["condition"] = self.assigned.values(rows)
         return batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.estimates import check_scheduler
 from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.features.decoder_units import decoder_units
 from diffusers_repr.features.presets import edm_sigma
@@ -57,6 +58,10 @@ def ddae_levels(denoiser: Denoiser) -> list[LevelLike]:
         denoiser: In pixels: timesteps 0, 10 and 20 of DDPM's betas (1, 11 and 21 there, where 0 is no noise), points
             3 to 5 of EDM's grid of 18. In latents the two points it reads DiT at, 81 and 121.
 
+    Raises:
+        ValueError: For a network that was not trained for its scheduler, such as one of EDM without its
+            preconditioning; one forward finds out.
+
     Example:
         >>> from diffusers import DDPMScheduler, UNet2DModel
         >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -65,6 +70,7 @@ def ddae_levels(denoiser: Denoiser) -> list[LevelLike]:
         [0, 10, 20]
     """
     require_images(denoiser, "DDAE's grid")
+    check_scheduler(denoiser)
     kind = denoiser.schedule.kind
     if kind == "edm":
         return [NoiseLevel(nsr=edm_sigma(index)) for index in _EDM_INDICES]

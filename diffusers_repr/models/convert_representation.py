@@ -35,7 +35,7 @@ _RANKS = {
     "res_blocks.0.context_layers.1.weight": 2,
     _TABLE: 2,
 }
-# Of RCG's configs: betas linear in their root, x_0 predicted; sampling steps 1, 5, 9, ... with the last at alpha_bar_0.
+# Of RCG's configs: betas linear in their root, x_0 predicted; steps 1, 5, 9, ..., the last of them to alpha_bar_0.
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",

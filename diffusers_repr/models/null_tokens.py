@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.models.outputs import SampleOutput, packed
 
 
 class NullTokens(ReprModelMixin, ModelMixin, ConfigMixin):
@@ -25,8 +26,10 @@ class NullTokens(ReprModelMixin, ModelMixin, ConfigMixin):
         seed: Of its first values.
 
     Example:
-        >>> NullTokens(dim=8)(batch=2, count=4).shape
-        torch.Size([2, 4, 8])
+        >>> null = NullTokens(dim=2, learned=False)
+        >>> null(torch.zeros(2, 3, 2), torch.tensor([False, True]))[:, :, 0].ne(0)
+        tensor([[False, False, False],
+                [ True,  True,  True]])
     """
 
     _no_split_modules: list[str] = []
@@ -43,16 +46,32 @@ class NullTokens(ReprModelMixin, ModelMixin, ConfigMixin):
         else:
             self.register_buffer("tokens", values)
 
-    def forward(self, batch: int = 1, count: int | None = None) -> Tensor:
-        """`(batch, count, D)`; as many tokens as it has if None.
+    def forward(
+        self, tokens: Tensor, drop_mask: Tensor | None = None, return_dict: bool | None = None
+    ) -> Tensor | SampleOutput | tuple[Tensor]:
+        """Token sets `(B, k, D)`, those of dropped samples the null ones.
+
+        Args:
+            tokens: `(B, k, D)`.
+            drop_mask: `(B,)`, boolean; None: no sample.
+            return_dict: None for the tensor itself, True for an output with `sample`, False for a tuple.
 
         Raises:
-            ValueError: For another number of tokens than it has, if that is not 1.
+            ValueError: For another width, and another number of tokens than it has, if that is not 1.
         """
-        own = len(self.tokens)
-        if count is not None and own not in (1, count):
-            raise ValueError(f"These null tokens are {own}; a condition of {count} needs as many, or 1.")
-        return self.tokens.expand(batch, count or own, -1)
+        own, width = self.tokens.shape
+        if tokens.ndim != 3 or tokens.shape[2] != width:
+            raise ValueError(f"NullTokens takes tokens (B, k, {width}); got {tuple(tokens.shape)}.")
+        if own not in (1, tokens.shape[1]):
+            raise ValueError(
+                f"The null condition has {own} tokens, and the sets {tokens.shape[1]}: a set has as many, or the null "
+                "condition one, which stands in every place."
+            )
+        if drop_mask is None:
+            drop_mask = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        # Always a choice, so that the null has a gradient in every step, as DDP wants.
+        chosen = torch.where(drop_mask[:, None, None], self.tokens.to(tokens), tokens)
+        return packed(chosen, SampleOutput, return_dict)
 
 
 __all__ = ["NullTokens"]

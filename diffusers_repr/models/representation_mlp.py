@@ -69,7 +69,7 @@ class RepresentationMLPModel(ReprModelMixin, ModelMixin, ConfigMixin, PeftAdapte
 
     Example:
         >>> model = RepresentationMLPModel(6, hidden_size=16, num_layers=2, num_classes=3)
-        >>> model(torch.ones(2, 6), torch.tensor([1, 999]), class_labels=torch.tensor([0, 3])).sample.abs().max().item()
+        >>> model(torch.ones(2, 6), torch.tensor([1, 999]), torch.tensor([0, 3])).sample.abs().max().item()
         0.0
     """
 

@@ -23,6 +23,7 @@ from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, Hyperfe
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
 from diffusers_repr.objectives.online import OnlineGuidanceObjective
+from diffusers_repr.objectives.perceptual import PerceptualLoss, PerceptualObjective
 from diffusers_repr.objectives.probe_config import ProbeConfig
 from diffusers_repr.objectives.probe_heads import ProbeObjective
 from diffusers_repr.objectives.readout import ReadoutConfig, ReadoutObjective
@@ -64,6 +65,8 @@ __all__ = [
     "OdiseConfig",
     "OdiseObjective",
     "OnlineGuidanceObjective",
+    "PerceptualLoss",
+    "PerceptualObjective",
     "PipelineArtifact",
     "ProbeConfig",
     "ProbeObjective",

@@ -95,10 +95,10 @@ class DiffusionObjective(Objective):
         if denoiser.vae is not None:
             self.freeze("vae", denoiser.vae)
         if denoiser.pipe is not None:
+            trained = (self.network, denoiser.vae, *self.conditioner.trained_parts().values())
             for name, part in denoiser.pipe.components.items():
-                if isinstance(part, torch.nn.Module) and part is not self.network and part is not denoiser.vae:
-                    if name not in self.conditioner.trained_parts():
-                        self.freeze(name, part)
+                if isinstance(part, torch.nn.Module) and not any(part is other for other in trained):
+                    self.freeze(name, part)
         for name, part in self.conditioner.trained_parts().items():
             self.add_module(name, part)
         self.encoders = name_encoders(encoders)

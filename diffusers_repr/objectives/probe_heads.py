@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffusers_repr.capture import FeedbackPasses, capture
 from diffusers_repr.features import FeatureExtractor
-from diffusers_repr.features.pooling import leaves_maps, pool
+from diffusers_repr.features.pooling import leaves_maps
 from diffusers_repr.heads import FeedbackHead
+from diffusers_repr.heads.feedback_logits import feedback_logits, pooled_levels
 from diffusers_repr.heads.fitting.protocols import Classifier
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
@@ -80,15 +81,12 @@ class ProbeObjective(Objective):
 
         size = tuple(x_t.shape[2:])
         if self.passes is not None:
-            passes, first = self.passes, self.passes.first(run)
-
-            def second(fed: dict[str, Tensor]) -> dict[str, Tensor]:
-                return self._inputs(self._levels(passes.second(run, first, fed), size))
-
-            return self.head(first.features, second_pass=second)
+            assert isinstance(self.head, FeedbackHead)
+            return feedback_logits(self.head, self.passes, run, self.denoiser, size, str(self.extractor.pooling))
         with torch.no_grad(), capture(self.denoiser.model, self.extractor.layers) as tape:
             run()
-        return self.head(self._inputs(self._levels(tape.features, size)))
+        pooled = pooled_levels(tape.features, self.denoiser, size, self.extractor.pooling, len(self.times))
+        return self.head(self._inputs(pooled))
 
     def _noisy(self, batch: Batch) -> tuple[Tensor, Any, Any]:
         """What the network is called with: all images at the first level, then at the second."""
@@ -100,15 +98,6 @@ class ProbeObjective(Objective):
             size, (prompt, label) = (pixels.shape[2], pixels.shape[3]), self.condition
             condition = self.denoiser.condition(prompt, class_labels=label, batch=len(clean), size=size)
             return self.denoiser.add_noise(clean, level, noise), level, condition
-
-    def _levels(self, features: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Tensor]:
-        """Pooled features, `(levels, B, ...)` by layer."""
-        found = {}
-        for path, value in features.items():
-            place = self.denoiser.token_grid(path, value.shape[1], size) if value.ndim == 3 else None
-            pooled = pool(value, self.extractor.pooling, place)
-            found[path] = pooled.unflatten(0, (len(self.times), -1))
-        return found
 
     def _inputs(self, features: Mapping[str, Tensor]) -> Any:
         """What the head takes of features `(levels, B, ...)`."""
@@ -134,7 +123,7 @@ class ProbeObjective(Objective):
         """See `Objective`.
 
         Raises:
-            ValueError: Without classes, and for one class or labels outside of the classes.
+            ValueError: Without classes; for one class, labels outside of the classes, and classes without an image.
         """
         labels = getattr(data, "labels", None)
         if not data.class_names:
@@ -149,6 +138,10 @@ class ProbeObjective(Objective):
                 f"The training labels run from {int(found[0])} to {int(found[-1])}; class ids run from 0 to "
                 f"{self.head.config['num_classes'] - 1}."
             )
+        names = list(data.class_names)
+        absent = [names[at] for at in sorted(set(range(len(names))) - set(found.tolist()))]
+        if absent:
+            raise ValueError(f"Classes {absent[:10]} have no image in the training data; leave them out.")
 
     def identity(self) -> dict[str, Any]:
         """What `mark` says."""

@@ -75,8 +75,8 @@ class RepresentationObjective(DiffusionObjective):
         width = self.denoiser.family.channels()
         if assigner.gives != "vector" or not bool(assigner.fitted) or assigner.null.shape != (width,):
             raise ValueError(
-                f"The assigner is a fitted one that gives vectors of {width} channels; got a {type(assigner).__name__} "
-                f"that gives {assigner.gives} (fitted: {bool(assigner.fitted)})."
+                f"The assigner is a fitted one that gives vectors of {width} channels; got one "
+                f"({type(assigner).__name__}) that gives {assigner.gives} (fitted: {bool(assigner.fitted)})."
             )
         return assigner
 
@@ -136,7 +136,10 @@ class RepresentationObjective(DiffusionObjective):
 
     def artifacts(self) -> list[Artifact]:
         """The pipeline of the vectors, and the assigner."""
-        parts: dict[str, Any] = {"prior": ModelArtifact(self.network, "network"), "prior_scheduler": self.denoiser.scheduler}
+        parts: dict[str, Any] = {
+            "prior": ModelArtifact(self.network, "network"),
+            "prior_scheduler": self.denoiser.scheduler,
+        }
         parts |= {} if self.id2label is None else {"id2label": dict(self.id2label)}
         beside = [] if self.assigner is None else [FixedArtifact(self.assigner, folder="assigner")]
         return [PipelineArtifact("RCGPipeline", parts), *beside]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import Layer
+from diffusers_repr.denoiser.estimates import check_scheduler
 from diffusers_repr.features.pooling import pooled_size
 from diffusers_repr.features.views import crop_and_flip
 from diffusers_repr.heads.fitting.closed_form import CRITERIA
@@ -82,7 +83,8 @@ class TrainedHeads(Measure):
         return 4 * rows * self.dim(layer)
 
     def tally(self, grid: SweepGrid, bench: Bench) -> Tally:
-        """Features of every cell."""
+        """Features of every cell, of a network that was trained for its scheduler."""
+        check_scheduler(grid.denoiser)
         return _KeptTally(self, grid, bench)
 
 

@@ -17,6 +17,7 @@ from diffusers_repr.features.extractor import ImageBatch
 from diffusers_repr.features.noise_policy import pixel_keys
 from diffusers_repr.features.pooling import pool
 from diffusers_repr.heads import FeedbackHead
+from diffusers_repr.heads.feedback_logits import feedback_logits
 from diffusers_repr.heads.fitting.minibatch import descend
 from diffusers_repr.heads.fitting.protocols import MinibatchProtocol
 
@@ -88,20 +89,13 @@ class FeedbackFit:
         """`(B, K)` of images, with gradients of the head alone."""
         with self.extractor.reading():
             batch: ImageBatch = next(iter(self.extractor.batches(pixels, **self.condition, ids=pixel_keys(pixels))))
-            denoiser, path = self.extractor.denoiser, self.extractor.layers[0]
+            denoiser = self.extractor.denoiser
 
             def run() -> Any:
                 return denoiser.predict(batch.x_t, batch.level, batch.condition)
 
-            first = self.passes.first(run)
-
-            def second(feedback: dict[str, Tensor]) -> dict[str, Tensor]:
-                found = self.passes.second(run, first, feedback)[path]
-                return {path: denoiser.feature_map(path, found, tuple(batch.x_t.shape[2:])).as_map()}
-
-            logits = head(dict(first.features), second_pass=second)
-        assert isinstance(logits, Tensor)
-        return logits
+            size = tuple(batch.x_t.shape[2:])
+            return feedback_logits(head, self.passes, run, denoiser, size, f"map:{self.size}")
 
     @torch.no_grad()
     def accuracy(self, head: FeedbackHead) -> float:

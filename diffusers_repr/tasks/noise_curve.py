@@ -17,6 +17,7 @@ from torch.nn import functional
 from diffusers_repr.capture import capture, check_layers
 from diffusers_repr.data.labelled import Labelled
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.estimates import check_scheduler
 from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.features.noise_policy import NoiseSource, keyed_generator, pixel_keys
@@ -168,7 +169,8 @@ def noise_curve(
         progress: Called with a line at each reading.
 
     Raises:
-        ValueError, TypeError: For layers, levels, protocols or data that do not exist or fit.
+        ValueError, TypeError: For layers, levels, protocols or data that do not exist or fit, and a network that was
+            not trained for its scheduler.
     """
     require_images(denoiser, "A noise curve")
     layer = next(iter(check_layers(denoiser.model, layer)))
@@ -181,6 +183,7 @@ def noise_curve(
     tested = class_data(test, "test")
     check_labels(tested, names)
     check_several_classes(data.targets, tested.targets)
+    check_scheduler(denoiser)
     grid = _Grid(denoiser, timesteps)
     reader = _Reader(denoiser, layer, pooling, NoiseSource("per_image", seed), (prompt, class_labels),
                      denoiser.resize_to(image_size), batch_size)  # fmt: skip

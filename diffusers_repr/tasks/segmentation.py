@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_repr.data.masked import Masked, image_size, open_masked, placed
+from diffusers_repr.data.masks import black_and_white
 from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.images import image_items
@@ -222,7 +223,8 @@ class Segmenter(SavedTask):
             `rows`, and `iou: NAME` of every class that occurs.
 
         Raises:
-            ValueError: If the data's classes are not those of the segmenter, or no pixel has one.
+            ValueError: If the data's classes are not those of the segmenter, no pixel has one, or masks of 0 and 255
+                show one class alone.
         """
         names = self.recipe.label_names
         found = open_masked(data, "test", names, ignore_index, mask_column)
@@ -231,14 +233,18 @@ class Segmenter(SavedTask):
                 f"{found} has the classes {found.label_names}; the segmenter has {list(names)}. Bring them to the "
                 "same names in the same order."
             )
-        matrix, scores = ConfusionMatrix(len(names), found.ignore_index), []
+        matrix, scores, seen = ConfusionMatrix(len(names), found.ignore_index), [], set[int]()
         with bar_of(progress_bar, len(found)) as tell:
             for _, images, masks in found.batches(self.batch_size):
                 sums, size = self._predict(images, None, None)
                 truth = np.stack([placed(mask, size) for mask in masks])
+                seen.update(np.unique(truth).tolist())
                 matrix.update(sums.labels(), torch.from_numpy(truth))
                 scores.append(image_scores(sums.uncertainty().float()).cpu())
                 tell(len(images))
+        hint = black_and_white(seen - {found.ignore_index}, found.ignore_index in seen, found.ignore_index)
+        if hint and len(names) == 2:
+            raise ValueError(f"The masks of {found} show one class alone, or none.{hint}")
         result = {
             "mean_iou": matrix.mean_iou(),
             "mean_iou_legacy": matrix.mean_iou("legacy"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusers_repr.data.label_column import check_ids
 from diffusers_repr.data.masked import Masked, placed
+from diffusers_repr.data.masks import black_and_white
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family_registry import family_of_or_base
 from diffusers_repr.features import FeatureExtractor, FeatureOutput
@@ -135,6 +136,9 @@ def class_names(data: Masked, masks: Tensor) -> list[str]:
     present = present[present >= 0]
     if not len(present):
         raise ValueError(f"The masks of {data} have no pixel of a class; all are ignore_index={data.ignore_index}.")
+    hint = black_and_white(present.tolist(), False, data.ignore_index)
+    if hint and data.label_names is None:
+        raise ValueError(f"The masks of {data} have the class ids 0 and 255.{hint}")
     if data.label_names is not None:
         return list(data.label_names)
     check_ids(present.numpy(), f"The masks of {data}")
@@ -162,7 +166,10 @@ def learnable(masks: Tensor, names: Sequence[str], min_pixels: int, data: Masked
     if len(left) < 2:
         told = ", ".join(repr(names[i]) for i in sorted(left)) or "none"
         small = f" ({len(before - left)} more cover fewer than {min_pixels} pixels of an image)" * bool(before - left)
-        raise ValueError(f"The masks of {data} show {told} of {len(names)} classes{small}; a segmenter needs two.")
+        hint = black_and_white(before, bool((masks < 0).any()), data.ignore_index)
+        raise ValueError(
+            f"The masks of {data} show {told} of {len(names)} classes{small}; a segmenter needs two.{hint}"
+        )
     absent = [name for i, name in enumerate(names) if i not in left]
     if absent:
         why = f" Of them {', '.join(names[i] for i in sorted(before - left))} cover fewer than {min_pixels} pixels."

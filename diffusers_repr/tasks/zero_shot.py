@@ -31,7 +31,7 @@ from diffusers_repr.tasks.denoising_errors.output import ZeroShotOutput
 from diffusers_repr.tasks.denoising_errors.presets import rule_and_loss
 from diffusers_repr.tasks.denoising_errors.racing import Racing
 from diffusers_repr.tasks.denoising_errors.rules import Averaging, Decisions, Rule, Units, join_decisions
-from diffusers_repr.tasks.denoising_errors.scores import check_loss
+from diffusers_repr.tasks.denoising_errors.scores import check_bound, check_loss
 from diffusers_repr.tasks.folder_task import FolderTask
 from diffusers_repr.tasks.formats import ZERO_SHOT
 from diffusers_repr.tasks.images import class_accuracies, class_data
@@ -60,6 +60,8 @@ class ZeroShotClassifier(FolderTask):
 
     def __init__(self, recipe: ZeroShotRecipe, denoiser: Denoiser, batch_size: int = 64) -> None:
         recipe.classes.check(denoiser)
+        if recipe.loss == "vlb":
+            check_bound(denoiser)
         super().__init__(None, recipe, denoiser, batch_size)
         self._conditions: tuple[Any, ConditionRows] | None = None
 
@@ -98,7 +100,8 @@ class ZeroShotClassifier(FolderTask):
             base_revision: Goes with `base`.
 
         Raises:
-            ValueError: For a base without condition; as `ZeroShotClasses`, and for names that there are not.
+            ValueError: For a base without condition; as `ZeroShotClasses`; for names that there are not, and the loss
+                `vlb` of a base that learned its variance.
         """
         denoiser = source if isinstance(source, Denoiser) else Denoiser.from_pipe(source)
         found = ZeroShotClasses.of(denoiser, classes, template)
@@ -198,7 +201,8 @@ class ZeroShotClassifier(FolderTask):
             ids: Keys of the noise, one an image; the pixels if None, so that one image always gets the same.
 
         Raises:
-            ValueError: Without images.
+            ValueError: Without images, and if the estimates of the noise are far worse than none: the base was not
+                trained for its scheduler, such as one of EDM without its preconditioning.
             FloatingPointError: If errors are no numbers.
             MemoryError: If memory does not suffice for a single row.
         """

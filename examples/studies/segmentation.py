@@ -34,7 +34,7 @@ from diffusers_repr.pictures.masks import heat, mask_over
 STUDIES = Path(__file__).parent
 MODEL = STUDIES.parent / "models" / "cars-ddpm"
 HELD = {"coins": 28, "cars": 20}  # crops that are measured on
-SIZES = {"coins": (5,), "cars": (5, 18)}
+SIZES = {"coins": (5, 10, 20), "cars": (5, 10, 18)}
 NAMES = {"coins": ["ground", "coin"], "cars": ["ground", "car"]}
 SHOWN = 6  # crops in a picture
 SOURCES = {
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sources", nargs="+", default=list(SOURCES)[:4], choices=list(SOURCES))
     parser.add_argument("--sizes", nargs="*", type=int, help="crops to learn from; those of the set if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--members", type=int, default=10)
     parser.add_argument("--max_epochs", type=int, default=100)
     parser.add_argument("--no_pictures", action="store_true")
     args = parser.parse_args(argv)

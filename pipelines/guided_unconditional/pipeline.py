@@ -115,7 +115,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `layout`.
             num_images_per_label: Samples of each of the class_labels or layouts, side by side.
             prior: Draws the class_labels, or the layouts of a model of these, by the generator, after the noise, where
-                they are not given.
+                they are not given; `stored_prior` if None.
             layout: Class ids of pixels `(B, H, W)`, or `(H, W)` for all, of any size; 255 is no class. None of a model
                 of layouts is the null condition.
 
@@ -128,6 +128,7 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
                 their ranges, latents that do not fit or are not finite, settings that this model or scheduler does
                 not act on, and a scheduler made from the config of another noise process.
         """
+        prior = self.drawing(prior, class_labels, layout)
         self._check(output_type, guidance_scale, class_labels, layout, prior)
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
@@ -174,17 +175,17 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         if scale > 1 and self.null_label is None and not self._takes_layouts:
             raise ValueError(
                 f"guidance_scale={scale} needs a null class, which this {name} lacks "
-                f"(num_class_embeds={config.num_class_embeds}, class_embed_type={config.class_embed_type!r}). Leave it "
-                "at 1; other guidance needs no classes: guidance=[PAG(3.0)]."
+                f"(num_class_embeds={config.num_class_embeds}, class_embed_type={config.class_embed_type!r}). Leave "
+                "it at 1; other guidance needs no classes: guidance=[PAG(3.0)]."
             )
         given, other = ("layout", "class_labels") if self._takes_layouts else ("class_labels", "layout")
         if {"layout": layout, "class_labels": class_labels}[other] is not None:
             raise ValueError(f"This {name} takes no {other}; pass {given}.")
-        value = layout if self._takes_layouts else class_labels
+        value, what = (layout, "layouts") if self._takes_layouts else (class_labels, "classes")
         if value is not None and prior is not None:
-            raise ValueError(f"prior draws {given} that is not given; pass one of both.")
+            raise ValueError(f"prior draws {given} that are not given; pass one of both.")
         if scale > 1 and value is None and prior is None:
-            raise ValueError(f"guidance_scale={scale} guides towards a condition: pass {given} or a prior.")
+            raise ValueError(f"guidance_scale={scale} guides towards {what}: pass {given} or a prior.")
 
     def _layout_rows(self, layout: Any) -> Tensor | None:
         """Layouts `(B, H, W)` on the device."""

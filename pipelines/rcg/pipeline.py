@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -31,6 +31,8 @@ from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.labels import Labels, class_or_null_ids
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
+from diffusers_repr.models.sit import SiTTransformer2DModel
+from diffusers_repr.models.uvit import UViTTransformer2DModel
 from diffusers_repr.models.vector_embedding import VectorEmbedding
 
 
@@ -52,8 +54,8 @@ class RCGPipelineOutput(BaseOutput):
 class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
     """Representation-conditioned generation (RCG, Li et al. 2023, arXiv 2312.03701), without labels or by class.
 
-    `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a `UNet2DModel`
-    with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a transformer with a
+    `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
+    `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a transformer with a
     vector input, such as `SiTTransformer2DModel(condition_dim=D)`. A pipeline may have one half alone. Between the
     steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the networks.
 
@@ -83,7 +85,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         prior: RepresentationMLPModel | None = None,
         prior_scheduler: SchedulerMixin | None = None,
         unet: UNet2DModel | UNet2DConditionModel | None = None,
-        transformer: ModelMixin | None = None,
+        transformer: SiTTransformer2DModel | UViTTransformer2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
         vae: AutoencoderKL | None = None,
         condition_embedding: VectorEmbedding | None = None,
@@ -115,8 +117,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         width = bare_conditioner(self._network, self.conditioner).channels()
         if self.prior is not None and width != self.prior.config.in_channels:
             raise ValueError(
-                f"The prior draws vectors of {self.prior.config.in_channels} channels, and {type(self._network).__name__} "
-                f"takes {width}; a VectorEmbedding({self.prior.config.in_channels}, {width}) that was trained with it "
+                f"The prior draws vectors of {self.prior.config.in_channels} channels, and "
+                f"{type(self._network).__name__} takes {width}; a VectorEmbedding({self.prior.config.in_channels}, {width}) that was trained with it "
                 "brings them there: condition_embedding=."
             )
 
@@ -235,8 +237,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         sampling.check_number("guidance_scale of the prior", scale)
         if scale > 1 and (self.null_label is None or labels is None):
             raise ValueError(
-                f"guidance_scale={scale} of the prior guides to classes: it takes class_labels, and a prior with a null "
-                f"class (num_classes={self.prior.config.num_classes}, null_class={self.prior.config.null_class})."
+                f"guidance_scale={scale} of the prior guides to classes: it takes class_labels, and a prior with a "
+                f"null class (num_classes={self.prior.config.num_classes}, null_class={self.prior.config.null_class})."
             )
 
     def _vectors(
@@ -323,7 +325,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             eta: Noise of DDIM for the image, from 0 to 1. Other schedulers take none but 0.
             latents: Standard normal noise `(B, C, h, w)` to start the image from, in place of drawing it.
             condition: Vectors `(B, D)`, or one for all, in place of drawing them: those of images, for example.
-            prior: Draws the vectors instead, after the noise: `StoredPrior(vectors, in_order=True)`.
+            prior: Draws the vectors instead, after the noise: `StoredPrior(vectors, in_order=True)`; of a pipeline
+                without a network for them `stored_prior` if None.
             prior_guidance_scale: As `guidance_scale` of `sample_representations`.
             prior_num_inference_steps: Steps of the vectors' sampler.
             prior_eta: As `eta` of `sample_representations`.
@@ -343,6 +346,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 outside of their ranges, latents that do not fit or are not finite, guidance that could not act, and a
                 missing half of the pipeline.
         """
+        if self.prior is None:
+            prior = self.drawing(prior, condition, class_labels)
         given = sum(value is not None for value in (condition, prior, class_labels))
         labels, vectors = self._check(output_type, guidance_scale, class_labels, condition, given)
         known = self._callback_tensor_inputs
@@ -373,7 +378,6 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         predict = self._predictor()
         tensors = self._denoise(steps, tensors, predict, samplers, extra, callback_on_step_end, names)
         images = self._images(tensors["latents"], output_type)
-        self._guidance_scale = 1.0
         self.maybe_free_model_hooks()
         return (
             (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
@@ -398,8 +402,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             self._need(self.prior, "prior to draw vectors: give condition= or prior=, or load one")
         if scale > 1 and not bound.has_null:
             raise ValueError(
-                f"guidance_scale={scale} needs a null vector, which {type(self._network).__name__} was trained without "
-                "(condition_embedding=None). Leave it at 1."
+                f"guidance_scale={scale} needs a null vector, which {type(self._network).__name__} was trained "
+                "without (condition_embedding=None). Leave it at 1."
             )
         return self._given_labels(class_labels), given_vectors(condition, bound.channels())
 

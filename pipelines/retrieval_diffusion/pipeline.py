@@ -21,18 +21,20 @@ from diffusers.utils.torch_utils import randn_tensor
 # diffusers loads a component of a class that is imported already, and imports none because a folder names it.
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPTokenizerFast
+from transformers import CLIPModel, CLIPTokenizer, CLIPTokenizerFast
 
 from diffusers_repr.assign.index import RetrievalIndex
 from diffusers_repr.assign.neighbour_tokens import neighbour_tokens
 from diffusers_repr.assign.retrieval_prior import FrequencyPrior
 from diffusers_repr.capture.key_values import cached_key_values, can_cache
+from diffusers_repr.data.teacher_features import encoder_fingerprint
 from diffusers_repr.denoiser import TokenConditioner, sampling
 from diffusers_repr.denoiser.conditioner import bare_conditioner
 from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.prior import Prior
 from diffusers_repr.denoiser.vae import decode_latents
 from diffusers_repr.encoders.image_text import ImageTextEncoder
+from diffusers_repr.encoders.preprocessing import CLIP_MEAN, CLIP_STD
 from diffusers_repr.encoders.queries import encode_queries
 from diffusers_repr.guidance import Guidance
 from diffusers_repr.guidance.pipeline import GuidedPipelineMixin
@@ -70,14 +72,15 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
         null_tokens: The null condition, learned or fixed (`NullTokens`); None: zeros.
         clip: Both towers of CLIP, for queries where no encoder is given.
         tokenizer: Of its texts.
-        feature_extractor: Mean and standard deviation of its images.
+        image_mean: Of the images in [0, 1] that CLIP takes, one a channel; the published CLIP's if None.
+        image_std: As `image_mean`.
         k: Neighbours that it was trained with.
         include_query: Whether the query was among the tokens in training.
         index_encoder: Record of the encoder whose vectors it was trained on; an index of another is refused.
     """
 
     model_cpu_offload_seq = "clip->unet->vae"
-    _optional_components = ["vae", "null_tokens", "clip", "tokenizer", "feature_extractor"]
+    _optional_components = ["vae", "null_tokens", "clip", "tokenizer"]
     _exclude_from_cpu_offload = ["null_tokens"]
     _callback_tensor_inputs = ["latents", "tokens"]
 
@@ -89,18 +92,20 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
         null_tokens: NullTokens | None = None,
         clip: CLIPModel | None = None,
         tokenizer: CLIPTokenizer | CLIPTokenizerFast | None = None,
-        feature_extractor: CLIPImageProcessor | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
         k: int = 4,
         include_query: bool = False,
         index_encoder: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            unet=unet, scheduler=scheduler, vae=vae, null_tokens=null_tokens, clip=clip, tokenizer=tokenizer,
-            feature_extractor=feature_extractor,
-        )  # fmt: skip
-        record = None if index_encoder is None else dict(index_encoder)
-        self.register_to_config(k=k, include_query=include_query, index_encoder=record)
+        parts = {"unet": unet, "scheduler": scheduler, "vae": vae, "null_tokens": null_tokens}
+        self.register_modules(**parts, clip=clip, tokenizer=tokenizer)
+        mean, std, record = (
+            None if value is None else kind(value)
+            for kind, value in ((list, image_mean), (list, image_std), (dict, index_encoder))
+        )
+        self.register_to_config(image_mean=mean, image_std=std, k=k, include_query=include_query, index_encoder=record)
 
     def _folder_class(self) -> str:
         return type(self).__name__
@@ -162,7 +167,7 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
             return_dict: False returns the tuple `(images,)`.
             encoder: `Encoder` or `ImageTextEncoder` of the queries; the pipeline's CLIP if None.
             tokens: The token sets themselves, `(B, k, D)` or `(k, D)` for all, in place of query and index.
-            prior: Draws the tokens, in place of query and index.
+            prior: Draws the tokens, in place of query and index; `stored_prior` if None.
             top: Share of the index that pseudo-queries are drawn from, those rows that were neighbours of training
                 images most often; all if None.
             weighted: Draw pseudo-queries by how often they were neighbours.
@@ -182,6 +187,7 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
             ValueError: For an index of other vectors than the network was trained on, more neighbours than it has,
                 texts for an encoder without texts, shapes and numbers that do not fit, and settings without effect.
         """
+        prior = self.drawing(prior, query, index, tokens)
         self._check(output_type, guidance_scale, query, index, tokens, prior, top, weighted)
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
@@ -198,12 +204,8 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
             pseudo = FrequencyPrior(
                 index, k + include_query, include_query=include_query, share=share, weighted=weighted
             )
-        tokens, rows, scores = sampling.repeat_rows(
-            num_images_per_query,
-            query=self._given_tokens(tokens),
-            rows=found and found.rows,
-            scores=found and found.scores,
-        )
+        kept = (None, None) if found is None else (found.rows, found.scores)
+        tokens, rows, scores = _repeated(num_images_per_query, self._given_tokens(tokens), *kept)
         batch_size = sampling.count_samples(batch_size=batch_size, query=tokens, latents=latents, generator=generator)
         noise = self._noise(batch_size, generator, latents)
         if pseudo is not None:
@@ -278,10 +280,10 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
     def _queries(self, query: Any, encoder: Any, index: RetrievalIndex) -> Tensor:
         """Vectors of queries."""
         if encoder is None and self.clip is not None:
-            means = {} if self.feature_extractor is None else _statistics(self.feature_extractor)
-            encoder = ImageTextEncoder(self.clip, self.tokenizer, **means)
+            mean, std = self.config.image_mean or CLIP_MEAN, self.config.image_std or CLIP_STD
+            encoder = ImageTextEncoder(self.clip, self.tokenizer, mean, std)
         elif hasattr(encoder, "fingerprint") and index.encoder:
-            index.check_encoder(encoder.fingerprint())
+            index.check_encoder(encoder_fingerprint(encoder))
         return encode_queries(query, encoder)
 
     def _given_tokens(self, tokens: Any) -> Tensor | None:
@@ -355,5 +357,8 @@ class _Predictor:
         return self._entered
 
 
-def _statistics(processor: Any) -> dict[str, Any]:
-    return {"mean": processor.image_mean, "std": processor.image_std}
+def _repeated(times: int, *values: Tensor | None) -> list[Tensor | None]:
+    """Each row as often as `num_images_per_query` says, copies side by side."""
+    if check_whole("num_images_per_query", times) > 1 and values[0] is None:
+        raise ValueError(f"num_images_per_query={times} repeats queries, and there are none: pass batch_size.")
+    return [None if value is None else value.repeat_interleave(times, 0) for value in values]

@@ -191,8 +191,8 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `class_labels`, `condition`,
                 `class_token`.
             num_images_per_label: Samples of each of the class_labels or conditions, side by side.
-            prior: Draws the class_labels, or the conditions if it gives vectors, that are not given; class_labels are
-                drawn from all alike if None.
+            prior: Draws the class_labels, or the conditions if it gives vectors, that are not given; `stored_prior` if
+                None, and without one class_labels are drawn from all alike.
             class_token_guidance_scale: Guidance of the class token, of a model of REG (`--cls-cfg-scale` of its code);
                 1 leaves the token conditional. It acts where `guidance_scale` does, which it equals if None.
 
@@ -205,6 +205,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 not fit, numbers outside of their ranges, latents that are not finite, guidance that could not act,
                 and a scheduler made from the config of another noise process.
         """
+        prior = self.drawing(prior, class_labels, condition)
         self._check(output_type, guidance_scale, guidance_interval, guidance_channels)
         self._check_token_scale(class_token_guidance_scale, guidance_scale)
         known = self._callback_tensor_inputs

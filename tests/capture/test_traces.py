@@ -337,7 +337,7 @@ def test_the_plain_module_inside_a_compiled_one_is_fine(dynamo):
     assert torch.equal(tape["0"], model[0](torch.ones(2, 4)))
 
 
-@pytest.mark.parametrize(("name", "stop_early"), [("ddpm", True), ("sd3", False)])
+@pytest.mark.parametrize(("name", "stop_early"), [("ddpm", True), pytest.param("sd3", False, marks=pytest.mark.slow)])
 def test_capture_first_and_compile_after(name, stop_early, dynamo):
     model, inputs, _ = setting(name)
     model = copy.deepcopy(model)

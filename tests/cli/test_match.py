@@ -74,6 +74,8 @@ def test_cells_that_choose_each_other_and_a_selection(place, capsys):
         (("--selection", "x", "--layer", "y"), ("9", "9"), "--selection has its own layer"),
         ((*SET, "--model", "no/such/model/at/all"), ("9", "9"), "no/such/model"),
         (("--preset", "dift"), ("9", "9"), "'dift' has published choices for sd, adm-256"),
+        ((*SET, "--category", "cat"), ("9", "9"), "--category cat has no place: the prompt is None. Pass --prompt"),
+        ((*SET, "--category", "cat", "--prompt", "a dog"), ("9", "9"), "--category cat has no place in --prompt"),
         (("--preset", "dino"), ("9", "9"), "No preset for method 'dino'"),
     ],
 )

@@ -94,7 +94,9 @@ def test_fit(places, tmp_path):
 
 
 def test_contract(places):
-    config = OdiseConfig(str(saved("short_sd")), clip=str(places / "clip"), head={**SMALL, "strides": [2, 8]}, points=32)
+    config = OdiseConfig(
+        str(saved("short_sd")), clip=str(places / "clip"), head={**SMALL, "strides": [2, 8]}, points=32
+    )
     data = PanopticTrainData(load_scenes("train", 3), PanopticConfig("scenes", **COLUMNS), 3, (32, 32))
     batch = torch.utils.data.default_collate([data[at] for at in range(3)])
     words, towers = config.vocabulary(data.class_names, ["ground"]), ImageTextEncoder.from_pretrained(config.clip)

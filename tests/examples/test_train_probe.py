@@ -1,5 +1,6 @@
 """`train_probe.py`: a run with each kind of features, the probe it leaves, and the recipes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from diffusers_repr.data import DataConfig
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.heads import FeedbackHead
 from diffusers_repr.objectives import ProbeConfig
-from diffusers_repr.tasks import Probe
-from diffusers_repr.training import TrainingConfig
+from diffusers_repr.tasks import Probe, prepare_probe
+from diffusers_repr.training import TrainingConfig, make_accelerator, train
 from tests.examples.scripts import run_script
 from tests.tasks.planted import pipeline
+from tests.training.loop_cases import forget_accelerate
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SMALL = ["--head_options", json.dumps({"width": 16, "num_attention_heads": 2}), "--logging_steps", "4"]
@@ -55,6 +57,37 @@ def test_a_run(name, tmp_path, monkeypatch):
     card = (out / "README.md").read_text()
     assert 'Probe.from_pretrained("out")' in card
     assert "image-classification" in card
+
+
+def cached_run(out, inputs, batch_size):
+    """Losses and measures of a linear probe on features that all processes compute once, `batch_size` a process."""
+    config, data, probe = parse_recipe((TrainingConfig, DataConfig, ProbeConfig), [str(part) for part in (
+        "--pretrained_model_name_or_path", inputs / "ddpm", "--dataset_name", inputs / "pets", "--output_dir", out,
+        "--head", "linear", "--layers", "mid_block", "--timesteps", 100, "--feature_cache", out / "features",
+        "--cache_dtype", "float32", "--train_batch_size", batch_size, "--max_train_steps", 6, "--logging_steps", 1,
+        "--learning_rate", 0.05, "--lr_warmup_steps", 0, "--eval_split", "test",
+    )])  # fmt: skip
+    config = dataclasses.replace(config, eval_batch_size=0)
+    made = prepare_probe(config, data, probe)
+    accelerator = make_accelerator(made.config, False)  # of this run: the two processes go on
+    train(made.objective, made.data, made.config, evaluate=made.evaluate, accelerator=accelerator)
+    losses = [json.loads(line)["loss"] for line in (out / "loss.jsonl").read_text().splitlines()]
+    return losses, json.loads((out / "evaluation.jsonl").read_text())
+
+
+def test_two_processes_train_what_one_does(together, tmp_path):
+    """Features in two shares, half a batch each: the same losses, weights and measures."""
+    place, told = together
+    forget_accelerate()
+    losses, measured = cached_run(tmp_path, place / "inputs", 8)
+    forget_accelerate()
+    for found in told["probe"]:
+        assert found[0] == pytest.approx(losses, rel=1e-4)
+        assert found[1] == measured
+    assert losses[-1] < losses[0]
+    ours, theirs = (Probe.from_pretrained(folder).head.state_dict() for folder in (tmp_path, place / "probe"))
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_recipes_and_bad_input(monkeypatch, tmp_path):

@@ -137,6 +137,8 @@ CLASSES = {
     "guided_unconditional": "GuidedUnconditionalPipeline",
     "joint_diffusion": "JointDiffusionPipeline",
     "open_vocabulary_segmentation": "OpenVocabularySegmentationPipeline",
+    "rcg": "RCGPipeline",
+    "retrieval_diffusion": "RetrievalDiffusionPipeline",
     "sit": "SiTPipeline",
 }
 

@@ -10,7 +10,12 @@ class OfficialRDM:
     """Random weights of the authors' module, and what its averaged network gives."""
 
     def __init__(self, channels=6, width=16, inner=12, time=8, depth=2, classes=0, context=4, seed=0):
-        self.generator, self.width, self.depth, self.classes = torch.Generator().manual_seed(seed), width, depth, classes
+        self.generator, self.width, self.depth, self.classes = (
+            torch.Generator().manual_seed(seed),
+            width,
+            depth,
+            classes,
+        )
         shapes = {
             "time_embed.0": (time, width), "time_embed.2": (time, time), "input_proj": (width, channels),
             "out.0": (width,), "out.2": (channels, width),

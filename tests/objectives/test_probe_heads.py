@@ -207,6 +207,8 @@ def test_labels_and_bases_that_cannot_be_trained_on():
         made.check_data(Data([1] * 4))
     with pytest.raises(ValueError, match="training labels run from -1 to 2"):
         made.check_data(Data([-1, 0, 2]))
+    with pytest.raises(ValueError, match=r"Classes \['b'\] have no image in the training data"):
+        made.check_data(Data([0, 2, 2]))
     half = Denoiser.from_pipe(pipeline().to(torch.float16))
     extractor = FeatureExtractor(half, LAYERS, TIMES, pooling="map:4")
     with pytest.raises(ValueError, match="float16 loses small values"):

@@ -118,7 +118,7 @@ def test_vector_data():
 
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda: RepresentationObjective(sit()), ValueError, "trains networks of vectors; SiT"),
-    (lambda: DiffusionObjective(denoiser()), ValueError, "for networks of images; RepresentationMLPModel denoises vec"),
+    (lambda: DiffusionObjective(denoiser()), ValueError, "for networks of images; RepresentationMLPModel denoises"),
     (lambda: RepresentationObjective(denoiser(), assigner=torch.nn.Linear(1, 1)), TypeError, "is an Assigner"),
     (lambda: RepresentationObjective(denoiser(), assigner=IdentityAssigner(D)), ValueError, "fitted: False"),
     (lambda: RepresentationObjective(denoiser(), assigner=IdentityAssigner(5).fit(torch.eye(5))), ValueError, "of 6"),

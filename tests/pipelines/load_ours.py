@@ -95,6 +95,27 @@ def load_joint(place: Path) -> None:
     print("joint is good", flush=True)
 
 
+def load_rcg(place: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(place / "rcg", **consent("rcg"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"class_labels": [0, 2], "guidance_scale": 2.0, "num_inference_steps": 2, "prior_num_inference_steps": 2}
+
+    def sampled(pipe=pipe):
+        return pipe(**call, output_type="np", generator=torch.Generator().manual_seed(0)).images
+
+    assert np.array_equal(sampled(), np.load(place / "rcg.npy"))
+    pipe.save_pretrained(place / "rcg-again")
+    again = DiffusionPipeline.from_pretrained(place / "rcg-again", **consent("rcg"))
+    assert type(again).__name__ == "RCGPipeline"
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.abs(sampled() - np.load(place / "rcg.npy")).max() < 5e-5
+    pipe.remove_all_hooks()
+    cpu_offload(pipe.prior, torch.device("cpu"))  # the sequential one, whose "cpu:0" accelerate cannot handle
+    assert np.abs(sampled() - np.load(place / "rcg.npy")).max() < 5e-5
+    print("rcg is good", flush=True)
+
+
 def load_features(*names: str) -> None:
     errors = check_all(list(names))
     if not before("diffusers", "0.38"):  # older loaders run a folder's code without asking
@@ -153,10 +174,31 @@ def load_classifier() -> None:
     assert type(pipe).__module__.startswith("diffusers_modules.local")
     classes = {"cat": "a cat", "dog": "a dog"}
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    stock = ZeroShotClassifier.of(Denoiser.from_pretrained(saved("short_sd")), classes, rule=Averaging(2), image_size=32)
+    stock = ZeroShotClassifier.of(
+        Denoiser.from_pretrained(saved("short_sd")), classes, rule=Averaging(2), image_size=32
+    )
     found = pipe(images, classes, rule=Averaging(2), image_size=32)
     assert torch.equal(found.errors, stock(images).errors)
     print("diffusion_classifier is good", flush=True)
+
+
+def load_retrieval(place: Path) -> None:
+    from tests.pipelines.retrieval_cases import index, vectors
+
+    pipe = DiffusionPipeline.from_pretrained(place / "retrieval", **consent("retrieval_diffusion"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"query": vectors(2, 9), "index": index(), "guidance_scale": 2.0, "num_inference_steps": 3}
+    want = np.load(place / "retrieval.npy")
+
+    def far() -> float:
+        images = pipe(**call, generator=torch.Generator().manual_seed(0), output_type="np").images
+        return np.abs(images - want).max()
+
+    assert far() < 5e-5
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert far() < 5e-5
+    print("retrieval is good", flush=True)
 
 
 def load_two() -> None:
@@ -184,7 +226,14 @@ def load_two() -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     cases = [(load_guided, (folder, *given)) for folder, given in GUIDED.items()]
-    cases += [(load_sit, (place,)), (load_joint, (place,)), (load_features, FEW), (load_segmentation, ())]
+    cases += [
+        (load_sit, (place,)),
+        (load_joint, (place,)),
+        (load_rcg, (place,)),
+        (load_retrieval, (place,)),
+        (load_features, FEW),
+        (load_segmentation, ()),
+    ]
     cases += [(load_correspondence, ()), (load_open_vocabulary, (place,)), (load_classifier, ()), (load_two, ())]
     for function, given in cases:  # forked, so that the imports are paid once
         process = multiprocessing.get_context("fork").Process(target=function, args=given)

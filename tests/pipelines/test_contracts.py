@@ -14,9 +14,9 @@ from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODE
 from diffusers_repr.heads import JointHead
 from diffusers_repr.models import JointViTModel
 from diffusers_repr.models.class_token import ClassTokenHead
-from tests.pipelines import sit_cases
+from tests.pipelines import rcg_cases, retrieval_cases, sit_cases
 from tests.testers.models import build, unet2d
-from tests.testers.pipelines import PipelineContract
+from tests.testers.pipelines import ClassCutoff, PipelineContract
 
 CLASSES = {
     "pair": {"class_labels": [1, 2], "guidance_scale": 4.0},
@@ -65,6 +65,34 @@ class TestJointViT(ByClass):
         torch.manual_seed(0)
         vit = JointViTModel((8, 8), 4, 1, 2, 16, 2, num_classes=3).eval()
         return JointDiffusionPipeline(vit, DDIMScheduler())
+
+
+class ByVector(ByClass):
+    pair, one, repeated = ({**call, "prior_num_inference_steps": 2} for call in CLASSES.values())
+
+
+class TestRCGWithSiT(ByVector):
+    def make(self):
+        return rcg_cases.make("sit", num_classes=3)
+
+
+class TestRCGWithUNet(ByVector):
+    def make(self):
+        return rcg_cases.make("latent", num_classes=3)
+
+
+class TokensCutoff(ClassCutoff):
+    tensor_inputs = ["tokens"]
+
+
+class TestRetrieval(PipelineContract):
+    cutoff, many = TokensCutoff, "num_images_per_query"
+    pair = {"query": retrieval_cases.vectors(2, 9), "index": retrieval_cases.index(), "guidance_scale": 4.0}
+    one = {**pair, "query": pair["query"][1:]}
+    repeated = {**pair, "query": pair["query"].repeat_interleave(2, 0)}
+
+    def make(self):
+        return retrieval_cases.pipeline(k=4)  # the default, which components alone do not tell
 
 
 class ByPrompt(PipelineContract):

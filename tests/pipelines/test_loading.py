@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-from tests.pipelines import sit_cases
+from tests.pipelines import rcg_cases, retrieval_cases, sit_cases
 from tests.pipelines.guided_cases import GUIDED
 from tests.pipelines.test_joint_diffusion import make
 
@@ -27,6 +27,16 @@ def test_every_folder_loads_with_consent(tmp_path):
         pipe.save_pretrained(tmp_path / kind)
         guided = {"class_labels": "owl", "guidance_scale": 5.0, "generator": torch.Generator().manual_seed(0)}
         np.save(tmp_path / f"{kind}.npy", pipe(**guided, **call).images)
+    pipe = rcg_cases.make("unet", num_classes=3)
+    pipe.save_pretrained(tmp_path / "rcg")
+    guided = {"class_labels": [0, 2], "guidance_scale": 2.0, "prior_num_inference_steps": 2, "output_type": "np"}
+    guided |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    np.save(tmp_path / "rcg.npy", pipe(**guided).images)
+    pipe = retrieval_cases.pipeline()
+    pipe.save_pretrained(tmp_path / "retrieval")
+    call = {"guidance_scale": 2.0, "num_inference_steps": 3, "output_type": "np"}
+    query, seed = retrieval_cases.vectors(2, 9), torch.Generator().manual_seed(0)
+    np.save(tmp_path / "retrieval.npy", pipe(query, retrieval_cases.index(), generator=seed, **call).images)
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.pipelines.load_ours", str(tmp_path)]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
@@ -34,11 +44,13 @@ def test_every_folder_loads_with_consent(tmp_path):
     own = (
         "sit",
         "joint",
+        "rcg",
         "feature_extraction",
         "few_shot_segmentation",
         "correspondence",
         "open_vocabulary_segmentation",
         "diffusion_classifier",
+        "retrieval",
     )
     names = (*GUIDED, *own, "two")
     assert good == [f"{name} is good" for name in names], done.stderr[-3000:]

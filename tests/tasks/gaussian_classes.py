@@ -1,7 +1,7 @@
 """A class-conditional denoiser in closed form: each class is normal, so that the Bayes classifier is known."""
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from diffusers_repr.denoiser import Denoiser
@@ -21,12 +21,13 @@ def means(classes=4, seed=0):
 class GaussianClasses(nn.Module):
     """Of data `N(mean_c, width^2)` the best estimate of the noise, in any form of prediction."""
 
-    def __init__(self, centres, scheduler):
+    def __init__(self, centres, scheduler, trained_as=None):
         super().__init__()
         self.config = {"num_class_embeds": len(centres), "in_channels": 1, "out_channels": 1, "sample_size": SIDE,
                        "block_out_channels": (8,)}  # fmt: skip
         self.centres = nn.Parameter(centres.clone())
         self.schedule = NoiseSchedule.from_scheduler(scheduler)
+        self.trained_as = trained_as or self.schedule
 
     def forward(self, sample, timestep, class_labels):
         level = self.schedule.resolve(timestep.double().expand(len(sample)))
@@ -34,16 +35,16 @@ class GaussianClasses(nn.Module):
         centre = self.centres[class_labels]
         residual = (sample.double() - a * centre) / (a**2 * WIDTH**2 + s**2)
         eps, x0 = s * residual, centre + a * WIDTH**2 * residual
-        if self.schedule.output == "epsilon":
+        if self.trained_as.output == "epsilon":
             return (eps,)
-        return (training_target(x0, eps, level, self.schedule),)
+        return (training_target(x0, eps, level, self.trained_as),)
 
 
-def denoiser(kind="epsilon", centres=None):
-    """A `Denoiser` in float64; `kind`: a prediction type, or `flow`."""
-    flow = kind == "flow"
-    scheduler = FlowMatchEulerDiscreteScheduler() if flow else DDPMScheduler(prediction_type=kind)
-    model = GaussianClasses(means() if centres is None else centres, scheduler)
+def denoiser(kind="epsilon", centres=None, trained_as=None):
+    """A `Denoiser` in float64; `kind`: a prediction type, `flow`, `edm`; `trained_as`: a schedule it does not have."""
+    others = {"flow": FlowMatchEulerDiscreteScheduler(), "edm": EDMEulerScheduler(sigma_data=1.0)}
+    scheduler = others[kind] if kind in others else DDPMScheduler(prediction_type=kind)
+    model = GaussianClasses(means() if centres is None else centres, scheduler, trained_as)
     family = family_by_name("UNet2DModel")
     return Denoiser(model, scheduler, family=family, conditioner=LabelConditioner(-1), name="gaussian")
 

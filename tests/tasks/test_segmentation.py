@@ -296,6 +296,15 @@ def test_masks_that_do_not_fit():
         small(train=(images, [mask * 0 for mask in masks]))
     with pytest.raises(ValueError, match="no pixel of a class; all are ignore_index=255"):
         small(train=(images, [mask * 0 + 255 for mask in masks]))
+    white = [(mask > 0).astype(np.uint8) * 255 for mask in masks]
+    with pytest.raises(ValueError, match="a segmenter needs two. Are they black and white. Then their pixels of 255"):
+        small(train=(images, white))
+    with pytest.raises(ValueError, match=r"has the class 255 .*Are they black and white.*store ids 0 and 1"):
+        small(train=(images, white), ignore_index=None)
+    once = {"members": 1, "protocol": QUICK.replace(max_epochs=1), "label_names": ["ground", "thing"]}
+    two = small(train=(images, [mask // 255 for mask in white]), **once)
+    with pytest.raises(ValueError, match="show one class alone, or none. Are they black and white"):
+        two.evaluate((images, white), record=False)
     with pytest.raises(ValueError, match="no column named mask or masks"):
         small(train=dataset(2).rename_column("mask", "regions"))
     with pytest.raises(ValueError, match="was opened without masks"):

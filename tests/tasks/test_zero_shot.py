@@ -9,6 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.estimates import check_estimates
+from diffusers_repr.features import ddae_levels
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.tasks import AdaptiveSchedule, Averaging, Racing, WinogroundOutput, ZeroShotClassifier, winoground
 from diffusers_repr.tasks.denoising_errors.classes import ZeroShotClasses
@@ -17,6 +19,7 @@ from diffusers_repr.tasks.denoising_errors.network import NetworkErrors
 from diffusers_repr.tasks.denoising_errors.pairs import Asked, ask
 from diffusers_repr.tasks.denoising_errors.scores import bound_weight, noise_error
 from diffusers_repr.testing import check_task
+from tests.pipelines import sit_cases
 from tests.tasks.gaussian_classes import WIDTH, denoiser, draw, means, photos
 from tests.testers.models import build
 
@@ -247,6 +250,24 @@ def test_families(name):
     assert len(found) == 2
 
 
+def test_a_flow_in_velocity():
+    """SiT's velocity is eps - x_0, so that the noise is x_t + (1 - t) v; written out, one row at a time."""
+    base = Denoiser.from_pipe(sit_cases.pipeline())
+    x0 = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    made = ZeroShotClassifier.of(base, [0, 3], rule=Averaging(2), batch_size=3)
+    found = made(list(x0 / 2 + 0.5))
+    for image in range(2):
+        for place, label in enumerate((0, 3)):
+            errors = []
+            for time in (250.0, 750.0):
+                noise = find_noise(made, list(x0 / 2 + 0.5), image, time, (3, 8, 8))[0]
+                x_t, t = x0[image] * (1 - time / 1000) + noise * (time / 1000), torch.tensor([time])
+                with torch.no_grad():
+                    v = base.model(x_t[None], t, class_labels=torch.tensor([label])).sample
+                errors.append((x_t + (1 - time / 1000) * v - noise).square().mean())
+            assert float(found.errors[image, place]) == pytest.approx(float(sum(errors) / 2), rel=1e-4)
+
+
 def test_winoground(text):
     images, captions = pictures(2), ("some plants around a bulb", "a bulb around some plants")
     found = winoground(text, [(captions, images)], n_levels=3, image_size=32)
@@ -392,9 +413,28 @@ def test_misuse(text):
         made.evaluate((images[:2], labels[:2]))
     with pytest.raises(ValueError, match="schedules have levels of their own"):
         ZeroShotClassifier.fit(base, (images, labels), rule="pets")
+    with pytest.raises(ValueError, match="learned its own .8 channels out, 4 in"):
+        ZeroShotClassifier.of(build("dit"), [0, 1], loss="vlb")
     broken = denoiser(centres=means() * math.nan)
     with pytest.raises(FloatingPointError, match="is not finite"):
         ZeroShotClassifier.of(broken, rule=Averaging(2))(images)
+
+
+def test_a_network_of_edm_without_its_preconditioning_is_refused():
+    """What it gives is about the opposite of the noise, where there is little; with its scheduler it is right."""
+    edm = NoiseSchedule("edm", "edm", sigma_min=0.002, sigma_max=80.0, sigma_data=1.0)
+    lost, images = denoiser(trained_as=edm), photos(draw(8)[0])
+    with pytest.raises(ValueError, match="gaussian: its estimates of .* a network of EDM without its precond"):
+        ZeroShotClassifier.of(lost, rule=Averaging(4))(images)
+    kept = denoiser("edm")
+    assert len(ddae_levels(kept)) == 3
+    assert ZeroShotClassifier.of(kept, rule=Averaging(16))(images).ids.tolist() == [0, 1, 2, 3] * 2
+    grey = {"centres": means() * 0, "trained_as": edm}
+    with pytest.raises(ValueError, match="It was not trained for this scheduler .vp, output 'epsilon'"):
+        ddae_levels(denoiser(**grey))
+    assert len(ddae_levels(denoiser(centres=grey["centres"]))) == 3
+    with pytest.raises(ValueError, match="a network that is not EDM's, or another prediction_type"):
+        check_estimates(kept, 3.0, 0.1)
 
 
 def test_a_picture_of_errors_by_level():

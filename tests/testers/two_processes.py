@@ -72,7 +72,20 @@ def sinkhorn(folder):
     return sinkhorn_job()
 
 
-JOBS = (metrics, extract, cache, training, samples, sinkhorn)
+def assign(folder):
+    from tests.cli.test_assign import job
+
+    return job(folder.parent / "inputs", folder)
+
+
+def probe(folder):
+    import tests.examples.conftest  # noqa: F401
+    from tests.examples.test_train_probe import cached_run
+
+    return cached_run(folder, folder.parent / "inputs", 4)
+
+
+JOBS = (metrics, extract, cache, training, samples, sinkhorn, assign, probe)
 
 
 def everywhere(value):
@@ -107,6 +120,9 @@ def make_inputs(folder):
     folder.mkdir()
     shutil.copytree(saved("ddpm"), folder / "ddpm")
     write_data(folder / "pets.parquet", 23)
+    (folder / "pets" / "data").mkdir(parents=True)
+    for split, rows in (("train", 24), ("test", 9)):
+        write_data(folder / "pets" / "data" / f"{split}-00000-of-00001.parquet", rows)
     of_cache(folder)
 
 

@@ -57,8 +57,8 @@ class LayoutConditioner(SeveralConditioner):
         maps, labels, vector = family.map_channels(), LabelConditioner(), family.vector_input()
         if not maps or (vector is None and not family.classes()[0]):
             raise ValueError(
-                f"This {name} takes no layouts: for masks of S classes it needs S input channels more than it predicts "
-                "and class_embed_type='identity'; for boxes of K classes one more and num_class_embeds=K + 1."
+                f"This {name} takes no layouts: for masks of S classes it needs S input channels more than it "
+                "predicts and class_embed_type='identity'; for boxes of K classes one more and num_class_embeds=K + 1."
             )
         if vector is None and maps != 1:
             raise ValueError(f"A box is one channel beside x_0, and this {name} has {maps}.")
@@ -97,7 +97,7 @@ class LayoutConditioner(SeveralConditioner):
 
         A pixel of x_0 has the class of the nearest one.
         """
-        values = resized(values, self.size or self.denoiser.family.size())
+        values = resized(values.long(), self.size or self.denoiser.family.size())
         values = values.masked_fill(values == self.nothing, -1)
         if self.boxes:
             ids = values.flatten(1).amax(1)
@@ -121,6 +121,7 @@ class LayoutConditioner(SeveralConditioner):
             raise ValueError(
                 f"layouts are class ids (B, H, W), whole numbers; got {tuple(values.shape)}, {values.dtype}."
             )
+        values = values.long()
         there = (values >= 0) & (values != self.nothing)
         most = int(values.masked_fill(~there, -1).max())
         if most >= self.classes:

@@ -228,9 +228,15 @@ class TokenConditioner(TensorConditioner):
         learned = self.null_tokens is not None and self.null_tokens.config["learned"]
         return {"null_tokens": self.null_tokens} if learned and self.null_tokens is not None else {}
 
-    def _null_value(self) -> Tensor:
-        # The module's tensor of now: moving a module may give it another.
-        return super()._null_value() if self.null_tokens is None else self.null_tokens.tokens
+    def inputs(self, values: Any, dropped: Tensor | None = None) -> dict[str, Any]:
+        """See `TensorConditioner`.
+
+        Raises:
+            ValueError: For another number of tokens than `NullTokens` has, if that is not 1.
+        """
+        if self.null_tokens is None or dropped is None:
+            return super().inputs(values, dropped)
+        return {self._input(): self.null_tokens(values.to(self.denoiser.dtype), dropped)}
 
     def _shape(self) -> tuple[int, ...]:
         return (self.count, *super()._shape())

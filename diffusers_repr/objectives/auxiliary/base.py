@@ -148,4 +148,11 @@ def widen(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-__all__ = ["AuxiliaryLoss", "LossHost", "Observation", "full_precision", "widen"]
+def widen_inputs(value: Any) -> Any:
+    """Arguments of a network in float32 or wider."""
+    if isinstance(value, Mapping):
+        return {name: widen_inputs(part) for name, part in value.items()}
+    return widen(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+__all__ = ["AuxiliaryLoss", "LossHost", "Observation", "full_precision", "widen", "widen_inputs"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +15,14 @@ from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.heads.projector import Projector
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, add_noise
-from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss, LossHost, Observation, full_precision, widen
+from diffusers_repr.objectives.auxiliary.base import (
+    AuxiliaryLoss,
+    LossHost,
+    Observation,
+    full_precision,
+    widen,
+    widen_inputs,
+)
 from diffusers_repr.objectives.auxiliary.self_teacher import SelfTeacher
 
 Distance = Literal["cosine", "token_cosine", "smooth_l1", "l1", "l2"]
@@ -230,7 +237,7 @@ class SelfAlignmentLoss(AuxiliaryLoss):
         assert self.teacher_layer is not None
         level = less_noisy(noisy.level, host.denoiser.schedule, self.max_shift, noisy.batch.get("generator"))
         x_t = add_noise(noisy.x0, level, noisy.noise)
-        inputs = _widened(host.denoiser.network_inputs(x_t, level, noisy.condition))
+        inputs = widen_inputs(host.denoiser.network_inputs(x_t, level, noisy.condition))
         with full_precision(x_t.device), capture(module, self.teacher_layer) as tape:
             module(**inputs)
         return host.layer_tokens(self.teacher_layer, tape[self.teacher_layer], noisy.size).tokens()
@@ -270,13 +277,6 @@ def default_blocks(depth: int, whole_timesteps: bool = False) -> tuple[int, int]
         return 4, 8
     student = max(1, round(depth / 3))
     return student, min(depth, max(student + 1, round(2 * depth / 3)))
-
-
-def _widened(value: Any) -> Any:
-    """Arguments of a network in float32 or wider."""
-    if isinstance(value, Mapping):
-        return {name: _widened(part) for name, part in value.items()}
-    return widen(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 __all__ = ["Distance", "SelfAlignmentLoss", "WeightFall", "default_blocks", "less_noisy", "self_alignment_loss"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.noise import NoiseLevel, NoiseSchedule, Prediction
 
 Loss = Literal["l2", "l1", "huber", "vlb"]
@@ -43,13 +44,27 @@ def noise_error(eps: Tensor, noise: Tensor, kind: str) -> Tensor:
     return values.flatten(1).mean(1)
 
 
+def check_bound(denoiser: Denoiser) -> None:
+    """Refuse the variational bound of a network that gives a variance beside the noise.
+
+    Raises:
+        ValueError: Its bound has a term for the variance, which the error of the noise does not hold.
+    """
+    channels = denoiser.family.channels()
+    if denoiser.config.get("out_channels") == 2 * channels:
+        raise ValueError(
+            f"loss='vlb' is the bound of a fixed variance, and {denoiser.name or type(denoiser.model).__name__} has "
+            f"learned its own ({2 * channels} channels out, {channels} in): its bound is another. Take loss='l2'."
+        )
+
+
 def bound_weight(level: NoiseLevel, schedule: NoiseSchedule) -> Tensor:
     """What the squared error of a level weighs in the variational bound, in bits per dimension.
 
     The mean of `weight * error` over levels drawn evenly is the bound without its ends. For a process of T steps a
     step's term is `1/2 (SNR(t-1) / SNR(t) - 1) |eps - eps_hat|^2`, with the variance of the posterior (Ho et al. 2020,
-    eq. 8); the others take its limit, `1/2 d(log nsr^2)/dt` (Kingma et al. 2021, eq. 15). A variance that a network
-    learned is not asked.
+    eq. 8); the others take its limit, `1/2 d(log nsr^2)/dt` (Kingma et al. 2021, eq. 15). A network that learned its
+    variance has another bound: see `check_bound`.
 
     Args:
         level: Resolved, one for all or one a sample.
@@ -88,4 +103,4 @@ def pair_error(prediction: Prediction, noise: Tensor, kind: str, schedule: Noise
     return error * bound_weight(prediction.level, schedule) if kind == "vlb" else error
 
 
-__all__ = ["LOSSES", "Loss", "bound_weight", "check_loss", "noise_error", "pair_error"]
+__all__ = ["LOSSES", "Loss", "bound_weight", "check_bound", "check_loss", "noise_error", "pair_error"]
