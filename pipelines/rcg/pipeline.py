@@ -55,9 +55,10 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
     """Representation-conditioned generation (RCG, Li et al. 2023, arXiv 2312.03701), without labels or by class.
 
     `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
-    `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a transformer with a
-    vector input, such as `SiTTransformer2DModel(condition_dim=D)`. A pipeline may have one half alone. Between the
-    steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the networks.
+    `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a
+    transformer with a vector input, such as `SiTTransformer2DModel(condition_dim=D)`. A pipeline may have one half
+    alone. Between the steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the
+    networks.
 
     Args:
         prior: Denoises vectors.
@@ -116,10 +117,10 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             return
         width = bare_conditioner(self._network, self.conditioner).channels()
         if self.prior is not None and width != self.prior.config.in_channels:
+            drawn, name = self.prior.config.in_channels, type(self._network).__name__
             raise ValueError(
-                f"The prior draws vectors of {self.prior.config.in_channels} channels, and "
-                f"{type(self._network).__name__} takes {width}; a VectorEmbedding({self.prior.config.in_channels}, {width}) that was trained with it "
-                "brings them there: condition_embedding=."
+                f"The prior draws vectors of {drawn} channels, and {name} takes {width}; a VectorEmbedding({drawn}, "
+                f"{width}) that was trained with it brings them there: condition_embedding=."
             )
 
     @property
