@@ -27,6 +27,7 @@ NAMES = (
     "heads",
     "zero_shot",
     "online_step",
+    "cluster_lookup",
     "retrieval_keys",
     "perceptual",
     "rcg_vectors",

@@ -181,11 +181,11 @@ class GuidedUnconditionalPipeline(GuidedPipelineMixin, sampling.SamplingMixin, O
         given, other = ("layout", "class_labels") if self._takes_layouts else ("class_labels", "layout")
         if {"layout": layout, "class_labels": class_labels}[other] is not None:
             raise ValueError(f"This {name} takes no {other}; pass {given}.")
-        value = layout if self._takes_layouts else class_labels
+        value, what = (layout, "layouts") if self._takes_layouts else (class_labels, "classes")
         if value is not None and prior is not None:
-            raise ValueError(f"prior draws {given} that is not given; pass one of both.")
+            raise ValueError(f"prior draws {given} that are not given; pass one of both.")
         if scale > 1 and value is None and prior is None:
-            raise ValueError(f"guidance_scale={scale} guides towards a condition: pass {given} or a prior.")
+            raise ValueError(f"guidance_scale={scale} guides towards {what}: pass {given} or a prior.")
 
     def _layout_rows(self, layout: Any) -> Tensor | None:
         """Layouts `(B, H, W)` on the device."""

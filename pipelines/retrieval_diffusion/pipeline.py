@@ -27,6 +27,7 @@ from diffusers_repr.assign.index import RetrievalIndex
 from diffusers_repr.assign.neighbour_tokens import neighbour_tokens
 from diffusers_repr.assign.retrieval_prior import FrequencyPrior
 from diffusers_repr.capture.key_values import cached_key_values, can_cache
+from diffusers_repr.data.teacher_features import encoder_fingerprint
 from diffusers_repr.denoiser import TokenConditioner, sampling
 from diffusers_repr.denoiser.conditioner import bare_conditioner
 from diffusers_repr.denoiser.family_registry import family_of
@@ -282,7 +283,7 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
             mean, std = self.config.image_mean or CLIP_MEAN, self.config.image_std or CLIP_STD
             encoder = ImageTextEncoder(self.clip, self.tokenizer, mean, std)
         elif hasattr(encoder, "fingerprint") and index.encoder:
-            index.check_encoder(encoder.fingerprint())
+            index.check_encoder(encoder_fingerprint(encoder))
         return encode_queries(query, encoder)
 
     def _given_tokens(self, tokens: Any) -> Tensor | None:

@@ -8,6 +8,7 @@ from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPip
 from diffusers_repr import CFG, PAG, Denoiser, DiffusionObjective
 from diffusers_repr.denoiser import LayoutConditioner, StoredPrior
 from diffusers_repr.denoiser.conditioner import bare_conditioner
+from diffusers_repr.testing import check_conditioner
 
 GENERATORS = [torch.Generator() for _ in range(2)]
 
@@ -73,6 +74,7 @@ class TestLevels:
         denoiser = Denoiser(net, DDIMScheduler())
         assert isinstance(denoiser.conditioner, LayoutConditioner)
         assert denoiser.image_channels == 1
+        check_conditioner(denoiser, {"masks": values})
         x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
         got = denoiser.predict(x, 400, denoiser.condition(values=values)).eps
         assert torch.equal(got, by_hand(net, x, 400, values))

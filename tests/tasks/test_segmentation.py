@@ -301,7 +301,8 @@ def test_masks_that_do_not_fit():
         small(train=(images, white))
     with pytest.raises(ValueError, match=r"has the class 255 .*Are they black and white.*store ids 0 and 1"):
         small(train=(images, white), ignore_index=None)
-    two = small(train=(images, [mask // 255 for mask in white]), members=1, protocol=QUICK.replace(max_epochs=1))
+    once = {"members": 1, "protocol": QUICK.replace(max_epochs=1), "label_names": ["ground", "thing"]}
+    two = small(train=(images, [mask // 255 for mask in white]), **once)
     with pytest.raises(ValueError, match="show one class alone, or none. Are they black and white"):
         two.evaluate((images, white), record=False)
     with pytest.raises(ValueError, match="no column named mask or masks"):

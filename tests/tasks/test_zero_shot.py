@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.denoiser.estimates import check_estimates
 from diffusers_repr.features import ddae_levels
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.tasks import AdaptiveSchedule, Averaging, Racing, WinogroundOutput, ZeroShotClassifier, winoground
@@ -419,20 +420,21 @@ def test_misuse(text):
         ZeroShotClassifier.of(broken, rule=Averaging(2))(images)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_a_network_of_edm_without_its_preconditioning_is_refused(kind):
+def test_a_network_of_edm_without_its_preconditioning_is_refused():
     """What it gives is about the opposite of the noise, where there is little; with its scheduler it is right."""
     edm = NoiseSchedule("edm", "edm", sigma_min=0.002, sigma_max=80.0, sigma_data=1.0)
-    lost, images = denoiser(kind, trained_as=edm), photos(draw(8)[0])
+    lost, images = denoiser(trained_as=edm), photos(draw(8)[0])
     with pytest.raises(ValueError, match="gaussian: its estimates of .* a network of EDM without its precond"):
         ZeroShotClassifier.of(lost, rule=Averaging(4))(images)
-    with pytest.raises(ValueError, match="It was not trained for this scheduler .vp, output"):
-        ddae_levels(lost)
     kept = denoiser("edm")
     assert len(ddae_levels(kept)) == 3
-    assert ZeroShotClassifier.of(kept, rule=Averaging(4))(images).ids.tolist() == [0, 1, 2, 3] * 2
+    assert ZeroShotClassifier.of(kept, rule=Averaging(16))(images).ids.tolist() == [0, 1, 2, 3] * 2
+    grey = {"centres": means() * 0, "trained_as": edm}
+    with pytest.raises(ValueError, match="It was not trained for this scheduler .vp, output 'epsilon'"):
+        ddae_levels(denoiser(**grey))
+    assert len(ddae_levels(denoiser(centres=grey["centres"]))) == 3
     with pytest.raises(ValueError, match="a network that is not EDM's, or another prediction_type"):
-        ddae_levels(denoiser("edm", trained_as=NoiseSchedule("vp", "epsilon", log_alpha_bar=-torch.ones(1))))
+        check_estimates(kept, 3.0, 0.1)
 
 
 def test_a_picture_of_errors_by_level():

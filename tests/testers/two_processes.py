@@ -72,6 +72,12 @@ def sinkhorn(folder):
     return sinkhorn_job()
 
 
+def assign(folder):
+    from tests.cli.test_assign import job
+
+    return job(folder.parent / "inputs", folder)
+
+
 def probe(folder):
     import tests.examples.conftest  # noqa: F401
     from tests.examples.test_train_probe import cached_run
@@ -79,7 +85,7 @@ def probe(folder):
     return cached_run(folder, folder.parent / "inputs", 4)
 
 
-JOBS = (metrics, extract, cache, training, samples, sinkhorn, probe)
+JOBS = (metrics, extract, cache, training, samples, sinkhorn, assign, probe)
 
 
 def everywhere(value):
