@@ -60,7 +60,8 @@ def test_the_vectors_are_those_of_the_encoder_and_of_the_other_half(finished):
     torch.testing.assert_close(assigner.assign(raw), wanted)
     config = DataConfig("digits", dataset_split="validation", assignments_dir=str(finished / "out-assigned"))
     images = load_train_data(config, 1, 8)
-    torch.testing.assert_close(torch.stack([images[row]["condition"] for row in range(3)]), wanted, rtol=1e-4, atol=1e-4)
+    found = torch.stack([images[row]["condition"] for row in range(3)])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_folder_samples_vectors_by_class_and_is_measured(finished):
