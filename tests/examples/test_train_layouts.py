@@ -18,7 +18,7 @@ SMALL = {
     "max_train_steps": 2,
     "lr_warmup_steps": 0,
     "train_batch_size": 4,
-    "eval_batch_size": 2,
+    "eval_batch_size": 8,
     "num_inference_steps": 2,
     "checkpointing_steps": 2,
 }
