@@ -53,9 +53,7 @@ class GenerationConfig:
     images_per_class: int = setting(128, "generated images of each class")
     sample_guidance_scale: float = setting(1.4, "classifier-free guidance, null + scale (cond - null); the paper's")
     sample_steps: int = setting(50, "steps of the sampler")
-    sampler: str | None = setting(
-        None, "its class; default: DPMSolverMultistepScheduler, of flows as saved"
-    )
+    sampler: str | None = setting(None, "its class; default: DPMSolverMultistepScheduler, of flows as saved")
     sample_batch_size: int = setting(64, "images of one process and call")
     eval_split: str = setting("test", "labelled split that both classifiers are measured on")
 
