@@ -236,12 +236,8 @@ def stored_prior(data, seed: int):
     return None if images.labels is None else HistogramPrior.of_labels(images.labels, images.num_classes)
 
 
-def main(argv: list[str]) -> None:
-    kinds = (TrainingConfig, DataConfig, ConditionConfig)
-    config, data_config, condition = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
-    encoder = (condition.encoder or "").partition(":")[0] or None
-    check_made(RECIPES, dataset_name=data_config.dataset_name, encoder=encoder, vae=condition.vae)
-    data_config = assigned(config, data_config, condition)
+def prepare(config: TrainingConfig, data_config: DataConfig, condition: ConditionConfig):
+    """The objective, a new network or a pretrained one, and its data."""
     torch.manual_seed(config.seed)
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}
     if condition.pretrained_model:
@@ -255,7 +251,16 @@ def main(argv: list[str]) -> None:
         denoiser = Denoiser.from_pipe(build(condition, data, vae))
     denoiser.pipe.stored_prior = stored_prior(data, config.seed)
     denoiser.pipe.set_progress_bar_config(disable=True)
-    objective = DiffusionObjective(denoiser, label_dropout=condition.label_dropout)
+    return DiffusionObjective(denoiser, label_dropout=condition.label_dropout), data
+
+
+def main(argv: list[str]) -> None:
+    kinds = (TrainingConfig, DataConfig, ConditionConfig)
+    config, data_config, condition = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    encoder = (condition.encoder or "").partition(":")[0] or None
+    check_made(RECIPES, dataset_name=data_config.dataset_name, encoder=encoder, vae=condition.vae)
+    data_config = assigned(config, data_config, condition)
+    objective, data = prepare(config, data_config, condition)
     train(objective, data, config, recipe=recipe_of(config, data_config, condition))
 
 

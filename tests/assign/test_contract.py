@@ -21,6 +21,7 @@ EACH = {  # settings, each a case, and what else `fit` takes
     "kmeans": ([{"num_clusters": 3, "normalize": normalize, "backend": "sklearn"} for normalize in (True, False)]
                + [{"num_clusters": 20, "backend": "sklearn", "init": "random"}], {}),
     "neighbours": ([{"k": 3}, {"k": 20}], {}),
+    "sinkhorn": ([{}, {"normalize": True}, {"output": "vector"}], {}),
 }  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def test_wrong_use(inputs, tmp_path, capsys):
         (("--k", 12), "--k 12 clusters of 11 images"),
         (("--method", "neighbours", "--k", 11), "--k 11 neighbours among 10 images"),
         (("--method", "identity", "--k", 3), "--k would not act: it is of --method kmeans"),
-        (("--method", "classifier", "--labels_per_class", 5), "but 3 images have the class 'emu'"),
+        (("--method", "classifier", "--labels_per_class", 5), "but 4 images have the class 'cat'"),
         (("--method", "classifier", "--label_column", "none"), "label"),
         (("--k", 0), "--k must be at least 1"),
         (("--method", "neighbours", "--index", tmp_path, "--cells", 3), "are of an index that is made"),
@@ -208,7 +208,7 @@ def test_training_refuses_what_is_not_its_own(inputs, tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             training_data(inputs, tmp_path / "out", **settings)
-    with pytest.raises(FileNotFoundError, match="is no store of assignments"):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
         training_data(inputs, tmp_path)
     with pytest.raises(ValueError, match="no places in the data set to keep assignments_dir"):
         DataConfig("digits", assignments_dir="x", streaming=True)
