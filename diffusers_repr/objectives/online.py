@@ -25,6 +25,7 @@ from diffusers_repr.denoiser import (
 )
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.hub.compiled import is_compiled_in_place
 from diffusers_repr.noise import NoiseLevel, add_noise
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, PipelineArtifact, State
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss
@@ -151,6 +152,8 @@ class OnlineGuidanceObjective(DiffusionObjective):
 
     def noised(self, batch: Batch, x0: Tensor | None = None, drop: bool = True) -> NoisyBatch:
         """As `DiffusionObjective.noised`; in the second stage with the condition that the moving average gives."""
+        if is_compiled_in_place(self.network):
+            raise ValueError("Online guidance stops its network at a layer, which a compiled one cannot; do not compile.")
         noisy = super().noised(batch, x0, drop)
         if not self.conditions_now:
             return noisy
@@ -227,6 +230,8 @@ class OnlineGuidanceObjective(DiffusionObjective):
     def on_step_end(self, step: int, ema: Any) -> None:
         """Count the step; at the switch the moving average becomes the weights."""
         super().on_step_end(step, ema)
+        if self._ema is None and ema is not None:
+            ema.averages("network")  # a sharded one is refused now, not at the switch
         self.steps, self._ema = step, ema
         if step == self.switch_step:
             ema.restart()

@@ -91,4 +91,4 @@ def test_recipe_that_is_shipped():
     config, _, online = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs" / "online_digits.yaml")])
     objective = train_online.build(online, config.max_train_steps)
     assert objective.switch_step == config.max_train_steps // 2
-    assert objective.clustering.layers == ("blocks.4",)
+    assert objective.clustering.layers == ("blocks.3",)

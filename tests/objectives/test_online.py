@@ -261,3 +261,11 @@ def test_refuses():
     with pytest.raises(RuntimeError, match="moving average"):
         made.noised(batch())
     assert isinstance(Denoiser.from_pipe(uvit(condition_dim=E)).conditioner, VectorConditioner)
+    made = objective()
+    ema = EMA(made)
+    ema._sharded = True
+    with pytest.raises(ValueError, match="FSDP"):
+        made.on_step_end(1, ema)
+    made.network.compile()
+    with pytest.raises(ValueError, match="do not compile"):
+        made(batch())
