@@ -161,7 +161,9 @@ def build(condition: ConditionConfig, data, vae=None):
     scheduler = FlowMatchODEScheduler() if flows else DDIMScheduler(**{"clip_sample": False, **condition.scheduler})
     if condition.level != "image":
         return _of_layouts(condition, model, scheduler)
-    values = data[0].get("condition")
+    values = None if condition.assigner in ("none", "labels") else data[0].get("condition")
+    if condition.assigner == "labels" and not data.num_classes:
+        raise ValueError("`assigner` labels: the data have no column of class ids; name one by `label_column`.")
     if values is None:
         return _of_ids(kind, model, data.num_classes, scheduler, vae)
     if values.ndim == 2:
@@ -230,10 +232,12 @@ def stored_prior(data, seed: int):
     if images.config.mask_column is not None:
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STORED].tolist()
         return StoredPrior(torch.stack([images[row]["masks"] for row in sorted(rows)]).to(torch.uint8))
-    if images.assigned is not None and images.assigned.has_values:
+    assigned = getattr(images, "assigned", None)  # a stream has neither that nor its labels beforehand
+    if assigned is not None and assigned.has_values:
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STORED]
-        return StoredPrior(images.assigned.values(rows.sort().values))
-    return None if images.labels is None else HistogramPrior.of_labels(images.labels, images.num_classes)
+        return StoredPrior(assigned.values(rows.sort().values))
+    labels = getattr(images, "labels", None)
+    return None if labels is None else HistogramPrior.of_labels(labels, images.num_classes)
 
 
 def prepare(config: TrainingConfig, data_config: DataConfig, condition: ConditionConfig):
@@ -242,6 +246,9 @@ def prepare(config: TrainingConfig, data_config: DataConfig, condition: Conditio
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}
     if condition.pretrained_model:
         denoiser = Denoiser.from_pretrained(condition.pretrained_model)
+        if isinstance(denoiser.model, UNet2DModel) and not hasattr(denoiser.pipe, "stored_prior"):  # DDPM, DDIM
+            pipe = GuidedUnconditionalPipeline(denoiser.model, denoiser.scheduler)
+            denoiser = Denoiser.from_pipe(pipe, name=denoiser.name)
         data = load_train_data(data_config, denoiser.image_channels, denoiser.image_size, vae=denoiser.vae, **loading)
     else:
         vae = None if condition.vae is None else load_autoencoder(condition.vae)
@@ -249,7 +256,8 @@ def prepare(config: TrainingConfig, data_config: DataConfig, condition: Conditio
         size = condition.model["sample_size"] * (1 if vae is None else vae_stride(vae))
         data = load_train_data(data_config, channels, size, vae=vae, **loading)
         denoiser = Denoiser.from_pipe(build(condition, data, vae))
-    denoiser.pipe.stored_prior = stored_prior(data, config.seed)
+    if hasattr(denoiser.pipe, "stored_prior"):  # pipelines of diffusers have no place for one
+        denoiser.pipe.stored_prior = stored_prior(data, config.seed)
     denoiser.pipe.set_progress_bar_config(disable=True)
     return DiffusionObjective(denoiser, label_dropout=condition.label_dropout), data
 

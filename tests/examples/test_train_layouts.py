@@ -30,7 +30,7 @@ def run(folder, **changes):
         data.mkdir(parents=True)
         open_split("digits", "train").select(range(24)).to_parquet(data / "train-00000-of-00001.parquet")
     recipe = RECIPE | SMALL | {"dataset_name": str(folder / "photos"), "output_dir": str(folder / "out")} | changes
-    recipe["model"] = RECIPE["model"] | {"block_out_channels": [8, 16]}
+    recipe["model"] = RECIPE["model"] | {"block_out_channels": [16, 16]}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
     run_script(main, "train_conditional", "--config", str(path))
