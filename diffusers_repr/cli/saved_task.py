@@ -1,4 +1,4 @@
-"""What `predict`, `segment predict` and `segment open` share: settings, the images that are found, and the task that is loaded."""
+"""What `predict`, `segment predict` and `segment open` share: settings, the images found, and the task loaded."""
 
 from __future__ import annotations
 
