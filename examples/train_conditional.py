@@ -240,12 +240,8 @@ def stored_prior(data, seed: int):
     return None if labels is None else HistogramPrior.of_labels(labels, images.num_classes)
 
 
-def main(argv: list[str]) -> None:
-    kinds = (TrainingConfig, DataConfig, ConditionConfig)
-    config, data_config, condition = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
-    encoder = (condition.encoder or "").partition(":")[0] or None
-    check_made(RECIPES, dataset_name=data_config.dataset_name, encoder=encoder, vae=condition.vae)
-    data_config = assigned(config, data_config, condition)
+def prepare(config: TrainingConfig, data_config: DataConfig, condition: ConditionConfig):
+    """The objective, a new network or a pretrained one, and its data."""
     torch.manual_seed(config.seed)
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers}
     if condition.pretrained_model:
@@ -263,7 +259,16 @@ def main(argv: list[str]) -> None:
     if hasattr(denoiser.pipe, "stored_prior"):  # pipelines of diffusers have no place for one
         denoiser.pipe.stored_prior = stored_prior(data, config.seed)
     denoiser.pipe.set_progress_bar_config(disable=True)
-    objective = DiffusionObjective(denoiser, label_dropout=condition.label_dropout)
+    return DiffusionObjective(denoiser, label_dropout=condition.label_dropout), data
+
+
+def main(argv: list[str]) -> None:
+    kinds = (TrainingConfig, DataConfig, ConditionConfig)
+    config, data_config, condition = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    encoder = (condition.encoder or "").partition(":")[0] or None
+    check_made(RECIPES, dataset_name=data_config.dataset_name, encoder=encoder, vae=condition.vae)
+    data_config = assigned(config, data_config, condition)
+    objective, data = prepare(config, data_config, condition)
     train(objective, data, config, recipe=recipe_of(config, data_config, condition))
 
 

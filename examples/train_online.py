@@ -4,8 +4,8 @@
 
 No labels, and no encoder. For the first half of the steps the network learns without a condition, and beside it a head
 and prototypes on its middle block; then what its moving average assigns to an image is the condition of the network
-(arXiv 2312.08825). The folder is a pipeline (`SiTPipeline`, of a U-Net a `GuidedUnconditionalPipeline`), with the
-`assigner` beside it and the `prior` of conditions: `pipe(batch_size=8, prior=load_prior(folder + "/prior"))`.
+(arXiv 2312.08825). The folder is a pipeline (`SiTPipeline`, of a U-Net a `GuidedUnconditionalPipeline`) that draws
+its conditions as often as they were in training, `pipe(batch_size=8)`, with the `assigner` beside it.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
     accelerate launch examples/train_representation.py --config examples/configs/rcg_representation_digits.yaml
 
 The images are encoded once, into `assignments_dir` (default: beside `output_dir`), as `diffusers-repr assign` does it
-by `--method identity`, and `train_conditional.py` reads it: both halves of RCG are trained on the same vectors. The folder is
-an `RCGPipeline` without its images, `pipe.sample_representations(1000)`; its `assigner/` standardises other vectors as
-these. With `eval_split` the Fréchet distance of sampled and held-out vectors is measured, beside that of as many
+by `--method identity`, and `train_conditional.py` reads it: both halves of RCG learn from the same vectors. The folder
+is an `RCGPipeline` without its images, `pipe.sample_representations(1000)`; its `assigner/` standardises other vectors
+as these. With `eval_split` the Fréchet distance of sampled and held-out vectors is measured, beside that of as many
 training vectors: `evaluation.jsonl`.
 """
 

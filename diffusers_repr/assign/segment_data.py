@@ -155,7 +155,8 @@ def _write(
     some = splits[first].read(range(min(len(splits[first]), _SOME)))
     background = background_classes(segment_pixels(features.pixels(some), classes), count)
     read = {name: _read(data, features, classes, background, batch_size) for name, data in splits.items()}
-    found, boxes = ({name: parts[at] for name, parts in read.items()} for at in (0, 1))
+    found = {name: segments for name, (segments, _) in read.items()}
+    boxes = {name: of_split for name, (_, of_split) in read.items()}
     if box_classes is not None:
         box_classes.fit(boxes[first].features[boxes[first].found], generator)
     for name, data in splits.items():

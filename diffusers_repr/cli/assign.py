@@ -169,6 +169,7 @@ def _data(args: Settings, channels: int) -> ImageTrainData:
 
 def _assign(args: Settings, encoder: Any, data: ImageTrainData) -> AssignmentStore:
     from diffusers_repr.assign import RetrievalIndex
+    from diffusers_repr.assign.few_labels import few_labels
     from diffusers_repr.assign.images import AssignSettings, assign_images, assign_neighbours
 
     settings = AssignSettings(
@@ -188,7 +189,7 @@ def _assign(args: Settings, encoder: Any, data: ImageTrainData) -> AssignmentSto
             split=args.split,
             settings=settings,
         )
-    labels = _few_labels(args, data) if args.method == "classifier" else None
+    labels = few_labels(data, args.labels_per_class, args.seed) if args.method == "classifier" else None
     assigner = _assigner(args, encoder, data)
     return assign_images(
         encoder, data, assigner, args.out, labels=labels, seed=args.seed, split=args.split, settings=settings
@@ -207,28 +208,6 @@ def _assigner(args: Settings, encoder: Any, data: ImageTrainData) -> Assigner:
     if args.method == "identity":
         return IdentityAssigner(encoder.dim, over=args.over)
     return ClassifierAssigner(encoder.dim, data.num_classes)
-
-
-def _few_labels(args: Settings, data: ImageTrainData) -> Any:
-    """Class ids of all images, -1 of those whose label the classifier does not see."""
-    import torch
-
-    if data.labels is None:
-        raise ValueError(f"A classifier learns from labels, and {args.dataset} has no column of class ids.")
-    known = torch.from_numpy(data.labels)
-    if args.labels_per_class is None:
-        return known
-    few, generator = torch.full_like(known, -1), torch.Generator().manual_seed(args.seed)
-    for class_id in range(data.num_classes):
-        rows = (known == class_id).nonzero()[:, 0]
-        if len(rows) < args.labels_per_class:
-            raise ValueError(
-                f"--labels_per_class {args.labels_per_class}, but {len(rows)} images have the class "
-                f"{(data.class_names or [])[class_id]!r}."
-            )
-        chosen = rows[torch.randperm(len(rows), generator=generator)[: args.labels_per_class]]
-        few[chosen] = class_id
-    return few
 
 
 def _report(args: Settings, store: AssignmentStore, data: ImageTrainData) -> None:

@@ -106,7 +106,7 @@ def list_layers(
     return table
 
 
-def architecture_key(denoiser: Denoiser) -> tuple[Hashable, ...] | None:
+def architecture_key(denoiser: Denoiser) -> tuple[Any, ...] | None:
     """What all that is found without weights depends on, sizes apart; None where that is not a class and a config."""
     inner: Any = plain_module(denoiser.model)
     if not hasattr(inner, "from_config") or not is_rebuilt(inner):

@@ -107,7 +107,7 @@ class RepresentationMLPModel(ReprModelMixin, ModelMixin, ConfigMixin, PeftAdapte
         self.norm_out = nn.LayerNorm(hidden_size, eps=1e-6)
         self.proj_out = nn.Linear(hidden_size, in_channels)
         for block in self.blocks:
-            for parameter in block.linear_out.parameters():  # type: ignore[union-attr, operator]
+            for parameter in block.linear_out.parameters():  # type: ignore[union-attr]
                 nn.init.zeros_(parameter)
         for parameter in self.proj_out.parameters():
             nn.init.zeros_(parameter)

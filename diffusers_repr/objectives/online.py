@@ -25,8 +25,9 @@ from diffusers_repr.denoiser import (
 )
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.hub.checks import check_whole
+from diffusers_repr.hub.compiled import is_compiled_in_place
 from diffusers_repr.noise import NoiseLevel, add_noise
-from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, State
+from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, PipelineArtifact, State
 from diffusers_repr.objectives.auxiliary.base import AuxiliaryLoss
 from diffusers_repr.objectives.auxiliary.clustering import ClusteringLoss, summary_tokens
 from diffusers_repr.objectives.base import Batch
@@ -47,8 +48,8 @@ class OnlineGuidanceObjective(DiffusionObjective):
 
     What the network is conditioned on tells what it is told of the prototype: its id (`LabelConditioner`, as many
     classes as prototypes), the prototype (`VectorConditioner`), or a map with the prototype of each patch
-    (`MapConditioner`, as many channels as a prototype has). The saved folder is a plain pipeline, the averaged
-    `assigner` beside it, and `prior`, from which sampling draws conditions: `pipe(prior=load_prior(folder/"prior"))`.
+    (`MapConditioner`, as many channels as a prototype has). The saved folder is a plain pipeline with the averaged
+    `assigner` beside it, and `prior.json`, from which `pipe(batch_size=8)` draws conditions.
 
     Other than the paper's code: one learned null for both stages (the code has two), which prototypes are taken is
     known from training and kept as the prior (the code takes conditions from training images), and patches lose their
@@ -151,6 +152,10 @@ class OnlineGuidanceObjective(DiffusionObjective):
 
     def noised(self, batch: Batch, x0: Tensor | None = None, drop: bool = True) -> NoisyBatch:
         """As `DiffusionObjective.noised`; in the second stage with the condition that the moving average gives."""
+        if is_compiled_in_place(self.network):
+            raise ValueError(
+                "Online guidance stops its network at a layer, which a compiled one cannot; do not compile."
+            )
         noisy = super().noised(batch, x0, drop)
         if not self.conditions_now:
             return noisy
@@ -199,7 +204,8 @@ class OnlineGuidanceObjective(DiffusionObjective):
     def _averages(self, path: str) -> dict[str, Tensor]:
         """Averaged tensors in the dtypes of the network's own."""
         own = dict(self.get_submodule(path).state_dict(keep_vars=True))
-        return {name: value.to(own[name].dtype) for name, value in self._ema.averages(path).items()}
+        means = {k.removeprefix(f"{path}."): v for k, v in self._ema.shadow.items() if k.startswith(f"{path}.")}
+        return {name: mean.to(own[name].dtype) for name, mean in means.items()}
 
     def values(self, ids: Tensor, size: tuple[int, int]) -> Tensor:
         """What the conditioner takes of prototypes.
@@ -224,20 +230,26 @@ class OnlineGuidanceObjective(DiffusionObjective):
             self.recent[rows] = ids
             self.seen_maps += len(ids)
 
+    @torch.no_grad()
     def on_step_end(self, step: int, ema: Any) -> None:
         """Count the step; at the switch the moving average becomes the weights."""
         super().on_step_end(step, ema)
+        if any(hasattr(mean, "full_tensor") for mean in ema.shadow.values()):
+            raise ValueError("Online guidance asks the moving average, which no process has whole under FSDP.")
         self.steps, self._ema = step, ema
         if step == self.switch_step:
-            ema.restart()
+            own = self.state_dict()
+            for name, mean in ema.shadow.items():
+                mean.copy_(own[name])
             self.assigner.fitted.fill_(True)
 
     # The result
 
     def artifacts(self) -> list[Artifact]:
-        """The pipeline, the assigner and the prior."""
-        assigner = ModelArtifact(self.assigner, "assigner", folder="assigner")
-        return [*super().artifacts(), assigner, _PriorArtifact(self, folder="prior")]
+        """The pipeline with its prior, and the assigner."""
+        _, *rest = super().artifacts()
+        pipe = _DrawingPipeline(self.denoiser.pipe, self.trained_components(), self)
+        return [pipe, *rest, ModelArtifact(self.assigner, "assigner", folder="assigner")]
 
     def prior(self, state: Mapping[str, Tensor] | None = None) -> Prior:
         """Conditions as often as they were taken of late.
@@ -258,6 +270,9 @@ class OnlineGuidanceObjective(DiffusionObjective):
 
     def preview(self, pipe: Any, count: int, generator: torch.Generator, steps: int) -> list[Any]:
         """Samples in rows of 8 of the prototypes that are taken most, or of a map; free ones in the first stage."""
+        if not self.conditions_now and isinstance(self.conditioner, LabelConditioner):
+            null = [self.conditioner.null_label] * count
+            return self.previewing(pipe)(class_labels=null, generator=generator, num_inference_steps=steps).images
         if not self.conditions_now:
             return pipe(batch_size=count, generator=generator, num_inference_steps=steps).images
         if self.patches:
@@ -292,23 +307,21 @@ class OnlineGuidanceObjective(DiffusionObjective):
 
 
 @dataclass(frozen=True)
-class _PriorArtifact(Artifact):
-    """The prior of an online objective.
+class _DrawingPipeline(PipelineArtifact):
+    """A pipeline that draws its conditions, in the second stage.
 
     Attributes:
-        objective: The objective.
+        objective: Which gives the prior.
     """
 
     objective: OnlineGuidanceObjective
 
-    @property
-    def kind(self) -> str:
+    def build(self, state: State) -> Any:
         """See `Artifact`."""
-        return "Prior"
-
-    def build(self, state: State) -> Prior:
-        """See `Artifact`."""
-        return self.objective.prior(state)
+        pipe = super().build(state)
+        if self.objective.conditions_now:
+            pipe.stored_prior = self.objective.prior(state)
+        return pipe
 
 
 def middle_layer(denoiser: Denoiser) -> str:

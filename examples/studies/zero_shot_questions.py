@@ -55,7 +55,8 @@ def question(denoiser: Denoiser, ask: Ask, several: bool, calibration: int, coun
     if ask == "digit":
         names = tuple(str(digit) for digit in range(10))
         told = encode_conditions(denoiser, class_labels=list(range(10)), size=denoiser.image_size)
-        rows = load_digits_splits()["train"].select(range(calibration))
+        # The split's first rows are nearly of one class.
+        rows = load_digits_splits()["train"].shuffle(seed=0).select(range(calibration))
         train = denoiser.pixels(rows["image"]), torch.tensor(rows["label"])
         pixels, labels, real = held_out(count)
         return Question(ask, names, told, Units.of(range(10)), train, (pixels, labels), real)
@@ -100,6 +101,8 @@ def held_out(count: int) -> tuple[Tensor, Tensor, int]:
     labels = torch.tensor([*splits["test"]["label"], *splits["validation"]["label"]])
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None].float() / 127.5 - 1
     real = min(count, len(pixels))
+    if real == count:
+        return pixels[:real], labels[:real], real
     more = torch.arange(count - real) % len(pixels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

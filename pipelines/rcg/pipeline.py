@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_repr.schedulers_ext import scheduling_flow_match_ode, scheduling_flow_match_sde  # noqa: F401
 from torch import Tensor
 
-from diffusers_repr.denoiser import Conditioner, VectorConditioner, sampling
+from diffusers_repr.denoiser import VectorConditioner, sampling
 from diffusers_repr.denoiser.conditioner import bare_conditioner
 from diffusers_repr.denoiser.conditioner.tensors import TOKENS, given_vectors
 from diffusers_repr.denoiser.family_registry import family_of
@@ -55,9 +55,10 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
     """Representation-conditioned generation (RCG, Li et al. 2023, arXiv 2312.03701), without labels or by class.
 
     `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
-    `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a transformer with a
-    vector input, such as `SiTTransformer2DModel(condition_dim=D)`. A pipeline may have one half alone. Between the
-    steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the networks.
+    `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a
+    transformer with a vector input, such as `SiTTransformer2DModel(condition_dim=D)`. A pipeline may have one half
+    alone. Between the steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the
+    networks.
 
     Args:
         prior: Denoises vectors.
@@ -114,12 +115,12 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             raise ValueError("Both unet and transformer are given; one network makes the images.")
         if self._network is None:
             return
-        width = bare_conditioner(self._network, self.conditioner).channels()
+        width = self._bound().channels()
         if self.prior is not None and width != self.prior.config.in_channels:
+            drawn, name = self.prior.config.in_channels, type(self._network).__name__
             raise ValueError(
-                f"The prior draws vectors of {self.prior.config.in_channels} channels, and "
-                f"{type(self._network).__name__} takes {width}; a VectorEmbedding({self.prior.config.in_channels}, {width}) that was trained with it "
-                "brings them there: condition_embedding=."
+                f"The prior draws vectors of {drawn} channels, and {name} takes {width}; a VectorEmbedding({drawn}, "
+                f"{width}) that was trained with it brings them there: condition_embedding=."
             )
 
     @property
@@ -128,7 +129,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         return self.unet if self.unet is not None else self.transformer
 
     @property
-    def conditioner(self) -> Conditioner:
+    def conditioner(self) -> VectorConditioner:
         """What the network of images is conditioned on: vectors.
 
         Raises:
@@ -143,6 +144,10 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 '"identity"), UNet2DConditionModel, SiTTransformer2DModel(condition_dim=D).'
             )
         return VectorConditioner(name, embedding=self.condition_embedding)
+
+    def _bound(self) -> VectorConditioner:
+        conditioner = self.conditioner  # refuses a missing network
+        return cast(VectorConditioner, bare_conditioner(self._network, conditioner))
 
     def _need(self, part: Any, what: str) -> Any:
         if part is None:
@@ -288,7 +293,8 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
                 raise ValueError("The prior has classes and no null class; give class_labels.")
             labels = torch.tensor([self.null_label])
         labels = labels.to(device).expand(count)
-        return {"class_labels": torch.cat([torch.full_like(labels, self.null_label), labels]) if guided else labels}
+        null = torch.full_like(labels, self.prior.config.num_classes)
+        return {"class_labels": torch.cat([null, labels]) if guided else labels}
 
     # Images
 
@@ -361,7 +367,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         )
         noise = self._noise(count, generator, latents)
         if prior is not None:
-            vectors = given_vectors(prior.draw(count, generator), self._width)
+            vectors = given_vectors(prior.draw(count, generator), self._bound().channels())
         elif vectors is None:
             draws = (prior_guidance_scale, prior_num_inference_steps, prior_eta, generator)
             vectors = self._vectors(count, labels, *draws)
@@ -383,19 +389,13 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
         )
 
-    @property
-    def _width(self) -> int | None:
-        return bare_conditioner(self._network, self.conditioner).channels()
-
     def _check(
         self, output_type: str, scale: float, class_labels: Any, condition: Any, given: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Labels and vectors as given."""
         sampling.check_output_type(output_type)
         sampling.check_number("guidance_scale", scale)
-        bound = bare_conditioner(
-            self._need(self._network, "network of images (unet or transformer)"), self.conditioner
-        )
+        bound = self._bound()
         if given > 1:
             raise ValueError("Vectors come from condition, from prior, or from the pipeline's own prior; give one.")
         if not given:
@@ -419,7 +419,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
     def _predictor(self) -> Callable[[int, Tensor, dict[str, Any]], dict[str, Tensor]]:
         """What the sampler of images steps with; vectors enter once, not at every step."""
         network, scheduler = self._network, self.scheduler
-        family, bound = family_of(network), bare_conditioner(network, self.conditioner)
+        family, bound = family_of(network), self._bound()
         entered: list[Any] = [None, None, {}]  # vectors, whether guided, inputs
 
         def inputs(vectors: Tensor, guided: bool) -> dict[str, Any]:

@@ -101,11 +101,13 @@ class RetrievalDiffusionPipeline(GuidedPipelineMixin, sampling.SamplingMixin, Ow
         super().__init__()
         parts = {"unet": unet, "scheduler": scheduler, "vae": vae, "null_tokens": null_tokens}
         self.register_modules(**parts, clip=clip, tokenizer=tokenizer)
-        mean, std, record = (
-            None if value is None else kind(value)
-            for kind, value in ((list, image_mean), (list, image_std), (dict, index_encoder))
+        self.register_to_config(
+            image_mean=None if image_mean is None else list(image_mean),
+            image_std=None if image_std is None else list(image_std),
+            k=k,
+            include_query=include_query,
+            index_encoder=None if index_encoder is None else dict(index_encoder),
         )
-        self.register_to_config(image_mean=mean, image_std=std, k=k, include_query=include_query, index_encoder=record)
 
     def _folder_class(self) -> str:
         return type(self).__name__

@@ -18,7 +18,7 @@ SMALL = {
     "max_train_steps": 2,
     "lr_warmup_steps": 0,
     "train_batch_size": 4,
-    "eval_batch_size": 2,
+    "eval_batch_size": 8,
     "num_inference_steps": 2,
     "checkpointing_steps": 2,
 }
@@ -30,7 +30,7 @@ def run(folder, **changes):
         data.mkdir(parents=True)
         open_split("digits", "train").select(range(24)).to_parquet(data / "train-00000-of-00001.parquet")
     recipe = RECIPE | SMALL | {"dataset_name": str(folder / "photos"), "output_dir": str(folder / "out")} | changes
-    recipe["model"] = RECIPE["model"] | {"block_out_channels": [8, 16]}
+    recipe["model"] = RECIPE["model"] | {"block_out_channels": [16, 16]}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
     run_script(main, "train_conditional", "--config", str(path))

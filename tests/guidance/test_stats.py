@@ -80,7 +80,7 @@ def test_passes_left_early_count_up_to_where_they_were_left():
 
 
 def test_whole_passes_are_whole():
-    pipe = build("sd")
+    pipe = build("short_sd")
     with guide(pipe, [SAG(0.75), CFG(3.0, interval=(0, 600))]) as handle:
         run("sd", pipe, 3.0)
     assert handle.stats.evaluations == handle.stats.lanes == 6

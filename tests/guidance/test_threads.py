@@ -81,7 +81,7 @@ def test_a_scheduler_shared_with_a_plain_pipeline_is_not_changed():
 
 def test_in_the_thread_of_guide_all_calls_are_guided():
     """Also after the block was entered in another thread than `guide` was called in."""
-    pipe = build("sd")
+    pipe = build("short_sd")
     other = StableDiffusionImg2ImgPipeline(
         **{**pipe.components, "scheduler": DDIMScheduler.from_config(pipe.scheduler.config)},
         requires_safety_checker=False,
@@ -147,7 +147,7 @@ def held(pipe):
 
 
 def test_a_second_thread_on_a_guided_pipeline_raises_at_once():
-    pipe = build("sd")
+    pipe = build("short_sd")
     handle = guide(pipe, PAG(2.0))
     expected = run("sd", pipe, 3.0)
     finish = held(pipe)
@@ -166,7 +166,7 @@ def test_a_second_thread_on_a_guided_pipeline_raises_at_once():
 
 
 def test_an_error_in_the_block_does_not_end_the_guidance_under_a_run():
-    pipe = build("sd")
+    pipe = build("short_sd")
     with guide(pipe, PAG(2.0)):
         expected = run("sd", pipe, 3.0)
     handle, runs = guide(pipe, PAG(2.0)), []
@@ -193,7 +193,7 @@ def test_a_thread_that_compiles_the_network_is_not_guided():
 
 
 def test_a_run_that_was_broken_off_in_a_thread_does_not_stay():
-    pipe = build("sd")
+    pipe = build("short_sd")
 
     def stop(*args):
         raise KeyboardInterrupt

@@ -7,7 +7,6 @@ from diffusers_repr.models import (
     ClassTokenHead,
     JointViTModel,
     NoisyClassifier,
-    NullTokens,
     RepresentationMLPModel,
     SiTTransformer2DModel,
     UViTTransformer2DModel,
@@ -79,12 +78,6 @@ CASES = {
         lambda: {"sample": torch.randn(2, 6), "timestep": TIMES, "class_labels": torch.tensor([1, 3])},
         {"sample": (2, 6)},
         targets=("linear_in", "linear_out"),
-    ),
-    "NullTokens": ModelCase(
-        lambda: NullTokens(6, 3),
-        lambda: {"tokens": torch.randn(2, 3, 6), "drop_mask": torch.tensor([False, True])},
-        {"sample": (2, 3, 6)},
-        plain=True,
     ),
     "VectorEmbedding": ModelCase(
         lambda: VectorEmbedding(6, 5),

@@ -1,6 +1,7 @@
 """Online guidance: two stages, what the network is conditioned on in each, what is saved."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -182,10 +183,10 @@ def test_training_saves_what_sampling_draws_from(kind, tmp_path):
     assert (tmp_path / "samples.png").is_file() or list(tmp_path.rglob("*.png"))
     pipe = SiTPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    assigner, prior = SinkhornAssigner.from_pretrained(tmp_path / "assigner"), load_prior(tmp_path / "prior")
+    assigner, prior = SinkhornAssigner.from_pretrained(tmp_path / "assigner"), load_prior(tmp_path)
     assert assigner.gives == ("class" if kind == "class" else "vector")
     assert made.usage.sum() > 0
-    out = pipe(batch_size=64, prior=prior, num_inference_steps=1, output_type="latent")
+    out = pipe(batch_size=64, num_inference_steps=1, output_type="latent")
     if kind == "class":
         torch.testing.assert_close(prior.frequencies, made.usage.double())
         assert set(out.class_labels.tolist()) <= set(made.usage.nonzero().flatten().tolist())
@@ -261,3 +262,10 @@ def test_refuses():
     with pytest.raises(RuntimeError, match="moving average"):
         made.noised(batch())
     assert isinstance(Denoiser.from_pipe(uvit(condition_dim=E)).conditioner, VectorConditioner)
+    made = objective()
+    sharded = types.SimpleNamespace(full_tensor=None)  # as torch's DTensor
+    with pytest.raises(ValueError, match="FSDP"):
+        made.on_step_end(1, types.SimpleNamespace(shadow={"network.positions": sharded}))
+    made.network.compile()
+    with pytest.raises(ValueError, match="do not compile"):
+        made(batch())

@@ -114,7 +114,7 @@ class TensorConditioner(Conditioner):
 
     def describe(self) -> dict[str, Any]:
         """With the input's name and the null: a hash of a tensor, `learned` of a parameter."""
-        null = self.null_value
+        null: Any = self.null_value
         if isinstance(null, nn.Parameter):
             null = "learned"
         elif isinstance(null, Tensor):
