@@ -45,12 +45,12 @@ def test_every_folder_loads_with_consent(tmp_path):
         "sit",
         "joint",
         "rcg",
+        "retrieval",
         "feature_extraction",
         "few_shot_segmentation",
         "correspondence",
         "open_vocabulary_segmentation",
         "diffusion_classifier",
-        "retrieval",
     )
     names = (*GUIDED, *own, "two")
     assert good == [f"{name} is good" for name in names], done.stderr[-3000:]
