@@ -1,4 +1,4 @@
-"""What `predict` and `segment predict` share: settings, the images that are found, and the task that is loaded."""
+"""What `predict`, `segment predict` and `segment open` share: settings, the images found, and the task loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from diffusers_repr.cli import options
 from diffusers_repr.config.recipe import REQUIRED, setting
 
 if TYPE_CHECKING:
-    from diffusers_repr.tasks.saved import SavedTask
+    from diffusers_repr.tasks.task import Task
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-T = TypeVar("T", bound="SavedTask")
+T = TypeVar("T", bound="Task")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

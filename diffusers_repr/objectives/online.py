@@ -153,7 +153,9 @@ class OnlineGuidanceObjective(DiffusionObjective):
     def noised(self, batch: Batch, x0: Tensor | None = None, drop: bool = True) -> NoisyBatch:
         """As `DiffusionObjective.noised`; in the second stage with the condition that the moving average gives."""
         if is_compiled_in_place(self.network):
-            raise ValueError("Online guidance stops its network at a layer, which a compiled one cannot; do not compile.")
+            raise ValueError(
+                "Online guidance stops its network at a layer, which a compiled one cannot; do not compile."
+            )
         noisy = super().noised(batch, x0, drop)
         if not self.conditions_now:
             return noisy
@@ -202,7 +204,8 @@ class OnlineGuidanceObjective(DiffusionObjective):
     def _averages(self, path: str) -> dict[str, Tensor]:
         """Averaged tensors in the dtypes of the network's own."""
         own = dict(self.get_submodule(path).state_dict(keep_vars=True))
-        return {name: value.to(own[name].dtype) for name, value in self._ema.averages(path).items()}
+        means = {k.removeprefix(f"{path}."): v for k, v in self._ema.shadow.items() if k.startswith(f"{path}.")}
+        return {name: mean.to(own[name].dtype) for name, mean in means.items()}
 
     def values(self, ids: Tensor, size: tuple[int, int]) -> Tensor:
         """What the conditioner takes of prototypes.
@@ -227,14 +230,17 @@ class OnlineGuidanceObjective(DiffusionObjective):
             self.recent[rows] = ids
             self.seen_maps += len(ids)
 
+    @torch.no_grad()
     def on_step_end(self, step: int, ema: Any) -> None:
         """Count the step; at the switch the moving average becomes the weights."""
         super().on_step_end(step, ema)
-        if self._ema is None and ema is not None:
-            ema.averages("network")  # a sharded one is refused now, not at the switch
+        if any(hasattr(mean, "full_tensor") for mean in ema.shadow.values()):
+            raise ValueError("Online guidance asks the moving average, which no process has whole under FSDP.")
         self.steps, self._ema = step, ema
         if step == self.switch_step:
-            ema.restart()
+            own = self.state_dict()
+            for name, mean in ema.shadow.items():
+                mean.copy_(own[name])
             self.assigner.fitted.fill_(True)
 
     # The result

@@ -55,7 +55,8 @@ def question(denoiser: Denoiser, ask: Ask, several: bool, calibration: int, coun
     if ask == "digit":
         names = tuple(str(digit) for digit in range(10))
         told = encode_conditions(denoiser, class_labels=list(range(10)), size=denoiser.image_size)
-        rows = load_digits_splits()["train"].shuffle(seed=0).select(range(calibration))  # its first rows are nearly of one class
+        # The split's first rows are nearly of one class.
+        rows = load_digits_splits()["train"].shuffle(seed=0).select(range(calibration))
         train = denoiser.pixels(rows["image"]), torch.tensor(rows["label"])
         pixels, labels, real = held_out(count)
         return Question(ask, names, told, Units.of(range(10)), train, (pixels, labels), real)

@@ -120,7 +120,7 @@ def pixel_model(channels=2, **changes):
     return sharpened(model.double())
 
 
-def sd_model(name="short_sd"):
+def sd_model(name="sd"):
     pipe = build(name)
     sharpened(pipe.unet)
     return pipe

@@ -1,6 +1,7 @@
 """Online guidance: two stages, what the network is conditioned on in each, what is saved."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -262,10 +263,9 @@ def test_refuses():
         made.noised(batch())
     assert isinstance(Denoiser.from_pipe(uvit(condition_dim=E)).conditioner, VectorConditioner)
     made = objective()
-    ema = EMA(made)
-    ema._sharded = True
+    sharded = types.SimpleNamespace(full_tensor=None)  # as torch's DTensor
     with pytest.raises(ValueError, match="FSDP"):
-        made.on_step_end(1, ema)
+        made.on_step_end(1, types.SimpleNamespace(shadow={"network.positions": sharded}))
     made.network.compile()
     with pytest.raises(ValueError, match="do not compile"):
         made(batch())

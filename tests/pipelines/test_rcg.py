@@ -18,6 +18,7 @@ from diffusers_repr.testing import check_conditioner, check_objective
 from tests.objectives.cases import shake
 from tests.pipelines.rcg_cases import D, embedding, make, pixels, prior, quiet, seed, unet
 from tests.pipelines.sit_cases import network as sit
+from tests.testers.hosts import in_dtype
 
 CALL = {"num_inference_steps": 3, "output_type": "np", "prior_num_inference_steps": 4}
 
@@ -246,7 +247,7 @@ def test_a_half_is_loaded_and_the_other_put_in(tmp_path):
     again.enable_model_cpu_offload(device="cpu")
     np.testing.assert_allclose(again(class_labels=[0, 2], generator=seed(), **call).images, wanted, atol=1e-5)
     for dtype in (torch.float16, torch.bfloat16):
-        half = quiet(RCGPipeline.from_pretrained(tmp_path / "whole", dtype=dtype))
+        half = quiet(RCGPipeline.from_pretrained(tmp_path / "whole", **in_dtype(dtype)))
         assert half.prior.dtype == half.unet.dtype == half.condition_embedding.dtype == dtype
         out = half(class_labels=[0, 2], generator=seed(), **call)
         assert out.condition.dtype == torch.float32
