@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.hub.compiled import plain_module
 from diffusers_repr.noise import NoiseLevel
 
-# An estimate of 0 is wrong by 1, one of the opposite noise by 4. A network that is asked for the noise and was trained
-# to give EDM's output returns about the opposite at little noise.
-MOST = 2.5
+# The cosine of an estimate of the noise with the noise. Near 1 of a trained network where there is much noise, above 0
+# of images that it was not trained for, about 0 of one with random weights. A network that was trained to give EDM's
+# output returns about the opposite of the noise, where there is not much of it.
+LEAST = -0.2
 _NSR, _ROWS = 0.3, 4
 
 
 def estimates_can_tell(denoiser: Denoiser) -> bool:
-    """Whether errors of the noise tell of the scheduler: not where clean data are estimated, nor of flows."""
+    """Whether estimates of the noise tell of the scheduler: not where clean data are estimated, nor of flows."""
     return denoiser.schedule.kind in ("vp", "edm") and denoiser.schedule.output != "sample"
 
 
-def check_estimates(denoiser: Denoiser, error: float, timestep: float) -> None:
-    """Refuse a network whose estimates of the noise are far worse than none.
+def noise_cosine(eps: Tensor, noise: Tensor) -> Tensor:
+    """How far an estimate of the noise points its way, `(B,)`, float32.
+
+    Args:
+        eps: The estimate `(B, ...)`.
+        noise: The noise.
+    """
+    return torch.cosine_similarity(eps.flatten(1).float(), noise.flatten(1).float())
+
+
+def check_estimates(denoiser: Denoiser, cosine: float, timestep: float) -> None:
+    """Refuse a network whose estimates of the noise point away from it.
 
     Args:
         denoiser: The base.
-        error: Mean squared error of its estimates, of noise of variance 1.
+        cosine: Mean of `noise_cosine`.
         timestep: Where that was found.
 
     Raises:
         ValueError: With what may be wrong.
     """
-    if error > MOST and estimates_can_tell(denoiser):
+    if cosine < LEAST and estimates_can_tell(denoiser):
         schedule, model = denoiser.schedule, type(plain_module(denoiser.model)).__name__
         told = (
             "a network of EDM without its preconditioning" if schedule.kind == "vp" else "a network that is not EDM's"
         )
         raise ValueError(
-            f"{denoiser.name or model}: its estimates of the noise at timestep {timestep:g} are wrong by {error:.2f} "
-            f"in the mean square, where no estimate at all is wrong by 1. It was not trained for this scheduler "
-            f"({schedule.kind}, output {schedule.output!r}): {told}, or another prediction_type. Load it with the "
-            "scheduler it was trained with (EDM: EDMEulerScheduler with its sigma_data), or pass Denoiser(model, "
-            "schedule=NoiseSchedule(...))."
+            f"{denoiser.name or model}: its estimates of the noise at timestep {timestep:g} point away from the noise "
+            f"(cosine {cosine:.2f}). It was not trained for this scheduler ({schedule.kind}, output "
+            f"{schedule.output!r}): {told}, or another prediction_type. Load it with the scheduler of its training "
+            "(EDM: EDMEulerScheduler with its sigma_data), or pass Denoiser(model, schedule=NoiseSchedule(...))."
         )
 
 
@@ -59,7 +70,7 @@ def check_scheduler(denoiser: Denoiser) -> None:
     with torch.no_grad(), denoiser.evaluating():
         x_t = denoiser.add_noise(torch.zeros_like(noise), level, noise)
         eps = denoiser.predict(x_t, level, condition).eps
-    check_estimates(denoiser, float((eps.float() - noise.float()).square().mean()), float(level.timestep))
+    check_estimates(denoiser, float(noise_cosine(eps, noise).mean()), float(level.timestep))
 
 
-__all__ = ["check_estimates", "check_scheduler", "estimates_can_tell"]
+__all__ = ["check_estimates", "check_scheduler", "estimates_can_tell", "noise_cosine"]

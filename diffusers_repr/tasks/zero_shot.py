@@ -201,7 +201,7 @@ class ZeroShotClassifier(FolderTask):
             ids: Keys of the noise, one an image; the pixels if None, so that one image always gets the same.
 
         Raises:
-            ValueError: Without images, and if the estimates of the noise are far worse than none: the base was not
+            ValueError: Without images, and if the estimates of the noise point away from it: the base was not
                 trained for its scheduler, such as one of EDM without its preconditioning.
             FloatingPointError: If errors are no numbers.
             MemoryError: If memory does not suffice for a single row.

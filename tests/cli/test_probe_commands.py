@@ -290,6 +290,7 @@ SHARED = {  # of one kind and one default wherever a command has it
 }  # fmt: skip
 HAVE = {
     "layers": "json revision", "extract": "timesteps seed dtype store_dtype batch_size device out overwrite limit",
+    "assign": "seed dtype store_dtype batch_size device out overwrite quiet revision",
     "cache": "store_dtype batch_size device quiet", "convert": "out overwrite", "push": "dry_run",
     "publish": "dry_run",
     "select": "timesteps seed dtype batch_size device out overwrite json limit quiet",

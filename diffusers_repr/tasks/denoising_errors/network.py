@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.estimates import check_estimates
+from diffusers_repr.denoiser.estimates import check_estimates, noise_cosine
 from diffusers_repr.features.noise_policy import NoiseSource
 from diffusers_repr.tasks.denoising_errors.conditions import ConditionRows
 from diffusers_repr.tasks.denoising_errors.memory import smaller_batch
 from diffusers_repr.tasks.denoising_errors.pairs import Asked
-from diffusers_repr.tasks.denoising_errors.scores import check_bound, noise_error, pair_error
+from diffusers_repr.tasks.denoising_errors.scores import check_bound, pair_error
 
-_ENOUGH = 8  # estimates of a level, to tell from their mean error whether the network fits its scheduler
+_ENOUGH = 8  # estimates of a level, to tell from their mean cosine whether the network fits its scheduler
 
 
 class NetworkErrors:
@@ -57,7 +57,7 @@ class NetworkErrors:
             progress,
         )
         self.evaluations = 0
-        self._squares: dict[float, tuple[float, int]] = {}  # timestep -> sum and count of mean squared errors
+        self._cosines: dict[float, tuple[float, int]] = {}  # timestep -> sum and count
         if loss == "vlb":
             check_bound(denoiser)
 
@@ -67,7 +67,7 @@ class NetworkErrors:
         Raises:
             FloatingPointError: If an error is no number.
             MemoryError: If one row is too much.
-            ValueError: If the network's estimates are far worse than none: it was not trained for its scheduler.
+            ValueError: If the network's estimates of the noise point away from it: it has another scheduler.
         """
         found = torch.empty(len(asked), dtype=torch.float64)
         with torch.no_grad(), self.denoiser.evaluating():
@@ -80,7 +80,7 @@ class NetworkErrors:
                 f" the weights of the base {self.denoiser.name or type(self.denoiser.model).__name__!r} are broken, or"
                 f" its dtype ({self.denoiser.dtype}) is too narrow; try float32."
             )
-        for time, (total, count) in self._squares.items():
+        for time, (total, count) in self._cosines.items():
             if count >= _ENOUGH:
                 check_estimates(self.denoiser, total / count, time)
         return found
@@ -114,17 +114,14 @@ class NetworkErrors:
         index = index.to(device)
         level = self.denoiser.level(asked.timesteps)
         prediction = self.denoiser.predict(x_t[index], level, self.conditions.take(asked.prompts))
-        self._note(asked.timesteps, noise_error(prediction.eps, noise[index], "l2"))
+        self._note(asked.timesteps, noise_cosine(prediction.eps, noise[index]))
         return pair_error(prediction, noise[index], self.loss, self.denoiser.schedule)
 
-    def _note(self, timesteps: Tensor, squares: Tensor) -> None:
-        times, place = timesteps.unique(return_inverse=True)
-        sums = torch.zeros(2, len(times), dtype=torch.float64)
-        sums[0].index_add_(0, place, squares.double().cpu())
-        sums[1].index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
-        for time, total, count in zip(times.tolist(), *sums.tolist(), strict=True):
-            before = self._squares.get(time, (0.0, 0))
-            self._squares[time] = before[0] + total, before[1] + int(count)
+    def _note(self, timesteps: Tensor, cosines: Tensor) -> None:
+        cosines = cosines.double().cpu()
+        for time in timesteps.unique().tolist():
+            own, (total, count) = cosines[timesteps == time], self._cosines.get(time, (0.0, 0))
+            self._cosines[time] = total + float(own.sum()), count + len(own)
 
 
 __all__ = ["NetworkErrors"]
