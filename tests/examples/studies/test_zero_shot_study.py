@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import zero_shot
 from PIL import Image
@@ -34,6 +35,7 @@ def test_images_are_those_of_one_thing():
     assert torch.equal(shown, torch.from_numpy(alone[3].image))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_gone_on_with_evaluates_nothing_again(tmp_path, monkeypatch):
     rows, forward = [], NetworkErrors._forward
 
