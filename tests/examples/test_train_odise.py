@@ -70,7 +70,6 @@ def test_a_run(places, tmp_path):
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "out").glob("*.json"))
 
 
-@pytest.mark.slow
 def test_fit(places, tmp_path):
     config = PanopticConfig(str(places / "scenes"), **COLUMNS)
     data = load_panoptic(config, 3, (32, 32))

@@ -29,7 +29,7 @@ def run(name, out, epochs, *flags):
                "--output_dir", str(out), "--protocol_changes", changes, *SMALL, *flags)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param("difformer", marks=pytest.mark.slow), "diffeed"])
+@pytest.mark.parametrize("name", ["difformer", "diffeed"])
 def test_a_run(name, tmp_path, monkeypatch):
     """It learns; the folder is a `Probe` that predicts what was measured, is saved again and refuses another base."""
     monkeypatch.chdir(CONFIGS.parents[1])
