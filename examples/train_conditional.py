@@ -20,7 +20,6 @@ clusters of the encoder's patches (`--assigner kmeans`), which are written once 
 """
 
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +40,7 @@ from diffusers_repr.cli.encoders import open_encoder
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import check_keys, json_mapping, setting
+from diffusers_repr.config.recipe import setting, take_arguments
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.denoiser.loading import load_autoencoder
@@ -82,10 +81,7 @@ class ConditionConfig:
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
             raise ValueError(f"`network` is one of {', '.join(NETWORKS)}, got {self.network!r}.")
-        for name, target in (("model", NETWORKS[self.network]), ("scheduler", DDIMScheduler)):
-            arguments = json_mapping(name, getattr(self, name))
-            check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
-            object.__setattr__(self, name, arguments)
+        take_arguments(self, model=NETWORKS[self.network], scheduler=DDIMScheduler)
         own = [name for name in OWN if name in self.model]
         if own:
             raise ValueError(f"What is assigned decides on `{'`, `'.join(own)}`; drop it from `model`.")

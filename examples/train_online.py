@@ -24,7 +24,7 @@ from diffusers_repr.assign import SinkhornAssigner
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import check_keys, json_mapping, setting
+from diffusers_repr.config.recipe import setting, take_arguments
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser import MapConditioner
 from diffusers_repr.models import SiTTransformer2DModel, UViTTransformer2DModel
@@ -59,10 +59,7 @@ class OnlineConfig:
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
             raise ValueError(f"`network` is one of {', '.join(NETWORKS)}, got {self.network!r}.")
-        for name, target in (("model", NETWORKS[self.network]), ("scheduler", DDPMScheduler)):
-            arguments = json_mapping(name, getattr(self, name))
-            check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
-            object.__setattr__(self, name, arguments)
+        take_arguments(self, model=NETWORKS[self.network], scheduler=DDPMScheduler)
         own = [name for name in OWN if name in self.model]
         if own:
             raise ValueError(f"`num_prototypes` and `condition` decide on `{'`, `'.join(own)}`; drop it from `model`.")

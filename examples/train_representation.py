@@ -10,7 +10,6 @@ training vectors: `evaluation.jsonl`.
 """
 
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -23,7 +22,7 @@ from diffusers_repr.cli.assign import write_from_recipe
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import check_keys, json_mapping, setting
+from diffusers_repr.config.recipe import setting, take_arguments
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.assigned import ASSIGNER, VECTORS
 from diffusers_repr.data.vectors import VectorData
@@ -54,10 +53,7 @@ class ModelConfig:
     eval_split: str | None = setting(None, "split whose vectors measure the result; none: no measurement")
 
     def __post_init__(self) -> None:
-        for name, target in (("model", RepresentationMLPModel), ("scheduler", DDIMScheduler)):
-            arguments = json_mapping(name, getattr(self, name))
-            check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
-            object.__setattr__(self, name, arguments)
+        take_arguments(self, model=RepresentationMLPModel, scheduler=DDIMScheduler)
         own = sorted({"in_channels", "num_classes", "null_class"} & self.model.keys())
         if own:
             raise ValueError(f"`model` takes {', '.join(own)} from the encoder and the data; leave them out.")

@@ -9,7 +9,6 @@ are taken as they are; the whole CLIP and its tokenizer are copied to `clip/`. A
 
 import copy
 import dataclasses
-import inspect
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import check_keys, json_mapping, setting
+from diffusers_repr.config.recipe import setting, take_arguments
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.denoiser.vae import vae_stride
 from diffusers_repr.hub.files import read_json, write_json
@@ -43,10 +42,7 @@ class ModelConfig:
     eval_prompts: list[str] | None = setting(None, "captions of the rows of samples.png, eight images each")
 
     def __post_init__(self) -> None:
-        for name, target in (("model", UNet2DConditionModel), ("scheduler", DDIMScheduler)):
-            arguments = json_mapping(name, getattr(self, name))
-            check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
-            object.__setattr__(self, name, arguments)
+        take_arguments(self, model=UNet2DConditionModel, scheduler=DDIMScheduler)
         own = sorted({"sample_size", "in_channels", "out_channels", "cross_attention_dim"} & self.model.keys())
         if own:
             raise ValueError(f"`model` takes {', '.join(own)} from the VAE and the text tower; leave them out.")

@@ -12,7 +12,6 @@ The loop, its checkpoints and its settings: docs/training.md.
 """
 
 import dataclasses
-import inspect
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import check_keys, json_mapping, setting
+from diffusers_repr.config.recipe import setting, take_arguments
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.models import UViTTransformer2DModel
 from diffusers_repr.objectives import DiffusionObjective, PerceptualObjective
@@ -63,10 +62,7 @@ class ModelConfig:
             )
         if self.network not in NETWORKS:
             raise ValueError(f"`network` is one of {', '.join(NETWORKS)}, got {self.network!r}.")
-        for name, target in (("model", NETWORKS[self.network]), ("scheduler", DDPMScheduler)):
-            arguments = json_mapping(name, getattr(self, name))
-            check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
-            object.__setattr__(self, name, arguments)
+        take_arguments(self, model=NETWORKS[self.network], scheduler=DDPMScheduler)
         if self.model.get("sample_size") is None:
             raise ValueError("`model` needs `sample_size`, the side of the images.")
         if self.class_conditional and self.model.get("class_embed_type") is not None:

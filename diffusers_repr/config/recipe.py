@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -239,6 +240,22 @@ def check_keys(place: str, given: Iterable[str], allowed: Iterable[str]) -> None
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=3) or sorted(allowed)
             raise ValueError(f"Unknown key {key!r} in {place}. Closest allowed: {near}.")
+
+
+def take_arguments(config: Any, **targets: Any) -> None:
+    """Make settings that hold arguments of a class mappings, and check their names; of a frozen dataclass.
+
+    Args:
+        config: The settings.
+        **targets: By the name of a setting, the class whose arguments it holds.
+
+    Raises:
+        ValueError: For what is no mapping, and for an argument that the class does not have.
+    """
+    for name, target in targets.items():
+        arguments = json_mapping(name, getattr(config, name))
+        check_keys(f"`{name}`", arguments, inspect.signature(target.__init__).parameters)
+        object.__setattr__(config, name, arguments)
 
 
 def json_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ Detail = Literal["blocks", "all"]
 
 _TABLES: OrderedDict[Hashable, tuple[Layer, ...]] = OrderedDict()  # by what they depend on, the latest last
 _KEPT = 64
+_FINDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,17 @@ def list_layers(
     small = denoiser.latent_size(size)
     key = architecture_key(denoiser)
     key = key and (key, small, denoiser.stride, detail, registered_outputs())
-    if key in _TABLES:
-        _TABLES.move_to_end(key)
-        return list(_TABLES[key])
+    with _FINDING:  # another thread may add and drop tables
+        kept = None if key is None else _TABLES.get(key)
+        if kept is not None:
+            _TABLES.move_to_end(key)
+            return list(kept)
     table = layer_table(on_meta(denoiser.model), denoiser.family, small, denoiser.stride, denoiser.schedule, detail)
     if key is not None:
-        _TABLES[key] = tuple(table)
-        while len(_TABLES) > _KEPT:
-            _TABLES.popitem(last=False)
+        with _FINDING:
+            _TABLES[key] = tuple(table)
+            while len(_TABLES) > _KEPT:
+                _TABLES.popitem(last=False)
     return table
 
 
@@ -113,7 +118,10 @@ def architecture_key(denoiser: Denoiser) -> tuple[Any, ...] | None:
         return None
     family, cls = denoiser.family, type(inner)
     more = {name: _settings(value, cls) if name == "config" else value for name, value in vars(family).items()}
-    return cls, _settings(inner.config, cls), type(family), repr(more), repr(_example_level(denoiser.schedule))
+    told = (_settings(inner.config, cls), repr(more), repr(_example_level(denoiser.schedule)))
+    if any(" at 0x" in text for text in told):  # of an object that has no text but its address, which others get later
+        return None
+    return cls, type(family), *told
 
 
 def _settings(config: Mapping[str, Any], cls: type) -> str:

@@ -6,21 +6,19 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from diffusers_repr.denoiser.prior import FILE as PRIOR_FILE
-from diffusers_repr.denoiser.prior import Prior, load_prior
+from diffusers_repr.denoiser.stored_prior import StoredPriorMixin
 from diffusers_repr.hub.checks import check_whole
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class SamplingMixin:
+class SamplingMixin(StoredPriorMixin):
     """Base, before `DiffusionPipeline`, of a pipeline with a loop of its own: what diffusers' callbacks read.
 
     A callback may set `pipe._guidance_scale` (1 or less, or 0 of a classifier's guidance, is off) and
@@ -31,41 +29,6 @@ class SamplingMixin:
     _guidance_scale = 1.0
     _interrupt = False
     _num_timesteps = 0
-    _stored_prior: Prior | None = None
-
-    @property
-    def stored_prior(self: Any) -> Prior | None:
-        """What draws conditions where a call is given none: `prior.json` of the folder it was loaded from; may be set.
-
-        Saved with the pipeline. None: there is none, and each class has its own default.
-        """
-        place = self.config.get("_name_or_path")
-        if self._stored_prior is None and place and Path(place, PRIOR_FILE).is_file():
-            self._stored_prior = load_prior(place)
-        return self._stored_prior
-
-    @stored_prior.setter
-    def stored_prior(self, prior: Prior | None) -> None:
-        """Another one."""
-        self._stored_prior = prior
-
-    def drawing(self, prior: Prior | None, *given: Any) -> Prior | None:
-        """The prior of a call: the one it was given, or the stored one where no condition was given."""
-        return self.stored_prior if prior is None and all(value is None for value in given) else prior
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', with the stored prior.
-
-        Args:
-            save_directory: The folder.
-            *args: As in diffusers.
-            **kwargs: As in diffusers.
-        """
-        prior = self.stored_prior
-        saver: Any = super()
-        saver.save_pretrained(save_directory, *args, **kwargs)
-        if prior is not None:
-            prior.save_pretrained(save_directory)
 
     @property
     def num_timesteps(self) -> int:

@@ -119,4 +119,33 @@ def class_or_null_ids(
     return labels
 
 
-__all__ = ["Labels", "class_ids", "class_or_null_ids", "label_names", "named_ids"]
+class ClassNamesMixin:
+    """Of a pipeline: ids of classes by their names, as diffusers' `DiTPipeline` has them.
+
+    Attributes:
+        labels: Id of each name; a class may have several, parted by commas.
+    """
+
+    labels: dict[str, int]
+
+    def register_class_names(self: Any, id2label: Mapping[Any, str] | None) -> None:
+        """Keep names in the config, with ids as text, as JSON has them."""
+        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        names = ((name.strip(), int(key)) for key, value in (id2label or {}).items() for name in value.split(","))
+        self.labels = dict(sorted(names))
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Class ids of names.
+
+        Raises:
+            ValueError: For a name that `id2label` does not have.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        unknown = [name for name in names if name not in self.labels]
+        if unknown:
+            known = ", ".join(list(self.labels)[:10]) or "none: the pipeline has no id2label"
+            raise ValueError(f"No class has the names {unknown}. Known names, see `pipe.labels`: {known}.")
+        return [self.labels[name] for name in names]
+
+
+__all__ = ["ClassNamesMixin", "Labels", "class_ids", "class_or_null_ids", "label_names", "named_ids"]

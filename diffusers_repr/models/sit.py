@@ -10,14 +10,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from diffusers_repr.models.conditioned import ConditionedMixin, check_conditions, check_patches
 from diffusers_repr.models.mixin import ReprModelMixin
-from diffusers_repr.models.sit_blocks import TIME_CHANNELS, SiTAttnProcessor, SiTBlock, SiTFinalNorm, grid_positions
+from diffusers_repr.models.sit_blocks import TIME_CHANNELS, PatchAttentionMixin, SiTBlock, SiTFinalNorm, grid_positions
 
 # Letter -> depth, width, heads.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -42,7 +41,7 @@ class SiTOutput(Transformer2DModelOutput):
 
 
 class SiTTransformer2DModel(
-    ConditionedMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
+    PatchAttentionMixin, ConditionedMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 ):
     """Transformer on patches, conditioned by adaptive layer norm on time and a class or a vector.
 
@@ -176,23 +175,6 @@ class SiTTransformer2DModel(
             nn.init.normal_(self.null_condition, std=0.02)
         nn.init.zeros_(self.norm_out.modulation.weight)
         nn.init.zeros_(self.proj_out.weight)
-
-    def set_default_attn_processor(self) -> None:
-        """Undo `set_attn_processor`: attention through diffusers' dispatcher."""
-        self.set_attn_processor(SiTAttnProcessor())
-
-    def fuse_qkv_projections(self) -> None:
-        """Compute queries, keys and values of a block in one product; for inference."""
-        self._set_fused(True)
-
-    def unfuse_qkv_projections(self) -> None:
-        """Undo `fuse_qkv_projections`."""
-        self._set_fused(False)
-
-    def _set_fused(self, fuse: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.fuse_projections(fuse=fuse)
 
     def forward(
         self,

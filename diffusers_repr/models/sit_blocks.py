@@ -85,6 +85,27 @@ class SiTAttnProcessor:
         return attn.to_out[1](attn.to_out[0](out))
 
 
+class PatchAttentionMixin:
+    """Of a network of such attention: its processor, and queries, keys and values in one product."""
+
+    def set_default_attn_processor(self: Any) -> None:
+        """Undo `set_attn_processor`: attention through diffusers' dispatcher."""
+        self.set_attn_processor(SiTAttnProcessor())
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of a block in one product; for inference."""
+        self._set_fused(True)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`."""
+        self._set_fused(False)
+
+    def _set_fused(self: Any, fuse: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse_projections(fuse=fuse)
+
+
 class SiTBlock(nn.Module):
     """Transformer block whose norms and residuals are scaled, shifted and gated by the condition (adaLN-Zero).
 

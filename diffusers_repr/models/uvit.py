@@ -9,7 +9,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.nn import functional
 from diffusers_repr.models.conditioned import ConditionedMixin, check_conditions, check_patches
 from diffusers_repr.models.joint_vit import unpatchify
 from diffusers_repr.models.mixin import ReprModelMixin
-from diffusers_repr.models.sit_blocks import SiTAttnProcessor
+from diffusers_repr.models.sit_blocks import PatchAttentionMixin
 from diffusers_repr.models.uvit_blocks import UViTBlock
 
 # Letter -> blocks, width, heads (Bao et al. 2022, table 1).
@@ -33,7 +32,7 @@ PATCHES = (2, 4, 8)
 
 
 class UViTTransformer2DModel(
-    ConditionedMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
+    PatchAttentionMixin, ConditionedMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 ):
     """Transformer on patches that takes time and condition as tokens and joins shallow with deep blocks.
 
@@ -177,23 +176,6 @@ class UViTTransformer2DModel(
         for parameter in (self.positions, self.class_token_embed, self.null_condition):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
-
-    def set_default_attn_processor(self) -> None:
-        """Undo `set_attn_processor`: attention through diffusers' dispatcher."""
-        self.set_attn_processor(SiTAttnProcessor())
-
-    def fuse_qkv_projections(self) -> None:
-        """Compute queries, keys and values of a block in one product; for inference."""
-        self._set_fused(True)
-
-    def unfuse_qkv_projections(self) -> None:
-        """Undo `fuse_qkv_projections`."""
-        self._set_fused(False)
-
-    def _set_fused(self, fuse: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.fuse_projections(fuse=fuse)
 
     def forward(
         self,

@@ -29,7 +29,7 @@ from diffusers_repr.denoiser.prior import GeneratorPrior, Prior
 from diffusers_repr.denoiser.vae import decode_latents
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
-from diffusers_repr.models.labels import Labels, class_or_null_ids
+from diffusers_repr.models.labels import ClassNamesMixin, Labels, class_or_null_ids
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
@@ -51,7 +51,7 @@ class RCGPipelineOutput(BaseOutput):
     class_labels: Tensor | None = None
 
 
-class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
+class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, DiffusionPipeline):
     """Representation-conditioned generation (RCG, Li et al. 2023, arXiv 2312.03701), without labels or by class.
 
     `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
@@ -102,9 +102,7 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
             vae=vae,
             condition_embedding=condition_embedding,
         )
-        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
-        names = ((name.strip(), int(key)) for key, value in (id2label or {}).items() for name in value.split(","))
-        self.labels: dict[str, int] = dict(sorted(names))
+        self.register_class_names(id2label)
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -164,19 +162,6 @@ class RCGPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
         """Id of the prior's null class; None of one without classes or without a null class."""
         config = self._need(self.prior, "prior").config
         return config.num_classes if config.num_classes and config.null_class else None
-
-    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class ids of names.
-
-        Raises:
-            ValueError: For a name that `id2label` does not have.
-        """
-        names = [label] if isinstance(label, str) else list(label)
-        unknown = [name for name in names if name not in self.labels]
-        if unknown:
-            known = ", ".join(list(self.labels)[:10]) or "none: the pipeline has no id2label"
-            raise ValueError(f"No class has the names {unknown}. Known names, see `pipe.labels`: {known}.")
-        return [self.labels[name] for name in names]
 
     # Vectors
 

@@ -36,7 +36,7 @@ from diffusers_repr.denoiser.vae import decode_latents, vae_stride
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.class_token import ClassTokenHead
-from diffusers_repr.models.labels import Labels, class_or_null_ids
+from diffusers_repr.models.labels import ClassNamesMixin, Labels, class_or_null_ids
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
 
@@ -59,7 +59,7 @@ class SiTPipelineOutput(BaseOutput):
     class_tokens: Tensor | None = None
 
 
-class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
+class SiTPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, DiffusionPipeline):
     """Samples a `SiTTransformer2DModel` (arXiv 2401.08740) or a `UViTTransformer2DModel` (arXiv 2209.12152).
 
     In latent or pixel space. Any scheduler of the model's process does: `FlowMatchODEScheduler` (Euler, Heun) and
@@ -93,9 +93,7 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, class_token=class_token)
-        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
-        names = ((name.strip(), int(key)) for key, value in (id2label or {}).items() for name in value.split(","))
-        self.labels: dict[str, int] = dict(sorted(names))
+        self.register_class_names(id2label)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -128,19 +126,6 @@ class SiTPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline)
     def map_channels(self) -> int:
         """Input channels of the network that are no x_t, but a map it is conditioned on."""
         return max(0, self.transformer.config.in_channels - self.transformer.out_channels)
-
-    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class ids of names.
-
-        Raises:
-            ValueError: For a name that `id2label` does not have.
-        """
-        names = [label] if isinstance(label, str) else list(label)
-        unknown = [name for name in names if name not in self.labels]
-        if unknown:
-            known = ", ".join(list(self.labels)[:10]) or "none: the pipeline has no id2label"
-            raise ValueError(f"No class has the names {unknown}. Known names, see `pipe.labels`: {known}.")
-        return [self.labels[name] for name in names]
 
     @torch.no_grad()
     def __call__(
