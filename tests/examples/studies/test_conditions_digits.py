@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:UNet2DModel does not tell which class is the null one")
 def test_a_short_run(tmp_path, monkeypatch):
     sizes = {"work": tmp_path / "work", "results": tmp_path / "results", "images": 80, "steps": 2}
     sizes |= {"max_train_steps": 4, "vector_steps": 4, "seeds": 0}
