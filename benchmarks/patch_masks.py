@@ -1,8 +1,8 @@
 """Masked images of a batch at once against a loop over its samples, each of whose levels is read back (MDM's code).
 
-The loop cuts each image into patches, sorts its scores twice, gathers the patches that stay, puts zeros behind them and
-gathers all back into their order. On a CPU reading back costs nothing, and what is saved is the small calls; on a GPU
-the loop also waits for the device once a sample.
+The loop cuts each image into patches, sorts its scores twice, gathers the patches that stay, puts zeros behind them
+and gathers all back into their order. On a CPU reading back costs nothing, and what is saved is the small calls, less
+and less of the whole as images grow; on a GPU the loop also waits for the device once a sample.
 """
 
 import time

@@ -28,7 +28,9 @@ def by_loops(x0, noise, timesteps, patch, total):
     masked = x0.clone()
     for n, t in enumerate(timesteps):
         places = [(i, j) for i in range(0, x0.shape[2], patch) for j in range(0, x0.shape[3], patch)]
-        places.sort(key=lambda at, n=n: float(noise[n, :, at[0] : at[0] + patch, at[1] : at[1] + patch].double().sum()))
+        places.sort(
+            key=lambda at, n=n: float(noise[n, :, at[0] : at[0] + patch, at[1] : at[1] + patch].double().sum())
+        )
         for i, j in places[int(len(places) * (1 - t / total)) :]:
             masked[n, :, i : i + patch, j : j + patch] = 0
     return masked

@@ -23,7 +23,8 @@ def patches_by_loops(images, p):
     for image in images.tolist():
         for i in range(0, len(image[0]), p):
             for j in range(0, len(image[0][0]), p):
-                rows.append([channel[i + y][j + x] for channel in image for y in range(p) for x in range(p)])
+                row = [channel[i + y][j + x] for channel in image for y in range(p) for x in range(p)]
+                rows += [row]
     return np.array(rows)
 
 

@@ -14,8 +14,8 @@ from diffusers_repr.objectives.mdm import structural_dissimilarity
 from diffusers_repr.tasks import Segmenter
 from tests.objectives.cases import batch, shake
 from tests.tasks.planted_masks import CLASSES, annotated
-from tests.testers.models import unet2d
 from tests.test_patch_mask import by_loops
+from tests.testers.models import unet2d
 
 
 def mdm(size=8, channels=3, patch=2, **settings):
