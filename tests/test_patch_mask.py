@@ -24,13 +24,15 @@ def images(count=3, channels=2, height=4, width=6, seed=0):
 
 
 def by_loops(x0, noise, timesteps, patch, total):
-    """Sample by sample, patch by patch: those with the largest sums of noise go, as many as `int` of MDM's code says."""
+    """Sample by sample, patch by patch: those with the largest sums of noise go, as many as MDM's code says."""
     masked = x0.clone()
     for n, t in enumerate(timesteps):
         places = [(i, j) for i in range(0, x0.shape[2], patch) for j in range(0, x0.shape[3], patch)]
-        places.sort(
-            key=lambda at, n=n: float(noise[n, :, at[0] : at[0] + patch, at[1] : at[1] + patch].double().sum())
-        )
+
+        def total_noise(at, n=n):
+            return float(noise[n, :, at[0] : at[0] + patch, at[1] : at[1] + patch].double().sum())
+
+        places.sort(key=total_noise)
         for i, j in places[int(len(places) * (1 - t / total)) :]:
             masked[n, :, i : i + patch, j : j + patch] = 0
     return masked

@@ -81,7 +81,7 @@ def test_segmentation_reads_its_decoder():
     alone = [segmenter(image).masks[0] for image in images]
     assert all(torch.equal(a, b) for a, b in zip(alone, segmenter(images).masks, strict=True))
     other = mdm(16, 1, 2).denoiser
-    with pytest.raises(ValueError, match="mask_patch_size is 2, was 4"):
+    with pytest.warns(UserWarning, match="mask_patch_size is 2, was 4"):
         segmenter.on(other)
 
 
@@ -95,6 +95,8 @@ def test_what_is_refused():
         mdm(patch=3)
     with pytest.raises(ValueError, match="do not divide images of 8 x 12"):
         mdm(patch=8).check_batch({"pixel_values": torch.zeros(1, 3, 8, 12)})
+    with pytest.raises(ValueError, match="window of 17 pixels does not fit images of 8 x 8"):
+        mdm(ssim_window=17)
     for wrong, told in (
         ({"reconstruction": "huber"}, "ssim, l1, l2"),
         ({"ssim_window": 4}, "odd"),
