@@ -5,8 +5,9 @@
 Every row trains one U-Net for equal steps on the training digits, and samples by conditions that held-out digits
 give: their label, their cluster, their neighbours among the training digits, or their own vector. The encoder is a
 layer of a diffusion model that saw no label. A sample hits its condition where a classifier takes it for the digit
-that the condition came from; its vector is compared with that digit's, too. Runs and rows that are done are not done
-again. Writes rows.jsonl, table.md and samples.png.
+that the condition came from; its vector is compared with that digit's, too. Two rows go on from the network without a
+condition, for equal steps, by the plain and by the perceptual loss. Runs and rows that are done are not done again.
+Writes rows.jsonl, table.md, samples.png, clusters.png and neighbours_*.png.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 from diffusers_repr.pipelines.rcg import RCGPipeline
 from diffusers_repr.pipelines.retrieval_diffusion import RetrievalDiffusionPipeline
@@ -41,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_conditional
 import train_online
 import train_representation
+import train_unconditional
 
 EXAMPLES = Path(__file__).parents[1]
 ENCODER = f"{EXAMPLES / 'models' / 'digits-ddpm'}:mid_block@100"
@@ -63,6 +66,7 @@ class Run:
     pipeline: Any
     conditions: Callable[["Held", Path], dict[str, Any]]
     train: Callable[[list[str]], None] = train_conditional.main
+    base: str | None = None  # the run that it goes on from
 
 
 class Held:
@@ -104,9 +108,13 @@ def beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-assigned")
 
 
+def nothing(held: Held, folder: Path) -> dict[str, Any]:
+    return {}
+
+
 UNET = GuidedUnconditionalPipeline
 RUNS = {
-    "no condition": Run("self_guided", ["--assigner", "none"], UNET, lambda held, folder: {}),
+    "no condition": Run("self_guided", ["--assigner", "none"], UNET, nothing),
     "true labels": Run("self_guided", ["--assigner", "labels"], UNET, lambda held, _: {"class_labels": held.labels}),
     "10 clusters": Run("self_guided", ["--k", "10"], UNET, assigned_by(KMeansAssigner, "class_labels")),
     "50 clusters": Run("self_guided", ["--k", "50"], UNET, assigned_by(KMeansAssigner, "class_labels")),
@@ -114,6 +122,10 @@ RUNS = {
     "kNN-Diffusion": Run("knn", [], RetrievalDiffusionPipeline, neighbours),
     "RDM": Run("rdm", [], RetrievalDiffusionPipeline, neighbours),
     "RCG": Run("representation", [], RCGPipeline, assigned_by(IdentityAssigner, "condition")),
+    "no condition, more steps": Run("perceptual", ["--assigner", "none"], UNET, nothing, base="no condition"),
+    "no condition, perceptual steps": Run(
+        "perceptual", [], UNET, nothing, train_unconditional.main, base="no condition"
+    ),
 }
 COLUMNS = {
     "frechet": ("Fréchet distance", ".2f"),
@@ -128,16 +140,29 @@ COLUMNS = {
 def trained(name: str, seed: int, args: argparse.Namespace) -> Path:
     """Folder of a run, trained if it is not yet; the CPU seconds of all its parts beside it."""
     run, folder = RUNS[name], args.work / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    recipe, steps = EXAMPLES / "configs" / f"{run.recipe}_digits.yaml", args.max_train_steps
     changes = [] if run.train is train_online.main or "--assigner" in run.flags else ["--encoder", ENCODER]
-    train_run(run.train, run.recipe, [*run.flags, *changes], folder, seed, args.max_train_steps)
+    if run.base is not None:
+        base, steps = str(trained(run.base, seed, args)), args.stage_steps
+        changes = ["--perceptual_base", base]
+        if run.train is train_conditional.main:  # the same settings, but for the loss
+            recipe, changes = without(recipe, "perceptual_base", args.work), ["--pretrained_model", base]
+    train_run(run.train, recipe, [*run.flags, *changes], folder, seed, steps)
     return folder
 
 
-def train_run(train: Callable, recipe: str, flags: list[str], folder: Path, seed: int, steps: int) -> None:
+def without(recipe: Path, key: str, work: Path) -> Path:
+    """A copy of a recipe without one of its keys."""
+    path = work / f"{recipe.stem}-plain.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(recipe.read_text()).items() if k != key}))
+    return path
+
+
+def train_run(train: Callable, recipe: Path, flags: list[str], folder: Path, seed: int, steps: int) -> None:
     done = folder / "cpu_seconds.json"
     if done.is_file():
         return
-    given = ["--config", str(EXAMPLES / "configs" / f"{recipe}_digits.yaml"), "--output_dir", str(folder)]
+    given = ["--config", str(recipe), "--output_dir", str(folder)]
     given += ["--seed", str(seed), "--max_train_steps", str(steps), "--eval_batch_size", "0", *flags]
     since = time.process_time()
     with contextlib.redirect_stdout(sys.stderr):
@@ -175,7 +200,8 @@ def rows_of(name: str, seed: int, held: Held, judge: DigitsJudge, args: argparse
     folder = trained(name, seed, args)
     pipe = RUNS[name].pipeline.from_pretrained(folder)
     given = RUNS[name].conditions(held, folder)
-    base = {"seed": seed, "steps": args.max_train_steps, "images": args.images}
+    steps = args.max_train_steps + (0 if RUNS[name].base is None else args.stage_steps)
+    base = {"seed": seed, "steps": steps, "images": args.images}
     base["cpu_seconds"] = json.loads((folder / "cpu_seconds.json").read_text())
     rows = []
     for scale in args.scales if given else (1.0,):
@@ -192,10 +218,10 @@ def rows_of(name: str, seed: int, held: Held, judge: DigitsJudge, args: argparse
 
 def drawn_vectors(seed: int, args: argparse.Namespace) -> Tensor:
     """Vectors of the representation diffusion model, standardised as those of the images' network."""
-    folder, parts = args.work / f"vectors-{seed}", split_layer(ENCODER)
-    assert parts is not None
-    flags = ["--encoder", parts[0], "--standardize", "column"]
-    train_run(train_representation.main, "rcg_representation", flags, folder, seed, args.vector_steps)
+    folder = args.work / f"vectors-{seed}"
+    flags = ["--encoder", ENCODER, "--over", "column"]
+    recipe = EXAMPLES / "configs" / "rcg_representation_digits.yaml"
+    train_run(train_representation.main, recipe, flags, folder, seed, args.vector_steps)
     pipe = RCGPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe.sample_representations(args.images, generator=torch.Generator().manual_seed(seed))
@@ -221,9 +247,10 @@ def table(rows: list[dict[str, Any]], floor: Mapping[str, float]) -> str:
 
 def picture(held: Held, args: argparse.Namespace) -> Any:
     """One held-out digit of each class, and what each run makes of it."""
-    rows = [int((held.labels == digit).nonzero()[0]) for digit in range(10)]
+    rows = one_of_each(held)
     images, titles = [held.images[rows]], ["held out"]
-    for name, run in RUNS.items():
+    for name in args.runs:
+        run = RUNS[name]
         folder = trained(name, args.seeds[0], args)
         given = run.conditions(held, folder)
         own = {key: value[rows] if isinstance(value, Tensor) else value for key, value in given.items()}
@@ -232,6 +259,37 @@ def picture(held: Held, args: argparse.Namespace) -> Any:
         titles.append(name)
     title = "What a held-out digit is asked for by; one sample each, not chosen"
     return image_grid(torch.cat(images), 10, title=title, side=48, row_titles=titles)
+
+
+def cluster_picture(held: Held, args: argparse.Namespace) -> Any:
+    """Three samples of each of ten clusters."""
+    folder = trained("10 clusters", args.seeds[0], args)
+    few = argparse.Namespace(steps=args.steps, images=30)
+    ids = {"class_labels": torch.arange(10).repeat(3)}
+    samples = sampled(UNET.from_pretrained(folder), ids, max(args.scales), 0, few)
+    return image_grid(samples, 10, title="A cluster a column; three samples each, not chosen", side=48)
+
+
+def neighbour_picture(name: str, held: Held, args: argparse.Namespace) -> Any:
+    """Held-out digits beside their neighbours and three samples of each."""
+    folder = trained(name, args.seeds[0], args)
+    given = neighbours(held, folder)
+    query = given["query"][one_of_each(held)]
+    pipe = RetrievalDiffusionPipeline.from_pretrained(folder)
+    found, _ = given["index"].search(query, pipe.config.k)
+    images = [held.images[one_of_each(held)], *real_digits("train")[0][found].unbind(1)]
+    titles = ["query", *[f"neighbour {place + 1}" for place in range(pipe.config.k)]]
+    for seed in range(3):
+        few = argparse.Namespace(steps=args.steps, images=10)
+        images.append(sampled(pipe, {**given, "query": query}, max(args.scales), seed, few))
+        titles.append(f"sample {seed + 1}")
+    title = f"{name}: held-out queries, their neighbours among the training digits, samples (not chosen)"
+    return image_grid(torch.cat(images), 10, title=title, side=48, row_titles=titles)
+
+
+def one_of_each(held: Held) -> list[int]:
+    """Row of the first held-out digit of each class."""
+    return [int((held.labels == digit).nonzero()[0]) for digit in range(10)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -248,6 +306,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--images", type=int, default=500, help="held-out digits, of 500")
     parser.add_argument("--steps", type=int, default=25, help="of the sampler")
     parser.add_argument("--max_train_steps", type=int, default=800)
+    parser.add_argument("--stage_steps", type=int, default=300, help="that two runs go on for")
     parser.add_argument("--vector_steps", type=int, default=2000, help="of RCG's model of vectors")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -264,6 +323,10 @@ def main(argv: list[str]) -> None:
     text = table(read_rows(path), measure(held.images, held, judge))
     (args.results / "table.md").write_text(text)
     picture(held, args).save(args.results / "samples.png")
+    if "10 clusters" in args.runs:
+        cluster_picture(held, args).save(args.results / "clusters.png")
+    for name in {"kNN-Diffusion", "RDM"} & set(args.runs):
+        neighbour_picture(name, held, args).save(args.results / f"neighbours_{name.split('-')[0].lower()}.png")
     print(text)
 
 
