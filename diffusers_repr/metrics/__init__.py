@@ -13,6 +13,7 @@ from diffusers_repr.metrics.panoptic import PanopticScores, panoptic_quality
 from diffusers_repr.metrics.panoptic_inference import panoptic_inference, semantic_inference
 from diffusers_repr.metrics.precision_recall import PrecisionRecall, precision_recall
 from diffusers_repr.metrics.record import MetricRecord, UnlikeRecordsError, compare
+from diffusers_repr.metrics.ssim import ssim, ssim_map
 from diffusers_repr.metrics.uncertainty import EnsembleSums, certain_rows, image_scores, jensen_shannon
 
 __all__ = [
@@ -45,4 +46,6 @@ __all__ = [
     "precision_recall",
     "purity",
     "semantic_inference",
+    "ssim",
+    "ssim_map",
 ]
