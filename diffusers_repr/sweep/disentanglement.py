@@ -106,9 +106,7 @@ def _check_attribute(name: str, y: Tensor, z: Tensor, rows: int, test_rows: int)
         raise ValueError(f"Attribute {name!r} is the same in all rows of a split; nothing can be told apart.")
 
 
-def _fit(
-    predictor: Predictor, seed: int, name: str, x: Any, y: Tensor, other: Any, z: Tensor
-) -> tuple[Tensor, float]:
+def _fit(predictor: Predictor, seed: int, name: str, x: Any, y: Tensor, other: Any, z: Tensor) -> tuple[Tensor, float]:
     """Importance `(D,)` of the numbers for one attribute, and how well test rows are told."""
     numbers = y.is_floating_point()
     if numbers:
