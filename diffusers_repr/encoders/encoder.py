@@ -264,9 +264,9 @@ class Encoder:
         return output, attention
 
     def encode_with_gradient(self, pixels: Tensor) -> EncoderOutput:
-        """As `encode_pixels`, of one batch, as a graph of the network's parameters, in the mode that the network is in.
+        """As `encode_pixels`, of one batch, as a graph of the network's parameters.
 
-        For what tunes the network; `copy` gives one to tune.
+        The network is in the mode that it is in. For what tunes it; `copy` gives one to tune.
 
         Raises:
             ValueError, TypeError: As `encode_pixels`.
