@@ -73,7 +73,7 @@ class RepresentationProbe(Task):
         self.denoiser = None  # type: ignore[assignment]
 
     @classmethod
-    def fit(
+    def fit(  # type: ignore[override]
         cls,
         source: Encoder,
         train: Any,
@@ -114,12 +114,10 @@ class RepresentationProbe(Task):
         }  # fmt: skip
         data = class_data(train, "train")
         held = None if validation is None else class_data(validation, "validation")
-        others = [
-            one if one in BASELINES else load_encoder(one)
-            for one in (["pixels", "random"] if beside is None else beside)
-        ]
+        named = list(BASELINES) if beside is None else beside
+        others = [one if one in BASELINES else load_encoder(one) for one in named]
         shown = [one if isinstance(one, str) else one.name for one in others]
-        recipe = {**told, "label_names": data.label_names, "beside": shown, "scores": {}}
+        recipe: dict[str, Any] = {**told, "label_names": data.label_names, "beside": shown, "scores": {}}
         made = cls(source, LinearHead(1, 2), recipe, data, held, others, batch_size, seed)
         pair = None if held is None else (made.vectors(held), held.targets)
         generator = torch.Generator().manual_seed(seed)
