@@ -31,6 +31,8 @@ OWN_COMPONENTS = {
     "NoisyClassifier": "diffusers_repr.models.noisy_classifier",
     "NullTokens": "diffusers_repr.models.null_tokens",
     "OdiseHead": "diffusers_repr.heads.odise.head",
+    "PatchMaskScheduler": "diffusers_repr.schedulers_ext.scheduling_patch_mask",
+    "PatchPCA": "diffusers_repr.models.patch_pca",
     "PixelEnsembleHead": "diffusers_repr.heads.pixel_ensemble",
     "Projector": "diffusers_repr.heads.projector",
     "ReadoutHead": "diffusers_repr.heads.dense.readout",

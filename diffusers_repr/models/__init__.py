@@ -5,6 +5,8 @@ from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.null_tokens import NullTokens
+from diffusers_repr.models.patch_pca import PatchPCA
+from diffusers_repr.models.plain_vit import plain_vit
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
@@ -16,9 +18,11 @@ __all__ = [
     "JointViTModel",
     "NoisyClassifier",
     "NullTokens",
+    "PatchPCA",
     "RepresentationMLPModel",
     "SiTTransformer2DModel",
     "UViTTransformer2DModel",
     "VectorEmbedding",
     "describe_process",
+    "plain_vit",
 ]

@@ -20,6 +20,8 @@ from diffusers_repr.objectives.contrastive import ContrastiveConfig, Contrastive
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
+from diffusers_repr.objectives.ldae import LDAEConfig, LDAEObjective
+from diffusers_repr.objectives.mdm import MDMConfig, MDMObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
 from diffusers_repr.objectives.online import OnlineGuidanceObjective
@@ -58,6 +60,10 @@ __all__ = [
     "FixedArtifact",
     "HyperfeaturesConfig",
     "HyperfeaturesObjective",
+    "LDAEConfig",
+    "LDAEObjective",
+    "MDMConfig",
+    "MDMObjective",
     "ModelArtifact",
     "NoisyBatch",
     "Objective",
