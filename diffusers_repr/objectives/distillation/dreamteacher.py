@@ -15,6 +15,7 @@ from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.encoders.stages import Stage
 from diffusers_repr.models.feature_interpreter import FeatureInterpreter
+from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.objectives.artifacts import Artifact
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.distillation.distances import attention_transfer, normalized, soft_cross_entropy
@@ -98,14 +99,13 @@ class DreamTeacherObjective(Objective):
         self.student = student.module
         channels = [stage.channels for _, stage in self.levels]
         self.regressor = PyramidRegressor(channels, [layer.channels for layer, _ in self.levels], config.width)
-        self.interpreter: FeatureInterpreter | None = None
         if config.interpreter is not None and config.label_weight:
-            self.interpreter = FeatureInterpreter.from_pretrained(config.interpreter, use_safetensors=True)
+            interpreter = FeatureInterpreter.from_pretrained(config.interpreter, use_safetensors=True)
             read = {"timestep": config.timestep, "noise": config.noise, "target_norm": config.target_norm}
-            check_interpreter(self.interpreter, [layer for layer, _ in self.levels], read, config.interpreter)
-            self.label_head = FeatureInterpreter.from_config(self.interpreter.config)
-            self.label_head.load_state_dict(self.interpreter.state_dict())
-            self.freeze("interpreter", self.interpreter)
+            check_interpreter(interpreter, [layer for layer, _ in self.levels], read, config.interpreter)
+            self.label_head = FeatureInterpreter.from_config(interpreter.config)
+            self.label_head.load_state_dict(interpreter.state_dict())
+            self.freeze("interpreter", interpreter)
         text = f"A student of `{type(denoiser.model).__name__}` by DreamTeacher (arXiv 2307.07487): "
         text += '`Encoder.from_pretrained("{folder}")` of diffusers-repr gives its features.'
         base = config.public_base
@@ -114,6 +114,11 @@ class DreamTeacherObjective(Objective):
             "pipeline_tag": "image-feature-extraction", "tags": ["vision", "distillation", "dreamteacher"],
             "text": text, **({"base_model": base} if base else {}),
         }  # fmt: skip
+
+    @property
+    def interpreter(self) -> FeatureInterpreter | None:
+        """Of the teacher's features, frozen; None without label distillation."""
+        return self.frozen.get("interpreter")
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """The loss; `time` (B,), in timesteps, and `noise` of a batch are taken, not drawn."""
@@ -151,6 +156,10 @@ class DreamTeacherObjective(Objective):
             for stride, value in zip(strides, values, strict=True)
         }
         return {**out, **more}
+
+    def reading_level(self) -> NoiseLevel:
+        """The level at which the teacher is read."""
+        return self.level
 
     def identity(self) -> dict[str, Any]:
         """With the teacher's layers and the student's stages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.denoiser import Denoiser
+from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.objectives.artifacts import Artifact
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.distillation.distances import (
@@ -246,6 +248,22 @@ class RepFusionObjective(Objective):
                 self.seen.mul_(_KEEP).add_(mean, alpha=1 - _KEEP)
                 self.information.mul_(_KEEP).add_(torch.stack([information, torch.ones_like(information)]))
         return terms, {"reward": reward.mean(), "mutual_information": information}
+
+    def reading_level(self) -> NoiseLevel:
+        """One level at which the teacher stands beside its student: the fixed one, or what the policy takes most.
+
+        Of random levels, the middle of their range.
+        """
+        selector, schedule = self.selector, self.teacher.denoiser.schedule
+        if isinstance(selector, FixedLevel):
+            return selector.level
+        if isinstance(selector, UniformLevel):
+            middle = (schedule.timestep_range[0] + selector.bound) / 2
+            return schedule.resolve(math.floor(middle) if schedule.kind == "vp" else middle)
+        found = self._policy()
+        assert isinstance(selector, PolicyLevel)
+        timesteps = selector.timesteps.tolist()
+        return schedule.resolve(timesteps[len(timesteps) // 2] if found is None else found[1])
 
     def on_step_end(self, step: int, ema: Any) -> None:
         """Lower the entropy's weight, to exactly 0 from `entropy_steps` on, and the selector's bound."""
