@@ -239,6 +239,18 @@ def spread_timesteps(schedule: NoiseSchedule, count: int) -> list[float]:
     return [low + (at + 0.5) * (high - low) / count for at in range(count)]
 
 
+def policy_loss(log_probability: Tensor, reward: Tensor, baseline: bool = True) -> Tensor:
+    """REINFORCE: `-mean_b log pi(t_b | x_b) (R_b - mean R)`, whose gradient estimates minus that of the mean reward.
+
+    Args:
+        log_probability: Of the level each image got, `(B,)`.
+        reward: `(B,)`, without a graph.
+        baseline: Whether the batch's mean is taken off the reward: the variance falls, the direction stays.
+    """
+    advantage = reward - reward.mean() if baseline else reward
+    return -(log_probability * advantage).mean()
+
+
 def mutual_information(log_probabilities: Tensor) -> Tensor:
     """I(image; level) in nats, of the images of a batch: `H(mean_b pi_b) - mean_b H(pi_b)`.
 
@@ -274,5 +286,6 @@ __all__ = [
     "PolicyNetwork",
     "UniformLevel",
     "mutual_information",
+    "policy_loss",
     "spread_timesteps",
 ]

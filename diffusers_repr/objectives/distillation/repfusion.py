@@ -31,6 +31,7 @@ from diffusers_repr.objectives.distillation.levels import (
     PolicyNetwork,
     UniformLevel,
     mutual_information,
+    policy_loss,
     spread_timesteps,
 )
 from diffusers_repr.objectives.distillation.student import Student
@@ -235,10 +236,9 @@ class RepFusionObjective(Objective):
         pooled = torch.cat([value.float().mean((2, 3)) for value in targets], dim=1)
         errors = F.cross_entropy(self.task_head(pooled).float(), labels, reduction="none")
         reward = -errors.detach()
-        advantage = reward - reward.mean() if self.config.policy_baseline == "batch_mean" else reward
         terms = {
             "task": errors.mean(),
-            "policy": -(choice.log_probability * advantage).mean(),
+            "policy": policy_loss(choice.log_probability, reward, self.config.policy_baseline == "batch_mean"),
             "entropy": choice.entropy.mean(),
         }
         information = mutual_information(choice.log_probabilities.detach()).float()
