@@ -2,6 +2,7 @@
 
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.feature_adapters import FeatureAdapters
+from diffusers_repr.models.feature_interpreter import FeatureInterpreter
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.null_tokens import NullTokens
@@ -15,6 +16,7 @@ from diffusers_repr.models.vector_embedding import VectorEmbedding
 __all__ = [
     "ClassTokenHead",
     "FeatureAdapters",
+    "FeatureInterpreter",
     "JointViTModel",
     "NoisyClassifier",
     "NullTokens",

@@ -18,6 +18,18 @@ from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.distillation import (
+    DreamTeacherConfig,
+    DreamTeacherObjective,
+    FinetuneStudentConfig,
+    FinetuneStudentObjective,
+    InterpreterConfig,
+    InterpreterObjective,
+    RepFusionConfig,
+    RepFusionObjective,
+    Student,
+    StudentConfig,
+)
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.ldae import LDAEConfig, LDAEObjective
@@ -55,11 +67,17 @@ __all__ = [
     "ContrastiveObjective",
     "DiffusionObjective",
     "DispersiveLoss",
+    "DreamTeacherConfig",
+    "DreamTeacherObjective",
     "FinetuneConfig",
     "FinetuneObjective",
+    "FinetuneStudentConfig",
+    "FinetuneStudentObjective",
     "FixedArtifact",
     "HyperfeaturesConfig",
     "HyperfeaturesObjective",
+    "InterpreterConfig",
+    "InterpreterObjective",
     "LDAEConfig",
     "LDAEObjective",
     "MDMConfig",
@@ -83,12 +101,16 @@ __all__ = [
     "ReadoutConfig",
     "ReadoutObjective",
     "ReadoutRows",
+    "RepFusionConfig",
+    "RepFusionObjective",
     "RepresentationObjective",
     "RowsConfig",
     "SelfAlignmentLoss",
     "SimCLRConfig",
     "SimCLRObjective",
     "SpatialAlignmentLoss",
+    "Student",
+    "StudentConfig",
     "TimeSampler",
     "alignment_loss",
     "build_repa",
