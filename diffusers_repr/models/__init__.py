@@ -3,8 +3,10 @@
 from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.models.joint_vit import JointViTModel
+from diffusers_repr.models.masked_token_model import MaskedTokenModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.null_tokens import NullTokens
+from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
@@ -14,8 +16,10 @@ __all__ = [
     "ClassTokenHead",
     "FeatureAdapters",
     "JointViTModel",
+    "MaskedTokenModel",
     "NoisyClassifier",
     "NullTokens",
+    "PixelTokenModel",
     "RepresentationMLPModel",
     "SiTTransformer2DModel",
     "UViTTransformer2DModel",

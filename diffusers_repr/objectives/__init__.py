@@ -1,5 +1,6 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
+from diffusers_repr.objectives.addp import ADDPConfig, ADDPObjective
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, PipelineArtifact
 from diffusers_repr.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective
 from diffusers_repr.objectives.auxiliary import (
@@ -20,6 +21,7 @@ from diffusers_repr.objectives.contrastive import ContrastiveConfig, Contrastive
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
+from diffusers_repr.objectives.mage import MAGEConfig, MAGEObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
 from diffusers_repr.objectives.online import OnlineGuidanceObjective
@@ -34,8 +36,11 @@ from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
+from diffusers_repr.objectives.vq import TokenizerConfig, TokenizerObjective
 
 __all__ = [
+    "ADDPConfig",
+    "ADDPObjective",
     "AlignmentLoss",
     "Artifact",
     "AttentionAlignmentLoss",
@@ -58,6 +63,8 @@ __all__ = [
     "FixedArtifact",
     "HyperfeaturesConfig",
     "HyperfeaturesObjective",
+    "MAGEConfig",
+    "MAGEObjective",
     "ModelArtifact",
     "NoisyBatch",
     "Objective",
@@ -84,6 +91,8 @@ __all__ = [
     "SimCLRObjective",
     "SpatialAlignmentLoss",
     "TimeSampler",
+    "TokenizerConfig",
+    "TokenizerObjective",
     "alignment_loss",
     "build_repa",
     "keypoint_infonce",
