@@ -4,6 +4,7 @@ from diffusers_repr.sweep.align import measure_alignment
 from diffusers_repr.sweep.align_comparison import AlignmentComparison, ComparisonCell
 from diffusers_repr.sweep.align_models import compare_alignments
 from diffusers_repr.sweep.alignment import Alignment, AlignmentCell
+from diffusers_repr.sweep.disentanglement import DCIScore, dci_score
 from diffusers_repr.sweep.measure import Bench, CellScore, Held, Measure, Piece, Split, Tally, register_measure
 from diffusers_repr.sweep.pck import PCKMeasure
 from diffusers_repr.sweep.probes import FewShotScore, ProbeScore, few_shot_probe, knn_probe, linear_probe
@@ -22,6 +23,7 @@ __all__ = [
     "Bench",
     "CellScore",
     "ComparisonCell",
+    "DCIScore",
     "FewShotScore",
     "Held",
     "KNNAccuracy",
@@ -36,6 +38,7 @@ __all__ = [
     "Tally",
     "TrainedHeads",
     "compare_alignments",
+    "dci_score",
     "few_shot_probe",
     "hold_out",
     "knn_probe",
