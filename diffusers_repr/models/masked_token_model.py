@@ -92,7 +92,7 @@ class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, 
         self.token_embed = TokenEmbedding(vocab_size + 2, hidden_size)
         self.positions = nn.Parameter(torch.zeros(1, count, hidden_size))
         self.norm_in = nn.LayerNorm(hidden_size, eps=EPSILON)
-        self.dropout = nn.Dropout(dropout)
+        self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             TokenBlock(hidden_size, num_attention_heads, mlp_ratio, dropout) for _ in range(num_layers)
         )
@@ -178,7 +178,7 @@ class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, 
         token_ids = self._checked(token_ids)
         first = torch.full_like(token_ids[:, :1], self.class_token_id)
         hidden = self.token_embed(torch.cat([first, token_ids], dim=1))
-        hidden = self.dropout(self.norm_in(hidden + self.positions.to(hidden.dtype)))
+        hidden = self.drop(self.norm_in(hidden + self.positions.to(hidden.dtype)))
         token, tokens = hidden[:, :1], hidden[:, 1:]
         if kept is not None:
             tokens = take(tokens, kept)

@@ -96,7 +96,7 @@ class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, P
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.positions = nn.Parameter(torch.zeros(1, 1 + count, hidden_size))
         self.norm_in = nn.LayerNorm(hidden_size, eps=EPSILON)
-        self.dropout = nn.Dropout(dropout)
+        self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             TokenBlock(hidden_size, num_attention_heads, mlp_ratio, dropout) for _ in range(num_layers)
         )
@@ -171,7 +171,7 @@ class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, P
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         token = self.class_token.to(patches.dtype).expand(len(patches), -1, -1)
         hidden = torch.cat([token, patches], dim=1) + self.positions.to(patches.dtype)
-        return self.norm(self._run(self.blocks, self.dropout(self.norm_in(hidden))))
+        return self.norm(self._run(self.blocks, self.drop(self.norm_in(hidden))))
 
     def _run(self, blocks: Any, hidden: Tensor) -> Tensor:
         for block in blocks:

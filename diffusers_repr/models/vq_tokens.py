@@ -69,8 +69,10 @@ def encode_tokens(vqvae: VQModel, pixels: Tensor) -> Tensor:
 
 
 def token_embeddings(vqvae: VQModel, ids: Tensor) -> Tensor:
-    """The codes `(..., D)` of ids `(...)`."""
-    return vqvae.quantize.embedding(ids)
+    """The codes `(..., D)` of ids `(...)`, on their device."""
+    embedding = vqvae.quantize.embedding  # whose weights offloading keeps elsewhere until it is called
+    where = ids.device if embedding.weight.is_meta else embedding.weight.device
+    return embedding(ids.to(where)).to(ids.device)
 
 
 def mixed_embeddings(vqvae: VQModel, ids: Tensor, mask: Tensor, probabilities: Tensor) -> Tensor:
@@ -82,8 +84,8 @@ def mixed_embeddings(vqvae: VQModel, ids: Tensor, mask: Tensor, probabilities: T
         mask: `(B, N)`, boolean.
         probabilities: Of the ids, `(B, N, V)`.
     """
-    codes = vqvae.quantize.embedding.weight
-    return torch.where(mask[..., None], probabilities.to(codes.dtype) @ codes, token_embeddings(vqvae, ids))
+    codes = token_embeddings(vqvae, torch.arange(probabilities.shape[-1], device=ids.device))
+    return torch.where(mask[..., None], probabilities.to(codes.dtype) @ codes, codes[ids])
 
 
 def decode_embeddings(vqvae: VQModel, embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
