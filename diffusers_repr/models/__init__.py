@@ -4,9 +4,11 @@ from diffusers_repr.models.class_token import ClassTokenHead
 from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.models.feature_interpreter import FeatureInterpreter
 from diffusers_repr.models.joint_vit import JointViTModel
+from diffusers_repr.models.masked_token_model import MaskedTokenModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.null_tokens import NullTokens
 from diffusers_repr.models.patch_pca import PatchPCA
+from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.plain_vit import plain_vit
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
@@ -18,9 +20,11 @@ __all__ = [
     "FeatureAdapters",
     "FeatureInterpreter",
     "JointViTModel",
+    "MaskedTokenModel",
     "NoisyClassifier",
     "NullTokens",
     "PatchPCA",
+    "PixelTokenModel",
     "RepresentationMLPModel",
     "SiTTransformer2DModel",
     "UViTTransformer2DModel",

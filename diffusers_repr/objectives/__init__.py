@@ -1,5 +1,6 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
+from diffusers_repr.objectives.addp import ADDPConfig, ADDPObjective
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, PipelineArtifact
 from diffusers_repr.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective
 from diffusers_repr.objectives.auxiliary import (
@@ -33,6 +34,7 @@ from diffusers_repr.objectives.distillation import (
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.ldae import LDAEConfig, LDAEObjective
+from diffusers_repr.objectives.mage import MAGEConfig, MAGEObjective
 from diffusers_repr.objectives.mdm import MDMConfig, MDMObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
@@ -48,8 +50,11 @@ from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
+from diffusers_repr.objectives.vq import TokenizerConfig, TokenizerObjective
 
 __all__ = [
+    "ADDPConfig",
+    "ADDPObjective",
     "AlignmentLoss",
     "Artifact",
     "AttentionAlignmentLoss",
@@ -80,6 +85,8 @@ __all__ = [
     "InterpreterObjective",
     "LDAEConfig",
     "LDAEObjective",
+    "MAGEConfig",
+    "MAGEObjective",
     "MDMConfig",
     "MDMObjective",
     "ModelArtifact",
@@ -112,6 +119,8 @@ __all__ = [
     "Student",
     "StudentConfig",
     "TimeSampler",
+    "TokenizerConfig",
+    "TokenizerObjective",
     "alignment_loss",
     "build_repa",
     "keypoint_infonce",
