@@ -18,6 +18,11 @@ from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.diffusion_autoencoder import (
+    DiffusionAutoencoderConfig,
+    DiffusionAutoencoderObjective,
+    PenaltyConfig,
+)
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
 from diffusers_repr.objectives.noisy import NoisyBatch
@@ -51,6 +56,8 @@ __all__ = [
     "CleanDIFTObjective",
     "ContrastiveConfig",
     "ContrastiveObjective",
+    "DiffusionAutoencoderConfig",
+    "DiffusionAutoencoderObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "FinetuneConfig",
@@ -65,6 +72,7 @@ __all__ = [
     "OdiseConfig",
     "OdiseObjective",
     "OnlineGuidanceObjective",
+    "PenaltyConfig",
     "PerceptualLoss",
     "PerceptualObjective",
     "PipelineArtifact",
