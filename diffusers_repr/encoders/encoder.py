@@ -37,6 +37,7 @@ class Encoder:
         source: The network and how it is read; made by `from_pretrained`, `from_denoiser` or `from_module`.
         name: What it is called in caches and logs.
         revision: Of a Hub id.
+        place: What `load_encoder` finds it by; None for one that was made of parts.
 
     Example:
         >>> net = nn.Conv2d(3, 5, 4, stride=4)
@@ -45,8 +46,8 @@ class Encoder:
         EncoderOutput(global=(2, 5), tokens=(2, 6, 5), grid=(2, 3))
     """
 
-    def __init__(self, source: Source, name: str, revision: str | None = None) -> None:
-        self.source, self.name, self.revision = source, name, revision
+    def __init__(self, source: Source, name: str, revision: str | None = None, place: str | None = None) -> None:
+        self.source, self.name, self.revision, self.place = source, name, revision, place
 
     @classmethod
     def from_pretrained(
@@ -100,7 +101,7 @@ class Encoder:
             id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
         )
         source.module.to(device)
-        return cls(source, name or Path(id_or_folder).resolve().name, loaded)
+        return cls(source, name or Path(id_or_folder).resolve().name, loaded, str(id_or_folder))
 
     @classmethod
     def from_denoiser(
@@ -129,7 +130,9 @@ class Encoder:
             ValueError, TypeError: For layers, levels and conditions the denoiser does not have.
         """
         source = DenoiserSource(denoiser, layer, timestep, condition, noise_seed, image_size)
-        return cls(source, name or f"{layer}@{source.timestep:g}", denoiser.revision)
+        told = f"{layer}@{source.timestep:g}"
+        place = None if denoiser.name is None else f"{denoiser.name}:{told}"
+        return cls(source, name or told, denoiser.revision, place)
 
     @classmethod
     def from_module(
@@ -259,6 +262,34 @@ class Encoder:
                 "up to the encoder's `layer`."
             )
         return output, attention
+
+    def encode_with_gradient(self, pixels: Tensor) -> EncoderOutput:
+        """As `encode_pixels`, of one batch, as a graph of the network's parameters, in the mode that the network is in.
+
+        For what tunes the network; `copy` gives one to tune.
+
+        Raises:
+            ValueError, TypeError: As `encode_pixels`.
+        """
+        (pixels,) = self._batches(pixels, None)
+        with torch.enable_grad():
+            pooled, tokens, grid = self.source.read_with_gradient(self._prepare(pixels))
+            return EncoderOutput(pooled.float(), tokens.float(), grid)
+
+    def copy(self) -> Encoder:
+        """The same encoder with a copy of the network, which can be tuned while this one stays as it is."""
+        return Encoder(self.source.with_module(copy.deepcopy(self.module)), self.name, self.revision)
+
+    def untrained(self, seed: int = 0) -> Encoder:
+        """The same architecture with the random weights that it starts training from: the baseline of training.
+
+        Args:
+            seed: Of the weights; torch's global random state is left alone.
+
+        Raises:
+            TypeError: For a network without a config whose parts cannot draw their weights again.
+        """
+        return Encoder(self.source.untrained(seed), f"{self.name} untrained")
 
     def record(self) -> BaseRecord:
         """What there is to remember of the network; `weights` hashes all tensors as they are."""

@@ -30,9 +30,9 @@ from torch import Tensor
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.assign import IdentityAssigner, KMeansAssigner, RetrievalIndex, SinkhornAssigner
 from diffusers_repr.assign.images import vectors_of
-from diffusers_repr.cli.encoders import layer_encoder, split_layer
 from diffusers_repr.cli.guard import run_script
 from diffusers_repr.denoiser.prior import StoredPrior
+from diffusers_repr.encoders.loading import layer_encoder, split_layer
 from diffusers_repr.metrics import precision_recall
 from diffusers_repr.pictures.grid import image_grid
 
