@@ -17,6 +17,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders.denoiser import DenoiserSource
 from diffusers_repr.encoders.module import ModuleSource
 from diffusers_repr.encoders.output import EncoderOutput
+from diffusers_repr.encoders.own import load_own, refuse_options
 from diffusers_repr.encoders.positions import Positions
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import Source, device_of
@@ -66,7 +67,10 @@ class Encoder:
         token: str | None = None,
         name: str | None = None,
     ) -> Encoder:
-        """A vision transformer of the transformers library; `list_encoder_families()` gives the known types.
+        """A vision transformer of the transformers library, or an encoder that training here made.
+
+        `list_encoder_families()` gives the types of transformers that are known. Of ours a `SemanticEncoder`, by its
+        own folder or that of its diffusion autoencoder: its code, of images of the size it was trained on.
 
         Images of 256 pixels and more get one token for every 16 x 16 of them from networks of patch 14 or 16 that
         were made for 224 pixels or more: 224 pixels and 16 x 16 tokens at 256 for patch 14, 448 and 32 x 32 at 512
@@ -97,7 +101,10 @@ class Encoder:
                 weights.
             OSError: If the folder or repository does not exist or cannot be read.
         """
-        source, loaded = load_transformer(
+        own = load_own(id_or_folder, revision, token, dtype, image_size)
+        if own is not None:
+            refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
+        source, loaded = own or load_transformer(
             id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
         )
         source.module.to(device)

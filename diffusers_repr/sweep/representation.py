@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_repr.data.labelled import ImageRows, Labelled, open_images, open_labelled
+from diffusers_repr.data.labelled import ImageRows, Labelled, open_labelled
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.metrics.auroc import total_auroc_difference
 from diffusers_repr.metrics.encoding import Which, check_which, encode_images
