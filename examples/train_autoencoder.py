@@ -1,13 +1,13 @@
 """Train a diffusion autoencoder: an encoder of images to codes, and a denoiser that is told them.
 
-    accelerate launch examples/train_autoencoder.py --config examples/configs/diffae_digits.yaml          # DiffAE
-    accelerate launch examples/train_autoencoder.py --config examples/configs/infodiffusion_digits.yaml   # normal codes
+    accelerate launch examples/train_autoencoder.py --config examples/configs/diffae_digits.yaml   # DiffAE
+    accelerate launch examples/train_autoencoder.py --config examples/configs/infodiffusion_digits.yaml
     accelerate launch examples/train_autoencoder.py --config examples/configs/pdae_digits.yaml   # beside a frozen base
 
 The folder loads by `DiffusionAutoencoderPipeline.from_pretrained(folder)`, which encodes, decodes, interpolates and
-edits; `load_encoder(folder)` reads its encoder alone, as every other encoder. With `eval_split` reconstructions of held
-out images are measured, from inferred and from drawn noise, the denoising error with the own and with another image's
-code, and, where the data have labels, a probe on five codes of each class beside pixels: `evaluation.jsonl`, the card.
+edits; `load_encoder(folder)` reads its encoder alone, as every other encoder. With `eval_split` reconstructions of
+held-out images are measured, from inferred and from drawn noise, the denoising error with the own and with another
+image's code, and, of data with labels, a probe of five codes a class beside pixels: `evaluation.jsonl`, the card.
 Codes to sample from come of `train_representation.py`, with `encoder:` this folder and `over: column`; see
 docs/representations.md.
 """
