@@ -17,6 +17,7 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders.denoiser import DenoiserSource
 from diffusers_repr.encoders.module import ModuleSource
 from diffusers_repr.encoders.output import EncoderOutput
+from diffusers_repr.encoders.own import load_own, refuse_options
 from diffusers_repr.encoders.pipelines import is_encoder_pipeline, load_pipeline_encoder
 from diffusers_repr.encoders.positions import Positions
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
@@ -68,7 +69,10 @@ class Encoder:
         token: str | None = None,
         name: str | None = None,
     ) -> Encoder:
-        """A vision transformer of the transformers library; `list_encoder_families()` gives the known types.
+        """A vision transformer of the transformers library, or an encoder that training here made.
+
+        `list_encoder_families()` gives the types of transformers that are known. Of ours a `SemanticEncoder`, by its
+        own folder or that of its diffusion autoencoder: its code, of images of the size it was trained on.
 
         Images of 256 pixels and more get one token for every 16 x 16 of them from networks of patch 14 or 16 that
         were made for 224 pixels or more: 224 pixels and 16 x 16 tokens at 256 for patch 14, 448 and 32 x 32 at 512
@@ -116,6 +120,12 @@ class Encoder:
                 if Path(id_or_folder).is_dir() or not is_encoder_pipeline(*place):
                     raise
                 source, loaded = of_pipeline()
+        own = load_own(id_or_folder, revision, token, dtype, image_size)
+        if own is not None:
+            refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
+        source, loaded = own or load_transformer(
+            id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
+        )
         source.module.to(device)
         return cls(source, name or Path(id_or_folder).resolve().name, loaded, str(id_or_folder))
 

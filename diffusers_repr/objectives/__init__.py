@@ -30,6 +30,10 @@ from diffusers_repr.objectives.distillation import (
     RepFusionObjective,
     Student,
     StudentConfig,
+from diffusers_repr.objectives.diffusion_autoencoder import (
+    DiffusionAutoencoderConfig,
+    DiffusionAutoencoderObjective,
+    PenaltyConfig,
 )
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
@@ -70,6 +74,8 @@ __all__ = [
     "CleanDIFTObjective",
     "ContrastiveConfig",
     "ContrastiveObjective",
+    "DiffusionAutoencoderConfig",
+    "DiffusionAutoencoderObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "DreamTeacherConfig",
@@ -96,6 +102,7 @@ __all__ = [
     "OdiseConfig",
     "OdiseObjective",
     "OnlineGuidanceObjective",
+    "PenaltyConfig",
     "PerceptualLoss",
     "PerceptualObjective",
     "PipelineArtifact",
