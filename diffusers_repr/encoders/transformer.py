@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.attention import recording_attention
-from diffusers_repr.encoders.family import EncoderFamily, encoder_family, families_with_positions
+from diffusers_repr.encoders.backbone import BackboneSource
+from diffusers_repr.encoders.family import BackboneFamily, EncoderFamily, encoder_family, families_with_positions
 from diffusers_repr.encoders.positions import Positions, check_positions, use_repa_positions
 from diffusers_repr.encoders.preprocessing import (
     Statistics,
+    check_planes,
     check_processor,
     chosen_statistics,
     statistics_from_processor,
 )
-from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
+from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, fresh_module, pair
 from diffusers_repr.hub import schema
 from diffusers_repr.hub.components import check_config, check_weight_files, refuse_adapter
 from diffusers_repr.hub.files import read_json
@@ -72,13 +75,7 @@ class TransformerSource(Source):
         self.positions = self._resampling(positions)
         self.mean, self.std = statistics.mean, statistics.std
         self.channels, self.dim = int(model.config.num_channels), int(model.config.hidden_size)
-        if {len(self.mean), len(self.std)} - {1, self.channels}:
-            raise ValueError(
-                f"The encoder takes {self.channels} channels, and its image statistics have {len(self.mean)} means "
-                f"and {len(self.std)} standard deviations; pass mean= and std= (0.5 and 0.5 for pixels in [-1, 1]), "
-                f"or write image_mean and image_std of {self.channels} into a preprocessor_config.json beside its "
-                "weights."
-            )
+        check_planes(statistics, self.channels)
         self.patch = family.patch(model.config)
         self.side = statistics.side or family.side(model.config)
         self.image_size = pair(image_size, self.patch)
@@ -151,6 +148,21 @@ class TransformerSource(Source):
             pooled = sequence[:, 0] if cls else tokens.float().mean(1)
         return pooled, tokens, grid
 
+    def with_module(self, module: nn.Module) -> TransformerSource:
+        """With its positions resampled as here."""
+        made = super().with_module(module)
+        assert isinstance(made, TransformerSource)
+        made._resampling(self.positions)
+        return made
+
+    def untrained(self, seed: int) -> TransformerSource:
+        """With the arguments of the class that loading passes beside the config."""
+        module: Any = self.module
+        known = inspect.signature(type(module).__init__).parameters
+        given = self.family.loading(module.config.to_dict())
+        arguments = {name: value for name, value in given.items() if name in known}
+        return self.with_module(fresh_module(module, seed, **arguments))
+
     def recording_attention(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
         """Recomputed from queries and keys; see `recording_attention` of the module."""
         paths = [self.paths[self._block(layer)] for layer in layers]
@@ -182,7 +194,7 @@ def load_transformer(
     positions: Positions = "transformers",
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-) -> tuple[TransformerSource, str | None]:
+) -> tuple[TransformerSource | BackboneSource, str | None]:
     """Load a vision network of transformers; gives the source and the revision that was loaded.
 
     Raises:
@@ -234,7 +246,14 @@ def load_transformer(
         )
     model.requires_grad_(False).eval()
     statistics = chosen_statistics(statistics_from_processor(processor, family.statistics), mean, std)
-    source = TransformerSource(model, family, statistics, layer, image_size, pooling, config, positions)
+    settings = (model, family, statistics, layer, image_size, pooling, config)
+    source: TransformerSource | BackboneSource
+    if isinstance(family, BackboneFamily):
+        if check_positions(positions) != "transformers":
+            raise ValueError(f"A {type(model).__name__} has no positions that REPA's code resamples; leave it out.")
+        source = BackboneSource(model, family, *settings[2:])
+    else:
+        source = TransformerSource(*settings, positions)
     commit = folder.name if folder.parent.name == "snapshots" else None
     return source, commit or revision
 

@@ -47,10 +47,17 @@ def grid_positions(height: int, width: int, dim: int, device: torch.device | str
 
 
 class SiTAttnProcessor:
-    """Self-attention through diffusers' dispatcher, so that `set_attention_backend` and context parallelism act."""
+    """Self-attention through diffusers' dispatcher, so that `set_attention_backend` and context parallelism act.
+
+    Args:
+        dropout: Of the attention probabilities, in training.
+    """
 
     _attention_backend: Any = None
     _parallel_config: Any = None
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        self.dropout = dropout
 
     def __call__(
         self,
@@ -78,6 +85,7 @@ class SiTAttnProcessor:
             key,
             value,
             attn_mask=attention_mask,
+            dropout_p=self.dropout if attn.training else 0.0,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
