@@ -8,12 +8,13 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from diffusers_repr import Denoiser
-from diffusers_repr.denoiser.inversion import ddim_generate, ddim_invert
-from diffusers_repr.metrics import measure_generation, reconstruction_errors
+from diffusers_repr.metrics import measure_generation
 from diffusers_repr.pictures.figure import png_of, require_matplotlib
 from diffusers_repr.pictures.grid import image_grid
+from diffusers_repr.tasks.reconstruction import is_codec, measure_reconstruction, open_codec, reconstruct
 
 SHOWN = 8
+PLAIN = ("DDPMPipeline", "DDIMPipeline")
 
 
 def kind_of(folder: Path) -> str:
@@ -24,13 +25,7 @@ def kind_of(folder: Path) -> str:
 
 def autoencoder(folder: Path):
     """The diffusion autoencoder in a folder; None for what is none."""
-    if kind_of(folder) != "DiffusionAutoencoderPipeline":
-        return None
-    from diffusers_repr.pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
-
-    pipe = DiffusionAutoencoderPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return open_codec(folder) if is_codec(str(folder)) else None
 
 
 def token_generator(folder: Path):
@@ -46,29 +41,8 @@ def token_generator(folder: Path):
 
 def reconstruction_scores(folder: Path, images: Tensor, judge, steps: int, seed: int) -> dict[str, float]:
     """Of a diffusion autoencoder from inferred and from drawn noise; of a plain model from inferred noise alone."""
-    found = {}
-    for kind, back in reconstructions(folder, images, steps, seed).items():
-        errors = reconstruction_errors(images, back, judge)
-        found |= {f"{name}_{kind}": float(values.mean()) for name, values in errors.items()}
-    return found
-
-
-@torch.no_grad()
-def reconstructions(folder: Path, images: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
-    """Images `(N, C, H, W)` in [0, 1] that come back, by where their noise is from."""
-    pipe = autoencoder(folder)
-    if pipe is not None:
-        code = pipe.encode(images, steps)
-        drawn = torch.Generator().manual_seed(seed)
-        noises = {"inferred": code.x_T, "random": None}
-        return {
-            name: pipe.decode(code.code, noise, steps, generator=drawn, output_type="pt").images.cpu()
-            for name, noise in noises.items()
-        }
-    if kind_of(folder) in ("DDPMPipeline", "DDIMPipeline"):
-        denoiser = Denoiser.from_pretrained(folder)
-        noise = ddim_invert(denoiser, denoiser.encode_pixels(2 * images - 1), steps)
-        return {"inferred": (ddim_generate(denoiser, noise, steps) / 2 + 0.5).clamp(0, 1)}
+    if is_codec(str(folder)) or kind_of(folder) in PLAIN:
+        return measure_reconstruction(folder, images, steps=steps, encoder=judge, seed=seed)
     return {}
 
 
@@ -94,7 +68,7 @@ def samples(folder: Path, count: int, steps: int, seed: int) -> Tensor | None:
         if not (pipe.config.normal_codes or pipe.prior is not None):
             return None
         return pipe(batch_size=count, num_inference_steps=steps, generator=generator, output_type="pt").images.cpu()
-    if kind_of(folder) not in ("DDPMPipeline", "DDIMPipeline"):
+    if kind_of(folder) not in PLAIN:
         return None
     denoiser = Denoiser.from_pretrained(folder)
     from diffusers import DDIMPipeline
@@ -143,7 +117,7 @@ def pictures(folders: dict[str, Path], images: Tensor, results: Path, steps: int
 def code_pictures(folder: Path, images: Tensor, steps: int, name: str, stem: Path) -> None:
     """Reconstructions, interpolations, and swaps of code and noise."""
     pipe = autoencoder(folder)
-    back = reconstructions(folder, images, steps, 0)
+    back = reconstruct(pipe, images, steps=steps)
     rows = torch.cat([images, back["inferred"], back["random"]])
     titles = ["image", "inferred noise", "random noise"]
     image_grid(rows, len(images), title=f"{name}: reconstructions", row_titles=titles).save(f"{stem}_back.png")

@@ -183,7 +183,7 @@ class Study:
                 "cpu_seconds": round(seconds, 1)}  # fmt: skip
 
     def encoder(self, row: Row, folder: Path | None, seed: int) -> Encoder:
-        """What is measured: the folder's encoder, or of its denoiser the layer that is best on the validation split."""
+        """What is measured: the folder's encoder, or the layer of its denoiser that is best on validation."""
         if not row.layer:
             return load_encoder(str(folder))
         place = self.model if folder is None else str(folder)
