@@ -17,11 +17,14 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders.denoiser import DenoiserSource
 from diffusers_repr.encoders.module import ModuleSource
 from diffusers_repr.encoders.output import EncoderOutput
+from diffusers_repr.encoders.own import load_own, refuse_options
+from diffusers_repr.encoders.pipelines import is_encoder_pipeline, load_pipeline_encoder
 from diffusers_repr.encoders.positions import Positions
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import Source, device_of
 from diffusers_repr.encoders.transformer import load_transformer
 from diffusers_repr.hub.base_record import BaseRecord
+from diffusers_repr.hub.errors import HubError
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.noise import NoiseLevel
 
@@ -66,7 +69,10 @@ class Encoder:
         token: str | None = None,
         name: str | None = None,
     ) -> Encoder:
-        """A vision transformer of the transformers library; `list_encoder_families()` gives the known types.
+        """A vision transformer of the transformers library, or an encoder that training here made.
+
+        `list_encoder_families()` gives the types of transformers that are known. Of ours a `SemanticEncoder`, by its
+        own folder or that of its diffusion autoencoder: its code, of images of the size it was trained on.
 
         Images of 256 pixels and more get one token for every 16 x 16 of them from networks of patch 14 or 16 that
         were made for 224 pixels or more: 224 pixels and 16 x 16 tokens at 256 for patch 14, 448 and 32 x 32 at 512
@@ -74,7 +80,8 @@ class Encoder:
         its config, by the short side. Position embeddings are resampled where the size is not the configured one.
 
         Args:
-            id_or_folder: Hub id, or a folder with `config.json` and safetensors.
+            id_or_folder: Hub id, or a folder with `config.json` and safetensors; or a `TokenGenerationPipeline`, of
+                which the encoder is read, global features being the mean of its tokens.
             revision: Branch, tag or commit on the Hub.
             layer: Read the output of this block, without the final norm: 0 is the first, -1 the last. None: the last
                 patch tokens, after the final norm where the family's docstring does not say otherwise.
@@ -97,7 +104,26 @@ class Encoder:
                 weights.
             OSError: If the folder or repository does not exist or cannot be read.
         """
-        source, loaded = load_transformer(
+        place = (id_or_folder, revision, token)
+        more = (layer, mean, std, None if positions == "transformers" else positions)
+
+        def of_pipeline() -> tuple[Source, str | None]:
+            return load_pipeline_encoder(*place, dtype, image_size, pooling, *more)
+
+        source: Source
+        if Path(id_or_folder).is_dir() and is_encoder_pipeline(*place):
+            source, loaded = of_pipeline()
+        else:
+            try:
+                source, loaded = load_transformer(*place, dtype, layer, image_size, pooling, positions, mean, std)
+            except HubError:  # it has no config.json
+                if Path(id_or_folder).is_dir() or not is_encoder_pipeline(*place):
+                    raise
+                source, loaded = of_pipeline()
+        own = load_own(id_or_folder, revision, token, dtype, image_size)
+        if own is not None:
+            refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
+        source, loaded = own or load_transformer(
             id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
         )
         source.module.to(device)

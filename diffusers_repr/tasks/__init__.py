@@ -1,6 +1,7 @@
 """What features are for: probes, segmentation, correspondence, open-vocabulary segments."""
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
+from diffusers_repr.tasks.autoencoder_errors import AutoencoderErrors
 from diffusers_repr.tasks.compare_heads import HEADS, HeadPlaces, compare_heads
 from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.denoising_errors.classes import ZeroShotClasses
@@ -13,6 +14,7 @@ from diffusers_repr.tasks.head_scores import HeadComparison, HeadScore
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
+from diffusers_repr.tasks.held_out_students import StudentAccuracy, TunedAccuracy
 from diffusers_repr.tasks.matches import Matches
 from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
@@ -33,6 +35,7 @@ from diffusers_repr.tasks.zero_shot import ZeroShotClassifier
 __all__ = [
     "HEADS",
     "AdaptiveSchedule",
+    "AutoencoderErrors",
     "Averaging",
     "BaseRecord",
     "CalibratedRacing",
@@ -65,7 +68,9 @@ __all__ = [
     "SegmentationOutput",
     "SegmentationRecipe",
     "Segmenter",
+    "StudentAccuracy",
     "Task",
+    "TunedAccuracy",
     "WinogroundOutput",
     "ZeroShotClasses",
     "ZeroShotClassifier",
