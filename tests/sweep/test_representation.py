@@ -133,9 +133,10 @@ def test_untrained_of_a_saved_network_of_transformers(tmp_path):
 
     with pytest.raises(TypeError, match="neither a config nor reset_parameters"):
         Encoder.from_module(Own(), patch_size=1, channels=1).untrained(0)
+    net = nn.Conv2d(1, 2, 2, stride=2)
+    by_function = Encoder.from_module(net, patch_size=2, channels=1, forward=lambda x: net(x))
     with pytest.raises(TypeError, match="no method of Conv2d"):
-        net = nn.Conv2d(1, 2, 2, stride=2)
-        Encoder.from_module(net, patch_size=2, channels=1, forward=lambda x: net(x)).untrained(0)
+        by_function.untrained(0)
 
 
 @pytest.mark.parametrize("make", [layer, small])

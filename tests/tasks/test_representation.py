@@ -1,4 +1,4 @@
-"""`evaluate` of encoders: the numbers of the one evaluation, saved and loaded; reconstructions by a walk of their own."""
+"""`evaluate` of encoders: the numbers of the one evaluation, saved and loaded; reconstructions by hand."""
 
 import json
 from pathlib import Path
