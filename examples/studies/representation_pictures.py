@@ -109,6 +109,8 @@ def pictures(folders: dict[str, Path], images: Tensor, results: Path, steps: int
             code_pictures(folder, images, steps, name, results / stem)
         elif token_generator(folder) is not None:
             token_pictures(folder, name, results / f"{stem}_tokens.png")
+        elif (folder / "loss.jsonl").is_file() and "mutual_information" in (folder / "loss.jsonl").read_text():
+            policy_pictures(folder, name, results / f"{stem}_levels.png")
         elif kind_of(folder) and "PatchMask" in (folder / "scheduler" / "scheduler_config.json").read_text():
             masked_pictures(folder, images, name, results / f"{stem}_masked.png")
 
@@ -152,6 +154,23 @@ def masked_pictures(folder: Path, images: Tensor, name: str, path: Path) -> None
         rows += [(one / 2 + 0.5).clamp(0, 1) for one in (masked, painted)]
         titles += [f"{share:.0%} masked", "painted"]
     image_grid(torch.cat(rows), len(images), title=f"{name}: masked inputs", row_titles=titles).save(path)
+
+
+def policy_pictures(folder: Path, name: str, path: Path) -> None:
+    """Which timesteps a policy chose while it learned, how sure it was, and how much of that the image told."""
+    lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    keys = {
+        "timestep": "timestep chosen, mean",
+        "entropy": "entropy, nats",
+        "mutual_information": "of the image, nats",
+    }
+    figure = require_matplotlib().Figure(figsize=(3 * len(keys), 2.4), layout="constrained", dpi=100)
+    for at, (key, title) in enumerate(keys.items(), start=1):
+        axes = figure.add_subplot(1, len(keys), at)
+        axes.plot([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
+        axes.set_title(f"{name}: {title}", fontsize=8)
+        axes.tick_params(labelsize=7)
+    path.write_bytes(png_of(figure))
 
 
 @torch.no_grad()
