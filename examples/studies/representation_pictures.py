@@ -23,6 +23,17 @@ def kind_of(folder: Path) -> str:
     return str(json.loads(index.read_text()).get("_class_name", "")) if index.is_file() else ""
 
 
+def is_plain(folder: Path) -> bool:
+    """Whether a folder is a plain diffusion model, of noise."""
+    return kind_of(folder) in PLAIN and not is_masked(folder)
+
+
+def is_masked(folder: Path) -> bool:
+    """Whether a folder is a model of masked patches."""
+    config = folder / "scheduler" / "scheduler_config.json"
+    return config.is_file() and "PatchMask" in config.read_text()
+
+
 def autoencoder(folder: Path):
     """The diffusion autoencoder in a folder; None for what is none."""
     return open_codec(folder) if is_codec(str(folder)) else None
@@ -41,7 +52,7 @@ def token_generator(folder: Path):
 
 def reconstruction_scores(folder: Path, images: Tensor, judge, steps: int, seed: int) -> dict[str, float]:
     """Of a diffusion autoencoder from inferred and from drawn noise; of a plain model from inferred noise alone."""
-    if is_codec(str(folder)) or kind_of(folder) in PLAIN:
+    if is_codec(str(folder)) or is_plain(folder):
         return measure_reconstruction(folder, images, steps=steps, encoder=judge, seed=seed)
     return {}
 
@@ -68,7 +79,7 @@ def samples(folder: Path, count: int, steps: int, seed: int) -> Tensor | None:
         if not (pipe.config.normal_codes or pipe.prior is not None):
             return None
         return pipe(batch_size=count, num_inference_steps=steps, generator=generator, output_type="pt").images.cpu()
-    if kind_of(folder) not in PLAIN:
+    if not is_plain(folder):
         return None
     denoiser = Denoiser.from_pretrained(folder)
     from diffusers import DDIMPipeline
@@ -111,7 +122,7 @@ def pictures(folders: dict[str, Path], images: Tensor, results: Path, steps: int
             token_pictures(folder, name, results / f"{stem}_tokens.png")
         elif (folder / "loss.jsonl").is_file() and "mutual_information" in (folder / "loss.jsonl").read_text():
             policy_pictures(folder, name, results / f"{stem}_levels.png")
-        elif kind_of(folder) and "PatchMask" in (folder / "scheduler" / "scheduler_config.json").read_text():
+        elif is_masked(folder):
             masked_pictures(folder, images, name, results / f"{stem}_masked.png")
 
 
