@@ -181,8 +181,15 @@ class RepresentationProbe(Task):
             seed: Of draws and of the untrained network; that of fitting if None.
 
         Raises:
-            ValueError: For images and labels that do not fit, more shots or neighbours than there are.
+            ValueError: For images and labels that do not fit, more shots or neighbours than there are, and a base
+                that is to reconstruct and cannot.
         """
+        place = self.encoder.place
+        if reconstruction_steps and (place is None or not is_codec(place)):
+            raise ValueError(
+                f"reconstruction_steps={reconstruction_steps}: {self.encoder.name!r} is no folder of a diffusion "
+                "autoencoder, and reconstructs nothing. Leave it out."
+            )
         test = class_data(data, "test")
         found = class_accuracies(self.head(self.vectors(test)).argmax(1), test.targets)
         scores = {"linear": found["accuracy"], "linear_balanced": found["balanced_accuracy"], "rows": len(test)}
@@ -207,24 +214,15 @@ class RepresentationProbe(Task):
     def _reconstruction(
         self, test: Labelled, steps: int, count: int, judge: str | None, seed: int | None
     ) -> dict[str, float]:
-        """What comes back of the first images.
-
-        Raises:
-            ValueError: If the encoder is no part of an autoencoder's folder.
-        """
-        place = self.encoder.place
-        if place is None or not is_codec(place):
-            raise ValueError(
-                f"reconstruction_steps={steps}: {self.encoder.name!r} is no folder of a diffusion autoencoder, and "
-                "reconstructs nothing. Leave it out."
-            )
+        """What comes back of the first images."""
+        assert self.encoder.place is not None
         size, channels = self._size(), self.encoder.channels
         parts = test.pixels(self.batch_size, channels, size, range(min(count, len(test))))
         images = torch.cat([pixels for _, pixels in parts]) / 2 + 0.5
         encoder = None if judge is None else load_encoder(judge)
         settings: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
         return measure_reconstruction(
-            place, images, encoder=encoder, seed=self.seed if seed is None else seed, **settings
+            self.encoder.place, images, encoder=encoder, seed=self.seed if seed is None else seed, **settings
         )
 
     def _size(self) -> tuple[int, int] | None:

@@ -92,9 +92,9 @@ def test_a_recipe_gives_what_python_gives(capsys):
         ({"measure": {"reconstruction_steps": 5}}, "is no folder of a diffusion autoencoder"),
     ],
 )
-def test_what_is_refused(changes, message, capsys):
+def test_what_is_refused(changes, message, tmp_path, capsys):
     recipe = {**RECIPE, "fit": {"beside": [], "protocol": "ridge"}, **changes}
-    assert main(["evaluate", write("bad", recipe), "--out", "bad", "--quiet"]) == 2
+    assert main(["evaluate", write("bad", recipe), "--out", str(tmp_path / "bad"), "--quiet"]) == 2
     assert message in capsys.readouterr().err
 
 
