@@ -303,6 +303,11 @@ class RepresentationProbe(Task):
             )
         recipe = {key: value for key, value in told.items() if key not in ("format", "encoder")}
         head = LinearHead.from_pretrained(folder / "head")
+        if int(head.config["in_features"]) != encoder.dim:
+            raise ValueError(
+                f"The head in {str(folder)!r} takes {head.config['in_features']} numbers, {encoder.name!r} gives "
+                f"{encoder.dim}. Save the probe again."
+            )
         return cls(encoder, head, {**recipe, "protocol": None}, batch_size=size)
 
     def to(self, device: str | torch.device) -> Self:

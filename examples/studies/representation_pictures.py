@@ -112,12 +112,23 @@ def curves(folders: dict[str, Path], path: Path) -> None:
     path.write_bytes(png_of(figure))
 
 
-def pictures(folders: dict[str, Path], images: Tensor, results: Path, steps: int) -> None:
-    """What each row shows, of the first seed: a picture a row and kind."""
+def pictures(
+    folders: dict[str, Path],
+    images: Tensor,
+    results: Path,
+    steps: int,
+    known: tuple[Tensor, Tensor, str] | None = None,
+) -> None:
+    """What each row shows, of the first seed: a picture a row and kind.
+
+    `known` is images with an attribute, whether each has it, and its name: codes are edited along its direction.
+    """
     for name, folder in folders.items():
         stem = "".join(c if c.isalnum() else "_" for c in name).lower()
         if autoencoder(folder) is not None:
             code_pictures(folder, images, steps, name, results / stem)
+            if known is not None:
+                edit_pictures(folder, images, steps, name, results / f"{stem}_edits.png", known)
         elif token_generator(folder) is not None:
             token_pictures(folder, name, results / f"{stem}_tokens.png")
         elif (folder / "loss.jsonl").is_file() and "mutual_information" in (folder / "loss.jsonl").read_text():
@@ -148,6 +159,21 @@ def code_pictures(folder: Path, images: Tensor, steps: int, name: str, stem: Pat
     ])  # fmt: skip
     title = f"{name}: the code of the row, the noise of the column"
     image_grid(grid, 7, title=title).save(f"{stem}_swaps.png")
+
+
+@torch.no_grad()
+def edit_pictures(
+    folder: Path, images: Tensor, steps: int, name: str, path: Path, known: tuple[Tensor, Tensor, str]
+) -> None:
+    """Images whose codes are moved along the direction of an attribute, their noise as it was."""
+    pipe = autoencoder(folder)
+    seen, has, attribute = known
+    direction = pipe.fit_direction(pipe.encode(seen, None).code, has)
+    strengths = [-0.4, -0.2, 0.0, 0.2, 0.4]
+    rows = [pipe.edit(images, direction, one, steps, output_type="pt").images.cpu() for one in strengths]
+    titles = [f"{one:+g}" if one else "as it is" for one in strengths]
+    title = f"{name}: edited towards {attribute}"
+    image_grid(torch.cat(rows), len(images), title=title, row_titles=titles).save(path)
 
 
 @torch.no_grad()

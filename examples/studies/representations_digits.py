@@ -340,7 +340,11 @@ def main(argv: list[str]) -> None:
     folders = {name: args.work / str(ROWS[name].recipe) / f"seed-{args.seeds[0]}" for name in asked}
     there = {name: folder for name, folder in folders.items() if (folder / "study.json").is_file()}
     curves(there, args.results / "curves.png")
-    pictures(there, pixel_images(study.test, 8), args.results, args.inference_steps)
+    known = None
+    if study.attributes is not None:
+        slant = study.attributes[0]["slant"]
+        known = (pixel_images(study.train, None), slant < slant.median(), "a lean to the right")
+    pictures(there, pixel_images(study.test, 8), args.results, args.inference_steps, known)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def test_a_recipe_gives_what_python_gives(capsys):
     loaded = {"task": "representation", "load": "layer/seed-3/task", "data": {"path": "data"}}
     again = evaluate_recipe(read_evaluation(write("loaded", loaded)), "loaded")["measured"]["test"]
     assert again["linear"]["mean"] == measured["linear"]["mean"]
+    with pytest.raises(ValueError, match="is a layer of a denoiser, which has no pooling"):
+        load_encoder("model:mid_block@50", pooling="cls")
     pipeline(seed=1).save_pretrained("other")
     with pytest.raises(ValueError, match="with other weights"):
         RepresentationProbe.from_pretrained("layer/seed-3/task", base="other:mid_block@50")
