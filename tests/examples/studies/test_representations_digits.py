@@ -30,6 +30,7 @@ def test_what_stands_on_what_is_found_and_steps_are_equal_passes(tmp_path, monke
     first = "# examples/train_first.py --config examples/configs/first_digits.yaml\noutput_dir: outputs/one\n"
     (configs / "first_digits.yaml").write_text(first + "train_batch_size: 100\n")
     then = "# examples/train_then.py --config examples/configs/then_digits.yaml\noutput_dir: outputs/two\n"
+    then += "eval_split: test\n"
     (configs / "then_digits.yaml").write_text(then + "base: outputs/one\ntrain_batch_size: 10\n")
     monkeypatch.setattr(study, "CONFIGS", configs)
     file = configs / "then_digits.yaml"
@@ -43,16 +44,17 @@ def test_what_stands_on_what_is_found_and_steps_are_equal_passes(tmp_path, monke
     ran = []
 
     def script(flags):
-        ran.append(flags)
-        study.write_json(f"{flags[flags.index('--output_dir') + 1]}/made.json", {})
+        ran.append(study.read_recipe(flags[1]))
+        study.write_json(f"{ran[-1]['output_dir']}/made.json", {})
 
     for name in ("train_first", "train_then"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(main=script))
     folder = made.trained("then_digits", 5, "then")
-    assert [flags[1].rpartition("/")[2] for flags in ran] == ["first_digits.yaml", "then_digits.yaml"]
-    told = ran[1]
-    assert told[told.index("--base") + 1] == str(tmp_path / "work" / "first_digits" / "seed-5")
-    assert (told[told.index("--seed") + 1], told[told.index("--max_train_steps") + 1]) == ("5", "299")
+    assert [told["train_batch_size"] for told in ran] == [100, 10]
+    assert ran[1] == {
+        "output_dir": str(folder), "base": str(tmp_path / "work" / "first_digits" / "seed-5"),
+        "train_batch_size": 10, "seed": 5, "max_train_steps": 299,
+    }  # fmt: skip
     assert made.cost(folder)["stages"] == 2
     made.trained("then_digits", 5, "then")
     assert len(ran) == 2  # it is there
