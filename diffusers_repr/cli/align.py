@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
-from diffusers_repr.cli.encoders import layer_encoder, split_layer
 from diffusers_repr.cli.recorded import save_result
 from diffusers_repr.config.recipe import REQUIRED, setting
 
@@ -234,7 +233,7 @@ def _encoders(args: Settings, denoiser: Denoiser | None, device: str) -> list[En
     import torch
 
     from diffusers_repr.encoders import Encoder
-    from diffusers_repr.encoders.loading import distinct_names, spread_positions
+    from diffusers_repr.encoders.loading import distinct_names, split_layer, spread_positions
 
     specs = [args.encoder, *(args.encoders or [])]
     layers = [split_layer(spec) for spec in specs]
@@ -265,6 +264,8 @@ def _encoders(args: Settings, denoiser: Denoiser | None, device: str) -> list[En
 def _layer_encoder(
     args: Settings, spec: str, name: str, revision: str | None, denoiser: Denoiser | None, device: str
 ) -> Encoder:
+    from diffusers_repr.encoders.loading import layer_encoder
+
     if denoiser is None or (name, revision) != (args.model, args.revision):
         denoiser = _denoiser(args, name, revision, device)
     return layer_encoder(spec, denoiser, args.seed)

@@ -15,8 +15,6 @@ from diffusers_repr.data.image_data import ImageData, from_dataset
 from diffusers_repr.data.label_column import check_ids
 from diffusers_repr.denoiser.images import to_pixels
 
-LabelledSource: TypeAlias = ImageData | datasets.Dataset | tuple[Any, Any]
-
 
 @dataclass(frozen=True)
 class ImageRows:
@@ -124,18 +122,23 @@ class Labelled(ImageRows):
             check_ids(self.class_ids().numpy(), f"The labels of {self}")
 
 
+LabelledSource: TypeAlias = Labelled | ImageData | datasets.Dataset | tuple[Any, Any]
+
+
 def open_images(data: Any, role: str) -> ImageRows:
     """Bring images to one form.
 
     Args:
-        data: `ImageData`, a `datasets.Dataset` with a column of images, or a sequence of images as `to_pixels` takes
-            them: a list, an array or a tensor `(N, C, H, W)`.
+        data: `ImageRows`, which is given back; `ImageData`; a `datasets.Dataset` with a column of images; or a
+            sequence of images as `to_pixels` takes them: a list, an array or a tensor `(N, C, H, W)`.
         role: What it is for, for errors and names.
 
     Raises:
         TypeError: For anything else.
         ValueError: Without images.
     """
+    if isinstance(data, ImageRows):
+        return data
     data = _opened(data, role)
     sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, dict))
     if not (sequence or isinstance(data, ImageData)):
@@ -151,8 +154,8 @@ def open_labelled(data: Any, role: str) -> Labelled:
     """Bring labelled images to one form.
 
     Args:
-        data: A `LabelledSource`: `ImageData`, a `datasets.Dataset` with an image and a label column, or
-            `(images, labels)` with images as `to_pixels` takes them.
+        data: A `LabelledSource`: `Labelled`, which is given back; `ImageData`; a `datasets.Dataset` with an image and
+            a label column; or `(images, labels)` with images as `to_pixels` takes them.
         role: What it is for, and the split where the data does not tell: `train`, `validation`, `test`.
 
     Raises:
@@ -160,6 +163,8 @@ def open_labelled(data: Any, role: str) -> Labelled:
         ValueError: Without images or labels, with another number of labels, or labels that are no numbers.
     """
     data = _opened(data, role)
+    if isinstance(data, Labelled):
+        return data
     if isinstance(data, ImageData):
         return Labelled(data, data.name, torch.tensor(data.labels()), data.split, data.label_names)
     if isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""`untrained`: a model as it was before training, the baseline that tells what training brought."""
+"""`untrained`: a model as it was before training, the baseline that tells what training brought; other networks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import warnings
 
 import torch
+from torch import nn
 
 from diffusers_repr.denoiser.denoiser import Denoiser
 from diffusers_repr.hub.compiled import plain_module
@@ -43,12 +44,25 @@ def untrained(denoiser: Denoiser, seed: int = 0) -> Denoiser:
     fresh.to(next(model.parameters()).device)
     if fresh.dtype != denoiser.dtype:
         fresh.to(dtype=denoiser.dtype)
-    pipe = copy.copy(denoiser.pipe)
+    return with_network(denoiser, fresh)
+
+
+def with_network(denoiser: Denoiser, network: nn.Module) -> Denoiser:
+    """The same denoiser with another network of its class; all around it is shared.
+
+    Args:
+        denoiser: Which stays as it is.
+        network: On its device and of its dtype.
+
+    Returns:
+        A `Denoiser` without a name: nothing that can be loaded has these weights.
+    """
+    pipe, model = copy.copy(denoiser.pipe), plain_module(denoiser.model)
     if pipe is not None:
-        slot = next(name for name, part in pipe.components.items() if part is denoiser.model)
-        setattr(pipe, slot, fresh)
+        slot = next(name for name, part in pipe.components.items() if part in (denoiser.model, model))
+        setattr(pipe, slot, network)
     family, schedule = denoiser.family, denoiser.schedule
-    return Denoiser(fresh, denoiser.scheduler, denoiser.vae, pipe=pipe, family=family, schedule=schedule)
+    return Denoiser(network, denoiser.scheduler, denoiser.vae, pipe=pipe, family=family, schedule=schedule)
 
 
-__all__ = ["untrained"]
+__all__ = ["untrained", "with_network"]

@@ -2,7 +2,7 @@
 
 from diffusers_repr.encoders.encoder import Encoder
 from diffusers_repr.encoders.family import EncoderFamily, list_encoder_families, register_encoder_family
-from diffusers_repr.encoders.loading import load_encoders
+from diffusers_repr.encoders.loading import load_encoder, load_encoders
 from diffusers_repr.encoders.output import EncoderOutput
 from diffusers_repr.encoders.protocol import AttentionEncoder, EncoderInfo, ImageEncoder
 
@@ -14,6 +14,7 @@ __all__ = [
     "EncoderOutput",
     "ImageEncoder",
     "list_encoder_families",
+    "load_encoder",
     "load_encoders",
     "register_encoder_family",
 ]

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.denoiser import Denoiser, list_layers
 from diffusers_repr.denoiser.layers import Layer
 from diffusers_repr.denoiser.require import require_images
+from diffusers_repr.denoiser.untrained import untrained, with_network
 from diffusers_repr.encoders.source import Source, pair
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.hub.identity import config_hash
@@ -46,7 +47,7 @@ class DenoiserSource(Source):
         if self.extractor.many:
             raise ValueError(f"An encoder reads one noise level; got timestep={timestep!r}.")
         self.module, self.channels = denoiser.model, denoiser.image_channels
-        self.condition = _condition(condition)
+        self.condition, self._given = _condition(condition), condition
         self._table = lru_cache(maxsize=None)(self._measure)
 
     @property
@@ -78,6 +79,24 @@ class DenoiserSource(Source):
         found = self.extractor.from_pixels(pixels, **self.condition).feature_map(self.layer)
         tokens, (height, width) = found.tokens(), found.grid
         return tokens.mean(1), tokens, (height, width)
+
+    def read_with_gradient(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """As `read`, as a graph."""
+        found = self.extractor.with_gradient(pixels, **self.condition).feature_map(self.layer)
+        tokens, (height, width) = found.tokens(), found.grid
+        return tokens.mean(1), tokens, (height, width)
+
+    def with_module(self, module: nn.Module) -> DenoiserSource:
+        """The same layer, level and noise of another network in the same pipeline."""
+        return self._of(with_network(self.denoiser, module))
+
+    def untrained(self, seed: int) -> DenoiserSource:
+        """Of the network with the random weights that it starts training from."""
+        return self._of(untrained(self.denoiser, seed))
+
+    def _of(self, denoiser: Denoiser) -> DenoiserSource:
+        level, seed = self.extractor.levels[0], self.extractor.seed
+        return DenoiserSource(denoiser, self.layer, level, self._given, seed, self.image_size)
 
     def describe(self) -> dict[str, Any]:
         """Class, config, layer, level, condition and seed."""

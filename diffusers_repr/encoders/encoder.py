@@ -17,11 +17,14 @@ from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.encoders.denoiser import DenoiserSource
 from diffusers_repr.encoders.module import ModuleSource
 from diffusers_repr.encoders.output import EncoderOutput
+from diffusers_repr.encoders.own import load_own, refuse_options
+from diffusers_repr.encoders.pipelines import is_encoder_pipeline, load_pipeline_encoder
 from diffusers_repr.encoders.positions import Positions
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import Source, device_of
 from diffusers_repr.encoders.transformer import load_transformer
 from diffusers_repr.hub.base_record import BaseRecord
+from diffusers_repr.hub.errors import HubError
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.noise import NoiseLevel
 
@@ -37,6 +40,7 @@ class Encoder:
         source: The network and how it is read; made by `from_pretrained`, `from_denoiser` or `from_module`.
         name: What it is called in caches and logs.
         revision: Of a Hub id.
+        place: What `load_encoder` finds it by; None for one that was made of parts.
 
     Example:
         >>> net = nn.Conv2d(3, 5, 4, stride=4)
@@ -45,8 +49,8 @@ class Encoder:
         EncoderOutput(global=(2, 5), tokens=(2, 6, 5), grid=(2, 3))
     """
 
-    def __init__(self, source: Source, name: str, revision: str | None = None) -> None:
-        self.source, self.name, self.revision = source, name, revision
+    def __init__(self, source: Source, name: str, revision: str | None = None, place: str | None = None) -> None:
+        self.source, self.name, self.revision, self.place = source, name, revision, place
 
     @classmethod
     def from_pretrained(
@@ -65,7 +69,10 @@ class Encoder:
         token: str | None = None,
         name: str | None = None,
     ) -> Encoder:
-        """A vision transformer of the transformers library; `list_encoder_families()` gives the known types.
+        """A vision transformer of the transformers library, or an encoder that training here made.
+
+        `list_encoder_families()` gives the types of transformers that are known. Of ours a `SemanticEncoder`, by its
+        own folder or that of its diffusion autoencoder: its code, of images of the size it was trained on.
 
         Images of 256 pixels and more get one token for every 16 x 16 of them from networks of patch 14 or 16 that
         were made for 224 pixels or more: 224 pixels and 16 x 16 tokens at 256 for patch 14, 448 and 32 x 32 at 512
@@ -73,7 +80,8 @@ class Encoder:
         its config, by the short side. Position embeddings are resampled where the size is not the configured one.
 
         Args:
-            id_or_folder: Hub id, or a folder with `config.json` and safetensors.
+            id_or_folder: Hub id, or a folder with `config.json` and safetensors; or a `TokenGenerationPipeline`, of
+                which the encoder is read, global features being the mean of its tokens.
             revision: Branch, tag or commit on the Hub.
             layer: Read the output of this block, without the final norm: 0 is the first, -1 the last. None: the last
                 patch tokens, after the final norm where the family's docstring does not say otherwise.
@@ -96,11 +104,30 @@ class Encoder:
                 weights.
             OSError: If the folder or repository does not exist or cannot be read.
         """
-        source, loaded = load_transformer(
+        place = (id_or_folder, revision, token)
+        more = (layer, mean, std, None if positions == "transformers" else positions)
+
+        def of_pipeline() -> tuple[Source, str | None]:
+            return load_pipeline_encoder(*place, dtype, image_size, pooling, *more)
+
+        source: Source
+        if Path(id_or_folder).is_dir() and is_encoder_pipeline(*place):
+            source, loaded = of_pipeline()
+        else:
+            try:
+                source, loaded = load_transformer(*place, dtype, layer, image_size, pooling, positions, mean, std)
+            except HubError:  # it has no config.json
+                if Path(id_or_folder).is_dir() or not is_encoder_pipeline(*place):
+                    raise
+                source, loaded = of_pipeline()
+        own = load_own(id_or_folder, revision, token, dtype, image_size)
+        if own is not None:
+            refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
+        source, loaded = own or load_transformer(
             id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
         )
         source.module.to(device)
-        return cls(source, name or Path(id_or_folder).resolve().name, loaded)
+        return cls(source, name or Path(id_or_folder).resolve().name, loaded, str(id_or_folder))
 
     @classmethod
     def from_denoiser(
@@ -129,7 +156,9 @@ class Encoder:
             ValueError, TypeError: For layers, levels and conditions the denoiser does not have.
         """
         source = DenoiserSource(denoiser, layer, timestep, condition, noise_seed, image_size)
-        return cls(source, name or f"{layer}@{source.timestep:g}", denoiser.revision)
+        told = f"{layer}@{source.timestep:g}"
+        place = None if denoiser.name is None else f"{denoiser.name}:{told}"
+        return cls(source, name or told, denoiser.revision, place)
 
     @classmethod
     def from_module(
@@ -259,6 +288,34 @@ class Encoder:
                 "up to the encoder's `layer`."
             )
         return output, attention
+
+    def encode_with_gradient(self, pixels: Tensor) -> EncoderOutput:
+        """As `encode_pixels`, of one batch, as a graph of the network's parameters.
+
+        The network is in the mode that it is in. For what tunes it; `copy` gives one to tune.
+
+        Raises:
+            ValueError, TypeError: As `encode_pixels`.
+        """
+        (pixels,) = self._batches(pixels, None)
+        with torch.enable_grad():
+            pooled, tokens, grid = self.source.read_with_gradient(self._prepare(pixels))
+            return EncoderOutput(pooled.float(), tokens.float(), grid)
+
+    def copy(self) -> Encoder:
+        """The same encoder with a copy of the network, which can be tuned while this one stays as it is."""
+        return Encoder(self.source.with_module(copy.deepcopy(self.module)), self.name, self.revision)
+
+    def untrained(self, seed: int = 0) -> Encoder:
+        """The same architecture with the random weights that it starts training from: the baseline of training.
+
+        Args:
+            seed: Of the weights; torch's global random state is left alone.
+
+        Raises:
+            TypeError: For a network without a config whose parts cannot draw their weights again.
+        """
+        return Encoder(self.source.untrained(seed), f"{self.name} untrained")
 
     def record(self) -> BaseRecord:
         """What there is to remember of the network; `weights` hashes all tensors as they are."""

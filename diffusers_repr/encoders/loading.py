@@ -1,13 +1,86 @@
-"""Encoders of a recipe: several at once, each with its positions, and names of which no two are alike."""
+"""Encoders by what they are called: a folder or Hub id, or `MODEL:layer@timestep`; one, or several of a recipe."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders.encoder import Encoder
+from diffusers_repr.encoders.pipelines import is_encoder_pipeline
+from diffusers_repr.encoders.own import own_place
 from diffusers_repr.encoders.positions import Positions, check_positions
+
+
+def load_encoder(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    **options: Any,
+) -> Encoder:
+    """An encoder by its name: what training wrote, a network of transformers, or a layer of a denoiser.
+
+    Args:
+        name: Folder or Hub id, or `MODEL:layer@timestep`.
+        revision: On the Hub.
+        dtype: Of the network.
+        device: Where it goes.
+        seed: Of a denoiser's noise.
+        **options: Of `Encoder.from_pretrained`, for a folder or Hub id.
+
+    Raises:
+        ValueError: For a pipeline without a layer, and options that a layer of a denoiser does not have.
+        TypeError, OSError: As `Encoder.from_pretrained` and `Denoiser.from_pretrained`.
+    """
+    spec = str(name)
+    if (Path(spec) / "model_index.json").is_file() and not is_encoder_pipeline(spec):
+    if (Path(spec) / "model_index.json").is_file() and own_place(spec) is None:
+        raise ValueError(
+            f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
+            f"such as {spec}:mid_block@100."
+        )
+    layer = split_layer(spec)
+    if layer is None:
+        return Encoder.from_pretrained(spec, revision=revision, dtype=dtype, device=device, **options)
+    if options:
+        raise ValueError(f"{spec!r} is a layer of a denoiser, which has no {', '.join(options)}; leave it out.")
+    denoiser = Denoiser.from_pretrained(layer[0], revision=revision, dtype=dtype)
+    if denoiser.pipe is not None:
+        denoiser.pipe.to(device)
+    return layer_encoder(spec, denoiser, seed)
+
+
+def split_layer(spec: str) -> tuple[str, str, float] | None:
+    """Model, layer and timestep of `MODEL:layer@timestep`; None for another word.
+
+    Example:
+        >>> split_layer("models/ddpm:mid_block@100")
+        ('models/ddpm', 'mid_block', 100.0)
+    """
+    found = re.fullmatch(r"(.+):([^:@]+)@([0-9.]+)", spec)
+    return None if found is None else (found[1], found[2], float(found[3]))
+
+
+def layer_encoder(spec: str, denoiser: Denoiser, seed: int = 0) -> Encoder:
+    """The encoder of `MODEL:layer@timestep`.
+
+    Args:
+        spec: As given.
+        denoiser: The model.
+        seed: Of the noise.
+    """
+    parts = split_layer(spec)
+    assert parts is not None
+    level = parts[2]
+    timestep = int(level) if level.is_integer() else level
+    return Encoder.from_denoiser(denoiser, parts[1], timestep, noise_seed=seed, name=spec)
 
 
 def load_encoders(names: Sequence[str], positions: Sequence[str] = (), **options: Any) -> list[Encoder]:
@@ -77,4 +150,12 @@ def _shortest(path: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
     return "-".join(path)
 
 
-__all__ = ["distinct_names", "iter_encoders", "load_encoders", "spread_positions"]
+__all__ = [
+    "distinct_names",
+    "iter_encoders",
+    "layer_encoder",
+    "load_encoder",
+    "load_encoders",
+    "split_layer",
+    "spread_positions",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,23 @@ class ModuleSource(Source):
         tokens = sequence[:, self.prefix :]
         self._dim = tokens.shape[2]
         return sequence[:, 0] if self.pooling == "cls" else tokens.float().mean(1), tokens, grid
+
+    def with_module(self, module: nn.Module) -> ModuleSource:
+        """The same reading of another network; a method that is called instead of it becomes that one's.
+
+        Raises:
+            TypeError: If what is called instead is no method of the network, so that it cannot be asked of another.
+        """
+        owner = getattr(self.forward, "__self__", None)
+        if self.forward is not self.module and owner is not self.module:
+            raise TypeError(
+                f"forward= is {self.forward!r}, no method of {type(self.module).__name__}: it would go on reading the "
+                "old network. Pass a method of the module."
+            )
+        made = copy.copy(self)
+        made.module = module
+        made.forward = module if self.forward is self.module else getattr(module, str(self.forward.__name__))
+        return made
 
     def describe(self) -> dict[str, Any]:
         """Class, forward, patch, pooling and size."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 POOLINGS = (None, "cls", "mean")
 
@@ -48,6 +51,27 @@ class Source:
         """Global features `(B, D)`, tokens `(B, N, D)` and grid (h, w) of preprocessed pixels."""
         raise NotImplementedError
 
+    def read_with_gradient(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """As `read`, as a graph of the network's parameters; the network is in the mode that it is in."""
+        return self.read(pixels)
+
+    def with_module(self, module: nn.Module) -> Source:
+        """The same reading of another network of the same class, which is not copied."""
+        made = copy.copy(self)
+        made.module = module
+        return made
+
+    def untrained(self, seed: int) -> Source:
+        """The same reading of the network with the random weights that it starts training from.
+
+        Args:
+            seed: Of the weights; torch's global random state is left alone.
+
+        Raises:
+            TypeError: For a network that cannot be made anew.
+        """
+        return self.with_module(fresh_module(self.module, seed))
+
     def recording_attention(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
         """A context whose list holds at its end the attention `(B, heads, N, N)` of blocks, over patch tokens.
 
@@ -61,6 +85,44 @@ class Source:
     def describe(self) -> dict[str, Any]:
         """What else decides the features, for the fingerprint: values that JSON holds."""
         return {}
+
+
+def fresh_module(module: nn.Module, seed: int, **arguments: Any) -> nn.Module:
+    """A network of the same architecture with random weights, in eval mode, on its device.
+
+    From its config where it has one; else a copy whose parts draw their weights again by `reset_parameters`.
+
+    Args:
+        module: The network.
+        seed: Of the weights.
+        **arguments: Of the class of a network of transformers, beside its config.
+
+    Raises:
+        TypeError: If some parameters belong to a part that draws none again.
+    """
+    make, config = getattr(type(module), "from_config", None), getattr(module, "config", None)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)
+        if isinstance(module, PreTrainedModel):
+            fresh: nn.Module = type(module)(copy.deepcopy(module.config), **arguments)
+        elif make is not None and config is not None:
+            fresh = make(config)
+        else:
+            fresh = copy.deepcopy(module)
+            for path, part in fresh.named_modules():
+                reset = getattr(part, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+                elif any(True for _ in part.parameters(recurse=False)):
+                    raise TypeError(
+                        f"{type(module).__name__} has no config, and its part {path or 'itself'!r} no "
+                        "reset_parameters: it cannot be made anew. Pass a network of random weights of your own."
+                    )
+    like = next(module.parameters(), None)
+    if like is not None:
+        fresh.to(like.device, like.dtype)
+    return fresh.requires_grad_(False).eval()
 
 
 def check_pooling(pooling: str | None, class_token: bool) -> str | None:

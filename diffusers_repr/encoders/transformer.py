@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
@@ -24,7 +25,7 @@ from diffusers_repr.encoders.preprocessing import (
     chosen_statistics,
     statistics_from_processor,
 )
-from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, pair
+from diffusers_repr.encoders.source import Source, by_short_side, check_pooling, fresh_module, pair
 from diffusers_repr.hub import schema
 from diffusers_repr.hub.components import check_config, check_weight_files, refuse_adapter
 from diffusers_repr.hub.files import read_json
@@ -146,6 +147,21 @@ class TransformerSource(Source):
             cls = self.family.class_token and self.pooling != "mean"
             pooled = sequence[:, 0] if cls else tokens.float().mean(1)
         return pooled, tokens, grid
+
+    def with_module(self, module: nn.Module) -> TransformerSource:
+        """With its positions resampled as here."""
+        made = super().with_module(module)
+        assert isinstance(made, TransformerSource)
+        made._resampling(self.positions)
+        return made
+
+    def untrained(self, seed: int) -> TransformerSource:
+        """With the arguments of the class that loading passes beside the config."""
+        module: Any = self.module
+        known = inspect.signature(type(module).__init__).parameters
+        given = self.family.loading(module.config.to_dict())
+        arguments = {name: value for name, value in given.items() if name in known}
+        return self.with_module(fresh_module(module, seed, **arguments))
 
     def recording_attention(self, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
         """Recomputed from queries and keys; see `recording_attention` of the module."""

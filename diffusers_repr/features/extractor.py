@@ -157,6 +157,33 @@ class FeatureExtractor(BaseFeatureSource):
         places = {} if self.pooling is not None and leaves_maps(self.pooling) else places  # tokens became maps
         return FeatureOutput(features, level, places, self.pooling, tuple(pixels.shape[2:]))
 
+    def with_gradient(self, pixels: Tensor, **arguments: Unpack[SourceArguments]) -> FeatureOutput:
+        """As `from_pixels`, of one level and one draw of noise, as a graph of the network's parameters.
+
+        The network's mode is left as it is; what encodes images has no gradient.
+
+        Args:
+            pixels: `(B, C, H, W)` in [-1, 1].
+            **arguments: As of every source.
+
+        Raises:
+            ValueError: With several levels or draws of noise.
+        """
+        if self.many or self.ensemble_size > 1:
+            raise ValueError("Features with a gradient are of one level and one draw; pass timestep=T, no ensemble.")
+        with torch.no_grad():
+            (batch,) = self.replace(batch_size=None, progress_bar=None).batches(pixels, **arguments)
+        features: dict[str, Tensor] = {}
+        places: dict[str, Grid] = {}
+
+        def keep(feature: Tensor, path: str) -> None:
+            self._check_rows(feature, path, len(pixels))
+            self._place(feature, path, tuple(batch.x_t.shape[2:]), places)
+            features[path] = pool(feature, self.pooling, places.get(path))
+
+        self.read(batch, keep)
+        return FeatureOutput(features, self.levels[0], places, self.pooling, tuple(pixels.shape[2:]))
+
     def read(self, batch: ImageBatch, keep: Callable[[Tensor, str], None]) -> None:
         """One forward of the network, left after the last layer; a subclass has another way to its features.
 

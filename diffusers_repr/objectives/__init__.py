@@ -1,5 +1,6 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
+from diffusers_repr.objectives.addp import ADDPConfig, ADDPObjective
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, PipelineArtifact
 from diffusers_repr.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective
 from diffusers_repr.objectives.auxiliary import (
@@ -29,9 +30,16 @@ from diffusers_repr.objectives.distillation import (
     RepFusionObjective,
     Student,
     StudentConfig,
+from diffusers_repr.objectives.diffusion_autoencoder import (
+    DiffusionAutoencoderConfig,
+    DiffusionAutoencoderObjective,
+    PenaltyConfig,
 )
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
+from diffusers_repr.objectives.ldae import LDAEConfig, LDAEObjective
+from diffusers_repr.objectives.mage import MAGEConfig, MAGEObjective
+from diffusers_repr.objectives.mdm import MDMConfig, MDMObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
 from diffusers_repr.objectives.online import OnlineGuidanceObjective
@@ -46,8 +54,11 @@ from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
+from diffusers_repr.objectives.vq import TokenizerConfig, TokenizerObjective
 
 __all__ = [
+    "ADDPConfig",
+    "ADDPObjective",
     "AlignmentLoss",
     "Artifact",
     "AttentionAlignmentLoss",
@@ -63,6 +74,8 @@ __all__ = [
     "CleanDIFTObjective",
     "ContrastiveConfig",
     "ContrastiveObjective",
+    "DiffusionAutoencoderConfig",
+    "DiffusionAutoencoderObjective",
     "DiffusionObjective",
     "DispersiveLoss",
     "DreamTeacherConfig",
@@ -76,6 +89,12 @@ __all__ = [
     "HyperfeaturesObjective",
     "InterpreterConfig",
     "InterpreterObjective",
+    "LDAEConfig",
+    "LDAEObjective",
+    "MAGEConfig",
+    "MAGEObjective",
+    "MDMConfig",
+    "MDMObjective",
     "ModelArtifact",
     "NoisyBatch",
     "Objective",
@@ -83,6 +102,7 @@ __all__ = [
     "OdiseConfig",
     "OdiseObjective",
     "OnlineGuidanceObjective",
+    "PenaltyConfig",
     "PerceptualLoss",
     "PerceptualObjective",
     "PipelineArtifact",
@@ -106,6 +126,8 @@ __all__ = [
     "Student",
     "StudentConfig",
     "TimeSampler",
+    "TokenizerConfig",
+    "TokenizerObjective",
     "alignment_loss",
     "build_repa",
     "keypoint_infonce",

@@ -1,6 +1,7 @@
 """What features are for: probes, segmentation, correspondence, open-vocabulary segments."""
 
 from diffusers_repr.hub.base_record import BaseRecord, Level
+from diffusers_repr.tasks.autoencoder_errors import AutoencoderErrors
 from diffusers_repr.tasks.compare_heads import HEADS, HeadPlaces, compare_heads
 from diffusers_repr.tasks.correspondence import Correspondence
 from diffusers_repr.tasks.denoising_errors.classes import ZeroShotClasses
@@ -32,6 +33,7 @@ from diffusers_repr.tasks.zero_shot import ZeroShotClassifier
 __all__ = [
     "HEADS",
     "AdaptiveSchedule",
+    "AutoencoderErrors",
     "Averaging",
     "BaseRecord",
     "CalibratedRacing",

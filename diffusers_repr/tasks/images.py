@@ -22,7 +22,7 @@ Inputs = Tensor | dict[str, Tensor]
 
 def class_data(data: Any, role: str) -> Labelled:
     """Labelled images whose targets are class ids, int64; see `open_labelled`."""
-    found = data if isinstance(data, Labelled) else open_labelled(data, role)
+    found = open_labelled(data, role)
     return replace(found, targets=found.class_ids())
 
 

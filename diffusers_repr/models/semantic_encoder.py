@@ -1,0 +1,183 @@
+"""`SemanticEncoder`: an image to the code z of a diffusion autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusers_repr.hub.checks import check_sizes
+from diffusers_repr.models.mixin import ReprModelMixin
+
+DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+
+
+@dataclass
+class SemanticEncoderOutput(BaseOutput):
+    """What a `SemanticEncoder` gives.
+
+    Attributes:
+        code: z, `(B, D)`: the mean of the map; of a variational encoder the mean of its normal.
+        log_variance: Of a variational encoder, `(B, D)`; else None.
+        map: `(B, D, h, w)`, one code a place, whose mean z is.
+    """
+
+    code: Tensor
+    log_variance: Tensor | None = None
+    map: Tensor | None = None
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Z with its own noise, differentiably; z itself where the encoder is not variational."""
+        if self.log_variance is None:
+            return self.code
+        noise = randn_tensor(self.code.shape, generator=generator, device=self.code.device, dtype=self.code.dtype)
+        return self.code + (0.5 * self.log_variance).exp() * noise
+
+
+class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
+    """The downsampling half and the middle of a U-Net without time, then norm, SiLU, mean and a linear layer.
+
+    The encoder of DiffAE (Preechakul et al. 2022, arXiv 2111.15640): the linear layer acts at every place before the
+    mean, which is the same, so each place has a code and z is the mean of all.
+
+    Args:
+        in_channels: Of the images.
+        code_dim: D of z.
+        sample_size: Height and width of the images it was trained on, a number if they are equal. Others are taken.
+        block_out_channels: Channels of each stage; all but the last halve height and width (rounded up).
+        down_block_types: Of each stage, `DownEncoderBlock2D` or `AttnDownEncoderBlock2D`.
+        layers_per_block: Residual blocks of a stage.
+        attention_head_dim: Channels of an attention head, in the stages and the middle.
+        mid_block_attention: Whether the middle block has attention.
+        norm_num_groups: Groups of every group norm.
+        norm_eps: Their epsilon.
+        dropout: In the residual blocks.
+        variational: Whether it gives a normal distribution of codes, as the penalty of the KL divergence needs it.
+
+    Raises:
+        ValueError: For sizes and blocks that do not fit together.
+
+    Example:
+        >>> encoder = SemanticEncoder(1, 6, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+        >>> found = encoder(torch.zeros(2, 1, 8, 8))
+        >>> found.code.shape, found.map.shape
+        (torch.Size([2, 6]), torch.Size([2, 6, 4, 4]))
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = [*DOWN_BLOCKS, "UNetMidBlock2D"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        code_dim: int = 512,
+        sample_size: int | tuple[int, int] | None = None,
+        block_out_channels: Sequence[int] = (64, 128, 256, 512),
+        down_block_types: Sequence[str] | None = None,
+        layers_per_block: int = 1,
+        attention_head_dim: int = 32,
+        mid_block_attention: bool = True,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        variational: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(in_channels=in_channels, code_dim=code_dim, layers_per_block=layers_per_block)
+        check_sizes(attention_head_dim=attention_head_dim, norm_num_groups=norm_num_groups)
+        channels = list(block_out_channels)
+        kinds = [DOWN_BLOCKS[0]] * len(channels) if down_block_types is None else list(down_block_types)
+        self.register_to_config(down_block_types=kinds)
+        _check_blocks(channels, kinds, attention_head_dim, norm_num_groups, mid_block_attention)
+        width = channels[-1]
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            get_down_block(
+                kind,
+                num_layers=layers_per_block,
+                in_channels=channels[max(stage - 1, 0)],
+                out_channels=channels[stage],
+                temb_channels=None,
+                add_downsample=stage < len(channels) - 1,
+                resnet_eps=norm_eps,
+                resnet_act_fn="silu",
+                resnet_groups=norm_num_groups,
+                attention_head_dim=attention_head_dim,
+                downsample_padding=1,
+                dropout=dropout,
+            )
+            for stage, kind in enumerate(kinds)
+        )
+        self.mid_block = UNetMidBlock2D(
+            in_channels=width,
+            temb_channels=None,  # type: ignore[arg-type]
+            dropout=dropout,
+            resnet_eps=norm_eps,
+            resnet_act_fn="silu",
+            attention_head_dim=attention_head_dim,
+            resnet_groups=norm_num_groups,
+            attn_groups=norm_num_groups,
+            add_attention=mid_block_attention,
+        )
+        self.norm_out = nn.GroupNorm(norm_num_groups, width, eps=norm_eps)
+        self.proj_out = nn.Conv2d(width, (2 if variational else 1) * code_dim, 1)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> SemanticEncoderOutput | tuple[Any, ...]:
+        """Codes of images.
+
+        Args:
+            sample: `(B, C, H, W)` in [-1, 1].
+            return_dict: False for the tuple `(code, log_variance, map)` without what is None.
+
+        Raises:
+            ValueError: For inputs of another shape.
+        """
+        channels = self.config["in_channels"]
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise ValueError(f"This SemanticEncoder takes images (B, {channels}, H, W); got {tuple(sample.shape)}.")
+        hidden = self.conv_in(sample)
+        for block in self.down_blocks:
+            hidden = block(hidden)
+        hidden = functional.silu(self.norm_out(self.mid_block(hidden)))
+        codes = self.proj_out(hidden)
+        pooled, dim = codes.mean((2, 3)), self.config["code_dim"]
+        log_variance = pooled[:, dim:] if self.config["variational"] else None
+        found = SemanticEncoderOutput(pooled[:, :dim], log_variance, codes[:, :dim])
+        return found if return_dict else found.to_tuple()
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the map of images of `size` (H, W)."""
+        height, width = size
+        for _ in self.config["block_out_channels"][1:]:
+            height, width = -(-height // 2), -(-width // 2)
+        return height, width
+
+
+def _check_blocks(channels: list[int], kinds: list[str], head: int, groups: int, middle: bool) -> None:
+    if not channels or len(channels) != len(kinds):
+        raise ValueError(
+            f"block_out_channels and down_block_types tell one stage each; got {len(channels)} and {len(kinds)}."
+        )
+    for stage, (width, kind) in enumerate(zip(channels, kinds, strict=True)):
+        if kind not in DOWN_BLOCKS:
+            raise ValueError(f"Unknown down block {kind!r}; expected one of {', '.join(DOWN_BLOCKS)}.")
+        attends = kind.startswith("Attn") or (middle and stage == len(kinds) - 1)
+        if width % groups or (attends and width % head):
+            raise ValueError(
+                f"block_out_channels[{stage}]={width} must be a multiple of norm_num_groups={groups}"
+                + (f" and attention_head_dim={head}." if attends else ".")
+            )
+
+
+__all__ = ["SemanticEncoder", "SemanticEncoderOutput"]
