@@ -1,4 +1,4 @@
-"""DreamTeacher: targets, losses written out, shapes of the pyramid, label distillation, what is matched and refused."""
+"""DreamTeacher: targets, losses written out, shapes of the pyramid, label distillation, what is matched."""
 
 import math
 
@@ -18,8 +18,12 @@ from diffusers_repr.objectives import (
     InterpreterObjective,
     StudentConfig,
 )
-from diffusers_repr.objectives.distillation.distances import attention_map, attention_transfer, normalized
-from diffusers_repr.objectives.distillation.distances import soft_cross_entropy
+from diffusers_repr.objectives.distillation.distances import (
+    attention_map,
+    attention_transfer,
+    normalized,
+    soft_cross_entropy,
+)
 from diffusers_repr.objectives.distillation.dreamteacher import matched_levels
 from diffusers_repr.objectives.distillation.interpreter import dice_loss
 from diffusers_repr.objectives.distillation.pyramid import PyramidPooling, PyramidRegressor
@@ -248,14 +252,14 @@ def test_teacher_and_student_meet_by_stride():
     named = dreamteacher(base=base, layers=["down_blocks.1.attentions.0"])
     assert [stage.stride for _, stage in named.levels] == [2]
     coarse = student(patch_size=8, depths=[1, 1])
-    with pytest.raises(ValueError, match=r"strides \['4', '2', '1'\] and the student's stages \[8, 16\]; one at least"):
+    with pytest.raises(
+        ValueError, match=r"strides \['4', '2', '1'\] and the student's stages \[8, 16\]; one at least"
+    ):
         dreamteacher(coarse, base)
     with pytest.raises(ValueError, match=r"strides \['1'\] and the student's stages \[2, 4\]; each layer needs"):
         dreamteacher(base=base, layers=["up_blocks.2"])
     with pytest.raises(ValueError, match="Two of the teacher's layers have the stride 4; name one a stride"):
-        matched_levels(
-            [layer for layer in fine.teacher.layers if layer.stride == 4] * 2, student().stages
-        )
+        matched_levels([layer for layer in fine.teacher.layers if layer.stride == 4] * 2, student().stages)
     with pytest.raises(ValueError, match="Images are 16 x 20, and the student's last stage has a stride of 8"):
         student((16, 20), patch_size=4)
 

@@ -2,13 +2,13 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from diffusers_repr import Denoiser
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import RepFusionConfig, RepFusionObjective, Student
@@ -25,7 +25,7 @@ from diffusers_repr.objectives.distillation.teacher import DenoiserTeacher
 from diffusers_repr.sweep import few_shot_probe
 from diffusers_repr.tasks.held_out_students import every_row
 from diffusers_repr.testing import check_objective
-from tests.objectives.distillation_cases import batch, denoiser, repfusion, student
+from tests.objectives.distillation_cases import batch, repfusion
 
 DIGITS = "examples/models/digits-ddpm"
 
@@ -210,11 +210,9 @@ def test_contrastive_and_attention_against_loops():
 
 def hooked(network, paths, *inputs) -> list[torch.Tensor]:
     """By torch's own hooks, in the order of the paths."""
-    found, handles = {}, []
-    for path in paths:
-        handles.append(
-            network.get_submodule(path).register_forward_hook(lambda m, a, out, path=path: found.update({path: out}))
-        )
+    found = {}
+    modules = [(path, network.get_submodule(path)) for path in paths]
+    handles = [m.register_forward_hook(lambda m, a, out, path=path: found.update({path: out})) for path, m in modules]
     with torch.no_grad():
         network(*inputs)
     for handle in handles:
@@ -341,8 +339,7 @@ def test_advice():
         objective.information.zero_()
         objective(data)
         assert objective.metrics()["mutual_information"] < 0.01
-        with pytest.raises(AssertionError, match=told):
-            raise AssertionError(objective.advice())
+        assert re.search(told, objective.advice())
         assert objective.advice() in objective.card["text"]
 
     class Split(nn.Module):
@@ -443,7 +440,8 @@ def test_a_policy_on_digits_beats_random_levels_and_needs_no_image():
     errors = {}
     for level in ("policy", "uniform"):
         config = RepFusionConfig(DIGITS, noise="match_t", policy_levels=10, entropy_steps=150)
-        objective = RepFusionObjective(config.load_base(), Student(Small(), size=(8, 8), channels=1), config, 10).train()
+        small = Student(Small(), size=(8, 8), channels=1)
+        objective = RepFusionObjective(config.load_base(), small, config, 10).train()
         optimizer, tail = torch.optim.AdamW(objective.param_groups(), 1e-3), []
         for step in range(300):
             rows = torch.randint(len(images), (64,))
