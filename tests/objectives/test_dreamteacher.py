@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from diffusers_repr import Denoiser
 from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.denoiser import LabelConditioner
 from diffusers_repr.models import FeatureInterpreter
 from diffusers_repr.objectives import (
     DreamTeacherConfig,
@@ -171,7 +172,7 @@ def test_wide_images_and_a_conditional_teacher():
     out = objective(batch(size=(16, 24)))
     assert out["loss"].isfinite()
     torch.manual_seed(0)
-    base = Denoiser(unet2d(3, num_class_embeds=6), DDIMScheduler())
+    base = Denoiser(unet2d(3, num_class_embeds=6), DDIMScheduler(), conditioner=LabelConditioner(5))
     objective, told = dreamteacher(base=base), []
     base.model.register_forward_pre_hook(
         lambda module, args, kwargs: told.append(kwargs["class_labels"].tolist()), with_kwargs=True
