@@ -110,22 +110,22 @@ class Encoder:
         def of_pipeline() -> tuple[Source, str | None]:
             return load_pipeline_encoder(*place, dtype, image_size, pooling, *more)
 
-        source: Source
+        def of_network() -> tuple[Source, str | None]:
+            own = load_own(*place, dtype, image_size)
+            if own is None:
+                return load_transformer(*place, dtype, layer, image_size, pooling, positions, mean, std)
+            refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
+            return own
+
         if Path(id_or_folder).is_dir() and is_encoder_pipeline(*place):
             source, loaded = of_pipeline()
         else:
             try:
-                source, loaded = load_transformer(*place, dtype, layer, image_size, pooling, positions, mean, std)
+                source, loaded = of_network()
             except HubError:  # it has no config.json
                 if Path(id_or_folder).is_dir() or not is_encoder_pipeline(*place):
                     raise
                 source, loaded = of_pipeline()
-        own = load_own(id_or_folder, revision, token, dtype, image_size)
-        if own is not None:
-            refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
-        source, loaded = own or load_transformer(
-            id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
-        )
         source.module.to(device)
         return cls(source, name or Path(id_or_folder).resolve().name, loaded, str(id_or_folder))
 

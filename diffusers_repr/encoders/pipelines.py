@@ -43,7 +43,9 @@ def _tokens(
 ) -> ModuleSource:
     """Of a `TokenGenerationPipeline`: the encoder half of its network."""
     vqvae = VQModel.from_pretrained(folder / "vqvae", torch_dtype=dtype)
-    kind: Any = {"MaskedTokenModel": MaskedTokenModel, "PixelTokenModel": PixelTokenModel}[components["transformer"][1]]
+    kind: Any = {"MaskedTokenModel": MaskedTokenModel, "PixelTokenModel": PixelTokenModel}[
+        components["transformer"][1]
+    ]
     network = kind.from_pretrained(folder / "transformer", torch_dtype=dtype).requires_grad_(False).eval()
     check_vocabulary(network, vqvae)
     patch = token_stride(vqvae)
