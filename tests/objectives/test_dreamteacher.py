@@ -1,6 +1,7 @@
 """DreamTeacher: targets, losses written out, shapes of the pyramid, label distillation, what is matched."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from tests.objectives.distillation_cases import CONVNEXT, batch, denoiser, dream
 from tests.objectives.test_repfusion import hooked
 from tests.testers.models import build, unet2d
 
-DIGITS = "examples/models/digits-ddpm"
+DIGITS = str(Path(__file__).parents[2] / "examples" / "models" / "digits-ddpm")
 TAPS = ["up_blocks.1.attentions.1", "up_blocks.0.resnets.1"]  # of strides 2 and 4
 
 
