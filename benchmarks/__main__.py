@@ -32,6 +32,7 @@ NAMES = (
     "perceptual",
     "rcg_vectors",
     "patch_masks",
+    "repfusion",
 )
 
 
