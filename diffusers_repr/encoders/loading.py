@@ -40,8 +40,7 @@ def load_encoder(
         TypeError, OSError: As `Encoder.from_pretrained` and `Denoiser.from_pretrained`.
     """
     spec = str(name)
-    if (Path(spec) / "model_index.json").is_file() and not is_encoder_pipeline(spec):
-    if (Path(spec) / "model_index.json").is_file() and own_place(spec) is None:
+    if (Path(spec) / "model_index.json").is_file() and own_place(spec) is None and not is_encoder_pipeline(spec):
         raise ValueError(
             f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
             f"such as {spec}:mid_block@100."
