@@ -31,6 +31,7 @@ from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin, named_pipeline
 from diffusers_repr.models.labels import ClassNamesMixin, Labels, class_or_null_ids
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
@@ -89,7 +90,7 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
         unet: UNet2DModel | UNet2DConditionModel | None = None,
         transformer: SiTTransformer2DModel | UViTTransformer2DModel | MaskedTokenModel | None = None,
         scheduler: SchedulerMixin | None = None,
-        vae: AutoencoderKL | VQModel | None = None,
+        vae: AutoencoderKL | VQModel | MaskGITVQModel | None = None,
         condition_embedding: VectorEmbedding | None = None,
         id2label: Mapping[Any, str] | None = None,
     ) -> None:

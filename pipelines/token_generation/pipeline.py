@@ -23,6 +23,7 @@ from diffusers_repr.denoiser.parallel_decoding import Schedule, masked_counts, s
 from diffusers_repr.denoiser.prior import Prior
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.vq_tokens import (
     check_vocabulary,
@@ -66,7 +67,7 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
     model_cpu_offload_seq = "transformer->vqvae"
     _callback_tensor_inputs = ["tokens", "mask", "embeddings", "condition"]
 
-    def __init__(self, vqvae: VQModel, transformer: MaskedTokenModel | PixelTokenModel) -> None:
+    def __init__(self, vqvae: VQModel | MaskGITVQModel, transformer: MaskedTokenModel | PixelTokenModel) -> None:
         super().__init__()
         check_vocabulary(transformer, vqvae)
         self.register_modules(vqvae=vqvae, transformer=transformer)

@@ -7,6 +7,7 @@ from diffusers_repr.models import (
     ClassTokenHead,
     JointViTModel,
     MaskedTokenModel,
+    MaskGITVQModel,
     NoisyClassifier,
     PixelTokenModel,
     RepresentationMLPModel,
@@ -99,6 +100,12 @@ CASES = {
         {"sample": (2, 6, 9)},
         close=0.2,
         targets=("to_q", "to_v"),
+    ),
+    "MaskGITVQModel": ModelCase(
+        lambda: MaskGITVQModel(2, (4, 8), 1, 3, 5, 8, 4),
+        lambda: {"sample": torch.randn(2, 2, 4, 8)},
+        {"sample": (2, 2, 4, 8)},
+        close=10.0,  # a latent near two codes may fall to the other
     ),
     "RepresentationMLPModel": ModelCase(
         lambda: RepresentationMLPModel(6, 16, 2, time_embed_dim=8, num_classes=3, class_embed_dim=4),

@@ -216,7 +216,7 @@ def test_rcg_with_tokens(tmp_path):
         rcg_cases.make("sit")(temperature=1.0)
     with pytest.raises(ValueError, match="takes no vectors"):
         RCGPipeline(network, scheduler, transformer=masked_model(), vae=tokenizer())
-    with pytest.raises(TypeError, match="a diffusers VQModel; got NoneType"):
+    with pytest.raises(TypeError, match="VQModel or a MaskGITVQModel; got NoneType"):
         RCGPipeline(network, scheduler, transformer=masked_model(condition_dim=6))
     with pytest.raises(ValueError, match="draws vectors of 6 channels, and MaskedTokenModel takes 5"):
         RCGPipeline(network, scheduler, transformer=masked_model(condition_dim=5), vae=tokenizer())
