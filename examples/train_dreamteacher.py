@@ -37,7 +37,9 @@ class EvaluationConfig:
 
 def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, DataConfig, StudentConfig, DreamTeacherConfig, EvaluationConfig)
-    config, data_config, backbone, settings, measured = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
+    config, data_config, backbone, settings, measured = parse_recipe(
+        kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP
+    )
     check_made(RECIPES, pretrained_model_name_or_path=settings.pretrained_model_name_or_path,
                dataset_name=data_config.dataset_name)  # fmt: skip
     config = dataclasses.replace(config, eval_batch_size=0)  # a backbone has no samples

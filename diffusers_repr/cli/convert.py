@@ -55,7 +55,8 @@ class Settings:
         None, "of a uvit: beta from 0.1 to 20, or the steps of Stable Diffusion; default: as published for its size"
     )
     vae: str | None = setting(
-        None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema; of MAGE of a VQModel"
+        None,
+        "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema; of MAGE of a VQModel",
     )
     base: str | None = setting(
         None, "of a readout head or of Hyperfeatures: folder or Hub id of the model it was trained on"

@@ -34,7 +34,9 @@ def masked_counts(tokens: int, steps: int, schedule: Schedule = "cosine") -> lis
         [15, 14, 13, 11, 8, 6, 3, 0]
     """
     if check_whole("num_inference_steps", steps) > tokens:
-        raise ValueError(f"num_inference_steps is {steps}, and there are {tokens} tokens: each step fixes at least one.")
+        raise ValueError(
+            f"num_inference_steps is {steps}, and there are {tokens} tokens: each step fixes at least one."
+        )
     if schedule not in ("cosine", "linear"):
         raise ValueError(f"schedule is 'cosine' or 'linear'; got {schedule!r}.")
     counts: list[int] = []

@@ -105,23 +105,27 @@ class Encoder:
             OSError: If the folder or repository does not exist or cannot be read.
         """
         place = (id_or_folder, revision, token)
-        resampled = None if positions == "transformers" else positions
-        try:
-            whole = Path(id_or_folder).is_dir() and is_encoder_pipeline(*place)
-            own = None if whole else load_own(*place, dtype, image_size)
-        except HubError:  # it has no config.json
-            whole, own = is_encoder_pipeline(*place), None
-            if not whole:
-                raise
-        source: Source
-        if whole:
-            more = (layer, mean, std, resampled)
-            source, loaded = load_pipeline_encoder(*place, dtype, image_size, pooling, *more)
-        elif own is not None:
+        more = (layer, mean, std, None if positions == "transformers" else positions)
+
+        def of_pipeline() -> tuple[Source, str | None]:
+            return load_pipeline_encoder(*place, dtype, image_size, pooling, *more)
+
+        def of_network() -> tuple[Source, str | None]:
+            own = load_own(*place, dtype, image_size)
+            if own is None:
+                return load_transformer(*place, dtype, layer, image_size, pooling, positions, mean, std)
             refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
-            source, loaded = own
+            return own
+
+        if Path(id_or_folder).is_dir() and is_encoder_pipeline(*place):
+            source, loaded = of_pipeline()
         else:
-            source, loaded = load_transformer(*place, dtype, layer, image_size, pooling, positions, mean, std)
+            try:
+                source, loaded = of_network()
+            except HubError:  # it has no config.json
+                if Path(id_or_folder).is_dir() or not is_encoder_pipeline(*place):
+                    raise
+                source, loaded = of_pipeline()
         source.module.to(device)
         return cls(source, name or Path(id_or_folder).resolve().name, loaded, str(id_or_folder))
 

@@ -40,7 +40,8 @@ def load_encoder(
         TypeError, OSError: As `Encoder.from_pretrained` and `Denoiser.from_pretrained`.
     """
     spec = str(name)
-    if (Path(spec) / "model_index.json").is_file() and own_place(spec) is None and not is_encoder_pipeline(spec):
+    readable = is_encoder_pipeline(spec) or own_place(spec) is not None
+    if (Path(spec) / "model_index.json").is_file() and not readable:
         raise ValueError(
             f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
             f"such as {spec}:mid_block@100."

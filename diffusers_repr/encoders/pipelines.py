@@ -49,7 +49,8 @@ def _tokens(
 ) -> ModuleSource:
     """Of a `TokenGenerationPipeline`: the encoder half of its network."""
     vqvae = _CLASSES[components["vqvae"][1]].from_pretrained(folder / "vqvae", torch_dtype=dtype)
-    network = _CLASSES[components["transformer"][1]].from_pretrained(folder / "transformer", torch_dtype=dtype).requires_grad_(False).eval()
+    network = _CLASSES[components["transformer"][1]].from_pretrained(folder / "transformer", torch_dtype=dtype)
+    network.requires_grad_(False).eval()
     check_vocabulary(network, vqvae)
     patch = token_stride(vqvae)
     size = tuple(patch * side for side in network.grid)

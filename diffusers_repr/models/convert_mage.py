@@ -17,7 +17,13 @@ _WORDS, _PLACES = "token_emb.word_embeddings.weight", "token_emb.position_embedd
 _HEADS = {256: 4, 768: 12, 1024: 16, 1280: 16}  # of the encoder, by its width
 _CLASSES = 1000  # ids between those of the tokenizer and the mask's, of which one is the class token's
 _FAKE_CLASS = 76  # the class token's id is so many behind those of the tokenizer
-_RANKS = {_WORDS: 2, _PLACES: 2, "decoder_embed.weight": 2, "blocks.0.mlp.fc1.weight": 2, "latent_prior_proj.weight": 2}
+_RANKS = {
+    _WORDS: 2,
+    _PLACES: 2,
+    "decoder_embed.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "latent_prior_proj.weight": 2,
+}
 _BLOCK = {
     "norm1": "norm1",
     "attn.qkv": "attn.to_qkv",

@@ -30,6 +30,7 @@ from diffusers_repr.objectives.distillation import (
     RepFusionObjective,
     Student,
     StudentConfig,
+)
 from diffusers_repr.objectives.diffusion_autoencoder import (
     DiffusionAutoencoderConfig,
     DiffusionAutoencoderObjective,

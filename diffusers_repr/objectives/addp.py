@@ -53,7 +53,9 @@ class ADDPConfig:
                 f"1; got {self.mask_ratio_min}, {self.mask_ratio_std}, {self.label_smoothing}."
             )
         if self.most_steps < 1 or self.ladder_steps < 1:
-            raise ValueError(f"`most_steps` and `ladder_steps` are 1 or more; got {self.most_steps}, {self.ladder_steps}.")
+            raise ValueError(
+                f"`most_steps` and `ladder_steps` are 1 or more; got {self.most_steps}, {self.ladder_steps}."
+            )
         ratio_ladder(self.mask_ratio_min, 1.0, self.mask_ratio_mean, self.mask_ratio_std, self.ladder_steps)
 
 

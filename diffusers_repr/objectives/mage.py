@@ -109,9 +109,7 @@ class MAGEObjective(Objective):
         ratio = batch.get("mask_ratio")
         if ratio is None:
             ends = (config.mask_ratio_min, config.mask_ratio_max)
-            ratio = truncated_normal(
-                torch.rand(count, **draw), *ends, config.mask_ratio_mean, config.mask_ratio_std
-            )
+            ratio = truncated_normal(torch.rand(count, **draw), *ends, config.mask_ratio_mean, config.mask_ratio_std)
         order = noise.argsort(1)
         # The first in this order are masked; those that the encoder does not see are the first of these.
         rank = order.argsort(1)
@@ -145,7 +143,9 @@ class MAGEObjective(Objective):
         width, given = self.network.config["condition_dim"], batch.get("condition")
         if width and (not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != width):
             found = "none" if given is None else tuple(given.shape)
-            raise ValueError(f"The network is conditioned on vectors (B, {width}); the batch's `condition` is {found}.")
+            raise ValueError(
+                f"The network is conditioned on vectors (B, {width}); the batch's `condition` is {found}."
+            )
 
     def identity(self) -> dict[str, Any]:
         """The tokenizer and the masks."""

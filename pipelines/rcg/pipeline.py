@@ -419,7 +419,9 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
         if self._of_tokens() and (latents is not None or eta):
             raise ValueError("A network of tokens starts from masks, not from noise; leave latents and eta out.")
         if not self._of_tokens() and temperature is not None:
-            raise ValueError(f"temperature is of a network of tokens; this pipeline has a {type(self._network).__name__}.")
+            raise ValueError(
+                f"temperature is of a network of tokens; this pipeline has a {type(self._network).__name__}."
+            )
 
     def _token_images(self, vectors: Tensor, generator: Any, output_type: str, settings: dict[str, Any]) -> Any:
         """Images of a network of tokens given vectors."""

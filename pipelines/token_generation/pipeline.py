@@ -202,9 +202,13 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
         sampling.check_number("temperature", temperature, 0)
         width, given = self.condition_dim, sum(value is not None for value in (condition, prior))
         if not width and given:
-            raise ValueError("This model was trained without vectors (condition_dim=0); leave condition and prior out.")
+            raise ValueError(
+                "This model was trained without vectors (condition_dim=0); leave condition and prior out."
+            )
         if width and given != 1:
-            raise ValueError(f"The model makes images from vectors (B, {width}): give condition= or prior=, one of them.")
+            raise ValueError(
+                f"The model makes images from vectors (B, {width}): give condition= or prior=, one of them."
+            )
         if scale > 1 and not width:
             raise ValueError(f"guidance_scale={scale} guides to vectors, and this model takes none. Leave it at 1.")
         return None if condition is None else given_vectors(condition, width)

@@ -198,7 +198,10 @@ def test_a_tokenizer_of_another_vocabulary():
         (lambda: masked_model(condition_dim=-1), "condition_dim is 0 or more"),
         (lambda: masked_model(sample_size=(0, 4)), "sample_size is one side"),
         (lambda: pixel_model(sample_size=7), "sample_size 7 x 7 must be multiples of patch_size 2"),
-        (lambda: masked_model()(torch.zeros(1, 9, dtype=torch.int64)), r"ids of 4 x 4 tokens, whole numbers \(B, 16\)"),
+        (
+            lambda: masked_model()(torch.zeros(1, 9, dtype=torch.int64)),
+            r"ids of 4 x 4 tokens, whole numbers \(B, 16\)",
+        ),
         (lambda: masked_model()(torch.zeros(1, 16)), "got .*float32"),
         (
             lambda: masked_model()(torch.zeros(1, 16, dtype=torch.int64), torch.ones(1, 3)),

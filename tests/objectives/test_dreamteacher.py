@@ -248,14 +248,14 @@ def test_teacher_and_student_meet_by_stride():
     named = dreamteacher(base=base, layers=["down_blocks.1.attentions.0"])
     assert [stage.stride for _, stage in named.levels] == [2]
     coarse = student(patch_size=8, depths=[1, 1])
-    with pytest.raises(ValueError, match=r"strides \['4', '2', '1'\] and the student's stages \[8, 16\]; one at least"):
+    with pytest.raises(
+        ValueError, match=r"strides \['4', '2', '1'\] and the student's stages \[8, 16\]; one at least"
+    ):
         dreamteacher(coarse, base)
     with pytest.raises(ValueError, match=r"strides \['1'\] and the student's stages \[2, 4\]; each layer needs"):
         dreamteacher(base=base, layers=["up_blocks.2"])
     with pytest.raises(ValueError, match="Two of the teacher's layers have the stride 4; name one a stride"):
-        matched_levels(
-            [layer for layer in fine.teacher.layers if layer.stride == 4] * 2, student().stages
-        )
+        matched_levels([layer for layer in fine.teacher.layers if layer.stride == 4] * 2, student().stages)
     with pytest.raises(ValueError, match="Images are 16 x 20, and the student's last stage has a stride of 8"):
         student((16, 20), patch_size=4)
 

@@ -443,7 +443,9 @@ def test_a_policy_on_digits_beats_random_levels_and_needs_no_image():
     errors = {}
     for level in ("policy", "uniform"):
         config = RepFusionConfig(DIGITS, noise="match_t", policy_levels=10, entropy_steps=150)
-        objective = RepFusionObjective(config.load_base(), Student(Small(), size=(8, 8), channels=1), config, 10).train()
+        objective = RepFusionObjective(
+            config.load_base(), Student(Small(), size=(8, 8), channels=1), config, 10
+        ).train()
         optimizer, tail = torch.optim.AdamW(objective.param_groups(), 1e-3), []
         for step in range(300):
             rows = torch.randint(len(images), (64,))

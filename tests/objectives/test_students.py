@@ -14,7 +14,13 @@ from diffusers_repr.objectives import FinetuneStudentConfig, FinetuneStudentObje
 from diffusers_repr.testing import check_objective
 from tests.objectives.distillation_cases import CONVNEXT, batch, repfusion, student
 
-RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
 SWIN = {"model_type": "swin", "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
 CONVNEXTV2 = {**CONVNEXT, "model_type": "convnextv2"}
 del CONVNEXTV2["layer_scale_init_value"]
@@ -114,7 +120,10 @@ def test_bad_students(tmp_path):
         ({}, "Name one of `student`.*got neither"),
         ({"student": CONVNEXT, "student_name_or_path": "x"}, "got both"),
         ({"student": {"model_type": "vit"}}, "one of resnet, convnext, convnextv2, swin; got 'vit'"),
-        ({"student": {**CONVNEXT, "hiden_sizes": [3]}}, r"'hiden_sizes' in `student`. Closest allowed: \['hidden_sizes'"),
+        (
+            {"student": {**CONVNEXT, "hiden_sizes": [3]}},
+            r"'hiden_sizes' in `student`. Closest allowed: \['hidden_sizes'",
+        ),
         ({"student": {**CONVNEXT, "patch_size": 0}}, "patch_size is 0"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -170,9 +170,7 @@ class DreamTeacherObjective(Objective):
         return self.backbone.artifacts("student")
 
 
-def matched_levels(
-    layers: Sequence[Layer], stages: Sequence[Stage], every: bool = True
-) -> list[tuple[Layer, Stage]]:
+def matched_levels(layers: Sequence[Layer], stages: Sequence[Stage], every: bool = True) -> list[tuple[Layer, Stage]]:
     """Each layer of the teacher with the student's stage of its stride, finest first.
 
     Args:

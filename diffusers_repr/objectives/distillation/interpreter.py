@@ -32,7 +32,9 @@ class InterpreterConfig(FrozenBaseConfig):
     layers: list[str] | None = setting(None, "full module paths, one a stride; default: of a U-Net its way up")
     timestep: float = setting(150.0, "level of the noise that the teacher sees")
     noise: Literal["match_t", "none"] = setting("match_t", "match_t: fresh noise of that level; none: the clean image")
-    target_norm: Literal["image", "channels"] = setting("image", "layer norm of the features, as DreamTeacher's target")
+    target_norm: Literal["image", "channels"] = setting(
+        "image", "layer norm of the features, as DreamTeacher's target"
+    )
     width: int = setting(256, "channels of the interpreter")
     groups: int = setting(32, "of its group norms")
     dropout: float = setting(0.1, "before its logits")

@@ -53,17 +53,23 @@ class RepFusionConfig(FrozenBaseConfig):
     layers: list[str] | None = setting(None, "full module paths of the teacher; default: of a U-Net its middle")
     student_stages: list[int] | None = setting(None, "stage of the student for each of them; default: the last")
     level: Literal["policy", "uniform", "bounded", "fixed"] = setting("policy", "how the teacher's level is chosen")
-    noise: Literal["match_t", "none"] = setting("none", "match_t: noise of that level; none: the clean image, as coded")
+    noise: Literal["match_t", "none"] = setting(
+        "none", "match_t: noise of that level; none: the clean image, as coded"
+    )
     timestep: float | None = setting(None, "of level: fixed")
     max_timestep: float | None = setting(None, "of level: uniform and bounded: below it is drawn; default: all")
     final_max_timestep: float | None = setting(None, "of level: bounded: what max_timestep falls to")
     bound_steps: int = setting(0, "of level: bounded: optimizer steps in which it falls")
     policy_levels: int = setting(20, "of level: policy: timesteps to choose among, in equal steps")
     policy_timesteps: list[float] | None = setting(None, "of level: policy: these timesteps instead")
-    policy_baseline: Literal["batch_mean", "none"] = setting("batch_mean", "what is taken off the reward; none: as coded")
+    policy_baseline: Literal["batch_mean", "none"] = setting(
+        "batch_mean", "what is taken off the reward; none: as coded"
+    )
     entropy_weight: float = setting(0.1, "of level: policy: bonus for the policy's entropy at first")
     entropy_steps: int = setting(0, "of level: policy: optimizer steps in which the bonus falls to 0; 0: it stays")
-    distance: Literal["hint", "attention", "relational", "contrastive"] = setting("hint", "between teacher and student")
+    distance: Literal["hint", "attention", "relational", "contrastive"] = setting(
+        "hint", "between teacher and student"
+    )
     dense: bool = setting(False, "of distance: hint: compare every place, not the means over places")
     feature_weight: float | None = setting(None, "of the distance; default: 1, of attention 1000")
     relational_distance_weight: float = setting(25.0, "of distance: relational: of pairwise distances")
