@@ -21,10 +21,7 @@ from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.vq_tokens import check_vocabulary, encode_tokens, token_stride
 
-
-_CLASSES: dict[str, Any] = {
-    cls.__name__: cls for cls in (VQModel, MaskGITVQModel, MaskedTokenModel, PixelTokenModel)
-}
+_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (VQModel, MaskGITVQModel, MaskedTokenModel, PixelTokenModel)}
 
 
 class TokenEncoder(nn.Module):

@@ -166,7 +166,7 @@ class MaskGITDecoder(nn.Module):
 
 
 class MaskGITVQModel(ReprModelMixin, ModelMixin, ConfigMixin):
-    """Images to a grid of ids and back: the VQGAN of MaskGIT (arXiv 2202.04200), which MAGE and RCG have their tokens of.
+    """Images to a grid of ids and back: the VQGAN of MaskGIT (arXiv 2202.04200), the tokenizer of MAGE and RCG.
 
     It is called as a `VQModel` of diffusers, with images in [-1, 1]; the authors' are in [0, 1]. The defaults are
     those of the published one. The names of its weights are the authors'.

@@ -1,4 +1,4 @@
-"""Tokens of a tokenizer (`VQModel` or `MaskGITVQModel`): images to ids, ids or mixtures of them to embeddings, embeddings to images."""
+"""Tokens of a `VQModel` or `MaskGITVQModel`: images to ids, ids or mixtures of them to codes, codes to images."""
 
 from __future__ import annotations
 
@@ -56,15 +56,21 @@ def check_vocabulary(network: Any, vqvae: Any, name: str = "network") -> None:
         stride, channels = token_stride(vqvae), vqvae.config["in_channels"]
         if (network.config["patch_size"], network.config["in_channels"]) != (stride, channels):
             raise ValueError(
-                f"The {name} reads patches of {network.config['patch_size']} pixels and {network.config['in_channels']}"
-                f" channels; a token of the tokenizer is one of {stride} pixels and {channels} channels."
+                f"The {name} reads patches of {network.config['patch_size']} pixels and "
+                f"{network.config['in_channels']} channels; a token of the tokenizer is one of {stride} pixels and "
+                f"{channels} channels."
             )
 
 
 @torch.no_grad()
 def encode_tokens(vqvae: Any, pixels: Tensor) -> Tensor:
-    """Ids `(B, h, w)`, int64, of images `(B, C, H, W)` in [-1, 1]; outside of any autocast, so that ids are those
-    of the tokenizer's own precision.
+    """Ids `(B, h, w)`, int64, of images `(B, C, H, W)` in [-1, 1].
+
+    Outside of any autocast, so that ids are those of the tokenizer's own precision.
+
+    Args:
+        vqvae: The tokenizer.
+        pixels: The images.
     """
     with torch.autocast(pixels.device.type, enabled=False):
         latents = vqvae.encode(pixels.to(vqvae.dtype)).latents

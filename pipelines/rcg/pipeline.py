@@ -59,8 +59,8 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
     `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
     `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a
     transformer with a vector input, such as `SiTTransformer2DModel(condition_dim=D)`; or MAGE's network of tokens,
-    `MaskedTokenModel(condition_dim=D)`, which needs no scheduler. A pipeline may have one half alone. Between the steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the
-    networks.
+    `MaskedTokenModel(condition_dim=D)`, which needs no scheduler. A pipeline may have one half alone. Between the
+    steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the networks.
 
     Args:
         prior: Denoises vectors.

@@ -53,7 +53,7 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
 
     All tokens are masked at first. In each step every masked token is drawn, the most certain of them stay, and the
     others are masked again, fewer and fewer. A `MaskedTokenModel` tells them from the tokens that stayed. A
-    `PixelTokenModel` reads them from pixels: codes of the tokens that stayed and expected codes of the others, decoded.
+    `PixelTokenModel` reads them from pixels: codes of those that stayed and expected codes of the others, decoded.
 
     Args:
         vqvae: The tokenizer.

@@ -92,7 +92,9 @@ def test_what_does_not_fit(made, tmp_path):
         )
 
 
-@pytest.mark.parametrize(("script", "name"), [(train_tokenizer, "tokenizer"), (train_mage, "mage"), (train_addp, "addp")])
+@pytest.mark.parametrize(
+    ("script", "name"), [(train_tokenizer, "tokenizer"), (train_mage, "mage"), (train_addp, "addp")]
+)
 def test_the_recipes(script, name, tmp_path, made):
     needs = {"mage": ["--tokenizer", str(made / "tokenizer")], "addp": ["--predictor", str(made / "mage")]}
     told = ["--config", str(EXAMPLES / "configs" / f"{name}_digits.yaml"), *needs.get(name, [])]

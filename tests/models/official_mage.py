@@ -47,7 +47,7 @@ class OfficialMAGE:
         """The file as the authors' script saves it, with what is in it and not used."""
         unused = {"cls_token": self.draw(1, 1, 16), "pos_embed": self.draw(1, 5, 16), "mask_token": self.draw(1, 1, 8),
                   "patch_embed.proj.weight": self.draw(16, 3, 2, 2), "decoder_pos_embed": self.draw(1, 5, 8),
-                  "decoder_pred.weight": self.draw(12, 8), 
+                  "decoder_pred.weight": self.draw(12, 8),
                   "token_emb.position_ids": torch.arange(5)[None]}  # fmt: skip
         frozen = {} if tokenizer is None else {f"vqgan.{k}": v for k, v in tokenizer.weights.items()}
         return {"model": {**self.weights, **unused, **frozen}, "epoch": 1600}

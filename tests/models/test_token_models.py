@@ -120,9 +120,8 @@ def test_the_student_by_a_loop():
                     line.append(blank + model.masked_positions[0, at])
                 else:
                     line.append(seen[1 + at] + model.decoder_positions[0, 1 + at])
-            for at in range(16):
-                if not mask[row, at]:
-                    line.append(model.token_embed.weight[ids[row, at]] + model.token_positions[0, at])
+            shown = [at for at in range(16) if not mask[row, at]]
+            line += [model.token_embed.weight[ids[row, at]] + model.token_positions[0, at] for at in shown]
             hidden = torch.stack(line)[None]
             for block in model.decoder_blocks:
                 hidden = block(hidden)

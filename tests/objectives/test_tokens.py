@@ -73,9 +73,7 @@ def test_cross_entropy_by_a_loop():
     want = []
     for b in range(3):
         each = [
-            -sum(
-                (0.9 * q[b, n, v] + 0.1 / 5) * (logits[b, n, v] - logits[b, n].logsumexp(0)) for v in range(5)
-            )
+            -sum((0.9 * q[b, n, v] + 0.1 / 5) * (logits[b, n, v] - logits[b, n].logsumexp(0)) for v in range(5))
             for n in range(4)
             if mask[b, n]
         ]
@@ -254,7 +252,11 @@ def test_the_tokenizer_keeps_the_contract_and_its_loss():
         entropy = -(p * p.log()).sum(1).mean() + (p.mean(0) * p.mean(0).log()).sum()
         made = vqvae.decode(vqvae.encode(images()).latents).sample.double()
         counts = torch.bincount(far.argmin(1), minlength=7) / len(z)
-    terms = {"codebook": ((near - z) ** 2).mean(), "entropy": entropy, "reconstruction": (made - images()).abs().mean()}
+    terms = {
+        "codebook": ((near - z) ** 2).mean(),
+        "entropy": entropy,
+        "reconstruction": (made - images()).abs().mean(),
+    }
     for name, value in terms.items():
         assert float(out[name]) == pytest.approx(float(value), rel=1e-4), name
     want = terms["reconstruction"] + 1.5 * terms["codebook"] + 0.2 * entropy
@@ -295,7 +297,9 @@ def test_tokens_that_are_encoded_once():
     assert torch.equal(batch["tokens"], encode_tokens(vqvae, pixels).flatten(1))
     assert batch["class_labels"].tolist() == [digits[3]["label"], digits[17]["label"]]
     assert torch.equal(tokens[17]["tokens"], batch["tokens"][1])
-    assert tokens.fingerprint()["tokenizer"] != TokenData(data, tokenizer(num_vq_embeddings=5)).fingerprint()["tokenizer"]
+    assert (
+        tokens.fingerprint()["tokenizer"] != TokenData(data, tokenizer(num_vq_embeddings=5)).fingerprint()["tokenizer"]
+    )
     moved = load_train_data(DataConfig(cache_images=True, random_shift=0.1), 1, 8, dataset=digits)
     with pytest.raises(ValueError, match="random_shift would do nothing"):
         TokenData(moved, vqvae)

@@ -66,7 +66,9 @@ def test_the_most_certain_stay_and_known_ones_always():
 
 def test_tokens_are_drawn_by_their_chances_and_the_noise_is_gumbels():
     logits = torch.tensor([1.0, 0.0, -1.0]).expand(20000, 1, 3)
-    drawn, _ = sample_tokens(logits, torch.zeros(20000, 1, dtype=torch.int64), torch.ones(20000, 1).bool(), 0, 0.0, seed())
+    drawn, _ = sample_tokens(
+        logits, torch.zeros(20000, 1, dtype=torch.int64), torch.ones(20000, 1).bool(), 0, 0.0, seed()
+    )
     shares = torch.bincount(drawn[:, 0], minlength=3) / 20000
     torch.testing.assert_close(shares, logits[0, 0].softmax(0), atol=0.012, rtol=0)
     # Of two tokens with the scores a and b and Gumbel noise of scale t, a is the larger with chance sigmoid((a-b)/t).
@@ -192,9 +194,7 @@ def test_vectors_from_a_prior():
 
 def test_rcg_with_tokens(tmp_path):
     network, scheduler = rcg_cases.prior()
-    pipe = rcg_cases.quiet(
-        RCGPipeline(network, scheduler, transformer=masked_model(condition_dim=6), vae=tokenizer())
-    )
+    pipe = rcg_cases.quiet(RCGPipeline(network, scheduler, transformer=masked_model(condition_dim=6), vae=tokenizer()))
     call = {"num_inference_steps": 4, "prior_num_inference_steps": 3, "output_type": "np"}
     out = pipe(batch_size=2, guidance_scale=2.0, temperature=3.0, generator=seed(), **call)
     draws = seed()
@@ -207,7 +207,9 @@ def test_rcg_with_tokens(tmp_path):
     assert np.array_equal(out.images, want)
     pipe.save_pretrained(tmp_path)
     again = rcg_cases.quiet(RCGPipeline.from_pretrained(tmp_path))
-    assert np.array_equal(again(batch_size=2, guidance_scale=2.0, temperature=3.0, generator=seed(), **call).images, want)
+    assert np.array_equal(
+        again(batch_size=2, guidance_scale=2.0, temperature=3.0, generator=seed(), **call).images, want
+    )
     prior = again.as_prior(num_inference_steps=3)
     assert own(batch_size=2, prior=prior, num_inference_steps=2).condition.shape == (2, 6)
     with pytest.raises(ValueError, match="starts from masks, not from noise"):
