@@ -312,7 +312,7 @@ def test_tokens_that_are_encoded_once():
     [
         ({"tokens": torch.full((2, 16), 7)}, "0 to 6: they were made by a tokenizer of another vocabulary"),
         ({"tokens": torch.zeros(2, 9, dtype=torch.int64)}, "An image is 9 tokens of this tokenizer"),
-        ({"pixel_values": torch.zeros(1, 1, 16, 16)}, "An image is 64 tokens"),
+        ({"pixel_values": torch.zeros(1, 1, 16, 16)}, "An image is 8 x 8 tokens"),
         ({"moments": torch.zeros(1)}, "neither tokens nor images"),
     ],
 )

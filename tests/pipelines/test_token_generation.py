@@ -246,6 +246,13 @@ def test_the_folder_generates_and_recognises(kind, tmp_path):
     torch.testing.assert_close(load_encoder(tmp_path, pooling="cls").encode_pixels(images())["global"], want[:, 0])
     assert encoder.grid_for((20, 20)) == (4, 4)
     assert encoder.fingerprint()["weights"]
+    tuned = encoder.copy()  # fine-tuning: the encoder half learns, the tokenizer cannot
+    tuned.module.requires_grad_(True)
+    tuned.encode_with_gradient(images())["tokens"].square().sum().backward()
+    learns = {name.removeprefix("transformer.") for name, p in tuned.module.named_parameters() if p.grad is not None}
+    assert {"positions", "norm_in.weight", "blocks.0.attn.to_q.weight", "norm.weight"} <= learns
+    assert not any(name.startswith(("vqvae", "decoder")) for name in learns)
+    torch.testing.assert_close(encoder.encode_pixels(images())["tokens"], found["tokens"])
     with pytest.raises(ValueError, match="has no layer; leave it out"):
         load_encoder(tmp_path, layer=0)
     with pytest.raises(ValueError, match="images of 8 x 8 alone"):
