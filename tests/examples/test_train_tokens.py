@@ -34,7 +34,7 @@ def flags(folder: Path, name: str, **settings) -> list[str]:
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     run_script(train_tokenizer.main, "train_tokenizer", *flags(folder, "tokenizer", **TOKENIZER))
-    first = {"tokenizer": str(folder / "tokenizer"), "model": {"sample_size": 4, **SIZES}, "cache_tokens": True}
+    first = {"tokenizer": str(folder / "tokenizer"), "model": SIZES, "cache_tokens": True}
     run_script(train_mage.main, "train_mage", *flags(folder, "mage", **first))
     second = {"predictor": str(folder / "mage"), "model": SIZES, "random_shift": 0.05}
     run_script(train_addp.main, "train_addp", *flags(folder, "addp", **second))
