@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusers_repr.hub.checks import check_sizes
+from diffusers_repr.models.layers import keeping_weights
 from diffusers_repr.models.mixin import ReprModelMixin
 
 
@@ -165,6 +167,28 @@ class MaskGITDecoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(hidden)))
 
 
+class MaskGITCodebook(nn.Module):
+    """Latents to the nearest of V codes; called as the `VectorQuantizer` of diffusers.
+
+    Args:
+        vocab_size: V.
+        channels: D.
+    """
+
+    def __init__(self, vocab_size: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, channels)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, None, tuple[None, None, Tensor]]:
+        """Codes `(B, D, h, w)`, and as the last of the third the ids `(B h w,)`; the gradient passes to both."""
+        count, device = self.embedding.num_embeddings, latents.device
+        table = self.embedding(torch.arange(count, device=device))
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        ids = torch.cdist(flat.detach().float(), table.detach().float()).argmin(1)
+        codes = table.to(latents.dtype)[ids].view(len(latents), *latents.shape[2:], -1).permute(0, 3, 1, 2)
+        return codes + (latents - latents.detach()), None, (None, None, ids)
+
+
 class MaskGITVQModel(ReprModelMixin, ModelMixin, ConfigMixin):
     """Images to a grid of ids and back: the VQGAN of MaskGIT (arXiv 2202.04200), the tokenizer of MAGE and RCG.
 
@@ -202,7 +226,7 @@ class MaskGITVQModel(ReprModelMixin, ModelMixin, ConfigMixin):
         check_sizes(in_channels=in_channels, layers_per_block=layers_per_block, latent_channels=latent_channels)
         widths, groups = tuple(block_out_channels), norm_num_groups
         self.encoder = MaskGITEncoder(in_channels, widths, layers_per_block, latent_channels, groups)
-        self.quantize = VectorQuantizer(num_vq_embeddings, latent_channels, beta=0.25)
+        self.quantize = MaskGITCodebook(num_vq_embeddings, latent_channels)
         self.decoder = MaskGITDecoder(in_channels, widths, layers_per_block, latent_channels, groups)
 
     @apply_forward_hook
@@ -213,7 +237,8 @@ class MaskGITVQModel(ReprModelMixin, ModelMixin, ConfigMixin):
             x: `(B, C, H, W)` in [-1, 1].
             return_dict: Whether to return an output object, else a tuple.
         """
-        latents = self.encoder(x / 2 + 0.5)
+        with keeping_weights(self.encoder.conv_in.weight.dtype, self.dtype):
+            latents = self.encoder(x / 2 + 0.5)
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
@@ -228,7 +253,8 @@ class MaskGITVQModel(ReprModelMixin, ModelMixin, ConfigMixin):
             return_dict: Whether to return an output object, else a tuple.
         """
         codes = h if force_not_quantize else self.quantize(h)[0]
-        sample = 2 * self.decoder(codes) - 1
+        with keeping_weights(self.decoder.conv_in.weight.dtype, self.dtype):
+            sample = 2 * self.decoder(codes) - 1
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:

@@ -74,7 +74,10 @@ def encode_tokens(vqvae: Any, pixels: Tensor) -> Tensor:
     """
     with torch.autocast(pixels.device.type, enabled=False):
         latents = vqvae.encode(pixels.to(vqvae.dtype)).latents
-        ids = vqvae.quantize(latents)[2][2]
+        # Not by `quantize`, which has no half precision on the CPU.
+        codes = token_embeddings(vqvae, torch.arange(vocabulary_size(vqvae), device=latents.device))
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        ids = torch.cdist(flat.float(), codes.float()).argmin(1)
     return ids.view(len(pixels), *latents.shape[2:])
 
 
