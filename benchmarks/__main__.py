@@ -33,6 +33,7 @@ NAMES = (
     "rcg_vectors",
     "patch_masks",
     "repfusion",
+    "tokens",
 )
 
 
