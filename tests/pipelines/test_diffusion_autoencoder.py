@@ -10,15 +10,16 @@ from diffusers import DDIMScheduler
 from diffusers_repr.pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from diffusers_repr.pipelines.rcg import RCGPipeline
 
-from diffusers_repr import Denoiser, load_encoder
+from diffusers_repr import Denoiser
 from diffusers_repr.assign import IdentityAssigner
 from diffusers_repr.denoiser.inversion import ddim_generate, ddim_invert
+from diffusers_repr.encoders import load_encoder
 from diffusers_repr.heads.fitting.direction import code_direction
-from diffusers_repr.models import GradientUNet, RepresentationMLPModel
+from diffusers_repr.models import FiLM, GradientUNet, RepresentationMLPModel, film_blocks
 from diffusers_repr.models.convert_representation import SCHEDULER
 from diffusers_repr.noise.slerp import slerp
 from diffusers_repr.objectives.diffusion_autoencoder.objective import tokens_as_model
-from tests.objectives.autoencoder_cases import D, codes, images, pipeline, text_unet, unet
+from tests.objectives.autoencoder_cases import D, codes, encoder, images, pipeline, text_unet, unet
 from tests.objectives.cases import shake
 from tests.pipelines.sit_cases import autoencoder
 from tests.testers.pipelines import PipelineContract, seeds
@@ -73,7 +74,7 @@ def test_decoding_is_stock_ddim_of_the_modulated_network(pipe):
 
 def test_a_new_gradient_network_decodes_as_the_frozen_base(pictures):
     network = unet()
-    pipe = pipeline(unet=network, gradient=GradientUNet.of(network).eval(), film=None or pipeline("pdae").film)
+    pipe = pipeline(unet=network, gradient=GradientUNet.of(network).eval(), film=pipeline("pdae").film)
     plain, noise = Denoiser(network, DDIMScheduler()), torch.randn(2, 1, 8, 8)
     assert torch.equal(pipe.decode(codes(2), noise, 3, output_type="latent").images, ddim_generate(plain, noise, 3))
     found = pipe.encode(pictures, 3)
@@ -135,10 +136,6 @@ def test_the_frozen_base_alone_at_the_end(pipe):
 def test_latents_and_the_empty_prompt(tmp_path):
     network = text_unet()
     gradient = shake(GradientUNet.of(network), 4, 0.1).eval()
-    film = pipeline("pdae", unet=unet()).film
-    from diffusers_repr.models import FiLM, film_blocks
-    from tests.objectives.autoencoder_cases import encoder
-
     film = shake(FiLM(D, film_blocks(gradient.unet)), 3, 0.1)
     tokens = torch.randn(1, 5, 12)
     pipe = pipeline(
