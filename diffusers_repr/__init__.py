@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 
 # Public name -> the module that defines it. Nothing is imported before it is asked for.
 _PUBLIC = {
+    "ADDPObjective": "diffusers_repr.objectives",
     "Alignment": "diffusers_repr.sweep",
     "Assigner": "diffusers_repr.assign",
     "AttentionOutput": "diffusers_repr.features.attention",
@@ -48,8 +49,10 @@ _PUBLIC = {
     "Layer": "diffusers_repr.denoiser",
     "LayoutConditioner": "diffusers_repr.denoiser",
     "LinearHead": "diffusers_repr.heads",
+    "MAGEObjective": "diffusers_repr.objectives",
     "MLPHead": "diffusers_repr.heads",
     "MapConditioner": "diffusers_repr.denoiser",
+    "MaskedTokenModel": "diffusers_repr.models",
     "MetricRecord": "diffusers_repr.metrics",
     "NoiseLevel": "diffusers_repr.noise",
     "NoiseSchedule": "diffusers_repr.noise",
@@ -60,6 +63,7 @@ _PUBLIC = {
     "PerceptualLoss": "diffusers_repr.objectives",
     "PerceptualObjective": "diffusers_repr.objectives",
     "PixelEnsembleHead": "diffusers_repr.heads",
+    "PixelTokenModel": "diffusers_repr.models",
     "Prediction": "diffusers_repr.noise",
     "Preset": "diffusers_repr.features.presets",
     "Prior": "diffusers_repr.denoiser",
@@ -88,6 +92,7 @@ _PUBLIC = {
     "SummedReadoutGuidance": "diffusers_repr.guidance",
     "Tape": "diffusers_repr.capture",
     "TokenConditioner": "diffusers_repr.denoiser",
+    "TokenizerObjective": "diffusers_repr.objectives",
     "TrainingConfig": "diffusers_repr.training",
     "UViTTransformer2DModel": "diffusers_repr.models",
     "VectorConditioner": "diffusers_repr.denoiser",

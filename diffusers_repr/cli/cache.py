@@ -74,6 +74,7 @@ def load_data(settings: DataConfig, channels: int) -> ImageTrainData:
 
     of_data = {field.name: getattr(settings, field.name) for field in dataclasses.fields(DataConfig)}
     of_data |= {"latents_dir": None, "features_dir": None, "caption_column": None, "cache_images": False}
+    of_data |= {"assignments_dir": None, "index_dir": None, "num_neighbours": None, "include_query": False}
     return cast("ImageTrainData", load_train_data(DataConfig(**of_data), channels))
 
 

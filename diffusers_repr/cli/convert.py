@@ -33,7 +33,7 @@ class Settings:
     out: str = setting(
         REQUIRED,
         "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
-        "`Encoder.from_pretrained`, of RCG `RCGPipeline`, of a readout `ReadoutHead`, "
+        "`Encoder.from_pretrained`, of RCG `RCGPipeline`, of MAGE `MaskedTokenModel`, of a readout `ReadoutHead`, "
         "of Hyperfeatures `Hyperfeatures.from_pretrained`)",
     )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(
@@ -55,7 +55,8 @@ class Settings:
         None, "of a uvit: beta from 0.1 to 20, or the steps of Stable Diffusion; default: as published for its size"
     )
     vae: str | None = setting(
-        None, "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema"
+        None,
+        "folder or Hub id of an AutoencoderKL to put beside, such as stabilityai/sd-vae-ft-ema; of MAGE of a VQModel",
     )
     base: str | None = setting(
         None, "of a readout head or of Hyperfeatures: folder or Hub id of the model it was trained on"
@@ -101,11 +102,13 @@ def _arguments(model: type) -> set[str]:
 def run(args: Settings) -> int:
     """Convert, and print what was written."""
     from diffusers_repr.cli.convert_hyperfeatures import save_hyperfeatures
+    from diffusers_repr.cli.convert_mage import save_mage
     from diffusers_repr.cli.convert_readout import save_readout
     from diffusers_repr.cli.convert_representation import save_representation
     from diffusers_repr.heads.convert import is_published_readout
     from diffusers_repr.heads.convert_hyperfeatures import is_published_hyperfeatures
     from diffusers_repr.models.checkpoint import read_checkpoint, select_weights
+    from diffusers_repr.models.convert_mage import is_mage
     from diffusers_repr.models.convert_moco import is_moco_v3
     from diffusers_repr.models.convert_representation import is_representation_model
 
@@ -125,6 +128,9 @@ def run(args: Settings) -> int:
     if is_moco_v3(weights):
         _refuse(args, ("architecture", "vae", "path", "sampler", "process"), "MoCo v3 is an encoder, no pipeline")
         _save_encoder(args, weights, overrides)
+    elif is_mage(weights):
+        _refuse(args, ("architecture", "path", "sampler", "process"), "MAGE is a model of tokens")
+        save_mage(weights, args.checkpoint, args.out, overrides, args.vae, overwrite=args.overwrite)
     elif is_representation_model(weights):
         own = ("architecture", "vae", "path", "sampler", "model_config")
         _refuse(args, own, "A representation diffusion model of RCG tells all of it")

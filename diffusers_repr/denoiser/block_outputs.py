@@ -12,6 +12,8 @@ _IMAGE_INDEX: dict[str, int] = {
     "Transformer2DModel": 0,
     # two-stream attention: (image, text)
     "Attention": 0,
+    # a block of transformers' Swin: (sample, attention)
+    "SwinLayer": 0,
 }
 
 

@@ -18,11 +18,13 @@ from diffusers_repr.encoders.denoiser import DenoiserSource
 from diffusers_repr.encoders.module import ModuleSource
 from diffusers_repr.encoders.output import EncoderOutput
 from diffusers_repr.encoders.own import load_own, refuse_options
+from diffusers_repr.encoders.pipelines import is_encoder_pipeline, load_pipeline_encoder
 from diffusers_repr.encoders.positions import Positions
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import Source, device_of
 from diffusers_repr.encoders.transformer import load_transformer
 from diffusers_repr.hub.base_record import BaseRecord
+from diffusers_repr.hub.errors import HubError
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.noise import NoiseLevel
 
@@ -78,7 +80,8 @@ class Encoder:
         its config, by the short side. Position embeddings are resampled where the size is not the configured one.
 
         Args:
-            id_or_folder: Hub id, or a folder with `config.json` and safetensors.
+            id_or_folder: Hub id, or a folder with `config.json` and safetensors; or a `TokenGenerationPipeline`, of
+                which the encoder is read, global features being the mean of its tokens.
             revision: Branch, tag or commit on the Hub.
             layer: Read the output of this block, without the final norm: 0 is the first, -1 the last. None: the last
                 patch tokens, after the final norm where the family's docstring does not say otherwise.
@@ -101,12 +104,28 @@ class Encoder:
                 weights.
             OSError: If the folder or repository does not exist or cannot be read.
         """
-        own = load_own(id_or_folder, revision, token, dtype, image_size)
-        if own is not None:
+        place = (id_or_folder, revision, token)
+        more = (layer, mean, std, None if positions == "transformers" else positions)
+
+        def of_pipeline() -> tuple[Source, str | None]:
+            return load_pipeline_encoder(*place, dtype, image_size, pooling, *more)
+
+        def of_network() -> tuple[Source, str | None]:
+            own = load_own(*place, dtype, image_size)
+            if own is None:
+                return load_transformer(*place, dtype, layer, image_size, pooling, positions, mean, std)
             refuse_options(layer=layer, pooling=pooling, mean=mean, std=std)
-        source, loaded = own or load_transformer(
-            id_or_folder, revision, token, dtype, layer, image_size, pooling, positions, mean, std
-        )
+            return own
+
+        if Path(id_or_folder).is_dir() and is_encoder_pipeline(*place):
+            source, loaded = of_pipeline()
+        else:
+            try:
+                source, loaded = of_network()
+            except HubError:  # it has no config.json
+                if Path(id_or_folder).is_dir() or not is_encoder_pipeline(*place):
+                    raise
+                source, loaded = of_pipeline()
         source.module.to(device)
         return cls(source, name or Path(id_or_folder).resolve().name, loaded, str(id_or_folder))
 
@@ -271,9 +290,9 @@ class Encoder:
         return output, attention
 
     def encode_with_gradient(self, pixels: Tensor) -> EncoderOutput:
-        """As `encode_pixels`, of one batch, as a graph of the network's parameters, in the mode that the network is in.
+        """As `encode_pixels`, of one batch, as a graph of the network's parameters.
 
-        For what tunes the network; `copy` gives one to tune.
+        The network is in the mode that it is in. For what tunes it; `copy` gives one to tune.
 
         Raises:
             ValueError, TypeError: As `encode_pixels`.

@@ -9,20 +9,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusers_repr.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Statistics
+from diffusers_repr.encoders.stages import Stage
 from diffusers_repr.hub.registry import Registry
 
 # `model_type` of config.json -> module of its adapter; imported when first asked for.
 _BUILTIN = {
     "clip": "clip",
     "clip_vision_model": "clip",
+    "convnext": "convnext",
+    "convnextv2": "convnext",
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
     "dinov3_vit": "dinov3",
     "ijepa": "ijepa",
+    "resnet": "resnet",
     "siglip": "siglip",
     "siglip2": "siglip2",
     "siglip2_vision_model": "siglip2",
     "siglip_vision_model": "siglip",
+    "swin": "swin",
     "vit": "vit",
     "vit_mae": "vit_mae",
 }
@@ -111,6 +116,38 @@ class EncoderFamily:
         return None
 
 
+class BackboneFamily(EncoderFamily):
+    """A network of stages, each coarser than the one before, whose forward gives the last one's map.
+
+    `patch` is the stride of the last stage, and `layer` of `Encoder.from_pretrained` counts stages. Subclass and write
+    `stages`.
+    """
+
+    class_token = False
+    final_norm = False
+    interpolates = False
+
+    def stages(self, config: Mapping[str, Any]) -> list[Stage]:
+        """Its stages, finest first.
+
+        Args:
+            config: Of the network, all its values.
+        """
+        raise NotImplementedError
+
+    def patch(self, config: Any) -> int:
+        """Stride of the last stage."""
+        return self.stages(config.to_dict())[-1].stride
+
+    def side(self, config: Any) -> int | None:
+        """As `EncoderFamily`; None where the config tells none."""
+        return super().side(config) if getattr(config, "image_size", None) is not None else None
+
+    def global_features(self, output: Any) -> Tensor | None:
+        """The network's own pooled features."""
+        return output.pooler_output.flatten(1)
+
+
 def families_with_positions() -> list[str]:
     """Model types whose positions can be resampled as REPA's code does."""
     return [name for name in list_encoder_families() if encoder_family(name).positions]
@@ -169,4 +206,4 @@ def _builtin_module(model_type: str) -> str:
     return f"{__package__}.families.{_BUILTIN[model_type]}"
 
 
-__all__ = ["EncoderFamily", "encoder_family", "list_encoder_families", "register_encoder_family"]
+__all__ = ["BackboneFamily", "EncoderFamily", "encoder_family", "list_encoder_families", "register_encoder_family"]

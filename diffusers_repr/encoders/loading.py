@@ -11,6 +11,7 @@ import torch
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders.encoder import Encoder
+from diffusers_repr.encoders.pipelines import is_encoder_pipeline
 from diffusers_repr.encoders.own import own_place
 from diffusers_repr.encoders.positions import Positions, check_positions
 
@@ -39,7 +40,8 @@ def load_encoder(
         TypeError, OSError: As `Encoder.from_pretrained` and `Denoiser.from_pretrained`.
     """
     spec = str(name)
-    if (Path(spec) / "model_index.json").is_file() and own_place(spec) is None:
+    readable = is_encoder_pipeline(spec) or own_place(spec) is not None
+    if (Path(spec) / "model_index.json").is_file() and not readable:
         raise ValueError(
             f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
             f"such as {spec}:mid_block@100."

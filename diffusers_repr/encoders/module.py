@@ -126,7 +126,7 @@ class ModuleSource(Source):
             )
         made = copy.copy(self)
         made.module = module
-        made.forward = module if self.forward is self.module else getattr(module, self.forward.__name__)
+        made.forward = module if self.forward is self.module else getattr(module, str(self.forward.__name__))
         return made
 
     def describe(self) -> dict[str, Any]:

@@ -117,6 +117,20 @@ def chosen_statistics(
     return replace(found, **given)  # type: ignore[arg-type]
 
 
+def check_planes(statistics: Statistics, channels: int) -> None:
+    """Refuse statistics of another number of channels than the network takes.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    if {len(statistics.mean), len(statistics.std)} - {1, channels}:
+        raise ValueError(
+            f"The encoder takes {channels} channels, and its image statistics have {len(statistics.mean)} means "
+            f"and {len(statistics.std)} standard deviations; pass mean= and std= (0.5 and 0.5 for pixels in [-1, 1]), "
+            f"or write image_mean and image_std of {channels} into a preprocessor_config.json beside its weights."
+        )
+
+
 def _side(config: Mapping[str, Any]) -> int | None:
     for key in ("crop_size", "size"):
         size = config.get(key)

@@ -15,10 +15,12 @@ from diffusers_repr.capture import capture
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.attention import recording_attention
-from diffusers_repr.encoders.family import EncoderFamily, encoder_family, families_with_positions
+from diffusers_repr.encoders.backbone import BackboneSource
+from diffusers_repr.encoders.family import BackboneFamily, EncoderFamily, encoder_family, families_with_positions
 from diffusers_repr.encoders.positions import Positions, check_positions, use_repa_positions
 from diffusers_repr.encoders.preprocessing import (
     Statistics,
+    check_planes,
     check_processor,
     chosen_statistics,
     statistics_from_processor,
@@ -73,13 +75,7 @@ class TransformerSource(Source):
         self.positions = self._resampling(positions)
         self.mean, self.std = statistics.mean, statistics.std
         self.channels, self.dim = int(model.config.num_channels), int(model.config.hidden_size)
-        if {len(self.mean), len(self.std)} - {1, self.channels}:
-            raise ValueError(
-                f"The encoder takes {self.channels} channels, and its image statistics have {len(self.mean)} means "
-                f"and {len(self.std)} standard deviations; pass mean= and std= (0.5 and 0.5 for pixels in [-1, 1]), "
-                f"or write image_mean and image_std of {self.channels} into a preprocessor_config.json beside its "
-                "weights."
-            )
+        check_planes(statistics, self.channels)
         self.patch = family.patch(model.config)
         self.side = statistics.side or family.side(model.config)
         self.image_size = pair(image_size, self.patch)
@@ -198,7 +194,7 @@ def load_transformer(
     positions: Positions = "transformers",
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-) -> tuple[TransformerSource, str | None]:
+) -> tuple[TransformerSource | BackboneSource, str | None]:
     """Load a vision network of transformers; gives the source and the revision that was loaded.
 
     Raises:
@@ -250,7 +246,14 @@ def load_transformer(
         )
     model.requires_grad_(False).eval()
     statistics = chosen_statistics(statistics_from_processor(processor, family.statistics), mean, std)
-    source = TransformerSource(model, family, statistics, layer, image_size, pooling, config, positions)
+    settings = (model, family, statistics, layer, image_size, pooling, config)
+    source: TransformerSource | BackboneSource
+    if isinstance(family, BackboneFamily):
+        if check_positions(positions) != "transformers":
+            raise ValueError(f"A {type(model).__name__} has no positions that REPA's code resamples; leave it out.")
+        source = BackboneSource(model, family, *settings[2:])
+    else:
+        source = TransformerSource(*settings, positions)
     commit = folder.name if folder.parent.name == "snapshots" else None
     return source, commit or revision
 

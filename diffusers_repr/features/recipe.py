@@ -8,6 +8,7 @@ from typing import Any
 from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.denoiser.record import base_record
 from diffusers_repr.features.extractor import FeatureExtractor
+from diffusers_repr.noise import NoiseSchedule
 
 
 def extraction_recipe(
@@ -38,7 +39,7 @@ def extraction_recipe(
             "revision": base.revision,
             "class": base.model_class,
             "dtype": base.dtype,
-            "noise_process": extractor.denoiser.schedule.kind,
+            "noise_process": _process(extractor.denoiser.schedule),
             "weights": base.weights,
         },
         "data": {
@@ -66,6 +67,11 @@ def extraction_recipe(
 
 
 _LEVEL = ("timestep", "alpha", "sigma")
+
+
+def _process(schedule: NoiseSchedule) -> str:
+    """Its kind; of masks with the side of their patches, which the levels do not tell."""
+    return f"patch_mask {schedule.patch_size}" if schedule.kind == "patch_mask" else schedule.kind
 
 
 def _plain_path(name: str | None) -> str | None:

@@ -47,7 +47,7 @@ class ProcessRecord:
     """A forward process in a few numbers; what the network predicts is no part of it.
 
     Attributes:
-        kind: `vp`, `ve`, `edm`, `flow` or `cosine_flow`.
+        kind: `vp`, `ve`, `edm`, `flow`, `cosine_flow` or `patch_mask`.
         num_train_timesteps: T; None where it was not recorded.
         half_log_snr: Of `vp`, at timesteps evenly spread over the table; None where the signal is gone.
         sigmas: Of `edm` and `ve`: `sigma_min`, `sigma_max`, `sigma_data`.

@@ -135,7 +135,7 @@ def scheduler_files() -> list[Path]:
 
     Example:
         >>> [file.stem for file in scheduler_files()]
-        ['scheduling_flow_match_ode', 'scheduling_flow_match_sde']
+        ['scheduling_flow_match_ode', 'scheduling_flow_match_sde', 'scheduling_patch_mask']
     """
     package = importlib.import_module("diffusers_repr.schedulers_ext")
     return sorted(Path(package.__path__[0]).glob("scheduling_*.py"))

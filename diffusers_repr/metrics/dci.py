@@ -21,7 +21,7 @@ class ImportanceScores(NamedTuple):
 
 
 def importance_scores(importance: Tensor) -> ImportanceScores:
-    """Eastwood and Williams 2018 (ICLR, "A framework for the quantitative evaluation of disentangled representations").
+    """The two scores of Eastwood and Williams 2018 (ICLR, "A framework for the quantitative evaluation ...").
 
     With `P` the rows of importances scaled to sum to 1, number i has `D_i = 1 - H_K(P_i)`, the entropy in base K, and
     counts by its share of all importance; completeness is the same of the columns, in base D (section 2).

@@ -61,8 +61,8 @@ def reconstruction_errors(
 def feature_distance(encoder: Any, a: Tensor, b: Tensor, *, batch_size: int = 64) -> Tensor:
     """`(B,)`: mean over the encoder's positions of `|u - v|^2`, u and v the features there, scaled to length 1.
 
-    This is the distance that LPIPS (Zhang et al. 2018, arXiv 1801.03924, eq. 1) takes of one layer, with all weights 1,
-    by a network of your choice: 0 for equal features, 2 for unrelated ones, 4 at most. It compares between
+    This is what LPIPS (Zhang et al. 2018, arXiv 1801.03924, eq. 1) takes of one layer, with all weights 1, by a
+    network of your choice: 0 for equal features, 2 for unrelated ones, 4 at most. It compares between
     reconstructions by one encoder only, and is not LPIPS of the published weights.
 
     Args:

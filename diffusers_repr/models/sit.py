@@ -14,6 +14,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.models.conditioned import ConditionedMixin, check_conditions, check_patches
 from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.sit_blocks import TIME_CHANNELS, PatchAttentionMixin, SiTBlock, SiTFinalNorm, grid_positions
@@ -67,6 +68,8 @@ class SiTTransformer2DModel(
         qk_norm: Layer norm of queries and keys.
         time_divisor: The network is told `timestep / time_divisor`: 1000 for SiT, which is told t from 0 (data) to 1
             (noise), 1 for DiT.
+        modulation_size: Channels of the embeddings of time, class and vector, which the blocks' modulation is made of:
+            a quarter of D in l-DAE (arXiv 2401.14404); D if None.
 
     Raises:
         ValueError: For sizes that do not fit together.
@@ -99,6 +102,7 @@ class SiTTransformer2DModel(
         condition_dim: int | None = None,
         qk_norm: bool = False,
         time_divisor: float = 1000.0,
+        modulation_size: int | None = None,
     ) -> None:
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -110,14 +114,15 @@ class SiTTransformer2DModel(
         # A formula, not a parameter: it is neither saved nor trained.
         self._grid = (height // patch_size, width // patch_size)
         self.register_buffer("positions", grid_positions(*self._grid, hidden_size), persistent=False)
-        self.time_embed = TimestepEmbedding(TIME_CHANNELS, hidden_size)
-        self.label_embed = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
-        self.condition_embed = TimestepEmbedding(condition_dim, hidden_size) if condition_dim else None
+        inner = hidden_size if modulation_size is None else check_whole("modulation_size", modulation_size)
+        self.time_embed = TimestepEmbedding(TIME_CHANNELS, inner)
+        self.label_embed = nn.Embedding(num_classes + 1, inner) if num_classes else None
+        self.condition_embed = TimestepEmbedding(condition_dim, inner) if condition_dim else None
         self.null_condition = nn.Parameter(torch.empty(condition_dim)) if condition_dim else None
         self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)
+            SiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm, inner) for _ in range(num_layers)
         )
-        self.norm_out = SiTFinalNorm(hidden_size)
+        self.norm_out = SiTFinalNorm(hidden_size, inner)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
         self.reset_parameters()
 

@@ -47,10 +47,17 @@ def grid_positions(height: int, width: int, dim: int, device: torch.device | str
 
 
 class SiTAttnProcessor:
-    """Self-attention through diffusers' dispatcher, so that `set_attention_backend` and context parallelism act."""
+    """Self-attention through diffusers' dispatcher, so that `set_attention_backend` and context parallelism act.
+
+    Args:
+        dropout: Of the attention probabilities, in training.
+    """
 
     _attention_backend: Any = None
     _parallel_config: Any = None
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        self.dropout = dropout
 
     def __call__(
         self,
@@ -78,6 +85,7 @@ class SiTAttnProcessor:
             key,
             value,
             attn_mask=attention_mask,
+            dropout_p=self.dropout if attn.training else 0.0,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
@@ -117,9 +125,17 @@ class SiTBlock(nn.Module):
         num_attention_heads: Heads of `D / num_attention_heads` channels.
         mlp_ratio: Hidden channels of the MLP, in multiples of D.
         qk_norm: Layer norm of queries and keys.
+        condition_size: Channels of the condition; D if None.
     """
 
-    def __init__(self, dim: int, num_attention_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        condition_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(
@@ -132,10 +148,10 @@ class SiTBlock(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", inner_dim=int(dim * mlp_ratio))
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.modulation = nn.Linear(condition_size or dim, 6 * dim)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """Tokens `(B, N, D)` under the condition `(B, D)`."""
+        """Tokens `(B, N, D)` under the condition `(B, condition_size)`."""
         parts = self.modulation(functional.silu(temb))[:, None].chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         attended = self.attn(torch.addcmul(shift1, self.norm1(hidden_states), 1 + scale1))
@@ -149,15 +165,16 @@ class SiTFinalNorm(nn.Module):
 
     Args:
         dim: D, channels of a token.
+        condition_size: Channels of the condition; D if None.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, condition_size: int | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(dim, 2 * dim)
+        self.modulation = nn.Linear(condition_size or dim, 2 * dim)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """Tokens `(B, N, D)` under the condition `(B, D)`."""
+        """Tokens `(B, N, D)` under the condition `(B, condition_size)`."""
         shift, scale = self.modulation(functional.silu(temb))[:, None].chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm(hidden_states), 1 + scale)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.noise.level import NoiseLevel
+from diffusers_repr.noise.patch_mask import mask_patches, patch_scores
 from diffusers_repr.noise.schedule import OUTPUTS, NoiseSchedule, Output
 
 
@@ -25,6 +26,8 @@ def expand(value: float | Tensor | None, like: Tensor) -> float | Tensor:
 def add_noise(x0: Tensor, level: NoiseLevel, noise: Tensor) -> Tensor:
     """`alpha x_0 + sigma eps`, multiplied in float32 (float64 stays) and cast to `x0.dtype` once.
 
+    Under a `patch_mask` process patches of x_0 are set to 0 instead, those where the noise has the largest sums.
+
     Args:
         x0: Clean images or latents `(B, ...)`.
         level: A resolved level, one for all or one per sample.
@@ -41,6 +44,10 @@ def add_noise(x0: Tensor, level: NoiseLevel, noise: Tensor) -> Tensor:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}; they must be equal.")
     if not level.resolved:
         raise ValueError(f"{level!r} is not resolved; call `denoiser.level(...)` or `schedule.resolve(...)` first.")
+    process = level.schedule
+    if process is not None and process.kind == "patch_mask":
+        scores = patch_scores(noise, process.patch_size)
+        return mask_patches(x0, level.timestep, scores, process.patch_size, process.num_train_timesteps)
     wide = torch.promote_types(x0.dtype, torch.float32)
     alpha, sigma = expand(level.alpha, x0), expand(level.sigma, x0)
     return (alpha * x0.to(wide) + sigma * noise.to(wide)).to(x0.dtype)
@@ -179,6 +186,12 @@ def _divide(top: Tensor, bottom: float | Tensor, what: str, name: str) -> Tensor
     return top / bottom
 
 
+def _no_noise() -> Tensor:
+    raise ValueError(
+        "This network was trained on masked patches, not on noise: it has no eps, v, velocity or score. Take `x0`."
+    )
+
+
 class Prediction:
     """One network output in every form; each property is an exact conversion in float32 or wider.
 
@@ -193,6 +206,8 @@ class Prediction:
         wide = torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32)
         self.output, self.x_t, self.level, self.kind = output.to(wide), x_t.to(wide), level, schedule.output
         self._x0, self._eps = to_x0_eps(self.output, self.x_t, level, schedule.output, schedule.sigma_data)
+        if schedule.kind == "patch_mask":
+            self._eps = _no_noise
 
     @property
     def x0(self) -> Tensor:

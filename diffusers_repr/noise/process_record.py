@@ -38,6 +38,7 @@ def _fingerprint(schedule: NoiseSchedule) -> str:
     """Hash of all of the process, to six digits of log alpha-bar."""
     table = [] if schedule.log_alpha_bar is None else [f"{v:.5e}" for v in schedule.log_alpha_bar.tolist()]
     ends = [float(getattr(schedule, name)) for name in _SIGMAS]
+    ends += [schedule.patch_size] if schedule.kind == "patch_mask" else []  # others keep the hash they had
     return plain_hash([schedule.kind, schedule.num_train_timesteps, ends, table])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from diffusers_repr.noise.level import NoiseLevel, wide
 
-ProcessKind = Literal["vp", "ve", "edm", "flow", "cosine_flow"]
+ProcessKind = Literal["vp", "ve", "edm", "flow", "cosine_flow", "patch_mask"]
 Output = Literal["epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v", "score"]
 
-PROCESS_KINDS: tuple[ProcessKind, ...] = ("vp", "ve", "edm", "flow", "cosine_flow")
+PROCESS_KINDS: tuple[ProcessKind, ...] = ("vp", "ve", "edm", "flow", "cosine_flow", "patch_mask")
 OUTPUTS: tuple[Output, ...] = ("epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v", "score")
 # The config of a flow-matching scheduler tells a path by this name.
 _PATHS: dict[str, ProcessKind] = {"linear": "flow", "cosine": "cosine_flow"}
@@ -32,12 +32,14 @@ class NoiseSchedule:
 
     Attributes:
         kind: `vp` (DDPM betas), `flow` (linear path: alpha = 1 - t, sigma = t), `cosine_flow` (alpha = cos(pi t / 2),
-            sigma = sin(pi t / 2)), `edm` (Karras preconditioning) or `ve`.
+            sigma = sin(pi t / 2)), `edm` (Karras preconditioning), `ve`, or `patch_mask`: no noise, but a share
+            `sigma = t` of the patches set to 0, and `alpha = 1 - t` left as they are.
         output: What the network returns, one of `OUTPUTS`.
         log_alpha_bar: `vp` only: float64 `(T,)`, `log` of the cumulative product of `1 - beta`; -inf where the
             signal is gone (zero terminal SNR).
         num_train_timesteps: T; a flow model's timestep is `T t`, t from 0 (data) to 1 (noise).
         sigma_min, sigma_max, sigma_data: EDM and VE only.
+        patch_size: `patch_mask` only: side of a patch, in cells of x_0.
     """
 
     kind: ProcessKind
@@ -47,6 +49,7 @@ class NoiseSchedule:
     sigma_min: float = 0.0
     sigma_max: float = 1.0
     sigma_data: float = 1.0
+    patch_size: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in PROCESS_KINDS or self.output not in OUTPUTS:
@@ -65,6 +68,11 @@ class NoiseSchedule:
             )
         if self.kind in ("ve", "edm") and not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"0 < sigma_min < sigma_max is needed; got {self.sigma_min}, {self.sigma_max}.")
+        if self.kind == "patch_mask" and (self.output != "sample" or self.patch_size < 1):
+            raise ValueError(
+                f"A patch_mask schedule needs patch_size, 1 or more, and a network that returns the sample; got "
+                f"patch_size={self.patch_size} and output={self.output!r}."
+            )
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
@@ -84,6 +92,8 @@ class NoiseSchedule:
             if path not in _PATHS:
                 raise ValueError(f"{name} has path={path!r}; known: {', '.join(_PATHS)}.")
             return cls(_PATHS[path], "velocity", steps)
+        if name == "PatchMaskScheduler":
+            return cls("patch_mask", "sample", steps, patch_size=int(config.patch_size))
         if name.startswith(("EDM", "ScoreSdeVe")):
             low, high = float(config.sigma_min), float(config.sigma_max)
             if name.startswith("ScoreSdeVe"):
@@ -131,7 +141,8 @@ class NoiseSchedule:
                     f"{level!r} was resolved for another noise process ({level.schedule.kind}); here ({self.kind}) "
                     f"its timestep means another noise. Pass NoiseLevel(nsr={level.nsr}) for as much noise."
                 )
-            return level
+            # Masks are made by the process, which a level put together by hand does not name.
+            return replace(level, schedule=self) if self.kind == "patch_mask" and level.schedule is None else level
         name, given = next((k, v) for k in ("timestep", "nsr", "half_log_snr") if (v := getattr(level, k)) is not None)
         if name == "timestep":
             time = wide(given)
@@ -172,7 +183,7 @@ class NoiseSchedule:
     @property
     def timestep_range(self) -> tuple[float, float]:
         """Smallest and largest timestep that exist, both included."""
-        if self.kind == "vp":
+        if self.kind in ("vp", "patch_mask"):
             return 0.0, self.num_train_timesteps - 1.0
         if self.kind in ("flow", "cosine_flow"):
             return 0.0, float(self.num_train_timesteps)
@@ -182,7 +193,7 @@ class NoiseSchedule:
 
     def same_process(self, other: NoiseSchedule) -> bool:
         """Whether timesteps mean the same noise in both; what the networks return may differ."""
-        fields = ("kind", "num_train_timesteps", "sigma_min", "sigma_max", "sigma_data")
+        fields = ("kind", "num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "patch_size")
         if self is other or any(getattr(self, k) != getattr(other, k) for k in fields):
             return self is other
         mine, theirs = self.log_alpha_bar, other.log_alpha_bar
@@ -193,6 +204,8 @@ class NoiseSchedule:
         """Smallest and largest logarithm of the noise-to-signal ratio that exist."""
         if self.kind in ("flow", "cosine_flow"):
             return -math.inf, math.inf
+        if self.kind == "patch_mask":
+            return -math.inf, math.log(self.num_train_timesteps - 1)
         if self.kind == "vp":
             assert self.log_alpha_bar is not None
             ends = self.log_alpha_bar[[0, -1]]
@@ -219,7 +232,7 @@ class NoiseSchedule:
             )
 
     def _time_of_log_nsr(self, log_nsr: Tensor) -> Tensor:
-        if self.kind == "flow":
+        if self.kind in ("flow", "patch_mask"):
             return self.num_train_timesteps * torch.sigmoid(log_nsr)
         if self.kind == "cosine_flow":
             return self.num_train_timesteps * (2 / math.pi) * log_nsr.exp().atan()
@@ -238,7 +251,7 @@ class NoiseSchedule:
     def _process(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """alpha, sigma and their derivatives at `time`, all float64."""
         one = torch.ones_like(time)
-        if self.kind == "flow":
+        if self.kind in ("flow", "patch_mask"):
             sigma = time / self.num_train_timesteps
             return 1 - sigma, sigma, -one, one
         if self.kind == "cosine_flow":

@@ -1,5 +1,6 @@
 """Training methods: each an `Objective`, one module with everything it trains, that `train` runs."""
 
+from diffusers_repr.objectives.addp import ADDPConfig, ADDPObjective
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, PipelineArtifact
 from diffusers_repr.objectives.autoencoder import AutoencoderConfig, AutoencoderObjective
 from diffusers_repr.objectives.auxiliary import (
@@ -18,6 +19,18 @@ from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.distillation import (
+    DreamTeacherConfig,
+    DreamTeacherObjective,
+    FinetuneStudentConfig,
+    FinetuneStudentObjective,
+    InterpreterConfig,
+    InterpreterObjective,
+    RepFusionConfig,
+    RepFusionObjective,
+    Student,
+    StudentConfig,
+)
 from diffusers_repr.objectives.diffusion_autoencoder import (
     DiffusionAutoencoderConfig,
     DiffusionAutoencoderObjective,
@@ -25,6 +38,9 @@ from diffusers_repr.objectives.diffusion_autoencoder import (
 )
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce
+from diffusers_repr.objectives.ldae import LDAEConfig, LDAEObjective
+from diffusers_repr.objectives.mage import MAGEConfig, MAGEObjective
+from diffusers_repr.objectives.mdm import MDMConfig, MDMObjective
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.odise import OdiseConfig, OdiseObjective
 from diffusers_repr.objectives.online import OnlineGuidanceObjective
@@ -39,8 +55,11 @@ from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
+from diffusers_repr.objectives.vq import TokenizerConfig, TokenizerObjective
 
 __all__ = [
+    "ADDPConfig",
+    "ADDPObjective",
     "AlignmentLoss",
     "Artifact",
     "AttentionAlignmentLoss",
@@ -60,11 +79,23 @@ __all__ = [
     "DiffusionAutoencoderObjective",
     "DiffusionObjective",
     "DispersiveLoss",
+    "DreamTeacherConfig",
+    "DreamTeacherObjective",
     "FinetuneConfig",
     "FinetuneObjective",
+    "FinetuneStudentConfig",
+    "FinetuneStudentObjective",
     "FixedArtifact",
     "HyperfeaturesConfig",
     "HyperfeaturesObjective",
+    "InterpreterConfig",
+    "InterpreterObjective",
+    "LDAEConfig",
+    "LDAEObjective",
+    "MAGEConfig",
+    "MAGEObjective",
+    "MDMConfig",
+    "MDMObjective",
     "ModelArtifact",
     "NoisyBatch",
     "Objective",
@@ -85,13 +116,19 @@ __all__ = [
     "ReadoutConfig",
     "ReadoutObjective",
     "ReadoutRows",
+    "RepFusionConfig",
+    "RepFusionObjective",
     "RepresentationObjective",
     "RowsConfig",
     "SelfAlignmentLoss",
     "SimCLRConfig",
     "SimCLRObjective",
     "SpatialAlignmentLoss",
+    "Student",
+    "StudentConfig",
     "TimeSampler",
+    "TokenizerConfig",
+    "TokenizerObjective",
     "alignment_loss",
     "build_repa",
     "keypoint_infonce",

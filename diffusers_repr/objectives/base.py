@@ -165,7 +165,8 @@ class Objective(nn.Module):
         """Keep a denoiser whose network and whose pipeline's other parts are not trained; a prompt is encoded once."""
         denoiser.prompts = {}
         self.freeze("network", denoiser.model)
-        for name, part in denoiser.pipe.components.items():
+        parts = {"vae": denoiser.vae} if denoiser.pipe is None else denoiser.pipe.components
+        for name, part in parts.items():
             if isinstance(part, nn.Module) and part is not denoiser.model:
                 self.freeze(name, part)
 

@@ -56,7 +56,7 @@ class TimeSampler:
             unit = torch.sigmoid(self.mean + self.std * torch.randn(count, dtype=torch.float64, generator=generator))
         else:
             unit = torch.rand(count, dtype=torch.float64, generator=generator)
-        if schedule.kind == "vp":  # whole timesteps, as the table was made for
+        if schedule.kind in ("vp", "patch_mask"):  # whole timesteps, as the table was made for
             return schedule.resolve((unit * (high + 1)).floor().clamp(low, high))
         return schedule.resolve(low + unit * (high - low))
 

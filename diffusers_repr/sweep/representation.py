@@ -149,9 +149,9 @@ def measure_representation(
             one if isinstance(one, Encoder) else encoder.untrained(settings.seed) if one == "random" else None
         )
     rows, dims = {}, {}
-    for name, one in compared.items():
+    for name, found in compared.items():
         tell(f"{name}: probes")
-        rows[name], dims[name] = _scores(one, sets, settings)
+        rows[name], dims[name] = _scores(found, sets, settings)
     return RepresentationScores(rows, dims, settings)
 
 

@@ -166,8 +166,19 @@ def draw_rows(data: ImageData, count: int, seed: int = 0) -> ImageData:
         raise ValueError(f"The number of rows must be at least 1; got {count}.")
     if count >= len(data):
         return data
-    drawn = data.select(sorted(_drawn(data, seed)[:count]))
+    drawn = data.select(drawn_rows(data, count, seed))
     return replace(drawn, split=f"{data.split}, {count} drawn by seed {seed}")
+
+
+def drawn_rows(data: ImageData, count: int, seed: int = 0) -> list[int]:
+    """The places of the rows that `draw_rows` takes, in order.
+
+    Args:
+        data: Any split.
+        count: Of rows.
+        seed: As in `hold_out`.
+    """
+    return sorted(_drawn(data, seed)[:count])
 
 
 def _drawn(data: ImageData, seed: int) -> list[int]:

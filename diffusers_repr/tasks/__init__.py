@@ -14,6 +14,7 @@ from diffusers_repr.tasks.head_scores import HeadComparison, HeadScore
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
+from diffusers_repr.tasks.held_out_students import StudentAccuracy, TunedAccuracy
 from diffusers_repr.tasks.matches import Matches
 from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
@@ -64,7 +65,9 @@ __all__ = [
     "SegmentationOutput",
     "SegmentationRecipe",
     "Segmenter",
+    "StudentAccuracy",
     "Task",
+    "TunedAccuracy",
     "WinogroundOutput",
     "ZeroShotClasses",
     "ZeroShotClassifier",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -28,8 +28,9 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.prior import GeneratorPrior, Prior
 from diffusers_repr.denoiser.vae import decode_latents
 from diffusers_repr.hub.checks import check_whole
-from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
+from diffusers_repr.hub.own_pipelines import OwnComponentsMixin, named_pipeline
 from diffusers_repr.models.labels import ClassNamesMixin, Labels, class_or_null_ids
+from diffusers_repr.models.masked_token_model import MaskedTokenModel
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
@@ -56,17 +57,17 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
 
     `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
     `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a
-    transformer with a vector input, such as `SiTTransformer2DModel(condition_dim=D)`. A pipeline may have one half
-    alone. Between the steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the
+    transformer with a vector input, such as `SiTTransformer2DModel(condition_dim=D)`; or MAGE's network of tokens,
+    `MaskedTokenModel(condition_dim=D)`, which needs no scheduler. A pipeline may have one half alone. Between the steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the
     networks.
 
     Args:
         prior: Denoises vectors.
         prior_scheduler: Its sampler; what the network predicts is in its `prediction_type`.
         unet: Denoises images or latents; or
-        transformer: likewise.
+        transformer: likewise, or one of tokens.
         scheduler: Its sampler.
-        vae: Decodes latents; None of a model of pixels in [-1, 1].
+        vae: Decodes latents, or is the tokenizer of a network of tokens; None of a model of pixels in [-1, 1].
         condition_embedding: Brings vectors to the width of a U-Net's input, with the null vector of its guidance.
         id2label: Of a prior with classes: id -> name, or several names with commas between.
 
@@ -86,9 +87,9 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
         prior: RepresentationMLPModel | None = None,
         prior_scheduler: SchedulerMixin | None = None,
         unet: UNet2DModel | UNet2DConditionModel | None = None,
-        transformer: SiTTransformer2DModel | UViTTransformer2DModel | None = None,
+        transformer: SiTTransformer2DModel | UViTTransformer2DModel | MaskedTokenModel | None = None,
         scheduler: SchedulerMixin | None = None,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL | VQModel | None = None,
         condition_embedding: VectorEmbedding | None = None,
         id2label: Mapping[Any, str] | None = None,
     ) -> None:
@@ -107,13 +108,15 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
 
     def _check_parts(self) -> None:
         for network, sampler in (("prior", "prior_scheduler"), ("unet", "scheduler"), ("transformer", "scheduler")):
-            if getattr(self, network) is not None and getattr(self, sampler) is None:
+            if getattr(self, network) is not None and getattr(self, sampler) is None and not self._of_tokens(network):
                 raise ValueError(f"{network} is there without its {sampler}; pass both.")
         if self.unet is not None and self.transformer is not None:
             raise ValueError("Both unet and transformer are given; one network makes the images.")
         if self._network is None:
             return
-        width = self._bound().channels()
+        if self._of_tokens():
+            self._token_pipeline()  # refuses a tokenizer that does not fit
+        width = self._takes()[0]
         if self.prior is not None and width != self.prior.config.in_channels:
             drawn, name = self.prior.config.in_channels, type(self._network).__name__
             raise ValueError(
@@ -125,6 +128,24 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
     def _network(self) -> Any:
         """What makes the images; None of a pipeline of vectors alone."""
         return self.unet if self.unet is not None else self.transformer
+
+    def _of_tokens(self, name: str = "transformer") -> bool:
+        """Whether a component is a network of tokens, which are decoded in parallel, without noise or scheduler."""
+        return isinstance(getattr(self, name), MaskedTokenModel)
+
+    def _token_pipeline(self) -> Any:
+        """What makes images of such a network; by its name, for a pipeline's file knows no second pipeline."""
+        return named_pipeline("TokenGenerationPipeline")(self.vae, self.transformer)
+
+    def _takes(self) -> tuple[int, bool]:
+        """Width of the vectors that the network of images takes, and whether it has a null vector."""
+        if self._of_tokens():
+            width = self.transformer.config.condition_dim
+            if not width:
+                raise ValueError("This MaskedTokenModel takes no vectors (condition_dim=0); train one that does.")
+            return width, True
+        bound = self._bound()
+        return bound.channels(), bound.has_null
 
     @property
     def conditioner(self) -> VectorConditioner:
@@ -303,6 +324,7 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_label: int = 1,
+        temperature: float | None = None,
     ) -> RCGPipelineOutput | tuple[Any]:
         """Samples.
 
@@ -327,6 +349,8 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
                 tensors that it returns by name take the place of these.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: `latents`, `condition`, `class_labels`.
             num_images_per_label: Samples of each of the class_labels or vectors, side by side.
+            temperature: Of a network of tokens, as of `TokenGenerationPipeline`, whose default None is; so are
+                the callback's tensors, and what `num_inference_steps` and `guidance_scale` do.
 
         Returns:
             `.images`, `.condition` and `.class_labels`.
@@ -341,18 +365,22 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
             prior = self.drawing(prior, condition, class_labels)
         given = sum(value is not None for value in (condition, prior, class_labels))
         labels, vectors = self._check(output_type, guidance_scale, class_labels, condition, given)
-        known = self._callback_tensor_inputs
-        names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
-        extra = sampling.step_arguments(self.scheduler, generator, eta)
+        of_tokens = self._of_tokens()
+        self._check_kind(temperature, latents, eta)
+        names = callback_on_step_end_tensor_inputs  # those of tokens are checked where they are
+        if not of_tokens:
+            names = sampling.callback_names(callback_on_step_end, names, self._callback_tensor_inputs)
+        extra = {} if of_tokens else sampling.step_arguments(self.scheduler, generator, eta)
         if condition is None and prior is None:
             self._check_prior_guidance(prior_guidance_scale, labels)
         labels, vectors = sampling.repeat_rows(num_images_per_label, class_labels=labels, condition=vectors)
         count = sampling.count_samples(
             batch_size=batch_size, class_labels=labels, condition=vectors, latents=latents, generator=generator
         )
-        noise = self._noise(count, generator, latents)
+        device = torch.device(self._execution_device)
+        noise = torch.zeros((), device=device) if of_tokens else self._noise(count, generator, latents)
         if prior is not None:
-            vectors = given_vectors(prior.draw(count, generator), self._bound().channels())
+            vectors = given_vectors(prior.draw(count, generator), self._takes()[0])
         elif vectors is None:
             draws = (prior_guidance_scale, prior_num_inference_steps, prior_eta, generator)
             vectors = self._vectors(count, labels, *draws)
@@ -363,16 +391,44 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
             "class_labels": None if labels is None else labels.to(noise.device).expand(count),
         }
         self._guidance_scale, self._interrupt = guidance_scale, False
+        if of_tokens:
+            settings: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+            if callback_on_step_end is not None:
+                settings |= {"callback_on_step_end": callback_on_step_end, "callback_on_step_end_tensor_inputs": names}
+            steps = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **settings}
+            images = self._token_images(tensors["condition"], generator, output_type, steps)
+            return self._packed(images, tensors, return_dict)
         self._num_timesteps = sampling.set_timesteps(self.scheduler, num_inference_steps, noise.device)
         tensors["latents"] = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         samplers, steps = {"latents": self.scheduler}, self.scheduler.timesteps
         predict = self._predictor()
         tensors = self._denoise(steps, tensors, predict, samplers, extra, callback_on_step_end, names)
         images = self._images(tensors["latents"], output_type)
+        return self._packed(images, tensors, return_dict)
+
+    def _packed(self, images: Any, tensors: dict[str, Any], return_dict: bool) -> RCGPipelineOutput | tuple[Any]:
+        """What a call gives."""
         self.maybe_free_model_hooks()
         return (
             (images,) if not return_dict else RCGPipelineOutput(images, tensors["condition"], tensors["class_labels"])
         )
+
+    def _check_kind(self, temperature: float | None, latents: Tensor | None, eta: float) -> None:
+        """Refuse what the other kind of generator takes."""
+        if self._of_tokens() and (latents is not None or eta):
+            raise ValueError("A network of tokens starts from masks, not from noise; leave latents and eta out.")
+        if not self._of_tokens() and temperature is not None:
+            raise ValueError(
+                f"temperature is of a network of tokens; this pipeline has a {type(self._network).__name__}."
+            )
+
+    def _token_images(self, vectors: Tensor, generator: Any, output_type: str, settings: dict[str, Any]) -> Any:
+        """Images of a network of tokens given vectors."""
+        pipe = self._token_pipeline()
+        pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        made = pipe(condition=vectors, generator=generator, output_type=output_type, return_dict=False, **settings)
+        self._num_timesteps = pipe.num_timesteps
+        return made[0]
 
     def _check(
         self, output_type: str, scale: float, class_labels: Any, condition: Any, given: int
@@ -380,17 +436,17 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
         """Labels and vectors as given."""
         sampling.check_output_type(output_type)
         sampling.check_number("guidance_scale", scale)
-        bound = self._bound()
+        width, has_null = self._takes()
         if given > 1:
             raise ValueError("Vectors come from condition, from prior, or from the pipeline's own prior; give one.")
         if not given:
             self._need(self.prior, "prior to draw vectors: give condition= or prior=, or load one")
-        if scale > 1 and not bound.has_null:
+        if scale > 1 and not has_null:
             raise ValueError(
                 f"guidance_scale={scale} needs a null vector, which {type(self._network).__name__} was trained "
                 "without (condition_embedding=None). Leave it at 1."
             )
-        return self._given_labels(class_labels), given_vectors(condition, bound.channels())
+        return self._given_labels(class_labels), given_vectors(condition, width)
 
     def _noise(self, count: int, generator: Any, latents: Tensor | None) -> Tensor:
         """Noise to start from, `(B, C, h, w)`, float32 or wider."""

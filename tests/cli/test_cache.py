@@ -87,7 +87,7 @@ def test_a_recipe_of_the_training_and_only_latents(inputs):
     recipe = {
         "dataset_name": str(inputs / "images.parquet"), "resolution": 16, "latents_dir": str(inputs / "latents"),
         "vae": str(inputs / "pipeline"), "encoder": ["none"], "learning_rate": 1e-4, "model": {"sample_size": 8},
-        "random_flip": None,
+        "random_flip": None, "num_neighbours": 2, "include_query": True,
     }  # fmt: skip
     (inputs / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     recipe = ["--config", str(inputs / "recipe.yaml"), "--vae_subfolder", "vae"]

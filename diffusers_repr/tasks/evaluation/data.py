@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from diffusers_repr.data.attributed import AttributedImages, load_attributed
 from diffusers_repr.data.coins import COINS, load_coins
 from diffusers_repr.data.image_data import ImageData, load_images
 from diffusers_repr.data.image_pairs import ImagePairs
@@ -12,7 +13,7 @@ from diffusers_repr.data.masked import image_size
 from diffusers_repr.data.panoptic_data import PanopticConfig, PanopticTrainData
 from diffusers_repr.data.spair import load_spair
 from diffusers_repr.data.splits import open_split
-from diffusers_repr.sweep.splits import draw_rows
+from diffusers_repr.sweep.splits import draw_rows, drawn_rows
 from diffusers_repr.tasks.images import class_data
 
 
@@ -28,6 +29,28 @@ def open_labelled_images(
         label_column: Likewise.
     """
     found = load_images(path, split, image_column, label_column)
+    class_data(found, split)
+    return found
+
+
+def open_attributed_images(
+    path: str,
+    split: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    attributes: list[str] | None = None,
+) -> AttributedImages:
+    """A split of images with class ids, and columns that a code may tell.
+
+    Args:
+        path: As in `load_images`.
+        split: Name of the split.
+        image_column: Found by type if None.
+        label_column: Likewise.
+        attributes: Columns of class ids or numbers.
+    """
+    found = load_attributed(path, split, image_column, label_column, attributes or ())
     class_data(found, split)
     return found
 
@@ -123,6 +146,8 @@ def first_rows(data: Any, count: int, seed: int) -> Any:
     """
     if isinstance(data, ImageData):
         return draw_rows(data, count, seed)
+    if isinstance(data, AttributedImages):
+        return data.select(drawn_rows(data.images, min(count, len(data)), seed))
     if isinstance(data, ImagePairs):
         return data.first(count)
     if hasattr(data, "select"):
@@ -130,4 +155,11 @@ def first_rows(data: Any, count: int, seed: int) -> Any:
     raise TypeError(f"No part can be taken of a {type(data).__name__}; leave out limit and train_limit.")
 
 
-__all__ = ["first_rows", "open_labelled_images", "open_masked_images", "open_pairs", "open_panoptic_images"]
+__all__ = [
+    "first_rows",
+    "open_attributed_images",
+    "open_labelled_images",
+    "open_masked_images",
+    "open_pairs",
+    "open_panoptic_images",
+]

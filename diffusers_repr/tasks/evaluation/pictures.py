@@ -18,6 +18,7 @@ from diffusers_repr.tasks.images import class_data
 
 _SHOWN = 6  # images, in a row
 _MISTAKES = 12
+_NEAREST = 8
 _ROWS = 2000  # images a confusion matrix is made of, the first
 _KINDS = 4  # categories of pairs, one pair each
 _POINTS = 16  # of a pair
@@ -46,6 +47,37 @@ def of_classification(task: Any, data: Any) -> dict[str, Image.Image]:
         titles = [f"{names[said[at]]} {float(probabilities[at].max()):.2f}\nis {names[truth[at]]}" for at in sure]
         tiles = [_titled(image, title) for image, title in zip(images, titles, strict=True)]
         drawn["mistakes"] = image_grid(tiles, 6, title="Mistakes, the surest first: what is said, what it is")
+    return drawn
+
+
+def of_representation(task: Any, data: Any) -> dict[str, Image.Image]:
+    """Which class is taken for which; images, and beside each the training images nearest to it.
+
+    Args:
+        task: A `RepresentationProbe`.
+        data: Labelled images, of which the first 2,000 are shown.
+    """
+    found = class_data(data, "test")
+    rows = range(min(len(found), _ROWS))
+    vectors = task.vectors(found.read(rows))
+    said, truth = task.head(vectors).argmax(1), found.targets[: len(rows)]
+    count = int(task.head.config["num_classes"])
+    counts = torch.zeros(count, count, dtype=torch.int64)
+    counts.index_put_((truth, said), torch.ones(len(rows), dtype=torch.int64), accumulate=True)
+    names = [str(name) for name in task.recipe["label_names"] or range(count)]
+    drawn = {"confusion": confusion_picture(counts.numpy(), names)}
+    if task.train is not None:
+        bank = task.vectors(task.train)
+        queries = _spread(len(rows))
+        mean, std = bank.mean(0), bank.std(0).clamp(min=1e-6)
+        near = [torch.nn.functional.normalize((one - mean) / std, dim=1) for one in (vectors[queries], bank)]
+        nearest = (near[0] @ near[1].T).topk(min(_NEAREST, len(bank)), dim=1).indices
+        tiles = []
+        for query, places in zip(queries, nearest.tolist(), strict=True):
+            tiles += [one.convert("RGB") for one in (*found.read([query]), *task.train.read(places))]
+        drawn["neighbours"] = image_grid(
+            tiles, 1 + nearest.shape[1], title="Test images, and the training images nearest to each by cosine"
+        )
     return drawn
 
 
@@ -126,4 +158,4 @@ def _titled(image: Image.Image, text: str, side: int = 84) -> Image.Image:
     return sheet
 
 
-__all__ = ["of_classification", "of_correspondence", "of_panoptic", "of_segmentation"]
+__all__ = ["of_classification", "of_correspondence", "of_panoptic", "of_representation", "of_segmentation"]

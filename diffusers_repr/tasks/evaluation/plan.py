@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffusers_repr.capture import check_layers
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.denoiser.untrained import untrained
 from diffusers_repr.hub.errors import is_repo_id
+from diffusers_repr.tasks.evaluation.bases import DENOISER
 from diffusers_repr.tasks.evaluation.data import first_rows
 from diffusers_repr.tasks.evaluation.options import checked, keywords, naming, takes_settings
 from diffusers_repr.tasks.evaluation.recipe import EvaluationRecipe
@@ -59,14 +57,14 @@ class Plan:
         """The measure that tables show; None: the first."""
         return self.kind.headline
 
-    def reading(self, base: Denoiser) -> Reading:
+    def reading(self, base: Any) -> Reading:
         """What the task is fitted on."""
         if self.maker is None:
             return Reading(base, {})
         with naming(f"{self.recipe.file}: source"):
             return self.maker(base, **self.source)
 
-    def check_base(self, base: Denoiser | None) -> None:
+    def check_base(self, base: Any) -> None:
         """Refuse layers and levels that the base does not have; nothing is run.
 
         Args:
@@ -77,7 +75,7 @@ class Plan:
         """
         if base is None:
             return
-        found = self.reading(untrained(base) if self.recipe.random else base)
+        found = self.reading(self.kind.base.untrained(base, 0) if self.recipe.random else base)
         layers, timestep = found.settings.get("layers"), found.settings.get("timestep")
         if layers is not None:
             with naming(f"{self.recipe.file}: source.layers"):
@@ -87,7 +85,7 @@ class Plan:
                 for step in timestep if isinstance(timestep, list) else [timestep]:
                     base.level(step)
 
-    def fitted(self, base: Denoiser | None, seed: int, progress_bar: Callable[..., Any] | None = None) -> Task:
+    def fitted(self, base: Any, seed: int, progress_bar: Callable[..., Any] | None = None) -> Task:
         """The task, fitted with a seed, or loaded.
 
         Args:
@@ -98,7 +96,7 @@ class Plan:
         if self.recipe.load is not None:
             return self._loaded(base)
         assert base is not None
-        reading = self.reading(untrained(base, seed) if self.recipe.random else base)
+        reading = self.reading(self.kind.base.untrained(base, seed) if self.recipe.random else base)
         named, further = keywords(self.task.fit), takes_settings(self.task.fit)
         given = {"seed": seed, "progress_bar": progress_bar, "batch_size": self.recipe.batch_size}
         own = {k: v for k, v in given.items() if v is not None and (k in named or (further and k != "progress_bar"))}
@@ -109,7 +107,7 @@ class Plan:
             train = first_rows(train, self.train_limit, seed)
         return self.task.fit(reading.source, train, self.validation, **{**own, **self.fit, **reading.settings})
 
-    def _loaded(self, base: Denoiser | None) -> Task:
+    def _loaded(self, base: Any) -> Task:
         assert self.recipe.load is not None
         own: dict[str, Any] = {}
         if self.maker is not None and base is not None:
@@ -147,6 +145,8 @@ def make_plan(recipe: EvaluationRecipe) -> Plan:
         kind = task_kind(recipe.task)
         task = kind.task()
     maker, source = None, {}
+    if recipe.source is not None and kind.base is not DENOISER:
+        raise ValueError(f"{file}: source: the task {recipe.task} reads its base, an encoder, as it is; leave it out.")
     if recipe.source is not None:
         given = dict(recipe.source)
         with naming(f"{file}: source.name"):
@@ -158,7 +158,7 @@ def make_plan(recipe: EvaluationRecipe) -> Plan:
         with naming(f"{file}: fit"):
             fit = settings(**fit)
     measure = checked(f"{file}: measure", recipe.measure, task.evaluate, _GIVEN_TO_MEASURE)
-    _check_there(recipe)
+    _check_there(recipe, kind)
     opened = _open(recipe, kind, recipe.load is None and _needs_train(task))
     return Plan(recipe, kind, task, maker, source, fit, measure, **opened)
 
@@ -170,20 +170,15 @@ def _needs_train(task: type[Task]) -> bool:
     return train is not None and train.default is train.empty
 
 
-def _check_there(recipe: EvaluationRecipe) -> None:
-    """Refuse a base or a saved task that is neither a folder nor may be a Hub id."""
+def _check_there(recipe: EvaluationRecipe, kind: TaskKind) -> None:
+    """Refuse a base or a saved task that is neither there nor may be a Hub id."""
     if recipe.load is not None and not Path(recipe.load).expanduser().is_dir() and not is_repo_id(recipe.load):
         raise FileNotFoundError(
             f"{recipe.file}: load: {recipe.load!r} is not here. Give a saved task's folder or Hub id."
         )
-    if recipe.base is None:
-        return
-    name = recipe.base_name
-    folder = Path(name).expanduser()
-    if (folder / "model_index.json").is_file() or (not folder.exists() and is_repo_id(name)):
-        return
-    what = "has no model_index.json, so it is no pipeline" if folder.exists() else "is not here"
-    raise FileNotFoundError(f"{recipe.file}: base: {name!r} {what}. Give a pipeline's folder or Hub id.")
+    if recipe.base is not None:
+        with naming(f"{recipe.file}: base"):
+            kind.base.check(recipe.base_name)
 
 
 def data_section(
@@ -239,29 +234,4 @@ def _open(recipe: EvaluationRecipe, kind: TaskKind, needs_train: bool) -> dict[s
     return {"train": train, "validation": validation, "splits": splits, "train_limit": told["train_limit"]}
 
 
-class Bases:
-    """Bases by what recipes say of them; the last one is kept, so that recipes of one base load it once.
-
-    Args:
-        device: Where they run.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device, self._held = device, {}  # type: ignore[var-annotated]
-
-    def get(self, recipe: EvaluationRecipe) -> Denoiser | None:
-        """The base of a recipe, trained, on the device; None if it names none."""
-        if recipe.base is None:
-            return None
-        key = (recipe.base_name, recipe.revision, recipe.dtype)
-        if key not in self._held:
-            self._held.clear()
-            with naming(f"{recipe.file}: base"):
-                dtype = getattr(torch, recipe.dtype)
-                found = Denoiser.from_pretrained(recipe.base_name, revision=recipe.revision, dtype=dtype)
-            found.pipe.to(self.device)
-            self._held[key] = found
-        return self._held[key]
-
-
-__all__ = ["Bases", "Plan", "data_section", "make_plan"]
+__all__ = ["Plan", "data_section", "make_plan"]

@@ -10,7 +10,9 @@ from typing import Any
 from PIL import Image
 
 from diffusers_repr.tasks.evaluation import fits, pictures
+from diffusers_repr.tasks.evaluation.bases import DENOISER, ENCODER, BaseKind
 from diffusers_repr.tasks.evaluation.data import (
+    open_attributed_images,
     open_labelled_images,
     open_masked_images,
     open_pairs,
@@ -34,6 +36,7 @@ class TaskKind:
             of `fit` itself.
         pictures: `(task, data) -> pictures by name`; None: there are none.
         headline: The measure that a table shows; None: the first.
+        base: What it is fitted on.
     """
 
     name: str
@@ -42,6 +45,7 @@ class TaskKind:
     settings: Callable[..., dict[str, Any]] | None = None
     pictures: Drawer | None = None
     headline: str | None = None
+    base: BaseKind = DENOISER
 
     def task(self) -> type[Task]:
         """The class."""
@@ -75,6 +79,10 @@ _KINDS: dict[str, TaskKind] = {
             "panoptic", "diffusers_repr.tasks.panoptic:OpenVocabularySegmenter", open_panoptic_images,
             pictures=pictures.of_panoptic, headline="pq",
         ),
+        TaskKind(
+            "representation", "diffusers_repr.tasks.representation:RepresentationProbe", open_attributed_images,
+            pictures=pictures.of_representation, headline="linear", base=ENCODER,
+        ),
     )
 }  # fmt: skip
 
@@ -86,6 +94,7 @@ def register_task(
     settings: Callable[..., dict[str, Any]] | None = None,
     pictures: Drawer | None = None,
     headline: str | None = None,
+    base: BaseKind = DENOISER,
 ) -> Callable[[type[Task]], type[Task]]:
     """Make a task of one's own known to recipes by a name.
 
@@ -95,6 +104,7 @@ def register_task(
         settings: See `TaskKind`.
         pictures: See `TaskKind`.
         headline: See `TaskKind`.
+        base: See `TaskKind`.
 
     Raises:
         TypeError: For a class that is no `Task`.
@@ -106,7 +116,7 @@ def register_task(
             raise TypeError(f"register_task takes a subclass of Task; got {cls!r}.")
         if name in _KINDS:
             raise ValueError(f"register_task({name!r}): there is one of this name. Choose another.")
-        _KINDS[name] = TaskKind(name, cls, open, settings, pictures, headline)
+        _KINDS[name] = TaskKind(name, cls, open, settings, pictures, headline, base)
         return cls
 
     return add

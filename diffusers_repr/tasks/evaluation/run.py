@@ -10,7 +10,8 @@ from typing import Any
 
 from diffusers_repr.config.recipe import read_recipe, to_yaml
 from diffusers_repr.hub.files import atomic_folder, atomic_write, only_writer, read_json, write_json
-from diffusers_repr.tasks.evaluation.plan import Bases, Plan, make_plan
+from diffusers_repr.tasks.evaluation.bases import Bases
+from diffusers_repr.tasks.evaluation.plan import Plan, make_plan
 from diffusers_repr.tasks.evaluation.recipe import EvaluationRecipe
 from diffusers_repr.tasks.evaluation.report import summary, write_report
 
@@ -63,7 +64,7 @@ def evaluate_recipes(
     for plan, folder in zip(plans, folders, strict=True):
         _open_folder(plan, folder, overwrite, look=True)
     for plan in sorted(plans, key=lambda plan: plan.recipe.base_name):  # a base is loaded once
-        plan.check_base(bases.get(plan.recipe))
+        plan.check_base(bases.get(plan.recipe, plan.kind.base))
     pairs = zip(plans, folders, strict=True)
     return [run_plan(plan, folder, bases, overwrite, progress_bar, tell) for plan, folder in pairs]
 
@@ -90,7 +91,7 @@ def run_plan(
     _open_folder(plan, folder, overwrite, look=True)
     missing = [seed for seed in seeds if overwrite or not (folder / f"seed-{seed}" / RESULT).is_file()]
     if missing:
-        plan.check_base(bases.get(recipe))
+        plan.check_base(bases.get(recipe, plan.kind.base))
     with only_writer(folder, "evaluate"):
         _open_folder(plan, folder, overwrite)
         for seed in seeds:
@@ -110,7 +111,7 @@ def _run_seed(
     plan: Plan, bases: Bases, seed: int, folder: Path, progress_bar: Callable[..., Any] | None, pictures: bool
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    task = plan.fitted(bases.get(plan.recipe), seed, progress_bar)
+    task = plan.fitted(bases.get(plan.recipe, plan.kind.base), seed, progress_bar)
     if plan.recipe.load is not None:
         task.to(bases.device)
     fitted = time.perf_counter()

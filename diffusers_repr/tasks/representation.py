@@ -1,0 +1,304 @@
+"""`RepresentationProbe`: a linear head on an encoder, and the whole evaluation of the encoder beside its baselines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from diffusers_repr.data.attributed import AttributedImages
+from diffusers_repr.data.labelled import Labelled
+from diffusers_repr.encoders import Encoder, load_encoder
+from diffusers_repr.encoders.loading import split_layer
+from diffusers_repr.heads import LinearHead, fit_head
+from diffusers_repr.hub import schema
+from diffusers_repr.hub.files import atomic_folder, atomic_write, read_json, write_json
+from diffusers_repr.metrics.encoding import encode_images, pick
+from diffusers_repr.sweep.finetune_probe import FinetuneProtocol
+from diffusers_repr.sweep.representation import BASELINES, ProbeSettings, measure_representation
+from diffusers_repr.tasks.images import class_accuracies, class_data
+from diffusers_repr.tasks.task import Task
+
+FILE, FORMAT = "representation.json", "diffusers_repr.representation/1"
+_SIDE = schema.integer(1, 1 << 16)
+_SCHEMA = schema.record({
+    "format": schema.one_of(FORMAT),
+    "encoder": schema.record({
+        "name": schema.optional(schema.text(1000)), "layer": schema.optional(schema.text(1000)),
+        "revision": schema.optional(schema.text(200)), "model_class": schema.text(200), "weights": schema.text(200),
+    }),
+    "features": schema.one_of("global", "tokens"),
+    "image_size": schema.optional(schema.listing(_SIDE, 2, 2)),
+    "label_names": schema.optional(schema.listing(schema.text(1000), 1, 1 << 20)),
+    "beside": schema.listing(schema.text(1000), 0, 100),
+    "scores": schema.mapping(schema.number(), 0, 10_000),
+})  # fmt: skip
+
+
+class RepresentationProbe(Task):
+    """Classes of images by a linear head on an encoder's vector.
+
+    `evaluate` measures the representation, not the head alone: linear, k-shot and k-NN probes, fine-tuning if asked
+    for, DCI and TAD of attributes, each beside raw pixels, the untrained network and other encoders.
+
+    Args:
+        encoder: What is evaluated.
+        head: On its vectors.
+        recipe: What `representation.json` holds, the encoder apart.
+        train: What it was fitted to; None once it was loaded: then the head alone is measured.
+        validation: Likewise.
+        beside: Encoders and baselines that stand beside it.
+        batch_size: Images a forward.
+        seed: Of draws and of the untrained network.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: LinearHead,
+        recipe: dict[str, Any],
+        train: Labelled | None = None,
+        validation: Labelled | None = None,
+        beside: Sequence[str | Encoder] = (),
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.encoder, self.head, self.recipe, self.batch_size = encoder, head.eval(), recipe, batch_size
+        self.seed = seed
+        self.train, self.validation, self.beside = train, validation, list(beside)
+        self.denoiser = None  # type: ignore[assignment]
+
+    @classmethod
+    def fit(  # type: ignore[override]
+        cls,
+        source: Encoder,
+        train: Any,
+        validation: Any = None,
+        *,
+        beside: list[str] | None = None,
+        features: Literal["global", "tokens"] = "global",
+        protocol: str | None = None,
+        image_size: int | list[int] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> Self:
+        """Encode the training images and fit the linear head.
+
+        Args:
+            source: The encoder.
+            train: Images with class ids.
+            validation: The same, to tune penalties on.
+            beside: `pixels`, `random`, and names of other encoders (`load_encoder`); None: the first two.
+            features: `global`, or the mean of the `tokens`.
+            protocol: How linear probes are fitted, see `PROTOCOLS`.
+            image_size: One side, or height and width, to which all images are resized first.
+            batch_size: Images a forward.
+            seed: Of fitting.
+
+        Raises:
+            TypeError: If the source is no encoder.
+            ValueError: For images and labels that do not fit; an unknown baseline.
+        """
+        if not isinstance(source, Encoder):
+            raise TypeError(
+                f"A representation is evaluated of an Encoder; got {type(source).__name__}. `load_encoder` opens "
+                "folders, Hub ids and MODEL:layer@timestep."
+            )
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        told = {
+            "features": features, "image_size": None if size is None else list(size), "protocol": protocol,
+        }  # fmt: skip
+        data = class_data(train, "train")
+        held = None if validation is None else class_data(validation, "validation")
+        named = list(BASELINES) if beside is None else beside
+        others = [one if one in BASELINES else load_encoder(one) for one in named]
+        shown = [one if isinstance(one, str) else one.name for one in others]
+        recipe: dict[str, Any] = {**told, "label_names": data.label_names, "beside": shown, "scores": {}}
+        made = cls(source, LinearHead(1, 2), recipe, data, held, others, batch_size, seed)
+        pair = None if held is None else (made.vectors(held), held.targets)
+        generator = torch.Generator().manual_seed(seed)
+        fitted = fit_head(made.vectors(data), data.targets, protocol=protocol, validation=pair, generator=generator)
+        assert isinstance(fitted.head, LinearHead)
+        made.head = fitted.head.eval()
+        return made
+
+    def vectors(self, images: Any) -> Tensor:
+        """The encoder's vectors `(N, D)` of images, on the CPU."""
+        size = None if self.recipe["image_size"] is None else tuple(self.recipe["image_size"])
+        how: dict[str, Any] = {"image_size": size, "batch_size": self.batch_size}
+        return encode_images(self.encoder, images, self.recipe["features"], **how).features
+
+    @torch.no_grad()
+    def __call__(self, images: Any) -> Tensor:
+        """Probabilities `(N, K)` of the classes.
+
+        Args:
+            images: As `Encoder` takes them; a list may hold several sizes if there is an `image_size`.
+        """
+        if self.recipe["image_size"] is None:
+            vectors = pick(self.encoder(images, self.batch_size), self.recipe["features"])
+        else:
+            vectors = self.vectors(images)
+        return self.head(vectors.to(self.head.mean.device)).softmax(1)
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        record: bool = True,
+        probes: list[str] | None = None,
+        shots: int = 5,
+        draws: int = 5,
+        k: int = 20,
+        finetune_epochs: int = 0,
+        predictor: Literal["forest", "boosting", "lasso"] = "forest",
+        seed: int | None = None,
+    ) -> dict[str, float]:
+        """`linear` of the fitted head, and every other score, those of what stands beside it as `score: name`.
+
+        Args:
+            data: Images with class ids; with attributes, those too (see `AttributedImages`).
+            record: Keep the scores.
+            probes: Of `linear`, `few_shot`, `knn`; all if None.
+            shots: Labels a class of `few_shot`.
+            draws: Of `few_shot`.
+            k: Neighbours of `knn`.
+            finetune_epochs: Passes of the fine-tuning probe; 0 leaves it out.
+            predictor: Of DCI.
+            seed: Of draws and of the untrained network; that of fitting if None.
+
+        Raises:
+            ValueError: For images and labels that do not fit, more shots or neighbours than there are.
+        """
+        test = class_data(data, "test")
+        found = class_accuracies(self.head(self.vectors(test)).argmax(1), test.targets)
+        scores = {"linear": found["accuracy"], "linear_balanced": found["balanced_accuracy"], "rows": len(test)}
+        if self.train is not None:
+            named = tuple(probes) if probes is not None else ("linear", "few_shot", "knn")
+            finetune = FinetuneProtocol(epochs=finetune_epochs) if finetune_epochs else FinetuneProtocol()
+            settings = ProbeSettings(
+                named + ("finetune",) * bool(finetune_epochs), shots, draws, k, self.recipe["protocol"], finetune,
+                self.recipe["features"], predictor, self.seed if seed is None else seed,
+            )  # fmt: skip
+            whole = measure_representation(
+                self.encoder, self.train, test, self.validation, beside=self.beside, settings=settings,
+                attributes=_attributes(self.train, test), image_size=self._size(), batch_size=self.batch_size,
+            )  # fmt: skip
+            scores = {**scores, **{key: value for key, value in whole.flat().items() if key != "linear"}}
+        if record:
+            self.recipe = {**self.recipe, "scores": {name: float(value) for name, value in scores.items()}}
+        return scores
+
+    def _size(self) -> tuple[int, int] | None:
+        size = self.recipe["image_size"]
+        return None if size is None else (size[0], size[1])
+
+    def card(self, title: str) -> str:
+        """What it is, and a table of what was measured.
+
+        Args:
+            title: Heading.
+        """
+        place = self.encoder.place or self.encoder.name
+        head = "---\nlibrary_name: diffusers-repr\ntags: [image-feature-extraction, representation]\n---\n"
+        told = f"A linear head on the {self.recipe['features']} features of `{schema.printable(Path(place).name)}`."
+        rows = [f"| {schema.printable(name)} | {value:.4f} |" for name, value in self.recipe["scores"].items()]
+        scores = "\n".join(["| measure | value |", "|---|---|", *rows]) if rows else "Not measured."
+        return f"{head}\n# {schema.printable(title)}\n\n{told}\n\n{scores}\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
+        """Write the head, `representation.json` and a card, all or nothing; of the encoder, where it is found.
+
+        Args:
+            folder: A new or empty folder, or one of the same kind, which is replaced.
+            title: Heading of the card; the folder's name if None.
+
+        Raises:
+            FileExistsError: If it holds something else.
+        """
+        place = Path(folder)
+        if place.is_dir() and any(place.iterdir()) and not (place / FILE).is_file():
+            raise FileExistsError(f"{str(folder)!r} is not empty and holds no {FILE}. Choose another folder.")
+        kept = {key: value for key, value in self.recipe.items() if key != "protocol"}
+        told = {"format": FORMAT, "encoder": self._encoder_record(place), **kept}
+        _SCHEMA(told, FILE)
+        with atomic_folder(place) as fresh:
+            self.head.save_pretrained(fresh / "head")
+            write_json(fresh / FILE, told)
+            atomic_write(fresh / "README.md", self.card(title or Path(os.path.abspath(place)).name))
+
+    def _encoder_record(self, folder: Path) -> dict[str, Any]:
+        """Where it is found again: of a folder, the way to it; nothing of one that was made of parts."""
+        record, place = self.encoder.record(), self.encoder.place
+        layer = None if place is None else split_layer(place)
+        name = layer[0] if layer is not None else place
+        if name is not None and Path(name).expanduser().is_dir():
+            name = Path(os.path.relpath(Path(name).expanduser().absolute(), folder.absolute())).as_posix()
+        return {
+            "name": name,
+            "layer": None if layer is None else f"{layer[1]}@{layer[2]:g}",
+            "revision": self.encoder.revision,
+            "model_class": record.model_class,
+            "weights": record.weights,
+        }
+
+    @classmethod
+    def from_pretrained(cls, id_or_folder: str | os.PathLike[str], base: Any = None, **kwargs: Any) -> Self:
+        """Load what `save_pretrained` wrote, with its encoder.
+
+        Args:
+            id_or_folder: A folder.
+            base: The encoder, or its name, in place of the recorded one.
+            **kwargs: `batch_size`, and those of `load_encoder`.
+
+        Raises:
+            FileNotFoundError: If the folder, or its encoder, is not there.
+            ValueError: If a file is damaged, or the encoder has other weights.
+        """
+        folder = Path(id_or_folder)
+        told = _SCHEMA(read_json(folder / FILE), FILE)
+        size = kwargs.pop("batch_size", 64)
+        encoder = base if isinstance(base, Encoder) else load_encoder(base or _place(told, folder), **kwargs)
+        weights = encoder.record().weights
+        if weights != told["encoder"]["weights"]:
+            raise ValueError(
+                f"The head in {str(folder)!r} was fitted on a {told['encoder']['model_class']} with other weights "
+                f"({told['encoder']['weights']}) than those of {encoder.name!r} ({weights}). Pass base=<that encoder>."
+            )
+        recipe = {key: value for key, value in told.items() if key not in ("format", "encoder")}
+        head = LinearHead.from_pretrained(folder / "head")
+        return cls(encoder, head, {**recipe, "protocol": None}, batch_size=size)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the encoder and the head."""
+        self.encoder.to(device)
+        self.head.to(device)
+        return self
+
+
+def _attributes(train: Labelled, test: Labelled) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None:
+    """Those of both, if there are two at least."""
+    pair = tuple(one.attributes if isinstance(one, AttributedImages) else {} for one in (train, test))
+    return (pair[0], pair[1]) if all(pair) else None
+
+
+def _place(told: dict[str, Any], folder: Path) -> str:
+    name, layer = told["encoder"]["name"], told["encoder"]["layer"]
+    if name is None:
+        raise ValueError(
+            f"The head in {str(folder)!r} was fitted on an encoder that has no name (random weights, or made of "
+            "parts). Pass base=<the encoder>."
+        )
+    beside = folder / name
+    if name.startswith(".") and not beside.is_dir():
+        raise FileNotFoundError(f"The encoder of {str(folder)!r} was the folder {name!r} from there, which is gone. "
+                                "Pass base=<the encoder, its folder or Hub id>.")  # fmt: skip
+    found = os.path.normpath(beside) if beside.is_dir() else name
+    return found if layer is None else f"{found}:{layer}"
+
+
+__all__ = ["FILE", "RepresentationProbe"]
