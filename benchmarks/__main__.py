@@ -31,6 +31,7 @@ NAMES = (
     "retrieval_keys",
     "perceptual",
     "rcg_vectors",
+    "autoencoders",
 )
 
 
