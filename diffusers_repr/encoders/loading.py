@@ -11,8 +11,8 @@ import torch
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders.encoder import Encoder
-from diffusers_repr.encoders.own import own_place
 from diffusers_repr.encoders.pipelines import is_encoder_pipeline
+from diffusers_repr.encoders.own import own_place
 from diffusers_repr.encoders.positions import Positions, check_positions
 
 
