@@ -34,6 +34,7 @@ NAMES = (
     "patch_masks",
     "repfusion",
     "tokens",
+    "autoencoders",
 )
 
 
