@@ -32,6 +32,9 @@ NAMES = (
     "perceptual",
     "rcg_vectors",
     "patch_masks",
+    "repfusion",
+    "tokens",
+    "autoencoders",
 )
 
 
