@@ -224,6 +224,25 @@ def load_retrieval(place: Path) -> None:
     print("retrieval is good", flush=True)
 
 
+def load_autoencoder(place: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(place / "autoencoder", **consent("diffusion_autoencoder"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    pipe.set_progress_bar_config(disable=True)
+    codes = torch.load(place / "codes.pt", weights_only=True)
+    want = np.load(place / "autoencoder.npy")
+
+    def far() -> float:
+        images = pipe.decode(
+            codes, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np"
+        )
+        return np.abs(images.images - want).max()
+
+    assert far() < 5e-5
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert far() < 5e-5
+    print("autoencoder is good", flush=True)
+
+
 def load_two() -> None:
     """Two folders in one process: the second is refused, the first stays as it is, and the remedies work."""
     first, guided = consent("feature_extraction"), consent("guided_unconditional")
@@ -255,6 +274,7 @@ if __name__ == "__main__":
         (load_rcg, (place,)),
         (load_retrieval, (place,)),
         (load_tokens, (place,)),
+        (load_autoencoder, (place,)),
         (load_features, FEW),
         (load_segmentation, ()),
     ]
