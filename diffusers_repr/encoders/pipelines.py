@@ -21,6 +21,7 @@ from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.vq_tokens import check_vocabulary, encode_tokens, token_stride
 
+
 class TokenEncoder(nn.Module):
     """Images to their tokens, and these to what MAGE's encoder makes of them.
 
