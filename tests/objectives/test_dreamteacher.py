@@ -18,8 +18,12 @@ from diffusers_repr.objectives import (
     InterpreterObjective,
     StudentConfig,
 )
-from diffusers_repr.objectives.distillation.distances import attention_map, attention_transfer, normalized
-from diffusers_repr.objectives.distillation.distances import soft_cross_entropy
+from diffusers_repr.objectives.distillation.distances import (
+    attention_map,
+    attention_transfer,
+    normalized,
+    soft_cross_entropy,
+)
 from diffusers_repr.objectives.distillation.dreamteacher import matched_levels
 from diffusers_repr.objectives.distillation.interpreter import dice_loss
 from diffusers_repr.objectives.distillation.pyramid import PyramidPooling, PyramidRegressor

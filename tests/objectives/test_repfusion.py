@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from diffusers_repr import Denoiser
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.objectives import RepFusionConfig, RepFusionObjective, Student
@@ -25,7 +24,7 @@ from diffusers_repr.objectives.distillation.teacher import DenoiserTeacher
 from diffusers_repr.sweep import few_shot_probe
 from diffusers_repr.tasks.held_out_students import every_row
 from diffusers_repr.testing import check_objective
-from tests.objectives.distillation_cases import batch, denoiser, repfusion, student
+from tests.objectives.distillation_cases import batch, repfusion
 
 DIGITS = "examples/models/digits-ddpm"
 
