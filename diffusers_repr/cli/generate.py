@@ -1,0 +1,59 @@
+"""`diffusers-repr generate RECIPE.yaml --out DIR`: images of classes, of prompts, or variants of images.
+
+    diffusers-repr generate examples/configs/generate/digits_classes.yaml --out generated
+    accelerate launch -m diffusers_repr generate variants.yaml --out variants
+
+Every image is recorded with all that decides it and made once; the processes share the work, and the same command run
+again goes on where it stopped. `datasets.load_dataset("DIR")` reads the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import ClassVar
+
+from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
+
+OUT = options.Out("store of images", ("manifest.json", "data", "train-*.parquet"), again="resumed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("recipe",)
+
+    recipe: str = setting(REQUIRED, "YAML file: model, method, count, and what the method needs")
+    out: str = setting(REQUIRED, "folder of the result; the same command resumes it")
+    batch_size: int = setting(32, "images of one process and call")
+    shard_size: int | None = setting(None, "images of a file, which a stopped run makes anew; default: at most 1000")
+    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
+    quiet: bool = setting(False, "no progress bar")
+    overwrite: bool = setting(False, "unused: images of another recipe are never deleted; name another folder")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
+        if self.overwrite:
+            raise ValueError("Images of another recipe are not deleted; name another folder by --out.")
+
+
+def run(args: Settings) -> int:
+    """Make what is not there yet, and say what it took."""
+    from diffusers_repr.store.image_store import write_images
+    from diffusers_repr.store.processes import process_state
+    from diffusers_repr.synthesis.recipe import open_maker, read_generation
+
+    recipe, state = read_generation(args.recipe), process_state()
+    with state.main_process_first():
+        maker, keys = open_maker(recipe, args.device or str(state.device))
+    asked, since = keys(), time.perf_counter()
+    chosen = {"batch_size": args.batch_size, "shard_size": args.shard_size, "progress": not args.quiet}
+    about = {"recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("model", "prompts")}}
+    store = write_images(args.out, asked, maker, about=about, **chosen)
+    if state.is_main_process:
+        seconds = time.perf_counter() - since
+        print(f"{len(store)} images of {maker.name} in {args.out}: {len(store) / max(seconds, 1e-9):.1f} a second")
+    return 0
