@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -137,7 +138,7 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
     if pipe is None:
         raise ValueError(f"{recipe.model!r} is a network alone; images are made by a pipeline.")
     conditioner = denoiser.conditioner
-    if "latents" not in type(pipe).__call__.__code__.co_varnames and hasattr(pipe, "unet"):
+    if "latents" not in inspect.signature(type(pipe).__call__).parameters and hasattr(pipe, "unet"):
         pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)  # DDPM, DDIM
     if recipe.scheduler is not None:
         kind = getattr(diffusers, recipe.scheduler, None)
