@@ -64,7 +64,8 @@ class SemanticDecoder(nn.Module):
     @property
     def config(self) -> Mapping[str, Any]:
         """That of the U-Net."""
-        return self.unet.config
+        unet: Any = self.unet
+        return unet.config
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, code: Tensor | None = None, **inputs: Any

@@ -17,8 +17,11 @@ from diffusers_repr.hub.errors import HubError
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config, resolve_folder
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.vq_tokens import check_vocabulary, encode_tokens, token_stride
+
+_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (VQModel, MaskGITVQModel, MaskedTokenModel, PixelTokenModel)}
 
 
 class TokenEncoder(nn.Module):
@@ -29,7 +32,7 @@ class TokenEncoder(nn.Module):
         transformer: The masked token model.
     """
 
-    def __init__(self, vqvae: VQModel, transformer: MaskedTokenModel) -> None:
+    def __init__(self, vqvae: Any, transformer: MaskedTokenModel) -> None:
         super().__init__()
         self.vqvae, self.transformer = vqvae.requires_grad_(False), transformer
 
@@ -42,11 +45,9 @@ def _tokens(
     folder: Path, components: dict[str, tuple[str, str]], dtype: torch.dtype, image_size: Any, pooling: str | None
 ) -> ModuleSource:
     """Of a `TokenGenerationPipeline`: the encoder half of its network."""
-    vqvae = VQModel.from_pretrained(folder / "vqvae", torch_dtype=dtype)
-    kind: Any = {"MaskedTokenModel": MaskedTokenModel, "PixelTokenModel": PixelTokenModel}[
-        components["transformer"][1]
-    ]
-    network = kind.from_pretrained(folder / "transformer", torch_dtype=dtype).requires_grad_(False).eval()
+    vqvae = _CLASSES[components["vqvae"][1]].from_pretrained(folder / "vqvae", torch_dtype=dtype)
+    network = _CLASSES[components["transformer"][1]].from_pretrained(folder / "transformer", torch_dtype=dtype)
+    network.requires_grad_(False).eval()
     check_vocabulary(network, vqvae)
     patch = token_stride(vqvae)
     size = tuple(patch * side for side in network.grid)

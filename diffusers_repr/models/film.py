@@ -72,7 +72,8 @@ class FiLM(ReprModelMixin, ModelMixin, ConfigMixin):
         width = self.config["code_dim"]
         if code.ndim != 2 or code.shape[1] != width:
             raise ValueError(f"This network is told codes (B, {width}); got {tuple(code.shape)}.")
-        active = functional.silu(code.to(self.proj[0].weight.dtype))
+        weight = next(self.proj.parameters())
+        active = functional.silu(code.to(weight.dtype))
         made: ScalesAndShifts = {}
         for path, layer in zip(self.config["blocks"], self.proj, strict=True):
             if self.config["modulation"] == "scale":
@@ -116,7 +117,7 @@ def film_modules(unet: nn.Module, paths: Collection[str]) -> dict[str, tuple[nn.
     """
     made: dict[str, tuple[nn.Module, Any]] = {}
     for path in paths:
-        block = unet.get_submodule(path)
+        block: Any = unet.get_submodule(path)
         told = block.time_embedding_norm == "scale_shift"
         made[path] = (block.time_emb_proj, film_time) if told else (block.norm2, film_norm)
     return made

@@ -157,14 +157,14 @@ class GradientUNet(ReprModelMixin, ModelMixin, ConfigMixin):
         was = BaseRecord(
             config["base_model"],
             model_class=config["unet_class"],
-            config=config["unet_config"],
+            config={key: _plain(value) for key, value in config["unet_config"].items()},
             marks=config["base_marks"] or {},
         )
-        own = {key: value for key, value in unet.config.items() if key[0] != "_"}  # type: ignore[operator, union-attr]
+        own = {key: _plain(value) for key, value in unet.config.items() if key[0] != "_"}  # type: ignore[operator, union-attr]
         came = BaseRecord(model_class=_class_name(unet), config=own, marks=weight_marks(unet, was.marks))
         refuse_other_class(_GRADIENT, was, came)
         defaults = inspect.signature(UNETS[config["unet_class"]].__init__).parameters.values()
-        free = {"sample_size": None} | {one.name: one.default for one in defaults if one.default is not one.empty}
+        free = {one.name: _plain(one.default) for one in defaults if one.default is not one.empty}
         refuse_other_config(_GRADIENT, was, came, free)
         if not same_marks(was, came):
             raise _GRADIENT.refusal(came, "has other weights", "those it was recorded with", was)
@@ -176,6 +176,11 @@ _GRADIENT = Dependent("GradientUNet", "network", "trained", _REMEDY)
 
 def _class_name(unet: nn.Module) -> str:
     return next((one.__name__ for one in type(unet).__mro__ if one.__name__ in UNETS), type(unet).__name__)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: lists for tuples."""
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def encoder_parts(unet: nn.Module) -> list[str]:

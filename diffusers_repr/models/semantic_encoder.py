@@ -121,7 +121,7 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         )
         self.mid_block = UNetMidBlock2D(
             in_channels=width,
-            temb_channels=None,  # type: ignore[arg-type]
+            temb_channels=None,
             dropout=dropout,
             resnet_eps=norm_eps,
             resnet_act_fn="silu",

@@ -125,8 +125,8 @@ class TokenizerObjective(Objective):
         stride = 2 ** (len(self.vqvae.config["block_out_channels"]) - 1)
         if images.shape[2] % stride or images.shape[3] % stride:
             raise ValueError(
-                f"Images are {images.shape[2]} x {images.shape[3]}; a token of this tokenizer is {stride} pixels wide, "
-                "which must divide both sides."
+                f"Images are {images.shape[2]} x {images.shape[3]}; a token of this tokenizer is {stride} pixels "
+                "wide, which must divide both sides."
             )
 
     def identity(self) -> dict[str, Any]:

@@ -100,8 +100,8 @@ class AutoencoderErrors:
         sets = [self.pixels(data) for data in self.sets]
         found = {}
         for name, network in (("code", encoder), ("untrained", self.untrained), ("pixels", None)):
-            bank, test = ([_codes(network, part), one] for part, one in zip(sets, labels, strict=True))
-            score = few_shot_probe(*bank, *test, SHOTS, seed=self.seed)
+            train, test = (_codes(network, part) for part in sets)
+            score = few_shot_probe(train, labels[0], test, labels[1], SHOTS, seed=self.seed)
             found[f"{name}_{SHOTS}_shot"] = score.mean
         return found
 

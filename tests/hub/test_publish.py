@@ -128,6 +128,7 @@ MODELS = {
 }
 CLASSES = {
     "correspondence": "CorrespondencePipeline",
+    "diffusion_autoencoder": "DiffusionAutoencoderPipeline",
     "diffusion_classifier": "DiffusionClassifierPipeline",
     "feature_extraction": "FeatureExtractionPipeline",
     "few_shot_segmentation": "FewShotSegmentationPipeline",
@@ -140,6 +141,7 @@ CLASSES = {
     "rcg": "RCGPipeline",
     "retrieval_diffusion": "RetrievalDiffusionPipeline",
     "sit": "SiTPipeline",
+    "token_generation": "TokenGenerationPipeline",
 }
 
 

@@ -95,7 +95,7 @@ def test_a_frozen_base_stays_as_it_is():
     assert trained == {"encoder", "film", "gradient"}
     optimizer = torch.optim.AdamW(made.param_groups()[0]["params"], lr=1e-2)
     losses = []
-    for _ in range(20):
+    for _ in range(8):
         optimizer.zero_grad()
         loss = made(batch())["loss"]
         loss.backward()
@@ -114,7 +114,7 @@ def test_weights_of_levels_are_positive_with_one_peak():
     assert (weights > 0).all()
     assert (steps.diff() != 0).sum() == 1
     assert int(weights.argmax()) == 475
-    assert weights[[0, 100, 475, 999]].tolist() == pytest.approx([3e-4, 0.13, 0.722, 0.36], rel=0.1)
+    assert weights[[0, 100, 475, 999]].tolist() == pytest.approx([2.5e-4, 0.13, 0.722, 0.36], rel=0.03)
     assert torch.isfinite(snr_weights(schedule.clean_level(-1)))
 
 

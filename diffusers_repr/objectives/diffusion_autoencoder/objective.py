@@ -99,7 +99,7 @@ class DiffusionAutoencoderObjective(DiffusionObjective):
             blocks = film_blocks(unet)
         self.film = FiLM(dim, blocks, modulation)
         decoder = SemanticDecoder(unet, self.film, self.gradient, denoiser.schedule)
-        self.__dict__["decoder"] = semantic_denoiser(decoder, denoiser.scheduler, denoiser.vae, denoiser.schedule)
+        self.decoder = semantic_denoiser(decoder, denoiser.scheduler, denoiser.vae, denoiser.schedule)
         if config.penalty != "none":
             warn_of_signal(denoiser)
         self.card = self._about()

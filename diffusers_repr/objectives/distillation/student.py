@@ -121,8 +121,8 @@ class Student:
             coarsest = self.stages[-1].stride
             if any(side % coarsest for side in size):
                 raise ValueError(
-                    f"Images are {size[0]} x {size[1]}, and the student's last stage has a stride of {coarsest}, which "
-                    "does not divide them. Take a smaller patch_size or fewer stages, or another `resolution`."
+                    f"Images are {size[0]} x {size[1]}, and the student's last stage has a stride of {coarsest}, "
+                    "which does not divide them. Take a smaller patch_size or fewer stages, or another `resolution`."
                 )
         else:
             self.stages = measure_stages(module, stages or stage_paths(module), self.channels, size)
