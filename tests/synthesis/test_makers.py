@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 from scipy import stats
 
 from diffusers_repr import Denoiser
+from diffusers_repr.cli import main
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.store.image_store import ImageStore, write_images
 from diffusers_repr.synthesis import (
@@ -166,5 +168,53 @@ def test_a_store_is_the_same_after_it_was_stopped(classes, tmp_path):
     once = write_images(tmp_path / "once", keys, maker, batch_size=2, shard_size=2, progress=False)
     assert [image.tobytes() for image in done.pictures()] == [image.tobytes() for image in once.pictures()]
     assert ImageStore.open(tmp_path / "out").load()["condition"] == ["0", "0", "1", "1", "2", "2"]
+    data = load_images(str(tmp_path / "out"), "train")  # as every script and command opens it
+    assert data.labels() == [0, 0, 1, 1, 2, 2]
+    assert data.label_names == ["0", "1", "2"]
     with pytest.raises(FileExistsError):
         write_images(tmp_path / "out", maker.keys([0], 1), maker, progress=False)
+
+
+RECIPE = {"model": CLASSES, "method": "class", "count": 1, "classes": ["3", "5"], "num_inference_steps": 2}
+
+
+def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "guidance_scale": [1, 5]}))
+    command = ["generate", str(path), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(command) == 0
+    first = [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()]
+    assert main(command) == 0  # nothing is made again
+    assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] == first
+    assert "2 images of digits-class-ddim" in capsys.readouterr().out
+    path.write_text(yaml.safe_dump(RECIPE))
+    assert main(command) != 0
+    assert "Nothing is" in (error := capsys.readouterr().err) or "other" in error
+    variants = {"model": PLAIN, "method": "image_to_image", "dataset_name": "digits", "limit": 2, "count": 2}
+    path.write_text(yaml.safe_dump({**variants, "num_inference_steps": 4, "scheduler": "DDIMScheduler"}))
+    assert main([*command[:3], str(tmp_path / "variants"), "--quiet"]) == 0
+    assert load_images(str(tmp_path / "variants"), "train").labels() == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strength": 0.3}, "`strength` would do nothing"),
+        ({"strength": 3, "method": "image_to_image", "classes": None}, "from 0 to 1"),
+        ({"count": 0}, "`count` must be at least 1"),
+        ({"guidance_scale": [5, 1]}, "the lower first"),
+        ({"guidance_scale": [0.5]}, "from 1 up"),
+        ({"guidance": {"CFG": 3}}, "it takes PAG, SAG"),
+        ({"classes": ["10"]}, "ids from 0 to 9"),
+        ({"method": "prompt"}, "takes no prompts"),
+        ({"method": "image_to_image", "classes": None}, "name them by `dataset_name`"),
+        ({"model": PLAIN, "classes": None}, "has no classes"),
+        ({"scheduler": "nothing"}, "none of diffusers"),
+    ],
+)
+def test_bad_recipes(tmp_path, changes, message, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in {**RECIPE, **changes}.items() if v is not None}))
+    assert main(["generate", str(path), "--out", str(tmp_path / "out")]) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
