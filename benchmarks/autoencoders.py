@@ -1,10 +1,11 @@
-"""Diffusion autoencoders against how their papers' code runs them; three reports, results equal where both compute one.
+"""Diffusion autoencoders against how their papers' code runs them; three reports.
 
     python -m benchmarks.autoencoders [--size 32] [--batch 8] [--steps 4]
 
 `sampling`: DiffAE with the code made once, against a code made again in every step. `encoder`: a training step of
 InfoDiffusion with half a U-Net as its encoder, against a whole one that ends in a linear layer. `frozen_base`: a
 training step of PDAE whose decoder half runs on the base's encoder half, against a second whole U-Net beside the base.
+The results are equal, but for those of `encoder`, where the networks differ.
 """
 
 import argparse

@@ -21,8 +21,6 @@ from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.vq_tokens import check_vocabulary, encode_tokens, token_stride
 
-_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (VQModel, MaskGITVQModel, MaskedTokenModel, PixelTokenModel)}
-
 
 class TokenEncoder(nn.Module):
     """Images to their tokens, and these to what MAGE's encoder makes of them.
@@ -41,12 +39,24 @@ class TokenEncoder(nn.Module):
         return self.transformer.encode(encode_tokens(self.vqvae, pixels))
 
 
+def _part(
+    folder: Path, components: dict[str, tuple[str, str]], name: str, dtype: torch.dtype, classes: tuple[Any, ...]
+) -> Any:
+    """A component of a pipeline's folder, of one of some classes."""
+    found = components.get(name, ("", "nothing"))[1]
+    cls = next((cls for cls in classes if cls.__name__ == found), None)
+    if cls is None:
+        names = " or ".join(one.__name__ for one in classes)
+        raise ValueError(f"{str(folder)!r} has {found} as {name}; the encoder is of a {names}.")
+    return cls.from_pretrained(folder / name, torch_dtype=dtype)
+
+
 def _tokens(
     folder: Path, components: dict[str, tuple[str, str]], dtype: torch.dtype, image_size: Any, pooling: str | None
 ) -> ModuleSource:
     """Of a `TokenGenerationPipeline`: the encoder half of its network."""
-    vqvae = _CLASSES[components["vqvae"][1]].from_pretrained(folder / "vqvae", torch_dtype=dtype)
-    network = _CLASSES[components["transformer"][1]].from_pretrained(folder / "transformer", torch_dtype=dtype)
+    vqvae = _part(folder, components, "vqvae", dtype, (VQModel, MaskGITVQModel))
+    network = _part(folder, components, "transformer", dtype, (MaskedTokenModel, PixelTokenModel))
     network.requires_grad_(False).eval()
     check_vocabulary(network, vqvae)
     patch = token_stride(vqvae)

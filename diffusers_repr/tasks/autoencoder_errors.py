@@ -11,12 +11,15 @@ from torch.utils.data import DataLoader, Subset
 from diffusers_repr.data import TrainData
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.denoiser.condition import eval_mode
+from diffusers_repr.heads.fitting.protocols import PROTOCOLS
 from diffusers_repr.metrics import reconstruction_errors
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.objectives import DiffusionAutoencoderObjective
 from diffusers_repr.sweep import few_shot_probe
 
 SHOTS = 5  # labels a class of the probe
+# Of so few numbers as a short code has, weaker penalties have no optimum that is reached.
+PROTOCOL = PROTOCOLS["lbfgs"].replace(l2=(1.0, 1e-1, 1e-2, 1e-3))
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps, at which the noise is estimated
 
 
@@ -101,7 +104,7 @@ class AutoencoderErrors:
         found = {}
         for name, network in (("code", encoder), ("untrained", self.untrained), ("pixels", None)):
             train, test = (_codes(network, part) for part in sets)
-            score = few_shot_probe(train, labels[0], test, labels[1], SHOTS, seed=self.seed)
+            score = few_shot_probe(train, labels[0], test, labels[1], SHOTS, protocol=PROTOCOL, seed=self.seed)
             found[f"{name}_{SHOTS}_shot"] = score.mean
         return found
 

@@ -28,7 +28,6 @@ from diffusers_repr.denoiser.family_registry import family_of
 from diffusers_repr.denoiser.inversion import ddim_generate, ddim_invert
 from diffusers_repr.denoiser.sizes import ImageSize
 from diffusers_repr.denoiser.vae import decode_latents
-from diffusers_repr.heads.fitting.direction import code_direction
 from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin, named_pipeline
 from diffusers_repr.models.film import FiLM
@@ -37,7 +36,7 @@ from diffusers_repr.models.null_tokens import NullTokens
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.semantic_encoder import SemanticEncoder
 from diffusers_repr.noise import NoiseSchedule
-from diffusers_repr.noise.slerp import slerp
+from diffusers_repr.tasks.autoencoding import AutoencodingMixin
 
 
 @dataclass
@@ -68,7 +67,7 @@ class DiffusionAutoencoderOutput(BaseOutput):
     x_T: Tensor
 
 
-class DiffusionAutoencoderPipeline(sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
+class DiffusionAutoencoderPipeline(AutoencodingMixin, sampling.SamplingMixin, OwnComponentsMixin, DiffusionPipeline):
     """An encoder, and a denoiser that is told its code: DiffAE, InfoDiffusion and PDAE.
 
     DiffAE (Preechakul et al. 2022, arXiv 2111.15640) and InfoDiffusion (Wang et al. 2023, arXiv 2306.08757): the code
@@ -235,7 +234,7 @@ class DiffusionAutoencoderPipeline(sampling.SamplingMixin, OwnComponentsMixin, D
             ValueError: For codes of another width, noise of another shape, and numbers of both that differ.
         """
         sampling.check_output_type(output_type)
-        code = self._checked(code)
+        code = self.check_code(code)
         if x_T is None:
             count = len(generator) if sampling.check_generator(generator) else len(code)
             x_T = self._noise(count, generator, size)
@@ -248,98 +247,6 @@ class DiffusionAutoencoderPipeline(sampling.SamplingMixin, OwnComponentsMixin, D
         images = self._images(x0, output_type)
         self.maybe_free_model_hooks()
         return DiffusionAutoencoderOutput(images, code, x_T)
-
-    def reconstruct(
-        self,
-        images: Any,
-        num_inference_steps: int = 100,
-        random: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "pil",
-        image_size: ImageSize = None,
-    ) -> DiffusionAutoencoderOutput:
-        """Images encoded and decoded again.
-
-        Args:
-            images: As in `encode`.
-            num_inference_steps: Of both ways.
-            random: Draw the noise: what the code alone tells of the image.
-            generator: Of drawn noise.
-            output_type: As in `decode`.
-            image_size: As in `encode`.
-        """
-        found = self.encode(images, None if random else num_inference_steps, image_size)
-        return self.decode(found.code, found.x_T, num_inference_steps, generator, output_type)
-
-    def interpolate(
-        self,
-        first: Any,
-        second: Any,
-        weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-        num_inference_steps: int = 100,
-        output_type: str = "pil",
-        image_size: ImageSize = None,
-    ) -> list[DiffusionAutoencoderOutput]:
-        """From images to others: the code goes straight, the noise on the sphere.
-
-        Args:
-            first: Images, as in `encode`.
-            second: As many.
-            weights: Of the second ones, 0 to 1; an output each.
-            num_inference_steps: Of both ways.
-            output_type: As in `decode`.
-            image_size: As in `encode`.
-
-        Raises:
-            ValueError: For another number of images.
-        """
-        one, two = (self.encode(images, num_inference_steps, image_size) for images in (first, second))
-        if len(one.code) != len(two.code):
-            raise ValueError(f"{len(one.code)} images to interpolate to {len(two.code)}; give as many.")
-        found = []
-        for weight in weights:
-            code = (1 - weight) * one.code + weight * two.code
-            noise = slerp(one.x_T, two.x_T, weight)
-            found.append(self.decode(code, noise, num_inference_steps, output_type=output_type))
-        return found
-
-    def fit_direction(self, code: Tensor, labels: Tensor, l2: float = 1e-2) -> Tensor:
-        """The direction `(D,)` to an attribute, for `edit`; see `code_direction`.
-
-        Args:
-            code: `(N, D)`, of images with and without it: `pipe.encode(images, None).code`.
-            labels: `(N,)`, boolean or 0 and 1.
-            l2: Penalty of the probe's weights.
-        """
-        return code_direction(self._checked(code), labels, l2)
-
-    def edit(
-        self,
-        images: Any,
-        direction: Tensor,
-        strength: float = 0.3,
-        num_inference_steps: int = 100,
-        output_type: str = "pil",
-        image_size: ImageSize = None,
-    ) -> DiffusionAutoencoderOutput:
-        """Images with their codes moved, and their own noise.
-
-        Args:
-            images: As in `encode`.
-            direction: `(D,)`, of `fit_direction`.
-            strength: How far, in `sqrt(D)` standard deviations; below 0 the other way.
-            num_inference_steps: Of both ways.
-            output_type: As in `decode`.
-            image_size: As in `encode`.
-
-        Raises:
-            ValueError: For a direction of another width, and as `encode`.
-        """
-        found = self.encode(images, num_inference_steps, image_size)
-        if direction.shape != found.code.shape[1:]:
-            raise ValueError(f"direction is ({found.code.shape[1]},); got {tuple(direction.shape)}.")
-        moved = found.code + sampling.check_number("strength", strength) * direction.to(found.code)
-        return self.decode(moved, found.x_T, num_inference_steps, output_type=output_type)
 
     # Codes out of nothing
 
@@ -445,7 +352,7 @@ class DiffusionAutoencoderPipeline(sampling.SamplingMixin, OwnComponentsMixin, D
         known = self._callback_tensor_inputs
         names = sampling.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs, known)
         extra = sampling.step_arguments(self.scheduler, generator, eta)
-        code = None if code is None else self._checked(code)
+        code = None if code is None else self.check_code(code)
         count = sampling.count_samples(batch_size=batch_size, code=code, latents=latents, generator=generator)
         noise = self._noise(count, generator) if latents is None else latents
         sampling.check_latents(noise, self._channels)
@@ -487,7 +394,12 @@ class DiffusionAutoencoderPipeline(sampling.SamplingMixin, OwnComponentsMixin, D
     def _channels(self) -> int:
         return family_of(self.unet).bound_to(self.unet.config).channels()
 
-    def _checked(self, code: Any) -> Tensor:
+    def check_code(self, code: Any) -> Tensor:
+        """Codes of this autoencoder's width, finite.
+
+        Raises:
+            ValueError: For others.
+        """
         width = self.encoder.config["code_dim"]
         if not isinstance(code, Tensor) or code.ndim != 2 or code.shape[1] != width or not code.is_floating_point():
             got = tuple(code.shape) if isinstance(code, Tensor) else type(code).__name__

@@ -1,5 +1,6 @@
 """`TokenGenerationPipeline`: counts, choice and guidance against loops; by pixels; RCG's vectors; encoders; errors."""
 
+import json
 import math
 
 import numpy as np
@@ -291,6 +292,14 @@ def test_an_encoder_of_another_tokenizer(tmp_path):
     for load in (load_encoder, TokenGenerationPipeline.from_pretrained):
         with pytest.raises(ValueError, match="knows 7 tokens and the tokenizer gives 5"):
             load(tmp_path)
+
+
+def test_a_folder_of_other_parts(tmp_path):
+    make("mage").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "transformer": ["diffusers", "UNet2DModel"]}))
+    with pytest.raises(ValueError, match="has UNet2DModel as transformer; the encoder is of a MaskedTokenModel or"):
+        load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
