@@ -79,7 +79,9 @@ def test_mage_on_vectors(made, tmp_path):
 
 def test_what_does_not_fit(made, tmp_path):
     given = {"tokenizer": str(made / "tokenizer"), "model": {"sample_size": 3, **SIZES}}
-    with pytest.raises(ValueError, match="An image is 4 x 4 tokens of this tokenizer, and the network is made for 3 x 3"):
+    with pytest.raises(
+        ValueError, match="An image is 4 x 4 tokens of this tokenizer, and the network is made for 3 x 3"
+    ):
         run_script(train_mage.main, "train_mage", *flags(tmp_path, "mage", **given))
     with pytest.raises(FileNotFoundError, match=r"there is no 'nothing/here'"):
         run_script(train_mage.main, "train_mage", *flags(tmp_path, "mage", **{**given, "tokenizer": "nothing/here"}))

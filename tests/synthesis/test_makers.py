@@ -189,7 +189,10 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
     assert "2 images of digits-class-ddim" in capsys.readouterr().out
     path.write_text(yaml.safe_dump(RECIPE))
     assert main(command) != 0
-    assert "Nothing is" in (error := capsys.readouterr().err) or "other" in error
+    assert "--overwrite deletes what is there first" in capsys.readouterr().err
+    assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] == first
+    assert main([*command, "--overwrite"]) == 0
+    assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] != first
     variants = {"model": PLAIN, "method": "image_to_image", "dataset_name": "digits", "limit": 2, "count": 2}
     path.write_text(yaml.safe_dump({**variants, "num_inference_steps": 4, "scheduler": "DDIMScheduler"}))
     assert main([*command[:3], str(tmp_path / "variants"), "--quiet"]) == 0
