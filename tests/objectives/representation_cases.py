@@ -38,6 +38,16 @@ def mdm():
     return MDMObjective(Denoiser.from_pipe(DDPMPipeline(unet, PatchMaskScheduler(patch_size=2))))
 
 
+def dreamteacher():
+    """With batch norms that normalise by their running statistics: those of a batch are each process's own."""
+    made = distillation.dreamteacher()
+    for module in made.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True, module=module: module
+            module.training = False
+    return made
+
+
 def draws(*shape):
     return torch.randn(COUNT, *shape, generator=torch.Generator().manual_seed(9))
 
@@ -50,7 +60,7 @@ CASES = {  # name -> objective, batch
         lambda: distillation.repfusion(level="uniform"),
         {**distillation.batch(COUNT), "time": TIMES},
     ),
-    "DreamTeacher": (distillation.dreamteacher, distillation.batch(COUNT)),
+    "DreamTeacher": (dreamteacher, distillation.batch(COUNT)),
     "DiffAE": (lambda: autoencoders.acting(autoencoders.objective("diffae")), GREY),
     "InfoDiffusion": (
         lambda: autoencoders.acting(autoencoders.objective("infodiffusion")),
@@ -61,11 +71,11 @@ CASES = {  # name -> objective, batch
     "MDM": (mdm, GREY),
     # as many masked tokens in each half: the loss is a mean over them
     "MAGE": (
-        lambda: MAGEObjective(tokens.masked_model(), tokens.tokenizer()),
+        lambda: MAGEObjective(tokens.masked_model(dropout=0.0), tokens.tokenizer()),
         {**MASKS, "mask_ratio": torch.full((COUNT,), 0.6)},
     ),
     "ADDP": (
-        lambda: ADDPObjective(tokens.pixel_model(), tokens.masked_model(), tokens.tokenizer()),
+        lambda: ADDPObjective(tokens.pixel_model(dropout=0.0), tokens.tokenizer(), tokens.masked_model()),
         MASKS,
     ),
     "tokenizer": (lambda: TokenizerObjective(tokens.tokenizer(), TokenizerConfig()), GREY),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -224,8 +225,7 @@ class Student:
 
 def _first_argument(module: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     """By the name that the network's forward has for it."""
-    names = module.forward.__code__.co_varnames
-    return {names[1]: pixels}
+    return {next(iter(inspect.signature(module.forward).parameters)): pixels}
 
 
 def _family(model_type: str | None) -> BackboneFamily | None:

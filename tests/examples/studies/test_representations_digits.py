@@ -92,6 +92,7 @@ def test_attributes_of_a_digit_are_its_moments():
 
 
 def test_raw_pixels_are_measured_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_repr.sweep.disentanglement._TREES", 3)
     command = ["--rows", "raw pixels", "--seeds", "0", "--work", str(tmp_path / "work"), "--train_images", "100"]
     command += ["--test_images", "60", "--results", str(tmp_path / "results")]
     study.main(command)
