@@ -13,7 +13,7 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers_repr.cli import options
 from diffusers_repr.config.recipe import REQUIRED, setting
@@ -53,7 +53,7 @@ def run(args: Settings) -> int:
             shutil.rmtree(Path(args.out) / "data", ignore_errors=True)
             (Path(args.out) / "manifest.json").unlink(missing_ok=True)
     asked, since = keys(), time.perf_counter()
-    chosen = {"batch_size": args.batch_size, "shard_size": args.shard_size, "progress": not args.quiet}
+    chosen: dict[str, Any] = {"batch_size": args.batch_size, "shard_size": args.shard_size, "progress": not args.quiet}
     about = {"recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("model", "prompts")}}
     try:
         store = write_images(args.out, asked, maker, about=about, **chosen)

@@ -86,7 +86,7 @@ class ImageMaker:
             size: (H, W); the model's own if None.
             **own: `prompt`, `condition`, `source`.
         """
-        what = [self.kind, *(str(own.get(name)) for name in ("condition", "source")), variant]
+        what: list[str | int] = [self.kind, str(own.get("condition")), str(own.get("source")), variant]
         how = self.how()
         if self.scales is not None:
             how["guidance_scale"] = self.scales(*what)
@@ -113,7 +113,7 @@ class ImageMaker:
         """Call the pipeline for some keys, each with its own noise and scale."""
         scales = [json.loads(key.guidance).get("guidance_scale") for key in keys]
         scale = None if self.scales is None else scale_argument(scales)
-        own = {} if scale is None else {"guidance_scale": scale}
+        own: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
         if "generator" in self.known():  # of the steps alone, where the start is given: no noise is used twice
             seeds = [seed_of(key.seed, "steps") if "latents" in given else key.seed for key in keys]
             own["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

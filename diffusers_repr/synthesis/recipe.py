@@ -96,7 +96,7 @@ class GenerationRecipe:
             raise ValueError(f"`strength` lies from 0 to 1, got {self.strength}.")
         if len(self.guidance_scale) > 2:
             raise ValueError(f"`guidance_scale` is one number, or two; got {len(self.guidance_scale)}.")
-        unknown = sorted(set(self.guidance) - set(GUIDANCES))
+        unknown = sorted(set(json_mapping("guidance", self.guidance)) - set(GUIDANCES))
         if unknown:
             raise ValueError(f"`guidance` has {', '.join(unknown)}; it takes {', '.join(GUIDANCES)}.")
         if self.prompts is not None and (self.templates or self.domains):
@@ -115,7 +115,9 @@ class GenerationRecipe:
     @property
     def guidances(self) -> list[Guidance]:
         """Further guidance."""
-        return [getattr(methods, name)(float(scale)) for name, scale in dict(self.guidance or {}).items()]
+        return [
+            getattr(methods, name)(float(scale)) for name, scale in json_mapping("guidance", self.guidance).items()
+        ]
 
 
 def read_generation(path: str | os.PathLike[str]) -> GenerationRecipe:
@@ -141,7 +143,7 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
     if "latents" not in inspect.signature(type(pipe).__call__).parameters and hasattr(pipe, "unet"):
         pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)  # DDPM, DDIM
     if recipe.scheduler is not None:
-        kind = getattr(diffusers, recipe.scheduler, None)
+        kind: Any = getattr(diffusers, recipe.scheduler, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"`scheduler` {recipe.scheduler!r} is none of diffusers.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
@@ -156,8 +158,8 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
     columns = {name: getattr(recipe, name) for name in ("image_column", "label_column", "caption_column")}
     data = load_images(str(recipe.dataset_name), recipe.dataset_split, revision=recipe.dataset_revision, **columns)
     rows = range(len(data) if recipe.limit is None else min(recipe.limit, len(data)))
-    own = {"prompt": recipe.prompt, "captions": recipe.caption_column is not None}
-    maker = GenerativeAugmenter(denoiser, data, recipe.method, recipe.strength, **own, **how)
+    texts = (recipe.prompt, recipe.caption_column is not None)
+    maker = GenerativeAugmenter(denoiser, data, recipe.method, recipe.strength, *texts, **how)
     return maker, lambda: maker.keys(recipe.count, rows)
 
 
