@@ -144,7 +144,7 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)  # DDPM, DDIM
     if recipe.scheduler is not None:
         kind: Any = getattr(diffusers, recipe.scheduler, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"`scheduler` {recipe.scheduler!r} is none of diffusers.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     denoiser = Denoiser.from_pipe(pipe.to(device), name=denoiser.name)

@@ -69,7 +69,7 @@ def starting_inside(denoiser: Denoiser, steps: int, strength: float) -> Iterator
         if hasattr(inside, "set_begin_index"):
             inside.set_begin_index(start)
 
-    inside.set_timesteps = set_timesteps  # type: ignore[method-assign]
+    inside.set_timesteps = set_timesteps
     probe = copy.deepcopy(whole)
     probe.set_timesteps(steps)
     pipe.scheduler = inside
