@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from diffusers_repr.data.image_data import ImageData
+from diffusers_repr.data.variants import image_key
 from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.features.noise_policy import pixel_keys
 from diffusers_repr.guidance import Guidance, guide
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.hub.places import last_name
@@ -251,8 +251,7 @@ class GenerativeAugmenter(ImageMaker):
 
     def _source(self, row: int) -> str:
         """A row, and the hash of its pixels: another image in its place is another source."""
-        pixels = self.denoiser.pixels(self.data.read([row]))
-        return f"{last_name(self.data.name)}/{self.data.split}/{row}#{pixel_keys(pixels)[0][:16]}"
+        return f"{last_name(self.data.name)}/{self.data.split}/{row}#{image_key(np.asarray(self.data.read([row])[0]))}"
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
         """See `ImageMaker`."""

@@ -144,7 +144,7 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)  # DDPM, DDIM
     if recipe.scheduler is not None:
         kind: Any = getattr(diffusers, recipe.scheduler, None)
-        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+        if not is_scheduler(kind):
             raise ValueError(f"`scheduler` {recipe.scheduler!r} is none of diffusers.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     denoiser = Denoiser.from_pipe(pipe.to(device), name=denoiser.name)
@@ -161,6 +161,11 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
     texts = (recipe.prompt, recipe.caption_column is not None)
     maker = GenerativeAugmenter(denoiser, data, recipe.method, recipe.strength, *texts, **how)
     return maker, lambda: maker.keys(recipe.count, rows)
+
+
+def is_scheduler(kind: object) -> bool:
+    """Whether it is a class of samplers."""
+    return inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
 
 
 def _of_classes(
@@ -190,4 +195,4 @@ def _of_prompts(
     return maker, lambda: maker.keys(recipe.count)
 
 
-__all__ = ["GUIDANCES", "GenerationRecipe", "open_maker", "read_generation"]
+__all__ = ["GUIDANCES", "GenerationRecipe", "is_scheduler", "open_maker", "read_generation"]
