@@ -91,15 +91,15 @@ def test_attributes_of_a_digit_are_its_moments():
     assert found["class"].dtype == torch.int64
 
 
-def test_raw_pixels_are_measured_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_repr.sweep.disentanglement._TREES", 3)
-    command = ["--rows", "raw pixels", "--seeds", "0", "--work", str(tmp_path / "work"), "--train_images", "100"]
-    command += ["--test_images", "60", "--results", str(tmp_path / "results")]
+def test_what_is_measured_is_kept_and_other_settings_are_refused(tmp_path, monkeypatch):
+    told = {"dim": 64, "reads": "", "scores": {"linear": 0.5}, "random": {}}
+    monkeypatch.setattr(study.Study, "of_pixels", lambda *_: told)
+    command = ["--rows", "raw pixels", "--seeds", "0", "--work", str(tmp_path / "work"), "--train_images", "20"]
+    command += ["--test_images", "20", "--results", str(tmp_path / "results")]
     study.main(command)
     (row,) = study.read_lines(tmp_path / "results" / "rows.jsonl")
-    assert row["dim"] == 64
-    assert {"linear", "few_shot", "knn", "disentanglement", "tad"} <= row["scores"].keys()
-    assert "| raw pixels | " in (tmp_path / "results" / "table.md").read_text()
+    assert row == {"row": "raw pixels", "seed": 0, "data": "digits", "passes": 80, **told}
+    assert "| raw pixels | 0.500 | 64 |" in (tmp_path / "results" / "table.md").read_text()
     monkeypatch.setattr(study.Study, "measured", lambda *_: pytest.fail("measured twice"))
     study.main(command)
     with pytest.raises(ValueError, match="name another --results"):
