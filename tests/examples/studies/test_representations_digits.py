@@ -56,6 +56,12 @@ def test_what_stands_on_what_is_found_and_steps_are_equal_passes(tmp_path, monke
         "train_batch_size": 10, "seed": 5, "max_train_steps": 299,
     }  # fmt: skip
     assert made.cost(folder)["stages"] == 2
+    third = tmp_path / "work" / "third"
+    both = [str(tmp_path / "work" / name / "seed-5") for name in ("first_digits", "then_digits")]
+    study.write_json(third / "study.json", {"steps": 7, "batch": 2, "cpu_seconds": 9.0, "before": both})
+    cost = made.cost(third)
+    seconds = [json.loads((study.Path(one) / "study.json").read_text())["cpu_seconds"] for one in both]
+    assert (cost["steps"], cost["stages"], cost["cpu_seconds"]) == (7, 3, round(9 + sum(seconds), 1))  # each once
     made.trained("then_digits", 5, "then")
     assert len(ran) == 2  # it is there
 
