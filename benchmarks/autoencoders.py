@@ -34,9 +34,9 @@ def unet(size: int) -> UNet2DModel:
                        resnet_time_scale_shift="scale_shift", **blocks)  # fmt: skip
 
 
-def encoder(size: int) -> SemanticEncoder:
+def encoder(size: int, channels: tuple[int, ...] = CHANNELS, layers: int = 2) -> SemanticEncoder:
     torch.manual_seed(1)
-    return SemanticEncoder(3, DIM, size, block_out_channels=CHANNELS, layers_per_block=2)
+    return SemanticEncoder(3, DIM, size, block_out_channels=channels, layers_per_block=layers)
 
 
 class WholeEncoder(nn.Module):
@@ -61,7 +61,7 @@ def acting(*modules: nn.Module) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def compare(name: str, runs: dict, differ: float, repeats: int, **settings: object) -> None:
+def compare(name: str, runs: dict, differ: float | None, repeats: int, **settings: object) -> None:
     times = {key: median(values) for key, values in interleaved(runs, repeats, time.process_time).items()}
     report(f"autoencoders_{name}", ratio=times["theirs"] / times["ours"], differ=differ, **times, **settings)
 
@@ -104,14 +104,15 @@ def half_encoder(data: dict, repeats: int) -> None:
         for name, own in {"ours": encoder(size), "theirs": WholeEncoder(size)}.items()
     }
     runs = {name: lambda objective=objective: step_of(objective, data) for name, objective in made.items()}
-    compare("encoder", runs, float("nan"), repeats, size=size, batch=len(data["pixel_values"]))
+    compare("encoder", runs, None, repeats, size=size, batch=len(data["pixel_values"]))
 
 
 def frozen_base(data: dict, repeats: int) -> None:
     size = data["pixel_values"].shape[2]
     base = unet(size)
     denoiser = Denoiser.from_pipe(DDPMPipeline(base, DDPMScheduler()))
-    objective = DiffusionAutoencoderObjective(denoiser, encoder(size), frozen_base=True)
+    light = encoder(size, (32, 64, 128), 1)  # PDAE's is a stack of a few convolutions
+    objective = DiffusionAutoencoderObjective(denoiser, light, frozen_base=True)
     acting(objective.film, objective.gradient.unet.conv_out)
     whole = unet(size)
     whole.load_state_dict({**base.state_dict(), **objective.gradient.unet.state_dict()})
@@ -140,13 +141,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=("sampling", "encoder", "frozen_base"), help="one of the reports")
     args = parser.parse_args()
     torch.manual_seed(3)
     images = torch.rand(args.batch, 3, args.size, args.size) * 2 - 1
     data = {"pixel_values": images, "noise": torch.randn_like(images), "time": torch.randint(1, 1000, (args.batch,))}
-    sampling(images, args.steps, args.repeats)
-    half_encoder(data, args.repeats)
-    frozen_base(data, args.repeats)
+    parts = {
+        "sampling": lambda: sampling(images, args.steps, args.repeats),
+        "encoder": lambda: half_encoder(data, args.repeats),
+        "frozen_base": lambda: frozen_base(data, args.repeats),
+    }
+    for name, run in parts.items():
+        if args.only in (None, name):
+            run()
 
 
 if __name__ == "__main__":
