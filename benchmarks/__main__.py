@@ -31,6 +31,9 @@ NAMES = (
     "retrieval_keys",
     "perceptual",
     "rcg_vectors",
+    "patch_masks",
+    "repfusion",
+    "tokens",
     "autoencoders",
 )
 

@@ -1,4 +1,4 @@
-"""Train DreamTeacher's feature interpreter: classes of pixels from a frozen denoiser's decoder, of few labelled images.
+"""Train DreamTeacher's feature interpreter: classes of pixels from a frozen denoiser's decoder, from a few masks.
 
     accelerate launch examples/train_interpreter.py --pretrained_model_name_or_path BASE --dataset_name FOLDER \
         --mask_column mask --output_dir outputs/interpreter

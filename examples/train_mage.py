@@ -21,7 +21,7 @@ from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.tokens import TokenData
 from diffusers_repr.denoiser.prior import StoredPrior
 from diffusers_repr.models import MaskedTokenModel
-from diffusers_repr.models.vq_tokens import vocabulary_size
+from diffusers_repr.models.vq_tokens import token_stride, vocabulary_size
 from diffusers_repr.objectives import MAGEConfig, MAGEObjective
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
@@ -52,7 +52,8 @@ def build(vqvae, data, mage: MAGEConfig, seed: int) -> MAGEObjective:
     if vectors is not None and vectors.ndim != 2:
         raise ValueError("MAGE is conditioned on one vector an image; the assignments are sets of neighbours.")
     width = 0 if vectors is None else vectors.shape[1]
-    network = MaskedTokenModel(vocabulary_size(vqvae), condition_dim=width, **mage.model)
+    sizes = {"sample_size": vqvae.config.sample_size // token_stride(vqvae), **mage.model}
+    network = MaskedTokenModel(vocabulary_size(vqvae), condition_dim=width, **sizes)
     prior = None
     if width:
         rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:STORED]

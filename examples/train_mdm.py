@@ -3,9 +3,9 @@
     accelerate launch examples/train_mdm.py --config examples/configs/mdm_digits.yaml
 
 The share of masked patches is drawn anew for each image, and the network is told it, as a diffusion model its noise
-(arXiv 2308.05695). The folder is a `DDPMPipeline` with a `PatchMaskScheduler`: `Denoiser.from_pretrained(folder)` reads
-it as any other, and what is noise elsewhere is masks here. With `eval_split` its errors with half of the patches masked
-are measured: `evaluation.jsonl`, the card; and `reconstructions.png` shows images, masked ones and predictions.
+(arXiv 2308.05695). The folder is a `DDPMPipeline` with a `PatchMaskScheduler`: `Denoiser.from_pretrained(folder)`
+reads it as any other, and what is noise elsewhere is masks here. With `eval_split` its errors with half of the patches
+masked are measured: `evaluation.jsonl`, the card; and `reconstructions.png` shows images, masked ones and predictions.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from diffusers_repr.data import DataConfig, TrainData, load_train_data
 from diffusers_repr.metrics import ssim
 from diffusers_repr.noise.patch_mask import noise_mask
 from diffusers_repr.objectives import MDMConfig, MDMObjective
-from diffusers_repr.pictures import image_grid
+from diffusers_repr.pictures.grid import image_grid
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 RECIPES = Path(__file__).parent / "configs"

@@ -4,8 +4,8 @@
     accelerate launch examples/train_student.py --config my_recipe.yaml --backbone_lr_scale 0   # the last layer alone
 
 `student_name_or_path` is what train_repfusion.py or train_dreamteacher.py wrote, or any ResNet, ConvNeXt or Swin of
-transformers; `student` is a new one. The folder loads by `AutoModelForImageClassification.from_pretrained(folder)`, and
-its backbone by `Encoder.from_pretrained(folder)`. With `eval_split` its accuracy is measured: `evaluation.jsonl`, the
+transformers; `student` is a new one. The folder loads by `AutoModelForImageClassification.from_pretrained`, and its
+backbone by `Encoder.from_pretrained(folder)`. With `eval_split` its accuracy is measured: `evaluation.jsonl`, the
 card. The loop, its checkpoints and its settings: docs/training.md.
 """
 

@@ -135,8 +135,9 @@ class PatchMaskScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _lowest(scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        rank = scores.flatten(1).argsort(dim=1).argsort(dim=1)
-        return (rank < count.to(rank.device)[:, None]).view(scores.shape)
+        order = scores.flatten(1).argsort(dim=1)
+        first = torch.arange(order.shape[1], device=order.device) < count.to(order.device)[:, None]
+        return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, first.expand_as(order)).view(scores.shape)
 
 
 def _patches(images: torch.Tensor, size: int) -> torch.Tensor:

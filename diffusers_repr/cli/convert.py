@@ -33,7 +33,8 @@ class Settings:
     out: str = setting(
         REQUIRED,
         "folder to write; `SiTPipeline` loads it (of HybViT `JointDiffusionPipeline`, of MoCo v3 "
-        "`Encoder.from_pretrained`, of RCG `RCGPipeline`, of MAGE `MaskedTokenModel`, of a readout `ReadoutHead`, "
+        "`Encoder.from_pretrained`, of RCG `RCGPipeline`, of MAGE `TokenGenerationPipeline`, of a readout "
+        "`ReadoutHead`, "
         "of Hyperfeatures `Hyperfeatures.from_pretrained`)",
     )
     weights: Literal["ema", "model", "state_dict", "model_state_dict"] | None = setting(

@@ -21,14 +21,14 @@ def save_mage(
     *,
     overwrite: bool,
 ) -> None:
-    """Write a `MaskedTokenModel`, or with a tokenizer a `TokenGenerationPipeline`.
+    """Write a `TokenGenerationPipeline`; a `MaskedTokenModel` alone where there is no tokenizer.
 
     Args:
         weights: As selected from the checkpoint.
         file: Its name, for messages.
         out: Folder to write.
         overrides: Of the network's arguments, its heads.
-        tokenizer: Folder or Hub id of a `VQModel` of the same codes; None: the network alone is written.
+        tokenizer: Folder or Hub id of a `VQModel` of the same codes, in place of that in the file.
         overwrite: Replace the folder if it exists.
 
     Raises:
@@ -37,7 +37,7 @@ def save_mage(
     from diffusers import VQModel
 
     from diffusers_repr.hub.files import atomic_folder
-    from diffusers_repr.models import MaskedTokenModel
+    from diffusers_repr.models import MaskedTokenModel, MaskGITVQModel
     from diffusers_repr.models.convert_mage import convert_mage
     from diffusers_repr.pipelines.token_generation import TokenGenerationPipeline
 
@@ -53,6 +53,15 @@ def save_mage(
     made: Any = network
     if tokenizer is not None:
         made = TokenGenerationPipeline(VQModel.from_pretrained(tokenizer), network)
+    elif converted.tokenizer is not None:
+        vqvae = MaskGITVQModel(**converted.tokenizer[0]).eval()
+        found = vqvae.state_dict()
+        wrong = {k: v for k, v in converted.tokenizer[1].items() if k not in found or found[k].shape != v.shape}
+        if wrong or len(found) != len(converted.tokenizer[1]):
+            names = sorted(wrong) or sorted(found.keys() - converted.tokenizer[1].keys())
+            raise ValueError(f"{file!r}: its tokenizer (vqgan) is not quite MaskGIT's: {names[:3]}.")
+        vqvae.load_state_dict(converted.tokenizer[1])
+        made = TokenGenerationPipeline(vqvae, network)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         made.save_pretrained(folder)
     config = converted.config
@@ -63,10 +72,7 @@ def save_mage(
         f"places, {config['num_layers']} and {config['decoder_num_layers']} blocks of width {config['hidden_size']}, "
         f"{vectors}, {count / 1e6:.1f} M parameters. {type(made).__name__}.from_pretrained({out!r}) loads it."
     )
-    if tokenizer is None:
-        print(
-            "It is the network alone: the authors' tokenizer is no VQModel of diffusers (its residual blocks are "
-            "joined in another way). With one of the same codes, --vae puts it beside."
-        )
+    if made is network:
+        print("It is the network alone: the file holds no tokenizer; --vae puts a VQModel of the same codes beside.")
     for note in converted.notes:
         print(note)

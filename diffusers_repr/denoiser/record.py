@@ -34,7 +34,7 @@ def base_record(
         name=denoiser.name,
         revision=denoiser.revision,
         model_class=type(model).__name__,
-        config=_public(denoiser.config),
+        config=_told(denoiser),
         marks=weight_marks(model, marks),
         fingerprint=plain_hash({"class": type(model).__name__, "config": changed_config(denoiser)}),
         process=process_record(denoiser.schedule),
@@ -56,8 +56,15 @@ def changed_config(denoiser: Denoiser) -> dict[str, Any]:
     A version of diffusers that adds an argument with a default does not change it.
     """
     defaults = config_defaults(denoiser)
-    public = _public(denoiser.config)
+    public = _told(denoiser)
     return {key: public[key] for key in sorted(public) if key not in defaults or defaults[key] != public[key]}
+
+
+def _told(denoiser: Denoiser) -> dict[str, Any]:
+    """The network's public config; of one that was trained on masks with the patch, which no level tells."""
+    schedule = denoiser.schedule
+    masks = {"mask_patch_size": schedule.patch_size} if schedule.kind == "patch_mask" else {}
+    return {**_public(denoiser.config), **masks}
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

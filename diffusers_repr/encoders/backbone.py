@@ -52,8 +52,8 @@ class BackboneSource(Source):
         count = len(self.stages)
         if layer is not None and (isinstance(layer, bool) or not -count <= layer < count):
             raise ValueError(
-                f"layer={layer!r}; {type(model).__name__} has stages 0 to {count - 1} (or -{count} to -1 from the end); "
-                "None reads the last with the network's own global features."
+                f"layer={layer!r}; {type(model).__name__} has stages 0 to {count - 1} (or -{count} to -1 from the "
+                "end); None reads the last with the network's own global features."
             )
         self.layer = None if layer is None else layer % count
         self.stage = self.stages[-1 if self.layer is None else self.layer]

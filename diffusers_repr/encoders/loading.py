@@ -11,8 +11,8 @@ import torch
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders.encoder import Encoder
-from diffusers_repr.encoders.pipelines import is_encoder_pipeline
 from diffusers_repr.encoders.own import own_place
+from diffusers_repr.encoders.pipelines import is_encoder_pipeline
 from diffusers_repr.encoders.positions import Positions, check_positions
 
 
@@ -40,14 +40,14 @@ def load_encoder(
         TypeError, OSError: As `Encoder.from_pretrained` and `Denoiser.from_pretrained`.
     """
     spec = str(name)
-    readable = is_encoder_pipeline(spec) or own_place(spec) is not None
-    if (Path(spec) / "model_index.json").is_file() and not readable:
-        raise ValueError(
-            f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
-            f"such as {spec}:mid_block@100."
-        )
     layer = split_layer(spec)
     if layer is None:
+        pipeline = (Path(spec) / "model_index.json").is_file()
+        if pipeline and not is_encoder_pipeline(spec) and own_place(spec) is None:
+            raise ValueError(
+                f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
+                f"such as {spec}:mid_block@100."
+            )
         return Encoder.from_pretrained(spec, revision=revision, dtype=dtype, device=device, **options)
     if options:
         raise ValueError(f"{spec!r} is a layer of a denoiser, which has no {', '.join(options)}; leave it out.")

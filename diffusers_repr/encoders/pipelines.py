@@ -17,6 +17,7 @@ from diffusers_repr.hub.errors import HubError
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config, resolve_folder
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.vq_tokens import check_vocabulary, encode_tokens, token_stride
 
@@ -29,7 +30,7 @@ class TokenEncoder(nn.Module):
         transformer: The masked token model.
     """
 
-    def __init__(self, vqvae: VQModel, transformer: MaskedTokenModel) -> None:
+    def __init__(self, vqvae: Any, transformer: MaskedTokenModel) -> None:
         super().__init__()
         self.vqvae, self.transformer = vqvae.requires_grad_(False), transformer
 
@@ -38,15 +39,25 @@ class TokenEncoder(nn.Module):
         return self.transformer.encode(encode_tokens(self.vqvae, pixels))
 
 
+def _part(
+    folder: Path, components: dict[str, tuple[str, str]], name: str, dtype: torch.dtype, classes: tuple[Any, ...]
+) -> Any:
+    """A component of a pipeline's folder, of one of some classes."""
+    found = components.get(name, ("", "nothing"))[1]
+    cls = next((cls for cls in classes if cls.__name__ == found), None)
+    if cls is None:
+        names = " or ".join(one.__name__ for one in classes)
+        raise ValueError(f"{str(folder)!r} has {found} as {name}; the encoder is of a {names}.")
+    return cls.from_pretrained(folder / name, torch_dtype=dtype)
+
+
 def _tokens(
     folder: Path, components: dict[str, tuple[str, str]], dtype: torch.dtype, image_size: Any, pooling: str | None
 ) -> ModuleSource:
     """Of a `TokenGenerationPipeline`: the encoder half of its network."""
-    vqvae = VQModel.from_pretrained(folder / "vqvae", torch_dtype=dtype)
-    kind: Any = {"MaskedTokenModel": MaskedTokenModel, "PixelTokenModel": PixelTokenModel}[
-        components["transformer"][1]
-    ]
-    network = kind.from_pretrained(folder / "transformer", torch_dtype=dtype).requires_grad_(False).eval()
+    vqvae = _part(folder, components, "vqvae", dtype, (VQModel, MaskGITVQModel))
+    network = _part(folder, components, "transformer", dtype, (MaskedTokenModel, PixelTokenModel))
+    network.requires_grad_(False).eval()
     check_vocabulary(network, vqvae)
     patch = token_stride(vqvae)
     size = tuple(patch * side for side in network.grid)

@@ -90,7 +90,7 @@ class Source:
 def fresh_module(module: nn.Module, seed: int, **arguments: Any) -> nn.Module:
     """A network of the same architecture with random weights, in eval mode, on its device.
 
-    From its config where it has one; else a copy whose parts draw their weights again by `reset_parameters`.
+    From its config where it has one; else part by part, each from its own config or by its `reset_parameters`.
 
     Args:
         module: The network.
@@ -100,29 +100,38 @@ def fresh_module(module: nn.Module, seed: int, **arguments: Any) -> nn.Module:
     Raises:
         TypeError: If some parameters belong to a part that draws none again.
     """
-    make, config = getattr(type(module), "from_config", None), getattr(module, "config", None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         if isinstance(module, PreTrainedModel):
             fresh: nn.Module = type(module)(copy.deepcopy(module.config), **arguments)
-        elif make is not None and config is not None:
-            fresh = make(config)
         else:
-            fresh = copy.deepcopy(module)
-            for path, part in fresh.named_modules():
-                reset = getattr(part, "reset_parameters", None)
-                if reset is not None:
-                    reset()
-                elif any(True for _ in part.parameters(recurse=False)):
-                    raise TypeError(
-                        f"{type(module).__name__} has no config, and its part {path or 'itself'!r} no "
-                        "reset_parameters: it cannot be made anew. Pass a network of random weights of your own."
-                    )
+            fresh = _redrawn(module, "")
     like = next(module.parameters(), None)
     if like is not None:
         fresh.to(like.device, like.dtype)
     return fresh.requires_grad_(False).eval()
+
+
+def _redrawn(module: nn.Module, path: str) -> nn.Module:
+    """A module with its weights drawn again, its parts likewise."""
+    if isinstance(module, PreTrainedModel):
+        return type(module)(copy.deepcopy(module.config))
+    make, config = getattr(type(module), "from_config", None), getattr(module, "config", None)
+    if make is not None and config is not None:
+        return make(config)
+    fresh = copy.deepcopy(module)
+    reset = getattr(fresh, "reset_parameters", getattr(fresh, "_reset_parameters", None))
+    if reset is not None:
+        reset()
+    elif any(True for _ in fresh.parameters(recurse=False)):
+        raise TypeError(
+            f"{type(module).__name__}{f' ({path})' * bool(path)} has parameters, and neither a config nor "
+            "reset_parameters to draw them again. Pass a network of random weights of your own."
+        )
+    for name, part in list(fresh.named_children()):
+        setattr(fresh, name, _redrawn(part, f"{path}.{name}".strip(".")))
+    return fresh
 
 
 def check_pooling(pooling: str | None, class_token: bool) -> str | None:

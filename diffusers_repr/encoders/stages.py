@@ -60,8 +60,8 @@ def measure_stages(model: nn.Module, paths: Sequence[str], channels: int, size: 
         stride = size[0] // shape[2] if len(shape) == 4 else 0
         if not stride or (shape[2] * stride, shape[3] * stride) != size:
             raise ValueError(
-                f"{path!r} of {type(model).__name__} gave {shape} for images of {size[0]} x {size[1]}; a stage gives a "
-                "map (B, C, h, w) with h and w a whole number of times smaller. Name other modules, or take images "
+                f"{path!r} of {type(model).__name__} gave {shape} for images of {size[0]} x {size[1]}; a stage gives "
+                "a map (B, C, h, w) with h and w a whole number of times smaller. Name other modules, or take images "
                 "whose sides the strides divide."
             )
         found.append(Stage(path, shape[1], stride))

@@ -30,6 +30,7 @@ OWN_COMPONENTS = {
     "KNNHead": "diffusers_repr.heads.pooled.knn",
     "LinearHead": "diffusers_repr.heads.pooled.linear",
     "MLPHead": "diffusers_repr.heads.pooled.mlp",
+    "MaskGITVQModel": "diffusers_repr.models.maskgit_vq",
     "MaskedTokenModel": "diffusers_repr.models.masked_token_model",
     "NoisyClassifier": "diffusers_repr.models.noisy_classifier",
     "NullTokens": "diffusers_repr.models.null_tokens",

@@ -7,6 +7,7 @@ from diffusers_repr.models.film import FiLM, film_blocks
 from diffusers_repr.models.gradient_unet import GradientUNet
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.noisy_classifier import NoisyClassifier, describe_process
 from diffusers_repr.models.null_tokens import NullTokens
 from diffusers_repr.models.patch_pca import PatchPCA
@@ -25,6 +26,7 @@ __all__ = [
     "FiLM",
     "GradientUNet",
     "JointViTModel",
+    "MaskGITVQModel",
     "MaskedTokenModel",
     "NoisyClassifier",
     "NullTokens",

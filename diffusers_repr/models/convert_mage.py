@@ -43,7 +43,8 @@ _ENDS = {
 # In the authors' module and not used: of MAE, and fixed positions; the tokenizer and RCG's encoder are other networks.
 _UNUSED = ("cls_token", "pos_embed", "patch_embed.", "mask_token", "decoder_pos_embed", "decoder_pred.",
            "token_emb.position_ids")  # fmt: skip
-_OTHERS = ("vqgan.", "pretrained_encoder.", "rdm_sampler.")
+_TOKENIZER = "vqgan."
+_OTHERS = (_TOKENIZER, "pretrained_encoder.", "rdm_sampler.")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ class ConvertedMAGE:
         config: Arguments of `MaskedTokenModel`.
         weights: Its state dict.
         notes: What was left out or chosen, a sentence each.
+        tokenizer: Arguments and state dict of the `MaskGITVQModel` in the file; None: it has none.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    tokenizer: tuple[dict[str, Any], dict[str, Tensor]] | None = None
 
 
 def is_mage(weights: Mapping[str, Tensor]) -> bool:
@@ -100,9 +103,44 @@ def convert_mage(weights: Mapping[str, Tensor], overrides: Mapping[str, Any] | N
     single = {_WORDS, _PLACES, "decoder_pos_embed_learned", "mlm_layer.bias", *(["fake_latent"] if vectors else [])}
     needed = {f"{name}.{end}" for name in names for end in ("weight", "bias")} | single
     check_tensor_names("MAGE", config, sorted(needed - own.keys()), sorted(own.keys() - needed))
-    left = sorted({key.split(".")[0] for key in weights if key.startswith(_OTHERS)})
+    left = sorted({key.split(".")[0] for key in weights if key.startswith(_OTHERS[1:])})
     notes = [f"{some_of(left)} of the file: other networks, left out."] if left else []
-    return ConvertedMAGE(config, _renamed(own, names, config, vectors), tuple(notes))
+    tokenizer = _tokenizer(weights, config)
+    return ConvertedMAGE(config, _renamed(own, names, config, vectors), tuple(notes), tokenizer)
+
+
+def _tokenizer(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The tokenizer of a file, whose weights have our names already; sizes are read from the shapes."""
+    held = {k.removeprefix(_TOKENIZER): v for k, v in weights.items() if k.startswith(_TOKENIZER)}
+    if not held:
+        return None
+    check_weights(held, {"encoder.conv_in.weight": 4, "encoder.conv_out.weight": 4, "quantize.embedding.weight": 2})
+    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight",
+              "encoder.down.0.block.0.conv1.weight")  # fmt: skip
+    if any(name not in held for name in needed):
+        lacks = some_of(name for name in needed if name not in held)
+        raise ValueError(f"The tokenizer (vqgan) in this checkpoint of MAGE lacks {lacks}.")
+    levels = max(block_numbers(held, "encoder.down")) + 1
+    first = [held.get(f"encoder.down.{at}.block.0.conv1.weight") for at in range(levels)]
+    if any(value is None or value.ndim != 4 for value in first):
+        raise ValueError(f"The tokenizer (vqgan) in this checkpoint of MAGE lacks levels; it has {levels}.")
+    widths = [value.shape[0] for value in first if value is not None]
+    codes, width = held["quantize.embedding.weight"].shape
+    made = {
+        "in_channels": held["encoder.conv_in.weight"].shape[1],
+        "block_out_channels": widths,
+        "layers_per_block": max(block_numbers(held, "encoder.down.0.block")) + 1,
+        "latent_channels": width,
+        "num_vq_embeddings": codes,
+        "sample_size": config["sample_size"] * 2 ** (levels - 1),
+        "norm_num_groups": min(32, *widths),
+    }
+    check_config(made, "The checkpoint's tokenizer")
+    if codes != config["vocab_size"]:
+        raise ValueError(f"The tokenizer (vqgan) has {codes} codes, and the network knows {config['vocab_size']}.")
+    return made, held
 
 
 def _sizes(own: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +184,7 @@ def _renamed(
         "token_embed.weight": torch.cat([words[:size], words[size + _FAKE_CLASS][None], words[-1:]]),
         "positions": own[_PLACES][None].clone(),
         "decoder_positions": own["decoder_pos_embed_learned"].clone(),
-        "head.bias": own["mlm_layer.bias"].flatten()[:size].clone(),
+        "logit_bias": own["mlm_layer.bias"].flatten()[:size].clone(),
     }
     for old, new in names.items():
         for end in ("weight", "bias"):

@@ -103,7 +103,8 @@ class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, 
             TokenBlock(inner, decoder_num_attention_heads, mlp_ratio, dropout) for _ in range(decoder_num_layers)
         )
         self.decoder_norm = nn.LayerNorm(inner, eps=EPSILON)
-        self.head = TokenHead(inner, hidden_size, vocab_size)
+        self.head = TokenHead(inner, hidden_size)
+        self.logit_bias = nn.Parameter(torch.zeros(vocab_size))
         self.condition_embed = VectorEmbedding(condition_dim, hidden_size) if condition_dim else None
         reset_token_network(self)
 
@@ -154,7 +155,8 @@ class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, 
         tokens = torch.where(token_ids.eq(self.mask_token_id)[..., None], token, tokens)
         hidden = torch.cat([token, tokens], dim=1) + self.decoder_positions.to(tokens.dtype)
         hidden = self._run(self.decoder_blocks, hidden)
-        logits = self.head(self.decoder_norm(hidden)[:, 1:], self.token_embed)
+        logits = self.token_embed(self.head(self.decoder_norm(hidden)[:, 1:]), self.config["vocab_size"])
+        logits = logits + self.logit_bias.to(logits.dtype)
         return SampleOutput(logits) if return_dict else (logits,)
 
     def encode(

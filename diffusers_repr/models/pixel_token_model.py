@@ -111,7 +111,8 @@ class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, P
             TokenBlock(hidden_size, decoder_num_attention_heads, mlp_ratio, dropout) for _ in range(decoder_num_layers)
         )
         self.decoder_norm = nn.LayerNorm(hidden_size, eps=EPSILON)
-        self.head = TokenHead(hidden_size, hidden_size, vocab_size)
+        self.head = TokenHead(hidden_size, hidden_size)
+        self.logit_bias = nn.Parameter(torch.zeros(vocab_size))
         reset_token_network(self)
 
     @property
@@ -152,7 +153,8 @@ class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, P
         ids = self.token_embed(token_ids.gather(1, known))
         ids = ids + take(self.token_positions.to(ids.dtype).expand(len(ids), -1, -1), known)
         hidden = self._run(self.decoder_blocks, torch.cat([blank + at[:, :1], tokens, ids], dim=1))
-        logits = self.head(self.decoder_norm(hidden)[:, 1 : 1 + self.num_tokens], self.token_embed)
+        hidden = self.head(self.decoder_norm(hidden)[:, 1 : 1 + self.num_tokens])
+        logits = self.token_embed(hidden, self.config["vocab_size"]) + self.logit_bias.to(hidden.dtype)
         return SampleOutput(logits) if return_dict else (logits,)
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -63,24 +62,21 @@ class TokenEmbedding(nn.Embedding):
 
 
 class TokenHead(nn.Module):
-    """`LN(gelu(W h))`, which is then scored against the embeddings of the ids, and a bias an id.
+    """`LN(gelu(W h))`, which is then scored against the embeddings of the ids.
 
     Args:
         dim: Channels that enter.
         embedding_dim: Channels of the embeddings.
-        vocab_size: Ids.
     """
 
-    def __init__(self, dim: int, embedding_dim: int, vocab_size: int) -> None:
+    def __init__(self, dim: int, embedding_dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, embedding_dim)
         self.norm = nn.LayerNorm(embedding_dim)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, hidden_states: Tensor, embedding: TokenEmbedding) -> Tensor:
-        """Logits `(B, N, V)` of tokens `(B, N, dim)`."""
-        hidden_states = self.norm(functional.gelu(self.proj(hidden_states)))
-        return embedding(hidden_states, len(self.bias)) + self.bias.to(hidden_states.dtype)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(B, N, embedding_dim)` of tokens `(B, N, dim)`."""
+        return self.norm(functional.gelu(self.proj(hidden_states)))
 
 
 def token_grid(size: int | tuple[int, int] | list[int], name: str = "sample_size") -> tuple[int, int]:
@@ -137,7 +133,7 @@ def reset_token_network(model: nn.Module) -> None:
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
     for name, parameter in model.named_parameters(recurse=False):
-        if name != "bias":
+        if name != "logit_bias":
             nn.init.normal_(parameter, std=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Tokens of a `VQModel`: images to ids, ids or mixtures of them to embeddings, embeddings to images."""
+"""Tokens of a `VQModel` or `MaskGITVQModel`: images to ids, ids or mixtures of them to codes, codes to images."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import torch
 from diffusers import VQModel
 from torch import Tensor
 
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 
-def check_tokenizer(vqvae: Any) -> VQModel:
+Tokenizer = VQModel | MaskGITVQModel
+
+
+def check_tokenizer(vqvae: Any) -> Any:
     """The tokenizer, if it is one.
 
     Raises:
         TypeError: For another class.
     """
-    if not isinstance(vqvae, VQModel):
-        raise TypeError(f"The tokenizer is a diffusers VQModel; got {type(vqvae).__name__}.")
+    if not isinstance(vqvae, Tokenizer):
+        raise TypeError(f"The tokenizer is a VQModel or a MaskGITVQModel; got {type(vqvae).__name__}.")
     return vqvae
 
 
-def vocabulary_size(vqvae: VQModel) -> int:
+def vocabulary_size(vqvae: Any) -> int:
     """V, ids of a tokenizer."""
     return int(vqvae.config["num_vq_embeddings"])
 
 
-def token_stride(vqvae: VQModel) -> int:
+def token_stride(vqvae: Any) -> int:
     """Pixels a token, along a side."""
     return 2 ** (len(vqvae.config["block_out_channels"]) - 1)
 
@@ -52,30 +56,39 @@ def check_vocabulary(network: Any, vqvae: Any, name: str = "network") -> None:
         stride, channels = token_stride(vqvae), vqvae.config["in_channels"]
         if (network.config["patch_size"], network.config["in_channels"]) != (stride, channels):
             raise ValueError(
-                f"The {name} reads patches of {network.config['patch_size']} pixels and {network.config['in_channels']}"
-                f" channels; a token of the tokenizer is one of {stride} pixels and {channels} channels."
+                f"The {name} reads patches of {network.config['patch_size']} pixels and "
+                f"{network.config['in_channels']} channels; a token of the tokenizer is one of {stride} pixels and "
+                f"{channels} channels."
             )
 
 
 @torch.no_grad()
-def encode_tokens(vqvae: VQModel, pixels: Tensor) -> Tensor:
-    """Ids `(B, h, w)`, int64, of images `(B, C, H, W)` in [-1, 1]; outside of any autocast, so that ids are those
-    of the tokenizer's own precision.
+def encode_tokens(vqvae: Any, pixels: Tensor) -> Tensor:
+    """Ids `(B, h, w)`, int64, of images `(B, C, H, W)` in [-1, 1].
+
+    Outside of any autocast, so that ids are those of the tokenizer's own precision.
+
+    Args:
+        vqvae: The tokenizer.
+        pixels: The images.
     """
     with torch.autocast(pixels.device.type, enabled=False):
         latents = vqvae.encode(pixels.to(vqvae.dtype)).latents
-        ids = vqvae.quantize(latents)[2][2]
+        # Not by `quantize`, which has no half precision on the CPU.
+        codes = token_embeddings(vqvae, torch.arange(vocabulary_size(vqvae), device=latents.device))
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        ids = torch.cdist(flat.float(), codes.float()).argmin(1)
     return ids.view(len(pixels), *latents.shape[2:])
 
 
-def token_embeddings(vqvae: VQModel, ids: Tensor) -> Tensor:
+def token_embeddings(vqvae: Any, ids: Tensor) -> Tensor:
     """The codes `(..., D)` of ids `(...)`, on their device."""
     embedding = vqvae.quantize.embedding  # whose weights offloading keeps elsewhere until it is called
     where = ids.device if embedding.weight.is_meta else embedding.weight.device
     return embedding(ids.to(where)).to(ids.device)
 
 
-def mixed_embeddings(vqvae: VQModel, ids: Tensor, mask: Tensor, probabilities: Tensor) -> Tensor:
+def mixed_embeddings(vqvae: Any, ids: Tensor, mask: Tensor, probabilities: Tensor) -> Tensor:
     """Codes `(B, N, D)`: expected ones where a token is masked, those of the ids elsewhere (ADDP's canvas).
 
     Args:
@@ -88,7 +101,7 @@ def mixed_embeddings(vqvae: VQModel, ids: Tensor, mask: Tensor, probabilities: T
     return torch.where(mask[..., None], probabilities.to(codes.dtype) @ codes, codes[ids])
 
 
-def decode_embeddings(vqvae: VQModel, embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
+def decode_embeddings(vqvae: Any, embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
     """Images `(B, C, H, W)` of codes or mixtures of codes `(B, N, D)`; not clamped.
 
     Args:
@@ -97,7 +110,7 @@ def decode_embeddings(vqvae: VQModel, embeddings: Tensor, grid: tuple[int, int])
         grid: (h, w) in tokens.
     """
     codes = embeddings.transpose(1, 2).unflatten(2, grid)
-    if not vqvae.config["lookup_from_codebook"]:
+    if not vqvae.config.get("lookup_from_codebook"):
         return vqvae.decode(codes, force_not_quantize=True, return_dict=False)[0]
     # Such a tokenizer's `decode` takes ids; what it does behind the codebook takes mixtures too.
     hook = getattr(vqvae, "_hf_hook", None)
@@ -108,6 +121,7 @@ def decode_embeddings(vqvae: VQModel, embeddings: Tensor, grid: tuple[int, int])
 
 
 __all__ = [
+    "Tokenizer",
     "check_tokenizer",
     "check_vocabulary",
     "decode_embeddings",

@@ -38,8 +38,9 @@ def patch_mask(scores: Tensor, visible: Tensor) -> Tensor:
     Returns:
         `(B, h, w)` boolean, true where a patch is left.
     """
-    rank = scores.flatten(1).argsort(dim=1).argsort(dim=1)  # not a threshold: float32 scores may be equal
-    return (rank < visible.to(rank.device).reshape(-1, 1)).view(scores.shape)
+    order = scores.flatten(1).argsort(dim=1)  # not a threshold: float32 scores may be equal
+    first = torch.arange(order.shape[1], device=order.device) < visible.to(order.device).reshape(-1, 1)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, first.expand_as(order)).view(scores.shape)
 
 
 def mask_patches(
@@ -62,8 +63,7 @@ def mask_patches(
     """
     h, w = patch_grid((x0.shape[-2], x0.shape[-1]), patch_size)
     mask = patch_mask(scores, visible_patches(timestep, h * w, num_train_timesteps))
-    patches = x0.reshape(len(x0), -1, h, patch_size, w, patch_size)
-    return torch.where(mask[:, None, :, None, :, None], patches, 0).reshape(x0.shape)
+    return torch.where(_pixels(mask, patch_size), x0, 0)
 
 
 def patch_scores(noise: Tensor, patch_size: int) -> Tensor:
@@ -96,7 +96,7 @@ def noise_mask(noise: Tensor, level: NoiseLevel) -> Tensor:
     patch, steps = level.schedule.patch_size, level.schedule.num_train_timesteps
     scores = patch_scores(noise, patch)
     mask = patch_mask(scores, visible_patches(level.timestep, scores[0].numel(), steps))
-    return mask.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)[:, None]
+    return _pixels(mask, patch)
 
 
 def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -113,6 +113,13 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
             f"take a patch of {', '.join(map(str, fits))}, or resize the images."
         )
     return h // patch_size, w // patch_size
+
+
+def _pixels(mask: Tensor, patch_size: int) -> Tensor:
+    """`(B, h, w)` to `(B, 1, H, W)`."""
+    b, h, w = mask.shape
+    spread = mask[:, :, None, :, None].expand(-1, -1, patch_size, -1, patch_size)
+    return spread.reshape(b, 1, h * patch_size, w * patch_size)
 
 
 __all__ = ["mask_patches", "noise_mask", "patch_grid", "patch_mask", "patch_scores", "visible_patches"]

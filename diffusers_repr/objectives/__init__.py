@@ -19,6 +19,11 @@ from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.diffusion_autoencoder import (
+    DiffusionAutoencoderConfig,
+    DiffusionAutoencoderObjective,
+    PenaltyConfig,
+)
 from diffusers_repr.objectives.distillation import (
     DreamTeacherConfig,
     DreamTeacherObjective,
@@ -30,11 +35,6 @@ from diffusers_repr.objectives.distillation import (
     RepFusionObjective,
     Student,
     StudentConfig,
-)
-from diffusers_repr.objectives.diffusion_autoencoder import (
-    DiffusionAutoencoderConfig,
-    DiffusionAutoencoderObjective,
-    PenaltyConfig,
 )
 from diffusers_repr.objectives.finetune import FinetuneConfig, FinetuneObjective
 from diffusers_repr.objectives.hyperfeatures import HyperfeaturesConfig, HyperfeaturesObjective, keypoint_infonce

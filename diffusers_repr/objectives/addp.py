@@ -49,8 +49,8 @@ class ADDPConfig:
             raise ValueError(f"`model` takes {', '.join(own)} from the tokenizer and its predictor; leave them out.")
         if not 0 < self.mask_ratio_min < 1 or self.mask_ratio_std <= 0 or not 0 <= self.label_smoothing < 1:
             raise ValueError(
-                "`mask_ratio_min` lies between 0 and 1, `mask_ratio_std` above 0 and `label_smoothing` from 0 to below "
-                f"1; got {self.mask_ratio_min}, {self.mask_ratio_std}, {self.label_smoothing}."
+                "`mask_ratio_min` lies between 0 and 1, `mask_ratio_std` above 0 and `label_smoothing` from 0 to "
+                f"below 1; got {self.mask_ratio_min}, {self.mask_ratio_std}, {self.label_smoothing}."
             )
         if self.most_steps < 1 or self.ladder_steps < 1:
             raise ValueError(

@@ -64,7 +64,7 @@ class MAGEObjective(Objective):
 
     `-log p(z | z masked)` of the masked tokens, the share of which is drawn from a truncated normal distribution. The
     encoder sees a fixed number of tokens, so each sample of a batch may have a share of its own; the authors' code
-    draws one for all. Saved as a `TokenGenerationPipeline`, which generates, and which `Encoder.from_pretrained` reads.
+    draws one for all. Saved as a `TokenGenerationPipeline`, which generates and which `load_encoder` reads.
 
     A batch has `tokens` (B, N), or `pixel_values`, which are encoded; and `condition` (B, D) for a network with
     vectors. `mask_noise` (B, N) and `mask_ratio` (B,) in it are used instead of drawn ones.

@@ -105,6 +105,9 @@ class MDMObjective(DiffusionObjective):
         patch_grid(denoiser.image_size, schedule.patch_size)
         super().__init__(denoiser, **settings)
         self.reconstruction, self.ssim_window = _check_loss(reconstruction, ssim_window), ssim_window
+        if self.reconstruction == "ssim":  # does the window fit?
+            grey = torch.zeros(1, 1, *denoiser.image_size)
+            structural_dissimilarity(grey, grey, ssim_window)
 
     def forward(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """`loss`, its terms, and the errors of masked and visible pixels, which have no weight in it."""

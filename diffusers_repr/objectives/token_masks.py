@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.models.vq_tokens import encode_tokens, vocabulary_size
+from diffusers_repr.models.vq_tokens import encode_tokens, token_stride, vocabulary_size
 from diffusers_repr.objectives.auxiliary.base import full_precision, widen
 
 TOKENS = "tokens"
@@ -68,21 +68,30 @@ def batch_tokens(batch: Mapping[str, Any], tokenizer: Any) -> Tensor:
 
 
 def check_token_batch(batch: Mapping[str, Any], network: Any, tokenizer: Any) -> None:
-    """Refuse a batch whose tokens a network cannot use.
+    """Refuse a batch, still on the CPU, whose tokens a network cannot use; no image is encoded for it.
+
+    Args:
+        batch: With `tokens` or `pixel_values`.
+        network: Of the tokens.
+        tokenizer: That gives them.
 
     Raises:
         ValueError: Without tokens and images, for another number of tokens, and ids outside of the vocabulary.
     """
-    wanted, size = network.num_tokens, vocabulary_size(tokenizer)
-    if batch.get(TOKENS) is None and batch.get("pixel_values") is None:
+    ids, images = batch.get(TOKENS), batch.get("pixel_values")
+    if ids is None and images is None:
         raise ValueError("The batch has neither tokens nor images (pixel_values); latents of a VAE are no tokens.")
-    ids = batch_tokens(batch, tokenizer)
-    if ids.shape[1] != wanted:
+    grid = None
+    if ids is None and images is not None:
+        grid = tuple(side // token_stride(tokenizer) for side in images.shape[2:])
+    if grid not in (None, network.grid) or (ids is not None and ids[0].numel() != network.num_tokens):
+        found = " x ".join(map(str, grid or [ids[0].numel()]))  # type: ignore[index]
         raise ValueError(
-            f"An image is {ids.shape[1]} tokens of this tokenizer, and the network is made for {network.grid[0]} x "
+            f"An image is {found} tokens of this tokenizer, and the network is made for {network.grid[0]} x "
             f"{network.grid[1]}: set its sample_size, or the size of the images."
         )
-    if int(ids.min()) < 0 or int(ids.max()) >= size:
+    size = vocabulary_size(tokenizer)
+    if ids is not None and (int(ids.min()) < 0 or int(ids.max()) >= size):
         raise ValueError(
             f"The tokens are {int(ids.min())} to {int(ids.max())}; the tokenizer's are 0 to {size - 1}: they were "
             "made by a tokenizer of another vocabulary. Encode them again."

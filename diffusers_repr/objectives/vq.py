@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import VQModel
 from torch import Tensor
@@ -16,6 +17,7 @@ from diffusers_repr.models.vq_tokens import check_tokenizer, decode_embeddings, 
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
 from diffusers_repr.objectives.auxiliary.base import full_precision, widen
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
+from diffusers_repr.objectives.gathered import gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ def code_entropies(squared: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     """
     logs = (-squared / temperature).log_softmax(-1)
     mean = logs.exp().mean(0)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        mean = gathered(mean[None]).mean(0)  # of the batch of all processes: its entropy is no mean over samples
     return -(logs.exp() * logs).sum(-1).mean(), -(mean * mean.clamp_min(1e-12).log()).sum()
 
 
@@ -125,8 +129,8 @@ class TokenizerObjective(Objective):
         stride = 2 ** (len(self.vqvae.config["block_out_channels"]) - 1)
         if images.shape[2] % stride or images.shape[3] % stride:
             raise ValueError(
-                f"Images are {images.shape[2]} x {images.shape[3]}; a token of this tokenizer is {stride} pixels wide, "
-                "which must divide both sides."
+                f"Images are {images.shape[2]} x {images.shape[3]}; a token of this tokenizer is {stride} pixels "
+                "wide, which must divide both sides."
             )
 
     def identity(self) -> dict[str, Any]:

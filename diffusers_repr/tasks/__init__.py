@@ -23,6 +23,8 @@ from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.probe_training import ProbeAccuracy, ProbeTraining, prepare_probe
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
+from diffusers_repr.tasks.reconstruction import measure_reconstruction
+from diffusers_repr.tasks.representation import RepresentationProbe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
 from diffusers_repr.tasks.segmentation import Segmenter
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
@@ -60,6 +62,7 @@ __all__ = [
     "ProbeTraining",
     "Racing",
     "ReadoutErrors",
+    "RepresentationProbe",
     "RetrievalAccuracy",
     "Score",
     "SegmentationOutput",
@@ -74,6 +77,7 @@ __all__ = [
     "ZeroShotOutput",
     "compare_heads",
     "finetuned_probe",
+    "measure_reconstruction",
     "noise_curve",
     "prepare_probe",
     "winoground",

@@ -21,6 +21,7 @@ from diffusers_repr.metrics.encoding import encode_images, pick
 from diffusers_repr.sweep.finetune_probe import FinetuneProtocol
 from diffusers_repr.sweep.representation import BASELINES, ProbeSettings, measure_representation
 from diffusers_repr.tasks.images import class_accuracies, class_data
+from diffusers_repr.tasks.reconstruction import is_codec, measure_reconstruction
 from diffusers_repr.tasks.task import Task
 
 FILE, FORMAT = "representation.json", "diffusers_repr.representation/1"
@@ -156,9 +157,14 @@ class RepresentationProbe(Task):
         k: int = 20,
         finetune_epochs: int = 0,
         predictor: Literal["forest", "boosting", "lasso"] = "forest",
+        reconstruction_steps: int = 0,
+        reconstruction_images: int = 500,
+        judge: str | None = None,
         seed: int | None = None,
     ) -> dict[str, float]:
         """`linear` of the fitted head, and every other score, those of what stands beside it as `score: name`.
+
+        Of the folder of a diffusion autoencoder also what comes back of images, see `measure_reconstruction`.
 
         Args:
             data: Images with class ids; with attributes, those too (see `AttributedImages`).
@@ -169,11 +175,21 @@ class RepresentationProbe(Task):
             k: Neighbours of `knn`.
             finetune_epochs: Passes of the fine-tuning probe; 0 leaves it out.
             predictor: Of DCI.
+            reconstruction_steps: Of DDIM, both ways; 0 reconstructs nothing.
+            reconstruction_images: The first of the data, that many.
+            judge: Name of an encoder whose features reconstructions are compared by; none if None.
             seed: Of draws and of the untrained network; that of fitting if None.
 
         Raises:
-            ValueError: For images and labels that do not fit, more shots or neighbours than there are.
+            ValueError: For images and labels that do not fit, more shots or neighbours than there are, and a base
+                that is to reconstruct and cannot.
         """
+        place = self.encoder.place
+        if reconstruction_steps and (place is None or not is_codec(place)):
+            raise ValueError(
+                f"reconstruction_steps={reconstruction_steps}: {self.encoder.name!r} is no folder of a diffusion "
+                "autoencoder, and reconstructs nothing. Leave it out."
+            )
         test = class_data(data, "test")
         found = class_accuracies(self.head(self.vectors(test)).argmax(1), test.targets)
         scores = {"linear": found["accuracy"], "linear_balanced": found["balanced_accuracy"], "rows": len(test)}
@@ -189,9 +205,25 @@ class RepresentationProbe(Task):
                 attributes=_attributes(self.train, test), image_size=self._size(), batch_size=self.batch_size,
             )  # fmt: skip
             scores = {**scores, **{key: value for key, value in whole.flat().items() if key != "linear"}}
+        if reconstruction_steps:
+            scores |= self._reconstruction(test, reconstruction_steps, reconstruction_images, judge, seed)
         if record:
             self.recipe = {**self.recipe, "scores": {name: float(value) for name, value in scores.items()}}
         return scores
+
+    def _reconstruction(
+        self, test: Labelled, steps: int, count: int, judge: str | None, seed: int | None
+    ) -> dict[str, float]:
+        """What comes back of the first images."""
+        assert self.encoder.place is not None
+        size, channels = self._size(), self.encoder.channels
+        parts = test.pixels(self.batch_size, channels, size, range(min(count, len(test))))
+        images = torch.cat([pixels for _, pixels in parts]) / 2 + 0.5
+        encoder = None if judge is None else load_encoder(judge)
+        settings: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
+        return measure_reconstruction(
+            self.encoder.place, images, encoder=encoder, seed=self.seed if seed is None else seed, **settings
+        )
 
     def _size(self) -> tuple[int, int] | None:
         size = self.recipe["image_size"]
@@ -271,6 +303,11 @@ class RepresentationProbe(Task):
             )
         recipe = {key: value for key, value in told.items() if key not in ("format", "encoder")}
         head = LinearHead.from_pretrained(folder / "head")
+        if int(head.config["in_features"]) != encoder.dim:
+            raise ValueError(
+                f"The head in {str(folder)!r} takes {head.config['in_features']} numbers, {encoder.name!r} gives "
+                f"{encoder.dim}. Save the probe again."
+            )
         return cls(encoder, head, {**recipe, "protocol": None}, batch_size=size)
 
     def to(self, device: str | torch.device) -> Self:

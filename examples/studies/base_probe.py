@@ -12,13 +12,13 @@ import json
 from pathlib import Path
 
 import torch
-from demo import untrained
 from diffusers import DDPMPipeline
 
 from diffusers_repr import Denoiser, select_features
 from diffusers_repr.cli.guard import run_script
 from diffusers_repr.data.splits import open_split
 from diffusers_repr.denoiser.images import to_pixels
+from diffusers_repr.denoiser.untrained import untrained
 from diffusers_repr.heads import fit_head
 from diffusers_repr.hub import write_json
 

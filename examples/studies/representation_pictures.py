@@ -8,12 +8,13 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from diffusers_repr import Denoiser
-from diffusers_repr.denoiser.inversion import ddim_generate, ddim_invert
-from diffusers_repr.metrics import measure_generation, reconstruction_errors
+from diffusers_repr.metrics import measure_generation
 from diffusers_repr.pictures.figure import png_of, require_matplotlib
 from diffusers_repr.pictures.grid import image_grid
+from diffusers_repr.tasks.reconstruction import is_codec, measure_reconstruction, open_codec, reconstruct
 
 SHOWN = 8
+PLAIN = ("DDPMPipeline", "DDIMPipeline")
 
 
 def kind_of(folder: Path) -> str:
@@ -22,15 +23,20 @@ def kind_of(folder: Path) -> str:
     return str(json.loads(index.read_text()).get("_class_name", "")) if index.is_file() else ""
 
 
+def is_plain(folder: Path) -> bool:
+    """Whether a folder is a plain diffusion model, of noise."""
+    return kind_of(folder) in PLAIN and not is_masked(folder)
+
+
+def is_masked(folder: Path) -> bool:
+    """Whether a folder is a model of masked patches."""
+    config = folder / "scheduler" / "scheduler_config.json"
+    return config.is_file() and "PatchMask" in config.read_text()
+
+
 def autoencoder(folder: Path):
     """The diffusion autoencoder in a folder; None for what is none."""
-    if kind_of(folder) != "DiffusionAutoencoderPipeline":
-        return None
-    from diffusers_repr.pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
-
-    pipe = DiffusionAutoencoderPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return open_codec(folder) if is_codec(str(folder)) else None
 
 
 def token_generator(folder: Path):
@@ -46,29 +52,8 @@ def token_generator(folder: Path):
 
 def reconstruction_scores(folder: Path, images: Tensor, judge, steps: int, seed: int) -> dict[str, float]:
     """Of a diffusion autoencoder from inferred and from drawn noise; of a plain model from inferred noise alone."""
-    found = {}
-    for kind, back in reconstructions(folder, images, steps, seed).items():
-        errors = reconstruction_errors(images, back, judge)
-        found |= {f"{name}_{kind}": float(values.mean()) for name, values in errors.items()}
-    return found
-
-
-@torch.no_grad()
-def reconstructions(folder: Path, images: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
-    """Images `(N, C, H, W)` in [0, 1] that come back, by where their noise is from."""
-    pipe = autoencoder(folder)
-    if pipe is not None:
-        code = pipe.encode(images, steps)
-        drawn = torch.Generator().manual_seed(seed)
-        noises = {"inferred": code.x_T, "random": None}
-        return {
-            name: pipe.decode(code.code, noise, steps, generator=drawn, output_type="pt").images.cpu()
-            for name, noise in noises.items()
-        }
-    if kind_of(folder) in ("DDPMPipeline", "DDIMPipeline"):
-        denoiser = Denoiser.from_pretrained(folder)
-        noise = ddim_invert(denoiser, denoiser.encode_pixels(2 * images - 1), steps)
-        return {"inferred": (ddim_generate(denoiser, noise, steps) / 2 + 0.5).clamp(0, 1)}
+    if is_codec(str(folder)) or is_plain(folder):
+        return measure_reconstruction(folder, images, steps=steps, encoder=judge, seed=seed)
     return {}
 
 
@@ -94,7 +79,7 @@ def samples(folder: Path, count: int, steps: int, seed: int) -> Tensor | None:
         if not (pipe.config.normal_codes or pipe.prior is not None):
             return None
         return pipe(batch_size=count, num_inference_steps=steps, generator=generator, output_type="pt").images.cpu()
-    if kind_of(folder) not in ("DDPMPipeline", "DDIMPipeline"):
+    if not is_plain(folder):
         return None
     denoiser = Denoiser.from_pretrained(folder)
     from diffusers import DDIMPipeline
@@ -127,15 +112,28 @@ def curves(folders: dict[str, Path], path: Path) -> None:
     path.write_bytes(png_of(figure))
 
 
-def pictures(folders: dict[str, Path], images: Tensor, results: Path, steps: int) -> None:
-    """What each row shows, of the first seed: a picture a row and kind."""
+def pictures(
+    folders: dict[str, Path],
+    images: Tensor,
+    results: Path,
+    steps: int,
+    known: tuple[Tensor, Tensor, str] | None = None,
+) -> None:
+    """What each row shows, of the first seed: a picture a row and kind.
+
+    `known` is images with an attribute, whether each has it, and its name: codes are edited along its direction.
+    """
     for name, folder in folders.items():
         stem = "".join(c if c.isalnum() else "_" for c in name).lower()
         if autoencoder(folder) is not None:
             code_pictures(folder, images, steps, name, results / stem)
+            if known is not None:
+                edit_pictures(folder, images, steps, name, results / f"{stem}_edits.png", known)
         elif token_generator(folder) is not None:
             token_pictures(folder, name, results / f"{stem}_tokens.png")
-        elif kind_of(folder) and "PatchMask" in (folder / "scheduler" / "scheduler_config.json").read_text():
+        elif (folder / "loss.jsonl").is_file() and "mutual_information" in (folder / "loss.jsonl").read_text():
+            policy_pictures(folder, name, results / f"{stem}_levels.png")
+        elif is_masked(folder):
             masked_pictures(folder, images, name, results / f"{stem}_masked.png")
 
 
@@ -143,7 +141,7 @@ def pictures(folders: dict[str, Path], images: Tensor, results: Path, steps: int
 def code_pictures(folder: Path, images: Tensor, steps: int, name: str, stem: Path) -> None:
     """Reconstructions, interpolations, and swaps of code and noise."""
     pipe = autoencoder(folder)
-    back = reconstructions(folder, images, steps, 0)
+    back = reconstruct(pipe, images, steps=steps)
     rows = torch.cat([images, back["inferred"], back["random"]])
     titles = ["image", "inferred noise", "random noise"]
     image_grid(rows, len(images), title=f"{name}: reconstructions", row_titles=titles).save(f"{stem}_back.png")
@@ -164,6 +162,21 @@ def code_pictures(folder: Path, images: Tensor, steps: int, name: str, stem: Pat
 
 
 @torch.no_grad()
+def edit_pictures(
+    folder: Path, images: Tensor, steps: int, name: str, path: Path, known: tuple[Tensor, Tensor, str]
+) -> None:
+    """Images whose codes are moved along the direction of an attribute, their noise as it was."""
+    pipe = autoencoder(folder)
+    seen, has, attribute = known
+    direction = pipe.fit_direction(pipe.encode(seen, None).code, has)
+    strengths = [-0.4, -0.2, 0.0, 0.2, 0.4]
+    rows = [pipe.edit(images, direction, one, steps, output_type="pt").images.cpu() for one in strengths]
+    titles = [f"{one:+g}" if one else "as it is" for one in strengths]
+    title = f"{name}: edited towards {attribute}"
+    image_grid(torch.cat(rows), len(images), title=title, row_titles=titles).save(path)
+
+
+@torch.no_grad()
 def masked_pictures(folder: Path, images: Tensor, name: str, path: Path) -> None:
     """Masked images, and what the network makes of them, by level."""
     denoiser = Denoiser.from_pretrained(folder)
@@ -178,6 +191,23 @@ def masked_pictures(folder: Path, images: Tensor, name: str, path: Path) -> None
         rows += [(one / 2 + 0.5).clamp(0, 1) for one in (masked, painted)]
         titles += [f"{share:.0%} masked", "painted"]
     image_grid(torch.cat(rows), len(images), title=f"{name}: masked inputs", row_titles=titles).save(path)
+
+
+def policy_pictures(folder: Path, name: str, path: Path) -> None:
+    """Which timesteps a policy chose while it learned, how sure it was, and how much of that the image told."""
+    lines = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    keys = {
+        "timestep": "timestep chosen, mean",
+        "entropy": "entropy, nats",
+        "mutual_information": "of the image, nats",
+    }
+    figure = require_matplotlib().Figure(figsize=(3 * len(keys), 2.4), layout="constrained", dpi=100)
+    for at, (key, title) in enumerate(keys.items(), start=1):
+        axes = figure.add_subplot(1, len(keys), at)
+        axes.plot([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
+        axes.set_title(f"{name}: {title}", fontsize=8)
+        axes.tick_params(labelsize=7)
+    path.write_bytes(png_of(figure))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffusers_repr import Denoiser, Encoder
 from diffusers_repr.cli.guard import run_script
-from diffusers_repr.config.recipe import read_recipe
+from diffusers_repr.config.recipe import read_recipe, to_yaml
 from diffusers_repr.data.image_data import ImageData, load_images
 from diffusers_repr.data.splits import has_split
 from diffusers_repr.encoders import load_encoder
@@ -155,18 +155,19 @@ class Study:
         done = folder / "study.json"
         if done.is_file():
             return folder
-        given = {"output_dir": folder, "seed": seed, "max_train_steps": self.steps(file), **before}
-        keys = read_recipe(file)
-        given |= {"eval_split": "none"} if "eval_split" in keys else {}
+        keys = {key: value for key, value in read_recipe(file).items() if key != "eval_split"}  # measured here, alike
+        given = {"output_dir": str(folder), "seed": seed, "max_train_steps": self.steps(file)}
+        given |= {key: str(place) for key, place in before.items()}
         given |= {"pretrained_model_name_or_path": self.model} if "pretrained_model_name_or_path" in keys else {}
-        if not self.digits:
-            given |= {"dataset_name": self.args.dataset_name}
-        flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+        given |= {} if self.digits else {"dataset_name": self.args.dataset_name}
+        changed = folder.parent / f"seed-{seed}.yaml"
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        changed.write_text(to_yaml({**keys, **given}))
         print(f"{recipe}, seed {seed}: {given['max_train_steps']} steps", flush=True)
         since = time.process_time()
         with contextlib.redirect_stdout(sys.stderr):
             script = importlib.import_module(script_of(file))
-            script.main(["--config", str(file), *flags, *self.args.flags])
+            script.main(["--config", str(changed), *self.args.flags])
         seconds = time.process_time() - since
         batch = int(keys["train_batch_size"])
         write_json(done, {"recipe": recipe, "seed": seed, "steps": given["max_train_steps"], "batch": batch,
@@ -183,7 +184,7 @@ class Study:
                 "cpu_seconds": round(seconds, 1)}  # fmt: skip
 
     def encoder(self, row: Row, folder: Path | None, seed: int) -> Encoder:
-        """What is measured: the folder's encoder, or of its denoiser the layer that is best on the validation split."""
+        """What is measured: the folder's encoder, or the layer of its denoiser that is best on validation."""
         if not row.layer:
             return load_encoder(str(folder))
         place = self.model if folder is None else str(folder)
@@ -340,7 +341,11 @@ def main(argv: list[str]) -> None:
     folders = {name: args.work / str(ROWS[name].recipe) / f"seed-{args.seeds[0]}" for name in asked}
     there = {name: folder for name, folder in folders.items() if (folder / "study.json").is_file()}
     curves(there, args.results / "curves.png")
-    pictures(there, pixel_images(study.test, 8), args.results, args.inference_steps)
+    known = None
+    if study.attributes is not None:
+        slant = study.attributes[0]["slant"]
+        known = (pixel_images(study.train, None), slant < slant.median(), "a lean to the right")
+    pictures(there, pixel_images(study.test, 8), args.results, args.inference_steps, known)
 
 
 if __name__ == "__main__":

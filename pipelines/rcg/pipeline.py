@@ -31,6 +31,7 @@ from diffusers_repr.hub.checks import check_whole
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin, named_pipeline
 from diffusers_repr.models.labels import ClassNamesMixin, Labels, class_or_null_ids
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.representation_mlp import RepresentationMLPModel
 from diffusers_repr.models.sit import SiTTransformer2DModel
 from diffusers_repr.models.uvit import UViTTransformer2DModel
@@ -58,8 +59,8 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
     `prior` draws a vector by DDIM with eta = 1; a network of pixels or latents makes an image given it: a
     `UNet2DModel` with `class_embed_type="identity"`, a `UNet2DConditionModel`, to which it is one token, or a
     transformer with a vector input, such as `SiTTransformer2DModel(condition_dim=D)`; or MAGE's network of tokens,
-    `MaskedTokenModel(condition_dim=D)`, which needs no scheduler. A pipeline may have one half alone. Between the steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the
-    networks.
+    `MaskedTokenModel(condition_dim=D)`, which needs no scheduler. A pipeline may have one half alone. Between the
+    steps vectors and samples are float32, or float64 if `latents` are, whatever the dtype of the networks.
 
     Args:
         prior: Denoises vectors.
@@ -89,7 +90,7 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
         unet: UNet2DModel | UNet2DConditionModel | None = None,
         transformer: SiTTransformer2DModel | UViTTransformer2DModel | MaskedTokenModel | None = None,
         scheduler: SchedulerMixin | None = None,
-        vae: AutoencoderKL | VQModel | None = None,
+        vae: AutoencoderKL | VQModel | MaskGITVQModel | None = None,
         condition_embedding: VectorEmbedding | None = None,
         id2label: Mapping[Any, str] | None = None,
     ) -> None:

@@ -23,6 +23,7 @@ from diffusers_repr.denoiser.parallel_decoding import Schedule, masked_counts, s
 from diffusers_repr.denoiser.prior import Prior
 from diffusers_repr.hub.own_pipelines import OwnComponentsMixin
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
+from diffusers_repr.models.maskgit_vq import MaskGITVQModel
 from diffusers_repr.models.pixel_token_model import PixelTokenModel
 from diffusers_repr.models.vq_tokens import (
     check_vocabulary,
@@ -52,7 +53,7 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
 
     All tokens are masked at first. In each step every masked token is drawn, the most certain of them stay, and the
     others are masked again, fewer and fewer. A `MaskedTokenModel` tells them from the tokens that stayed. A
-    `PixelTokenModel` reads them from pixels: codes of the tokens that stayed and expected codes of the others, decoded.
+    `PixelTokenModel` reads them from pixels: codes of those that stayed and expected codes of the others, decoded.
 
     Args:
         vqvae: The tokenizer.
@@ -66,7 +67,7 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
     model_cpu_offload_seq = "transformer->vqvae"
     _callback_tensor_inputs = ["tokens", "mask", "embeddings", "condition"]
 
-    def __init__(self, vqvae: VQModel, transformer: MaskedTokenModel | PixelTokenModel) -> None:
+    def __init__(self, vqvae: VQModel | MaskGITVQModel, transformer: MaskedTokenModel | PixelTokenModel) -> None:
         super().__init__()
         check_vocabulary(transformer, vqvae)
         self.register_modules(vqvae=vqvae, transformer=transformer)
@@ -86,7 +87,7 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
         self,
         batch_size: int | None = None,
         guidance_scale: float = 1.0,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         temperature: float = 6.0,
         schedule: Schedule = "cosine",
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -104,7 +105,7 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
             batch_size: Number of samples; as many as there are vectors or generators if None, else 1.
             guidance_scale: Classifier-free guidance to the vectors, off up to 1. It rises with the steps: in step k of
                 S, from 1, the scale is `1 + (guidance_scale - 1) k / S`. RCG's `cfg` is `guidance_scale - 1`.
-            num_inference_steps: Steps, at most as many as tokens.
+            num_inference_steps: Steps, at most as many as tokens; 20, or as many as tokens, if None.
             temperature: Of the noise in the choice of tokens that stay, which falls to 0 with the last step: 6 for the
                 B and 11 for the L of RCG; 0 keeps the most certain.
             schedule: How many stay: `cosine`, few at first, or `linear`.
@@ -134,7 +135,8 @@ class TokenGenerationPipeline(sampling.SamplingMixin, OwnComponentsMixin, Diffus
         (given,) = sampling.repeat_rows(num_images_per_label, condition=given)
         count = sampling.count_samples(batch_size=batch_size, condition=given, generator=generator)
         device, places = torch.device(self._execution_device), self.transformer.num_tokens
-        counts = masked_counts(places, num_inference_steps, schedule)
+        steps = min(20, places) if num_inference_steps is None else num_inference_steps
+        counts = masked_counts(places, steps, schedule)
         if prior is not None:
             given = given_vectors(prior.draw(count, generator), self.condition_dim)
         tensors: dict[str, Any] = {

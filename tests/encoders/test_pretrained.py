@@ -303,8 +303,8 @@ def test_loading_is_silent(folders, tmp_path, capfd):
 
 
 def test_unknown_model_type_lists_the_known(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(TypeError, match=r"(?s)'resnet'. Known: clip, .*dinov2.*vit_mae.*register_encoder_family"):
+    (tmp_path / "config.json").write_text('{"model_type": "regnet"}')
+    with pytest.raises(TypeError, match=r"(?s)'regnet'. Known: clip, .*dinov2.*vit_mae.*register_encoder_family"):
         Encoder.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError):
         Encoder.from_pretrained(tmp_path / "absent")

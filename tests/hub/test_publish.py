@@ -141,6 +141,7 @@ CLASSES = {
     "rcg": "RCGPipeline",
     "retrieval_diffusion": "RetrievalDiffusionPipeline",
     "sit": "SiTPipeline",
+    "token_generation": "TokenGenerationPipeline",
 }
 
 

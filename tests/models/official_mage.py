@@ -43,13 +43,14 @@ class OfficialMAGE:
     def norm(self, name, width):
         return {f"{name}.weight": 1 + self.draw(width), f"{name}.bias": self.draw(width)}
 
-    def checkpoint(self):
+    def checkpoint(self, tokenizer=None):
         """The file as the authors' script saves it, with what is in it and not used."""
         unused = {"cls_token": self.draw(1, 1, 16), "pos_embed": self.draw(1, 5, 16), "mask_token": self.draw(1, 1, 8),
                   "patch_embed.proj.weight": self.draw(16, 3, 2, 2), "decoder_pos_embed": self.draw(1, 5, 8),
-                  "decoder_pred.weight": self.draw(12, 8), "vqgan.encoder.conv_in.weight": self.draw(4, 3, 3, 3),
+                  "decoder_pred.weight": self.draw(12, 8),
                   "token_emb.position_ids": torch.arange(5)[None]}  # fmt: skip
-        return {"model": {**self.weights, **unused}, "epoch": 1600}
+        frozen = {} if tokenizer is None else {f"vqgan.{k}": v for k, v in tokenizer.weights.items()}
+        return {"model": {**self.weights, **unused, **frozen}, "epoch": 1600}
 
     def __call__(self, ids, masked, dropped, vectors=None, null=None):
         """Scores of the tokenizer's ids, sample by sample, token by token; `dropped` ones the encoder does not see."""
@@ -100,3 +101,86 @@ class OfficialMAGE:
             scores = norm("mlm_layer.ln", hidden, 1e-5) @ table.T + w["mlm_layer.bias"][0]
             found.append(scores[1:, : self.vocab])
         return torch.stack(found)
+
+
+class OfficialVQGAN:
+    """The tokenizer in the same file: widths 4 and 8, one block a level, images in [0, 1]."""
+
+    WIDTHS, LATENT, GROUPS = (4, 8), 6, 4
+
+    def __init__(self, codes=5, seed=3):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return 0.3 * torch.randn(shape, generator=generator)
+
+        w = {"quantize.embedding.weight": draw(codes, self.LATENT)}
+
+        def norm(name, width):
+            w[f"{name}.weight"], w[f"{name}.bias"] = 1 + draw(width), draw(width)
+
+        def block(name, first, last):
+            norm(f"{name}.norm1", first)
+            norm(f"{name}.norm2", last)
+            w[f"{name}.conv1.weight"], w[f"{name}.conv2.weight"] = draw(last, first, 3, 3), draw(last, last, 3, 3)
+            if first != last:
+                w[f"{name}.nin_shortcut.weight"] = draw(last, last, 1, 1)
+
+        for half in ("encoder", "decoder"):
+            block(f"{half}.mid.block_1", 8, 8)
+            block(f"{half}.mid.block_2", 8, 8)
+        w["encoder.conv_in.weight"] = draw(4, 3, 3, 3)
+        block("encoder.down.0.block.0", 4, 4)
+        block("encoder.down.1.block.0", 4, 8)
+        norm("encoder.norm_out", 8)
+        w["encoder.conv_out.weight"], w["encoder.conv_out.bias"] = draw(6, 8, 1, 1), draw(6)
+        w["decoder.conv_in.weight"], w["decoder.conv_in.bias"] = draw(8, 6, 3, 3), draw(8)
+        block("decoder.up.1.block.0", 8, 8)
+        w["decoder.up.1.upsample.conv.weight"], w["decoder.up.1.upsample.conv.bias"] = draw(8, 8, 3, 3), draw(8)
+        block("decoder.up.0.block.0", 8, 4)
+        norm("decoder.norm_out", 4)
+        w["decoder.conv_out.weight"], w["decoder.conv_out.bias"] = draw(3, 4, 3, 3), draw(3)
+        self.weights = w
+
+    def _conv(self, name, x, padding=1):
+        w = self.weights
+        bias = w.get(f"{name}.bias")
+        return F.conv2d(x, w[f"{name}.weight"].double(), None if bias is None else bias.double(), padding=padding)
+
+    def _act(self, name, x):
+        w = self.weights
+        grouped = x.unflatten(1, (self.GROUPS, -1)).flatten(2)
+        spread = grouped.var(-1, correction=0, keepdim=True)
+        x = ((grouped - grouped.mean(-1, keepdim=True)) / (spread + 1e-6).sqrt()).reshape(x.shape)
+        x = x * w[f"{name}.weight"].double()[:, None, None] + w[f"{name}.bias"].double()[:, None, None]
+        return x * torch.sigmoid(x)
+
+    def _block(self, name, x):
+        hidden = self._conv(f"{name}.conv1", self._act(f"{name}.norm1", x))
+        hidden = self._conv(f"{name}.conv2", self._act(f"{name}.norm2", hidden))
+        if f"{name}.nin_shortcut.weight" in self.weights:
+            x = self._conv(f"{name}.nin_shortcut", hidden, 0)
+        return x + hidden
+
+    def encode(self, x):
+        """Ids `(B, h, w)` of images in [0, 1]."""
+        hidden = self._block("encoder.down.0.block.0", self._conv("encoder.conv_in", x.double()))
+        hidden = (hidden[..., ::2, :] + hidden[..., 1::2, :]) / 2
+        hidden = (hidden[..., ::2] + hidden[..., 1::2]) / 2
+        hidden = self._block("encoder.down.1.block.0", hidden)
+        for name in ("encoder.mid.block_1", "encoder.mid.block_2"):
+            hidden = self._block(name, hidden)
+        latents = self._conv("encoder.conv_out", self._act("encoder.norm_out", hidden), 0)
+        codes = self.weights["quantize.embedding.weight"].double()
+        return (latents[:, None] - codes[None, :, :, None, None]).square().sum(2).argmin(1)
+
+    def decode(self, ids):
+        """Images in [0, 1] of ids."""
+        hidden = self.weights["quantize.embedding.weight"].double()[ids].permute(0, 3, 1, 2)
+        hidden = self._conv("decoder.conv_in", hidden)
+        for name in ("decoder.mid.block_1", "decoder.mid.block_2", "decoder.up.1.block.0"):
+            hidden = self._block(name, hidden)
+        hidden = hidden.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        hidden = self._conv("decoder.up.1.upsample.conv", hidden)
+        hidden = self._block("decoder.up.0.block.0", hidden)
+        return self._conv("decoder.conv_out", self._act("decoder.norm_out", hidden))

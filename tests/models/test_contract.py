@@ -6,7 +6,10 @@ import torch
 from diffusers_repr.models import (
     ClassTokenHead,
     JointViTModel,
+    MaskedTokenModel,
+    MaskGITVQModel,
     NoisyClassifier,
+    PixelTokenModel,
     RepresentationMLPModel,
     SiTTransformer2DModel,
     UViTTransformer2DModel,
@@ -40,6 +43,8 @@ def joint_vit() -> JointViTModel:
     return JointViTModel(**sizes, hidden_size=16, num_attention_heads=2)
 
 
+TOKENS = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "decoder_num_layers": 1,
+          "decoder_num_attention_heads": 2}  # fmt: skip
 TIMES = torch.tensor([30, 900])
 CASES = {
     "SiT": ModelCase(sit, sit_inputs, {"sample": (2, 4, 8, 8)}, targets=("to_q", "to_v")),
@@ -72,6 +77,35 @@ CASES = {
         {"sample": (2, 2, 8, 4), "logits": (2, 3)},
         close=0.2,  # the time scales the residual stream itself, rounding with it
         targets=("to_q", "to_v"),
+    ),
+    "MaskedTokenModel": ModelCase(
+        lambda: MaskedTokenModel(9, (2, 3), **TOKENS, condition_dim=6),
+        lambda: {
+            "token_ids": torch.tensor([[0, 10, 3, 8, 10, 1], [4, 4, 10, 10, 10, 2]]),
+            "condition": torch.randn(2, 6),
+            "drop_mask": torch.tensor([False, True]),
+            "kept": torch.tensor([[0, 1, 3], [2, 4, 5]]),
+        },
+        {"sample": (2, 6, 9)},
+        close=0.2,
+        targets=("to_q", "to_v"),
+    ),
+    "PixelTokenModel": ModelCase(
+        lambda: PixelTokenModel(9, (8, 12), 4, 2, **TOKENS),
+        lambda: {
+            "pixels": torch.randn(2, 2, 8, 12),
+            "token_ids": torch.tensor([[0, 7, 3, 8, 7, 1], [4, 4, 0, 0, 6, 2]]),
+            "mask": torch.tensor([[True, True, False, False, True, False], [False, True, True, False, False, True]]),
+        },
+        {"sample": (2, 6, 9)},
+        close=0.2,
+        targets=("to_q", "to_v"),
+    ),
+    "MaskGITVQModel": ModelCase(
+        lambda: MaskGITVQModel(2, (4, 8), 1, 3, 5, 8, 4),
+        lambda: {"sample": torch.randn(2, 2, 4, 8)},
+        {"sample": (2, 2, 4, 8)},
+        close=10.0,  # a latent near two codes may fall to the other
     ),
     "RepresentationMLPModel": ModelCase(
         lambda: RepresentationMLPModel(6, 16, 2, time_embed_dim=8, num_classes=3, class_embed_dim=4),

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from diffusers_repr.pipelines.token_generation import TokenGenerationPipeline
 
 from diffusers_repr.cli import main
+from diffusers_repr.encoders import load_encoder
 from diffusers_repr.models import MaskedTokenModel, PixelTokenModel
 from diffusers_repr.models.convert_mage import convert_mage
 from diffusers_repr.models.token_blocks import places
@@ -16,7 +18,7 @@ from diffusers_repr.models.vq_tokens import (
     mixed_embeddings,
     token_embeddings,
 )
-from tests.models.official_mage import OfficialMAGE
+from tests.models.official_mage import OfficialMAGE, OfficialVQGAN
 from tests.objectives.cases import shake
 from tests.objectives.token_cases import images, masked_model, pixel_model, tokenizer
 
@@ -34,7 +36,7 @@ def test_mage_is_its_authors_network(vector, tmp_path, capsys):
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "5 tokens in 2 x 2 places" in printed
-    assert "vqgan of the file: other networks, left out." in printed
+    assert "the file holds no tokenizer" in printed
     model = MaskedTokenModel.from_pretrained(tmp_path / "out")
     vectors = torch.randn(2, vector, generator=torch.Generator().manual_seed(1)) if vector else None
     null = torch.tensor([True, False]) if vector else None
@@ -50,6 +52,38 @@ def test_mage_is_its_authors_network(vector, tmp_path, capsys):
             free = model(masked).sample
         torch.testing.assert_close(free[0], whole[0])  # without a vector it is given the null one
         assert (free[1] - whole[1]).abs().max() > 1e-3
+
+
+def test_the_authors_tokenizer_comes_with_it(tmp_path, capsys):
+    official, own = OfficialMAGE(), OfficialVQGAN()
+    torch.save(official.checkpoint(own), tmp_path / "mage.pth")
+    heads = '{"num_attention_heads": 2, "decoder_num_attention_heads": 2}'
+    command = ["convert", str(tmp_path / "mage.pth"), "--out", str(tmp_path / "out"), "--model_config", heads]
+    assert main(command) == 0
+    assert "TokenGenerationPipeline.from_pretrained" in capsys.readouterr().out
+    pipe = TokenGenerationPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.vqvae.config.sample_size == 4
+    pixels = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    ids = encode_tokens(pipe.vqvae, 2 * pixels - 1)
+    assert torch.equal(ids, own.encode(pixels))
+    with torch.no_grad():
+        made = pipe.decode(token_embeddings(pipe.vqvae, ids.flatten(1))) / 2 + 0.5
+        again = pipe.vqvae(2 * pixels - 1).sample / 2 + 0.5
+    torch.testing.assert_close(made.double(), own.decode(ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, made, rtol=1e-4, atol=1e-4)
+    encoder = load_encoder(tmp_path / "out").encode_pixels(2 * pixels - 1)
+    with torch.no_grad():
+        want = pipe.transformer.encode(ids)[:, 1:]
+    torch.testing.assert_close(encoder["tokens"], want)
+    state = official.checkpoint(own)["model"]
+    sizes = {"num_attention_heads": 2, "decoder_num_attention_heads": 2}
+    with pytest.raises(ValueError, match=r"lacks encoder.conv_out.weight"):
+        convert_mage({k: v for k, v in state.items() if k != "vqgan.encoder.conv_out.weight"}, sizes)
+    with pytest.raises(ValueError, match="has 4 codes, and the network knows 5"):
+        convert_mage({**state, "vqgan.quantize.embedding.weight": torch.ones(4, 6)}, sizes)
+    torch.save({"model": {**state, "vqgan.more": torch.ones(1)}}, tmp_path / "more.pth")
+    assert main([*command[:1], str(tmp_path / "more.pth"), *command[2:], "--overwrite"]) != 0
+    assert "is not quite MaskGIT's: ['more']" in capsys.readouterr().err
 
 
 def test_checkpoints_that_are_none():
@@ -86,14 +120,13 @@ def test_the_student_by_a_loop():
                     line.append(blank + model.masked_positions[0, at])
                 else:
                     line.append(seen[1 + at] + model.decoder_positions[0, 1 + at])
-            for at in range(16):
-                if not mask[row, at]:
-                    line.append(model.token_embed.weight[ids[row, at]] + model.token_positions[0, at])
+            shown = [at for at in range(16) if not mask[row, at]]
+            line += [model.token_embed.weight[ids[row, at]] + model.token_positions[0, at] for at in shown]
             hidden = torch.stack(line)[None]
             for block in model.decoder_blocks:
                 hidden = block(hidden)
             hidden = F.gelu(model.head.proj(model.decoder_norm(hidden[0, 1:17])))
-            want = model.head.norm(hidden) @ model.token_embed.weight.T + model.head.bias
+            want = model.head.norm(hidden) @ model.token_embed.weight.T + model.logit_bias
             torch.testing.assert_close(found[row], want)
         known = places(~mask)
         assert torch.equal(model(pixels, ids, mask, known).sample, found)
@@ -153,7 +186,7 @@ def test_a_tokenizer_of_another_vocabulary():
         check_vocabulary(masked_model(vocab_size=9), tokenizer())
     with pytest.raises(ValueError, match="patches of 4 pixels and 1 channels; a token of the tokenizer is one of 2"):
         check_vocabulary(pixel_model(patch_size=4), tokenizer())
-    with pytest.raises(TypeError, match="a diffusers VQModel; got Linear"):
+    with pytest.raises(TypeError, match="VQModel or a MaskGITVQModel; got Linear"):
         check_vocabulary(masked_model(), torch.nn.Linear(1, 1))
 
 

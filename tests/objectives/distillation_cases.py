@@ -1,6 +1,7 @@
 """What the tests of distillation share: tiny teachers, students and batches."""
 
 import torch
+from torch import nn
 
 from diffusers_repr import Denoiser
 from diffusers_repr.objectives import (
@@ -52,3 +53,14 @@ def batch(count: int = 4, size: tuple[int, int] = (16, 16)) -> dict:
         "noise": torch.randn(count, 3, *size, generator=generator),
         "class_labels": torch.arange(count) % 5,
     }
+
+
+class Constant(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, pixels):
+        return self.logits.expand(len(pixels), -1)

@@ -4,10 +4,11 @@ import types
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers_repr.pipelines.joint_diffusion import JointDiffusionPipeline
 from diffusers_repr.pipelines.sit import SiTPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_ode import FlowMatchODEScheduler
+from diffusers_repr.schedulers_ext.scheduling_patch_mask import PatchMaskScheduler
 from torch import nn
 
 from diffusers_repr import Denoiser
@@ -25,6 +26,9 @@ from diffusers_repr.objectives import (
     DispersiveLoss,
     HyperfeaturesConfig,
     HyperfeaturesObjective,
+    LDAEConfig,
+    LDAEObjective,
+    MDMObjective,
     ModelArtifact,
     Objective,
     PipelineArtifact,
@@ -85,6 +89,17 @@ def hyperfeatures():
     return HyperfeaturesObjective(Denoiser.from_pipe(build("ddim")), (16, 16), config)
 
 
+def ldae():
+    config = LDAEConfig(model={"sample_size": 8, "in_channels": 3, "num_layers": 2, "hidden_size": 16,
+                               "num_attention_heads": 2, "modulation_size": 4}, num_directions=4)  # fmt: skip
+    return LDAEObjective(shake(config.build()), config.fit([batch(40)["pixel_values"]]), config)
+
+
+def mdm():
+    unet = unet2d(3, sample_size=8)
+    return MDMObjective(Denoiser.from_pipe(DDPMPipeline(unet, PatchMaskScheduler(patch_size=2))))
+
+
 METHODS = {
     "plain": lambda: DiffusionObjective(piped()),
     "plain with losses": lambda: DiffusionObjective(
@@ -103,6 +118,8 @@ METHODS = {
     "classifier": classifier,
     "readout": readout,
     "hyperfeatures": hyperfeatures,
+    "ldae": ldae,
+    "mdm": mdm,
     "simclr": lambda: SimCLRObjective(VIT, [0.5] * 3, [0.5] * 3, projection_dim=4),
 }
 

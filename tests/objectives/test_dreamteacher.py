@@ -1,6 +1,7 @@
-"""DreamTeacher: targets, losses written out, shapes of the pyramid, label distillation, what is matched and refused."""
+"""DreamTeacher: targets, losses written out, shapes of the pyramid, label distillation, what is matched."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from diffusers_repr import Denoiser
 from diffusers_repr.data import DataConfig, load_train_data
+from diffusers_repr.denoiser import LabelConditioner
 from diffusers_repr.models import FeatureInterpreter
 from diffusers_repr.objectives import (
     DreamTeacherConfig,
@@ -35,7 +37,7 @@ from tests.objectives.distillation_cases import CONVNEXT, batch, denoiser, dream
 from tests.objectives.test_repfusion import hooked
 from tests.testers.models import build, unet2d
 
-DIGITS = "examples/models/digits-ddpm"
+DIGITS = str(Path(__file__).parents[2] / "examples" / "models" / "digits-ddpm")
 TAPS = ["up_blocks.1.attentions.1", "up_blocks.0.resnets.1"]  # of strides 2 and 4
 
 
@@ -171,7 +173,7 @@ def test_wide_images_and_a_conditional_teacher():
     out = objective(batch(size=(16, 24)))
     assert out["loss"].isfinite()
     torch.manual_seed(0)
-    base = Denoiser(unet2d(3, num_class_embeds=6), DDIMScheduler())
+    base = Denoiser(unet2d(3, num_class_embeds=6), DDIMScheduler(), conditioner=LabelConditioner(5))
     objective, told = dreamteacher(base=base), []
     base.model.register_forward_pre_hook(
         lambda module, args, kwargs: told.append(kwargs["class_labels"].tolist()), with_kwargs=True

@@ -116,6 +116,29 @@ def load_rcg(place: Path) -> None:
     print("rcg is good", flush=True)
 
 
+def load_tokens(place: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(place / "tokens", **consent("token_generation"))
+    assert type(pipe).__module__.startswith("diffusers_modules.local")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
+
+    def far(pipe=pipe) -> float:
+        images = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+        return np.abs(images - np.load(place / "tokens.npy")).max()
+
+    assert far() < 5e-5
+    pipe.save_pretrained(place / "tokens-again")
+    again = DiffusionPipeline.from_pretrained(place / "tokens-again", **consent("token_generation"))
+    assert type(again).__name__ == "TokenGenerationPipeline"
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert far() < 5e-5
+    pipe.remove_all_hooks()
+    for part in (pipe.transformer, pipe.vqvae):
+        cpu_offload(part, torch.device("cpu"))  # the sequential one, whose "cpu:0" accelerate cannot handle
+    assert far() < 5e-5
+    print("tokens is good", flush=True)
+
+
 def load_features(*names: str) -> None:
     errors = check_all(list(names))
     if not before("diffusers", "0.38"):  # older loaders run a folder's code without asking
@@ -250,6 +273,7 @@ if __name__ == "__main__":
         (load_joint, (place,)),
         (load_rcg, (place,)),
         (load_retrieval, (place,)),
+        (load_tokens, (place,)),
         (load_autoencoder, (place,)),
         (load_features, FEW),
         (load_segmentation, ()),

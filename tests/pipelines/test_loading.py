@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import torch
+from diffusers_repr.pipelines.token_generation import TokenGenerationPipeline
 from diffusers_repr.schedulers_ext.scheduling_flow_match_sde import FlowMatchSDEScheduler
 
-from tests.objectives import autoencoder_cases
+from tests.objectives import autoencoder_cases, token_cases
 from tests.pipelines import rcg_cases, retrieval_cases, sit_cases
 from tests.pipelines.guided_cases import GUIDED
 from tests.pipelines.test_joint_diffusion import make
@@ -38,6 +39,10 @@ def test_every_folder_loads_with_consent(tmp_path):
     call = {"guidance_scale": 2.0, "num_inference_steps": 3, "output_type": "np"}
     query, seed = retrieval_cases.vectors(2, 9), torch.Generator().manual_seed(0)
     np.save(tmp_path / "retrieval.npy", pipe(query, retrieval_cases.index(), generator=seed, **call).images)
+    pipe = TokenGenerationPipeline(token_cases.tokenizer(), token_cases.pixel_model())
+    pipe.save_pretrained(tmp_path / "tokens")
+    call = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
+    np.save(tmp_path / "tokens.npy", pipe(**call, generator=torch.Generator().manual_seed(0)).images)
     pipe, codes = autoencoder_cases.pipeline("pdae"), autoencoder_cases.codes(2)
     pipe.save_pretrained(tmp_path / "autoencoder")
     torch.save(codes, tmp_path / "codes.pt")
@@ -52,6 +57,7 @@ def test_every_folder_loads_with_consent(tmp_path):
         "joint",
         "rcg",
         "retrieval",
+        "tokens",
         "autoencoder",
         "feature_extraction",
         "few_shot_segmentation",

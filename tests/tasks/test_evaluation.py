@@ -27,7 +27,8 @@ from diffusers_repr.tasks.evaluation import (
     unregister_source,
     unregister_task,
 )
-from diffusers_repr.tasks.evaluation.plan import Bases, Plan, make_plan
+from diffusers_repr.tasks.evaluation.bases import Bases
+from diffusers_repr.tasks.evaluation.plan import Plan, make_plan
 from diffusers_repr.tasks.evaluation.sources import Reading
 from diffusers_repr.tasks.sift import SiftCorrespondence
 from tests.data.test_image_pairs import spair

@@ -85,7 +85,14 @@ def probe(folder):
     return cached_run(folder, folder.parent / "inputs", 4)
 
 
-JOBS = (metrics, extract, cache, training, samples, sinkhorn, assign, probe)
+def representations(folder):
+    """Every objective that makes a representation under DDP, and one of them in the loop."""
+    from tests.objectives.representation_cases import job
+
+    return job(folder)
+
+
+JOBS = (metrics, extract, cache, training, samples, sinkhorn, assign, probe, representations)
 
 
 def everywhere(value):

@@ -187,8 +187,8 @@ def matched_levels(layers: Sequence[Layer], stages: Sequence[Stage], every: bool
     if not found or every and len(found) < len(layers):
         raise ValueError(
             f"The teacher's layers have strides {[f'{s:g}' for s in strides]} and the student's stages "
-            f"{[stage.stride for stage in stages]}; {'each layer needs' if every else 'one at least needs'} a stage of "
-            "its stride. Name other layers, or a student with another patch_size or more stages."
+            f"{[stage.stride for stage in stages]}; {'each layer needs' if every else 'one at least needs'} a stage "
+            "of its stride. Name other layers, or a student with another patch_size or more stages."
         )
     twice = sorted({stride for stride in strides if strides.count(stride) > 1 and stride in by_stride})
     if twice:

@@ -87,7 +87,7 @@ class InterpreterObjective(Objective):
         self.card = {
             "kind": "interpreter of a denoiser's features", "library_name": "diffusers",
             "pipeline_tag": "image-segmentation", "tags": ["dreamteacher"],
-            "text": "For label distillation by DreamTeacher (arXiv 2307.07487): `interpreter: {folder}` of its recipe.",
+            "text": "For the labels of DreamTeacher (arXiv 2307.07487): `interpreter: {folder}` of its recipe.",
             **({"base_model": base} if base else {}),
         }  # fmt: skip
 

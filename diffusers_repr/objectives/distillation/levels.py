@@ -29,7 +29,8 @@ class LevelChoice:
     @property
     def log_probability(self) -> Tensor:
         """Of each image's own level, `(B,)`."""
-        assert self.bins is not None and self.log_probabilities is not None
+        assert self.bins is not None
+        assert self.log_probabilities is not None
         return self.log_probabilities.gather(1, self.bins[:, None])[:, 0]
 
     @property

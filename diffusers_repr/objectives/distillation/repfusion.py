@@ -152,8 +152,8 @@ class RepFusionObjective(Objective):
         count = len(student.stages)
         if len(wanted) != len(layers) or not all(-count <= at < count for at in wanted):
             raise ValueError(
-                f"`student_stages` names a stage of the student, {-count} to {count - 1}, for each of the {len(layers)} "
-                f"teacher layers; got {wanted}."
+                f"`student_stages` names a stage of the student, {-count} to {count - 1}, for each of the "
+                f"{len(layers)} teacher layers; got {wanted}."
             )
         self.config, self.backbone = config, student
         self.freeze_base(denoiser)

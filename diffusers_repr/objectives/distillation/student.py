@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -121,8 +122,8 @@ class Student:
             coarsest = self.stages[-1].stride
             if any(side % coarsest for side in size):
                 raise ValueError(
-                    f"Images are {size[0]} x {size[1]}, and the student's last stage has a stride of {coarsest}, which "
-                    "does not divide them. Take a smaller patch_size or fewer stages, or another `resolution`."
+                    f"Images are {size[0]} x {size[1]}, and the student's last stage has a stride of {coarsest}, "
+                    "which does not divide them. Take a smaller patch_size or fewer stages, or another `resolution`."
                 )
         else:
             self.stages = measure_stages(module, stages or stage_paths(module), self.channels, size)
@@ -224,8 +225,7 @@ class Student:
 
 def _first_argument(module: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     """By the name that the network's forward has for it."""
-    names = module.forward.__code__.co_varnames
-    return {names[1]: pixels}
+    return {next(iter(inspect.signature(module.forward).parameters)): pixels}
 
 
 def _family(model_type: str | None) -> BackboneFamily | None:
