@@ -47,7 +47,7 @@ def load_tokens(config: TrainingConfig, data_config: DataConfig, tokens: TokenCo
 
 def build(vqvae, data, mage: MAGEConfig, seed: int) -> MAGEObjective:
     """A new network for the tokenizer, and for the vectors of the data where there are any."""
-    assigned = getattr(getattr(data, "images", data), "assigned", None)
+    assigned = getattr(data.images if isinstance(data, TokenData) else data, "assigned", None)  # a stream has none
     vectors = None if assigned is None or not assigned.has_values else assigned.values(torch.arange(1))
     if vectors is not None and vectors.ndim != 2:
         raise ValueError("MAGE is conditioned on one vector an image; the assignments are sets of neighbours.")

@@ -31,6 +31,7 @@ COMMANDS = {
     "segment predict": "write masks of images by a saved segmenter",
     "segment open": "write segments of images under any names, by a saved open-vocabulary segmenter",
     "evaluate": "fit and measure what recipes tell: numbers, pictures, cards and one table",
+    "generate": "make images of classes or prompts, or variants of images, as data to train on",
     "align": "compare the layers of a model with an encoder, level by level",
     "convert": "turn a checkpoint of SiT, DiT, REPA, REG, HybViT, MoCo v3 or a readout head into a folder that loads",
     "publish": "push all pipelines, schedulers, models and heads to the Hub",

@@ -1,4 +1,4 @@
-"""A split of a folder, a Parquet file or a Hub id, through `datasets`, or of the digits of scikit-learn."""
+"""A split of a folder, a Parquet file or a Hub id, through `datasets`; of generated images; or of the digits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pyarrow
 
 from diffusers_repr.data.digits import DIGITS, SPLIT_SIZES, load_digits_splits
 from diffusers_repr.data.edm_folder import open_edm_folder
+from diffusers_repr.store.image_store import ImageStore, is_image_store
 
 
 def open_split(path: str, split: str, revision: str | None = None, streaming: bool = False) -> Any:
@@ -100,6 +101,9 @@ def _load(local: Path, path: str, split: str, revision: str | None, streaming: b
                 f"{path} was written by `save_to_disk`, which is memory-mapped already; leave streaming out."
             )
         return datasets.load_from_disk(path)
+    if is_image_store(local):
+        made = ImageStore.open(local).labelled()
+        return {made.split or "train": made.to_iterable_dataset() if streaming else made}
     preprocessed = open_edm_folder(local, split) if local.is_dir() else None
     if preprocessed is not None:
         return {name: rows.to_iterable_dataset() if streaming else rows for name, rows in preprocessed.items()}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_repr.config.recipe import setting
-from diffusers_repr.data.base import TrainData, augmented
+from diffusers_repr.data.base import TrainData, augmented, hashed
 from diffusers_repr.data.train_data import ImageTrainData
+from diffusers_repr.data.variants import read_variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class ViewConfig:
     contrast: float = setting(0.4, "jitter: factor on the distance to the image's mean luma")
     saturation: float = setting(0.4, "jitter: factor on the distance to the pixel's luma (RGB only)")
     grey_probability: float = setting(0.0, "share of images that lose their colours (RGB only)")
+    variants_dir: str | None = setting(None, "variants of each image, of `diffusers-repr generate`, to be views")
+    variant_probability: float = setting(1.0, "share of the views that may be variants which are")
+    variant_views: Literal["second", "both", "either"] = setting("second", "which views may be variants")
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1 <= self.crop_ratio:
@@ -38,7 +42,8 @@ class ViewConfig:
                 f"`crop_scale` is a share of the area, above 0 and up to 1, and `crop_ratio` is 1 or more; got "
                 f"{self.crop_scale} and {self.crop_ratio}."
             )
-        for name in ("jitter_probability", "grey_probability", "brightness", "contrast", "saturation"):
+        shares = ("jitter_probability", "grey_probability", "brightness", "contrast", "saturation")
+        for name in (*shares, "variant_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` lies in [0, 1]; got {getattr(self, name)}.")
 
@@ -113,6 +118,7 @@ class ViewData(TrainData):
         self.pixels = torch.stack([data[index]["pixel_values"] for index in range(len(data))])
         if self.pixels.shape[1] == 1 and config.grey_probability:
             raise ValueError("`grey_probability` takes colours away; these images are grey. Set it to 0.")
+        self.variants = None if config.variants_dir is None else read_variants(config.variants_dir, self.pixels)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -127,17 +133,38 @@ class ViewData(TrainData):
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """`views` (2, B, C, H, W) in [-1, 1]."""
         self.pixels = self.pixels.to(batch["index"].device)
-        twice = {"pixel_values": self.pixels[batch["index"]].repeat(2, 1, 1, 1)}
+        twice = {"pixel_values": self._sources(batch["index"])}
         views = view(augmented(twice, self.data.config)["pixel_values"], self.config)
         return {**batch, "views": views.unflatten(0, (2, -1))}
+
+    def _sources(self, rows: Tensor) -> Tensor:
+        """What both views are made of, `(2B, C, H, W)`: the images, or variants of them (arXiv 2403.05966)."""
+        images, share, which = self.pixels[rows], self.config.variant_probability, self.config.variant_views
+        if self.variants is None or share == 0:  # nothing is drawn: all else is as without variants
+            return images.repeat(2, 1, 1, 1)
+        self.variants = self.variants.to(rows.device)
+        found = [images, images]
+        either = torch.rand(len(rows), device=rows.device) < 0.5 if which == "either" else None
+        for place in (0, 1):
+            if which == "second" and place == 0:
+                continue
+            drawn = torch.randint(self.variants.shape[1], (len(rows),), device=rows.device)
+            taken = torch.rand(len(rows), device=rows.device) < share
+            if either is not None:
+                taken &= either if place else ~either
+            found[place] = torch.where(taken.view(-1, 1, 1, 1), self.variants[rows, drawn], images)
+        return torch.cat(found)
 
     def labelled(self) -> tuple[Tensor, Tensor]:
         """All images, uint8, and their class ids."""
         return self.pixels, torch.tensor([int(self.data.annotations(row)["class_labels"]) for row in range(len(self))])
 
     def fingerprint(self) -> dict[str, Any]:
-        """That of the images."""
-        return self.data.fingerprint()
+        """That of the images, and of their variants."""
+        own = self.data.fingerprint()
+        if self.variants is not None:
+            own["variants"] = hashed(part.numpy().tobytes() for part in self.variants.cpu())
+        return own
 
     @property
     def class_names(self) -> None:

@@ -36,7 +36,6 @@ OWN_COMPONENTS = {
     "NullTokens": "diffusers_repr.models.null_tokens",
     "OdiseHead": "diffusers_repr.heads.odise.head",
     "PatchMaskScheduler": "diffusers_repr.schedulers_ext.scheduling_patch_mask",
-    "PatchPCA": "diffusers_repr.models.patch_pca",
     "PixelEnsembleHead": "diffusers_repr.heads.pixel_ensemble",
     "PixelTokenModel": "diffusers_repr.models.pixel_token_model",
     "Projector": "diffusers_repr.heads.projector",

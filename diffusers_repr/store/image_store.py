@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffusers_repr.hub.components import MAX_SIDE
+from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.places import is_place, last_name
 from diffusers_repr.hub.schema import Check, anything, digest, integer, mapping, one_of, optional, record, text
-from diffusers_repr.store.manifest import layout_schema, manifest_schema, recipe_hash
+from diffusers_repr.store.manifest import MANIFEST, layout_schema, manifest_schema, recipe_hash
 from diffusers_repr.store.parquet import ParquetLayout
 from diffusers_repr.store.parquet_store import ParquetStore
 from diffusers_repr.store.write import Plan, Spans, check_folder, choose_shard_size, write_store
@@ -153,6 +154,26 @@ class ImageStore(ParquetStore):
                 raise self._broken(shard, _PATH)
         return super().load()
 
+    def labelled(self) -> datasets.Dataset:
+        """As `load`, with a column `label` of class ids where every image has a condition.
+
+        Conditions that are whole numbers are the ids themselves; other texts are named classes, numbered as they come.
+
+        Raises:
+            ValueError: If a shard is corrupted.
+        """
+        data = self.load()
+        given = data["condition"][:]
+        if any(text is None for text in given):
+            return data
+        if all(text.isascii() and text.isdigit() for text in given):
+            names = [str(number) for number in range(max(map(int, given)) + 1)]
+        else:
+            names = list(dict.fromkeys(given))
+        ids = {name: number for number, name in enumerate(names)}
+        labels = [ids[str(int(text)) if text not in ids else text] for text in given]
+        return data.add_column("label", labels, feature=datasets.ClassLabel(names=names))
+
     def image_keys(self) -> list[ImageKey]:
         """The key of every row.
 
@@ -255,6 +276,16 @@ def not_yet_made(keys: Iterable[ImageKey], stores: Iterable[ImageStore]) -> list
     """The keys that no store holds, each once, in their order."""
     known = {key.name for store in stores for key in store.image_keys()}
     return list({key.name: key for key in keys if key.name not in known}.values())
+
+
+def is_image_store(folder: Path) -> bool:
+    """Whether a folder has the manifest of an `ImageStore`."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return False
+    held = read_json(manifest)
+    layout = held.get("layout") if isinstance(held, Mapping) else None
+    return isinstance(layout, Mapping) and layout.get("kind") == _KIND
 
 
 def _refuse_places(key: ImageKey) -> None:

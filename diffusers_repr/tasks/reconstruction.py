@@ -48,7 +48,7 @@ def measure_reconstruction(
         ValueError: For images that do not fit.
     """
     found = reconstruct(model, images, steps=steps, seed=seed, batch_size=batch_size)
-    scores = {}
+    scores: dict[str, float] = {}
     for kind, back in found.items():
         errors = reconstruction_errors(images, back, encoder, window=window, batch_size=batch_size)
         scores |= {f"{name}_{kind}": float(values.mean()) for name, values in errors.items()}

@@ -197,7 +197,7 @@ class Study:
         """A line of rows.jsonl."""
         row, args = ROWS[name], self.args
         folder = None if row.recipe is None else self.trained(row.recipe, seed, name)
-        head = {"row": name, "seed": seed, "data": args.dataset_name, "passes": args.passes, **self.cost(folder)}
+        head = {"row": name, "seed": seed, "data": args.dataset_name, "passes": length(args), **self.cost(folder)}
         settings = ProbeSettings(PROBES, finetune=FinetuneProtocol(epochs=args.finetune_epochs), seed=seed)
         if name == "raw pixels":
             return {**head, **self.of_pixels(settings)}
@@ -267,9 +267,14 @@ def table(lines: Sequence[dict]) -> str:
     for name in dict.fromkeys(line["row"] for line in lines):
         own = [line for line in lines if line["row"] == name]
         cells = [cell(key, own) for key in keys]
-        passes = "-" if "steps" not in own[0] else f"{own[0]['passes']:g} x {own[0]['stages']}"
+        passes = "-" if "steps" not in own[0] else f"{own[0]['passes']} x {own[0]['stages']}"
         rows.append(f"| {name} | {' | '.join(cells)} | {passes} | {len(own)} |")
     return "\n".join(rows) + "\n"
+
+
+def length(args: argparse.Namespace) -> int | str:
+    """How long every stage is trained, as the rows say it."""
+    return f"{args.steps} steps" if args.steps is not None else args.passes
 
 
 def cell(key: str, own: Sequence[dict]) -> str:
@@ -294,7 +299,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("outputs/representations-results"))
     parser.add_argument("--rows", nargs="+", default=None, choices=list(ROWS), help="default: all that have a recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--passes", type=float, default=80, help="over the training images, of every stage")
+    parser.add_argument("--passes", type=int, default=80, help="over the training images, of every stage")
     parser.add_argument("--steps", type=int, help="optimizer steps of every stage, in place of --passes")
     parser.add_argument("--dataset_name", default="digits", help="another data set: rows that take any base alone")
     parser.add_argument("--test_split", default="test")
@@ -320,9 +325,9 @@ def main(argv: list[str]) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     lines = read_lines(file)
     known = {(line["row"], line["seed"]): line for line in lines}
-    old = next((line for line in lines if (line["data"], line["passes"]) != (args.dataset_name, args.passes)), None)
+    old = next((line for line in lines if (line["data"], line["passes"]) != (args.dataset_name, length(args))), None)
     if old is not None:
-        raise ValueError(f"{file} holds rows of {old['data']} at {old['passes']} passes; name another --results.")
+        raise ValueError(f"{file} holds rows of {old['data']}, trained for {old['passes']}; name another --results.")
     for seed in args.seeds:
         for name in asked:
             if (name, seed) in known:

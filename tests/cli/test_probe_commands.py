@@ -303,6 +303,7 @@ HAVE = {
     "compare": "timesteps batch_size out json limit",
     "classify": "seed dtype batch_size device json",
     "segment open": "dtype batch_size device out overwrite json limit quiet",
+    "generate": "batch_size device out overwrite quiet",
     "align": "timesteps seed dtype batch_size device out overwrite json limit quiet",
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from diffusers_repr.capture.persistent import PersistentCapture
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.encoders import Encoder
+from diffusers_repr.encoders.backbone import BackboneSource
 from diffusers_repr.encoders.family import BackboneFamily, encoder_family
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import device_of
@@ -115,6 +116,7 @@ class Student:
         told = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
         channels = channels or told.get("num_channels") or told.get("in_channels") or 3
         self.channels = int(channels)
+        self.inputs: Callable[[nn.Module, Tensor], dict[str, Any]] = _first_argument
         family = None if stages is not None else _family(told.get("model_type"))
         if family is not None:
             self.stages = family.stages(told)
@@ -127,7 +129,6 @@ class Student:
                 )
         else:
             self.stages = measure_stages(module, stages or stage_paths(module), self.channels, size)
-            self.inputs = _first_argument
         self._reads: PersistentCapture | None = None
         self._used: list[Stage] = []
 
@@ -143,7 +144,7 @@ class Student:
             TypeError, ValueError, OSError: As `Encoder.from_pretrained`; ValueError for one without stages.
         """
         encoder = Encoder.from_pretrained(name_or_path)
-        if not isinstance(encoder.source.family if hasattr(encoder.source, "family") else None, BackboneFamily):
+        if not isinstance(encoder.source, BackboneSource):
             raise ValueError(
                 f"{str(name_or_path)!r} is a {type(encoder.module).__name__}, which has no stages; students are "
                 f"{', '.join(MODEL_TYPES)}."

@@ -1,0 +1,65 @@
+"""`diffusers-repr generate RECIPE.yaml --out DIR`: images of classes, of prompts, or variants of images.
+
+    diffusers-repr generate examples/configs/generate/digits_classes.yaml --out generated
+    accelerate launch -m diffusers_repr generate variants.yaml --out variants
+
+Every image is recorded with all that decides it and made once; the processes share the work, and the same command run
+again goes on where it stopped. `datasets.load_dataset("DIR")` reads the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers_repr.cli import options
+from diffusers_repr.config.recipe import REQUIRED, setting
+
+OUT = options.Out("store of images", ("manifest.json", "data"), again="resumed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Arguments of the command."""
+
+    POSITIONAL: ClassVar = ("recipe",)
+
+    recipe: str = setting(REQUIRED, "YAML file: model, method, count, and what the method needs")
+    out: str = setting(REQUIRED, "folder of the result; the same command resumes it")
+    batch_size: int = setting(32, "images of one process and call")
+    shard_size: int | None = setting(None, "images of a file, which a stopped run makes anew; default: at most 1000")
+    device: str | None = setting(None, "cuda, cpu, ...; default: the accelerator, if there is one")
+    quiet: bool = setting(False, "no progress bar")
+    overwrite: bool = setting(False, "delete the images in --out first")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}.")
+
+
+def run(args: Settings) -> int:
+    """Make what is not there yet, and say what it took."""
+    from diffusers_repr.store.image_store import write_images
+    from diffusers_repr.store.processes import process_state
+    from diffusers_repr.synthesis.recipe import open_maker, read_generation
+
+    recipe, state = read_generation(args.recipe), process_state()
+    with state.main_process_first():
+        maker, keys = open_maker(recipe, args.device or str(state.device))
+        if args.overwrite and state.is_main_process:
+            shutil.rmtree(Path(args.out) / "data", ignore_errors=True)
+            (Path(args.out) / "manifest.json").unlink(missing_ok=True)
+    asked, since = keys(), time.perf_counter()
+    chosen: dict[str, Any] = {"batch_size": args.batch_size, "shard_size": args.shard_size, "progress": not args.quiet}
+    about = {"recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("model", "prompts")}}
+    try:
+        store = write_images(args.out, asked, maker, about=about, **chosen)
+    except FileExistsError as error:
+        raise FileExistsError(f"{error} --overwrite deletes what is there first.") from error
+    if state.is_main_process:
+        seconds = time.perf_counter() - since
+        print(f"{len(store)} images of {maker.name} in {args.out}: {len(store) / max(seconds, 1e-9):.1f} a second")
+    return 0

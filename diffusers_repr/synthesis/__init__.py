@@ -1,0 +1,19 @@
+"""Generated images as training data: variants of images, and images of classes by id or by prompt."""
+
+from diffusers_repr.synthesis.guidance_scales import GuidanceSampler, PerImageScale
+from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker
+from diffusers_repr.synthesis.prompts import PromptSampler
+from diffusers_repr.synthesis.recipe import GenerationRecipe, open_maker, read_generation
+
+__all__ = [
+    "ClassMaker",
+    "GenerationRecipe",
+    "GenerativeAugmenter",
+    "GuidanceSampler",
+    "ImageMaker",
+    "PerImageScale",
+    "PromptMaker",
+    "PromptSampler",
+    "open_maker",
+    "read_generation",
+]
