@@ -1,5 +1,6 @@
 """The study of representations: what stands on what, equal passes, the table; some steps of every row, slow."""
 
+import functools
 import json
 import re
 import sys
@@ -13,7 +14,13 @@ import torch
 from diffusers_repr.encoders import load_encoder
 from diffusers_repr.sweep import ProbeSettings, measure_representation
 
+LOADED = functools.cache(study.load_images)  # they take a second each time
 TRAINED = [name for name, row in study.ROWS.items() if row.recipe]
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    monkeypatch.setattr(study, "load_images", LOADED)
 
 
 @pytest.mark.parametrize("name", TRAINED)
