@@ -163,7 +163,7 @@ def gradient_coefficients(schedule: NoiseSchedule, kind: Coefficient = "posterio
 
     Example:
         >>> from diffusers import DDPMScheduler
-        >>> gradient_coefficients(NoiseSchedule.from_scheduler(DDPMScheduler()))[:2]
+        >>> gradient_coefficients(NoiseSchedule.from_scheduler(DDPMScheduler()))[:2].abs()
         tensor([0., 0.], dtype=torch.float64)
     """
     if schedule.kind != "vp" or schedule.log_alpha_bar is None:

@@ -107,6 +107,7 @@ def places(mask: Tensor) -> Tensor:
         ValueError: If rows have different numbers of them: they are joined into one tensor.
 
     Example:
+        >>> import torch
         >>> places(torch.tensor([[True, False, True], [False, True, True]])).tolist()
         [[0, 2], [1, 2]]
     """

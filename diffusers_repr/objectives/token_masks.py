@@ -27,7 +27,7 @@ def truncated_normal(uniform: Tensor, low: float, high: float, mean: float, std:
         std: Likewise.
 
     Example:
-        >>> truncated_normal(torch.tensor([0.0, 1.0]), 0.5, 1.0, 0.55, 0.25).tolist()
+        >>> [round(x, 6) for x in truncated_normal(torch.tensor([0.0, 1.0]), 0.5, 1.0, 0.55, 0.25).tolist()]
         [0.5, 1.0]
     """
     ends = torch.tensor([(low - mean) / std, (high - mean) / std], dtype=torch.float64, device=uniform.device)

@@ -274,7 +274,7 @@ def test_the_encoder_of_a_folder_is_an_encoder_as_all(pipe, pictures, tmp_path):
     assert load_encoder(tmp_path, image_size=16)(large).grid == (8, 8)
     assert found.untrained(0).dim == D
     assert not torch.equal(found.untrained(0)(pictures)["global"], wanted)
-    with pytest.raises(ValueError, match="layer: of networks of transformers"):
+    with pytest.raises(ValueError, match="has no layer; leave it out"):
         load_encoder(tmp_path, layer=1)
 
 

@@ -217,16 +217,18 @@ KILLED = []
 def test_a_task_of_ones_own_and_a_kill_between_seeds(monkeypatch, place):
     """What a kill in the middle of the second seed leaves is the first; the same again goes on from there."""
     register_task("counting")(Counting)
-    monkeypatch.setattr(Bases, "get", lambda self, recipe: "a base")
+    monkeypatch.setattr(Bases, "get", lambda self, *recipe: "a base")
     try:
         recipe = read_evaluation(write("own", {
             "task": "counting", "base": "model", "fit": {"step": "2e0"}, "data": {"path": "data"}, "seeds": [0, 1, 2]
         }))  # fmt: skip
         child = os.fork()
         if child == 0:
-            KILLED.append(signal.SIGKILL)
-            evaluate_recipe(recipe, place / "killed")
-            os._exit(0)
+            try:
+                KILLED.append(signal.SIGKILL)
+                evaluate_recipe(recipe, place / "killed")
+            finally:  # whatever happens, this process runs none of the other tests
+                os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert [path.name for path in sorted(Path("killed").glob("seed-*"))] == ["seed-0"]
         assert not Path("killed/metrics.json").exists()

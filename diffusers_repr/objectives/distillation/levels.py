@@ -262,7 +262,7 @@ def mutual_information(log_probabilities: Tensor) -> Tensor:
 
     Example:
         >>> mutual_information(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).clamp(min=1e-20).log()).round(decimals=4)
-        tensor(0.6931)
+        tensor(0.6931, dtype=torch.float64)
     """
     p = log_probabilities.double().exp()
     mean = p.mean(0)
