@@ -1,6 +1,6 @@
 """Is a model good enough to stand on? Its best layer by a linear probe, against raw pixels and itself untrained.
 
-    python examples/studies/base_probe.py --model outputs/cifar10-ddpm --dataset_name data/cifar10 \
+    python examples/studies/base_probe.py --model examples/models/cifar10-ddpm --dataset_name data/cifar10 \
         --output_dir outputs/base-probe
 
 Level and layer of each network are selected on rows of the training split, never on the test split; the untrained
@@ -51,7 +51,7 @@ def best_layer(denoiser: Denoiser, data: dict, labels: dict, args: argparse.Name
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="outputs/cifar10-ddpm", help="an unconditional pipeline folder")
+    parser.add_argument("--model", default="examples/models/cifar10-ddpm", help="an unconditional pipeline folder")
     parser.add_argument("--dataset_name", default="data/cifar10", help="with splits train and test, and labels")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/base-probe"))
     parser.add_argument("--timesteps", type=int, nargs="+", default=[10, 50, 100, 200])

@@ -1,7 +1,7 @@
 """Which head to take: all heads on one base under one protocol, with 1 %, 10 % and all labels.
 
     python examples/studies/classification.py
-    python examples/studies/classification.py --model outputs/cifar10-ddpm --dataset cifar10 --limit 10000 \
+    python examples/studies/classification.py --model examples/models/cifar10-ddpm --dataset cifar10 --limit 10000 \
         --timesteps 0 10 20 50 --epochs 10 --output_dir outputs/classification-cifar10
 
 Layer and level are chosen by a closed-form linear head on a validation split, once for all heads. Then every head is

@@ -29,7 +29,7 @@ from diffusers_repr.pictures.match_lines import stack_pictures
 from diffusers_repr.sweep import PCKMeasure, Selection, select_features
 from diffusers_repr.tasks.correspondence import Correspondence
 
-MODEL = Path(__file__).parents[1] / "models" / "cars-ddpm"
+MODEL = Path(__file__).parents[1] / "models" / "cifar10-ddpm"
 PATCHES = (1, 5, 9, 15)
 
 

@@ -1,7 +1,8 @@
 """Which representation does training with diffusion give? Every system's recipe on the digits, measured alike.
 
     python examples/studies/representations_digits.py --results docs/results/representations
-    python examples/studies/representations_digits.py --dataset_name data/cifar10 --model outputs/cifar10-ddpm \\
+    python examples/studies/representations_digits.py --dataset_name data/cifar10 \\
+        --model examples/models/cifar10-ddpm \\
         --steps 2000 --results outputs/representations-cifar10    # RepFusion, DreamTeacher and PDAE on that base
 
 Every row is its recipe of `examples/configs`, unchanged but for folder, seed and steps: all see the training images

@@ -32,7 +32,7 @@ from diffusers_repr.pictures.grid import image_grid
 from diffusers_repr.pictures.masks import heat, mask_over
 
 STUDIES = Path(__file__).parent
-MODEL = STUDIES.parent / "models" / "cars-ddpm"
+MODEL = STUDIES.parent / "models" / "cifar10-ddpm"
 HELD = {"coins": 28, "cars": 20}  # crops that are measured on
 SIZES = {"coins": (5, 10, 20), "cars": (5, 10, 18)}
 NAMES = {"coins": ["ground", "coin"], "cars": ["ground", "car"]}

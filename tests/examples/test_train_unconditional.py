@@ -224,7 +224,7 @@ def test_models_as_flags():
     assert not config.class_conditional
 
 
-@pytest.mark.parametrize("name", ["ddpm_digits", "ddpm_cars", "ddim_digits_class", "uvit_digits"])
+@pytest.mark.parametrize("name", ["ddpm_digits", "ddpm_cars", "ddpm_cifar10", "ddim_digits_class", "uvit_digits"])
 def test_recipes_that_are_shipped(name):
     config, data, model = parse(["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
     assert config.output_dir.startswith("outputs/")
