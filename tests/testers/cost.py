@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "cpu_seconds.json"
 BUDGET = 30.0  # CPU seconds of a file
-WHOLE_BUDGET = 1060.0  # of a run, imports and collection included; eleven systems more than at 840, 20 each
+WHOLE_BUDGET = 1260.0  # of a run, imports and collection included; 21 systems more than at 840, 20 each
 # Entries that may cost more, and why they are not two.
 DEARER: dict[str, tuple[float, str]] = {
     "diffusers_repr": (60.0, "the doctests of all the package are one entry"),
