@@ -146,7 +146,9 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
                 raise ValueError("This MaskedTokenModel takes no vectors (condition_dim=0); train one that does.")
             return int(width), True
         bound = self._bound()
-        return bound.channels(), bound.has_null
+        width = bound.channels()
+        assert width is not None
+        return width, bound.has_null
 
     @property
     def conditioner(self) -> VectorConditioner:
