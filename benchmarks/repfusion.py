@@ -1,6 +1,6 @@
 """RepFusion's teacher for one batch: stopped at the middle block, against the whole U-Net as the paper's code runs it.
 
-    python -m benchmarks.repfusion [--batch 2]
+    python -m benchmarks.repfusion [--batch 4]
 
 A random U-Net of the form of `google/ddpm-cifar10-32`, the paper's teacher, each image at a timestep of its own; CPU
 seconds of the process. Both give the same maps, bit for bit.
@@ -32,7 +32,7 @@ def made() -> DenoiserTeacher:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
     count = parser.parse_args().batch
     teacher, generator = made(), torch.Generator().manual_seed(0)
     pixels = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1

@@ -105,10 +105,11 @@ class Encoder:
             OSError: If the folder or repository does not exist or cannot be read.
         """
         place = (id_or_folder, revision, token)
-        more = (layer, mean, std, None if positions == "transformers" else positions)
 
         def of_pipeline() -> tuple[Source, str | None]:
-            return load_pipeline_encoder(*place, dtype, image_size, pooling, *more)
+            how = None if positions == "transformers" else positions
+            others: dict[str, Any] = {"layer": layer, "mean": mean, "std": std, "positions": how}
+            return load_pipeline_encoder(*place, dtype, image_size, pooling, **others)
 
         def of_network() -> tuple[Source, str | None]:
             own = load_own(*place, dtype, image_size)

@@ -11,7 +11,6 @@ import torch
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders.encoder import Encoder
-from diffusers_repr.encoders.own import own_place
 from diffusers_repr.encoders.pipelines import is_encoder_pipeline
 from diffusers_repr.encoders.positions import Positions, check_positions
 
@@ -43,7 +42,7 @@ def load_encoder(
     layer = split_layer(spec)
     if layer is None:
         pipeline = (Path(spec) / "model_index.json").is_file()
-        if pipeline and not is_encoder_pipeline(spec) and own_place(spec) is None:
+        if pipeline and not is_encoder_pipeline(spec):
             raise ValueError(
                 f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
                 f"such as {spec}:mid_block@100."

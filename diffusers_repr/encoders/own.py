@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,11 @@ from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.denoiser.feature_map import FeatureMap
 from diffusers_repr.encoders.source import Source, pair
 from diffusers_repr.hub.components import check_config, check_weight_files
-from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.identity import config_hash
 from diffusers_repr.hub.load import load_json_config, resolve_folder
 from diffusers_repr.models.semantic_encoder import SemanticEncoder
 
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-# Pipeline whose folder holds an encoder -> where. Class of a network -> what loads and reads it.
-PIPELINES = {"DiffusionAutoencoderPipeline": "encoder"}
 
 
 class SemanticSource(Source):
@@ -66,17 +63,8 @@ class SemanticSource(Source):
         }
 
 
+# Class of a network -> what loads and reads it.
 OWN: dict[str, tuple[Any, Callable[..., Source]]] = {"SemanticEncoder": (SemanticEncoder, SemanticSource)}
-
-
-def own_place(id_or_folder: str | Path) -> Path | None:
-    """The folder of the encoder in a pipeline's folder; None for what is no pipeline that has one."""
-    index = Path(id_or_folder) / "model_index.json"
-    if not index.is_file():
-        return None
-    held = read_json(index)
-    part = PIPELINES.get(str(held.get("_class_name"))) if isinstance(held, Mapping) else None
-    return None if part is None else Path(id_or_folder) / part
 
 
 def load_own(
@@ -89,7 +77,7 @@ def load_own(
     """A network of this package as an encoder, and the revision that was loaded; None for what is none.
 
     Args:
-        id_or_folder: Of the network, or a pipeline's folder that holds it.
+        id_or_folder: Of the network.
         revision: On the Hub.
         token: Of the Hub.
         dtype: Of the network.
@@ -98,13 +86,12 @@ def load_own(
     Raises:
         ValueError: For files that are damaged, or lack weights.
     """
-    place = own_place(id_or_folder) or id_or_folder
-    config = load_json_config(place, "config.json", revision, token)
+    config = load_json_config(id_or_folder, "config.json", revision, token)
     if config.get("_class_name") not in OWN:
         return None
-    check_config(config, f"config.json of {str(place)!r}")
+    check_config(config, f"config.json of {str(id_or_folder)!r}")
     cls, source = OWN[str(config["_class_name"])]
-    folder = resolve_folder(place, revision, token, _FILES)
+    folder = resolve_folder(id_or_folder, revision, token, _FILES)
     check_weight_files(folder)
     model: nn.Module = cls.from_pretrained(folder, torch_dtype=dtype)
     model.requires_grad_(False).eval()
@@ -123,4 +110,4 @@ def refuse_options(**options: Any) -> None:
         raise ValueError(f"{', '.join(given)}: of networks of transformers; this encoder has none. Leave it out.")
 
 
-__all__ = ["OWN", "PIPELINES", "SemanticSource", "load_own", "own_place", "refuse_options"]
+__all__ = ["OWN", "SemanticSource", "load_own", "refuse_options"]

@@ -11,10 +11,11 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from diffusers_repr.encoders.module import ModuleSource
+from diffusers_repr.encoders.own import load_own, refuse_options
+from diffusers_repr.encoders.source import Source
 from diffusers_repr.hub.checked_loading import INDEX
 from diffusers_repr.hub.components import check_component_files, check_index
 from diffusers_repr.hub.errors import HubError
-from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.load import load_json_config, resolve_folder
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
 from diffusers_repr.models.maskgit_vq import MaskGITVQModel
@@ -75,8 +76,21 @@ def _tokens(
     return ModuleSource(TokenEncoder(vqvae.eval(), network), **settings)
 
 
-# Class of a pipeline -> what reads its encoder.
-_READERS: dict[str, Callable[..., ModuleSource]] = {"TokenGenerationPipeline": _tokens}
+def _codes(
+    folder: Path, components: dict[str, tuple[str, str]], dtype: torch.dtype, image_size: Any, pooling: str | None
+) -> Source:
+    """Of a `DiffusionAutoencoderPipeline`: what gives its codes."""
+    refuse_options(pooling=pooling)
+    found = load_own(folder / "encoder", None, None, dtype, image_size)
+    assert found is not None
+    return found[0]
+
+
+# Class of a pipeline -> the components that its encoder is made of, and what reads it.
+_READERS: dict[str, tuple[tuple[str, ...], Callable[..., Source]]] = {
+    "DiffusionAutoencoderPipeline": (("encoder",), _codes),
+    "TokenGenerationPipeline": (("vqvae", "transformer"), _tokens),
+}
 
 
 def is_encoder_pipeline(id_or_folder: str | Path, revision: str | None = None, token: str | None = None) -> bool:
@@ -101,11 +115,8 @@ def load_pipeline_encoder(
     dtype: torch.dtype,
     image_size: int | tuple[int, int] | None,
     pooling: str | None,
-    layer: int | None = None,
-    mean: Any = None,
-    std: Any = None,
-    positions: str | None = None,
-) -> tuple[ModuleSource, str | None]:
+    **others: Any,
+) -> tuple[Source, str | None]:
     """The encoder of a pipeline, and the revision that was loaded.
 
     Args:
@@ -115,24 +126,20 @@ def load_pipeline_encoder(
         dtype: Of the network.
         image_size: As `Encoder.from_pretrained`.
         pooling: As `Encoder.from_pretrained`; the mean of the tokens if None.
-        layer: Refused, like the next three: such an encoder is read at its end, in its own statistics and size.
-        mean: Refused.
-        std: Refused.
-        positions: Refused.
+        **others: Of networks of transformers; refused where they are set.
 
     Raises:
-        ValueError: For these four, another size than the network's, and files that do not fit together.
+        ValueError: For what is refused, another size than the network's, and files that do not fit together.
     """
-    others = {"layer": layer, "mean": mean, "std": std, "positions": positions}
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ValueError(f"The encoder of the pipeline {str(id_or_folder)!r} has no {', '.join(given)}; leave it out.")
     index = load_json_config(id_or_folder, INDEX, revision, token)
     components = check_index(index, f"{INDEX} of {str(id_or_folder)!r}")
-    patterns = [INDEX, *(f"{name}/*" for name in components)]
-    folder = resolve_folder(id_or_folder, revision, token, patterns)
-    check_component_files(folder, components)
-    source = _READERS[read_json(folder / INDEX)["_class_name"]](folder, components, dtype, image_size, pooling)
+    parts, read = _READERS[str(index["_class_name"])]
+    folder = resolve_folder(id_or_folder, revision, token, [INDEX, *(f"{name}/*" for name in parts)])
+    check_component_files(folder, {name: components[name] for name in parts if name in components})
+    source = read(folder, components, dtype, image_size, pooling)
     commit = folder.name if folder.parent.name == "snapshots" else None
     return source, commit or revision
 

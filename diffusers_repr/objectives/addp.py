@@ -44,7 +44,7 @@ class ADDPConfig:
 
     def __post_init__(self) -> None:
         take_arguments(self, model=PixelTokenModel)
-        own = sorted({"vocab_size", "sample_size", "patch_size", "in_channels"} & self.model.keys())
+        own = sorted({"vocab_size", "sample_size", "patch_size", "in_channels"} & set(self.model or {}))
         if own:
             raise ValueError(f"`model` takes {', '.join(own)} from the tokenizer and its predictor; leave them out.")
         if not 0 < self.mask_ratio_min < 1 or self.mask_ratio_std <= 0 or not 0 <= self.label_smoothing < 1:

@@ -44,7 +44,7 @@ class MAGEConfig:
 
     def __post_init__(self) -> None:
         take_arguments(self, model=MaskedTokenModel)
-        own = sorted({"vocab_size", "condition_dim"} & self.model.keys())
+        own = sorted({"vocab_size", "condition_dim"} & set(self.model or {}))
         if own:
             raise ValueError(f"`model` takes {', '.join(own)} from the tokenizer and the data; leave them out.")
         if not 0 < self.mask_ratio_min <= self.mask_ratio_max <= 1 or self.mask_ratio_std <= 0:

@@ -36,7 +36,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         take_arguments(self, model=VQModel)
-        if self.model.get("lookup_from_codebook"):
+        if dict(self.model or {}).get("lookup_from_codebook"):  # type: ignore[arg-type]
             raise ValueError("`model` has lookup_from_codebook, whose decoder gives no gradient to the encoder.")
         if self.distance not in ("l1", "mse"):
             raise ValueError(f"`distance` is l1 or mse, got {self.distance!r}.")

@@ -175,13 +175,18 @@ class Study:
         return folder
 
     def cost(self, folder: Path | None) -> dict:
-        """Steps, and CPU seconds with those of the stages before."""
+        """Steps, and the CPU seconds of all stages."""
         if folder is None:
             return {}
-        told = json.loads((folder / "study.json").read_text())
-        seconds = told["cpu_seconds"] + sum(self.cost(Path(one))["cpu_seconds"] for one in told["before"])
-        return {"steps": told["steps"], "batch": told["batch"], "stages": 1 + len(told["before"]),
-                "cpu_seconds": round(seconds, 1)}  # fmt: skip
+        stages: dict[str, dict] = {}
+        waiting = [str(folder)]
+        while waiting:
+            place = waiting.pop()
+            stages[place] = json.loads(Path(place, "study.json").read_text())
+            waiting += [one for one in stages[place]["before"] if one not in stages]
+        told = stages[str(folder)]
+        seconds = round(sum(stage["cpu_seconds"] for stage in stages.values()), 1)
+        return {"steps": told["steps"], "batch": told["batch"], "stages": len(stages), "cpu_seconds": seconds}
 
     def encoder(self, row: Row, folder: Path | None, seed: int) -> Encoder:
         """What is measured: the folder's encoder, or the layer of its denoiser that is best on validation."""

@@ -236,7 +236,7 @@ class DiffusionAutoencoderPipeline(AutoencodingMixin, sampling.SamplingMixin, Ow
         sampling.check_output_type(output_type)
         code = self.check_code(code)
         if x_T is None:
-            count = len(generator) if sampling.check_generator(generator) else len(code)
+            count = sampling.count_samples(code=code, generator=generator)
             x_T = self._noise(count, generator, size)
         sampling.check_latents(x_T, self._channels)
         if len(code) not in (1, len(x_T)):

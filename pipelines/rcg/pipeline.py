@@ -144,7 +144,7 @@ class RCGPipeline(sampling.SamplingMixin, ClassNamesMixin, OwnComponentsMixin, D
             width = self.transformer.config.condition_dim
             if not width:
                 raise ValueError("This MaskedTokenModel takes no vectors (condition_dim=0); train one that does.")
-            return width, True
+            return int(width), True
         bound = self._bound()
         return bound.channels(), bound.has_null
 

@@ -76,7 +76,7 @@ def test_repfusion(distilled):
     assert encoder(load_digits_splits()["test"][:2]["image"]).tokens.shape == (2, 16, 16)
 
 
-def test_tuning_what_was_distilled(distilled, tmp_path):
+def test_tuning_what_was_distilled(distilled, tmp_path, monkeypatch):
     run_script(
         train_student.main, "train_student",
         *flags(student_name_or_path=distilled[0], dataset_name="digits", image_channels=1, resolution=8,
@@ -91,6 +91,7 @@ def test_tuning_what_was_distilled(distilled, tmp_path):
     with torch.no_grad():
         right = loaded.eval()(pixels).logits.argmax(1) == torch.tensor(validation["label"])
     assert measured["eval_accuracy"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+    monkeypatch.chdir(tmp_path)  # where no run has left anything
     with pytest.raises(FileNotFoundError, match=r"This makes it: accelerate launch examples/train_repfusion\.py"):
         train_student.main(["--student_name_or_path", "outputs/digits-repfusion", "--dataset_name", "nowhere"])
 

@@ -1,5 +1,6 @@
 """The study of representations: what stands on what, equal passes, the table; some steps of every row, slow."""
 
+import functools
 import json
 import re
 import sys
@@ -13,7 +14,13 @@ import torch
 from diffusers_repr.encoders import load_encoder
 from diffusers_repr.sweep import ProbeSettings, measure_representation
 
+LOADED = functools.cache(study.load_images)  # they take a second each time
 TRAINED = [name for name, row in study.ROWS.items() if row.recipe]
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    monkeypatch.setattr(study, "load_images", LOADED)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -56,6 +63,12 @@ def test_what_stands_on_what_is_found_and_steps_are_equal_passes(tmp_path, monke
         "train_batch_size": 10, "seed": 5, "max_train_steps": 299,
     }  # fmt: skip
     assert made.cost(folder)["stages"] == 2
+    third = tmp_path / "work" / "third"
+    both = [str(tmp_path / "work" / name / "seed-5") for name in ("first_digits", "then_digits")]
+    study.write_json(third / "study.json", {"steps": 7, "batch": 2, "cpu_seconds": 9.0, "before": both})
+    cost = made.cost(third)
+    seconds = [json.loads((study.Path(one) / "study.json").read_text())["cpu_seconds"] for one in both]
+    assert (cost["steps"], cost["stages"], cost["cpu_seconds"]) == (7, 3, round(9 + sum(seconds), 1))  # each once
     made.trained("then_digits", 5, "then")
     assert len(ran) == 2  # it is there
 
@@ -91,15 +104,15 @@ def test_attributes_of_a_digit_are_its_moments():
     assert found["class"].dtype == torch.int64
 
 
-def test_raw_pixels_are_measured_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_repr.sweep.disentanglement._TREES", 3)
-    command = ["--rows", "raw pixels", "--seeds", "0", "--work", str(tmp_path / "work"), "--train_images", "100"]
-    command += ["--test_images", "60", "--results", str(tmp_path / "results")]
+def test_what_is_measured_is_kept_and_other_settings_are_refused(tmp_path, monkeypatch):
+    told = {"dim": 64, "reads": "", "scores": {"linear": 0.5}, "random": {}}
+    monkeypatch.setattr(study.Study, "of_pixels", lambda *_: told)
+    command = ["--rows", "raw pixels", "--seeds", "0", "--work", str(tmp_path / "work"), "--train_images", "20"]
+    command += ["--test_images", "20", "--results", str(tmp_path / "results")]
     study.main(command)
     (row,) = study.read_lines(tmp_path / "results" / "rows.jsonl")
-    assert row["dim"] == 64
-    assert {"linear", "few_shot", "knn", "disentanglement", "tad"} <= row["scores"].keys()
-    assert "| raw pixels | " in (tmp_path / "results" / "table.md").read_text()
+    assert row == {"row": "raw pixels", "seed": 0, "data": "digits", "passes": 80, **told}
+    assert "| raw pixels | 0.500 | 64 |" in (tmp_path / "results" / "table.md").read_text()
     monkeypatch.setattr(study.Study, "measured", lambda *_: pytest.fail("measured twice"))
     study.main(command)
     with pytest.raises(ValueError, match="name another --results"):
