@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from diffusers_repr.cli import options
 from diffusers_repr.config.recipe import REQUIRED, setting
 
-OUT = options.Out("store of images", ("manifest.json", "data"), again="resumed")
+OUT = options.Out("store of images", ("manifest.json",), again="resumed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,15 @@ class Settings:
 
 def run(args: Settings) -> int:
     """Make what is not there yet, and say what it took."""
-    from diffusers_repr.store.image_store import write_images
+    from diffusers_repr.store.image_store import is_image_store, write_images
     from diffusers_repr.store.processes import process_state
     from diffusers_repr.synthesis.recipe import open_maker, read_generation
 
     recipe, state = read_generation(args.recipe), process_state()
     with state.main_process_first():
         maker, keys = open_maker(recipe, args.device or str(state.device))
-        if args.overwrite and state.is_main_process:
+        # A folder of another kind has a manifest.json and data/, too: nothing of it is deleted.
+        if args.overwrite and state.is_main_process and is_image_store(Path(args.out)):
             shutil.rmtree(Path(args.out) / "data", ignore_errors=True)
             (Path(args.out) / "manifest.json").unlink(missing_ok=True)
     asked, since = keys(), time.perf_counter()

@@ -193,6 +193,13 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
     assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] == first
     assert main([*command, "--overwrite"]) == 0
     assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] != first
+    (tmp_path / "photos" / "data").mkdir(parents=True)
+    (tmp_path / "photos" / "data" / "mine.png").write_text("kept")
+    for manifest in (None, "{}"):  # a folder of the user's, and one that holds something else
+        if manifest is not None:
+            (tmp_path / "photos" / "manifest.json").write_text(manifest)
+        assert main([*command[:3], str(tmp_path / "photos"), "--quiet", "--overwrite"]) != 0
+        assert (tmp_path / "photos" / "data" / "mine.png").read_text() == "kept"
     variants = {"model": PLAIN, "method": "image_to_image", "dataset_name": "digits", "limit": 2, "count": 2}
     path.write_text(yaml.safe_dump({**variants, "num_inference_steps": 4, "scheduler": "DDIMScheduler"}))
     assert main([*command[:3], str(tmp_path / "variants"), "--quiet"]) == 0
