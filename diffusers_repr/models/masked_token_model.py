@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -19,6 +17,7 @@ from diffusers_repr.models.token_blocks import (
     TokenBlock,
     TokenEmbedding,
     TokenHead,
+    TokenNetworkMixin,
     check_widths,
     reset_token_network,
     take,
@@ -27,7 +26,7 @@ from diffusers_repr.models.token_blocks import (
 from diffusers_repr.models.vector_embedding import VectorEmbedding
 
 
-class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class MaskedTokenModel(TokenNetworkMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Token ids, some of them masked, to scores of every id in every place (MAGE, Li et al. 2022, arXiv 2211.09117).
 
     The encoder reads a class token and the tokens, of which a part may be left out (`kept`); in the decoder the
@@ -59,9 +58,6 @@ class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, 
         torch.Size([1, 4, 5])
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["TokenBlock"]
-    _repeated_blocks = ["TokenBlock"]
     _skip_layerwise_casting_patterns = ["token_embed", "norm", "positions", "condition_embed"]
 
     @register_to_config
@@ -117,11 +113,6 @@ class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, 
     def mask_token_id(self) -> int:
         """Id of a masked token."""
         return self.config["vocab_size"] + 1
-
-    @property
-    def num_tokens(self) -> int:
-        """N, tokens of an image."""
-        return self.grid[0] * self.grid[1]
 
     def forward(
         self,
@@ -198,24 +189,6 @@ class MaskedTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, 
             condition = like.new_zeros(len(like), self.config["condition_dim"])
             drop_mask = torch.ones(len(like), dtype=torch.bool, device=like.device)
         return self.condition_embed(condition.to(like.dtype), drop_mask)
-
-    def _run(self, blocks: Any, hidden: Tensor) -> Tensor:
-        for block in blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden = self._gradient_checkpointing_func(block, hidden)
-            else:
-                hidden = block(hidden)
-        return hidden
-
-    def _checked(self, token_ids: Tensor) -> Tensor:
-        """The ids as `(B, N)`."""
-        flat = token_ids.flatten(1)
-        if flat.shape[1] != self.num_tokens or token_ids.is_floating_point():
-            raise ValueError(
-                f"MaskedTokenModel takes ids of {self.grid[0]} x {self.grid[1]} tokens, whole numbers (B, "
-                f"{self.num_tokens}); got {tuple(token_ids.shape)}, {token_ids.dtype}."
-            )
-        return flat
 
 
 __all__ = ["MaskedTokenModel"]

@@ -10,7 +10,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
 from diffusers_repr.hub.base_record import (
@@ -26,6 +25,7 @@ from diffusers_repr.models.labels import label_names, named_ids
 from diffusers_repr.models.layers import CastLinear, keeping_weights
 from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.outputs import ClassifierOutput, packed
+from diffusers_repr.models.unet_encoder import check_down_blocks, encoder_half
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.noise.process_record import process_record
 
@@ -127,7 +127,7 @@ class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
         self.register_to_config(id2label=named_ids(id2label, num_classes))
         channels, kinds = list(block_out_channels), list(down_block_types)
         last_attends = mid_block_attention or pooling == "attention"
-        _check_blocks(channels, kinds, attention_head_dim, norm_num_groups, last_attends)
+        check_down_blocks(channels, kinds, DOWN_BLOCKS, attention_head_dim, norm_num_groups, last_attends, even=True)
         if pooling not in POOLINGS or resnet_time_scale_shift not in ("scale_shift", "default"):
             raise ValueError(
                 f"pooling={pooling!r}, resnet_time_scale_shift={resnet_time_scale_shift!r}; expected one of "
@@ -137,35 +137,17 @@ class NoisyClassifier(ReprModelMixin, ModelMixin, ConfigMixin):
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], embedded)
-        self.down_blocks = nn.ModuleList(
-            get_down_block(
-                kind,
-                num_layers=layers_per_block,
-                in_channels=channels[max(stage - 1, 0)],
-                out_channels=channels[stage],
-                temb_channels=embedded,
-                add_downsample=stage < len(channels) - 1,
-                resnet_eps=norm_eps,
-                resnet_act_fn="silu",
-                resnet_groups=norm_num_groups,
-                attention_head_dim=attention_head_dim,
-                downsample_padding=1,
-                resnet_time_scale_shift=resnet_time_scale_shift,
-                dropout=dropout,
-            )
-            for stage, kind in enumerate(kinds)
-        )
-        self.mid_block = UNetMidBlock2D(
-            in_channels=width,
-            temb_channels=embedded,
-            dropout=dropout,
-            resnet_eps=norm_eps,
-            resnet_act_fn="silu",
-            resnet_time_scale_shift=resnet_time_scale_shift,
+        self.down_blocks, self.mid_block = encoder_half(
+            channels,
+            kinds,
+            layers_per_block=layers_per_block,
             attention_head_dim=attention_head_dim,
-            resnet_groups=norm_num_groups,
-            attn_groups=norm_num_groups,
-            add_attention=mid_block_attention,
+            groups=norm_num_groups,
+            eps=norm_eps,
+            dropout=dropout,
+            middle_attends=mid_block_attention,
+            time_channels=embedded,
+            time_scale_shift=resnet_time_scale_shift,
         )
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, eps=norm_eps)
         self.pool = (
@@ -273,19 +255,3 @@ def describe_process(schedule: NoiseSchedule) -> dict[str, Any]:
 def _recorded(steps: int, fields: Mapping[str, Any]) -> ProcessRecord:
     sigmas = {name: fields[name] for name in _SIGMAS if name in fields}
     return ProcessRecord(fields["kind"], steps, tuple(fields.get("half_log_snr", ())), sigmas)
-
-
-def _check_blocks(channels: list[int], kinds: list[str], head: int, groups: int, last_attends: bool) -> None:
-    if not channels or len(channels) != len(kinds):
-        raise ValueError(
-            f"block_out_channels and down_block_types tell one stage each; got {len(channels)} and {len(kinds)}."
-        )
-    for stage, (width, kind) in enumerate(zip(channels, kinds, strict=True)):
-        if kind not in DOWN_BLOCKS:
-            raise ValueError(f"Unknown down block {kind!r}; expected one of {', '.join(DOWN_BLOCKS)}.")
-        attends = kind.startswith("Attn") or (last_attends and stage == len(kinds) - 1)
-        if width % groups or width % 2 or (attends and width % head):
-            raise ValueError(
-                f"block_out_channels[{stage}]={width} must be even and a multiple of norm_num_groups={groups}"
-                + (f" and attention_head_dim={head}." if attends else ".")
-            )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -19,6 +17,7 @@ from diffusers_repr.models.token_blocks import (
     TokenBlock,
     TokenEmbedding,
     TokenHead,
+    TokenNetworkMixin,
     check_widths,
     places,
     reset_token_network,
@@ -27,7 +26,7 @@ from diffusers_repr.models.token_blocks import (
 )
 
 
-class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class PixelTokenModel(TokenNetworkMixin, ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Images whose masked places are guesses, to scores of the ids in these places (ADDP, arXiv 2306.05423).
 
     The encoder is a vision transformer on all patches of the image and a class token; it is what recognises images
@@ -58,9 +57,6 @@ class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, P
         torch.Size([1, 4, 5])
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["TokenBlock"]
-    _repeated_blocks = ["TokenBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "token_embed", "norm", "positions", "class_token", "mask_token"]
 
     @register_to_config
@@ -114,11 +110,6 @@ class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, P
         self.head = TokenHead(hidden_size, hidden_size)
         self.logit_bias = nn.Parameter(torch.zeros(vocab_size))
         reset_token_network(self)
-
-    @property
-    def num_tokens(self) -> int:
-        """N, tokens of an image."""
-        return self.grid[0] * self.grid[1]
 
     def forward(
         self,
@@ -174,24 +165,6 @@ class PixelTokenModel(ReprModelMixin, ModelMixin, AttentionMixin, ConfigMixin, P
         token = self.class_token.to(patches.dtype).expand(len(patches), -1, -1)
         hidden = torch.cat([token, patches], dim=1) + self.positions.to(patches.dtype)
         return self.norm(self._run(self.blocks, self.drop(self.norm_in(hidden))))
-
-    def _run(self, blocks: Any, hidden: Tensor) -> Tensor:
-        for block in blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden = self._gradient_checkpointing_func(block, hidden)
-            else:
-                hidden = block(hidden)
-        return hidden
-
-    def _checked(self, values: Tensor) -> Tensor:
-        """Ids or a mask as `(B, N)`."""
-        flat = values.flatten(1)
-        if flat.shape[1] != self.num_tokens or values.is_floating_point():
-            raise ValueError(
-                f"PixelTokenModel takes ids and masks of {self.grid[0]} x {self.grid[1]} tokens (B, "
-                f"{self.num_tokens}); got {tuple(values.shape)}, {values.dtype}."
-            )
-        return flat
 
 
 __all__ = ["PixelTokenModel"]

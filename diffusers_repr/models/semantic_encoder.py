@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from diffusers_repr.hub.checks import check_sizes
 from diffusers_repr.models.mixin import ReprModelMixin
+from diffusers_repr.models.unet_encoder import check_down_blocks, encoder_half
 
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 
@@ -99,36 +99,18 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         channels = list(block_out_channels)
         kinds = [DOWN_BLOCKS[0]] * len(channels) if down_block_types is None else list(down_block_types)
         self.register_to_config(down_block_types=kinds)
-        _check_blocks(channels, kinds, attention_head_dim, norm_num_groups, mid_block_attention)
+        check_down_blocks(channels, kinds, DOWN_BLOCKS, attention_head_dim, norm_num_groups, mid_block_attention)
         width = channels[-1]
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            get_down_block(
-                kind,
-                num_layers=layers_per_block,
-                in_channels=channels[max(stage - 1, 0)],
-                out_channels=channels[stage],
-                temb_channels=None,
-                add_downsample=stage < len(channels) - 1,
-                resnet_eps=norm_eps,
-                resnet_act_fn="silu",
-                resnet_groups=norm_num_groups,
-                attention_head_dim=attention_head_dim,
-                downsample_padding=1,
-                dropout=dropout,
-            )
-            for stage, kind in enumerate(kinds)
-        )
-        self.mid_block = UNetMidBlock2D(
-            in_channels=width,
-            temb_channels=None,
-            dropout=dropout,
-            resnet_eps=norm_eps,
-            resnet_act_fn="silu",
+        self.down_blocks, self.mid_block = encoder_half(
+            channels,
+            kinds,
+            layers_per_block=layers_per_block,
             attention_head_dim=attention_head_dim,
-            resnet_groups=norm_num_groups,
-            attn_groups=norm_num_groups,
-            add_attention=mid_block_attention,
+            groups=norm_num_groups,
+            eps=norm_eps,
+            dropout=dropout,
+            middle_attends=mid_block_attention,
         )
         self.norm_out = nn.GroupNorm(norm_num_groups, width, eps=norm_eps)
         self.proj_out = nn.Conv2d(width, (2 if variational else 1) * code_dim, 1)
@@ -162,22 +144,6 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         for _ in self.config["block_out_channels"][1:]:
             height, width = -(-height // 2), -(-width // 2)
         return height, width
-
-
-def _check_blocks(channels: list[int], kinds: list[str], head: int, groups: int, middle: bool) -> None:
-    if not channels or len(channels) != len(kinds):
-        raise ValueError(
-            f"block_out_channels and down_block_types tell one stage each; got {len(channels)} and {len(kinds)}."
-        )
-    for stage, (width, kind) in enumerate(zip(channels, kinds, strict=True)):
-        if kind not in DOWN_BLOCKS:
-            raise ValueError(f"Unknown down block {kind!r}; expected one of {', '.join(DOWN_BLOCKS)}.")
-        attends = kind.startswith("Attn") or (middle and stage == len(kinds) - 1)
-        if width % groups or (attends and width % head):
-            raise ValueError(
-                f"block_out_channels[{stage}]={width} must be a multiple of norm_num_groups={groups}"
-                + (f" and attention_head_dim={head}." if attends else ".")
-            )
 
 
 __all__ = ["SemanticEncoder", "SemanticEncoderOutput"]

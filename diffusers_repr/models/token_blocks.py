@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -42,6 +45,43 @@ class TokenBlock(nn.Module):
         """Tokens `(B, N, D)`, of the same shape."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
         return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class TokenNetworkMixin:
+    """What networks of a grid of tokens share: their number, blocks that are run in turn, the shape of ids.
+
+    Attributes:
+        grid: (h, w), in tokens.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TokenBlock"]
+    _repeated_blocks = ["TokenBlock"]
+    grid: tuple[int, int]
+    gradient_checkpointing: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def _run(self: Any, blocks: Any, hidden: Tensor) -> Tensor:
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden = self._gradient_checkpointing_func(block, hidden)
+            else:
+                hidden = block(hidden)
+        return hidden
+
+    def _checked(self, values: Tensor) -> Tensor:
+        """Ids, or a mask, as `(B, N)`."""
+        flat = values.flatten(1)
+        if flat.shape[1] != self.num_tokens or values.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} takes ids of {self.grid[0]} x {self.grid[1]} tokens, whole numbers (B, "
+                f"{self.num_tokens}), and masks of that shape; got {tuple(values.shape)}, {values.dtype}."
+            )
+        return flat
 
 
 class TokenEmbedding(nn.Embedding):
@@ -107,7 +147,6 @@ def places(mask: Tensor) -> Tensor:
         ValueError: If rows have different numbers of them: they are joined into one tensor.
 
     Example:
-        >>> import torch
         >>> places(torch.tensor([[True, False, True], [False, True, True]])).tolist()
         [[0, 2], [1, 2]]
     """
@@ -143,6 +182,7 @@ __all__ = [
     "TokenBlock",
     "TokenEmbedding",
     "TokenHead",
+    "TokenNetworkMixin",
     "check_widths",
     "places",
     "reset_token_network",

@@ -22,6 +22,7 @@ from diffusers_repr.noise import LevelLike, NoiseLevel, add_noise
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact, RecordArtifact, State
 from diffusers_repr.objectives.base import Batch
 from diffusers_repr.objectives.diffusion import DiffusionObjective
+from diffusers_repr.objectives.labels import check_class_labels
 from diffusers_repr.objectives.reached import reached_parameters
 
 RECORD = "finetune.json"  # beside the pipeline that was tuned
@@ -184,15 +185,7 @@ class FinetuneObjective(DiffusionObjective):
         Raises:
             ValueError: If not.
         """
-        labels = batch.get("class_labels")
-        if labels is None:
-            raise ValueError("The data have no class labels; name a column of them by --label_column.")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(self.class_names):
-            raise ValueError(
-                f"Labels run from {low} to {high}; class ids run from 0 to {len(self.class_names) - 1}."
-                + (" -1 is a row without a class: leave such rows out." if low < 0 else "")
-            )
+        check_class_labels(batch, self.class_names)
 
     def check_data(self, data: Any) -> None:
         """The classes of the data are those of the head, whatever the model was conditioned on.

@@ -12,10 +12,10 @@ from diffusers_repr.data import TrainData
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.heads.fitting.protocols import PROTOCOLS
-from diffusers_repr.metrics import reconstruction_errors
 from diffusers_repr.noise import NoiseLevel
 from diffusers_repr.objectives import DiffusionAutoencoderObjective
 from diffusers_repr.sweep import few_shot_probe
+from diffusers_repr.tasks.reconstruction import measure_reconstruction
 
 SHOTS = 5  # labels a class of the probe
 # Of so few numbers as a short code has, weaker penalties have no optimum that is reached.
@@ -51,7 +51,7 @@ class AutoencoderErrors:
 
     @torch.no_grad()
     def __call__(self, pipe: Any, step: int) -> dict[str, float]:
-        """The numbers by name; `mean_image` is the error of the training images' mean."""
+        """The numbers by name; `mse_mean_image` is the error of the training images' mean."""
         pipe.set_progress_bar_config(disable=True)
         pipe.to(self.objective.denoiser.device)
         pixels = self.pixels(self.sets[1])[: self.images]
@@ -68,17 +68,10 @@ class AutoencoderErrors:
         return torch.cat([to_unit(batch["pixel_values"]) for batch in DataLoader(rows, 256)])
 
     def reconstructions(self, pipe: Any, pixels: Tensor) -> dict[str, float]:
-        """Squared error, in [0, 1], and SSIM of reconstructions from inferred and from drawn noise."""
-        images, drawn = pixels / 2 + 0.5, torch.Generator().manual_seed(self.seed)
-        code = pipe.encode(images, self.steps)
-        found: dict[str, float] = {}
-        for name, x_T in (("inferred", code.x_T), ("random", None)):  # noqa: N806
-            back = pipe.decode(code.code, x_T, self.steps, generator=drawn, output_type="pt").images.cpu()
-            errors = reconstruction_errors(images, back)
-            found |= {f"{name}_{kind}": float(value.mean()) for kind, value in errors.items()}
-        mean = to_mean(self.pixels(self.sets[0]))
-        found["mean_image_mse"] = float((images - mean).square().mean())
-        return found
+        """As `measure_reconstruction`, and `mse_mean_image`."""
+        images, mean = pixels / 2 + 0.5, to_mean(self.pixels(self.sets[0]))
+        found = measure_reconstruction(pipe, images, steps=self.steps, seed=self.seed)
+        return {**found, "mse_mean_image": float((images - mean).square().mean())}
 
     def denoising(self, pipe: Any, pixels: Tensor) -> dict[str, float]:
         """Error of the noise with the own code, with another image's, and of a frozen base with none."""

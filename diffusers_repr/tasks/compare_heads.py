@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from diffusers_repr.data.overlap import tell_overlap
 from diffusers_repr.denoiser import Denoiser, list_layers
 from diffusers_repr.denoiser.require import require_images
 from diffusers_repr.denoiser.sizes import ImageSize
+from diffusers_repr.denoiser.untrained import untrained
 from diffusers_repr.features import FeatureExtractor
 from diffusers_repr.heads import PROTOCOLS, PooledHead, fit_head, fit_map_head
 from diffusers_repr.heads.fitting.fit import accuracy_of, check_several_classes
@@ -341,17 +341,6 @@ class _Bench:
         return shares[places.layer]
 
 
-def untrained(denoiser: Denoiser, seed: int) -> Denoiser:
-    """The same network with the random weights that its class starts from, and all else of the denoiser."""
-    network: Any = plain_module(denoiser.model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = type(network).from_config(network.config).eval()
-    other = copy.copy(denoiser)
-    other.model = nn.Module.to(fresh, denoiser.device, denoiser.dtype)
-    return other
-
-
 def width_for(maps: Tensor) -> int:
     """Width of a transformer that reads maps `(..., C, h, w)`: C, as a multiple of its 8 attention heads."""
     return -(-maps.shape[-3] // 8) * 8
@@ -389,4 +378,4 @@ def _score(name: str, share: float, runs: Sequence[_Run]) -> HeadScore:
     )  # fmt: skip
 
 
-__all__ = ["BASELINES", "HEADS", "HeadPlaces", "compare_heads", "untrained"]
+__all__ = ["BASELINES", "HEADS", "HeadPlaces", "compare_heads"]

@@ -49,7 +49,7 @@ def test_a_run_beside_a_frozen_base(tmp_path):
     assert code.shape == (1, 4)
     (line,) = (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()
     numbers = json.loads(line)
-    assert numbers["inferred_mse"] < numbers["random_mse"]
+    assert numbers["mse_inferred"] < numbers["mse_random"]
     assert numbers["denoising_base"] == pytest.approx(numbers["denoising_own"], rel=0.1)  # a step from it
     assert {f"{name}_5_shot" for name in ("code", "untrained", "pixels")} <= numbers.keys()
     assert numbers["pixels_5_shot"] > 0.6

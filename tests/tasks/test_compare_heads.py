@@ -7,10 +7,10 @@ import torch
 
 from diffusers_repr import Denoiser, FeatureExtractor
 from diffusers_repr.cli import main
+from diffusers_repr.denoiser.untrained import untrained
 from diffusers_repr.heads import PROTOCOLS, fit_head
 from diffusers_repr.sweep import select_features
 from diffusers_repr.tasks import HeadComparison, HeadPlaces, HeadScore, compare_heads
-from diffusers_repr.tasks.compare_heads import untrained
 from diffusers_repr.tasks.head_scores import nested_rows
 from tests.tasks.planted import dataset, pipeline
 from tests.tasks.planted import images as data

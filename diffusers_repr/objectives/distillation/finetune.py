@@ -14,6 +14,7 @@ from diffusers_repr.config.recipe import setting
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
 from diffusers_repr.objectives.distillation.student import Student
+from diffusers_repr.objectives.labels import check_class_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +118,7 @@ class FinetuneStudentObjective(Objective):
         Raises:
             ValueError: If not.
         """
-        labels = batch.get("class_labels")
-        if labels is None:
-            raise ValueError("The data have no class labels; name a column of them by --label_column.")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(self.class_names):
-            raise ValueError(f"Labels run from {low} to {high}; class ids run from 0 to {len(self.class_names) - 1}.")
+        check_class_labels(batch, self.class_names)
 
     def check_data(self, data: Any) -> None:
         """The classes of the data are those of the classifier.
