@@ -42,6 +42,7 @@ class Settings:
 
 def run(args: Settings) -> int:
     """Make what is not there yet, and say what it took."""
+    from diffusers_repr.hub.places import public_name
     from diffusers_repr.store.image_store import is_image_store, write_images
     from diffusers_repr.store.processes import process_state
     from diffusers_repr.synthesis.recipe import open_maker, read_generation
@@ -55,7 +56,9 @@ def run(args: Settings) -> int:
             (Path(args.out) / "manifest.json").unlink(missing_ok=True)
     asked, since = keys(), time.perf_counter()
     chosen: dict[str, Any] = {"batch_size": args.batch_size, "shard_size": args.shard_size, "progress": not args.quiet}
-    about = {"recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("model", "prompts")}}
+    # The manifest is published with the images: it names no place of this machine.
+    told = dataclasses.asdict(recipe)
+    about = {"recipe": told | {k: told[k] and public_name(told[k]) for k in ("model", "prompts", "dataset_name")}}
     try:
         store = write_images(args.out, asked, maker, about=about, **chosen)
     except FileExistsError as error:

@@ -204,6 +204,10 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
     path.write_text(yaml.safe_dump({**variants, "num_inference_steps": 4, "scheduler": "DDIMScheduler"}))
     assert main([*command[:3], str(tmp_path / "variants"), "--quiet"]) == 0
     assert load_images(str(tmp_path / "variants"), "train").labels() == [3, 3, 3, 3]
+    path.write_text(yaml.safe_dump({**variants, "dataset_name": str(tmp_path / "variants"), "count": 1,
+                                    "num_inference_steps": 4, "scheduler": "DDIMScheduler"}))  # fmt: skip
+    assert main([*command[:3], str(tmp_path / "again"), "--quiet"]) == 0
+    assert str(tmp_path) not in (tmp_path / "again" / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize(
