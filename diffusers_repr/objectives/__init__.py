@@ -18,6 +18,7 @@ from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjec
 from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
+from diffusers_repr.objectives.controlnet import ControlNetConfig, ControlNetObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.diffusion_autoencoder import (
     DiffusionAutoencoderConfig,
@@ -75,6 +76,8 @@ __all__ = [
     "CleanDIFTObjective",
     "ContrastiveConfig",
     "ContrastiveObjective",
+    "ControlNetConfig",
+    "ControlNetObjective",
     "DiffusionAutoencoderConfig",
     "DiffusionAutoencoderObjective",
     "DiffusionObjective",

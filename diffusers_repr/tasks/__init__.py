@@ -15,6 +15,7 @@ from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, R
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.held_out_students import StudentAccuracy, TunedAccuracy
+from diffusers_repr.tasks.hint_errors import HintErrors
 from diffusers_repr.tasks.matches import Matches
 from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
