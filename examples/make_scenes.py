@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="data/scenes", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another gives other scenes")
     parser.add_argument("--overlap", action="store_true", help="let things cover one another in part")
-    parser.add_argument("--scribbles", action="store_true", help="a line through each thing and the ground, to learn from")
+    parser.add_argument("--scribbles", action="store_true", help="scenes with lines to learn from")
     for split in SPLITS:
         parser.add_argument(f"--{split}", type=int, default=COUNTS[split], help=f"scenes of {split}; 0: none")
     args = parser.parse_args(argv)

@@ -100,7 +100,7 @@ class HintTerm(GuidanceTerm):
         if any(call.inputs.get(name) is None for name in _RESIDUALS):
             raise ValueError("The network was called without what a ControlNet adds; HintGuidance has nothing to do.")
         if running_argument(model, "guess_mode"):
-            raise ValueError("guess_mode leaves the hint out of the null branch by itself; call with guess_mode=False.")
+            raise ValueError("guess_mode takes the hint out of the null branch by itself; leave it at False.")
         inputs = index_batch(call.inputs, call.rows, call.batch.cond, without_rows(self.denoiser.family))
         given: dict[str, Any] = {name: inputs[name] for name in self._names if name in inputs}
         stride = self.denoiser.stride

@@ -48,6 +48,7 @@ __all__ = [
     "HeadComparison",
     "HeadPlaces",
     "HeadScore",
+    "HintErrors",
     "Level",
     "Matches",
     "NoiseCurve",
