@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
-
-from diffusers_repr.data.masks import IGNORE_INDEX
 
 
 class Palette:
@@ -32,10 +31,10 @@ class Palette:
         self,
         colours: Sequence[Sequence[int]],
         ignored: Sequence[int] = (128, 128, 128),
-        ignore_index: int = IGNORE_INDEX,
+        ignore_index: int = 255,
     ) -> None:
         known = [tuple(int(value) for value in colour) for colour in (*colours, ignored)]
-        if len(known) < 2:
+        if not colours:
             raise ValueError("A palette has a colour for each class; got none.")
         wrong = next((one for one in known if len(one) != 3 or not all(0 <= value <= 255 for value in one)), None)
         if wrong is not None:
@@ -46,6 +45,27 @@ class Palette:
         if 0 <= ignore_index < len(colours):
             raise ValueError(f"ignore_index={ignore_index} is one of the {len(colours)} classes.")
         self.colours, self.ignored, self.ignore_index = known[:-1], known[-1], ignore_index
+
+    @classmethod
+    def of(cls, colours: Sequence[str], ignore_index: int = 255) -> Palette:
+        """A palette from texts.
+
+        Args:
+            colours: `#rrggbb` of each class, and a last one of pixels of no class.
+            ignore_index: Id of these.
+
+        Raises:
+            ValueError: For what is no colour, and as the class.
+
+        Example:
+            >>> Palette.of(["#000000", "#ff8000", "#808080"]).colours
+            [(0, 0, 0), (255, 128, 0)]
+        """
+        wrong = next((one for one in colours if not re.fullmatch("#[0-9a-fA-F]{6}", one)), None)
+        if wrong is not None:
+            raise ValueError(f"A colour is #rrggbb, got {wrong!r}.")
+        known = [tuple(int(one[at : at + 2], 16) for at in (1, 3, 5)) for one in colours]
+        return cls(known[:-1], known[-1] if known else (128, 128, 128), ignore_index)
 
     def image(self, ids: np.ndarray) -> np.ndarray:
         """`(H, W, 3)` uint8 colours of class ids `(H, W)`.

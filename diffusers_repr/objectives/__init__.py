@@ -53,6 +53,7 @@ from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
 from diffusers_repr.objectives.representation import RepresentationObjective
 from diffusers_repr.objectives.saved_heads import load_heads
+from diffusers_repr.objectives.scribble import ScribbleConfig, ScribbleObjective, SegmenterConfig
 from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
@@ -123,6 +124,9 @@ __all__ = [
     "RepFusionObjective",
     "RepresentationObjective",
     "RowsConfig",
+    "ScribbleConfig",
+    "ScribbleObjective",
+    "SegmenterConfig",
     "SelfAlignmentLoss",
     "SimCLRConfig",
     "SimCLRObjective",

@@ -12,6 +12,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
 from diffusers_repr.config.recipe import setting
+from diffusers_repr.data.palette import Palette
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.family import floating_dtype
@@ -40,8 +41,7 @@ class ControlNetConfig(FrozenBaseConfig):
 
     pretrained_model_name_or_path: str | None = setting(None, "text-to-image pipeline folder or Hub id, frozen")
     hint: str = setting("one_hot", "one_hot: a channel a class; colours: red, green and blue")
-    colours: list[str] | None = setting(None, "of `hint: colours`, one a class, as #rrggbb")
-    ignored_colour: str = setting("#808080", "of pixels of no class, with `hint: colours`")
+    colours: list[str] | None = setting(None, "of `hint: colours`: #rrggbb of each class, and a last one of no class")
     hint_dropout: float = setting(0.1, "share of hints that become the learned null hint")
     caption_dropout: float = setting(0.1, "share of captions that become the empty one; 1: data without captions do")
     eval_split: str | None = setting(None, "split whose denoising errors are measured; none: no measurement")
@@ -52,7 +52,7 @@ class ControlNetConfig(FrozenBaseConfig):
         if self.hint not in ("one_hot", "colours"):
             raise ValueError(f"`hint` is one_hot or colours, got {self.hint!r}.")
         if (self.hint == "colours") != (self.colours is not None):
-            raise ValueError("`colours` are of `hint: colours`, one a class; give both or neither.")
+            raise ValueError("`colours` are of `hint: colours`: one a class, and one of none; give both or neither.")
         for name in ("hint_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a probability, got {getattr(self, name)}.")
@@ -68,23 +68,9 @@ class ControlNetConfig(FrozenBaseConfig):
         """
         if self.colours is None:
             return HintEncoder(list(class_names), ignore_index=ignore_index)
-        colours = [read_colour(one) for one in self.colours]
-        return HintEncoder(list(class_names), colours, read_colour(self.ignored_colour), ignore_index)
-
-
-def read_colour(text: str) -> list[int]:
-    """`#rrggbb` as three numbers.
-
-    Raises:
-        ValueError: For anything else.
-
-    Example:
-        >>> read_colour("#ff8000")
-        [255, 128, 0]
-    """
-    if len(text) != 7 or text[0] != "#" or not all(c in "0123456789abcdefABCDEF" for c in text[1:]):
-        raise ValueError(f"A colour is #rrggbb, got {text!r}.")
-    return [int(text[at : at + 2], 16) for at in (1, 3, 5)]
+        palette = Palette.of(self.colours, ignore_index)
+        colours = [list(one) for one in palette.colours]
+        return HintEncoder(list(class_names), colours, list(palette.ignored), ignore_index)
 
 
 class ControlNetObjective(DiffusionObjective):
@@ -239,4 +225,4 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-__all__ = ["HINTS", "ControlNetConfig", "ControlNetObjective", "read_colour", "widths"]
+__all__ = ["HINTS", "ControlNetConfig", "ControlNetObjective", "widths"]

@@ -14,11 +14,13 @@ import torch
 from diffusers_repr import guidance as methods
 from diffusers_repr.config.recipe import REQUIRED, json_mapping, parse_recipe, setting
 from diffusers_repr.data.image_data import load_images
+from diffusers_repr.data.palette import Palette
 from diffusers_repr.denoiser import Denoiser, LabelConditioner
 from diffusers_repr.guidance import Guidance
 from diffusers_repr.hub.own_pipelines import named_pipeline
 from diffusers_repr.store.image_store import ImageKey
 from diffusers_repr.synthesis.guidance_scales import GuidanceSampler
+from diffusers_repr.synthesis.hints import HintMaker, load_controlnet
 from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker
 from diffusers_repr.synthesis.prompts import BASE, PromptSampler
 
@@ -30,16 +32,20 @@ _OF = {
     "prompts": ("prompt",),
     "templates": ("prompt",),
     "domains": ("prompt",),
-    "dataset_name": ("image_to_image", "code"),
-    "dataset_revision": ("image_to_image", "code"),
-    "image_column": ("image_to_image", "code"),
-    "label_column": ("image_to_image", "code"),
-    "caption_column": ("image_to_image",),
-    "limit": ("image_to_image", "code"),
-    "prompt": ("image_to_image",),
-    "strength": ("image_to_image",),
-    "guidance_scale": ("class", "prompt", "image_to_image"),
-    "guidance": ("class", "prompt", "image_to_image"),
+    "dataset_name": ("image_to_image", "code", "hint"),
+    "dataset_revision": ("image_to_image", "code", "hint"),
+    "image_column": ("image_to_image", "code", "hint"),
+    "label_column": ("image_to_image", "code", "hint"),
+    "caption_column": ("image_to_image", "hint"),
+    "limit": ("image_to_image", "code", "hint"),
+    "prompt": ("image_to_image", "hint"),
+    "strength": ("image_to_image", "hint"),
+    "controlnet": ("hint",),
+    "controlnet_revision": ("hint",),
+    "mask_column": ("hint",),
+    "mask_colours": ("hint",),
+    "guidance_scale": ("class", "prompt", "image_to_image", "hint"),
+    "guidance": ("class", "prompt", "image_to_image", "hint"),
 }
 
 
@@ -52,8 +58,10 @@ class GenerationRecipe:
     """
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
-    method: Literal["class", "prompt", "image_to_image", "code"] = setting(
-        REQUIRED, "images of classes by their ids or by prompts; variants of images: noised and denoised, or by code"
+    method: Literal["class", "prompt", "image_to_image", "code", "hint"] = setting(
+        REQUIRED,
+        "images of classes by their ids or by prompts; variants of images: noised and denoised, by code, or by the "
+        "classes of some pixels",
     )
     count: int = setting(REQUIRED, "images of each class, or variants of each image")
     revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
@@ -68,10 +76,18 @@ class GenerationRecipe:
     image_column: str | None = setting(None, "of the images; default: found by type")
     label_column: str | None = setting(None, "of the class ids; default: found by type")
     caption_column: str | None = setting(None, "of texts, the prompts of the variants")
+    controlnet: str | None = setting(None, "of hint: folder or Hub id of train_controlnet.py")
+    controlnet_revision: str | None = setting(None, "branch, tag or commit of it on the Hub")
+    mask_column: str | None = setting(None, "of hint: class ids of pixels, such as scribbles")
+    mask_colours: list[str] | None = setting(
+        None, "masks that are images of colours: #rrggbb of each class, and a last one of no class"
+    )
     limit: int | None = setting(None, "images of the data set, the first; default: all")
-    prompt: str | None = setting(None, "of all variants, of a text model")
-    strength: float = setting(0.5, "of image_to_image: share of the schedule; 0 leaves the image as it is")
-    guidance_scale: list[float] = setting([], "one for all, or two between which each image draws its own")
+    prompt: str | None = setting(None, "of all variants, of a text model; of hint with {classes}")
+    strength: float = setting(0.5, "of image_to_image and hint: share of the schedule; 0 leaves the image as it is")
+    guidance_scale: list[float] = setting(
+        [], "one for all, or two between which each image draws its own; of hint: over the hint"
+    )
     guidance: dict | str | None = setting(None, f"further guidance, name -> scale: {', '.join(GUIDANCES)}")
     num_inference_steps: int = setting(50, "steps of the sampler")
     scheduler: str | None = setting(None, "class of the sampler, of diffusers; default: as saved")
@@ -103,8 +119,12 @@ class GenerationRecipe:
             raise ValueError("`prompts` names a file of prompts; drop templates and domains.")
         if self.method == "prompt" and not self.classes:
             raise ValueError("`method: prompt` makes images of named classes; name them by `classes`.")
-        if self.method in ("image_to_image", "code") and self.dataset_name is None:
+        if self.method in ("image_to_image", "code", "hint") and self.dataset_name is None:
             raise ValueError(f"`method: {self.method}` makes variants of images; name them by `dataset_name`.")
+
+        missing = [name for name in ("controlnet", "mask_column") if getattr(self, name) is None]
+        if self.method == "hint" and missing:
+            raise ValueError(f"`method: hint` shows masks to a ControlNet; name {' and '.join(missing)}.")
 
     @property
     def scales(self) -> GuidanceSampler | None:
@@ -155,11 +175,32 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         return _of_classes(recipe, ClassMaker(denoiser, **how), classes)
     if recipe.method == "prompt":
         return _of_prompts(recipe, denoiser, how)
+    if recipe.method == "hint":
+        return _of_hints(recipe, denoiser, how)
     columns = {name: getattr(recipe, name) for name in ("image_column", "label_column", "caption_column")}
     data = load_images(str(recipe.dataset_name), recipe.dataset_split, revision=recipe.dataset_revision, **columns)
     rows = range(len(data) if recipe.limit is None else min(recipe.limit, len(data)))
     texts = (recipe.prompt, recipe.caption_column is not None)
     maker = GenerativeAugmenter(denoiser, data, recipe.method, recipe.strength, *texts, **how)
+    return maker, lambda: maker.keys(recipe.count, rows)
+
+
+def _of_hints(
+    recipe: GenerationRecipe, denoiser: Denoiser, how: dict[str, Any]
+) -> tuple[ImageMaker, Callable[[], list[ImageKey]]]:
+    controlnet, hints = load_controlnet(str(recipe.controlnet), recipe.controlnet_revision)
+    columns = {name: getattr(recipe, name) for name in ("image_column", "label_column", "caption_column")}
+    ignored = hints.config["ignore_index"]
+    columns |= {"mask_column": recipe.mask_column, "mask_names": list(hints.config["class_names"])}
+    if recipe.mask_colours is not None:
+        columns["palette"] = Palette.of(recipe.mask_colours, ignored)
+    data = load_images(
+        str(recipe.dataset_name), recipe.dataset_split, revision=recipe.dataset_revision, ignore_index=ignored,
+        **columns,
+    )  # fmt: skip
+    rows = range(len(data) if recipe.limit is None else min(recipe.limit, len(data)))
+    told = {"prompt": recipe.prompt, "captions": recipe.caption_column is not None}
+    maker = HintMaker(denoiser, data, controlnet, hints, strength=recipe.strength, **told, **how)
     return maker, lambda: maker.keys(recipe.count, rows)
 
 

@@ -27,6 +27,7 @@ from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.reconstruction import measure_reconstruction
 from diffusers_repr.tasks.representation import RepresentationProbe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
+from diffusers_repr.tasks.scribble_iou import ScribbleIoU
 from diffusers_repr.tasks.segmentation import Segmenter
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
 from diffusers_repr.tasks.task import Task
@@ -67,6 +68,7 @@ __all__ = [
     "RepresentationProbe",
     "RetrievalAccuracy",
     "Score",
+    "ScribbleIoU",
     "SegmentationOutput",
     "SegmentationRecipe",
     "Segmenter",
