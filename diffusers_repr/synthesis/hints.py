@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.data.masked import placed
@@ -88,7 +88,8 @@ class HintMaker(GenerativeAugmenter):
             raise ValueError(
                 f"diffusers has no pipeline of {type(denoiser.pipe).__name__} with a ControlNet for images."
             ) from error
-        self.controlnet = controlnet.to(denoiser.device, denoiser.dtype).eval()
+        # The plain `to`: diffusers' warns of modules kept in float32, of which a ControlNet has none.
+        self.controlnet = nn.Module.to(controlnet, denoiser.device, denoiser.dtype).eval()
         self.hints = hints.to(denoiser.device).eval()
         chosen = scales or GuidanceSampler(2, 2, int(settings.get("seed", 0)))
         made = Denoiser.from_pipe(pipe, name=denoiser.name)
@@ -178,7 +179,7 @@ def load_controlnet(
             )
     controlnet = diffusers.ControlNetModel.from_pretrained(name, revision=revision, use_safetensors=True)
     hints = HintEncoder.from_pretrained(name, subfolder=HINTS, revision=revision)
-    return controlnet.to(dtype), hints
+    return nn.Module.to(controlnet, dtype), hints
 
 
 __all__ = ["CLASSES", "HintMaker", "load_controlnet"]
