@@ -127,11 +127,10 @@ class ControlNetObjective(DiffusionObjective):
         text = f"""A ControlNet of `{without_places(base)}`, whose hints are the classes of pixels: {", ".join(names)}.
 
 ```python
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from diffusers_repr.models import HintEncoder
+from diffusers import StableDiffusionControlNetPipeline
+from diffusers_repr.synthesis import load_controlnet
 
-controlnet = ControlNetModel.from_pretrained("{{folder}}")
-hints = HintEncoder.from_pretrained("{{folder}}", subfolder="{HINTS}")
+controlnet, hints = load_controlnet("{{folder}}")
 pipe = StableDiffusionControlNetPipeline.from_pretrained("BASE", controlnet=controlnet)
 images = pipe(prompt, hints(masks), guidance_scale=1.0).images  # masks: (B, H, W) class ids
 ```

@@ -178,7 +178,10 @@ def load_controlnet(
                 f"{name!r} has no {HINTS}/, which tells how masks become hints; train it by train_controlnet.py."
             )
     controlnet = diffusers.ControlNetModel.from_pretrained(name, revision=revision, use_safetensors=True)
-    hints = HintEncoder.from_pretrained(name, subfolder=HINTS, revision=revision)
+    # Of a local folder diffusers takes the weights that lie at its top, whatever the subfolder.
+    place: dict[str, Any] = {"subfolder": HINTS, "revision": revision}
+    local = Path(name).is_dir()
+    hints = HintEncoder.from_pretrained(Path(name) / HINTS if local else name, **({} if local else place))
     return nn.Module.to(controlnet, dtype), hints
 
 
