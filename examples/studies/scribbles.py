@@ -4,7 +4,7 @@
 
 Scenes of digits and shapes with a line through each thing (`examples/make_scenes.py --scribbles`): a ControlNet is
 trained on them (`controlnet_scenes.yaml`), makes a variant of each at every encode ratio, and a segmenter is trained
-(`scribble_scenes.yaml`) for equal steps in every row, the steps of a row without variants too. Measured is the mean IoU
+(`scribble_scenes.yaml`) for equal steps in every row, also in those without variants. Measured is the mean IoU
 of 16 classes on test scenes, whose digits are in no training scene and whose every pixel has a class. What is made is
 kept: the same command goes on where it was. `--results` gets rows.jsonl and table.md.
 """
