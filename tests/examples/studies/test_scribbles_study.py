@@ -24,7 +24,8 @@ def test_the_table_compares_equal_seeds_and_rows_of_other_settings_are_refused(t
         {"row": row, "seed": seed, "mean_iou": iou, "pixel_accuracy": 0.9, **line}
         for row, seed, iou in (("real", 0, 0.2), ("real", 1, 0.4), ("append 1", 1, 0.5))
     ]
-    told = study.table(lines)
+    told = study.table(lines, {"other_hint": 0.25})
+    assert "other hint 0.2500." in told
     assert "| real | 0.300 ± 0.141 | 0.900 ± 0.000 |  | 2 |" in told
     assert "| append 1 | 0.500 | 0.900 | +0.100 | 1 |" in told
     (tmp_path / "rows.jsonl").write_text(json.dumps(lines[0]) + "\n")
@@ -47,4 +48,6 @@ def test_some_rows_at_toy_size(tmp_path, monkeypatch):
     assert all(0 <= line["mean_iou"] <= 1 for line in lines)
     monkeypatch.setattr(study.Study, "measured", lambda *given: pytest.fail("a row that is there is measured anew"))
     study.main([*flags, "--rows", *asked])
-    assert "| append 1 |" in (tmp_path / "results/table.md").read_text()
+    told = (tmp_path / "results/table.md").read_text()
+    assert "| append 1 |" in told
+    assert "other hint" in told
