@@ -199,8 +199,8 @@ def _of_hints(
         **columns,
     )  # fmt: skip
     rows = range(len(data) if recipe.limit is None else min(recipe.limit, len(data)))
-    told = {"prompt": recipe.prompt, "captions": recipe.caption_column is not None}
-    maker = HintMaker(denoiser, data, controlnet, hints, strength=recipe.strength, **told, **how)
+    how |= {"strength": recipe.strength, "prompt": recipe.prompt, "captions": recipe.caption_column is not None}
+    maker = HintMaker(denoiser, data, controlnet, hints, **how)
     return maker, lambda: maker.keys(recipe.count, rows)
 
 
