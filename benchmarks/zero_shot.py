@@ -2,8 +2,8 @@
 
 The class-conditional digits model on a few digits: every pair alone, its input noised anew, as a plain loop does,
 against batches over images, classes and levels. And Stable Diffusion's U-Net, with random weights, on latents of 32 x
-32 under five prompts: the layers before the first that reads the prompt run once for all of them against once for each,
-and the share of a forward's FLOPs that these are.
+32 under five prompts: the layers before the first that reads the prompt run once for all of them against once for
+each, and the share of a forward's FLOPs that these are.
 """
 
 import itertools
