@@ -49,8 +49,8 @@ class EncoderPlace:
     name: str | None
     layer: str | None
     revision: str | None
-    model_class: str
-    weights: str
+    model_class: str | None
+    weights: str | None
 
     @classmethod
     def of(cls, encoder: Encoder, folder: Path | None) -> Self:
@@ -164,7 +164,7 @@ def push(folder: Path, repo_id: str, base: str | None = None, base_revision: str
 
 def card(told: dict[str, Any], encoder: EncoderPlace, title: str) -> str:
     """What a probe is, and a table of what was measured."""
-    name = encoder.model_class if encoder.name is None else last_name(encoder.name)
+    name = str(encoder.model_class) if encoder.name is None else last_name(encoder.name)
     layer = "" if encoder.layer is None else f", `{schema.printable(encoder.layer)}`"
     head = "---\nlibrary_name: diffusers-repr\ntags: [image-feature-extraction, representation]\n---\n"
     text = f"A linear head on the {told['features']} features of `{schema.printable(name)}`{layer}."
