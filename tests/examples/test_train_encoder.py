@@ -19,8 +19,8 @@ from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.data.views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.objectives import SimCLRConfig, SimCLRObjective
-from diffusers_repr.objectives.simclr import nt_xent
+from diffusers_repr.objectives import SelfSupervisedConfig, SimCLRObjective
+from diffusers_repr.objectives.self_supervised.simclr import nt_xent
 from diffusers_repr.tasks import EncoderAccuracy
 from tests.examples.scripts import run_script
 
@@ -37,6 +37,7 @@ RECIPE = {
     "crop_scale": 0.5,
     "jitter_probability": 0.5,
     "projection_dim": 8,
+    "temperature": 0.2,
     "train_batch_size": 8,
     "max_train_steps": 2,
     "learning_rate": 0.01,
@@ -148,6 +149,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         ({"model": MODEL | {"patch_size": 3}}, "no multiple of its patch_size"),
         ({"model": MODEL | {"patchsize": 3}}, "Unknown key 'patchsize'.*patch_size"),
         ({"temperature": 0.0}, "must be positive"),
+        ({"method": "byol"}, "`temperature` would do nothing: it is of simclr"),
+        ({"method": "byol", "temperature": None, "target_decay": 1.5}, r"lies in \[0, 1\]"),
         ({"crop_scale": 0.0}, "share of the area"),
         ({"crop_ratio": 0.5}, "is 1 or more"),
         ({"jitter_probability": 1.5}, r"in \[0, 1\]"),
@@ -168,10 +171,10 @@ def test_recipes_parse(name, capsys):
     from diffusers_repr.config import parse_recipe
     from diffusers_repr.training import TrainingConfig
 
-    kinds = (TrainingConfig, DataConfig, ViewConfig, SimCLRConfig)
+    kinds = (TrainingConfig, DataConfig, ViewConfig, SelfSupervisedConfig)
     config, _, _, encoder = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
     assert config.max_train_steps > 100
-    SimCLRObjective(encoder.model, [0.5], [0.5])
+    encoder.build([0.5], [0.5])
 
 
 @pytest.mark.slow
