@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,9 +79,9 @@ class BYOLObjective(SelfSupervisedObjective):
     def targets(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Projections of the target; the norms in it go by the batch in hand, as in training."""
         self._used = True
-        encoder, projector = (self.target[name].module for name in ("encoder", "projector"))
-        parts = self.parts(encoder, images)  # type: ignore[arg-type]
-        return [tuple(projector(view) for view in part.chunk(2)) for part in parts]  # type: ignore[misc]
+        encoder, projector = (cast(Any, self.target[name].module) for name in ("encoder", "projector"))
+        parts = self.parts(encoder, images)
+        return [(projector(one), projector(two)) for one, two in (part.chunk(2) for part in parts)]
 
     def compare(self, pair: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor] | None) -> Tensor:
         """See `byol_loss`."""
