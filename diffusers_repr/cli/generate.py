@@ -55,7 +55,8 @@ def run(args: Settings) -> int:
         # A folder of another kind has a manifest.json and data/, too: nothing of it is deleted.
         if args.overwrite and state.is_main_process and is_image_store(Path(args.out)):
             shutil.rmtree(Path(args.out) / "data", ignore_errors=True)
-            (Path(args.out) / "manifest.json").unlink(missing_ok=True)
+            for name in ("manifest.json", "README.md"):
+                (Path(args.out) / name).unlink(missing_ok=True)
     asked, since = keys(), time.perf_counter()
     chosen: dict[str, Any] = {"batch_size": args.batch_size, "shard_size": args.shard_size, "progress": not args.quiet}
     # The manifest is published with the images: it names no place of this machine.

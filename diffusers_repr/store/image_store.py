@@ -20,6 +20,7 @@ from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.places import is_place, last_name
 from diffusers_repr.hub.schema import Check, anything, digest, integer, mapping, one_of, optional, record, text
+from diffusers_repr.store.image_card import image_card
 from diffusers_repr.store.manifest import MANIFEST, layout_schema, manifest_schema, recipe_hash
 from diffusers_repr.store.parquet import ParquetLayout
 from diffusers_repr.store.parquet_store import ParquetStore
@@ -145,6 +146,11 @@ class ImageStore(ParquetStore):
     layout_type: ClassVar[type[ImageLayout]] = ImageLayout
 
     layout: ImageLayout
+
+    @classmethod
+    def card(cls, manifest: dict[str, Any]) -> str:
+        """See `Store`."""
+        return image_card(manifest)
 
     def load(self) -> datasets.Dataset:
         """See `ParquetStore`; a file of others may not name files or addresses, which `datasets` would open."""
