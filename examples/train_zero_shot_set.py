@@ -50,7 +50,8 @@ class ZeroShotSetConfig:
 def generated(data_config: DataConfig, own: ZeroShotSetConfig, side: int):
     """The images to learn from, and those that choose the step, as they are."""
     columns = {name: getattr(data_config, name) for name in ("image_column", "label_column")}
-    images = load_images(data_config.dataset_name, data_config.dataset_split, data_config.dataset_revision, **columns)
+    columns["revision"] = data_config.dataset_revision
+    images = load_images(data_config.dataset_name, data_config.dataset_split, **columns)
     if not images.label_names:
         raise ValueError("The generated images have no classes; make images of classes, or name --label_column.")
     train_part, held_out = hold_out(images, own.held_out_share)
