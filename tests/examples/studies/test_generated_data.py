@@ -17,8 +17,8 @@ def test_real_scenes_of_one_digit(monkeypatch):
     digits = [row for row in scenes if row["things"][0]["kind"] < 10]
     assert found["label"][:] == [row["things"][0]["kind"] for row in digits[:2]]
     assert [image.tobytes() for image in found["image"]] == [row["image"].tobytes() for row in digits[:2]]
+    monkeypatch.setattr(study, "load_scenes", lambda *given: [])
     with pytest.raises(ValueError, match="fewer than the 1 asked for"):
-        monkeypatch.setattr(study, "load_scenes", lambda *given: [])
         study.single_digits(1)
 
 
