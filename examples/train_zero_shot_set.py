@@ -49,6 +49,8 @@ class ZeroShotSetConfig:
 
 def generated(data_config: DataConfig, own: ZeroShotSetConfig, side: int):
     """The images to learn from, and those that choose the step, as they are."""
+    if data_config.label_column == "none":
+        raise ValueError("A classifier learns classes, and `label_column` is none; drop it.")
     columns = {name: getattr(data_config, name) for name in ("image_column", "label_column")}
     columns["revision"] = data_config.dataset_revision
     images = load_images(data_config.dataset_name, data_config.dataset_split, **columns)

@@ -66,7 +66,7 @@ def test_the_step_is_chosen_by_generated_images_and_tested_on_real_ones(store, t
         ({"validation_steps": 0}, "one is chosen; set it"),
         ({"held_out_share": 1.0}, "between 0 and 1"),
         ({"eval_split": "test"}, "does nothing here"),
-        ({"label_column": "none"}, "have no classes"),
+        ({"label_column": "none"}, "learns classes"),
     ],
 )
 def test_bad_settings(store, tmp_path, changes, message):

@@ -15,7 +15,6 @@ from diffusers_repr.data.image_data import load_images
 from diffusers_repr.store import write
 from diffusers_repr.store.image_store import ImageStore
 from diffusers_repr.synthesis import ClassMaker
-from tests.store.test_write import flip_a_byte
 from tests.training.loop_cases import in_a_fork
 
 RECIPE = {"model": "examples/models/digits-class-ddim", "method": "class", "count": 4, "classes": ["1", "7"],
@@ -103,7 +102,10 @@ def test_a_full_disk_and_a_damaged_file(whole, tmp_path, monkeypatch, capsys):
     assert "2 of 4 shards" in told
     assert main(words(tmp_path)) == 0
     assert shards(tmp_path / "out") == shards(whole)
-    flip_a_byte(tmp_path / "out/data/train-00001-of-00004.parquet")
+    damaged = tmp_path / "out/data/train-00001-of-00004.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[data.index(b"IDAT") + 12] ^= 0xFF  # in a picture
+    damaged.write_bytes(bytes(data))
     with pytest.raises(ValueError, match=r"train-00001-of-00004\.parquet"):
         load_images(str(tmp_path / "out"), "train")  # as every script opens it
     assert main(words(tmp_path)) == 0  # the damaged file alone is made anew

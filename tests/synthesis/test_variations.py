@@ -1,6 +1,7 @@
 """Variants by a vector (RCG) and by unCLIP: each equals the pipeline called for it alone."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from diffusers_repr.data.image_data import load_images
 from diffusers_repr.encoders import load_encoder
 from diffusers_repr.models import VectorEmbedding
 from diffusers_repr.synthesis import GenerationRecipe, GuidanceSampler, RepresentationAugmenter, UnCLIPAugmenter
-from diffusers_repr.synthesis.recipe import open_maker
+from diffusers_repr.synthesis.recipe import open_maker, read_generation
 from tests.objectives.cases import shake
 from tests.testers.models import WIDTH, autoencoder, clip_config
 from tests.testers.tokenizers import clip_tokenizer
@@ -130,3 +131,11 @@ def test_a_recipe_opens_both(vectors, tmp_path):
             GenerationRecipe(**recipe, **changes)
     with pytest.raises(ValueError, match="made by image_to_image"):
         open_maker(GenerationRecipe("examples/models/digits-ddpm", "image_variation", 1, dataset_name="digits"))
+
+
+def test_every_recipe_of_the_examples_is_one():
+    methods = []
+    for file in sorted(Path("examples/configs/generate").glob("*.yaml")):
+        methods.append(read_generation(file).method)
+        assert f"diffusers-repr generate {file}" in file.read_text()
+    assert {"class", "prompt", "image_to_image", "code", "representation"} <= set(methods)
