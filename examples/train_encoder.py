@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
     objective = method.build(*data.statistics(), config.max_train_steps)
     accuracy = None
     if test is not None:
-        accuracy = EncoderAccuracy(objective, data.labelled(), ViewData(test, views).labelled())
+        measured = ViewData(test, dataclasses.replace(views, variants_dir=None))  # variants are of training images
+        accuracy = EncoderAccuracy(objective, data.labelled(), measured.labelled())
     train(objective, data, config, recipe=recipe_of(config, data_config, views, method), evaluate=accuracy)
 
 

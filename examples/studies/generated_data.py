@@ -313,9 +313,7 @@ def single_digits(count: int) -> Dataset:
             images.append(row["image"])
             labels.append(row["things"][0]["kind"])
     if len(images) < count:
-        raise ValueError(
-            f"{asked} scenes have {len(images)} single digits, fewer than the {count} that are asked for."
-        )
+        raise ValueError(f"{asked} scenes have {len(images)} single digits, fewer than the {count} asked for.")
     return dataset(images[:count], labels[:count], DIGIT_NAMES)
 
 

@@ -12,15 +12,18 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
+from PIL import Image
 from train_encoder import main
 from transformers import ViTModel
 
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.digits import load_digits_splits
+from diffusers_repr.data.variants import image_key
 from diffusers_repr.data.views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.objectives import SelfSupervisedConfig, SimCLRObjective
 from diffusers_repr.objectives.self_supervised.simclr import nt_xent
+from diffusers_repr.store.image_store import ImageKey, write_images
 from diffusers_repr.tasks import EncoderAccuracy
 from tests.examples.scripts import run_script
 
@@ -190,6 +193,26 @@ def test_two_processes_see_all_negatives(tmp_path):
     )
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], rel=1e-4)
     assert [a["grad_norm"] for a in one] == pytest.approx([b["grad_norm"] for b in two], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The logistic regression stopped")
+def test_the_script_trains_on_variants_and_measures_on_images(tmp_path):
+    (tmp_path / "images" / "data").mkdir(parents=True)
+    splits = load_digits_splits()
+    for split, count in (("train", 40), ("test", 20)):
+        file = tmp_path / "images" / "data" / f"{split}-00000-of-00001.parquet"
+        splits[split].select(range(count)).to_parquet(file)
+    pictures = splits["train"]["image"][:40]
+    keys = [ImageKey("m", 8, 8, 1, 0, source=f"images/train/{row}#{image_key(np.asarray(pictures[row]))}", variant=v)
+            for row in range(40) for v in range(2)]  # fmt: skip
+    write_images(tmp_path / "variants", keys, lambda asked: [Image.new("L", (8, 8), 101)] * len(asked), progress=False)
+    flags = {"dataset_name": tmp_path / "images", "variants_dir": tmp_path / "variants", "eval_split": "test",
+             "model": json.dumps(MODEL), "method": "byol", "max_train_steps": 2, "train_batch_size": 8,
+             "output_dir": tmp_path / "out", "projection_dim": 4}  # fmt: skip
+    run_script(main, "train_encoder", *(w for k, v in flags.items() for w in (f"--{k}", str(v))))
+    measured = json.loads((tmp_path / "out" / "evaluation.jsonl").read_text())
+    assert 0 <= measured["trained_class_token_knn"] <= 1
+    assert "byol" in (tmp_path / "out" / "README.md").read_text()
 
 
 # --- the loss
