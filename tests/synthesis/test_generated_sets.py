@@ -4,6 +4,7 @@ import errno
 import json
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -103,8 +104,10 @@ def test_a_full_disk_and_a_damaged_file(whole, tmp_path, monkeypatch, capsys):
     assert main(words(tmp_path)) == 0
     assert shards(tmp_path / "out") == shards(whole)
     damaged = tmp_path / "out/data/train-00001-of-00004.parquet"
-    data = bytearray(damaged.read_bytes())
-    data[data.index(b"IDAT") + 12] ^= 0xFF  # in a picture
+    data, group = bytearray(damaged.read_bytes()), pq.read_metadata(damaged).row_group(0)
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    pictures = next(chunk for chunk in chunks if chunk.path_in_schema == "image.bytes")
+    data[pictures.data_page_offset + pictures.total_compressed_size - 8] ^= 0xFF
     damaged.write_bytes(bytes(data))
     with pytest.raises(ValueError, match=r"train-00001-of-00004\.parquet"):
         load_images(str(tmp_path / "out"), "train")  # as every script opens it
