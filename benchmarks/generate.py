@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils.logging import disable_progress_bar
 from diffusers_repr.pipelines.guided_unconditional import GuidedUnconditionalPipeline
 
 from benchmarks.common import interleaved, median, report
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", action="store_true", help="also two processes against one")
     args = parser.parse_args()
+    disable_progress_bar()
     shares: list[float] = []
     with tempfile.TemporaryDirectory() as place:
         folder, size = Path(place), (args.count, args.steps)

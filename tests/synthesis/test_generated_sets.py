@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import time
 
 import pyarrow.parquet as pq
@@ -32,7 +33,7 @@ def _fresh_accelerate():
 def words(folder, name="out", **changes) -> list[str]:
     """The command, of a recipe that is written beside its store."""
     folder.mkdir(exist_ok=True)
-    recipe = folder / "recipe.yaml"
+    recipe = folder / f"recipe-{os.getpid()}.yaml"  # of two processes each writes its own
     recipe.write_text(yaml.safe_dump({k: v for k, v in (RECIPE | changes).items() if v is not None}))
     sizes = ["--batch_size", "2", "--shard_size", "2"]
     return ["generate", str(recipe), "--out", str(folder / name), "--quiet", "--device", "cpu", *sizes]
