@@ -52,7 +52,14 @@ from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
 from diffusers_repr.objectives.representation import RepresentationObjective
 from diffusers_repr.objectives.saved_heads import load_heads
-from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
+from diffusers_repr.objectives.self_supervised import (
+    BarlowTwinsObjective,
+    BYOLObjective,
+    SelfSupervisedConfig,
+    SelfSupervisedObjective,
+    SimCLRObjective,
+    SimSiamObjective,
+)
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
 from diffusers_repr.objectives.vq import TokenizerConfig, TokenizerObjective
@@ -66,6 +73,8 @@ __all__ = [
     "AutoencoderConfig",
     "AutoencoderObjective",
     "AuxiliaryLoss",
+    "BYOLObjective",
+    "BarlowTwinsObjective",
     "Batch",
     "CachedFeatures",
     "ClassifierBase",
@@ -121,8 +130,10 @@ __all__ = [
     "RepresentationObjective",
     "RowsConfig",
     "SelfAlignmentLoss",
-    "SimCLRConfig",
+    "SelfSupervisedConfig",
+    "SelfSupervisedObjective",
     "SimCLRObjective",
+    "SimSiamObjective",
     "SpatialAlignmentLoss",
     "Student",
     "StudentConfig",

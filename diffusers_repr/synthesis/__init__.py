@@ -4,6 +4,7 @@ from diffusers_repr.synthesis.guidance_scales import GuidanceSampler, PerImageSc
 from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker
 from diffusers_repr.synthesis.prompts import PromptSampler
 from diffusers_repr.synthesis.recipe import GenerationRecipe, open_maker, read_generation
+from diffusers_repr.synthesis.variations import RepresentationAugmenter, UnCLIPAugmenter
 
 __all__ = [
     "ClassMaker",
@@ -14,6 +15,8 @@ __all__ = [
     "PerImageScale",
     "PromptMaker",
     "PromptSampler",
+    "RepresentationAugmenter",
+    "UnCLIPAugmenter",
     "open_maker",
     "read_generation",
 ]
