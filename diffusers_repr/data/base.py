@@ -19,7 +19,13 @@ class TrainData(Dataset, ABC):
 
     `data[i]` is a dict of CPU tensors that `torch.utils.data.default_collate` joins; `on_device` brings the joined
     batch, once it is on the device, to what an objective takes.
+
+    Attributes:
+        by_epoch: Whether what is shown depends on the epoch: the loop then asks for `data[epoch, index]`, in whichever
+            process reads it.
     """
+
+    by_epoch: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.data.columns import LABEL, Columns, choose_columns
 from diffusers_repr.data.masks import IGNORE_INDEX, MaskColumn
+from diffusers_repr.data.palette import Palette
 from diffusers_repr.data.placement import CROPS
 
 
@@ -28,6 +29,9 @@ class DataConfig:
     caption_column: str | None = setting(None, "column of texts; default: no texts")
     mask_column: str | None = setting(None, "column of class ids of the pixels; default: no masks")
     mask_names: list[str] | None = setting(None, "names of these classes; default: what the column knows")
+    mask_colours: list[str] | None = setting(
+        None, "masks that are images of colours: #rrggbb of each class, and a last one of no class"
+    )
     ignore_index: int = setting(IGNORE_INDEX, "id of pixels of no class")
     points_column: str | None = setting(None, "column of points: [x, y] or [x, y, visible] in pixels; default: none")
     max_points: int | None = setting(None, "points of an image, the first; default: as many as the row with most")
@@ -65,7 +69,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
-        for name, column in (("mask_names", "mask_column"), ("max_points", "points_column")):
+        for name, column in (
+            ("mask_names", "mask_column"),
+            ("mask_colours", "mask_column"),
+            ("max_points", "points_column"),
+        ):
             if getattr(self, name) is not None and getattr(self, column) is None:
                 raise ValueError(f"`{name}` is set, but no `{column}`; name the column.")
         if self.streaming and self.points_column is not None and self.max_points is None:
@@ -111,7 +119,8 @@ class DataConfig:
         """What the column of masks holds; None without."""
         if self.mask_column is None:
             return None
-        return MaskColumn(features[self.mask_column], self.mask_names, self.ignore_index)
+        palette = None if self.mask_colours is None else Palette.of(self.mask_colours, self.ignore_index)
+        return MaskColumn(features[self.mask_column], self.mask_names, self.ignore_index, palette)
 
     def size(self, wanted: int | tuple[int, int] | None = None) -> tuple[int, int]:
         """(H, W) of the images: what the model takes, or `resolution`.

@@ -12,6 +12,7 @@ import datasets
 from diffusers_repr.data.columns import Columns, choose_columns
 from diffusers_repr.data.image_files import UnreadableImage
 from diffusers_repr.data.masks import IGNORE_INDEX, MaskColumn
+from diffusers_repr.data.palette import Palette
 from diffusers_repr.data.samples import Sample, SampleReader
 from diffusers_repr.data.splits import open_split
 
@@ -172,8 +173,8 @@ def load_images(
         image_column: The column of type `datasets.Image`, that of masks apart, if None.
         label_column: The column of type `ClassLabel`, or an integer column named `label`, if None.
         revision: Of a Hub id.
-        annotations: `caption_column`, `mask_column`, `points_column`, `mask_names`, `ignore_index`, as
-            `from_dataset` takes them.
+        annotations: `caption_column`, `mask_column`, `points_column`, `mask_names`, `ignore_index`, `palette`,
+            as `from_dataset` takes them.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
@@ -194,6 +195,7 @@ def from_dataset(
     points_column: str | None = None,
     mask_names: Sequence[str] | None = None,
     ignore_index: int | None = IGNORE_INDEX,
+    palette: Palette | None = None,
 ) -> ImageData:
     """As `load_images`, from a `datasets.Dataset`.
 
@@ -208,6 +210,7 @@ def from_dataset(
         points_column: Lists of `[x, y]` or `[x, y, visible]` in pixels; none if None.
         mask_names: Name of each class of pixels; what the column knows if None.
         ignore_index: Id of pixels of no class.
+        palette: Of masks that are images of colours.
     """
     columns = choose_columns(
         dataset.features, image_column, label_column, caption_column, mask_column, points_column, name=name
@@ -217,5 +220,7 @@ def from_dataset(
     if mask_names is not None and mask_column is None:
         raise ValueError("mask_names is given, but no mask_column; name the column.")
     names = getattr(dataset.features[columns.label], "names", None) if columns.label else None
-    masks = None if mask_column is None else MaskColumn(dataset.features[mask_column], mask_names, ignore_index)
+    masks = (
+        None if mask_column is None else MaskColumn(dataset.features[mask_column], mask_names, ignore_index, palette)
+    )
     return ImageData(dataset.select_columns(columns.used()), columns, names, name, split, masks)

@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusers_repr.data.columns import innermost
 from diffusers_repr.data.image_files import UnreadableImage, place_of, read_decoded
+from diffusers_repr.data.palette import Palette
 
 IGNORE_INDEX = 255
 
@@ -21,22 +22,31 @@ class MaskColumn:
         feature: Type of the column: `datasets.Image`, or arrays of whole numbers or truth values (0 and 1).
         names: Name of each class; those of a `ClassLabel` inside the arrays if None, else not known.
         ignore_index: Id of pixels that belong to no class; None: there are none.
+        palette: Of images that show classes by colours.
 
     Attributes:
         names: Name of each class id, if known.
         ignore_index: As given.
 
     Raises:
-        ValueError: If `ignore_index` is one of the named classes.
+        ValueError: If `ignore_index` is one of the named classes; for a palette of arrays, or of other classes.
     """
 
     def __init__(
-        self, feature: Any, names: Sequence[str] | None = None, ignore_index: int | None = IGNORE_INDEX
+        self,
+        feature: Any,
+        names: Sequence[str] | None = None,
+        ignore_index: int | None = IGNORE_INDEX,
+        palette: Palette | None = None,
     ) -> None:
         own = getattr(innermost(feature)[0], "names", None)
         self.names = list(names or own or []) or None
         self.ignore_index = ignore_index
-        self._is_image = isinstance(feature, datasets.Image)
+        self._is_image, self.palette = isinstance(feature, datasets.Image), palette
+        if palette is not None and not self._is_image:
+            raise ValueError("Colours of classes are of masks that are images; these are arrays of class ids.")
+        if palette is not None and self.names and len(palette.colours) != len(self.names):
+            raise ValueError(f"{len(self.names)} classes and {len(palette.colours)} colours of classes; one is one's.")
         if self.names and ignore_index is not None and 0 <= ignore_index < len(self.names):
             raise ValueError(
                 f"ignore_index={ignore_index} is the class {self.names[ignore_index]!r} of {len(self.names)}; pass an "
@@ -57,7 +67,7 @@ class MaskColumn:
         """
         if value is None:
             raise UnreadableImage(f"{what} is missing.")
-        ids = _of_image(value, what) if self._is_image else _of_array(value, what)
+        ids = _of_image(value, what, self.palette) if self._is_image else _of_array(value, what)
         what += place_of(value)
         if ids.shape != size:
             raise ValueError(f"{what} is {ids.shape} (H, W), its image {size}; a mask has the size of its image.")
@@ -93,8 +103,13 @@ def black_and_white(classes: Collection[int], ignored: bool, ignore_index: int |
     return f" Are they black and white? Then {told}: store ids 0 and 1 (mask // 255), or images of mode '1'."
 
 
-def _of_image(value: Any, what: str) -> np.ndarray:
+def _of_image(value: Any, what: str, palette: Palette | None) -> np.ndarray:
     image = read_decoded(value, what)
+    if palette is not None:
+        try:
+            return palette.ids(image)
+        except ValueError as error:
+            raise ValueError(f"{what}{place_of(value)}: {error}") from error
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise ValueError(
             f"{what}{place_of(value)} is an image of mode {image.mode!r}, which shows colours; a mask holds class "

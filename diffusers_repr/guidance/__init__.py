@@ -10,6 +10,7 @@ from diffusers_repr.guidance.describe import GuidanceDescription, MethodDescript
 from diffusers_repr.guidance.energy import EnergyGuidance
 from diffusers_repr.guidance.engine.stats import GuidanceStats, StepStats
 from diffusers_repr.guidance.guide import GuidanceHandle, guide, is_guided, unguide
+from diffusers_repr.guidance.hint import HintGuidance
 from diffusers_repr.guidance.modular import AutoGuidanceGuider, CFGGuider, PAGGuider
 from diffusers_repr.guidance.pag import PAG
 from diffusers_repr.guidance.readout.guidance import ReadoutGuidance
@@ -35,6 +36,7 @@ __all__ = [
     "GuidanceStats",
     "GuidanceTerm",
     "GuidedStep",
+    "HintGuidance",
     "Identity",
     "Mask",
     "MethodDescription",

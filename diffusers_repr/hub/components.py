@@ -24,6 +24,7 @@ OWN_COMPONENTS = {
     "FlowMatchODEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_ode",
     "FlowMatchSDEScheduler": "diffusers_repr.schedulers_ext.scheduling_flow_match_sde",
     "GradientUNet": "diffusers_repr.models.gradient_unet",
+    "HintEncoder": "diffusers_repr.models.hint_encoder",
     "HyperfeaturesHead": "diffusers_repr.heads.hyperfeatures",
     "JointHead": "diffusers_repr.heads.joint",
     "JointViTModel": "diffusers_repr.models.joint_vit",

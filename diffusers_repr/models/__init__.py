@@ -5,6 +5,7 @@ from diffusers_repr.models.feature_adapters import FeatureAdapters
 from diffusers_repr.models.feature_interpreter import FeatureInterpreter
 from diffusers_repr.models.film import FiLM, film_blocks
 from diffusers_repr.models.gradient_unet import GradientUNet
+from diffusers_repr.models.hint_encoder import HintEncoder
 from diffusers_repr.models.joint_vit import JointViTModel
 from diffusers_repr.models.masked_token_model import MaskedTokenModel
 from diffusers_repr.models.maskgit_vq import MaskGITVQModel
@@ -25,6 +26,7 @@ __all__ = [
     "FeatureInterpreter",
     "FiLM",
     "GradientUNet",
+    "HintEncoder",
     "JointViTModel",
     "MaskGITVQModel",
     "MaskedTokenModel",

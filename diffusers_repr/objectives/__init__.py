@@ -18,6 +18,7 @@ from diffusers_repr.objectives.classifier import ClassifierBase, ClassifierObjec
 from diffusers_repr.objectives.classifier_config import ClassifierConfig
 from diffusers_repr.objectives.cleandift import CleanDIFTConfig, CleanDIFTObjective, noise_robustness, strata_timesteps
 from diffusers_repr.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
+from diffusers_repr.objectives.controlnet import ControlNetConfig, ControlNetObjective
 from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.diffusion_autoencoder import (
     DiffusionAutoencoderConfig,
@@ -52,6 +53,7 @@ from diffusers_repr.objectives.readout_rows import ReadoutRows, RowsConfig
 from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObjective, REPAObjective, build_repa
 from diffusers_repr.objectives.representation import RepresentationObjective
 from diffusers_repr.objectives.saved_heads import load_heads
+from diffusers_repr.objectives.scribble import ScribbleConfig, ScribbleObjective, SegmenterConfig
 from diffusers_repr.objectives.self_supervised import (
     BarlowTwinsObjective,
     BYOLObjective,
@@ -84,6 +86,8 @@ __all__ = [
     "CleanDIFTObjective",
     "ContrastiveConfig",
     "ContrastiveObjective",
+    "ControlNetConfig",
+    "ControlNetObjective",
     "DiffusionAutoencoderConfig",
     "DiffusionAutoencoderObjective",
     "DiffusionObjective",
@@ -129,6 +133,9 @@ __all__ = [
     "RepFusionObjective",
     "RepresentationObjective",
     "RowsConfig",
+    "ScribbleConfig",
+    "ScribbleObjective",
+    "SegmenterConfig",
     "SelfAlignmentLoss",
     "SelfSupervisedConfig",
     "SelfSupervisedObjective",

@@ -15,12 +15,14 @@ from diffusers_repr import guidance as methods
 from diffusers_repr.assign import IdentityAssigner
 from diffusers_repr.config.recipe import REQUIRED, json_mapping, parse_recipe, setting
 from diffusers_repr.data.image_data import load_images
+from diffusers_repr.data.palette import Palette
 from diffusers_repr.denoiser import Denoiser, LabelConditioner
 from diffusers_repr.encoders import load_encoder
 from diffusers_repr.guidance import Guidance
 from diffusers_repr.hub.own_pipelines import named_pipeline
 from diffusers_repr.store.image_store import ImageKey
 from diffusers_repr.synthesis.guidance_scales import GuidanceSampler
+from diffusers_repr.synthesis.hints import HintMaker, load_controlnet
 from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker
 from diffusers_repr.synthesis.prompts import BASE, PromptSampler
 from diffusers_repr.synthesis.variations import RepresentationAugmenter, UnCLIPAugmenter
@@ -28,6 +30,7 @@ from diffusers_repr.synthesis.variations import RepresentationAugmenter, UnCLIPA
 # Those that take nothing but a scale.
 GUIDANCES = ("PAG", "SAG")
 # Those that make variants of images.
+Method = Literal["class", "prompt", "image_to_image", "code", "representation", "image_variation", "hint"]
 VARIANTS = ("image_to_image", "code", "representation", "image_variation")
 # Setting -> the methods on which it acts.
 _OF = {
@@ -35,19 +38,23 @@ _OF = {
     "prompts": ("prompt",),
     "templates": ("prompt",),
     "domains": ("prompt",),
-    "dataset_name": VARIANTS,
-    "dataset_revision": VARIANTS,
-    "image_column": VARIANTS,
-    "label_column": VARIANTS,
-    "caption_column": ("image_to_image", "image_variation"),
-    "limit": VARIANTS,
-    "prompt": ("image_to_image", "image_variation"),
-    "strength": ("image_to_image",),
+    "dataset_name": (*VARIANTS, "hint"),
+    "dataset_revision": (*VARIANTS, "hint"),
+    "image_column": (*VARIANTS, "hint"),
+    "label_column": (*VARIANTS, "hint"),
+    "caption_column": ("image_to_image", "image_variation", "hint"),
+    "limit": (*VARIANTS, "hint"),
+    "prompt": ("image_to_image", "image_variation", "hint"),
+    "strength": ("image_to_image", "hint"),
     "encoder": ("representation",),
     "assigner": ("representation",),
     "noise_level": ("image_variation",),
-    "guidance_scale": ("class", "prompt", "image_to_image", "representation", "image_variation"),
-    "guidance": ("class", "prompt", "image_to_image"),
+    "controlnet": ("hint",),
+    "controlnet_revision": ("hint",),
+    "mask_column": ("hint",),
+    "mask_colours": ("hint",),
+    "guidance_scale": ("class", "prompt", "image_to_image", "representation", "image_variation", "hint"),
+    "guidance": ("class", "prompt", "image_to_image", "hint"),
 }
 
 
@@ -60,10 +67,10 @@ class GenerationRecipe:
     """
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
-    method: Literal["class", "prompt", "image_to_image", "code", "representation", "image_variation"] = setting(
+    method: Method = setting(
         REQUIRED,
         "images of classes by their ids or by prompts; variants of images: noised and denoised, by code, by a vector "
-        "of an encoder (RCG), or by unCLIP",
+        "of an encoder (RCG), by unCLIP, or by the classes of some pixels",
     )
     count: int = setting(REQUIRED, "images of each class, or variants of each image")
     revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
@@ -78,13 +85,21 @@ class GenerationRecipe:
     image_column: str | None = setting(None, "of the images; default: found by type")
     label_column: str | None = setting(None, "of the class ids; default: found by type")
     caption_column: str | None = setting(None, "of texts, the prompts of the variants")
+    controlnet: str | None = setting(None, "of hint: folder or Hub id of train_controlnet.py")
+    controlnet_revision: str | None = setting(None, "branch, tag or commit of it on the Hub")
+    mask_column: str | None = setting(None, "of hint: class ids of pixels, such as scribbles")
+    mask_colours: list[str] | None = setting(
+        None, "masks that are images of colours: #rrggbb of each class, and a last one of no class"
+    )
     limit: int | None = setting(None, "images of the data set, the first; default: all")
-    prompt: str | None = setting(None, "of all variants, of a text model")
-    strength: float = setting(0.5, "of image_to_image: share of the schedule; 0 leaves the image as it is")
+    prompt: str | None = setting(None, "of all variants, of a text model; of hint with {classes}")
+    strength: float = setting(0.5, "of image_to_image and hint: share of the schedule; 0 leaves the image as it is")
     encoder: str | None = setting(None, "representation: what the vectors are of, a folder or MODEL:layer@timestep")
     assigner: str | None = setting(None, "representation: folder of the fitted assigner that standardises vectors")
     noise_level: int = setting(0, "image_variation: noise on the image's embedding, a timestep from 0")
-    guidance_scale: list[float] = setting([], "one for all, or two between which each image draws its own")
+    guidance_scale: list[float] = setting(
+        [], "one for all, or two between which each image draws its own; of hint: over the hint"
+    )
     guidance: dict | str | None = setting(None, f"further guidance, name -> scale: {', '.join(GUIDANCES)}")
     num_inference_steps: int = setting(50, "steps of the sampler")
     scheduler: str | None = setting(None, "class of the sampler, of diffusers; default: as saved")
@@ -116,10 +131,14 @@ class GenerationRecipe:
             raise ValueError("`prompts` names a file of prompts; drop templates and domains.")
         if self.method == "prompt" and not self.classes:
             raise ValueError("`method: prompt` makes images of named classes; name them by `classes`.")
-        if self.method in VARIANTS and self.dataset_name is None:
+        if self.method in (*VARIANTS, "hint") and self.dataset_name is None:
             raise ValueError(f"`method: {self.method}` makes variants of images; name them by `dataset_name`.")
         if self.method == "representation" and (self.encoder is None or self.assigner is None):
             raise ValueError("`method: representation` needs `encoder` and `assigner`, those of the model's training.")
+
+        missing = [name for name in ("controlnet", "mask_column") if getattr(self, name) is None]
+        if self.method == "hint" and missing:
+            raise ValueError(f"`method: hint` shows masks to a ControlNet; name {' and '.join(missing)}.")
 
     @property
     def scales(self) -> GuidanceSampler | None:
@@ -170,6 +189,8 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         return _of_classes(recipe, ClassMaker(denoiser, **how), classes)
     if recipe.method == "prompt":
         return _of_prompts(recipe, denoiser, how)
+    if recipe.method == "hint":
+        return _of_hints(recipe, denoiser, how)
     return _of_images(recipe, denoiser, how, device)
 
 
@@ -190,6 +211,25 @@ def _of_images(
         maker = UnCLIPAugmenter(denoiser, data, recipe.noise_level, **texts, **how)
     else:
         maker = GenerativeAugmenter(denoiser, data, recipe.method, recipe.strength, **texts, **how)
+    return maker, lambda: maker.keys(recipe.count, rows)
+
+
+def _of_hints(
+    recipe: GenerationRecipe, denoiser: Denoiser, how: dict[str, Any]
+) -> tuple[ImageMaker, Callable[[], list[ImageKey]]]:
+    controlnet, hints = load_controlnet(str(recipe.controlnet), recipe.controlnet_revision)
+    columns = {name: getattr(recipe, name) for name in ("image_column", "label_column", "caption_column")}
+    ignored = hints.config["ignore_index"]
+    columns |= {"mask_column": recipe.mask_column, "mask_names": list(hints.config["class_names"])}
+    if recipe.mask_colours is not None:
+        columns["palette"] = Palette.of(recipe.mask_colours, ignored)
+    data = load_images(
+        str(recipe.dataset_name), recipe.dataset_split, revision=recipe.dataset_revision, ignore_index=ignored,
+        **columns,
+    )  # fmt: skip
+    rows = range(len(data) if recipe.limit is None else min(recipe.limit, len(data)))
+    told: dict[str, Any] = {"prompt": recipe.prompt, "captions": recipe.caption_column is not None}
+    maker = HintMaker(denoiser, data, controlnet, hints, strength=recipe.strength, **told, **how)
     return maker, lambda: maker.keys(recipe.count, rows)
 
 

@@ -16,6 +16,7 @@ from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccura
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
 from diffusers_repr.tasks.held_out_selection import SelectedStep
 from diffusers_repr.tasks.held_out_students import StudentAccuracy, TunedAccuracy
+from diffusers_repr.tasks.hint_errors import HintErrors
 from diffusers_repr.tasks.matches import Matches
 from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
@@ -27,6 +28,7 @@ from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.reconstruction import measure_reconstruction
 from diffusers_repr.tasks.representation import RepresentationProbe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
+from diffusers_repr.tasks.scribble_iou import ScribbleIoU
 from diffusers_repr.tasks.segmentation import Segmenter
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
 from diffusers_repr.tasks.task import Task
@@ -48,6 +50,7 @@ __all__ = [
     "HeadComparison",
     "HeadPlaces",
     "HeadScore",
+    "HintErrors",
     "Level",
     "Matches",
     "NoiseCurve",
@@ -66,6 +69,7 @@ __all__ = [
     "RepresentationProbe",
     "RetrievalAccuracy",
     "Score",
+    "ScribbleIoU",
     "SegmentationOutput",
     "SegmentationRecipe",
     "Segmenter",

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from diffusers_repr.objectives import Objective
 from diffusers_repr.training.config import TrainingConfig
-from diffusers_repr.training.order import batch_indices
+from diffusers_repr.training.order import batch_indices, epoch_indices
 
 
 def make_batches(
@@ -44,7 +44,8 @@ def make_batches(
         loader = DataLoader(data, batch_size=micro, num_workers=0, pin_memory=pinned)
     else:
         first = step * everyone * config.gradient_accumulation_steps + accelerator.process_index * micro
-        order = batch_indices(len(data), config.seed, first, micro, stride=everyone)
+        places = epoch_indices if getattr(data, "by_epoch", False) else batch_indices
+        order: Any = places(len(data), config.seed, first, micro, stride=everyone)
         if hasattr(data, "batch"):  # gives whole batches from memory
             loader = (data.batch(indices) for indices in order)
         else:

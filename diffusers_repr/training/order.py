@@ -40,6 +40,22 @@ def batch_indices(length: int, seed: int, first: int, size: int, stride: int) ->
         >>> sorted(next(batches)) == sorted(next(batches)) == [0, 1, 2]
         True
     """
+    return ([index for _, index in batch] for batch in epoch_indices(length, seed, first, size, stride))
+
+
+def epoch_indices(length: int, seed: int, first: int, size: int, stride: int) -> Iterator[list[tuple[int, int]]]:
+    """As `batch_indices`, each index with the epoch it is in: `(epoch, index)`, the first epoch 0.
+
+    Args:
+        length: See `batch_indices`; so are the others.
+        seed: Of the order.
+        first: Place of the first sample.
+        size: Samples of one batch.
+        stride: Between batches.
+
+    Raises:
+        ValueError: As `batch_indices`.
+    """
     if length < 1 or size < 1 or stride < 1 or first < 0:
         raise ValueError(
             f"length, size and stride must be at least 1 and first at least 0; got length={length}, size={size}, "
@@ -48,8 +64,8 @@ def batch_indices(length: int, seed: int, first: int, size: int, stride: int) ->
     return _batches(length, seed, first, size, stride)
 
 
-def _batches(length: int, seed: int, first: int, size: int, stride: int) -> Iterator[list[int]]:
+def _batches(length: int, seed: int, first: int, size: int, stride: int) -> Iterator[list[tuple[int, int]]]:
     while True:
         places = [divmod(n, length) for n in range(first, first + size)]
-        yield [int(permutation(seed, epoch, length)[place]) for epoch, place in places]
+        yield [(epoch, int(permutation(seed, epoch, length)[place])) for epoch, place in places]
         first += stride

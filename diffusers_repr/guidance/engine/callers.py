@@ -41,6 +41,11 @@ def is_off(pipe: Any, model: nn.Module) -> bool:
     return isinstance(scale, int | float) and scale <= 1
 
 
+def running_argument(model: nn.Module, name: str) -> Any:
+    """A local of the pipeline's running `__call__` by its name; None outside of one, and where there is none."""
+    return _running_call(model).get(name)
+
+
 def _running_call(model: nn.Module) -> Mapping[str, Any]:
     """Arguments of the pipeline's `__call__` in which the network is being called; none outside of one."""
     from diffusers import DiffusionPipeline
