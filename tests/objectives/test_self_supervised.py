@@ -151,3 +151,29 @@ def test_a_stopped_run_goes_on_with_its_target(tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         SelfSupervisedConfig(VIT, **settings)
+
+
+def half(rank: int, meet: str, inputs: tuple, results) -> None:
+    """The loss of one half of the pairs, and its gradient, in one of two processes."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    one, two = (part[3 * rank : 3 * rank + 3].clone() for part in inputs)
+    one.requires_grad_()
+    loss = barlow_twins_loss(one, two, 0.1)
+    loss.backward()
+    results[rank] = (loss.item(), one.grad.tolist())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_correlate_all_pairs(tmp_path):
+    """Each has the loss of the whole batch, and the gradient that DDP would average is that of the whole."""
+    one, two = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    whole = one.clone().requires_grad_()
+    expected = barlow_twins_loss(whole, two, 0.1)
+    expected.backward()
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(half, (str(tmp_path / "meet"), (one, two), results), nprocs=2)
+        losses, gradients = zip(*(results[rank] for rank in (0, 1)), strict=True)
+    assert losses == pytest.approx([expected.item()] * 2, rel=1e-5)
+    torch.testing.assert_close(torch.tensor([*gradients[0], *gradients[1]]) / 2, whole.grad, atol=1e-6, rtol=1e-4)
