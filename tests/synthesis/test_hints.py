@@ -16,7 +16,7 @@ from diffusers_repr.guidance import HintGuidance
 from diffusers_repr.models import HintEncoder
 from diffusers_repr.objectives import ControlNetConfig, ControlNetObjective
 from diffusers_repr.synthesis import GenerationRecipe, GuidanceSampler, HintMaker
-from diffusers_repr.testing import check_objective
+from diffusers_repr.testing import check_guidance, check_objective
 from tests.objectives.cases import shake
 from tests.testers.models import build
 
@@ -189,6 +189,13 @@ def test_guidance_over_the_hint_is_the_formula_and_keeps_the_text(trained):
     with guide(pipe, [HintGuidance(trained.hints.null.detach(), scale=1), PAG(1.0)]) as both_terms:
         pipe(**call)
     assert set(both_terms.stats.steps[0].acted) == {"HintGuidance", "PAG"}
+
+
+def test_hint_guidance_keeps_the_contract_of_guidances(trained):
+    hint = trained.hints(batch()["masks"][:1]).detach()
+    guidance = HintGuidance(trained.hints.null.detach(), scale=0.5)
+    call = {"image": hint, "guidance_scale": 2.0, "num_inference_steps": 2, "output_type": "latent"}
+    check_guidance(control_pipe(trained), guidance, prompt="a cat", **call)
 
 
 def test_hint_guidance_says_what_it_cannot_guide(trained):
