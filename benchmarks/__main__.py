@@ -35,6 +35,7 @@ NAMES = (
     "repfusion",
     "tokens",
     "autoencoders",
+    "generate",
 )
 
 

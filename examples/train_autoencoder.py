@@ -20,6 +20,7 @@ import torch
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
+from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import DiffusionAutoencoderConfig, DiffusionAutoencoderObjective
@@ -30,10 +31,9 @@ RECIPES = Path(__file__).parent / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(MeasuredSplit):
     """What is measured."""
 
-    eval_split: str | None = setting(None, "split that is reconstructed and probed; none: no measurement")
     eval_images: int = setting(64, "images of it that are reconstructed, the first")
 
 

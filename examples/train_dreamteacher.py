@@ -19,7 +19,7 @@ import torch
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import setting
+from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import DreamTeacherConfig, DreamTeacherObjective, StudentConfig
 from diffusers_repr.tasks import StudentAccuracy
@@ -28,15 +28,8 @@ from diffusers_repr.training import TrainingConfig, recipe_of, train
 RECIPES = Path(__file__).parent / "configs"
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """What is measured."""
-
-    eval_split: str | None = setting(None, "split whose labels measure the features; none: no measurement")
-
-
 def main(argv: list[str]) -> None:
-    kinds = (TrainingConfig, DataConfig, StudentConfig, DreamTeacherConfig, EvaluationConfig)
+    kinds = (TrainingConfig, DataConfig, StudentConfig, DreamTeacherConfig, MeasuredSplit)
     config, data_config, backbone, settings, measured = parse_recipe(
         kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP
     )

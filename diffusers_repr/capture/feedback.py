@@ -6,7 +6,7 @@ first computed. Each is left after the last layer that is wanted of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusers_repr.capture.capture import Transform, capture
-from diffusers_repr.capture.forwards import replace_forward
 from diffusers_repr.capture.gradient import frozen, refuse_inference_mode, refuse_swapped_weights
 from diffusers_repr.capture.names import check_layers
+from diffusers_repr.capture.prefix import Prefix, units_around
 from diffusers_repr.denoiser.block_outputs import block_output, replaced_output
 from diffusers_repr.denoiser.hooks import AfterHook, Hooks
 
@@ -31,16 +31,15 @@ class FirstPass:
 
     Attributes:
         features: Layer path -> what it returned, of the layers that feed.
-        shared: Path of a module that was done when the first fed layer was -> its output.
+        shared: What was done when the first fed layer was.
     """
 
     features: Mapping[str, Tensor]
-    shared: Mapping[str, Any] = field(repr=False)
-    _versions: Sequence[tuple[str, Tensor, int]] = field(default=(), repr=False)
+    shared: Prefix = field(repr=False)
 
     def check(self) -> None:
         """Raise RuntimeError if what the forwards share was changed in place since."""
-        changed = sorted({path for path, value, version in self._versions if value._version != version})
+        changed = self.shared.changed
         if changed:
             raise RuntimeError(
                 f"The network changed the output of {', '.join(changed)} in place after it was computed, and the "
@@ -78,14 +77,15 @@ class FeedbackPasses:
         layers: Sequence[str],
         share: bool = True,
     ) -> None:
-        self.model, self.share = model, share
+        self.model = model
         self.sources, self.layers = list(check_layers(model, list(sources))), list(check_layers(model, list(layers)))
         self.targets = check_layers(model, list(targets))
         inside = [*self.targets, *self.sources, *self.layers]
-        self._units = dict(_units(model, "", self.targets))
-        for path in list(self._units):
-            if any(one.startswith(f"{path}.") for one in inside):
-                del self._units[path]  # what is read inside of it has to run
+        self._units = {
+            path: unit
+            for path, unit in units_around(model, list(self.targets))
+            if share and not any(one.startswith(f"{path}.") for one in inside)  # what is read inside of it has to run
+        }
 
     @torch.no_grad()
     def first(self, run: Run) -> FirstPass:
@@ -98,30 +98,13 @@ class FeedbackPasses:
             ValueError: If a layer that feeds did not run.
             RuntimeError: For a compiled network.
         """
-        shared: dict[str, Any] = {}
-        open_ = [self.share]  # until the first fed layer is done
-
-        def record(path: str) -> AfterHook:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                if open_[0]:
-                    shared[path] = output
-
-            return hook
-
-        def close(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            open_[0] = False
-
+        shared = Prefix(self._units)
         with ExitStack() as stack:
-            hooks = Hooks(stack)
-            for path, module in self._units.items():
-                hooks.after(module, record(path))
-            for module in self.targets.values():
-                hooks.after(module, close)
+            shared.record(Hooks(stack), list(self.targets.values()))
             with capture(self.model, self.sources) as tape:
                 run()
-        tensors = [(path, one) for path, value in shared.items() for one in _tensors(value)]
-        versions = [(path, one, one._version) for path, one in tensors if not one.is_inference()]
-        return FirstPass(tape.features, shared, versions)
+        shared.renew()
+        return FirstPass(tape.features, shared)
 
     def second(
         self, run: Run, first: FirstPass, feedback: Mapping[str, Tensor], transform: Transform | None = None
@@ -152,8 +135,7 @@ class FeedbackPasses:
         with ExitStack() as stack:
             stack.enter_context(self._without_weights(any(value.requires_grad for value in feedback.values())))
             hooks = Hooks(stack)
-            for path, output in first.shared.items():
-                stack.callback(replace_forward(self._units[path], _giving(output)))
+            first.shared.replay(stack)
             for path, module in self.targets.items():
                 hooks.after(module, _adding(path, feedback[path], fed))
             with capture(self.model, self.layers, transform=transform) as tape:
@@ -177,28 +159,6 @@ class FeedbackPasses:
                 "back any more; call disable_gradient_checkpointing()."
             )
         return frozen(self.model)
-
-
-def _units(module: nn.Module, path: str, targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts of a network in which no target lies, in the order of its modules; targets are such parts."""
-    for name, child in module.named_children():
-        place = f"{path}.{name}" if path else name
-        if isinstance(child, nn.ModuleList) or any(target.startswith(f"{place}.") for target in targets):
-            yield from _units(child, place, targets)
-        else:
-            yield place, child
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _giving(output: Any) -> Callable[..., Any]:
-    return lambda forward, args, kwargs: output
 
 
 def _adding(path: str, value: Tensor, fed: set[str]) -> AfterHook:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers_repr.cli import options
@@ -102,12 +101,10 @@ def run(args: Settings) -> int:
 
 def _check(args: Settings) -> bool:
     """Whether several are compared; raises ValueError for what does not go with it, or only with it, or no encoder."""
+    from diffusers_repr.encoders.loading import check_encoder_name
+
     for spec in (args.encoder, *(args.encoders or [])):
-        if (Path(spec) / "model_index.json").is_file():
-            raise ValueError(
-                f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
-                f"such as {spec}:mid_block@100."
-            )
+        check_encoder_name(spec)
     several = bool(args.models or args.encoders)
     if not several:
         unused = [f"--{name}" for name in ("steps", "labels") if getattr(args, name)]

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 from diffusers_repr.cli import options
 from diffusers_repr.config.recipe import REQUIRED, setting
 
+# Settings that may name a place of this machine.
+PLACES = ("model", "prompts", "dataset_name", "encoder", "assigner")
 OUT = options.Out("store of images", ("manifest.json",), again="resumed")
 
 
@@ -53,12 +55,13 @@ def run(args: Settings) -> int:
         # A folder of another kind has a manifest.json and data/, too: nothing of it is deleted.
         if args.overwrite and state.is_main_process and is_image_store(Path(args.out)):
             shutil.rmtree(Path(args.out) / "data", ignore_errors=True)
-            (Path(args.out) / "manifest.json").unlink(missing_ok=True)
+            for name in ("manifest.json", "README.md"):
+                (Path(args.out) / name).unlink(missing_ok=True)
     asked, since = keys(), time.perf_counter()
     chosen: dict[str, Any] = {"batch_size": args.batch_size, "shard_size": args.shard_size, "progress": not args.quiet}
     # The manifest is published with the images: it names no place of this machine.
     told = dataclasses.asdict(recipe)
-    about = {"recipe": told | {k: told[k] and public_name(told[k]) for k in ("model", "prompts", "dataset_name")}}
+    about = {"recipe": told | {k: told[k] and public_name(told[k]) for k in PLACES}}
     try:
         store = write_images(args.out, asked, maker, about=about, **chosen)
     except FileExistsError as error:

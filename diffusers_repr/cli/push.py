@@ -18,6 +18,7 @@ TASKS = (  # kinds that name a base
     "open-vocabulary segmenter",
     "matcher",
     "zero-shot classifier",
+    "representation probe",
 )
 
 
@@ -59,7 +60,11 @@ def run(args: Settings) -> int:
         "dry_run": args.dry_run,
         "report": lambda upload: _report(upload, args.dry_run),
     }
-    if kind in TASKS:
+    if kind == "representation probe":
+        from diffusers_repr.tasks.representation_files import push
+
+        address = push(Path(args.folder), args.repo_id, args.base, args.base_revision, **options)
+    elif kind in TASKS:
         from diffusers_repr.tasks.files import push_saved
 
         address = push_saved(args.folder, args.repo_id, args.base, args.base_revision, args.clip, **options)

@@ -56,6 +56,8 @@ class Family(FamilyLayers):
         early_rows: Path of a top-level module -> index in what it returns of a tensor that the network's own forward
             adds to the image after the last block; lanes that join on the way are given their rows of it at once.
         joins: Whether lanes may join the batch on the way through the network, at one of its top-level modules.
+        read_late: Names of conditions that the network's own forward hands on as they came, so that nothing before the
+            first module that takes one depends on them.
     """
 
     axes: int = 2
@@ -64,6 +66,7 @@ class Family(FamilyLayers):
     timestep_name: str = "timestep"
     early_rows: Mapping[str, int] = {}
     joins: bool = False
+    read_late: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
     not_image: tuple[str, ...] = ("time_proj", "time_embedding", "time_embed", "class_embedding", "add_embedding")

@@ -41,12 +41,7 @@ def load_encoder(
     spec = str(name)
     layer = split_layer(spec)
     if layer is None:
-        pipeline = (Path(spec) / "model_index.json").is_file()
-        if pipeline and not is_encoder_pipeline(spec):
-            raise ValueError(
-                f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
-                f"such as {spec}:mid_block@100."
-            )
+        check_encoder_name(spec)
         return Encoder.from_pretrained(spec, revision=revision, dtype=dtype, device=device, **options)
     if options:
         raise ValueError(f"{spec!r} is a layer of a denoiser, which has no {', '.join(options)}; leave it out.")
@@ -54,6 +49,15 @@ def load_encoder(
     if denoiser.pipe is not None:
         denoiser.pipe.to(device)
     return layer_encoder(spec, denoiser, seed)
+
+
+def check_encoder_name(spec: str) -> None:
+    """Raise ValueError for the folder of a pipeline that has no encoder, where a layer of it is to be named."""
+    if (Path(spec) / "model_index.json").is_file() and not is_encoder_pipeline(spec):
+        raise ValueError(
+            f"{spec!r} is a pipeline; an encoder is a vision transformer, or a layer of a pipeline at a timestep, "
+            f"such as {spec}:mid_block@100."
+        )
 
 
 def split_layer(spec: str) -> tuple[str, str, float] | None:
@@ -150,6 +154,7 @@ def _shortest(path: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
 
 
 __all__ = [
+    "check_encoder_name",
     "distinct_names",
     "iter_encoders",
     "layer_encoder",

@@ -52,6 +52,7 @@ KINDS: Mapping[str, Kind] = {
     "segmenter": Kind("model", (*_CARD, "segmentation.json", *_MODEL, *_SOURCE)),
     "open-vocabulary segmenter": Kind("model", (*_CARD, "panoptic.json", *_MODEL, *_MEASURED)),
     "zero-shot classifier": Kind("model", (*_CARD, "zero_shot.json")),
+    "representation probe": Kind("model", (*_CARD, "representation.json", *(f"head/{name}" for name in _MODEL))),
     "store of features": _STORE,
     "store of images": _STORE,
     "store of assignments": _STORE,
@@ -122,6 +123,8 @@ def kind_of(folder: Path) -> str:
         return "open-vocabulary segmenter"
     if has("zero_shot.json"):
         return "zero-shot classifier"
+    if has("representation.json"):
+        return "representation probe"
     if has("manifest.json"):
         manifest = read_json(folder / "manifest.json")
         layout = manifest.get("layout") if isinstance(manifest, dict) else None
@@ -143,7 +146,8 @@ def kind_of(folder: Path) -> str:
     raise ValueError(
         f"Cannot tell what {str(folder)!r} is: it has none of probe.json (probe), segmentation.json (segmenter), "
         "panoptic.json (open-vocabulary segmenter), correspondence.json (matcher), zero_shot.json (zero-shot "
-        "classifier), manifest.json (store of features), model_index.json (pipeline), pipeline.py (custom pipeline), "
+        "classifier), representation.json (representation probe), manifest.json (store of features), "
+        "model_index.json (pipeline), pipeline.py (custom pipeline), "
         "config.json (model or head) and scheduler_config.json (scheduler)."
     )
 

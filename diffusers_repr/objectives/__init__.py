@@ -54,7 +54,14 @@ from diffusers_repr.objectives.repa import REGObjective, REPAConfig, REPAEObject
 from diffusers_repr.objectives.representation import RepresentationObjective
 from diffusers_repr.objectives.saved_heads import load_heads
 from diffusers_repr.objectives.scribble import ScribbleConfig, ScribbleObjective, SegmenterConfig
-from diffusers_repr.objectives.simclr import SimCLRConfig, SimCLRObjective
+from diffusers_repr.objectives.self_supervised import (
+    BarlowTwinsObjective,
+    BYOLObjective,
+    SelfSupervisedConfig,
+    SelfSupervisedObjective,
+    SimCLRObjective,
+    SimSiamObjective,
+)
 from diffusers_repr.objectives.teachers import CachedFeatures
 from diffusers_repr.objectives.times import TimeSampler
 from diffusers_repr.objectives.vq import TokenizerConfig, TokenizerObjective
@@ -68,6 +75,8 @@ __all__ = [
     "AutoencoderConfig",
     "AutoencoderObjective",
     "AuxiliaryLoss",
+    "BYOLObjective",
+    "BarlowTwinsObjective",
     "Batch",
     "CachedFeatures",
     "ClassifierBase",
@@ -128,8 +137,10 @@ __all__ = [
     "ScribbleObjective",
     "SegmenterConfig",
     "SelfAlignmentLoss",
-    "SimCLRConfig",
+    "SelfSupervisedConfig",
+    "SelfSupervisedObjective",
     "SimCLRObjective",
+    "SimSiamObjective",
     "SpatialAlignmentLoss",
     "Student",
     "StudentConfig",

@@ -22,7 +22,7 @@ from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
 from diffusers_repr.objectives.gathered import gathered
-from diffusers_repr.objectives.simclr import Preprocessor
+from diffusers_repr.objectives.preprocessor import Preprocessor
 
 _MOST_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 

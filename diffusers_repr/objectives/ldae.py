@@ -18,7 +18,7 @@ from diffusers_repr.models import PatchPCA, SiTTransformer2DModel, plain_vit
 from diffusers_repr.models.patch_pca import Basis
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact, State, rebuild
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
-from diffusers_repr.objectives.simclr import Preprocessor
+from diffusers_repr.objectives.preprocessor import Preprocessor
 
 NoiseRule = Literal["linear", "gamma", "single"]
 

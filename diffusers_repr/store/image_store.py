@@ -20,6 +20,7 @@ from diffusers_repr.hub.components import MAX_SIDE
 from diffusers_repr.hub.files import read_json
 from diffusers_repr.hub.places import is_place, last_name
 from diffusers_repr.hub.schema import Check, anything, digest, integer, mapping, one_of, optional, record, text
+from diffusers_repr.store.image_card import image_card
 from diffusers_repr.store.manifest import MANIFEST, layout_schema, manifest_schema, recipe_hash
 from diffusers_repr.store.parquet import ParquetLayout
 from diffusers_repr.store.parquet_store import ParquetStore
@@ -146,11 +147,22 @@ class ImageStore(ParquetStore):
 
     layout: ImageLayout
 
+    @classmethod
+    def card(cls, manifest: dict[str, Any]) -> str:
+        """See `Store`."""
+        return image_card(manifest)
+
     def load(self) -> datasets.Dataset:
-        """See `ParquetStore`; a file of others may not name files or addresses, which `datasets` would open."""
+        """See `ParquetStore`; a file of others may not name files or addresses, which `datasets` would open.
+
+        Every file is read once before, by its checksums: `datasets` takes damaged pages as they are.
+
+        Raises:
+            ValueError: If a shard is corrupted.
+        """
         for shard in range(self.layout.shards):
             self._check_shard(shard)
-            if any(row["image"]["path"] is not None for row in self._rows(shard, ["image.path"])):
+            if any(row["image"]["path"] is not None for row in self._rows(shard, None)):
                 raise self._broken(shard, _PATH)
         return super().load()
 
@@ -204,7 +216,7 @@ class ImageStore(ParquetStore):
                 with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
                     yield picture.copy()
 
-    def _rows(self, shard: int, columns: list[str]) -> list[dict[str, Any]]:
+    def _rows(self, shard: int, columns: list[str] | None) -> list[dict[str, Any]]:
         try:
             with pq.ParquetFile(self.folder / self.layout.path(shard), page_checksum_verification=True) as file:
                 return file.read(columns=columns).to_pylist()

@@ -5,6 +5,7 @@ from diffusers_repr.synthesis.hints import HintMaker, load_controlnet
 from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker
 from diffusers_repr.synthesis.prompts import PromptSampler
 from diffusers_repr.synthesis.recipe import GenerationRecipe, open_maker, read_generation
+from diffusers_repr.synthesis.variations import RepresentationAugmenter, UnCLIPAugmenter
 
 __all__ = [
     "ClassMaker",
@@ -16,6 +17,8 @@ __all__ = [
     "PerImageScale",
     "PromptMaker",
     "PromptSampler",
+    "RepresentationAugmenter",
+    "UnCLIPAugmenter",
     "load_controlnet",
     "open_maker",
     "read_generation",

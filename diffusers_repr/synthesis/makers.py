@@ -179,7 +179,7 @@ class GenerativeAugmenter(ImageMaker):
     """Variants of images, each made once and by its own noise (generative augmentation, arXiv 2403.05966).
 
     `image_to_image` noises the image and denoises it again. `code` keeps what a diffusion autoencoder's encoder sees
-    of it and draws the rest anew.
+    of it and draws the rest anew. `RepresentationAugmenter` and `UnCLIPAugmenter` are for two further methods.
 
     Args:
         denoiser: Of the pipeline; for `code` of a `DiffusionAutoencoderPipeline`.
@@ -195,6 +195,7 @@ class GenerativeAugmenter(ImageMaker):
     """
 
     kind = "variant"
+    methods: tuple[str, ...] = ("image_to_image", "code")
 
     def __init__(
         self,
@@ -210,19 +211,27 @@ class GenerativeAugmenter(ImageMaker):
         self.prompt, self.captions = prompt, captions
         super().__init__(denoiser, **settings)
         texts = "prompt" in self.known()
-        if method not in ("image_to_image", "code"):
-            raise ValueError(f"method is image_to_image or code; got {method!r}.")
-        if (method == "code") != hasattr(self.pipe, "reconstruct"):
-            raise ValueError(
-                f"Variants of {type(self.pipe).__name__} are made by "
-                f"{'code' if hasattr(self.pipe, 'reconstruct') else 'image_to_image'}; got method={method!r}."
-            )
+        if method not in self.methods:
+            raise ValueError(f"method is {' or '.join(self.methods)}; got {method!r}.")
+        self.check_pipe()
         if (prompt is not None or captions) and not texts:
             raise ValueError(f"{type(self.pipe).__name__} takes no prompts; leave them out.")
         self.kept = truncated_steps(self.steps, strength) if method == "image_to_image" else self.steps
-        if texts:
+        if texts and method == "image_to_image":
             self.pipe = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipe)
             self.pipe.set_progress_bar_config(disable=True)
+
+    def check_pipe(self) -> None:
+        """Refuse a pipeline that the method does not go with.
+
+        Raises:
+            ValueError: With the method that does.
+        """
+        goes_with = method_of(self.pipe)
+        if self.method != goes_with:
+            raise ValueError(
+                f"Variants of {type(self.pipe).__name__} are made by {goes_with}; got method={self.method!r}."
+            )
 
     def how(self) -> dict[str, Any]:
         """With method and strength."""
@@ -253,10 +262,13 @@ class GenerativeAugmenter(ImageMaker):
         """A row, and the hash of its pixels: another image in its place is another source."""
         return f"{last_name(self.data.name)}/{self.data.split}/{row}#{image_key(np.asarray(self.data.read([row])[0]))}"
 
+    def read(self, keys: Sequence[ImageKey]) -> list[Image.Image]:
+        """The images that the variants of some keys are of."""
+        return self.data.read([int(str(key.source).rpartition("#")[0].rpartition("/")[2]) for key in keys])
+
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
         """See `ImageMaker`."""
-        rows = [int(str(key.source).rpartition("#")[0].rpartition("/")[2]) for key in keys]
-        images = self.data.read(rows)
+        images = self.read(keys)
         if self.method == "code":
             generators = [torch.Generator("cpu").manual_seed(key.seed) for key in keys]
             code = self.pipe.encode(images, None).code
@@ -273,10 +285,17 @@ class GenerativeAugmenter(ImageMaker):
             return self.call(keys, latents=noised_start(self.denoiser, pixels, timestep, noise))
 
 
+def method_of(pipe: Any) -> str:
+    """How variants of images are made by a pipeline, where nothing but the pipeline and the images is needed."""
+    if hasattr(pipe, "reconstruct"):
+        return "code"
+    return "image_variation" if hasattr(pipe, "image_noising_scheduler") else "image_to_image"
+
+
 def to_pictures(images: np.ndarray) -> list[Image.Image]:
     """PIL images of `(B, H, W, C)` in [0, 1], rounded to the nearest of 256 values."""
     whole = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in whole]
 
 
-__all__ = ["ClassMaker", "GenerativeAugmenter", "ImageMaker", "PromptMaker", "to_pictures"]
+__all__ = ["ClassMaker", "GenerativeAugmenter", "ImageMaker", "PromptMaker", "method_of", "to_pictures"]

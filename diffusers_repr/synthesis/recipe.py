@@ -12,10 +12,12 @@ import diffusers
 import torch
 
 from diffusers_repr import guidance as methods
+from diffusers_repr.assign import IdentityAssigner
 from diffusers_repr.config.recipe import REQUIRED, json_mapping, parse_recipe, setting
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.data.palette import Palette
 from diffusers_repr.denoiser import Denoiser, LabelConditioner
+from diffusers_repr.encoders import load_encoder
 from diffusers_repr.guidance import Guidance
 from diffusers_repr.hub.own_pipelines import named_pipeline
 from diffusers_repr.store.image_store import ImageKey
@@ -23,28 +25,35 @@ from diffusers_repr.synthesis.guidance_scales import GuidanceSampler
 from diffusers_repr.synthesis.hints import HintMaker, load_controlnet
 from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker
 from diffusers_repr.synthesis.prompts import BASE, PromptSampler
+from diffusers_repr.synthesis.variations import RepresentationAugmenter, UnCLIPAugmenter
 
 # Those that take nothing but a scale.
 GUIDANCES = ("PAG", "SAG")
+# Those that make variants of images.
+Method = Literal["class", "prompt", "image_to_image", "code", "representation", "image_variation", "hint"]
+VARIANTS = ("image_to_image", "code", "representation", "image_variation")
 # Setting -> the methods on which it acts.
 _OF = {
     "classes": ("class", "prompt"),
     "prompts": ("prompt",),
     "templates": ("prompt",),
     "domains": ("prompt",),
-    "dataset_name": ("image_to_image", "code", "hint"),
-    "dataset_revision": ("image_to_image", "code", "hint"),
-    "image_column": ("image_to_image", "code", "hint"),
-    "label_column": ("image_to_image", "code", "hint"),
-    "caption_column": ("image_to_image", "hint"),
-    "limit": ("image_to_image", "code", "hint"),
-    "prompt": ("image_to_image", "hint"),
+    "dataset_name": (*VARIANTS, "hint"),
+    "dataset_revision": (*VARIANTS, "hint"),
+    "image_column": (*VARIANTS, "hint"),
+    "label_column": (*VARIANTS, "hint"),
+    "caption_column": ("image_to_image", "image_variation", "hint"),
+    "limit": (*VARIANTS, "hint"),
+    "prompt": ("image_to_image", "image_variation", "hint"),
     "strength": ("image_to_image", "hint"),
+    "encoder": ("representation",),
+    "assigner": ("representation",),
+    "noise_level": ("image_variation",),
     "controlnet": ("hint",),
     "controlnet_revision": ("hint",),
     "mask_column": ("hint",),
     "mask_colours": ("hint",),
-    "guidance_scale": ("class", "prompt", "image_to_image", "hint"),
+    "guidance_scale": ("class", "prompt", "image_to_image", "representation", "image_variation", "hint"),
     "guidance": ("class", "prompt", "image_to_image", "hint"),
 }
 
@@ -58,10 +67,10 @@ class GenerationRecipe:
     """
 
     model: str = setting(REQUIRED, "pipeline folder or Hub id")
-    method: Literal["class", "prompt", "image_to_image", "code", "hint"] = setting(
+    method: Method = setting(
         REQUIRED,
-        "images of classes by their ids or by prompts; variants of images: noised and denoised, by code, or by the "
-        "classes of some pixels",
+        "images of classes by their ids or by prompts; variants of images: noised and denoised, by code, by a vector "
+        "of an encoder (RCG), by unCLIP, or by the classes of some pixels",
     )
     count: int = setting(REQUIRED, "images of each class, or variants of each image")
     revision: str | None = setting(None, "branch, tag or commit of the model on the Hub")
@@ -85,6 +94,9 @@ class GenerationRecipe:
     limit: int | None = setting(None, "images of the data set, the first; default: all")
     prompt: str | None = setting(None, "of all variants, of a text model; of hint with {classes}")
     strength: float = setting(0.5, "of image_to_image and hint: share of the schedule; 0 leaves the image as it is")
+    encoder: str | None = setting(None, "representation: what the vectors are of, a folder or MODEL:layer@timestep")
+    assigner: str | None = setting(None, "representation: folder of the fitted assigner that standardises vectors")
+    noise_level: int = setting(0, "image_variation: noise on the image's embedding, a timestep from 0")
     guidance_scale: list[float] = setting(
         [], "one for all, or two between which each image draws its own; of hint: over the hint"
     )
@@ -119,8 +131,10 @@ class GenerationRecipe:
             raise ValueError("`prompts` names a file of prompts; drop templates and domains.")
         if self.method == "prompt" and not self.classes:
             raise ValueError("`method: prompt` makes images of named classes; name them by `classes`.")
-        if self.method in ("image_to_image", "code", "hint") and self.dataset_name is None:
+        if self.method in (*VARIANTS, "hint") and self.dataset_name is None:
             raise ValueError(f"`method: {self.method}` makes variants of images; name them by `dataset_name`.")
+        if self.method == "representation" and (self.encoder is None or self.assigner is None):
+            raise ValueError("`method: representation` needs `encoder` and `assigner`, those of the model's training.")
 
         missing = [name for name in ("controlnet", "mask_column") if getattr(self, name) is None]
         if self.method == "hint" and missing:
@@ -177,11 +191,26 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         return _of_prompts(recipe, denoiser, how)
     if recipe.method == "hint":
         return _of_hints(recipe, denoiser, how)
+    return _of_images(recipe, denoiser, how, device)
+
+
+def _of_images(
+    recipe: GenerationRecipe, denoiser: Denoiser, how: dict[str, Any], device: str
+) -> tuple[ImageMaker, Callable[[], list[ImageKey]]]:
     columns = {name: getattr(recipe, name) for name in ("image_column", "label_column", "caption_column")}
     data = load_images(str(recipe.dataset_name), recipe.dataset_split, revision=recipe.dataset_revision, **columns)
     rows = range(len(data) if recipe.limit is None else min(recipe.limit, len(data)))
-    texts = (recipe.prompt, recipe.caption_column is not None)
-    maker = GenerativeAugmenter(denoiser, data, recipe.method, recipe.strength, *texts, **how)
+    texts: dict[str, Any] = {"prompt": recipe.prompt, "captions": recipe.caption_column is not None}
+    maker: GenerativeAugmenter
+    if recipe.method == "representation":
+        assert recipe.encoder is not None
+        encoder = load_encoder(recipe.encoder).to(torch.device(device))
+        assigner = IdentityAssigner.from_pretrained(recipe.assigner)
+        maker = RepresentationAugmenter(denoiser, data, encoder, assigner, **how)
+    elif recipe.method == "image_variation":
+        maker = UnCLIPAugmenter(denoiser, data, recipe.noise_level, **texts, **how)
+    else:
+        maker = GenerativeAugmenter(denoiser, data, recipe.method, recipe.strength, **texts, **how)
     return maker, lambda: maker.keys(recipe.count, rows)
 
 
@@ -199,8 +228,8 @@ def _of_hints(
         **columns,
     )  # fmt: skip
     rows = range(len(data) if recipe.limit is None else min(recipe.limit, len(data)))
-    how |= {"strength": recipe.strength, "prompt": recipe.prompt, "captions": recipe.caption_column is not None}
-    maker = HintMaker(denoiser, data, controlnet, hints, **how)
+    told: dict[str, Any] = {"prompt": recipe.prompt, "captions": recipe.caption_column is not None}
+    maker = HintMaker(denoiser, data, controlnet, hints, strength=recipe.strength, **told, **how)
     return maker, lambda: maker.keys(recipe.count, rows)
 
 

@@ -14,6 +14,7 @@ from diffusers_repr.tasks.head_scores import HeadComparison, HeadScore
 from diffusers_repr.tasks.held_out import ClassifierAccuracy, EncoderAccuracy, ReadoutErrors
 from diffusers_repr.tasks.held_out_features import FeatureRobustness, PairAccuracy
 from diffusers_repr.tasks.held_out_panoptic import PanopticAccuracy
+from diffusers_repr.tasks.held_out_selection import SelectedStep
 from diffusers_repr.tasks.held_out_students import StudentAccuracy, TunedAccuracy
 from diffusers_repr.tasks.hint_errors import HintErrors
 from diffusers_repr.tasks.matches import Matches
@@ -72,6 +73,7 @@ __all__ = [
     "SegmentationOutput",
     "SegmentationRecipe",
     "Segmenter",
+    "SelectedStep",
     "StudentAccuracy",
     "Task",
     "TunedAccuracy",

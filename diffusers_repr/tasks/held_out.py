@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from diffusers_repr.data import TrainData
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.models import NoisyClassifier
-from diffusers_repr.objectives import ClassifierObjective, ReadoutObjective, ReadoutRows, SimCLRObjective
+from diffusers_repr.objectives import ClassifierObjective, ReadoutObjective, ReadoutRows, SelfSupervisedObjective
 from diffusers_repr.sweep import knn_probe, linear_probe
 from diffusers_repr.training.batches import to_device
 from diffusers_repr.training.seeds import reseed
@@ -61,7 +61,7 @@ class EncoderAccuracy:
     """
 
     def __init__(
-        self, objective: SimCLRObjective, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]
+        self, objective: SelfSupervisedObjective, train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]
     ) -> None:
         self.objective, self.sets = objective, (train_set, test_set)
         self.untrained = objective.result({k: v.clone() for k, v in objective.state_dict().items()})

@@ -75,9 +75,14 @@ class TunedAccuracy:
     def __init__(self, objective: FinetuneStudentObjective, data: TrainData, batch_size: int) -> None:
         self.objective, self.data, self.batch_size = objective, data, batch_size
 
-    @torch.no_grad()
     def __call__(self, classifier: nn.Module, step: int) -> dict[str, float]:
         """`eval_loss` and `eval_accuracy`."""
+        loss, accuracy = self.measured(classifier)
+        return _told({"eval_loss": loss, "eval_accuracy": accuracy})
+
+    @torch.no_grad()
+    def measured(self, classifier: nn.Module) -> tuple[float, float]:
+        """Mean loss, and accuracy; of a classifier in eval mode they depend on no batch."""
         device, sums = next(classifier.parameters()).device, torch.zeros(2, dtype=torch.float64)
         for batch in DataLoader(self.data, self.batch_size):
             moved = self.data.on_device({k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)})
@@ -85,7 +90,8 @@ class TunedAccuracy:
             logits = self.objective.logits(classifier, moved["pixel_values"])
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == labels).sum()]).double().cpu()
-        return _told(dict(zip(("eval_loss", "eval_accuracy"), (sums / len(self.data)).tolist(), strict=True)))
+        loss, accuracy = (sums / len(self.data)).tolist()
+        return loss, accuracy
 
 
 def every_row(data: TrainData) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,31 +14,15 @@ from torch import Tensor
 from diffusers_repr.data.attributed import AttributedImages
 from diffusers_repr.data.labelled import Labelled
 from diffusers_repr.encoders import Encoder, load_encoder
-from diffusers_repr.encoders.loading import split_layer
 from diffusers_repr.heads import LinearHead, fit_head
-from diffusers_repr.hub import schema
-from diffusers_repr.hub.files import atomic_folder, atomic_write, read_json, write_json
+from diffusers_repr.hub.files import atomic_folder
 from diffusers_repr.metrics.encoding import encode_images, pick
 from diffusers_repr.sweep.finetune_probe import FinetuneProtocol
 from diffusers_repr.sweep.representation import BASELINES, ProbeSettings, measure_representation
+from diffusers_repr.tasks import representation_files as files
 from diffusers_repr.tasks.images import class_accuracies, class_data
 from diffusers_repr.tasks.reconstruction import is_codec, measure_reconstruction
 from diffusers_repr.tasks.task import Task
-
-FILE, FORMAT = "representation.json", "diffusers_repr.representation/1"
-_SIDE = schema.integer(1, 1 << 16)
-_SCHEMA = schema.record({
-    "format": schema.one_of(FORMAT),
-    "encoder": schema.record({
-        "name": schema.optional(schema.text(1000)), "layer": schema.optional(schema.text(1000)),
-        "revision": schema.optional(schema.text(200)), "model_class": schema.text(200), "weights": schema.text(200),
-    }),
-    "features": schema.one_of("global", "tokens"),
-    "image_size": schema.optional(schema.listing(_SIDE, 2, 2)),
-    "label_names": schema.optional(schema.listing(schema.text(1000), 1, 1 << 20)),
-    "beside": schema.listing(schema.text(1000), 0, 100),
-    "scores": schema.mapping(schema.number(), 0, 10_000),
-})  # fmt: skip
 
 
 class RepresentationProbe(Task):
@@ -235,12 +220,10 @@ class RepresentationProbe(Task):
         Args:
             title: Heading.
         """
-        place = self.encoder.place or self.encoder.name
-        head = "---\nlibrary_name: diffusers-repr\ntags: [image-feature-extraction, representation]\n---\n"
-        told = f"A linear head on the {self.recipe['features']} features of `{schema.printable(Path(place).name)}`."
-        rows = [f"| {schema.printable(name)} | {value:.4f} |" for name, value in self.recipe["scores"].items()]
-        scores = "\n".join(["| measure | value |", "|---|---|", *rows]) if rows else "Not measured."
-        return f"{head}\n# {schema.printable(title)}\n\n{told}\n\n{scores}\n"
+        return files.card(self._told(), files.EncoderPlace.of(self.encoder, None), title)
+
+    def _told(self) -> dict[str, Any]:
+        return {key: value for key, value in self.recipe.items() if key != "protocol"}
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, title: str | None = None) -> None:
         """Write the head, `representation.json` and a card, all or nothing; of the encoder, where it is found.
@@ -253,62 +236,78 @@ class RepresentationProbe(Task):
             FileExistsError: If it holds something else.
         """
         place = Path(folder)
-        if place.is_dir() and any(place.iterdir()) and not (place / FILE).is_file():
-            raise FileExistsError(f"{str(folder)!r} is not empty and holds no {FILE}. Choose another folder.")
-        kept = {key: value for key, value in self.recipe.items() if key != "protocol"}
-        told = {"format": FORMAT, "encoder": self._encoder_record(place), **kept}
-        _SCHEMA(told, FILE)
+        if place.is_dir() and any(place.iterdir()) and not (place / files.FILE).is_file():
+            raise FileExistsError(f"{str(folder)!r} is not empty and holds no {files.FILE}. Choose another folder.")
+        encoder = files.EncoderPlace.of(self.encoder, place)
         with atomic_folder(place) as fresh:
-            self.head.save_pretrained(fresh / "head")
-            write_json(fresh / FILE, told)
-            atomic_write(fresh / "README.md", self.card(title or Path(os.path.abspath(place)).name))
+            files.write(fresh, self.head, self._told(), encoder, title or Path(os.path.abspath(place)).name)
 
-    def _encoder_record(self, folder: Path) -> dict[str, Any]:
-        """Where it is found again: of a folder, the way to it; nothing of one that was made of parts."""
-        record, place = self.encoder.record(), self.encoder.place
-        layer = None if place is None else split_layer(place)
-        name = layer[0] if layer is not None else place
-        if name is not None and Path(name).expanduser().is_dir():
-            name = Path(os.path.relpath(Path(name).expanduser().absolute(), folder.absolute())).as_posix()
-        return {
-            "name": name,
-            "layer": None if layer is None else f"{layer[1]}@{layer[2]:g}",
-            "revision": self.encoder.revision,
-            "model_class": record.model_class,
-            "weights": record.weights,
-        }
+    def push_to_hub(
+        self, repo_id: str, *, base: str | None = None, base_revision: str | None = None, **options: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes.
+
+        Args:
+            repo_id: `"user/name"`.
+            base: Hub id to write as the encoder's, where that is a folder.
+            base_revision: Goes with `base`.
+            **options: Of `push_folder`: `private`, `token`, `revision`, `commit_message`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            HubError: If the Hub does not take it.
+            ValueError: If `base` is no Hub id.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            files.write(Path(temporary), self.head, self._told(), files.EncoderPlace.of(self.encoder, None), repo_id)
+            options = {"commit_message": f"Upload {files.NOUN} with diffusers-repr", **options}
+            return files.push(Path(temporary), repo_id, base, base_revision, **options)
 
     @classmethod
-    def from_pretrained(cls, id_or_folder: str | os.PathLike[str], base: Any = None, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls,
+        id_or_folder: str | os.PathLike[str],
+        base: Any = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        batch_size: int = 64,
+        **kwargs: Any,
+    ) -> Self:
         """Load what `save_pretrained` wrote, with its encoder.
 
         Args:
-            id_or_folder: A folder.
+            id_or_folder: A folder or a Hub id.
             base: The encoder, or its name, in place of the recorded one.
-            **kwargs: `batch_size`, and those of `load_encoder`.
+            revision: Of the Hub id.
+            token: Hub token, of a private one.
+            batch_size: Images a forward.
+            **kwargs: Of `load_encoder`.
 
         Raises:
             FileNotFoundError: If the folder, or its encoder, is not there.
+            HubError: If the Hub has neither, or is not reached.
             ValueError: If a file is damaged, or the encoder has other weights.
         """
-        folder = Path(id_or_folder)
-        told = _SCHEMA(read_json(folder / FILE), FILE)
-        size = kwargs.pop("batch_size", 64)
-        encoder = base if isinstance(base, Encoder) else load_encoder(base or _place(told, folder), **kwargs)
+        folder, place, told = files.read(id_or_folder, revision, token)
+        if base is None and place.revision is not None:
+            kwargs = {"revision": place.revision, **kwargs}
+        encoder = base if isinstance(base, Encoder) else load_encoder(base or place.found(folder), **kwargs)
         weights = encoder.record().weights
-        if weights != told["encoder"]["weights"]:
+        if weights != place.weights:
             raise ValueError(
-                f"The head in {str(folder)!r} was fitted on a {told['encoder']['model_class']} with other weights "
-                f"({told['encoder']['weights']}) than those of {encoder.name!r} ({weights}). Pass base=<that encoder>."
+                f"The head in {str(folder)!r} was fitted on a {place.model_class} with other weights "
+                f"({place.weights}) than those of {encoder.name!r} ({weights}). Pass base=<that encoder>."
             )
-        recipe = {key: value for key, value in told.items() if key not in ("format", "encoder")}
-        head = LinearHead.from_pretrained(folder / "head")
+        head = files.read_head(folder)
         if int(head.config["in_features"]) != encoder.dim:
             raise ValueError(
                 f"The head in {str(folder)!r} takes {head.config['in_features']} numbers, {encoder.name!r} gives "
                 f"{encoder.dim}. Save the probe again."
             )
-        return cls(encoder, head, {**recipe, "protocol": None}, batch_size=size)
+        return cls(encoder, head, {**told, "protocol": None}, batch_size=batch_size)
 
     def to(self, device: str | torch.device) -> Self:
         """Move the encoder and the head."""
@@ -323,19 +322,4 @@ def _attributes(train: Labelled, test: Labelled) -> tuple[Mapping[str, Tensor], 
     return (pair[0], pair[1]) if all(pair) else None
 
 
-def _place(told: dict[str, Any], folder: Path) -> str:
-    name, layer = told["encoder"]["name"], told["encoder"]["layer"]
-    if name is None:
-        raise ValueError(
-            f"The head in {str(folder)!r} was fitted on an encoder that has no name (random weights, or made of "
-            "parts). Pass base=<the encoder>."
-        )
-    beside = folder / name
-    if name.startswith(".") and not beside.is_dir():
-        raise FileNotFoundError(f"The encoder of {str(folder)!r} was the folder {name!r} from there, which is gone. "
-                                "Pass base=<the encoder, its folder or Hub id>.")  # fmt: skip
-    found = os.path.normpath(beside) if beside.is_dir() else name
-    return found if layer is None else f"{found}:{layer}"
-
-
-__all__ = ["FILE", "RepresentationProbe"]
+__all__ = ["RepresentationProbe"]

@@ -32,9 +32,11 @@ CROSS = {"AttnDownBlock2D": "CrossAttnDownBlock2D", "AttnUpBlock2D": "CrossAttnU
 
 
 def online_flags(u_net: dict[str, Any], batch_size: int) -> list[str]:
-    """Of train_online.py, whose recipe has a transformer of its own."""
+    """Of train_online.py, whose recipe has another network and pace: those of the other rows."""
     return ["--network", "UNet2DModel", "--model", json.dumps(u_net), "--scheduler", SCHEDULER, "--condition", "id",
-            "--num_prototypes", "20", "--train_batch_size", str(batch_size)]  # fmt: skip
+            "--num_prototypes", "20", "--train_batch_size", str(batch_size), "--learning_rate", "1e-3",
+            "--lr_scheduler", "cosine", "--ema_max_decay", "0.999", "--max_grad_norm", "1.0",
+            "--label_dropout", "0.1"]  # fmt: skip
 
 
 class Digits:
@@ -49,7 +51,10 @@ class Digits:
 
     def flags(self, recipe: str) -> list[str]:
         """What differs from a recipe."""
-        return online_flags(DIGITS_U_NET, 128) if recipe == "online" else []
+        if recipe != "online":
+            return []
+        views = ["--random_rotation", "10", "--random_shift", "0.0875", "--random_scale", "0.1"]
+        return [*online_flags(DIGITS_U_NET, 128), *views]
 
     def judge(self) -> DigitsJudge:
         """A classifier of the training digits."""

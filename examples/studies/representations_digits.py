@@ -42,6 +42,7 @@ from diffusers_repr.sweep.representation import RANDOM, attribute_scores, pixel_
 from diffusers_repr.sweep.splits import draw_rows
 
 EXAMPLES = Path(__file__).parents[1]
+sys.path.insert(0, str(EXAMPLES))  # where the scripts of the recipes are
 CONFIGS, MODEL = EXAMPLES / "configs", EXAMPLES / "models" / "digits-ddpm"
 LEVELS = [30, 100, 200, 300]  # among which a layer of a denoiser is selected, on the validation split
 

@@ -185,6 +185,7 @@ def picture(rows: list[Row], asked: Question) -> bytes:
     most = max(row["evaluations"] for row in rows) / len(asked.units.of_prompt)
     ticks = [len(asked.units.of_prompt) * times for times in (1, 2, 5, 10, 20, 50, 100, 200) if times < 1.3 * most]
     axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel(f"network evaluations an image ({len(asked.units.of_prompt)} {told})")
     axes.set_ylabel(f"accuracy on images not seen, {len(asked.classes)} classes")
     axes.grid(alpha=0.3)

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification
 
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.data import DataConfig
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.encoders import Encoder
@@ -126,11 +127,11 @@ def test_dreamteacher_with_an_interpreter(tmp_path):
 def test_recipes(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     data, loop = DataConfig, TrainingConfig
-    for name, settings, kind, script in (
-        ("repfusion", RepFusionConfig, RepFusionObjective, train_repfusion),
-        ("dreamteacher", DreamTeacherConfig, DreamTeacherObjective, train_dreamteacher),
+    for name, settings, kind in (
+        ("repfusion", RepFusionConfig, RepFusionObjective),
+        ("dreamteacher", DreamTeacherConfig, DreamTeacherObjective),
     ):
-        kinds = (loop, data, StudentConfig, settings, script.EvaluationConfig)
+        kinds = (loop, data, StudentConfig, settings, MeasuredSplit)
         _, _, student, config, _ = parse_recipe(kinds, ["--config", f"examples/configs/{name}_digits.yaml"])
         classes = {"num_classes": 10} if name == "repfusion" else {}
         assert kind(config.load_base(), student.build(1, (8, 8)), config, **classes).artifacts()

@@ -11,16 +11,20 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import load_dataset
 from huggingface_hub import ModelCard
+from PIL import Image
 from train_encoder import main
 from transformers import ViTModel
 
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.digits import load_digits_splits
+from diffusers_repr.data.variants import image_key
 from diffusers_repr.data.views import ViewConfig, ViewData, jitter, luma, random_crop, view
 from diffusers_repr.encoders import Encoder
-from diffusers_repr.objectives import SimCLRConfig, SimCLRObjective
-from diffusers_repr.objectives.simclr import nt_xent
+from diffusers_repr.objectives import SelfSupervisedConfig, SimCLRObjective
+from diffusers_repr.objectives.self_supervised.simclr import nt_xent
+from diffusers_repr.store.image_store import ImageKey, write_images
 from diffusers_repr.tasks import EncoderAccuracy
 from tests.examples.scripts import run_script
 
@@ -37,6 +41,7 @@ RECIPE = {
     "crop_scale": 0.5,
     "jitter_probability": 0.5,
     "projection_dim": 8,
+    "temperature": 0.2,
     "train_batch_size": 8,
     "max_train_steps": 2,
     "learning_rate": 0.01,
@@ -148,6 +153,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         ({"model": MODEL | {"patch_size": 3}}, "no multiple of its patch_size"),
         ({"model": MODEL | {"patchsize": 3}}, "Unknown key 'patchsize'.*patch_size"),
         ({"temperature": 0.0}, "must be positive"),
+        ({"method": "byol"}, "`temperature` would do nothing: it is of simclr"),
+        ({"method": "byol", "temperature": None, "target_decay": 1.5}, r"lies in \[0, 1\]"),
         ({"crop_scale": 0.0}, "share of the area"),
         ({"crop_ratio": 0.5}, "is 1 or more"),
         ({"jitter_probability": 1.5}, r"in \[0, 1\]"),
@@ -168,10 +175,10 @@ def test_recipes_parse(name, capsys):
     from diffusers_repr.config import parse_recipe
     from diffusers_repr.training import TrainingConfig
 
-    kinds = (TrainingConfig, DataConfig, ViewConfig, SimCLRConfig)
+    kinds = (TrainingConfig, DataConfig, ViewConfig, SelfSupervisedConfig)
     config, _, _, encoder = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs" / f"{name}.yaml")])
     assert config.max_train_steps > 100
-    SimCLRObjective(encoder.model, [0.5], [0.5])
+    encoder.build([0.5], [0.5])
 
 
 @pytest.mark.slow
@@ -187,6 +194,27 @@ def test_two_processes_see_all_negatives(tmp_path):
     )
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], rel=1e-4)
     assert [a["grad_norm"] for a in one] == pytest.approx([b["grad_norm"] for b in two], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The logistic regression stopped")
+def test_the_script_trains_on_variants_and_measures_on_images(tmp_path):
+    (tmp_path / "images" / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = load_digits_splits()[split]
+        labels = rows["label"][:]
+        some = sorted(range(len(rows)), key=labels.__getitem__)[::10]  # of each class
+        rows.select(some).to_parquet(tmp_path / "images" / "data" / f"{split}-00000-of-00001.parquet")
+    pictures = load_dataset(str(tmp_path / "images"), split="train")["image"][:]
+    keys = [ImageKey("m", 8, 8, 1, 0, source=f"images/train/{row}#{image_key(np.asarray(pictures[row]))}", variant=v)
+            for row in range(len(pictures)) for v in range(2)]  # fmt: skip
+    write_images(tmp_path / "variants", keys, lambda asked: [Image.new("L", (8, 8), 101)] * len(asked), progress=False)
+    flags = {"dataset_name": tmp_path / "images", "variants_dir": tmp_path / "variants", "eval_split": "test",
+             "model": json.dumps(MODEL), "method": "byol", "max_train_steps": 2, "train_batch_size": 8,
+             "output_dir": tmp_path / "out", "projection_dim": 4}  # fmt: skip
+    run_script(main, "train_encoder", *(w for k, v in flags.items() for w in (f"--{k}", str(v))))
+    measured = json.loads((tmp_path / "out" / "evaluation.jsonl").read_text())
+    assert 0 <= measured["trained_class_token_knn"] <= 1
+    assert "byol" in (tmp_path / "out" / "README.md").read_text()
 
 
 # --- the loss

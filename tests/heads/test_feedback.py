@@ -115,7 +115,7 @@ def test_two_forwards_are_two_plain_ones(conditional):
             passes = passes_of(denoiser, head, share)
             first = passes.first(run)
             assert all(torch.equal(first.features[name], whole[name]) for name in whole)
-            assert bool(first.shared) == share
+            assert bool(first.shared.outputs) == share
             found = passes.second(run, first, head.feedback(first.features))
             assert torch.equal(found[read[0]], wanted[read[0]])
             assert not torch.equal(found[read[0]], plain(model, run, read)[read[0]])
@@ -142,7 +142,7 @@ def test_only_what_is_needed_runs():
     passes.second(run, first, head.feedback(first.features))
     start = order.index("down_blocks.0.resnets.0")
     assert ran == order[start + 1 : order.index("up_blocks.0.attentions.1") + 1]
-    assert set(first.shared) == {"time_proj", "time_embedding", "conv_in", "down_blocks.0.resnets.0"}
+    assert set(first.shared.outputs) == {"time_proj", "time_embedding", "conv_in", "down_blocks.0.resnets.0"}
 
 
 def test_without_feedback_it_is_the_first_forward():
@@ -277,7 +277,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="recomputes its activations"):
         passes.second(run, first, head.feedback(first.features))
     model.disable_gradient_checkpointing()
-    first.shared["conv_in"].add_(1)
+    first.shared.outputs["conv_in"][0].add_(1)
     with pytest.raises(RuntimeError, match="changed the output of conv_in in place"):
         passes.second(run, first, head.feedback(first.features))
     compiled = torch.compile(model, backend="eager")

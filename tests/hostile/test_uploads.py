@@ -50,6 +50,9 @@ TRUE = {  # of each kind, what is sent
         "README.md", "images/shown.png", "panoptic.json", "config.json", WEIGHTS, "evaluation.jsonl",
     ],
     "zero-shot classifier": ["README.md", "images/shown.png", "zero_shot.json"],
+    "representation probe": [
+        "README.md", "images/shown.png", "representation.json", "head/config.json", f"head/{WEIGHTS}",
+    ],
     "store of features": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],
     "store of images": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],
     "store of assignments": ["README.md", "images/shown.png", "manifest.json", "data/train-00000-of-00001.parquet"],

@@ -38,7 +38,7 @@ from diffusers_repr.objectives import (
     REPAEObjective,
     REPAObjective,
     SelfAlignmentLoss,
-    SimCLRObjective,
+    SelfSupervisedConfig,
     SpatialAlignmentLoss,
 )
 from diffusers_repr.objectives.joint import HybViTObjective, JDMObjective
@@ -120,7 +120,10 @@ METHODS = {
     "hyperfeatures": hyperfeatures,
     "ldae": ldae,
     "mdm": mdm,
-    "simclr": lambda: SimCLRObjective(VIT, [0.5] * 3, [0.5] * 3, projection_dim=4),
+    **{
+        name: lambda name=name: SelfSupervisedConfig(VIT, name, projection_dim=4).build([0.5] * 3, [0.5] * 3)
+        for name in ("simclr", "simsiam", "byol", "barlow_twins")
+    },
 }
 
 
@@ -133,7 +136,7 @@ def test_methods(name):
     if name == "hyperfeatures":
         points = 15 * torch.rand(2, 2, 4, 2)
         data = {"images": torch.rand(2, 2, 3, 16, 16), "points": points, "valid": torch.ones(2, 4, dtype=torch.bool)}
-    if name == "simclr":
+    if name in ("simclr", "simsiam", "byol", "barlow_twins"):
         data = {"views": torch.rand(2, 3, 3, 8, 8)}
     check_objective(METHODS[name](), data)
 

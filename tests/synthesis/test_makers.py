@@ -74,6 +74,28 @@ def test_scales_are_uniform_and_the_scale_of_a_batch_is_used_or_refused():
         PerImageScale([1.0, 2.0]).check_used()
 
 
+def test_a_scale_of_1_beside_others_is_the_conditional_model(classes):
+    def images(labels, scale):
+        generators = [torch.Generator().manual_seed(label) for label in labels]
+        call = {"class_labels": labels, "num_inference_steps": 3, "generator": generators, "output_type": "np"}
+        return classes.pipe(**call, guidance_scale=scale).images
+
+    both = images([2, 7], PerImageScale([1.0, 4.0]))
+    np.testing.assert_allclose(both[:1], images([2], 1.0), atol=1e-5)
+    assert np.abs(both[1:] - images([7], 1.0)).max() > 0.05
+
+
+@pytest.mark.slow
+def test_drawn_scales_make_the_images_of_a_class_differ_more_than_one_scale_does(classes):
+    """MA-ZSC's reason to draw them; at one scale of 3 this model's images differ no less than at 1."""
+    variance = {}
+    for low, high in ((1, 1), (3, 3), (1, 5)):
+        maker = ClassMaker(classes, num_inference_steps=12, scales=GuidanceSampler(low, high))
+        images = as_array(maker(maker.keys(range(10), 8))).reshape(10, 8, -1) / 127.5
+        variance[low, high] = images.var(1).mean()
+    assert variance[1, 5] > 1.1 * max(variance[1, 1], variance[3, 3])
+
+
 def test_prompts_come_equally_often_and_bad_files_name_their_line(tmp_path):
     sampler = PromptSampler.of_templates(["cat", "dog"], IN_DOMAINS, DOMAINS)
     drawn = [sampler("cat", variant) for variant in range(30)]

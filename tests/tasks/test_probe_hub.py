@@ -18,7 +18,8 @@ from diffusers_repr.cli import main
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.heads import LinearHead
 from diffusers_repr.hub import HubError, push_folder
-from diffusers_repr.tasks import Probe
+from diffusers_repr.encoders import load_encoder
+from diffusers_repr.tasks import Probe, RepresentationProbe
 from tests.tasks.planted import dataset, images, pipeline
 
 work, report = Path(os.environ["WORK"]), {}
@@ -41,6 +42,24 @@ assert torch.equal(LinearHead.from_pretrained("user/head").linear.weight, probe.
 card = ModelCard.load("user/probe")
 report["card"] = {r.metric_type: [r.metric_value, r.dataset_name, r.dataset_split] for r in card.data.eval_results}
 report["base_model"], report["content"] = card.data.base_model, card.content
+
+# a head on an encoder, which is a layer of the base
+encoder = load_encoder("user/base:mid_block@50")
+head = RepresentationProbe.fit(encoder, dataset(12), beside=[], protocol="ridge")
+head.push_to_hub("user/representation")
+report["head_files"] = sorted(HfApi().list_repo_files("user/representation"))
+again = RepresentationProbe.from_pretrained("user/representation")
+assert torch.equal(again(x), head(x))
+assert again.encoder.place == "user/base:mid_block@50"
+here = RepresentationProbe.fit(load_encoder(f"{work}/base:mid_block@50"), dataset(12), beside=[], protocol="ridge")
+here.save_pretrained(work / "head")
+assert main(["push", str(work / "head"), "user/moved-head", "--base", "user/base"]) == 0
+assert torch.equal(RepresentationProbe.from_pretrained("user/moved-head")(x), head(x))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    here.push_to_hub("user/lost-head")
+report["lost"] = [str(w.message) for w in caught if w.category is UserWarning]
+assert str(work) not in ModelCard.load("user/lost-head").content
 
 # the base moves on; the probe keeps the commit it was fitted on
 pipeline(seed=1).save_pretrained(work / "other")
@@ -121,6 +140,13 @@ def test_a_probe_goes_to_the_hub_and_back(report):
         "diffusion_pytorch_model.safetensors",
         "probe.json",
     }
+
+
+def test_a_head_on_an_encoder_goes_to_the_hub_and_back(report):
+    sent = {"README.md", "representation.json", "head/config.json", "head/diffusion_pytorch_model.safetensors"}
+    assert set(report["head_files"]) - {".gitattributes", "head/diffusers_repr_linear.py"} == sent
+    assert len(report["lost"]) == 1
+    assert "encoder is 'base', which is not on the Hub" in report["lost"][0]
 
 
 def test_the_card_on_the_hub_has_metrics_and_base(report):

@@ -78,6 +78,10 @@ def test_a_recipe_gives_what_python_gives(capsys):
     pipeline(seed=1).save_pretrained("other")
     with pytest.raises(ValueError, match="with other weights"):
         RepresentationProbe.from_pretrained("layer/seed-3/task", base="other:mid_block@50")
+    with pytest.raises(ValueError, match="what others load the encoder by is a Hub id"):
+        probe.push_to_hub("user/head", base="./model")
+    with pytest.raises(FileNotFoundError, match="is no representation probe: it has no representation.json"):
+        RepresentationProbe.from_pretrained("model")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.estimates import check_estimates
+from diffusers_repr.denoiser.hooks import count_hooks
 from diffusers_repr.features import ddae_levels
 from diffusers_repr.noise import NoiseSchedule
 from diffusers_repr.tasks import AdaptiveSchedule, Averaging, Racing, WinogroundOutput, ZeroShotClassifier, winoground
@@ -188,6 +189,36 @@ def test_no_batch_changes_an_answer(text):
     parts = [ZeroShotClassifier.of(text, WORDS, rule=rule, image_size=32, batch_size=1)(image) for image in images]
     torch.testing.assert_close(torch.cat([part.errors for part in parts]), whole.errors, rtol=1e-4, atol=1e-6)
     assert [part.labels[0] for part in parts] == whole.labels
+
+
+def test_what_comes_before_the_prompt_runs_once_for_all_prompts(text, monkeypatch):
+    """Of 3 images at 2 levels under 4 prompts; a network that reads its class at once shares nothing."""
+    made = ZeroShotClassifier.of(text, WORDS, rule=Averaging(2), image_size=32, batch_size=64)
+    alone = ZeroShotClassifier.of(text, WORDS, rule=Averaging(2), image_size=32, batch_size=1)
+    classes = Denoiser.from_pipe(build("class_unet"))
+    seen = []
+
+    def counted(path, forward):
+        def run(x, *args, **kwargs):
+            seen.append((path, len(x)))
+            return forward(x, *args, **kwargs)
+
+        return run
+
+    attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    watched = ["conv_in", "down_blocks.0.resnets.0", f"{attention}.to_q", f"{attention}.to_k", "conv_out"]
+    modules = {path: text.model.get_submodule(path) for path in watched} | {"other": classes.model.conv_in}
+    for path, module in modules.items():
+        monkeypatch.setattr(module, "forward", counted(path, module.forward), raising=False)
+    whole, own = made(pictures()), modules["conv_in"].forward
+    looked = [(path, 6) for path in watched]  # once, the whole network: who reads the prompt first
+    assert seen == [*looked, *((path, 6) for path in watched[:3]), *((path, 24) for path in watched[3:])]
+    assert (count_hooks(modules["conv_in"]), modules["conv_in"].forward) == ((0, 0, 0), own)
+    torch.testing.assert_close(whole.errors, alone(pictures()).errors, rtol=1e-5, atol=1e-7)
+    seen.clear()
+    other = ZeroShotClassifier.of(classes, None, rule=Averaging(2))
+    other(pictures())
+    assert seen == [("other", 3 * 2 * len(other.recipe.classes))]
 
 
 def test_batches_shrink_where_memory_does_not_suffice(text, monkeypatch):

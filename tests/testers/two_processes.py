@@ -92,7 +92,13 @@ def representations(folder):
     return job(folder)
 
 
-JOBS = (metrics, extract, cache, training, samples, sinkhorn, assign, probe, representations)
+def generate(folder):
+    from tests.synthesis.test_generated_sets import job
+
+    return job(folder)
+
+
+JOBS = (metrics, extract, cache, training, samples, sinkhorn, assign, probe, representations, generate)
 
 
 def everywhere(value):

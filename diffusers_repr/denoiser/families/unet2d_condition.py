@@ -18,6 +18,7 @@ class UNet2DConditionFamily(Family):
 
     conditioning = "text"
     joins = True
+    read_late = ("encoder_hidden_states", "encoder_attention_mask")
     block_outputs = UNET_BLOCKS
     layer_defaults = UNET_DEFAULTS
     not_image = (*Family.not_image, "encoder_hid_proj")

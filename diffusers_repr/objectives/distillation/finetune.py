@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
@@ -18,7 +19,7 @@ from diffusers_repr.objectives.labels import check_class_labels
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneStudentConfig:
+class FinetuneStudentConfig(MeasuredSplit):
     """How the student is tuned; the fields are keys of a recipe.
 
     Raises:
@@ -27,14 +28,13 @@ class FinetuneStudentConfig:
 
     backbone_lr_scale: float = setting(1.0, "learning rate of the backbone, times the classifier's; 0: frozen")
     label_smoothing: float = setting(0.0, "share of the target that is spread over all classes")
-    eval_split: str | None = setting(None, "split whose accuracy is measured; default, or none: no measurement")
 
     def __post_init__(self) -> None:
         if self.backbone_lr_scale < 0:
             raise ValueError(f"`backbone_lr_scale` is 0 or more; got {self.backbone_lr_scale}.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` is a share below 1, got {self.label_smoothing}.")
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        super().__post_init__()
 
 
 class FinetuneStudentObjective(Objective):

@@ -24,7 +24,7 @@ from diffusers_repr.encoders.source import device_of
 from diffusers_repr.encoders.stages import Stage, measure_stages, stage_paths
 from diffusers_repr.hub.components import check_config
 from diffusers_repr.objectives.artifacts import FixedArtifact, ModelArtifact
-from diffusers_repr.objectives.simclr import Preprocessor
+from diffusers_repr.objectives.preprocessor import Preprocessor
 
 MODEL_TYPES = ("resnet", "convnext", "convnextv2", "swin")
 

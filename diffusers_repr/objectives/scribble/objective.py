@@ -17,9 +17,9 @@ from diffusers_repr.hub import load_json_config
 from diffusers_repr.hub.components import check_config
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
+from diffusers_repr.objectives.preprocessor import Preprocessor
 from diffusers_repr.objectives.scribble.pairwise import at_scale, pairwise_energy
 from diffusers_repr.objectives.scribble.partial import partial_cross_entropy
-from diffusers_repr.objectives.simclr import Preprocessor
 
 MODEL_TYPES = ("upernet", "segformer", "mobilenet_v2", "beit", "dpt", "mobilevit")
 _HALF = (0.5, 0.5, 0.5)  # as mean and as standard deviation: a network then sees [-1, 1]

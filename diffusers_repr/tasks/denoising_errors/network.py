@@ -14,6 +14,7 @@ from diffusers_repr.tasks.denoising_errors.conditions import ConditionRows
 from diffusers_repr.tasks.denoising_errors.memory import smaller_batch
 from diffusers_repr.tasks.denoising_errors.pairs import Asked
 from diffusers_repr.tasks.denoising_errors.scores import check_bound, pair_error
+from diffusers_repr.tasks.denoising_errors.shared_rows import SharedRows
 
 _ENOUGH = 8  # estimates of a level, to tell from their mean cosine whether the network fits its scheduler
 
@@ -57,6 +58,7 @@ class NetworkErrors:
             progress,
         )
         self.evaluations = 0
+        self._shared = SharedRows(denoiser)
         self._cosines: dict[float, tuple[float, int]] = {}  # timestep -> sum and count
         if loss == "vlb":
             check_bound(denoiser)
@@ -113,7 +115,11 @@ class NetworkErrors:
         x_t = self.denoiser.add_noise(x0, distinct[:, 1], noise)
         index = index.to(device)
         level = self.denoiser.level(asked.timesteps)
-        prediction = self.denoiser.predict(x_t[index], level, self.conditions.take(asked.prompts))
+        some = torch.empty(len(distinct), dtype=torch.long)
+        some[index.cpu()] = torch.arange(len(asked))  # a row of each distinct input
+        known = self.conditions.take(asked.prompts[some])
+        with self._shared(x_t, self.denoiser.level(distinct[:, 1]), known, index):
+            prediction = self.denoiser.predict(x_t[index], level, self.conditions.take(asked.prompts))
         self._note(asked.timesteps, noise_cosine(prediction.eps, noise[index]))
         return pair_error(prediction, noise[index], self.loss, self.denoiser.schedule)
 

@@ -1,0 +1,59 @@
+"""`SimSiamObjective`: each view predicts the other, whose side of the loss gets no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of, mlp, unit
+
+
+def simsiam_loss(predicted: tuple[Tensor, Tensor], projected: tuple[Tensor, Tensor]) -> Tensor:
+    """`-cos(p1, stop(z2)) / 2 - cos(p2, stop(z1)) / 2`, mean over the batch (SimSiam's eq. 1 and 4); from -1 to 1.
+
+    Args:
+        predicted: p1 and p2, `(B, D)` each.
+        projected: z1 and z2, `(B, D)` each; no gradient goes into them.
+    """
+    (one, two), (first, second) = predicted, projected
+    cosines = (unit(one) * unit(second.detach())).sum(-1) + (unit(two) * unit(first.detach())).sum(-1)
+    return -cosines.mean() / 2
+
+
+class SimSiamObjective(SelfSupervisedObjective):
+    """SimSiam (Chen and He 2020, arXiv 2011.10566): no negatives and no moving average; a predictor.
+
+    Args:
+        model: As `SelfSupervisedObjective`, and so are mean and std.
+        mean: See there.
+        std: See there.
+        projection_dim: Width of the vectors that are compared.
+        prediction_dim: Hidden width of the predictor; a quarter of `projection_dim`, as in the paper, if None.
+    """
+
+    card = card_of("simsiam")
+    discarded = ("projector", "predictor")
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        projection_dim: int = 128,
+        prediction_dim: int | None = None,
+    ) -> None:
+        super().__init__(model, mean, std)
+        hidden = 2 * self.width
+        self.projector = mlp(self.width, hidden, hidden, projection_dim, last_norm=True)
+        self.predictor = mlp(projection_dim, prediction_dim or max(projection_dim // 4, 1), projection_dim)
+
+    def compare(self, pair: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor] | None) -> Tensor:
+        """See `simsiam_loss`."""
+        one, two = pair
+        return simsiam_loss((self.predictor(one), self.predictor(two)), pair)
+
+
+__all__ = ["SimSiamObjective", "simsiam_loss"]
