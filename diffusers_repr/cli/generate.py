@@ -19,7 +19,7 @@ from diffusers_repr.cli import options
 from diffusers_repr.config.recipe import REQUIRED, setting
 
 # Settings that may name a place of this machine.
-PLACES = ("model", "prompts", "dataset_name", "encoder", "assigner")
+PLACES = ("model", "prompts", "dataset_name", "encoder", "assigner", "controlnet")
 OUT = options.Out("store of images", ("manifest.json",), again="resumed")
 
 
