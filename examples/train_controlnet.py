@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         control.encoder(data_config.mask_names, data_config.ignore_index),
         hint_dropout=control.hint_dropout,
         caption_dropout=control.caption_dropout,
+        new_lr_scale=control.new_lr_scale,
     )
     sides = (denoiser.image_channels, denoiser.image_size)
     loading = {"seed": config.seed, "num_workers": config.dataloader_num_workers, "vae": denoiser.vae}

@@ -138,8 +138,9 @@ def load_scribbled_scenes(split: str, count: int, seed: int = 0, **how: Any) -> 
         mask = scene.mask()
         lines = draw_scribbles(scene.panoptic(), mask, rng, **how)
         named = describe([(thing.colour, thing.kind) for thing in scene.things], colours=False)
-        for name, value in zip(rows, (scene.image, named, mask, lines), strict=True):
-            rows[name].append(value if isinstance(value, str) else PILImage.fromarray(value))
+        rows["caption"].append(named)
+        for name, pixels in {"image": scene.image, "mask": mask, "scribble": lines}.items():
+            rows[name].append(PILImage.fromarray(pixels))
     features = Features({"image": Image(), "caption": Value("string"), "mask": Image(), "scribble": Image()})
     return Dataset.from_dict(rows, info=DatasetInfo(features=features, dataset_name=SCRIBBLES))
 

@@ -79,15 +79,16 @@ class HintTerm(GuidanceTerm):
 
     def __init__(self, config: HintGuidance, denoiser: Denoiser) -> None:
         super().__init__(config, denoiser)
-        self.controlnet: Any = getattr(denoiser.pipe, "controlnet", None)
-        known = forward_names(self.controlnet) if isinstance(self.controlnet, nn.Module) else []
-        if "controlnet_cond" not in known or isinstance(getattr(self.controlnet, "nets", None), nn.ModuleList):
-            found = "none" if self.controlnet is None else f"a {type(self.controlnet).__name__}"
+        controlnet: Any = getattr(denoiser.pipe, "controlnet", None)
+        known = forward_names(controlnet) if isinstance(controlnet, nn.Module) else []
+        if "controlnet_cond" not in known or isinstance(getattr(controlnet, "nets", None), nn.ModuleList):
+            found = "none" if controlnet is None else f"a {type(controlnet).__name__}"
             raise ValueError(
                 f"HintGuidance guides over the hint of one ControlNet, and this pipeline has {found}. Take a pipeline "
                 "such as StableDiffusionControlNetPipeline."
             )
-        channels = self.controlnet.config["conditioning_channels"]
+        self.controlnet: Any = controlnet
+        channels = controlnet.config["conditioning_channels"]
         if config.null.shape[0] != channels:
             raise ValueError(
                 f"The ControlNet takes hints of {channels} channels; the null hint has {config.null.shape[0]}."

@@ -43,6 +43,9 @@ class ControlNetConfig(FrozenBaseConfig):
     hint: str = setting("one_hot", "one_hot: a channel a class; colours: red, green and blue")
     colours: list[str] | None = setting(None, "of `hint: colours`: #rrggbb of each class, and a last one of no class")
     hint_dropout: float = setting(0.1, "share of hints that become the learned null hint")
+    new_lr_scale: float = setting(
+        1.0, "learning rate of what is new (the hint's layers, those that begin at zero), times that of the copy"
+    )
     caption_dropout: float = setting(0.1, "share of captions that become the empty one; 1: data without captions do")
     eval_split: str | None = setting(None, "split whose denoising errors are measured; none: no measurement")
     eval_images: int = setting(128, "images of it, the first")
@@ -56,6 +59,8 @@ class ControlNetConfig(FrozenBaseConfig):
         for name in ("hint_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a probability, got {getattr(self, name)}.")
+        if not self.new_lr_scale > 0:
+            raise ValueError(f"`new_lr_scale` must be positive, got {self.new_lr_scale}.")
         if self.eval_images < 1:
             raise ValueError(f"`eval_images` must be positive, got {self.eval_images}.")
         object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
@@ -87,6 +92,8 @@ class ControlNetObjective(DiffusionObjective):
         hints: What hints are made by.
         hint_dropout: Share of hints that become the null one.
         caption_dropout: Share of captions that become the empty one.
+        new_lr_scale: Learning rate of the layers that are no copies, and of the null hint, times that of the others:
+            what begins at zero is slow to leave it.
         time_sampling: How noise levels are drawn.
 
     Raises:
@@ -102,6 +109,7 @@ class ControlNetObjective(DiffusionObjective):
         *,
         hint_dropout: float = 0.1,
         caption_dropout: float = 0.1,
+        new_lr_scale: float = 1.0,
         time_sampling: TimeSampler | None = None,
     ) -> None:
         if not isinstance(denoiser.model, UNet2DConditionModel):
@@ -118,7 +126,7 @@ class ControlNetObjective(DiffusionObjective):
         self.controlnet = ControlNetModel.from_unet(
             unet, conditioning_channels=hints.channels, conditioning_embedding_out_channels=widths(denoiser.stride)
         )
-        self.hints, self.hint_dropout = hints, hint_dropout
+        self.hints, self.hint_dropout, self.new_lr_scale = hints, hint_dropout, new_lr_scale
         self._known = forward_names(self.controlnet)
         self.card = self._about()
 
@@ -166,6 +174,13 @@ images = pipe(prompt, hints(masks), guidance_scale=1.0).images  # masks: (B, H, 
             inputs["mid_block_additional_residual"] = _cast(mid, floating_dtype(unet))
         return self.denoiser.family.output(unet(**inputs), noisy.x_t).float()
 
+    def param_groups(self, phase: str = "main") -> list[dict[str, Any]]:
+        """The copied layers; and the new ones with the null hint, at a rate of their own."""
+        own = dict(self.controlnet.named_parameters())
+        fresh = [p for name, p in own.items() if name.startswith("controlnet_")]  # diffusers names the new layers so
+        copied = [p for name, p in own.items() if not name.startswith("controlnet_")]
+        return [{"params": copied}, {"params": [*fresh, *self.hints.parameters()], "lr_scale": self.new_lr_scale}]
+
     # Checks
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
@@ -187,8 +202,8 @@ images = pipe(prompt, hints(masks), guidance_scale=1.0).images  # masks: (B, H, 
 
     def identity(self) -> dict[str, Any]:
         """With the base's weights and what hints are."""
-        own = {"hints": dict(self.hints.config), "hint_dropout": self.hint_dropout}
-        own["hints"] = {k: v for k, v in own["hints"].items() if not k.startswith("_")}
+        hints = {name: value for name, value in self.hints.config.items() if not name.startswith("_")}
+        own = {"hints": hints, "hint_dropout": self.hint_dropout}
         return {**super().identity(), **own, "base": weights_hash(self.denoiser.model)}
 
     # What is saved

@@ -111,8 +111,8 @@ class HintMaker(GenerativeAugmenter):
             mask = self._masks([row])[0]
             for key in super().keys(variants, [row]):
                 told = {**json.loads(key.guidance), "hint": image_key(mask)}
-                own = {"prompt": self._filled(key.prompt, mask), "guidance": json.dumps(told, sort_keys=True)}
-                found.append(dataclasses.replace(key, **own))
+                prompt, guidance = self._filled(key.prompt, mask), json.dumps(told, sort_keys=True)
+                found.append(dataclasses.replace(key, prompt=prompt, guidance=guidance))
         return found
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:

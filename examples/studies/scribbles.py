@@ -179,7 +179,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=400, help="training scenes")
     parser.add_argument("--test_images", type=int, default=500, help="test scenes")
     parser.add_argument("--steps", type=int, default=1500, help="of every segmenter")
-    parser.add_argument("--controlnet_steps", type=int, default=6000, help="of the ControlNet")
+    parser.add_argument("--controlnet_steps", type=int, default=3000, help="of the ControlNet")
     parser.add_argument("--inference_steps", type=int, default=20, help="of the sampler, for ratio 1")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="over the hint; 1: none")
     args, args.flags = parser.parse_known_args(argv)

@@ -70,6 +70,7 @@ def variants(places, controlnet):
         with warnings.catch_warnings():  # the ControlNet has hardly left its zeros, if at all
             warnings.simplefilter("ignore")
             assert main(["generate", str(places / "recipe.yaml"), "--out", out, "--quiet"]) == 0
+        assert str(places) not in (places / f"variants-{strength}/manifest.json").read_text()
         found.append(out)
     return found
 

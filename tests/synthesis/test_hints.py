@@ -90,6 +90,10 @@ def test_contract_and_the_loss_written_out(trained):
     check_objective(trained, batch())
     assert trained.hints.null.grad is not None
     assert sorted(part.folder for part in trained.artifacts()) == ["", "hint_encoder"]
+    copied, fresh = objective(new_lr_scale=5.0).param_groups()
+    assert fresh["lr_scale"] == 5
+    assert {p.shape for p in fresh["params"]} >= {(len(NAMES) + 1,)}  # the null hint is in the optimizer
+    assert len(copied["params"]) + len(fresh["params"]) == len(list(trained.parameters()))
     trained.zero_grad()
     given = batch(time=torch.tensor([100, 500, 900]), hint_dropped=torch.tensor([False, True, False]))
     x0 = trained.clean({**given, "generator": torch.Generator().manual_seed(3)})
@@ -136,7 +140,7 @@ def test_bad_batches_and_bases_are_refused(trained):
         ControlNetObjective(Denoiser.from_pretrained("examples/models/digits-ddpm"), HintEncoder(NAMES))
     for given, message in (
         ({"hint": "boxes"}, "one_hot or colours"), ({"hint": "colours"}, "both or neither"),
-        ({"hint_dropout": 2}, "probability"), ({"eval_images": 0}, "positive"),
+        ({"hint_dropout": 2}, "probability"), ({"new_lr_scale": 0}, "positive"), ({"eval_images": 0}, "positive"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ControlNetConfig("base", **given)
