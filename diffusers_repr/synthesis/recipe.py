@@ -29,8 +29,8 @@ from diffusers_repr.synthesis.variations import RepresentationAugmenter, UnCLIPA
 
 # Those that take nothing but a scale.
 GUIDANCES = ("PAG", "SAG")
-# Those that make variants of images.
 Method = Literal["class", "prompt", "image_to_image", "code", "representation", "image_variation", "hint"]
+# Those that make variants of images.
 VARIANTS = ("image_to_image", "code", "representation", "image_variation")
 # Setting -> the methods on which it acts.
 _OF = {
