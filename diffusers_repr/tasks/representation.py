@@ -261,9 +261,10 @@ class RepresentationProbe(Task):
             ValueError: If `base` is no Hub id.
         """
         with tempfile.TemporaryDirectory() as temporary:
-            files.write(Path(temporary), self.head, self._told(), files.EncoderPlace.of(self.encoder, None), repo_id)
+            place = Path(temporary)
+            files.write(place, self.head, self._told(), files.EncoderPlace.of(self.encoder, place), repo_id)
             options = {"commit_message": f"Upload {files.NOUN} with diffusers-repr", **options}
-            return files.push(Path(temporary), repo_id, base, base_revision, **options)
+            return files.push(place, repo_id, base, base_revision, **options)
 
     @classmethod
     def from_pretrained(

@@ -54,13 +54,17 @@ class EncoderPlace:
 
     @classmethod
     def of(cls, encoder: Encoder, folder: Path | None) -> Self:
-        """Of an encoder as a file in `folder` holds it; None, for what is shared: of a folder its last name alone."""
+        """Of an encoder as a file in `folder` holds it: of a folder the way there, from a dot on.
+
+        None, for a card: its last name alone.
+        """
         record, place = encoder.record(), encoder.place
         layer = None if place is None else split_layer(place)
         name = layer[0] if layer is not None else place
         if name is not None and Path(name).expanduser().is_dir():
             there = Path(name).expanduser().absolute()
-            name = last_name(name) if folder is None else Path(os.path.relpath(there, folder.absolute())).as_posix()
+            way = None if folder is None else Path(os.path.relpath(there, folder.absolute())).as_posix()
+            name = last_name(name) if way is None else way if way.startswith(".") else f"./{way}"
         read = None if layer is None else f"{layer[1]}@{layer[2]:g}"
         return cls(name, read, encoder.revision, record.model_class, record.weights)
 
@@ -147,7 +151,7 @@ def push(folder: Path, repo_id: str, base: str | None = None, base_revision: str
     head = read_head(folder)
     if base is not None:
         place = EncoderPlace(base, place.layer, base_revision, place.model_class, place.weights)
-    elif place.name is None or not is_repo_id(place.name):
+    elif place.name is None or place.name.startswith("."):  # the way to a folder
         place = EncoderPlace(
             None if place.name is None else last_name(place.name), place.layer, place.revision, place.model_class,
             place.weights,

@@ -36,7 +36,7 @@ def pairwise_energy(
 
     Example:
         >>> one = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
-        >>> float(pairwise_energy(one, torch.zeros(1, 3, 2, 2)))
+        >>> round(float(pairwise_energy(one, torch.zeros(1, 3, 2, 2))), 6)
         0.0
     """
     if probabilities.shape[2:] != images.shape[2:] or len(probabilities) != len(images):
