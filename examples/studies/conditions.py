@@ -214,6 +214,7 @@ def drawn_vectors(seed: int, args: argparse.Namespace) -> Tensor:
     """Vectors of the representation diffusion model, standardised as those of the images' network."""
     folder = args.work / f"vectors-{seed}"
     flags = ["--encoder", args.case.encoder, "--over", "column", *args.case.flags("rcg_representation")]
+    flags += ["--assignments_dir", str(args.work / f"vectors-{seed}-assigned")]
     recipe = EXAMPLES / "configs" / "rcg_representation_digits.yaml"
     train_run(train_representation.main, recipe, flags, folder, seed, args.vector_steps)
     pipe = RCGPipeline.from_pretrained(folder)
