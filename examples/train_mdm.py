@@ -17,7 +17,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import setting
+from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.data import DataConfig, TrainData, load_train_data
 from diffusers_repr.metrics import ssim
 from diffusers_repr.noise.patch_mask import noise_mask
@@ -26,13 +26,6 @@ from diffusers_repr.pictures.grid import image_grid
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 RECIPES = Path(__file__).parent / "configs"
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """What is measured."""
-
-    eval_split: str | None = setting(None, "split on which errors are measured; none: no measurement")
 
 
 class MaskedErrors:
@@ -78,7 +71,7 @@ def _unit(images: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: list[str]) -> None:
-    kinds = (TrainingConfig, DataConfig, MDMConfig, EvalConfig)
+    kinds = (TrainingConfig, DataConfig, MDMConfig, MeasuredSplit)
     config, data_config, mdm, evaluation = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
     check_made(RECIPES, dataset_name=data_config.dataset_name)
     torch.manual_seed(config.seed)

@@ -22,6 +22,7 @@ from diffusers_repr.cli.assign import write_from_recipe
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import setting, take_arguments
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.assigned import ASSIGNER, VECTORS
@@ -53,6 +54,7 @@ class ModelConfig:
     eval_split: str | None = setting(None, "split whose vectors measure the result; none: no measurement")
 
     def __post_init__(self) -> None:
+        take_back(self, "eval_split")
         take_arguments(self, model=RepresentationMLPModel, scheduler=DDIMScheduler)
         own = sorted({"in_channels", "num_classes", "null_class"} & self.model.keys())
         if own:

@@ -14,7 +14,7 @@ import torch
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
-from diffusers_repr.config.recipe import setting
+from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.transforms import to_unit
 from diffusers_repr.models.vq_tokens import decode_embeddings, encode_tokens, token_embeddings
@@ -23,13 +23,6 @@ from diffusers_repr.objectives.vq import new_tokenizer
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 RECIPES = Path(__file__).parent / "configs"
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOutConfig:
-    """What measures the result."""
-
-    eval_split: str | None = setting(None, "split whose reconstructions measure the result; none: no measurement")
 
 
 class Reconstruction:
@@ -54,7 +47,7 @@ class Reconstruction:
 
 
 def main(argv: list[str]) -> None:
-    kinds = (TrainingConfig, DataConfig, TokenizerConfig, HeldOutConfig)
+    kinds = (TrainingConfig, DataConfig, TokenizerConfig, MeasuredSplit)
     config, data_config, tokenizer, held = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
     check_made(RECIPES, dataset_name=data_config.dataset_name)
     config = dataclasses.replace(config, eval_batch_size=0)  # a tokenizer has no samples

@@ -1,10 +1,23 @@
-"""`MeasuredSplit`: on which images a training script measures what it trains."""
+"""On which images a training script measures what it trains; and the word that takes such a setting back."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from diffusers_repr.config.recipe import setting
+
+
+def take_back(config: Any, *names: str) -> None:
+    """Settings that a flag or recipe gives as the word `none` become None, as if nothing had named them.
+
+    Args:
+        config: A dataclass of settings, frozen or not.
+        *names: Of its fields.
+    """
+    for name in names:
+        if getattr(config, name) == "none":
+            object.__setattr__(config, name, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +32,7 @@ class MeasuredSplit:
     eval_split: str | None = setting(None, "split that the result is measured on; none: no measurement")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        take_back(self, "eval_split")
 
 
-__all__ = ["MeasuredSplit"]
+__all__ = ["MeasuredSplit", "take_back"]

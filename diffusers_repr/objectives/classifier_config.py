@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.models import NoisyClassifier
 
@@ -38,4 +39,4 @@ class ClassifierConfig:
         if self.noise_bins < 1:
             raise ValueError(f"`noise_bins` must be 1 or more, got {self.noise_bins}.")
         object.__setattr__(self, "model", arguments)
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        take_back(self, "eval_split")

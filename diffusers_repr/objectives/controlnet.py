@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.data.palette import Palette
 from diffusers_repr.denoiser import Denoiser
@@ -63,7 +64,7 @@ class ControlNetConfig(FrozenBaseConfig):
             raise ValueError(f"`new_lr_scale` must be positive, got {self.new_lr_scale}.")
         if self.eval_images < 1:
             raise ValueError(f"`eval_images` must be positive, got {self.eval_images}.")
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        take_back(self, "eval_split")
 
     def encoder(self, class_names: Sequence[str], ignore_index: int) -> HintEncoder:
         """The encoder of hints.

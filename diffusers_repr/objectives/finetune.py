@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusers_repr.capture import capture
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.family import floating_dtype
@@ -61,7 +62,7 @@ class FinetuneConfig:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` is a share below 1, got {self.label_smoothing}.")
         object.__setattr__(self, "head_options", json_mapping("head_options", self.head_options))
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        take_back(self, "eval_split")
 
     def place(self, denoiser: Denoiser) -> tuple[list[str], LevelLike]:
         """Layers and level; DDAE's choice for this architecture if none was given.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.require import require_images
@@ -44,6 +45,7 @@ class HyperfeaturesConfig(FrozenBaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        take_back(self, "eval_split")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
         allowed = [name for name in inspect.signature(HyperfeaturesHead.__init__).parameters if name in _OWN]

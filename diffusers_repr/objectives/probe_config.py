@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.features.presets import find_preset
@@ -50,7 +51,7 @@ class ProbeConfig(FrozenBaseConfig):
         check_head_options(self.head, options)
         object.__setattr__(self, "head_options", options)
         object.__setattr__(self, "protocol_changes", json_mapping("protocol_changes", self.protocol_changes))
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        take_back(self, "eval_split")
         if self.protocol_changes and self.protocol is None:
             raise ValueError("`protocol_changes` changes a protocol, and none is named; set the loop's settings.")
         if self.preset is None and not (self.layers and self.timesteps):

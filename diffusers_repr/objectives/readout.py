@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.denoiser.require import require_images
@@ -61,6 +62,7 @@ class ReadoutConfig(FrozenBaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        take_back(self, "eval_split")
         arguments = json_mapping("head", self.head)
         allowed = [name for name in inspect.signature(HEADS[self.kind].__init__).parameters if name not in GIVEN]
         check_keys("`head`", arguments, allowed)

@@ -195,7 +195,7 @@ class ImageStore(ParquetStore):
         found: list[ImageKey] = []
         for shard in range(self.layout.shards):
             self._check_shard(shard)
-            rows = self._rows(shard, list(_FIELDS))
+            rows = list(self._rows(shard, list(_FIELDS)))
             try:
                 found += [ImageKey(**row) for row in rows]
             except ValueError as error:
@@ -216,10 +216,12 @@ class ImageStore(ParquetStore):
                 with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
                     yield picture.copy()
 
-    def _rows(self, shard: int, columns: list[str] | None) -> list[dict[str, Any]]:
+    def _rows(self, shard: int, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+        """Rows of a shard, some in memory at a time, all columns if None."""
         try:
             with pq.ParquetFile(self.folder / self.layout.path(shard), page_checksum_verification=True) as file:
-                return file.read(columns=columns).to_pylist()
+                for rows in file.iter_batches(256, columns=columns):
+                    yield from rows.to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._broken(shard, f"cannot be read ({error})") from error
 

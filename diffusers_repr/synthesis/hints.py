@@ -119,10 +119,9 @@ class HintMaker(GenerativeAugmenter):
         """See `ImageMaker`."""
         if not self.kept:
             return super().make(keys)
-        rows = [int(str(key.source).rpartition("#")[0].rpartition("/")[2]) for key in keys]
-        pixels = self.denoiser.pixels(self.data.read(rows))
+        pixels = self.denoiser.pixels(self.read(keys))
         size = (pixels.shape[2], pixels.shape[3])
-        masks = torch.from_numpy(np.stack([placed(mask, size) for mask in self._masks(rows)]))
+        masks = torch.from_numpy(np.stack([placed(mask, size) for mask in self._masks(self.rows(keys))]))
         with torch.no_grad():
             hints: Tensor = self.hints(masks.to(self.hints.device)).to(self.denoiser.dtype)
         scales = [json.loads(key.guidance)["guidance_scale"] for key in keys]

@@ -264,7 +264,11 @@ class GenerativeAugmenter(ImageMaker):
 
     def read(self, keys: Sequence[ImageKey]) -> list[Image.Image]:
         """The images that the variants of some keys are of."""
-        return self.data.read([int(str(key.source).rpartition("#")[0].rpartition("/")[2]) for key in keys])
+        return self.data.read(self.rows(keys))
+
+    def rows(self, keys: Sequence[ImageKey]) -> list[int]:
+        """Rows of the data that the variants of some keys are of."""
+        return [int(str(key.source).rpartition("#")[0].rpartition("/")[2]) for key in keys]
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
         """See `ImageMaker`."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from diffusers_repr.data import TrainData
-from diffusers_repr.hub.files import read_json, write_json
+from diffusers_repr.hub.files import atomic_folder, read_json, write_json
 from diffusers_repr.objectives import FinetuneStudentObjective
 from diffusers_repr.objectives.artifacts import FixedArtifact
 from diffusers_repr.tasks.held_out_students import TunedAccuracy
@@ -64,14 +63,11 @@ class SelectedStep:
         return read_json(path) if path.is_file() and (self.folder / SELECTED).is_dir() else None
 
     def _keep(self, classifier: Any) -> None:
-        made, place = self.folder / f"{SELECTED}.new", self.folder / SELECTED
-        shutil.rmtree(made, ignore_errors=True)
-        classifier.save_pretrained(made)
-        for artifact in self.objective.artifacts():
-            if isinstance(artifact, FixedArtifact):
-                artifact.thing.save_pretrained(made)
-        shutil.rmtree(place, ignore_errors=True)
-        made.rename(place)
+        with atomic_folder(self.folder / SELECTED) as fresh:
+            classifier.save_pretrained(fresh)
+            for artifact in self.objective.artifacts():
+                if isinstance(artifact, FixedArtifact):
+                    artifact.thing.save_pretrained(fresh)
 
     def _tested(self, classifier: nn.Module) -> dict[str, float]:
         best = self._best()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -150,12 +150,9 @@ def push(folder: Path, repo_id: str, base: str | None = None, base_revision: str
     _, place, told = read(folder, None, None)
     head = read_head(folder)
     if base is not None:
-        place = EncoderPlace(base, place.layer, base_revision, place.model_class, place.weights)
+        place = replace(place, name=base, revision=base_revision)
     elif place.name is None or place.name.startswith("."):  # the way to a folder
-        place = EncoderPlace(
-            None if place.name is None else last_name(place.name), place.layer, place.revision, place.model_class,
-            place.weights,
-        )  # fmt: skip
+        place = replace(place, name=place.name and last_name(place.name))
         warnings.warn(
             f"The {NOUN}'s encoder is {place.name!r}, which is not on the Hub: others must pass base=... when they "
             "load it. Push the encoder too and give its id: base='user/model'.",

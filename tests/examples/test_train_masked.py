@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusers_repr import Denoiser
 from diffusers_repr.config import parse_recipe
+from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.data import DataConfig
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.models import PatchPCA, SiTTransformer2DModel
@@ -113,6 +114,6 @@ def test_recipes_parse():
     network = ldae.build()
     LDAEObjective(network, PatchPCA(network.config.patch_size, 1, ldae.num_directions), ldae)
     assert config.max_train_steps > 100
-    kinds = (TrainingConfig, DataConfig, MDMConfig, train_mdm.EvalConfig)
+    kinds = (TrainingConfig, DataConfig, MDMConfig, MeasuredSplit)
     config, _, mdm, _ = parse_recipe(kinds, ["--config", str(CONFIGS / "mdm_digits.yaml")])
     MDMObjective(mdm.build(), mdm.reconstruction, mdm.ssim_window)

@@ -77,7 +77,7 @@ def test_the_folder_samples_vectors_by_class_and_is_measured(finished):
 
 def test_the_same_command_reads_what_is_there(finished):
     """Without an encoder, from the vectors of the first run; a run without classes."""
-    changes = {"encoder": None, "eval_split": None, "class_conditional": None, "max_train_steps": 1}
+    changes = {"encoder": None, "eval_split": "none", "class_conditional": None, "max_train_steps": 1}
     told = flags(finished, **changes, assignments_dir=str(finished / "out-assigned"))
     told[-1] = str(finished / "plain")
     run_script(main, "train_representation", *told)

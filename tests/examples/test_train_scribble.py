@@ -114,7 +114,7 @@ def test_a_segmenter_of_real_and_made_images(places, variants):
 
 def test_a_run_that_is_stopped_goes_on_in_the_same_epoch(places, variants):
     mixed = {"segmenter": NETWORK, "mixing": "curriculum", "synthetic_dirs": variants, "replace_probability": 1.0,
-             "curriculum_epochs": 2, "eval_split": None, "max_train_steps": 4, "checkpointing_steps": 2}  # fmt: skip
+             "curriculum_epochs": 2, "eval_split": "none", "max_train_steps": 4, "checkpointing_steps": 2}  # fmt: skip
     logs = []
     for name, stops in (("whole", [4]), ("parts", [2, 4])):
         for stop in stops:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from diffusers_repr.capture.persistent import PersistentCapture
-from diffusers_repr.config.recipe import check_keys, json_mapping, setting
+from diffusers_repr.config.recipe import setting
 from diffusers_repr.denoiser.condition import eval_mode
 from diffusers_repr.encoders import Encoder
 from diffusers_repr.encoders.backbone import BackboneSource
@@ -22,8 +22,8 @@ from diffusers_repr.encoders.family import BackboneFamily, encoder_family
 from diffusers_repr.encoders.preprocessing import expand_channels, preprocess
 from diffusers_repr.encoders.source import device_of
 from diffusers_repr.encoders.stages import Stage, measure_stages, stage_paths
-from diffusers_repr.hub.components import check_config
 from diffusers_repr.objectives.artifacts import FixedArtifact, ModelArtifact
+from diffusers_repr.objectives.new_or_trained import new_or_trained
 from diffusers_repr.objectives.preprocessor import Preprocessor
 
 MODEL_TYPES = ("resnet", "convnext", "convnextv2", "swin")
@@ -43,19 +43,7 @@ class StudentConfig:
     student_name_or_path: str | None = setting(None, "a trained backbone to go on from: a folder or Hub id")
 
     def __post_init__(self) -> None:
-        arguments = json_mapping("student", self.student)
-        if bool(arguments) == (self.student_name_or_path is not None):
-            raise ValueError(
-                "Name one of `student`, a new backbone, and `student_name_or_path`, one to go on from; got "
-                f"{'both' if arguments else 'neither'}."
-            )
-        if arguments:
-            kind = arguments.get("model_type")
-            if kind not in MODEL_TYPES:
-                raise ValueError(f"`student` needs model_type, one of {', '.join(MODEL_TYPES)}; got {kind!r}.")
-            check_keys("`student`", arguments, AutoConfig.for_model(kind).to_dict())
-            check_config(arguments, "student")
-        object.__setattr__(self, "student", arguments)
+        new_or_trained(self, "student", "backbone", MODEL_TYPES)
 
     def build(self, channels: int, size: tuple[int, int]) -> Student:
         """The student.

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-from diffusers_repr.config.recipe import check_keys, json_mapping, setting
+from diffusers_repr.config.measured import take_back
+from diffusers_repr.config.recipe import setting
 from diffusers_repr.encoders.preprocessing import preprocess
 from diffusers_repr.hub import load_json_config
 from diffusers_repr.hub.components import check_config
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
+from diffusers_repr.objectives.new_or_trained import new_or_trained
 from diffusers_repr.objectives.preprocessor import Preprocessor
 from diffusers_repr.objectives.scribble.pairwise import at_scale, pairwise_energy
 from diffusers_repr.objectives.scribble.partial import partial_cross_entropy
@@ -72,19 +74,7 @@ class SegmenterConfig:
     segmenter_name_or_path: str | None = setting(None, "a trained one to go on from: a folder or Hub id")
 
     def __post_init__(self) -> None:
-        arguments = json_mapping("segmenter", self.segmenter)
-        if bool(arguments) == (self.segmenter_name_or_path is not None):
-            raise ValueError(
-                "Name one of `segmenter`, a new network, and `segmenter_name_or_path`, one to go on from; got "
-                f"{'both' if arguments else 'neither'}."
-            )
-        if arguments:
-            kind = arguments.get("model_type")
-            if kind not in MODEL_TYPES:
-                raise ValueError(f"`segmenter` needs model_type, one of {', '.join(MODEL_TYPES)}; got {kind!r}.")
-            check_keys("`segmenter`", arguments, AutoConfig.for_model(kind).to_dict())
-            check_config(arguments, "segmenter")
-        object.__setattr__(self, "segmenter", arguments)
+        new_or_trained(self, "segmenter", "network", MODEL_TYPES)
 
     def build(self, class_names: Sequence[str]) -> Segmenting:
         """The network, for these classes; the last layer of one with other classes is drawn anew.
@@ -134,7 +124,7 @@ class ScribbleConfig:
             raise ValueError(f"`pairwise_scale` lies in (0, 1], got {self.pairwise_scale}.")
         if self.pairwise_radius is not None and self.pairwise_radius < 1:
             raise ValueError(f"`pairwise_radius` must be at least 1, got {self.pairwise_radius}.")
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        take_back(self, "eval_split")
 
 
 class ScribbleObjective(Objective):

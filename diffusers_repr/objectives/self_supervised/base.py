@@ -116,4 +116,10 @@ def unit(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
 
 
-__all__ = ["SelfSupervisedObjective", "card_of", "mlp", "unit"]
+def crossed_cosine(pair: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean of `cos(pair_1, target_2) + cos(pair_2, target_1)`, `(B, D)` each; no gradient goes into the target."""
+    (one, two), (first, second) = pair, target
+    return ((unit(one) * unit(second.detach())).sum(-1) + (unit(two) * unit(first.detach())).sum(-1)).mean()
+
+
+__all__ = ["SelfSupervisedObjective", "card_of", "crossed_cosine", "mlp", "unit"]

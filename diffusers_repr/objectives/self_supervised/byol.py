@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.objectives.auxiliary.self_teacher import SelfTeacher
-from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of, mlp, unit
+from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of, crossed_cosine, mlp
 
 
 def byol_loss(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
@@ -20,9 +20,7 @@ def byol_loss(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -
         predicted: q1 and q2 of the network, `(B, D)` each.
         target: z1 and z2 of its moving average, `(B, D)` each; no gradient goes into them.
     """
-    (one, two), (first, second) = predicted, target
-    cosines = (unit(one) * unit(second.detach())).sum(-1) + (unit(two) * unit(first.detach())).sum(-1)
-    return 4 - 2 * cosines.mean()
+    return 4 - 2 * crossed_cosine(predicted, target)
 
 
 def target_decay(base: float, step: int, steps: int | None) -> float:

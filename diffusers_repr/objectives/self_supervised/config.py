@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import ViTConfig
 
+from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.objectives.self_supervised.barlow_twins import BarlowTwinsObjective
 from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective
@@ -66,7 +67,7 @@ class SelfSupervisedConfig:
         if self.target_decay is not None and not 0 <= self.target_decay <= 1:
             raise ValueError(f"`target_decay` lies in [0, 1], got {self.target_decay}.")
         object.__setattr__(self, "model", arguments)
-        object.__setattr__(self, "eval_split", None if self.eval_split == "none" else self.eval_split)
+        take_back(self, "eval_split")
 
     def build(self, mean: Sequence[float], std: Sequence[float], steps: int | None = None) -> SelfSupervisedObjective:
         """The objective, with random weights.

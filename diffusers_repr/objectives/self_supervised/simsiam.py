@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of, mlp, unit
+from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of, crossed_cosine, mlp
 
 
 def simsiam_loss(predicted: tuple[Tensor, Tensor], projected: tuple[Tensor, Tensor]) -> Tensor:
@@ -17,9 +17,7 @@ def simsiam_loss(predicted: tuple[Tensor, Tensor], projected: tuple[Tensor, Tens
         predicted: p1 and p2, `(B, D)` each.
         projected: z1 and z2, `(B, D)` each; no gradient goes into them.
     """
-    (one, two), (first, second) = predicted, projected
-    cosines = (unit(one) * unit(second.detach())).sum(-1) + (unit(two) * unit(first.detach())).sum(-1)
-    return -cosines.mean() / 2
+    return -crossed_cosine(predicted, projected) / 2
 
 
 class SimSiamObjective(SelfSupervisedObjective):

@@ -117,8 +117,8 @@ class NetworkErrors:
         level = self.denoiser.level(asked.timesteps)
         some = torch.empty(len(distinct), dtype=torch.long)
         some[index.cpu()] = torch.arange(len(asked))  # a row of each distinct input
-        known = self.conditions.take(asked.prompts[some])
-        with self._shared(x_t, self.denoiser.level(distinct[:, 1]), known, index):
+        each = self.denoiser.level(distinct[:, 1])
+        with self._shared(x_t, each, lambda: self.conditions.take(asked.prompts[some]), index):
             prediction = self.denoiser.predict(x_t[index], level, self.conditions.take(asked.prompts))
         self._note(asked.timesteps, noise_cosine(prediction.eps, noise[index]))
         return pair_error(prediction, noise[index], self.loss, self.denoiser.schedule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,34 +31,33 @@ class SharedRows:
         self._looked = False
 
     def __call__(
-        self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any], index: Tensor
+        self, x_t: Tensor, level: NoiseLevel, condition: Callable[[], Mapping[str, Any]], index: Tensor
     ) -> AbstractContextManager[None]:
         """A context in which the network is run on `x_t[index]`.
 
         Args:
             x_t: The distinct inputs, `(D, C, h, w)`.
             level: Of each, `(D,)`.
-            condition: Any condition for each; what is shared does not see it.
+            condition: Gives any condition for each; what is shared does not see it.
             index: `(B,)`, on the network's device.
         """
-        if 2 * len(x_t) > len(index) or not self._shares(x_t, level, condition):
+        if 2 * len(x_t) > len(index) or (self._looked and self._prefix is None):
             return nullcontext()
-        assert self._prefix is not None
+        given = condition()
 
         def run() -> Any:
-            return self.denoiser.predict(x_t, level, condition)
+            return self.denoiser.predict(x_t, level, given)
 
-        return self._prefix.shared(run, len(x_t), index)
-
-    def _shares(self, x_t: Tensor, level: NoiseLevel, condition: Mapping[str, Any]) -> bool:
         if not self._looked:
-            self._looked = True
-            told = {name for name, value in condition.items() if value is not None}
-            if _TEXT in told and told <= set(self.denoiser.family.read_late):
-                model = self.denoiser.model
-                found = first_reader(model, _TEXT, lambda: self.denoiser.predict(x_t, level, condition))
-                self._prefix = None if found is None else SharedPrefix(model, found)
-        return self._prefix is not None
+            self._prefix, self._looked = self._found(given, run), True
+        return nullcontext() if self._prefix is None else self._prefix.shared(run, len(x_t), index)
+
+    def _found(self, condition: Mapping[str, Any], run: Callable[[], Any]) -> SharedPrefix | None:
+        told = {name for name, value in condition.items() if value is not None}
+        if _TEXT not in told or not told <= set(self.denoiser.family.read_late):
+            return None
+        reader = first_reader(self.denoiser.model, _TEXT, run)
+        return None if reader is None else SharedPrefix(self.denoiser.model, reader)
 
 
 __all__ = ["SharedRows"]
