@@ -300,7 +300,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--encoder", help="of CIFAR-10, MODEL:layer@timestep")
     parser.add_argument("--seeds", nargs="+", type=int, help="0 1 2; of CIFAR-10 0")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0, 2.0])
-    parser.add_argument("--images", type=int, help="held-out images; 500, of CIFAR-10 1000")
+    parser.add_argument("--images", type=int, help="held-out images; default: 500")
     parser.add_argument("--steps", type=int, default=25, help="of the sampler")
     parser.add_argument("--max_train_steps", type=int, help="800, of CIFAR-10 2000")
     parser.add_argument("--stage_steps", type=int, default=300, help="that two runs go on for")

@@ -23,8 +23,8 @@ DIGITS_U_NET = {
     "norm_num_groups": 8,
 }  # fmt: skip
 CIFAR_U_NET = {
-    "sample_size": 32, "in_channels": 3, "layers_per_block": 1, "attention_head_dim": 32,
-    "norm_num_groups": 8, "block_out_channels": [24, 48, 96, 128],
+    "sample_size": 32, "in_channels": 3, "layers_per_block": 1, "attention_head_dim": 16,
+    "norm_num_groups": 8, "block_out_channels": [16, 32, 64, 96],
     "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
 }  # fmt: skip
@@ -70,7 +70,7 @@ class Cifar10:
         encoder: `MODEL:layer@timestep`.
     """
 
-    images, steps, seeds, batch_size, limit = 1000, 2000, (0,), 16, 10_000
+    images, steps, seeds, batch_size, limit = 500, 2000, (0,), 12, 10_000
 
     def __init__(self, folder: str, work: Path, encoder: str | None) -> None:
         self.folder, self.work = folder, work
