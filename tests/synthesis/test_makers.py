@@ -22,7 +22,7 @@ from diffusers_repr.synthesis import (
     PromptSampler,
 )
 from diffusers_repr.synthesis.prompts import DOMAINS, IN_DOMAINS
-from diffusers_repr.synthesis.strength import starting_inside, truncated_steps
+from diffusers_repr.synthesis.strength import noised_start, own_noise, starting_inside, truncated_steps
 
 CLASSES, PLAIN = "examples/models/digits-class-ddim", "examples/models/digits-ddpm"
 
@@ -158,6 +158,23 @@ def test_strength_is_the_share_of_the_schedule(plain):
         GenerativeAugmenter(plain, data, strength=1.5)
 
 
+def test_of_the_whole_schedule_nothing_is_left_of_the_image_but_the_leftover_signal(plain):
+    """sqrt(abar_999) of it: 0.0064 of the linear schedule."""
+    pixels = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = own_noise((1, 8, 8), [3, 4])
+    kept, plain.pipe.scheduler = plain.pipe.scheduler, DDIMScheduler(timestep_spacing="trailing")
+    linear = Denoiser.from_pipe(plain.pipe)
+    try:
+        with starting_inside(linear, 10, 1.0) as timestep:
+            start = noised_start(linear, pixels, timestep, noise)
+            assert timestep == 999
+    finally:
+        plain.pipe.scheduler = kept
+    left = float(DDIMScheduler().alphas_cumprod[999])
+    assert left**0.5 == pytest.approx(0.0064, abs=5e-5)
+    torch.testing.assert_close(start, left**0.5 * pixels + (1 - left) ** 0.5 * noise, rtol=1e-5, atol=1e-6)
+
+
 def test_variants_have_noise_of_their_own_and_other_images_other_keys(plain):
     data = load_images("digits", "test").select(range(2))
     keys = GenerativeAugmenter(plain, data, num_inference_steps=4).keys(2)
@@ -240,7 +257,7 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
         ({"count": 0}, "`count` must be at least 1"),
         ({"guidance_scale": [5, 1]}, "the lower first"),
         ({"guidance_scale": [0.5]}, "from 1 up"),
-        ({"guidance": {"CFG": 3}}, "it takes PAG, SAG"),
+        ({"guidance": {"CFG": 3}, "guidance_scale": [3]}, "takes the place of `guidance_scale`"),
         ({"classes": ["10"]}, "ids from 0 to 9"),
         ({"method": "prompt"}, "takes no prompts"),
         ({"method": "image_to_image", "classes": None}, "name them by `dataset_name`"),
