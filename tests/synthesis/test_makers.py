@@ -111,6 +111,9 @@ def test_prompts_come_equally_often_and_bad_files_name_their_line(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             PromptSampler.from_file(file, ["cat", "dog"])
+    file.write_bytes("cat: caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        PromptSampler.from_file(file, ["cat"])
     for classes, templates, domains in (
         (["a", "a"], ["{class}"], []),
         (["a"], ["no place"], []),

@@ -116,7 +116,7 @@ def test_further_guidance_acts_on_both(vectors):
     given = {"num_inference_steps": 2, "name": "guided", "guidance": [PAG(2.0)]}
     for maker in (
         RepresentationAugmenter(Denoiser.from_pipe(pipe), data, encoder, assigner, **given),
-        UnCLIPAugmenter(Denoiser.from_pipe(unclip()), data, **given, scales=GuidanceSampler(2, 6)),
+        UnCLIPAugmenter(Denoiser.from_pipe(unclip()), data, **given, scales=GuidanceSampler(1, 1)),
     ):
         keys = maker.keys(1, [1, 4])
         made, alone = as_array(maker(keys)), as_array(maker(keys[1:]))
@@ -124,6 +124,8 @@ def test_further_guidance_acts_on_both(vectors):
         maker.guidance = []
         assert np.abs(as_array(maker(keys)) - made).max() > 3
         assert maker.keys(1, [1])[0].name != keys[0].name
+    with pytest.raises(ValueError, match="set guidance_scale to 1"):
+        UnCLIPAugmenter(maker.denoiser, data, **given, scales=GuidanceSampler(2, 6))
 
 
 def test_a_recipe_opens_both(vectors, tmp_path):
