@@ -86,9 +86,23 @@ def run(args: Settings) -> int:
     try:
         store = write_images(args.out, asked, make, about=about, **chosen)
     except FileExistsError as error:
-        raise FileExistsError(f"{error} --overwrite deletes what is there first.") from error
+        raise FileExistsError(f"{error} {_changed(args.out, told)}--overwrite deletes what is there first.") from error
     count, seconds = sum(gather_object(made)), time.perf_counter() - since
     if state.is_main_process:
         speed = f"{count} made now: {count / max(seconds, 1e-9):.1f} a second" if count else "all were there already"
         print(f"{len(store)} images of {maker.name} in {args.out}, {speed}")
     return 0
+
+
+def _changed(out: str, told: dict[str, Any]) -> str:
+    """Which settings differ from those of the store that is there: its keys tell that alone by their hash."""
+    from diffusers_repr.store.image_store import ImageStore, is_image_store
+    from diffusers_repr.store.manifest import recipe_differences
+
+    there = ImageStore.read_manifest(Path(out))["about"].get("recipe") if is_image_store(Path(out)) else None
+    if not isinstance(there, dict):
+        return ""
+    found = recipe_differences(there, {key: told.get(key) for key in there})
+    if not found:
+        return "The recipes are the same; the model, its images or this library are others. "
+    return f"Of the recipe: {'; '.join(found)}. "

@@ -91,8 +91,8 @@ class PromptSampler:
             seed: Of the order.
 
         Raises:
-            ValueError: For a file that is not UTF-8, an empty line, a line without a class, an unknown class, a prompt that stands twice, and a
-                class without a prompt; names the line.
+            ValueError: For a file that is not UTF-8, an empty line, a line without a class, an unknown class, a prompt
+                that stands twice, and a class without a prompt; names the line.
             OSError: If the file cannot be read.
         """
         found: dict[str, list[str]] = {name: [] for name in classes}

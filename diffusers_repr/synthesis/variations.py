@@ -85,8 +85,8 @@ class UnCLIPAugmenter(GenerativeAugmenter):
         steps = self.pipe.image_noising_scheduler.config.num_train_timesteps
         if self.guidance and (self.scales is None or self.scales.high > 1):
             raise ValueError(
-                f"{type(self.pipe).__name__} does not tell which rows of its batch are null, so that it is guided further "
-                "only without its own guidance; set guidance_scale to 1."
+                f"{type(self.pipe).__name__} does not tell which rows of its batch are null, so that it is guided "
+                "further only without its own guidance; set guidance_scale to 1."
             )
         if noise_level >= steps:
             raise ValueError(f"noise_level is a timestep from 0 to {steps - 1}; got {noise_level}.")

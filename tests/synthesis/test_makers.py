@@ -231,7 +231,8 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
     assert "2 images of digits-class-ddim" in capsys.readouterr().out
     path.write_text(yaml.safe_dump(RECIPE))
     assert main(command) != 0
-    assert "--overwrite deletes what is there first" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Of the recipe: guidance_scale: [1.0, 5.0] -> []. --overwrite deletes what is there first" in told
     assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] == first
     assert main([*command, "--overwrite"]) == 0
     assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] != first
