@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diffusers_repr.store.image_store import ImageKey
+    from diffusers_repr.synthesis.recipe import GenerationRecipe
 
 # Settings that may name a place of this machine.
 PLACES = ("model", "prompts", "dataset_name", "encoder", "assigner", "controlnet")
@@ -59,6 +60,7 @@ def run(args: Settings) -> int:
     from diffusers_repr.synthesis.sources import made_already, sources_hash
 
     recipe, state = read_generation(args.recipe), process_state()
+    _check_made(Path(args.recipe), recipe)
     sources = gather_object([sources_hash(recipe) if state.is_main_process else None])[0]
     found = made_already(args.out, sources) if state.is_main_process and not args.overwrite else None
     if gather_object([found is not None])[0]:
@@ -92,6 +94,18 @@ def run(args: Settings) -> int:
         speed = f"{count} made now: {count / max(seconds, 1e-9):.1f} a second" if count else "all were there already"
         print(f"{len(store)} images of {maker.name} in {args.out}, {speed}")
     return 0
+
+
+def _check_made(path: Path, recipe: GenerationRecipe) -> None:
+    """Say of a folder that is not there what makes it, where the comments of the recipe tell."""
+    from diffusers_repr.config.made import how_made
+
+    for name in PLACES:
+        value = getattr(recipe, name)
+        if value is not None and not Path(value).expanduser().exists():
+            hint = how_made(value, [path])
+            if hint is not None:
+                raise FileNotFoundError(f"`{name}`: there is no {value!r} here. {hint}")
 
 
 def _changed(out: str, told: dict[str, Any]) -> str:

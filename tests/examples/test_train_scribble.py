@@ -195,7 +195,7 @@ def test_by_hub_id(places, controlnet, tmp_path):
     (tmp_path / "shared.yaml").write_text(yaml.safe_dump({**RUN, "dataset_name": str(places / "scenes")}))
     with hub_server() as server:
         env = hub_env(server, tmp_path / "cache") | {"WORK": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        run = run_python(CLIENT, env)
+        run = run_python(CLIENT, env, timeout=600)  # three trainings
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["recipe"] == "user/controlnet"
