@@ -34,7 +34,8 @@ def read_controlnet(
     name = os.fspath(id_or_folder)
     config = check_config(load_json_config(name, "config.json", revision), f"config.json of {name!r}")
     if config.get("_class_name") != ControlNetModel.__name__:
-        raise ValueError(f"{name!r} holds a {config.get('_class_name')!r}, no {ControlNetModel.__name__}.")
+        found = config.get("_class_name") or config.get("model_type")
+        raise ValueError(f"{name!r} holds a {found!r}, no {ControlNetModel.__name__}.")
     folder = resolve_folder(name, revision, allow_patterns=_FILES)
     check_saved(ControlNetModel, folder)
     loaded: Any = ControlNetModel

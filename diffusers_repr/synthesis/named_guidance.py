@@ -219,7 +219,7 @@ def _head(at: str, value: Any, denoiser: Denoiser, settings: Mapping[str, Any]) 
 def _model(at: str, place: str, classes: Mapping[str, Any]) -> Any:
     told = check_config(load_json_config(place, "config.json"), f"config.json of {place!r}")
     kind = told.get("_class_name")
-    if kind not in classes:
+    if not isinstance(kind, str) or kind not in classes:
         raise ValueError(f"`{at}`: {place!r} holds a {kind!r}; a {' or '.join(classes)} is needed.")
     return classes[kind].from_pretrained(place).eval()
 
@@ -309,11 +309,11 @@ def _mark(value: Any) -> Any:
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
     if isinstance(value, list | tuple):
-        marks = [_mark(one) for one in value]
-        return marks if any(marks) else None
+        several = [_mark(one) for one in value]
+        return several if any(several) else None
     if hasattr(value, "components"):
         return weights_hash(Denoiser.from_pipe(value).model)
     return f"{value.__module__}.{value.__qualname__}" if callable(value) and hasattr(value, "__qualname__") else None

@@ -14,7 +14,7 @@ from PIL import Image
 from diffusers_repr import PAG, Denoiser, guide
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.data.masked import placed
-from diffusers_repr.guidance import HintGuidance
+from diffusers_repr.guidance import CFG, HintGuidance
 from diffusers_repr.models import HintEncoder
 from diffusers_repr.objectives import ControlNetConfig, ControlNetObjective
 from diffusers_repr.objectives.controlnet import widths
@@ -334,6 +334,20 @@ def test_images_are_their_own_whatever_the_batch_and_another_scribble_is_another
     changed = maker(trained, moved, strength=0.6, prompt="a photo of {classes}", scales=GuidanceSampler(1, 4)).keys(2)
     assert [a.name == b.name for a, b in zip(keys, changed, strict=True)] == [False] * 2 + [True] * (2 * COUNT - 2)
     assert [a.seed for a in keys] == [b.seed for b in changed]
+
+
+def test_guidance_over_the_prompt_and_of_attention_go_beside_that_of_the_hint(trained, data):
+    given = {"strength": 0.4, "prompt": "a photo", "scales": GuidanceSampler(1, 4)}
+    both = maker(trained, data, **given, guidance=[CFG(3.0), PAG(2.0)])
+    keys, calls = both.keys(1), []
+    handle = trained.controlnet.register_forward_hook(lambda module, args, out: calls.append(len(out[1])))
+    made, alone = as_array(both(keys[:2])), as_array(both(keys[1:2]))
+    handle.remove()
+    assert np.abs(made[1:] - alone).max() <= 1
+    assert calls == [4, 2] * 2 + [2, 1] * 2  # null and conditional rows with the hint, conditional ones without
+    for left in ([CFG(3.0)], [PAG(2.0)]):
+        both.guidance = left
+        assert np.abs(as_array(both(keys[:2])) - made).max() > 1
 
 
 def test_masks_are_brought_to_size_by_the_nearest_pixel(trained):
