@@ -113,7 +113,7 @@ def test_variants_by_a_vector_keep_the_vector_and_draw_the_rest(vectors):
 
 def test_further_guidance_acts_on_both(vectors):
     encoder, assigner, pipe, data = vectors
-    given = {"num_inference_steps": 2, "name": "guided", "guidance": [PAG(2.0)]}
+    given = {"num_inference_steps": 2, "name": "guided", "guidance": [PAG(20.0)]}
     for maker in (
         RepresentationAugmenter(Denoiser.from_pipe(pipe), data, encoder, assigner, **given),
         UnCLIPAugmenter(Denoiser.from_pipe(unclip()), data, **given, scales=GuidanceSampler(1, 1)),
