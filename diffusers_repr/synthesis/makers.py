@@ -112,6 +112,15 @@ class ImageMaker:
             guidance=json.dumps(how, sort_keys=True), variant=variant, **own,
         )  # fmt: skip
 
+    def checked(self, keys: list[ImageKey]) -> list[ImageKey]:
+        """Keys, if the guidance goes with all of them: it is known before the first image is made.
+
+        Raises:
+            ValueError: As `for_keys`.
+        """
+        for_keys(self.guidance, keys)
+        return keys
+
     def __call__(self, keys: Sequence[ImageKey]) -> list[Image.Image]:
         """The images of some keys.
 
@@ -161,7 +170,9 @@ class ClassMaker(ImageMaker):
             labels: Class ids.
             per_class: Images of each.
         """
-        return [self.key(variant, condition=str(label)) for label in labels for variant in range(per_class)]
+        return self.checked(
+            [self.key(variant, condition=str(label)) for label in labels for variant in range(per_class)]
+        )
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
         """See `ImageMaker`."""
@@ -188,11 +199,13 @@ class PromptMaker(ImageMaker):
 
     def keys(self, per_class: int) -> list[ImageKey]:
         """As many images of each class, whose name is the condition."""
-        return [
-            self.key(variant, condition=name, prompt=self.prompts(name, variant))
-            for name in self.prompts.prompts
-            for variant in range(per_class)
-        ]
+        return self.checked(
+            [
+                self.key(variant, condition=name, prompt=self.prompts(name, variant))
+                for name in self.prompts.prompts
+                for variant in range(per_class)
+            ]
+        )
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
         """See `ImageMaker`."""
@@ -280,7 +293,7 @@ class GenerativeAugmenter(ImageMaker):
             if self.data.label_column is not None:
                 own["condition"] = str(next(self.data.batches(1, row, row + 1))[1][0])  # type: ignore[index]
             found += [self.key(variant, **own) for variant in range(variants)]
-        return found
+        return self.checked(found)
 
     def _source(self, row: int) -> str:
         """A row, and the hash of its pixels: another image in its place is another source."""

@@ -25,11 +25,11 @@ from diffusers_repr.guidance import (
 )
 from diffusers_repr.heads import DepthHead, ReadoutHead
 from diffusers_repr.store.image_store import ImageKey
-from diffusers_repr.synthesis import ClassMaker, GenerationRecipe
+from diffusers_repr.synthesis import ClassMaker, GenerationRecipe, PromptMaker, PromptSampler
 from diffusers_repr.synthesis.named_guidance import FROM_PYTHON, GUIDANCES, described, for_keys, open_named
 from diffusers_repr.synthesis.recipe import open_maker
 from tests.objectives.cases import shake
-from tests.testers.models import saved
+from tests.testers.models import build, saved
 
 MODELS = "examples/models"
 CARS, EDGES, DEPTH = f"{MODELS}/cars-ddpm", f"{MODELS}/cars-edges", f"{MODELS}/cars-depth-standin"
@@ -208,3 +208,7 @@ def test_what_is_refused_when_it_is_opened(places):
     classifier = ClassifierGuidance(NoisyClassifier.from_pretrained(CLASSIFIER))
     with pytest.raises(ValueError, match="towards its class id.*None"):  # images without labels
         for_keys([classifier], [ImageKey("m", 8, 8, 1, 0)])
+    prompts = PromptMaker(Denoiser.from_pipe(build("short_sd")), PromptSampler.of_templates(["cat"]),
+                          guidance=[classifier])  # fmt: skip
+    with pytest.raises(ValueError, match="towards its class id.*'cat'"):  # before the first image
+        prompts.keys(1)
