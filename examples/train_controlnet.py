@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     kinds = (TrainingConfig, DataConfig, ControlNetConfig)
     config, data_config, control = parse_recipe(kinds, argv, __doc__.split("\n")[0], **SCRIPT_HELP)
     base_name = control.pretrained_model_name_or_path
-    check_made(RECIPES, pretrained_model_name_or_path=base_name, dataset_name=data_config.dataset_name)
+    check_made(RECIPES, pretrained_model_name_or_path=base_name, dataset_name=data_config.dataset_name,
+               controlnet_name_or_path=control.controlnet_name_or_path)  # fmt: skip
     if data_config.mask_column is None or data_config.mask_names is None:
         raise ValueError("Hints are the classes of pixels; name --mask_column and, for each class, --mask_names.")
     if data_config.caption_column is None and control.caption_dropout < 1:
@@ -40,9 +41,11 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(config, eval_batch_size=0)  # its samples are those of `diffusers-repr generate`
     denoiser = control.load_base()
     torch.manual_seed(config.seed)
+    controlnet, hints = control.parts(data_config.mask_names, data_config.ignore_index)
     objective = ControlNetObjective(
         denoiser,
-        control.encoder(data_config.mask_names, data_config.ignore_index),
+        hints,
+        controlnet=controlnet,
         hint_dropout=control.hint_dropout,
         caption_dropout=control.caption_dropout,
         new_lr_scale=control.new_lr_scale,

@@ -113,7 +113,8 @@ def _of_image(value: Any, what: str, palette: Palette | None) -> np.ndarray:
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise ValueError(
             f"{what}{place_of(value)} is an image of mode {image.mode!r}, which shows colours; a mask holds class "
-            "ids: store it as 'L', 'P' (the numbers of the palette are the ids), 'I;16' or 'I', or as an array."
+            "ids: store it as 'L', 'P' (the numbers of the palette are the ids), 'I;16' or 'I', or as an array; or "
+            "name the colour of each class, where there is `mask_colours`."
         )
     return np.asarray(image).astype(np.int64)
 

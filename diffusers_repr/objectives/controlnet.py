@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from diffusers_repr.denoiser.condition import forward_names
 from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.hub.places import without_places
+from diffusers_repr.models.controlnet import HINTS, read_controlnet
 from diffusers_repr.models.hint_encoder import HintEncoder
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch
@@ -27,9 +29,10 @@ from diffusers_repr.objectives.frozen_base import FrozenBaseConfig
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.times import TimeSampler
 
-HINTS = "hint_encoder"  # folder of the encoder in that of the ControlNet
 # Widths of the convolutions that bring a hint to the size of the latents, each but the first halving it.
 _WIDTHS = (16, 32, 96, 256, 256, 256)
+# What a ControlNet and its network have in common, by which the one's outputs fit into the other.
+_ALIKE = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,10 @@ class ControlNetConfig(FrozenBaseConfig):
     """
 
     pretrained_model_name_or_path: str | None = setting(None, "text-to-image pipeline folder or Hub id, frozen")
+    controlnet_name_or_path: str | None = setting(
+        None, "a trained ControlNet to go on from, folder or Hub id; default: a copy of the base's encoder"
+    )
+    controlnet_revision: str | None = setting(None, "branch, tag or commit of it on the Hub")
     hint: str = setting("one_hot", "one_hot: a channel a class; colours: red, green and blue")
     colours: list[str] | None = setting(None, "of `hint: colours`: #rrggbb of each class, and a last one of no class")
     hint_dropout: float = setting(0.1, "share of hints that become the learned null hint")
@@ -64,7 +71,31 @@ class ControlNetConfig(FrozenBaseConfig):
             raise ValueError(f"`new_lr_scale` must be positive, got {self.new_lr_scale}.")
         if self.eval_images < 1:
             raise ValueError(f"`eval_images` must be positive, got {self.eval_images}.")
+        if self.controlnet_revision is not None and self.controlnet_name_or_path is None:
+            raise ValueError("`controlnet_revision` is of `controlnet_name_or_path`; give both or neither.")
         take_back(self, "eval_split")
+
+    def parts(self, class_names: Sequence[str], ignore_index: int) -> tuple[ControlNetModel | None, HintEncoder]:
+        """The ControlNet to go on from, None for a new one; and the encoder of hints, with the null hint it has.
+
+        Raises:
+            ValueError: As `encoder` and `read_controlnet`, and for a ControlNet that was trained on other hints.
+            OSError: If it cannot be read.
+        """
+        encoder = self.encoder(class_names, ignore_index)
+        if self.controlnet_name_or_path is None:
+            return None, encoder
+        controlnet, found = read_controlnet(self.controlnet_name_or_path, self.controlnet_revision)
+        if found is None:  # of others: hints as the recipe tells
+            return controlnet, encoder
+        for key in ("class_names", "ignore_index", "colours", "ignored_colour"):
+            was, now = (json.dumps(one.config[key]) for one in (found, encoder))
+            if was != now and (key != "ignored_colour" or encoder.config["colours"] is not None):
+                raise ValueError(
+                    f"{self.controlnet_name_or_path!r} was trained on hints with {key}={was}; this recipe has {now}. "
+                    "Give the same, or begin a new one without --controlnet_name_or_path."
+                )
+        return controlnet, found
 
     def encoder(self, class_names: Sequence[str], ignore_index: int) -> HintEncoder:
         """The encoder of hints.
@@ -91,6 +122,7 @@ class ControlNetObjective(DiffusionObjective):
     Args:
         denoiser: The base: a pipeline with a `UNet2DConditionModel`, which is what diffusers' ControlNet copies.
         hints: What hints are made by.
+        controlnet: A trained one to go on from; a copy of the network's encoder if None.
         hint_dropout: Share of hints that become the null one.
         caption_dropout: Share of captions that become the empty one.
         new_lr_scale: Learning rate of the layers that are no copies, and of the null hint, times that of the others:
@@ -98,7 +130,8 @@ class ControlNetObjective(DiffusionObjective):
         time_sampling: How noise levels are drawn.
 
     Raises:
-        ValueError: For another network, a stride of the VAE that is no power of two, and dropout out of range.
+        ValueError: For another network, a stride of the VAE that is no power of two, dropout out of range, and a
+            ControlNet of another base or other hints.
     """
 
     own_losses = ("loss",)
@@ -108,6 +141,7 @@ class ControlNetObjective(DiffusionObjective):
         denoiser: Denoiser,
         hints: HintEncoder,
         *,
+        controlnet: ControlNetModel | None = None,
         hint_dropout: float = 0.1,
         caption_dropout: float = 0.1,
         new_lr_scale: float = 1.0,
@@ -124,9 +158,13 @@ class ControlNetObjective(DiffusionObjective):
         unet = denoiser.model
         del self.network  # it is neither trained nor saved as a part of this
         self.freeze("network", unet)
-        self.controlnet = ControlNetModel.from_unet(
-            unet, conditioning_channels=hints.channels, conditioning_embedding_out_channels=widths(denoiser.stride)
-        )
+        if controlnet is None:
+            controlnet = ControlNetModel.from_unet(
+                unet, conditioning_channels=hints.channels, conditioning_embedding_out_channels=widths(denoiser.stride)
+            )
+        else:
+            check_controlnet(controlnet, denoiser, hints)
+        self.controlnet = controlnet
         self.hints, self.hint_dropout, self.new_lr_scale = hints, hint_dropout, new_lr_scale
         self._known = forward_names(self.controlnet)
         self.card = self._about()
@@ -217,6 +255,29 @@ images = pipe(prompt, hints(masks), guidance_scale=1.0).images  # masks: (B, H, 
         ]
 
 
+def check_controlnet(controlnet: ControlNetModel, denoiser: Denoiser, hints: HintEncoder) -> None:
+    """Refuse a ControlNet that does not go beside a network, or takes other hints.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    own: Any = controlnet.config
+    for key in _ALIKE:
+        was, base = json.dumps(own.get(key)), json.dumps(denoiser.config.get(key))
+        if was != base:
+            raise ValueError(f"The ControlNet is of another base: it has {key}={was}, this base {base}.")
+    if own["conditioning_channels"] != hints.channels:
+        raise ValueError(
+            f"The ControlNet takes hints of {own['conditioning_channels']} channels, these have {hints.channels}. One "
+            "of three takes `hint: colours`."
+        )
+    stride = 2 ** (len(own["conditioning_embedding_out_channels"]) - 1)
+    if stride != denoiser.stride:
+        raise ValueError(
+            f"The ControlNet makes its hints {stride} times smaller, this base has a stride of {denoiser.stride}."
+        )
+
+
 def widths(stride: int) -> tuple[int, ...]:
     """Channels of the convolutions that bring a hint from pixels to latents.
 
@@ -240,4 +301,4 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-__all__ = ["HINTS", "ControlNetConfig", "ControlNetObjective", "widths"]
+__all__ = ["ControlNetConfig", "ControlNetObjective", "check_controlnet", "widths"]

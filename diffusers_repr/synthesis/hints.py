@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,15 +18,13 @@ from diffusers_repr.data.masked import placed
 from diffusers_repr.data.variants import image_key
 from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.guidance import HintGuidance, guide
-from diffusers_repr.hub import load_json_config
-from diffusers_repr.hub.components import check_config, check_weight_files
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.models.hint_encoder import HintEncoder
-from diffusers_repr.objectives.controlnet import HINTS
 from diffusers_repr.store.image_store import ImageKey
 from diffusers_repr.synthesis.draws import seed_of
 from diffusers_repr.synthesis.guidance_scales import GuidanceSampler
-from diffusers_repr.synthesis.makers import GenerativeAugmenter
+from diffusers_repr.synthesis.makers import WITH_NULL, GenerativeAugmenter
+from diffusers_repr.synthesis.named_guidance import for_keys
 
 CLASSES = "{classes}"
 
@@ -127,18 +123,22 @@ class HintMaker(GenerativeAugmenter):
         scales = [json.loads(key.guidance)["guidance_scale"] for key in keys]
         generators = [torch.Generator("cpu").manual_seed(seed_of(key.seed, "hint")) for key in keys]
         with ExitStack() as stack:
-            terms = list(self.guidance)
+            terms = for_keys(self.guidance, keys)
             if any(scale != 1 for scale in scales):
                 terms.append(HintGuidance(self.hints.null.detach(), scales=[scale - 1 for scale in scales]))
             if terms:
                 stack.enter_context(guide(self.pipe, terms))
             return self.pipe(
                 prompt=[key.prompt or "" for key in keys], image=(pixels + 1) / 2, control_image=hints,
-                strength=self.strength, num_inference_steps=self.steps, generator=generators, guidance_scale=1.0,
-                controlnet_conditioning_scale=1.0, output_type="np",
+                strength=self.strength, num_inference_steps=self.steps, generator=generators,
+                guidance_scale=WITH_NULL if self._has_cfg else 1.0, controlnet_conditioning_scale=1.0,
+                output_type="np",
             ).images  # fmt: skip
 
-    def _guided(self) -> AbstractContextManager[Any]:
+    def check_scales(self) -> None:
+        """The scales are of the hint: `CFG` is over the prompt, beside it."""
+
+    def _guided(self, keys: Sequence[ImageKey]) -> AbstractContextManager[Any]:
         return nullcontext()  # `make` guides, for the scales of its keys
 
     def _masks(self, rows: Sequence[int]) -> list[np.ndarray]:
@@ -152,36 +152,4 @@ class HintMaker(GenerativeAugmenter):
         return prompt.replace(CLASSES, ", ".join(shown))
 
 
-def load_controlnet(
-    id_or_folder: str | os.PathLike[str], revision: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Any, HintEncoder]:
-    """What `examples/train_controlnet.py` saved: the ControlNet, and what it is shown masks by.
-
-    Args:
-        id_or_folder: Local folder or Hub id.
-        revision: Branch, tag or commit on the Hub.
-        dtype: Of the ControlNet's weights.
-
-    Raises:
-        ValueError: If it is no ControlNet, or has no encoder of hints.
-        OSError: If there is no such folder or repository, or a file cannot be read.
-    """
-    name = os.fspath(id_or_folder)
-    config = check_config(load_json_config(name, "config.json", revision), f"config.json of {name!r}")
-    if config.get("_class_name") != "ControlNetModel":
-        raise ValueError(f"{name!r} holds a {config.get('_class_name')!r}, no ControlNetModel.")
-    if Path(name).is_dir():
-        check_weight_files(Path(name))
-        if not (Path(name) / HINTS).is_dir():
-            raise ValueError(
-                f"{name!r} has no {HINTS}/, which tells how masks become hints; train it by train_controlnet.py."
-            )
-    controlnet = diffusers.ControlNetModel.from_pretrained(name, revision=revision, use_safetensors=True)
-    # Of a local folder diffusers takes the weights that lie at its top, whatever the subfolder.
-    place: dict[str, Any] = {"subfolder": HINTS, "revision": revision}
-    local = Path(name).is_dir()
-    hints = HintEncoder.from_pretrained(Path(name) / HINTS if local else name, **({} if local else place))
-    return nn.Module.to(controlnet, dtype), hints
-
-
-__all__ = ["CLASSES", "HintMaker", "load_controlnet"]
+__all__ = ["CLASSES", "HintMaker"]

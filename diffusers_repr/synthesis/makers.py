@@ -16,15 +16,19 @@ from PIL import Image
 
 from diffusers_repr.data.image_data import ImageData
 from diffusers_repr.data.variants import image_key
-from diffusers_repr.denoiser import Denoiser
-from diffusers_repr.guidance import Guidance, guide
+from diffusers_repr.denoiser import Denoiser, LabelConditioner
+from diffusers_repr.guidance import CFG, ClassifierGuidance, Guidance, guide
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.hub.places import last_name
 from diffusers_repr.store.image_store import ImageKey
 from diffusers_repr.synthesis.draws import seed_of
 from diffusers_repr.synthesis.guidance_scales import GuidanceSampler, PerImageScale, scale_argument
+from diffusers_repr.synthesis.named_guidance import described, for_keys
 from diffusers_repr.synthesis.prompts import PromptSampler
 from diffusers_repr.synthesis.strength import noised_start, own_noise, starting_inside, truncated_steps
+
+# A scale by which a pipeline runs the null condition, too, where `CFG` takes the place of the scale itself.
+WITH_NULL = 2.0
 
 
 class ImageMaker:
@@ -38,12 +42,13 @@ class ImageMaker:
         name: What the model is called in keys; its folder's name or Hub id if None.
         num_inference_steps: Of the sampler.
         scales: Draws the scale of classifier-free guidance of each image; None: the pipeline's own default.
-        guidance: Further guidance, as `diffusers_repr.guide` takes it.
+        guidance: Further guidance, as `diffusers_repr.guide` takes it. `CFG` takes the place of the scales;
+            `ClassifierGuidance` without class_labels guides each image towards the class id in its key.
         seed: Of the whole.
 
     Raises:
         TypeError: For a denoiser without a pipeline.
-        ValueError: For guidance scales that the pipeline does not take.
+        ValueError: For guidance scales that the pipeline does not take, and scales beside `CFG`.
     """
 
     kind = "image"
@@ -66,8 +71,19 @@ class ImageMaker:
         self.name = last_name(given) if os.path.isdir(given) else given
         if scales is not None and "guidance_scale" not in self.known():
             raise ValueError(f"{type(self.pipe).__name__} takes no guidance_scale; leave the scales out.")
+        self._has_cfg = any(isinstance(one, CFG) for one in self.guidance)
+        self.check_scales()
         self.pipe.set_progress_bar_config(disable=True)
         self._weights = f"weights {weights_hash(denoiser.model)[:16]}"
+
+    def check_scales(self) -> None:
+        """Refuse two scales of one guidance.
+
+        Raises:
+            ValueError: For scales beside `CFG`.
+        """
+        if self.scales is not None and self._has_cfg:
+            raise ValueError("CFG takes the place of the guidance scales, which would do nothing; give one of both.")
 
     def known(self) -> Mapping[str, Any]:
         """Parameters of a call of the pipeline."""
@@ -76,7 +92,7 @@ class ImageMaker:
     def how(self) -> dict[str, Any]:
         """What decides an image beside its key's own fields, as JSON."""
         told = {"kind": self.kind, "scheduler": type(self.pipe.scheduler).__name__, "dtype": str(self.denoiser.dtype)}
-        return told | ({"guidance": [repr(one) for one in self.guidance]} if self.guidance else {})
+        return told | (described(self.guidance) if self.guidance else {})
 
     def key(self, variant: int, size: tuple[int, int] | None = None, **own: Any) -> ImageKey:
         """The key of an image.
@@ -96,13 +112,22 @@ class ImageMaker:
             guidance=json.dumps(how, sort_keys=True), variant=variant, **own,
         )  # fmt: skip
 
+    def checked(self, keys: list[ImageKey]) -> list[ImageKey]:
+        """Keys, if the guidance goes with all of them: it is known before the first image is made.
+
+        Raises:
+            ValueError: As `for_keys`.
+        """
+        for_keys(self.guidance, keys)
+        return keys
+
     def __call__(self, keys: Sequence[ImageKey]) -> list[Image.Image]:
         """The images of some keys.
 
         Raises:
             RuntimeError: If the pipeline guides all images of a batch by one scale.
         """
-        with self._guided():
+        with self._guided(keys):
             return to_pictures(self.make(keys))
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
@@ -114,6 +139,8 @@ class ImageMaker:
         scales = [json.loads(key.guidance).get("guidance_scale") for key in keys]
         scale = None if self.scales is None else scale_argument(scales)
         own: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
+        if self._has_cfg and "guidance_scale" in self.known():
+            own["guidance_scale"] = WITH_NULL
         if "generator" in self.known():  # of the steps alone, where the start is given: no noise is used twice
             seeds = [seed_of(key.seed, "steps") if "latents" in given else key.seed for key in keys]
             own["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -122,14 +149,19 @@ class ImageMaker:
             scale.check_used()
         return images
 
-    def _guided(self) -> AbstractContextManager[Any]:
-        return guide(self.pipe, self.guidance) if self.guidance else nullcontext()
+    def _guided(self, keys: Sequence[ImageKey]) -> AbstractContextManager[Any]:
+        return guide(self.pipe, for_keys(self.guidance, keys)) if self.guidance else nullcontext()
 
 
 class ClassMaker(ImageMaker):
-    """Images of classes, by their ids."""
+    """Images of classes, by their ids; a network that takes none is guided by `ClassifierGuidance`."""
 
     kind = "class"
+
+    def __init__(self, denoiser: Denoiser, **settings: Any) -> None:
+        super().__init__(denoiser, **settings)
+        by_classifier = any(isinstance(one, ClassifierGuidance) for one in self.guidance)
+        self._labelled = count_classes(denoiser) > 0 or not by_classifier
 
     def keys(self, labels: Sequence[int], per_class: int) -> list[ImageKey]:
         """As many images of each class, one class after the other.
@@ -138,11 +170,14 @@ class ClassMaker(ImageMaker):
             labels: Class ids.
             per_class: Images of each.
         """
-        return [self.key(variant, condition=str(label)) for label in labels for variant in range(per_class)]
+        return self.checked(
+            [self.key(variant, condition=str(label)) for label in labels for variant in range(per_class)]
+        )
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
         """See `ImageMaker`."""
-        return self.call(keys, class_labels=[int(str(key.condition)) for key in keys])
+        labels = {"class_labels": [int(str(key.condition)) for key in keys]} if self._labelled else {}
+        return self.call(keys, **labels)
 
 
 class PromptMaker(ImageMaker):
@@ -164,11 +199,13 @@ class PromptMaker(ImageMaker):
 
     def keys(self, per_class: int) -> list[ImageKey]:
         """As many images of each class, whose name is the condition."""
-        return [
-            self.key(variant, condition=name, prompt=self.prompts(name, variant))
-            for name in self.prompts.prompts
-            for variant in range(per_class)
-        ]
+        return self.checked(
+            [
+                self.key(variant, condition=name, prompt=self.prompts(name, variant))
+                for name in self.prompts.prompts
+                for variant in range(per_class)
+            ]
+        )
 
     def make(self, keys: Sequence[ImageKey]) -> np.ndarray:
         """See `ImageMaker`."""
@@ -256,7 +293,7 @@ class GenerativeAugmenter(ImageMaker):
             if self.data.label_column is not None:
                 own["condition"] = str(next(self.data.batches(1, row, row + 1))[1][0])  # type: ignore[index]
             found += [self.key(variant, **own) for variant in range(variants)]
-        return found
+        return self.checked(found)
 
     def _source(self, row: int) -> str:
         """A row, and the hash of its pixels: another image in its place is another source."""
@@ -289,6 +326,12 @@ class GenerativeAugmenter(ImageMaker):
             return self.call(keys, latents=noised_start(self.denoiser, pixels, timestep, noise))
 
 
+def count_classes(denoiser: Denoiser) -> int:
+    """Classes that a network is told by their ids; 0 for none."""
+    conditioner = denoiser.conditioner
+    return conditioner.num_classes if isinstance(conditioner, LabelConditioner) else 0
+
+
 def method_of(pipe: Any) -> str:
     """How variants of images are made by a pipeline, where nothing but the pipeline and the images is needed."""
     if hasattr(pipe, "reconstruct"):
@@ -302,4 +345,13 @@ def to_pictures(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in whole]
 
 
-__all__ = ["ClassMaker", "GenerativeAugmenter", "ImageMaker", "PromptMaker", "method_of", "to_pictures"]
+__all__ = [
+    "WITH_NULL",
+    "ClassMaker",
+    "GenerativeAugmenter",
+    "ImageMaker",
+    "PromptMaker",
+    "count_classes",
+    "method_of",
+    "to_pictures",
+]

@@ -91,12 +91,16 @@ class PromptSampler:
             seed: Of the order.
 
         Raises:
-            ValueError: For an empty line, a line without a class, an unknown class, a prompt that stands twice, and a
-                class without a prompt; names the line.
+            ValueError: For a file that is not UTF-8, an empty line, a line without a class, an unknown class, a prompt
+                that stands twice, and a class without a prompt; names the line.
             OSError: If the file cannot be read.
         """
         found: dict[str, list[str]] = {name: [] for name in classes}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{str(path)!r} is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
+        for number, line in enumerate(lines, 1):
             name, colon, prompt = (part.strip() for part in line.partition(":"))
             if not line.strip():
                 raise ValueError(f"Line {number} of {str(path)!r} is empty.")

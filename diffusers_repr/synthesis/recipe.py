@@ -11,24 +11,23 @@ from typing import Any, Literal
 import diffusers
 import torch
 
-from diffusers_repr import guidance as methods
 from diffusers_repr.assign import IdentityAssigner
 from diffusers_repr.config.recipe import REQUIRED, json_mapping, parse_recipe, setting
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.data.palette import Palette
-from diffusers_repr.denoiser import Denoiser, LabelConditioner
+from diffusers_repr.denoiser import Denoiser
 from diffusers_repr.encoders import load_encoder
-from diffusers_repr.guidance import Guidance
+from diffusers_repr.guidance import ClassifierGuidance, Guidance
 from diffusers_repr.hub.own_pipelines import named_pipeline
+from diffusers_repr.models.controlnet import load_controlnet
 from diffusers_repr.store.image_store import ImageKey
 from diffusers_repr.synthesis.guidance_scales import GuidanceSampler
-from diffusers_repr.synthesis.hints import HintMaker, load_controlnet
-from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker
+from diffusers_repr.synthesis.hints import HintMaker
+from diffusers_repr.synthesis.makers import ClassMaker, GenerativeAugmenter, ImageMaker, PromptMaker, count_classes
+from diffusers_repr.synthesis.named_guidance import GUIDANCES, check_named, open_named
 from diffusers_repr.synthesis.prompts import BASE, PromptSampler
 from diffusers_repr.synthesis.variations import RepresentationAugmenter, UnCLIPAugmenter
 
-# Those that take nothing but a scale.
-GUIDANCES = ("PAG", "SAG")
 Method = Literal["class", "prompt", "image_to_image", "code", "representation", "image_variation", "hint"]
 # Those that make variants of images.
 VARIANTS = ("image_to_image", "code", "representation", "image_variation")
@@ -54,7 +53,7 @@ _OF = {
     "mask_column": ("hint",),
     "mask_colours": ("hint",),
     "guidance_scale": ("class", "prompt", "image_to_image", "representation", "image_variation", "hint"),
-    "guidance": ("class", "prompt", "image_to_image", "hint"),
+    "guidance": ("class", "prompt", "image_to_image", "representation", "image_variation", "hint"),
 }
 
 
@@ -100,7 +99,9 @@ class GenerationRecipe:
     guidance_scale: list[float] = setting(
         [], "one for all, or two between which each image draws its own; of hint: over the hint"
     )
-    guidance: dict | str | None = setting(None, f"further guidance, name -> scale: {', '.join(GUIDANCES)}")
+    guidance: dict | str | None = setting(
+        None, f"further guidance, name -> scale, or settings with what it needs: {', '.join(GUIDANCES)}"
+    )
     num_inference_steps: int = setting(50, "steps of the sampler")
     scheduler: str | None = setting(None, "class of the sampler, of diffusers; default: as saved")
     seed: int = setting(0, "of noise, guidance scales and the order of prompts")
@@ -124,9 +125,10 @@ class GenerationRecipe:
             raise ValueError(f"`strength` lies from 0 to 1, got {self.strength}.")
         if len(self.guidance_scale) > 2:
             raise ValueError(f"`guidance_scale` is one number, or two; got {len(self.guidance_scale)}.")
-        unknown = sorted(set(json_mapping("guidance", self.guidance)) - set(GUIDANCES))
-        if unknown:
-            raise ValueError(f"`guidance` has {', '.join(unknown)}; it takes {', '.join(GUIDANCES)}.")
+        named = json_mapping("guidance", self.guidance)
+        check_named(named)
+        if "CFG" in named and self.guidance_scale and self.method != "hint":
+            raise ValueError("`guidance: CFG` takes the place of `guidance_scale`, which would do nothing; drop it.")
         if self.prompts is not None and (self.templates or self.domains):
             raise ValueError("`prompts` names a file of prompts; drop templates and domains.")
         if self.method == "prompt" and not self.classes:
@@ -145,13 +147,6 @@ class GenerationRecipe:
         """What draws the scales of classifier-free guidance; None: the pipeline's default."""
         given = self.guidance_scale
         return GuidanceSampler(given[0], given[-1], self.seed) if given else None
-
-    @property
-    def guidances(self) -> list[Guidance]:
-        """Further guidance."""
-        return [
-            getattr(methods, name)(float(scale)) for name, scale in json_mapping("guidance", self.guidance).items()
-        ]
 
 
 def read_generation(path: str | os.PathLike[str]) -> GenerationRecipe:
@@ -173,7 +168,7 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
     pipe = denoiser.pipe
     if pipe is None:
         raise ValueError(f"{recipe.model!r} is a network alone; images are made by a pipeline.")
-    conditioner = denoiser.conditioner
+    classes = count_classes(denoiser)
     if "latents" not in inspect.signature(type(pipe).__call__).parameters and hasattr(pipe, "unet"):
         pipe = named_pipeline("GuidedUnconditionalPipeline")(pipe.unet, pipe.scheduler)  # DDPM, DDIM
     if recipe.scheduler is not None:
@@ -183,10 +178,13 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     denoiser = Denoiser.from_pipe(pipe.to(device), name=denoiser.name)
     how: dict[str, Any] = {"num_inference_steps": recipe.num_inference_steps, "seed": recipe.seed}
-    how |= {"name": recipe.model, "scales": recipe.scales, "guidance": recipe.guidances}
+    how |= {
+        "name": recipe.model,
+        "scales": recipe.scales,
+        "guidance": open_named(json_mapping("guidance", recipe.guidance), denoiser),
+    }
     if recipe.method == "class":
-        classes = conditioner.num_classes if isinstance(conditioner, LabelConditioner) else 0
-        return _of_classes(recipe, ClassMaker(denoiser, **how), classes)
+        return _of_classes(recipe, ClassMaker(denoiser, **how), classes or _classes_of_classifier(how["guidance"]))
     if recipe.method == "prompt":
         return _of_prompts(recipe, denoiser, how)
     if recipe.method == "hint":
@@ -233,6 +231,12 @@ def _of_hints(
     return maker, lambda: maker.keys(recipe.count, rows)
 
 
+def _classes_of_classifier(guidance: Sequence[Guidance]) -> int:
+    """Of the classifier that guides a network without classes; 0 for none."""
+    found = [one.classifier for one in guidance if isinstance(one, ClassifierGuidance)]
+    return int(getattr(found[0], "config", {}).get("num_classes", 0)) if found else 0
+
+
 def is_scheduler(kind: object) -> bool:
     """Whether it is a class of samplers."""
     return inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
@@ -265,4 +269,4 @@ def _of_prompts(
     return maker, lambda: maker.keys(recipe.count)
 
 
-__all__ = ["GUIDANCES", "GenerationRecipe", "is_scheduler", "open_maker", "read_generation"]
+__all__ = ["GenerationRecipe", "is_scheduler", "open_maker", "read_generation"]

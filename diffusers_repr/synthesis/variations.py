@@ -73,7 +73,8 @@ class UnCLIPAugmenter(GenerativeAugmenter):
         **settings: As `GenerativeAugmenter`, without method and strength.
 
     Raises:
-        ValueError: For another pipeline, and a level that its schedule does not have.
+        ValueError: For another pipeline, a level that its schedule does not have, and further guidance beside scales
+            other than 1.
     """
 
     methods = ("image_variation",)
@@ -82,6 +83,11 @@ class UnCLIPAugmenter(GenerativeAugmenter):
         self.noise_level = check_whole("noise_level", noise_level, 0)
         super().__init__(denoiser, data, "image_variation", **settings)
         steps = self.pipe.image_noising_scheduler.config.num_train_timesteps
+        if self.guidance and (self.scales is None or self.scales.high > 1):
+            raise ValueError(
+                f"{type(self.pipe).__name__} does not tell which rows of its batch are null, so that it is guided "
+                "further only without its own guidance; set guidance_scale to 1."
+            )
         if noise_level >= steps:
             raise ValueError(f"noise_level is a timestep from 0 to {steps - 1}; got {noise_level}.")
         parts = (self.pipe.image_encoder, self.pipe.image_normalizer)

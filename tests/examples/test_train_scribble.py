@@ -1,6 +1,7 @@
 """From scribbles to a segmenter by three commands, at toy size; what they leave loads by the stock classes."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -25,6 +26,7 @@ from diffusers_repr.synthesis import load_controlnet, open_maker, read_generatio
 from diffusers_repr.training import TrainingConfig
 from tests.examples.scripts import run_script
 from tests.objectives.test_scribble import NETWORK
+from tests.testers.hub_server import hub_env, hub_server, run_python
 from tests.testers.models import saved
 
 RUN = {"train_batch_size": 3, "max_train_steps": 2, "checkpointing_steps": 2, "logging_steps": 1, "cache_images": True,
@@ -123,6 +125,85 @@ def test_a_run_that_is_stopped_goes_on_in_the_same_epoch(places, variants):
         lines = [json.loads(line) for line in (places / name / "loss.jsonl").read_text().splitlines()]
         logs.append([line["loss"] for line in lines])
     assert logs[0] == logs[1]
+
+
+CLIENT = """
+import json, os, sys
+from pathlib import Path
+import yaml
+sys.path.insert(0, "examples")
+import train_controlnet, train_scribble
+from diffusers_repr import hub
+from diffusers_repr.cli import main
+from diffusers_repr.store.image_store import ImageStore
+from diffusers_repr.synthesis import recipe as recipes
+from tests.examples.scripts import run_script
+
+work, report = Path(os.environ["WORK"]), {}
+commit = hub.push_folder(work / "controlnet", "user/controlnet").rsplit("/", 1)[1]
+hub.push_folder(work / "segmenter", "user/segmenter")
+hub.push_folder(work / "base", "user/base")
+shared = yaml.safe_load((work / "shared.yaml").read_text())
+
+def train(script, name, **changes):
+    (work / f"{name}.yaml").write_text(yaml.safe_dump(shared | changes))
+    flags = ["--config", str(work / f"{name}.yaml"), "--output_dir", str(work / name)]
+    return run_script(script.main, script.__name__, *flags)
+
+def generate(name, **changes):
+    recipe = {"model": "user/base", "method": "hint", "controlnet": "user/controlnet", "count": 1, "limit": 1,
+              "dataset_name": shared["dataset_name"], "image_column": "image", "mask_column": "scribble",
+              "num_inference_steps": 2, "strength": 0.5, "scheduler": "DDIMScheduler"}
+    (work / "hub.yaml").write_text(yaml.safe_dump(recipe | changes))
+    return main(["generate", str(work / "hub.yaml"), "--out", str(work / name), "--quiet", "--device", "cpu"])
+
+def told(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+base = {"pretrained_model_name_or_path": "user/base", "caption_column": "caption", "eval_images": 3}
+train(train_controlnet, "controlnet-on", **base, controlnet_name_or_path="user/controlnet", controlnet_revision=commit)
+train(train_scribble, "segmenter-on", segmenter_name_or_path="user/segmenter")
+assert generate("made") == 0 and len(ImageStore.open(work / "made")) == 1
+report["recipe"] = ImageStore.open(work / "made").manifest["about"]["recipe"]["controlnet"]
+opened, recipes.open_maker = recipes.open_maker, None
+assert generate("made") == 0  # no model is loaded for what is there
+recipes.open_maker = opened
+hub.push_folder(work / "controlnet-on", "user/controlnet")
+assert generate("made") != 0  # the branch has moved, and with it what the images are of
+assert generate("again", controlnet_revision=commit) == 0
+report["kind"] = told(train, train_controlnet, "bad", **base, controlnet_name_or_path="user/segmenter")
+report["none"] = told(train, train_controlnet, "bad", **base, controlnet_name_or_path="user/nothing")
+report["revision"] = told(train, train_controlnet, "bad", **base, controlnet_name_or_path="user/controlnet",
+                          controlnet_revision="nowhere")
+report["segmenter"] = told(train, train_scribble, "bad", segmenter_name_or_path="user/controlnet")
+assert not (work / "bad").exists()
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.slow
+def test_by_hub_id(places, controlnet, tmp_path):
+    shutil.copytree(controlnet, tmp_path / "controlnet")
+    shutil.copytree(saved("short_sd"), tmp_path / "base")
+    network = SegmenterConfig(NETWORK).build(MASK_NAMES).network
+    network.save_pretrained(tmp_path / "segmenter")
+    (tmp_path / "segmenter" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3}))
+    (tmp_path / "shared.yaml").write_text(yaml.safe_dump({**RUN, "dataset_name": str(places / "scenes")}))
+    with hub_server() as server:
+        env = hub_env(server, tmp_path / "cache") | {"WORK": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        run = run_python(CLIENT, env, timeout=600)  # three trainings
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["recipe"] == "user/controlnet"
+    assert "no ControlNetModel" in report["kind"]
+    assert "user/nothing" in report["none"]
+    assert "nowhere" in report["revision"]
+    assert "no network of transformers that segments" in report["segmenter"]
+    assert kind_of(tmp_path / "controlnet-on") == kind_of(tmp_path / "segmenter-on") == "training result"
 
 
 def test_what_the_scripts_refuse(places, controlnet):

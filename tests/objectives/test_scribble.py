@@ -1,6 +1,8 @@
 """Scribbles: partial cross-entropy in closed form, the pairwise regulariser by a plain loop, the contract."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -116,6 +118,40 @@ def test_contract_and_loss():
     alone = objective(pairwise_weight=0).eval()(batch())
     assert "pairwise" not in alone
     assert made.network.config.id2label == dict(enumerate(NAMES))
+
+
+def test_a_trained_segmenter_is_gone_on_from(tmp_path):
+    torch.manual_seed(0)
+    network = SegmenterConfig(NETWORK).build(NAMES).network
+    network.save_pretrained(tmp_path / "one")
+    planes = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (tmp_path / "one" / "preprocessor_config.json").write_text(json.dumps(planes))
+    start = SegmenterConfig(segmenter_name_or_path=str(tmp_path / "one"))
+    same = start.build(NAMES)
+    saved = network.state_dict()
+    assert {k for k, v in same.network.state_dict().items() if not torch.equal(v, saved[k])} == set()
+    assert (same.mean, same.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    more = start.build([*NAMES, "more"]).network
+    drawn = {k for k, v in more.state_dict().items() if v.shape != saved[k].shape or not torch.equal(v, saved[k])}
+    assert drawn == {"decode_head.classifier.weight", "decode_head.classifier.bias"}
+    assert more.config.id2label[3] == "more"
+
+    def refused(message, name, **changes):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        for file, given in changes.items():
+            path = tmp_path / name / f"{file}.json"
+            path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | given))
+        with pytest.raises((ValueError, OSError), match=message):
+            SegmenterConfig(segmenter_name_or_path=str(tmp_path / name)).build(NAMES)
+
+    refused("are not those of its config: decode_head.* drawn anew", "wider", config={"hidden_size": 16})
+    refused("'vit', no network of transformers that segments", "other", config={"model_type": "vit"})
+    refused("holds an adapter", "adapter", adapter_config={"base_model_name_or_path": "user/other"})
+    refused("sample_size|hidden_size is 1000000000", "huge", config={"hidden_size": 10**9})
+    (tmp_path / "one" / "preprocessor_config.json").rename(tmp_path / "one" / "preprocessor.json")
+    refused("preprocessor_config.json", "unknown")
+    with pytest.raises(OSError, match="nowhere"):
+        SegmenterConfig(segmenter_name_or_path=str(tmp_path / "nowhere")).build(NAMES)
 
 
 def test_bad_scribbles_and_settings_are_refused():

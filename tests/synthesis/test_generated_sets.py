@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import time
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +18,7 @@ from diffusers_repr.cli import main
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.store import write
 from diffusers_repr.store.image_store import ImageStore
-from diffusers_repr.synthesis import ClassMaker
+from diffusers_repr.synthesis import ClassMaker, GenerationRecipe, recipe, sources
 from tests.training.loop_cases import in_a_fork
 
 RECIPE = {"model": "examples/models/digits-class-ddim", "method": "class", "count": 4, "classes": ["1", "7"],
@@ -114,6 +116,67 @@ def test_a_full_disk_and_a_damaged_file(whole, tmp_path, monkeypatch, capsys):
         load_images(str(tmp_path / "out"), "train")  # as every script opens it
     assert main(words(tmp_path)) == 0  # the damaged file alone is made anew
     assert shards(tmp_path / "out") == shards(whole)
+
+
+def test_a_whole_set_is_known_without_its_model(whole, tmp_path, monkeypatch, capsys):
+    def opened(*given):
+        raise ValueError("a model is loaded")
+
+    shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(recipe, "open_maker", opened)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert main(words(tmp_path)) == 0
+    assert "8 images are in" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    for changes in ({"seed": 1}, {"count": 3}, {"guidance": {"PAG": 1.0}}):
+        assert main(words(tmp_path, **changes)) != 0
+        assert "a model is loaded" in capsys.readouterr().err
+    (tmp_path / "out/data/train-00001-of-00004.parquet").write_bytes(b"damaged")
+    assert main(words(tmp_path)) != 0
+    assert "a model is loaded" in capsys.readouterr().err
+
+
+def test_sources_are_files_or_commits(tmp_path, monkeypatch):
+    shutil.copytree(RECIPE["model"], tmp_path / "model")
+    asked = {"method": "class", "count": 1}
+
+    def told(model=tmp_path / "model", **changes):
+        return sources.sources_hash(GenerationRecipe(str(model), **asked, **changes))
+
+    first = told()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tmp_path / "model", tmp_path / "elsewhere" / "model")
+    (tmp_path / "model" / "loss.jsonl").write_text("a log decides nothing")
+    assert told() == told(tmp_path / "elsewhere" / "model") == first
+    (weights,) = (tmp_path / "model").rglob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert told() != first
+    weak = {"scale": 1.0, "weaker_model": str(tmp_path / "elsewhere" / "model")}
+    guided = told(guidance={"AutoGuidance": weak})
+    assert guided != told(guidance={"AutoGuidance": {**weak, "scale": 2.0}})
+    shutil.copyfile(weights, tmp_path / "elsewhere" / "model" / weights.relative_to(tmp_path / "model"))
+    assert told(guidance={"AutoGuidance": weak}) != guided
+    commits = {None: "a" * 40, "v1": "b" * 40}
+    calls = []
+
+    def info(self, repo_id, revision=None, **given):
+        calls.append(revision)
+        if repo_id == "user/gone":
+            raise OSError("not reached")
+        return SimpleNamespace(sha=commits[revision])
+
+    monkeypatch.setattr(sources.HfApi, "repo_info", info)
+    main_branch, tagged = told("user/model"), told("user/model", revision="v1")
+    assert main_branch != tagged
+    commits[None] = "c" * 40
+    assert told("user/model") != main_branch
+    calls.clear()
+    assert told("user/model", revision="b" * 40)
+    assert not calls  # a commit never moves
+    assert told("user/gone") is None
+    assert told(tmp_path / "nowhere") is None
 
 
 def test_an_unreadable_source_is_named_before_anything_is_made(tmp_path, capsys):

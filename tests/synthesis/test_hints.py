@@ -1,26 +1,30 @@
 """A ControlNet on scribbles: its training, guidance over the hint, and the images that `method: hint` makes."""
 
+import dataclasses
 import json
+import shutil
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from diffusers_repr import PAG, Denoiser, guide
 from diffusers_repr.data.image_data import from_dataset
 from diffusers_repr.data.masked import placed
-from diffusers_repr.guidance import HintGuidance
+from diffusers_repr.guidance import CFG, HintGuidance
 from diffusers_repr.models import HintEncoder
 from diffusers_repr.objectives import ControlNetConfig, ControlNetObjective
-from diffusers_repr.synthesis import GenerationRecipe, GuidanceSampler, HintMaker
+from diffusers_repr.objectives.controlnet import widths
+from diffusers_repr.synthesis import GenerationRecipe, GuidanceSampler, HintMaker, load_controlnet
 from diffusers_repr.testing import check_guidance, check_objective
 from tests.objectives.cases import shake
 from tests.testers.models import build
 
 NAMES = ["ground", "coin", "hole"]
+COLOURS = ["#000000", "#ff0000", "#0000ff", "#808080"]
 SIDE = 32
 COUNT = 3
 
@@ -129,6 +133,53 @@ def test_hints_are_dropped_as_often_as_asked(trained):
     assert abs(share - 0.4) < 3 * (0.4 * 0.6 / 2000) ** 0.5
 
 
+def test_training_goes_on_from_a_saved_controlnet(trained, tmp_path):
+    for part in trained.artifacts():
+        part.module.save_pretrained(tmp_path / "ours" / part.folder)
+    ours = ControlNetConfig("base", controlnet_name_or_path=str(tmp_path / "ours"))
+    controlnet, hints = ours.parts(NAMES, 255)
+    again = ControlNetObjective(base(), hints, controlnet=controlnet)
+    assert all(torch.equal(a, b) for a, b in zip(again.controlnet.parameters(), trained.controlnet.parameters(),
+                                                 strict=True))  # fmt: skip
+    assert torch.equal(again.hints.null, trained.hints.null)
+    for names, changes, message in (
+        (["ground", "coin", "ring"], {}, "trained on hints with class_names"),
+        (NAMES, {"hint": "colours", "colours": COLOURS}, "hints with colours=null"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(ours, **changes).parts(names, 255)
+    # One of others has no encoder of hints: the recipe tells what hints are.
+    stock = ControlNetModel.from_unet(base().model, conditioning_channels=3,
+                                      conditioning_embedding_out_channels=widths(base().stride))  # fmt: skip
+    stock.save_pretrained(tmp_path / "stock")
+    colours = ControlNetConfig("base", hint="colours", colours=COLOURS,
+                               controlnet_name_or_path=str(tmp_path / "stock"))  # fmt: skip
+    controlnet, hints = colours.parts(NAMES, 255)
+    assert ControlNetObjective(base(), hints, controlnet=controlnet).controlnet.config.conditioning_channels == 3
+    with pytest.raises(ValueError, match="3 channels, these have 4.*`hint: colours`"):
+        ControlNetObjective(base(), HintEncoder(NAMES), controlnet=controlnet)
+    with pytest.raises(ValueError, match="no hint_encoder/.*--controlnet_name_or_path"):
+        load_controlnet(tmp_path / "stock")
+    for changes, message in (
+        ({"layers_per_block": 2}, "of another base: it has layers_per_block=2"),
+        ({"conditioning_embedding_out_channels": (16, 32, 96, 96, 96)}, "16 times smaller, this base has a stride of"),
+    ):
+        other = ControlNetModel.from_config({**stock.config, **changes})
+        with pytest.raises(ValueError, match=message):
+            ControlNetObjective(base(), hints, controlnet=other)
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    for name, changes, message in (
+        ("kind", {"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel', no ControlNetModel"),
+        ("sizes", {"conditioning_channels": 5}, "the tensor .* is .*ControlNetModel with this config has"),
+    ):
+        shutil.copytree(tmp_path / "stock", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=message):
+            load_controlnet(tmp_path / name)
+    with pytest.raises(ValueError, match="give both or neither"):
+        ControlNetConfig("base", controlnet_revision="v1")
+
+
 def test_bad_batches_and_bases_are_refused(trained):
     with pytest.raises(ValueError, match="--mask_column"):
         trained.check_batch({k: v for k, v in batch().items() if k != "masks"})
@@ -187,6 +238,8 @@ def test_guidance_over_the_hint_is_the_formula_and_keeps_the_text(trained):
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
     plain = pipe(**call).images
     torch.testing.assert_close(found[1], plain[1], rtol=1e-5, atol=1e-5)  # w = 1
+    without = pipe(**{**call, "image": null}).images
+    torch.testing.assert_close(found[0], without[0], rtol=1e-5, atol=1e-5)  # w = 0
     assert float((found[2] - plain[2]).abs().max()) > 1e-3
     with guide(pipe, [HintGuidance(trained.hints.null.detach(), scale=0)]):
         assert torch.equal(pipe(**call).images, plain)
@@ -281,6 +334,20 @@ def test_images_are_their_own_whatever_the_batch_and_another_scribble_is_another
     changed = maker(trained, moved, strength=0.6, prompt="a photo of {classes}", scales=GuidanceSampler(1, 4)).keys(2)
     assert [a.name == b.name for a, b in zip(keys, changed, strict=True)] == [False] * 2 + [True] * (2 * COUNT - 2)
     assert [a.seed for a in keys] == [b.seed for b in changed]
+
+
+def test_guidance_over_the_prompt_and_of_attention_go_beside_that_of_the_hint(trained, data):
+    given = {"strength": 0.4, "prompt": "a photo", "scales": GuidanceSampler(1, 4)}
+    both = maker(trained, data, **given, guidance=[CFG(3.0), PAG(2.0)])
+    keys, calls = both.keys(1), []
+    handle = trained.controlnet.register_forward_hook(lambda module, args, out: calls.append(len(out[1])))
+    made, alone = as_array(both(keys[:2])), as_array(both(keys[1:2]))
+    handle.remove()
+    assert np.abs(made[1:] - alone).max() <= 1
+    assert calls == [4, 2] * 2 + [2, 1] * 2  # null and conditional rows with the hint, conditional ones without
+    for left in ([CFG(3.0)], [PAG(2.0)]):
+        both.guidance = left
+        assert np.abs(as_array(both(keys[:2])) - made).max() > 1
 
 
 def test_masks_are_brought_to_size_by_the_nearest_pixel(trained):

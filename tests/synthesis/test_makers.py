@@ -1,6 +1,7 @@
 """Generated images: each by its own noise and scale, whatever the batch; strength against a plain loop."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from diffusers_repr.synthesis import (
     PromptSampler,
 )
 from diffusers_repr.synthesis.prompts import DOMAINS, IN_DOMAINS
-from diffusers_repr.synthesis.strength import starting_inside, truncated_steps
+from diffusers_repr.synthesis.strength import noised_start, own_noise, starting_inside, truncated_steps
 
 CLASSES, PLAIN = "examples/models/digits-class-ddim", "examples/models/digits-ddpm"
 
@@ -111,6 +112,9 @@ def test_prompts_come_equally_often_and_bad_files_name_their_line(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             PromptSampler.from_file(file, ["cat", "dog"])
+    file.write_bytes("cat: caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        PromptSampler.from_file(file, ["cat"])
     for classes, templates, domains in (
         (["a", "a"], ["{class}"], []),
         (["a"], ["no place"], []),
@@ -156,6 +160,36 @@ def test_strength_is_the_share_of_the_schedule(plain):
     assert np.abs(as_array(maker([key]))[0] - expected).max() <= 1
     with pytest.raises(ValueError, match="strength lies from 0 to 1"):
         GenerativeAugmenter(plain, data, strength=1.5)
+
+
+@pytest.mark.slow
+def test_distances_from_the_image_grow_with_the_strength_as_measured(plain):
+    """Squared, in [-1, 1], of the first hundred test digits: measured once; less than a fifth may change."""
+    count, measured = 100, {0.05: 0.0011, 0.1: 0.0089, 0.2: 0.0285, 0.4: 0.0837, 0.6: 0.1871}
+    data = load_images("digits", "test").select(range(count))
+    images, found = as_array(data.read(range(count))), {}
+    for strength in measured:
+        maker = GenerativeAugmenter(plain, data, strength=strength, num_inference_steps=50)
+        found[strength] = float(np.square((as_array(maker(maker.keys(1))) - images) / 127.5).mean())
+    assert list(found.values()) == sorted(found.values())
+    assert found == pytest.approx(measured, rel=0.2)
+
+
+def test_of_the_whole_schedule_nothing_is_left_of_the_image_but_the_leftover_signal(plain):
+    """sqrt(abar_999) of it: 0.0064 of the linear schedule."""
+    pixels = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = own_noise((1, 8, 8), [3, 4])
+    kept, plain.pipe.scheduler = plain.pipe.scheduler, DDIMScheduler(timestep_spacing="trailing")
+    linear = Denoiser.from_pipe(plain.pipe)
+    try:
+        with starting_inside(linear, 10, 1.0) as timestep:
+            start = noised_start(linear, pixels, timestep, noise)
+            assert timestep == 999
+    finally:
+        plain.pipe.scheduler = kept
+    left = float(DDIMScheduler().alphas_cumprod[999])
+    assert left**0.5 == pytest.approx(0.0064, abs=5e-5)
+    torch.testing.assert_close(start, left**0.5 * pixels + (1 - left) ** 0.5 * noise, rtol=1e-5, atol=1e-6)
 
 
 def test_variants_have_noise_of_their_own_and_other_images_other_keys(plain):
@@ -211,7 +245,8 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
     assert "2 images of digits-class-ddim" in capsys.readouterr().out
     path.write_text(yaml.safe_dump(RECIPE))
     assert main(command) != 0
-    assert "--overwrite deletes what is there first" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Of the recipe: guidance_scale: [1.0, 5.0] -> []. --overwrite deletes what is there first" in told
     assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] == first
     assert main([*command, "--overwrite"]) == 0
     assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] != first
@@ -240,7 +275,7 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
         ({"count": 0}, "`count` must be at least 1"),
         ({"guidance_scale": [5, 1]}, "the lower first"),
         ({"guidance_scale": [0.5]}, "from 1 up"),
-        ({"guidance": {"CFG": 3}}, "it takes PAG, SAG"),
+        ({"guidance": {"CFG": 3}, "guidance_scale": [3]}, "takes the place of `guidance_scale`"),
         ({"classes": ["10"]}, "ids from 0 to 9"),
         ({"method": "prompt"}, "takes no prompts"),
         ({"method": "image_to_image", "classes": None}, "name them by `dataset_name`"),
@@ -254,3 +289,12 @@ def test_bad_recipes(tmp_path, changes, message, capsys):
     assert main(["generate", str(path), "--out", str(tmp_path / "out")]) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_recipe_needs_of_other_runs_is_told_by_its_first_lines(tmp_path, monkeypatch, capsys):
+    recipe = Path("examples/configs/generate/digits_codes.yaml").resolve()
+    monkeypatch.chdir(tmp_path)  # where nothing was trained
+    assert main(["generate", str(recipe), "--out", str(tmp_path / "out")]) != 0
+    told = capsys.readouterr().err
+    assert "`model`: there is no 'outputs/digits-diffae' here. The first lines of" in told
+    assert "digits_codes.yaml tell how it is made" in " ".join(told.split())

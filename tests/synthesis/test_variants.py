@@ -68,8 +68,25 @@ def test_without_variants_nothing_is_drawn(images, folder):
     for config in (ViewConfig(), ViewConfig(variants_dir=str(folder), variant_probability=0.0)):
         torch.manual_seed(0)
         moved = dataclasses.replace(config, crop_scale=0.5)
-        found.append(ViewData(images, moved).on_device({"index": rows})["views"])
-    assert torch.equal(*found)
+        views = ViewData(images, moved).on_device({"index": rows})["views"]
+        found.append((views, torch.get_rng_state()))  # what is drawn after them is the same, too
+    assert all(torch.equal(plain, without) for plain, without in zip(*found, strict=True))
+
+
+def test_variants_that_are_the_images_change_nothing(images, tmp_path):
+    pictures = load_digits_splits()["train"]["image"][:]
+    keys = [ImageKey("m", 8, 8, 1, 0, source=f"digits/train/{row}#{image_key(np.asarray(picture))}")
+            for row, picture in enumerate(pictures)]  # fmt: skip
+
+    def copies(asked):
+        return [pictures[int(key.source.split("#")[0].rpartition("/")[2])] for key in asked]
+
+    write_images(tmp_path / "copies", keys, copies, progress=False)
+    rows = torch.arange(COUNT)
+    plain = ViewData(images, ViewConfig()).on_device({"index": rows})["views"]
+    for share in (0.5, 1.0):
+        config = ViewConfig(variants_dir=str(tmp_path / "copies"), variant_views="both", variant_probability=share)
+        assert torch.equal(ViewData(images, config).on_device({"index": rows})["views"], plain)
 
 
 def test_variants_of_other_images_are_refused(images, folder, tmp_path):

@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from diffusers_repr.pipelines.rcg import RCGPipeline
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusers_repr import Denoiser, IdentityAssigner
+from diffusers_repr import PAG, Denoiser, IdentityAssigner
 from diffusers_repr.data.image_data import load_images
 from diffusers_repr.encoders import load_encoder
 from diffusers_repr.models import VectorEmbedding
@@ -109,6 +109,23 @@ def test_variants_by_a_vector_keep_the_vector_and_draw_the_rest(vectors):
     assert again.keys(1, [1])[0].name != keys[0].name
     with pytest.raises(ValueError, match="vectors of 64 are needed"):
         RepresentationAugmenter(Denoiser.from_pipe(pipe), data, encoder, IdentityAssigner(3))
+
+
+def test_further_guidance_acts_on_both(vectors):
+    encoder, assigner, pipe, data = vectors
+    given = {"num_inference_steps": 2, "name": "guided", "guidance": [PAG(20.0)]}
+    for maker in (
+        RepresentationAugmenter(Denoiser.from_pipe(pipe), data, encoder, assigner, **given),
+        UnCLIPAugmenter(Denoiser.from_pipe(unclip()), data, **given, scales=GuidanceSampler(1, 1)),
+    ):
+        keys = maker.keys(1, [1, 4])
+        made, alone = as_array(maker(keys)), as_array(maker(keys[1:]))
+        assert np.abs(made[1:] - alone).max() <= 1
+        maker.guidance = []
+        assert np.abs(as_array(maker(keys)) - made).max() > 3
+        assert maker.keys(1, [1])[0].name != keys[0].name
+    with pytest.raises(ValueError, match="set guidance_scale to 1"):
+        UnCLIPAugmenter(maker.denoiser, data, **given, scales=GuidanceSampler(2, 6))
 
 
 def test_a_recipe_opens_both(vectors, tmp_path):

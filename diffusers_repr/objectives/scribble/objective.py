@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from diffusers_repr.config.measured import take_back
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.encoders.preprocessing import preprocess
-from diffusers_repr.hub import load_json_config
-from diffusers_repr.hub.components import check_config
+from diffusers_repr.hub import load_json_config, resolve_folder
+from diffusers_repr.hub.components import check_config, check_weight_files, refuse_adapter
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
 from diffusers_repr.objectives.new_or_trained import new_or_trained
@@ -85,17 +86,40 @@ class SegmenterConfig:
         told: dict[str, Any] = {"id2label": dict(enumerate(class_names))}
         told["label2id"] = {name: number for number, name in told["id2label"].items()}
         if self.segmenter_name_or_path is not None:
-            name = self.segmenter_name_or_path
-            check_config(load_json_config(name, "config.json", None), f"config.json of {name!r}")
-            seen = load_json_config(name, "preprocessor_config.json", None)
-            network = AutoModelForSemanticSegmentation.from_pretrained(
-                name, ignore_mismatched_sizes=True, use_safetensors=True, **told
-            )
-            planes = [tuple(map(float, seen.get(key, _HALF))) for key in ("image_mean", "image_std")]
-            return Segmenting(network, *planes)
+            return _trained(self.segmenter_name_or_path, told)
         arguments = dict(cast(Mapping[str, Any], self.segmenter))
         config = AutoConfig.for_model(arguments.pop("model_type"), **{**arguments, **told})
         return Segmenting(AutoModelForSemanticSegmentation.from_config(config))
+
+
+def _trained(name: str, told: Mapping[str, Any]) -> Segmenting:
+    """A segmenter of a folder or Hub id, with the preprocessing that it was trained with."""
+    config = check_config(load_json_config(name, "config.json"), f"config.json of {name!r}")
+    if config.get("model_type") not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
+        raise ValueError(
+            f"{name!r} is a {config.get('model_type') or config.get('_class_name')!r}, no network of transformers "
+            f"that segments; such are {', '.join(MODEL_TYPES)}."
+        )
+    seen = load_json_config(name, "preprocessor_config.json")
+    planes = [tuple(map(float, seen.get(key, _HALF))) for key in ("image_mean", "image_std")]
+    folder = resolve_folder(name, allow_patterns=("*.json", "*.safetensors"))
+    check_weight_files(folder)
+    refuse_adapter(folder)
+    network, info = AutoModelForSemanticSegmentation.from_pretrained(
+        folder, ignore_mismatched_sizes=True, use_safetensors=True, local_files_only=True, output_loading_info=True,
+        **told,
+    )  # fmt: skip
+    # Only what gives a logit a class may be of other sizes; transformers draws anew whatever does not fit.
+    classes = len(told["id2label"])
+    changed = [(key, tuple(was), tuple(now)) for key, was, now in info["mismatched_keys"]]
+    lost = sorted(key for key, was, now in changed if now[0] != classes or was[1:] != now[1:])
+    lost += sorted(info["missing_keys"])
+    if lost:
+        raise ValueError(
+            f"The weights in {name!r} are not those of its config: {', '.join(lost[:3])}"
+            f"{', ...' if len(lost) > 3 else ''} would be drawn anew. Save or download it again."
+        )
+    return Segmenting(network, *planes)
 
 
 @dataclasses.dataclass(frozen=True)
