@@ -47,7 +47,7 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
     """The downsampling half and the middle of a U-Net without time, then norm, SiLU, mean and a linear layer.
 
     The encoder of DiffAE (Preechakul et al. 2022, arXiv 2111.15640): the linear layer acts at every place before the
-    mean, which is the same, so each place has a code and z is the mean of all.
+    mean, which is the same, so each place has a code and z is the mean of all. Before training `standardize` it.
 
     Args:
         in_channels: Of the images.
@@ -76,6 +76,9 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = [*DOWN_BLOCKS, "UNetMidBlock2D"]
     _skip_layerwise_casting_patterns = ["norm"]
+
+    feature_mean: Tensor
+    feature_std: Tensor
 
     @register_to_config
     def __init__(
@@ -113,6 +116,8 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
             middle_attends=mid_block_attention,
         )
         self.norm_out = nn.GroupNorm(norm_num_groups, width, eps=norm_eps)
+        self.register_buffer("feature_mean", torch.zeros(width))
+        self.register_buffer("feature_std", torch.ones(width))
         self.proj_out = nn.Conv2d(width, (2 if variational else 1) * code_dim, 1)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> SemanticEncoderOutput | tuple[Any, ...]:
@@ -125,18 +130,42 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         Raises:
             ValueError: For inputs of another shape.
         """
+        hidden = self._features(sample)
+        mean, std = (value.to(hidden.dtype)[:, None, None] for value in (self.feature_mean, self.feature_std))
+        codes = self.proj_out((hidden - mean) / std)
+        pooled, dim = codes.mean((2, 3)), self.config["code_dim"]
+        log_variance = pooled[:, dim:] if self.config["variational"] else None
+        found = SemanticEncoderOutput(pooled[:, :dim], log_variance, codes[:, :dim])
+        return found if return_dict else found.to_tuple()
+
+    def _features(self, sample: Tensor) -> Tensor:
         channels = self.config["in_channels"]
         if sample.ndim != 4 or sample.shape[1] != channels:
             raise ValueError(f"This SemanticEncoder takes images (B, {channels}, H, W); got {tuple(sample.shape)}.")
         hidden = self.conv_in(sample)
         for block in self.down_blocks:
             hidden = block(hidden)
-        hidden = functional.silu(self.norm_out(self.mid_block(hidden)))
-        codes = self.proj_out(hidden)
-        pooled, dim = codes.mean((2, 3)), self.config["code_dim"]
-        log_variance = pooled[:, dim:] if self.config["variational"] else None
-        found = SemanticEncoderOutput(pooled[:, :dim], log_variance, codes[:, :dim])
-        return found if return_dict else found.to_tuple()
+        return functional.silu(self.norm_out(self.mid_block(hidden)))
+
+    @torch.no_grad()
+    def standardize(self, images: Tensor) -> None:
+        """Measure the features' mean and deviation over images, by which the last layer sees them from now on.
+
+        Once, before the first step. Behind norm, SiLU and mean most of a feature is the same for all images. The first
+        steps of a linear layer on that move all entries of z together, and on the digits z stays a line for hundreds
+        of steps, which tells less of the images than with random weights.
+
+        Args:
+            images: `(B, C, H, W)` in [-1, 1], some hundreds of those it is to be trained on.
+
+        Raises:
+            ValueError: For fewer than two images.
+        """
+        if len(images) < 2:
+            raise ValueError(f"Deviations are of two images or more; got {len(images)}.")
+        pooled = self._features(images).mean((2, 3)).double()
+        self.feature_mean.copy_(pooled.mean(0))
+        self.feature_std.copy_(pooled.std(0).clamp(min=1e-4))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the map of images of `size` (H, W)."""
