@@ -16,22 +16,18 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
 from diffusers_repr.config.measured import MeasuredSplit
 from diffusers_repr.config.recipe import setting
-from diffusers_repr.data import DataConfig, TrainData, load_train_data
+from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.objectives import DiffusionAutoencoderConfig, DiffusionAutoencoderObjective
 from diffusers_repr.tasks import AutoencoderErrors
 from diffusers_repr.training import TrainingConfig, recipe_of, train
-from diffusers_repr.training.seeds import reseed
 
 RECIPES = Path(__file__).parent / "configs"
-MEASURED = 256  # images by which the encoder's features are standardised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +43,6 @@ def build(config: DiffusionAutoencoderConfig, side: int | None) -> DiffusionAuto
     encoder = config.new_encoder(denoiser.image_channels, size)
     settings = {"frozen_base": config.frozen_base, "modulation": config.modulation}
     return DiffusionAutoencoderObjective(denoiser, encoder, config, **settings)
-
-
-def first_images(data: TrainData, seed: int) -> Tensor:
-    """Some images `(B, C, H, W)` in [-1, 1], as training sees them; of every process the same."""
-    reseed(seed, 0, 0)
-    stream = isinstance(data, IterableDataset)
-    rows = data if stream else Subset(data, torch.randperm(len(data))[:MEASURED].tolist())
-    return data.on_device(next(iter(DataLoader(rows, MEASURED))))["pixel_values"]
 
 
 def main(argv: list[str]) -> None:
@@ -74,9 +62,7 @@ def main(argv: list[str]) -> None:
         held_out = load_train_data(data_config.held_out(measured.eval_split), *sides)
         plain = load_train_data(data_config.held_out(data_config.dataset_split), *sides)
         errors = AutoencoderErrors(objective, plain, held_out, measured.eval_images, config.num_inference_steps)
-    unlabelled = dataclasses.replace(data_config, label_column="none")
-    objective.encoder.standardize(first_images(load_train_data(unlabelled, *sides, **loading), config.seed))
-    data = load_train_data(unlabelled, *sides, **loading)
+    data = load_train_data(dataclasses.replace(data_config, label_column="none"), *sides, **loading)
     train(objective, data, config, recipe=recipe_of(config, data_config, autoencoder, measured), evaluate=errors)
 
 

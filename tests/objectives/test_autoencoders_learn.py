@@ -21,12 +21,9 @@ def digits():
     return {name: to_pixels(list(found[name]["image"]), 1) for name in ("train", "test")}
 
 
-def encoder(images):
-    """As the script makes it: its features standardised over some training images."""
+def encoder(**changes):
     settings = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 16}
-    made = SemanticEncoder(1, DIM, 8, **settings)
-    made.standardize(images[:256])
-    return made
+    return SemanticEncoder(1, DIM, 8, **settings, **changes)
 
 
 def unet():
@@ -72,7 +69,7 @@ def distance(pipe, images, code, noise, steps=50):
 def test_diffae_uses_its_code(digits):
     torch.manual_seed(0)
     denoiser = Denoiser.from_pipe(DDPMPipeline(unet(), DDPMScheduler()))
-    made = DiffusionAutoencoderObjective(denoiser, encoder(digits["train"]), modulation="scale")
+    made = DiffusionAutoencoderObjective(denoiser, encoder(), modulation="scale")
     pipe, images = trained(made, digits["train"], 300), digits["test"]
     own, permuted = errors(pipe, images)
     assert permuted > own + 0.032
@@ -92,7 +89,7 @@ def test_diffae_uses_its_code(digits):
 def test_infodiffusion_keeps_codes_normal(digits):
     torch.manual_seed(0)
     denoiser = Denoiser.from_pipe(DDPMPipeline(unet(), DDPMScheduler()))
-    made = DiffusionAutoencoderObjective(denoiser, encoder(digits["train"]), PenaltyConfig(penalty="mmd"))
+    made = DiffusionAutoencoderObjective(denoiser, encoder(), PenaltyConfig(penalty="mmd"))
     pipe = trained(made, digits["train"], 400)
     code = pipe.encode(digits["train"] / 2 + 0.5, None).code
     assert float(code.mean(0).abs().mean()) < 0.24
@@ -105,9 +102,7 @@ def test_infodiffusion_keeps_codes_normal(digits):
 def test_pdae_closes_the_gap_of_its_base(digits):
     torch.manual_seed(0)
     base = Denoiser.from_pretrained("examples/models/digits-ddpm", dtype=torch.float32)
-    made = DiffusionAutoencoderObjective(
-        base, encoder(digits["train"]), PenaltyConfig(weighting="snr"), frozen_base=True
-    )
+    made = DiffusionAutoencoderObjective(base, encoder(), PenaltyConfig(weighting="snr"), frozen_base=True)
     pipe = trained(made, digits["train"], 300)
     own, permuted, frozen = errors(pipe, digits["test"])
     assert own < 0.9 * frozen
