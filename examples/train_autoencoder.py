@@ -8,8 +8,8 @@ The folder loads by `DiffusionAutoencoderPipeline.from_pretrained(folder)`, whic
 edits; `load_encoder(folder)` reads its encoder alone, as every other encoder. With `eval_split` reconstructions of
 held-out images are measured, from inferred and from drawn noise, the denoising error with the own and with another
 image's code, and, of data with labels, a probe of five codes a class beside pixels: `evaluation.jsonl`, the card.
-Codes to sample from come of `train_representation.py`, with `encoder:` this folder and `over: column`; see
-docs/representations.md.
+Codes to sample from come of `train_representation.py` by `examples/configs/codes_digits.yaml`, with `encoder:` this
+folder; see docs/representations.md.
 """
 
 import dataclasses

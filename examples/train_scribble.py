@@ -22,7 +22,7 @@ from diffusers_repr.config.made import check_made
 from diffusers_repr.data import DataConfig, load_train_data
 from diffusers_repr.data.mixing import MixedTrainData, MixingConfig
 from diffusers_repr.objectives import ScribbleConfig, ScribbleObjective, SegmenterConfig
-from diffusers_repr.tasks import ScribbleIoU
+from diffusers_repr.tasks import PixelIoU
 from diffusers_repr.training import TrainingConfig, recipe_of, train
 
 RECIPES = Path(__file__).parent / "configs"
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     if scribble.eval_split:
         # The true masks are of ids, also where scribbles are of colours.
         whole = dataclasses.replace(data_config, mask_column=scribble.eval_mask_column, mask_colours=None)
-        measure = ScribbleIoU(objective, load_train_data(whole.held_out(scribble.eval_split), 3, side))
+        held_out = load_train_data(whole.held_out(scribble.eval_split), 3, side)
+        measure = PixelIoU(objective.segmenter.predict, len(names), held_out, data_config.ignore_index)
     recipe = recipe_of(config, data_config, mixing, network, scribble)
     train(objective, data, config, recipe=recipe, evaluate=measure)
 

@@ -14,6 +14,8 @@ DIGITS = "digits"
 SPLIT_SIZES = {"train": 997, "validation": 300, "test": 500}
 SPLIT_SEED = 0
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+MASK_NAMES = ("paper", *map(str, range(10)))  # of pixels
+_INK = 128  # grey level from which a pixel is the digit's
 
 
 def load_digits_splits() -> DatasetDict:
@@ -27,6 +29,26 @@ def load_digits_splits() -> DatasetDict:
     pixels = np.rint(source.images * 255 / 16).astype(np.uint8)  # 0..16 => 0..255
     labels = source.target.tolist()
     return DatasetDict({name: _select(pixels, labels, members) for name, members in split_indices(labels).items()})
+
+
+def load_digit_masks(split: str, count: int | None = None) -> Dataset:
+    """A split with a column `mask` beside `image` and `label`: 0 for paper, 1 + digit where there is ink.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        count: Of the first digits; all if None.
+
+    Raises:
+        ValueError: For another split, and more digits than there are.
+    """
+    if split not in SPLIT_SIZES or not 1 <= (count or 1) <= SPLIT_SIZES[split]:
+        raise ValueError(f"The digits' splits are {SPLIT_SIZES}; got {split!r}, {count} of it.")
+    rows = load_digits_splits()[split].select(range(SPLIT_SIZES[split] if count is None else count))
+    inks = (np.array(image) >= _INK for image in rows["image"])
+    masks = [PILImage.fromarray(ink * np.uint8(1 + label)) for ink, label in zip(inks, rows["label"], strict=True)]
+    columns = {"image": rows["image"][:], "label": rows["label"][:], "mask": masks}
+    info = DatasetInfo(features=Features({**FEATURES, "mask": Image()}), dataset_name=DIGITS)
+    return Dataset.from_dict(columns, info=info)
 
 
 def split_indices(labels: Sequence[int]) -> dict[str, list[int]]:

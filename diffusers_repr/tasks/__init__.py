@@ -22,13 +22,13 @@ from diffusers_repr.tasks.noise_curve import NoiseCurve, noise_curve
 from diffusers_repr.tasks.panoptic import OpenVocabularySegmenter
 from diffusers_repr.tasks.panoptic_output import PanopticOutput
 from diffusers_repr.tasks.panoptic_recipe import PanopticRecipe
+from diffusers_repr.tasks.pixel_iou import PixelIoU
 from diffusers_repr.tasks.probe import Probe, ProbeOutput
 from diffusers_repr.tasks.probe_training import ProbeAccuracy, ProbeTraining, prepare_probe
 from diffusers_repr.tasks.recipe import ProbeRecipe, Score, SegmentationRecipe
 from diffusers_repr.tasks.reconstruction import measure_reconstruction
 from diffusers_repr.tasks.representation import RepresentationProbe
 from diffusers_repr.tasks.retrieval import RetrievalAccuracy
-from diffusers_repr.tasks.scribble_iou import ScribbleIoU
 from diffusers_repr.tasks.segmentation import Segmenter
 from diffusers_repr.tasks.segmentation_output import SegmentationOutput
 from diffusers_repr.tasks.task import Task
@@ -59,6 +59,7 @@ __all__ = [
     "PanopticAccuracy",
     "PanopticOutput",
     "PanopticRecipe",
+    "PixelIoU",
     "Probe",
     "ProbeAccuracy",
     "ProbeOutput",
@@ -69,7 +70,6 @@ __all__ = [
     "RepresentationProbe",
     "RetrievalAccuracy",
     "Score",
-    "ScribbleIoU",
     "SegmentationOutput",
     "SegmentationRecipe",
     "Segmenter",

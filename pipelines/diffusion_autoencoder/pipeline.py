@@ -302,7 +302,8 @@ class DiffusionAutoencoderPipeline(AutoencodingMixin, sampling.SamplingMixin, Ow
         if not self.config.normal_codes:
             raise ValueError(
                 "This autoencoder has no prior to draw codes from: give code=, or train one on its codes "
-                "(examples/train_representation.py with over: column) and pipe.load_prior(folder)."
+                "(examples/train_representation.py, as by examples/configs/codes_digits.yaml) and "
+                "pipe.load_prior(folder)."
             )
         return randn_tensor((batch_size, self.encoder.config["code_dim"]), generator=generator, device=device)
 

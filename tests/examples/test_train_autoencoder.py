@@ -8,6 +8,8 @@ import torch
 import yaml
 from diffusers_repr.pipelines.diffusion_autoencoder import DiffusionAutoencoderPipeline
 from train_autoencoder import EvaluationConfig, main
+from train_representation import ModelConfig
+from train_representation import main as train_representation
 
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.data import DataConfig
@@ -40,19 +42,54 @@ def flags(folder: Path, **changes) -> list[str]:
     return ["--config", str(path), "--output_dir", str(folder / "out")]
 
 
-def test_a_run_beside_a_frozen_base(tmp_path):
-    run_script(main, "train_autoencoder", *flags(tmp_path))
-    pipe = DiffusionAutoencoderPipeline.from_pretrained(tmp_path / "out")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    run_script(main, "train_autoencoder", *flags(folder))
+    return folder / "out"
+
+
+def test_a_run_beside_a_frozen_base(trained):
+    pipe = DiffusionAutoencoderPipeline.from_pretrained(trained)
     picture = load_digits_splits()["test"][0]["image"]
     code = pipe.encode(picture, None).code
-    torch.testing.assert_close(load_encoder(tmp_path / "out")(picture)["global"], code, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_encoder(trained)(picture)["global"], code, rtol=1e-5, atol=1e-5)
     assert code.shape == (1, 4)
-    (line,) = (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()
+    (line,) = (trained / "evaluation.jsonl").read_text().splitlines()
     numbers = json.loads(line)
     assert numbers["mse_inferred"] < numbers["mse_random"]
     assert numbers["denoising_base"] == pytest.approx(numbers["denoising_own"], rel=0.1)  # a step from it
     assert {f"{name}_5_shot" for name in ("code", "untrained", "pixels")} <= numbers.keys()
     assert numbers["pixels_5_shot"] > 0.6
+
+
+def test_codes_are_drawn_by_a_prior_of_its_own_codes(trained, tmp_path):
+    """As the page says: the recipe of codes, of a folder that training wrote, then samples, and one folder of all."""
+    recipe = str(EXAMPLES / "configs" / "codes_digits.yaml")
+    small = json.dumps({"hidden_size": 16, "num_layers": 1, "time_embed_dim": 8})
+    changes = {"encoder": trained, "dataset_split": "validation", "eval_split": "none", "model": small,
+               "train_batch_size": 8, "max_train_steps": 1, "output_dir": tmp_path / "codes"}  # fmt: skip
+    given = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+    run_script(train_representation, "train_representation", "--config", recipe, *given)
+    pipe = DiffusionAutoencoderPipeline.from_pretrained(trained)
+    with pytest.raises(ValueError, match=r"codes_digits\.yaml"):
+        pipe(batch_size=2, num_inference_steps=1)
+    pipe.load_prior(tmp_path / "codes")
+    codes = pipe.encode(load_digits_splits()["validation"]["image"][:], None).code
+    torch.testing.assert_close(torch.tensor(pipe.config.code_mean), codes.mean(0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(pipe.config.code_std), codes.std(0, correction=0), rtol=1e-3, atol=1e-4)
+    pipe.save_pretrained(tmp_path / "whole")
+    drawn = [
+        one(
+            batch_size=2,
+            num_inference_steps=1,
+            prior_num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for one in (pipe, DiffusionAutoencoderPipeline.from_pretrained(tmp_path / "whole"))
+    ]
+    assert torch.equal(drawn[0].code, drawn[1].code)
+    assert len(drawn[0].images) == 2
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -71,6 +108,9 @@ def test_recipes_that_are_shipped():
     for name in ("diffae", "infodiffusion", "pdae"):
         config, _, found[name], _ = parse_recipe(kinds, ["--config", str(EXAMPLES / f"configs/{name}_digits.yaml")])
         assert config.output_dir == f"outputs/digits-{name}"
+    kinds = (TrainingConfig, DataConfig, ModelConfig)
+    _, _, codes = parse_recipe(kinds, ["--config", str(EXAMPLES / "configs/codes_digits.yaml")])
+    assert (codes.encoder, codes.over) == ("outputs/digits-diffae", "column")
     switches = {name: (one.frozen_base, one.modulation, one.penalty, one.weighting) for name, one in found.items()}
     assert switches == {
         "diffae": (False, "scale", "none", "uniform"),

@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import make_digit_masks
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,7 @@ import train_dreamteacher
 import train_interpreter
 import train_repfusion
 import train_student
-from datasets import Dataset, Features, Image
-from PIL import Image as PILImage
+from datasets import load_dataset
 from transformers import AutoModelForImageClassification
 
 from diffusers_repr.config import parse_recipe
@@ -97,29 +97,33 @@ def test_tuning_what_was_distilled(distilled, tmp_path, monkeypatch):
         train_student.main(["--student_name_or_path", "outputs/digits-repfusion", "--dataset_name", "nowhere"])
 
 
-def test_dreamteacher_with_an_interpreter(tmp_path):
-    rows = load_digits_splits()["train"]["image"][:8]
-    columns = {
-        "image": rows, "mask": [PILImage.fromarray((np.array(image) > 100).astype(np.uint8)) for image in rows]
-    }  # fmt: skip
-    masked = Dataset.from_dict(columns, features=Features({"image": Image(), "mask": Image()}))
-    masked.to_parquet(tmp_path / "masked.parquet")
-    base = {"pretrained_model_name_or_path": DIGITS, "timestep": 100}
-    run_script(
-        train_interpreter.main, "train_interpreter",
-        *flags(**base, dataset_name=tmp_path / "masked.parquet", mask_column="mask", mask_names=["paper", "ink"],
-               width=8, groups=4, output_dir=tmp_path / "interpreter"),
-    )  # fmt: skip
-    run_script(
-        train_dreamteacher.main, "train_dreamteacher",
-        *flags(**base, dataset_name="digits", student=STUDENT, width=8, interpreter=tmp_path / "interpreter",
-               output_dir=tmp_path / "out"),
-    )  # fmt: skip
-    log = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
+def test_dreamteacher_with_an_interpreter(tmp_path, monkeypatch):
+    """By the recipes, in a folder of its own: masks, an interpreter of them, a student that learns its labels too."""
+    for name in ("interpreter", "dreamteacher_labels"):
+        text = (EXAMPLES / "configs" / f"{name}_digits.yaml").read_text()
+        (tmp_path / f"{name}.yaml").write_text(text.replace("examples/models/digits-ddpm", DIGITS))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"interpreter: .*examples/train_interpreter\.py"):
+        train_dreamteacher.main(["--config", "dreamteacher_labels.yaml"])
+    with pytest.raises(FileNotFoundError, match="data/digit-masks"):
+        train_interpreter.main(["--config", "interpreter.yaml"])
+    make_digit_masks.main(["--train", "8", "--validation", "1", "--test", "20"])
+    rows = load_dataset("data/digit-masks", split="train")
+    for row, digit in zip(rows, load_digits_splits()["train"], strict=False):
+        ink = np.array(digit["image"]) >= 128
+        assert np.array_equal(np.array(row["mask"]), ink * (1 + digit["label"]))
+    small = flags(width=8, groups=4)
+    run_script(train_interpreter.main, "train_interpreter", "--config", "interpreter.yaml", *small)
+    measured = json.loads(Path("outputs/digits-interpreter/evaluation.jsonl").read_text())
+    assert measured.keys() == {"step", "eval_mean_iou", "eval_pixel_accuracy"}
+    small = flags(student=STUDENT, width=8, eval_split="none")
+    run_script(train_dreamteacher.main, "train_dreamteacher", "--config", "dreamteacher_labels.yaml", *small)
+    folder = Path("outputs/digits-dreamteacher-labels")
+    log = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"]
     assert {"mse_1", "mse_2", "attention_1", "labels"} <= set(log[-1])
-    assert not (tmp_path / "out" / "evaluation.jsonl").exists()
-    assert Encoder.from_pretrained(tmp_path / "out").dim == 16
+    assert not (folder / "evaluation.jsonl").exists()
+    assert Encoder.from_pretrained(folder).dim == 16
     with pytest.raises(ValueError, match="Pixels need classes"):
         train_interpreter.main(["--pretrained_model_name_or_path", DIGITS])
 

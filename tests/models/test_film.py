@@ -216,6 +216,16 @@ def test_the_code_is_the_mean_of_the_places_and_a_linear_map_of_the_pooled():
     std = (found.log_variance / 2).exp()
     assert ((drawn.std(0) / std - 1).abs() < 0.2).all()
     assert ((drawn.mean(0) - found.code).abs() < 5 * std / 20).all()
+    norm = nn.BatchNorm1d(pooled.shape[1], affine=False)
+    told, normed = made.train()(x).code, norm(pooled)
+    both = normed @ made.proj_out.weight[:, :, 0, 0].T + made.proj_out.bias
+    torch.testing.assert_close(told, both[:, : told.shape[1]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.feature_mean, norm.running_mean)
+    torch.testing.assert_close(made.feature_var, norm.running_var)
+    both = norm.eval()(pooled) @ made.proj_out.weight[:, :, 0, 0].T + made.proj_out.bias
+    torch.testing.assert_close(made.eval()(x).code, both[:, : told.shape[1]], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="two images or more"):
+        made.train()(x[:1])
     with pytest.raises(ValueError, match=r"images \(B, 1, H, W\); got \(1, 3, 8, 8\)"):
         made(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="multiple of norm_num_groups"):

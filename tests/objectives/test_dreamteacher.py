@@ -144,6 +144,8 @@ def test_the_loss_is_the_formula():
     assert [float(out[f"mse_{s}"]) for s in (2, 4)] == pytest.approx(errors, rel=1e-4)
     assert [float(out[f"attention_{s}"]) for s in (2, 4)] == pytest.approx(attention, rel=1e-4)
     assert float(out["loss"].detach()) == pytest.approx(sum(errors) / 2 + 10 * sum(attention) / 2, rel=1e-4)
+    targets = [normalized(value) for value in read]
+    assert float(objective.losses(targets, read, targets)["mse"]) == 0
 
 
 def test_without_weights_the_loss_is_the_squared_error():

@@ -179,7 +179,7 @@ class DiffusionAutoencoderObjective(DiffusionObjective):
     # Checks
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Images must be there, for the encoder; two or more where codes are compared.
+        """Images must be there, for the encoder, two or more: their features are standardised, and codes compared.
 
         Raises:
             ValueError: Naming what is missing.
@@ -188,8 +188,11 @@ class DiffusionAutoencoderObjective(DiffusionObjective):
             raise ValueError(
                 "A diffusion autoencoder encodes images; train on pixel_values, not on cached latents (latents_dir)."
             )
-        if self.config.penalty == "mmd" and len(batch["pixel_values"]) < 2:
-            raise ValueError("The penalty mmd compares codes; train with a batch of two or more images a process.")
+        if len(batch["pixel_values"]) < 2:
+            raise ValueError(
+                "The encoder standardises its features over the batch, and the penalty mmd compares codes; train with "
+                "a batch of two or more images a process."
+            )
 
     def check_data(self, data: Any) -> None:
         """Nothing: labels are not used."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.denoiser import Denoiser
@@ -95,18 +95,30 @@ class InterpreterObjective(Objective):
         """The loss of images with `masks` (B, H, W); `noise` of a batch is taken, not drawn."""
         pixels, masks = batch["pixel_values"].float(), batch["masks"].long()
         logits = self.logits(pixels, batch.get("generator"), batch.get("noise"))
-        logits = F.interpolate(logits.float(), tuple(masks.shape[1:]), mode="bilinear", align_corners=False)
+        logits = _enlarged(logits, masks.shape[1:])
         terms = {
             "cross_entropy": F.cross_entropy(logits, masks, ignore_index=self.ignore_index),
             "dice": dice_loss(logits, masks, self.ignore_index),
         }
         return weighted_sum(terms, {"dice": self.config.dice_weight})
 
-    def logits(self, pixels: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """Of images `(B, C, H, W)` in [-1, 1], at the finest layer's size."""
+    def logits(
+        self,
+        pixels: Tensor,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        interpreter: nn.Module | None = None,
+    ) -> Tensor:
+        """Of images `(B, C, H, W)` in [-1, 1], at the finest layer's size; `interpreter`: another of the same kind."""
         read = self.teacher.read(pixels, self.level, generator, noise)
         channels_only = self.config.target_norm == "channels"
-        return self.interpreter([normalized(value, channels_only) for value in read])
+        return (interpreter or self.interpreter)([normalized(value, channels_only) for value in read])
+
+    @torch.no_grad()
+    def predict(self, pixels: Tensor, interpreter: nn.Module | None = None) -> Tensor:
+        """Class ids `(B, H, W)`, of features under noise that is the same for the same images."""
+        generator = torch.Generator(pixels.device).manual_seed(0)
+        return _enlarged(self.logits(pixels, generator, interpreter=interpreter), pixels.shape[2:]).argmax(1)
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
         """There must be masks, of the classes there are.
@@ -131,6 +143,10 @@ class InterpreterObjective(Objective):
     def artifacts(self) -> list[Artifact]:
         """The interpreter."""
         return [ModelArtifact(self.interpreter, "interpreter")]
+
+
+def _enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
 
 
 def dice_loss(logits: Tensor, masks: Tensor, ignore_index: int = 255) -> Tensor:
