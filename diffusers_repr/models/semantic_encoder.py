@@ -52,11 +52,6 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
     The encoder of DiffAE (Preechakul et al. 2022, arXiv 2111.15640): the linear layer acts at every place before the
     mean, which is the same, so each place has a code and z is the mean of all.
 
-    The linear layer sees the features standardised by the mean and deviation of the pooled ones, as by a batch norm
-    without weights: over the batch of all processes in training mode, else by running averages. Behind norm, SiLU and
-    mean most of a feature is the same for all images; without this Adam moves all entries of z together, and on the
-    digits z stays a line, or is ignored, for hundreds of steps.
-
     Args:
         in_channels: Of the images.
         code_dim: D of z.
@@ -70,6 +65,10 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         norm_eps: Their epsilon.
         dropout: In the residual blocks.
         variational: Whether it gives a normal distribution of codes, as the penalty of the KL divergence needs it.
+        standardize_features: Whether the linear layer sees the features standardised by the mean and deviation of the
+            pooled ones, as by a batch norm without weights: over the batch of all processes in training mode, else by
+            running averages. The paper has none. Behind norm, SiLU and mean most of a feature is the same for all
+            images; in short trainings Adam then moves all entries of z together, and z stays a line.
 
     Raises:
         ValueError: For sizes and blocks that do not fit together.
@@ -103,6 +102,7 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         variational: bool = False,
+        standardize_features: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, code_dim=code_dim, layers_per_block=layers_per_block)
@@ -124,8 +124,9 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
             middle_attends=mid_block_attention,
         )
         self.norm_out = nn.GroupNorm(norm_num_groups, width, eps=norm_eps)
-        self.register_buffer("feature_mean", torch.zeros(width))
-        self.register_buffer("feature_var", torch.ones(width))
+        if standardize_features:
+            self.register_buffer("feature_mean", torch.zeros(width))
+            self.register_buffer("feature_var", torch.ones(width))
         self.proj_out = nn.Conv2d(width, (2 if variational else 1) * code_dim, 1)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> SemanticEncoderOutput | tuple[Any, ...]:
@@ -136,7 +137,7 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
             return_dict: False for the tuple `(code, log_variance, map)` without what is None.
 
         Raises:
-            ValueError: For inputs of another shape, and a single image in training mode.
+            ValueError: For inputs of another shape, and a single image in training mode to standardise over.
         """
         channels = self.config["in_channels"]
         if sample.ndim != 4 or sample.shape[1] != channels:
@@ -144,7 +145,8 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         hidden = self.conv_in(sample)
         for block in self.down_blocks:
             hidden = block(hidden)
-        codes = self.proj_out(self._standardized(functional.silu(self.norm_out(self.mid_block(hidden)))))
+        features = functional.silu(self.norm_out(self.mid_block(hidden)))
+        codes = self.proj_out(self._standardized(features) if self.config["standardize_features"] else features)
         pooled, dim = codes.mean((2, 3)), self.config["code_dim"]
         log_variance = pooled[:, dim:] if self.config["variational"] else None
         found = SemanticEncoderOutput(pooled[:, :dim], log_variance, codes[:, :dim])
@@ -157,19 +159,13 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
 
     def _moments(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over the batches of all processes; the running averages move towards them."""
-        if len(pooled) < 2:
-            raise ValueError(
-                "A SemanticEncoder in training mode standardises over its batch; give two images or more."
-            )
         wide = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
         sums = torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(wide))])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             sums = distributed.all_reduce(sums)  # with its gradient
+        elif len(pooled) < 2:
+            raise ValueError("standardize_features is over the batch of all processes; train on two images or more.")
         count = sums[-1]
-        if float(count) < 2:
-            raise ValueError(
-                "A SemanticEncoder in training mode standardises over its batch; give two images or more."
-            )
         mean, square = (sums[:-1] / count).chunk(2)
         var = (square - mean.square()).clamp(min=0)
         with torch.no_grad():

@@ -203,10 +203,7 @@ def test_the_code_is_the_mean_of_the_places_and_a_linear_map_of_the_pooled():
     with torch.no_grad():
         x = torch.randn(3, 1, 8, 6, generator=torch.Generator().manual_seed(0))
         found = made(x)
-        hidden = made.conv_in(x)
-        for block in made.down_blocks:
-            hidden = block(hidden)
-        pooled = nn.functional.silu(made.norm_out(made.mid_block(hidden))).mean((2, 3))
+        pooled = pooled_features(made, x)
         both = pooled @ made.proj_out.weight[:, :, 0, 0].T + made.proj_out.bias
     torch.testing.assert_close(torch.cat([found.code, found.log_variance], 1), both, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.map.mean((2, 3)), found.code, rtol=1e-5, atol=1e-6)
@@ -216,17 +213,31 @@ def test_the_code_is_the_mean_of_the_places_and_a_linear_map_of_the_pooled():
     std = (found.log_variance / 2).exp()
     assert ((drawn.std(0) / std - 1).abs() < 0.2).all()
     assert ((drawn.mean(0) - found.code).abs() < 5 * std / 20).all()
-    norm = nn.BatchNorm1d(pooled.shape[1], affine=False)
-    told, normed = made.train()(x).code, norm(pooled)
-    both = normed @ made.proj_out.weight[:, :, 0, 0].T + made.proj_out.bias
-    torch.testing.assert_close(told, both[:, : told.shape[1]], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(made.feature_mean, norm.running_mean)
-    torch.testing.assert_close(made.feature_var, norm.running_var)
-    both = norm.eval()(pooled) @ made.proj_out.weight[:, :, 0, 0].T + made.proj_out.bias
-    torch.testing.assert_close(made.eval()(x).code, both[:, : told.shape[1]], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="two images or more"):
-        made.train()(x[:1])
     with pytest.raises(ValueError, match=r"images \(B, 1, H, W\); got \(1, 3, 8, 8\)"):
         made(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="multiple of norm_num_groups"):
         SemanticEncoder(1, 4, block_out_channels=(6, 8), norm_num_groups=4)
+
+
+def test_features_are_standardised_as_by_a_batch_norm_without_weights():
+    made = encoder(standardize_features=True).train()
+    with torch.no_grad():
+        x = torch.randn(3, 1, 8, 6, generator=torch.Generator().manual_seed(0))
+        pooled = pooled_features(made, x)
+        norm = nn.BatchNorm1d(pooled.shape[1], affine=False)
+        weight, bias = made.proj_out.weight[:, :, 0, 0], made.proj_out.bias
+        torch.testing.assert_close(made(x).code, norm(pooled) @ weight.T + bias, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made.feature_mean, norm.running_mean)
+        torch.testing.assert_close(made.feature_var, norm.running_var)
+        expected = norm.eval()(pooled) @ weight.T + bias
+        torch.testing.assert_close(made.eval()(x).code, expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="two images or more"):
+            made.train()(x[:1])
+    assert "feature_mean" not in encoder().state_dict()
+
+
+def pooled_features(made, x):
+    hidden = made.conv_in(x)
+    for block in made.down_blocks:
+        hidden = block(hidden)
+    return nn.functional.silu(made.norm_out(made.mid_block(hidden))).mean((2, 3))

@@ -39,12 +39,13 @@ def encoder(channels=1, size=8, **changes) -> SemanticEncoder:
     return SemanticEncoder(channels, D, size, **settings)
 
 
-def objective(kind="diffae", base=None, **penalty) -> DiffusionAutoencoderObjective:
+def objective(kind="diffae", base=None, standardize_features=False, **penalty) -> DiffusionAutoencoderObjective:
     """One of `diffae`, `infodiffusion`, `kl`, `pdae`."""
     base = denoiser(base, None) if base is None or isinstance(base, torch.nn.Module) else base
     given = {"diffae": {}, "infodiffusion": {"penalty": "mmd"}, "kl": {"penalty": "kl"}, "pdae": {"weighting": "snr"}}
     settings = PenaltyConfig(**{**given[kind], **penalty})
-    own = encoder(base.image_channels, base.image_size[0], variational=settings.penalty == "kl")
+    how = {"variational": settings.penalty == "kl", "standardize_features": standardize_features}
+    own = encoder(base.image_channels, base.image_size[0], **how)
     modulation = "scale" if kind == "diffae" else "scale_shift"
     return DiffusionAutoencoderObjective(base, own, settings, frozen_base=kind == "pdae", modulation=modulation)
 

@@ -63,7 +63,7 @@ CASES = {  # name -> objective, batch
     "DreamTeacher": (dreamteacher, distillation.batch(COUNT)),
     "DiffAE": (lambda: autoencoders.acting(autoencoders.objective("diffae")), GREY),
     "InfoDiffusion": (
-        lambda: autoencoders.acting(autoencoders.objective("infodiffusion")),
+        lambda: autoencoders.acting(autoencoders.objective("infodiffusion", standardize_features=True)),
         {**GREY, "prior": draws(autoencoders.D)},
     ),
     "PDAE": (lambda: autoencoders.acting(autoencoders.objective("pdae")), GREY),

@@ -22,7 +22,12 @@ def digits():
 
 
 def encoder(**changes):
-    settings = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 16}
+    settings = {
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "attention_head_dim": 16,
+        "standardize_features": True,
+    }
     return SemanticEncoder(1, DIM, 8, **settings, **changes)
 
 

@@ -228,6 +228,9 @@ def test_bad_settings():
     made = objective("infodiffusion")
     with pytest.raises(ValueError, match="two or more images a process"):
         made.check_batch({"pixel_values": images(1)})
+    with pytest.raises(ValueError, match="`standardize_features: false`"):
+        objective("diffae", standardize_features=True).check_batch({"pixel_values": images(1)})
+    objective("diffae").check_batch({"pixel_values": images(1)})
     with pytest.raises(ValueError, match="not on cached latents"):
         made.check_batch({"moments": images()})
     with pytest.raises(ValueError, match="trained later"):

@@ -179,7 +179,7 @@ class DiffusionAutoencoderObjective(DiffusionObjective):
     # Checks
 
     def check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Images must be there, for the encoder, two or more: their features are standardised, and codes compared.
+        """Images must be there, for the encoder; two or more where codes are compared, or features standardised.
 
         Raises:
             ValueError: Naming what is missing.
@@ -189,10 +189,13 @@ class DiffusionAutoencoderObjective(DiffusionObjective):
                 "A diffusion autoencoder encodes images; train on pixel_values, not on cached latents (latents_dir)."
             )
         if len(batch["pixel_values"]) < 2:
-            raise ValueError(
-                "The encoder standardises its features over the batch, and the penalty mmd compares codes; train with "
-                "a batch of two or more images a process."
-            )
+            if self.config.penalty == "mmd":
+                raise ValueError("The penalty mmd compares codes; train with a batch of two or more images a process.")
+            if self.encoder.config["standardize_features"]:
+                raise ValueError(
+                    "The encoder standardises its features over the batch; train with two images or more, or "
+                    "`standardize_features: false`."
+                )
 
     def check_data(self, data: Any) -> None:
         """Nothing: labels are not used."""
