@@ -13,10 +13,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch.distributed.nn import functional as distributed
 from torch.nn import functional
 
 from diffusers_repr.hub.checks import check_sizes
+from diffusers_repr.models.gathered import gathered
 from diffusers_repr.models.mixin import ReprModelMixin
 from diffusers_repr.models.unet_encoder import check_down_blocks, encoder_half
 
@@ -162,7 +162,7 @@ class SemanticEncoder(ReprModelMixin, ModelMixin, ConfigMixin):
         wide = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
         sums = torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(wide))])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            sums = distributed.all_reduce(sums)  # with its gradient
+            sums = gathered(sums[None]).sum(0)  # with its gradient
         elif len(pooled) < 2:
             raise ValueError("standardize_features is over the batch of all processes; train on two images or more.")
         count = sums[-1]

@@ -19,9 +19,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFas
 
 from diffusers_repr.config.recipe import check_keys, json_mapping, setting
 from diffusers_repr.encoders.preprocessing import preprocess
+from diffusers_repr.models.gathered import gathered
 from diffusers_repr.objectives.artifacts import Artifact, FixedArtifact, ModelArtifact
 from diffusers_repr.objectives.base import Batch, Objective
-from diffusers_repr.objectives.gathered import gathered
 from diffusers_repr.objectives.preprocessor import Preprocessor
 
 _MOST_SCALE = math.log(100)  # Radford et al. 2021, section 2.5

@@ -13,11 +13,11 @@ from diffusers import VQModel
 from torch import Tensor
 
 from diffusers_repr.config.recipe import setting, take_arguments
+from diffusers_repr.models.gathered import gathered
 from diffusers_repr.models.vq_tokens import check_tokenizer, decode_embeddings, vocabulary_size
 from diffusers_repr.objectives.artifacts import Artifact, ModelArtifact
 from diffusers_repr.objectives.auxiliary.base import full_precision, widen
 from diffusers_repr.objectives.base import Batch, Objective, weighted_sum
-from diffusers_repr.objectives.gathered import gathered
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from diffusers_repr.denoiser.family import floating_dtype
 from diffusers_repr.hub.identity import weights_hash
 from diffusers_repr.hub.places import without_places
 from diffusers_repr.models.film import FiLM, Modulation, film_blocks
+from diffusers_repr.models.gathered import gathered
 from diffusers_repr.models.gradient_unet import GradientUNet
 from diffusers_repr.models.null_tokens import NullTokens
 from diffusers_repr.models.semantic_encoder import SemanticEncoder, SemanticEncoderOutput
@@ -29,7 +30,6 @@ from diffusers_repr.objectives.diffusion import DiffusionObjective
 from diffusers_repr.objectives.diffusion_autoencoder.config import PenaltyConfig
 from diffusers_repr.objectives.diffusion_autoencoder.penalties import kl_divergence, mmd
 from diffusers_repr.objectives.diffusion_autoencoder.weighting import snr_weights
-from diffusers_repr.objectives.gathered import gathered
 from diffusers_repr.objectives.noisy import NoisyBatch
 from diffusers_repr.objectives.times import TimeSampler
 

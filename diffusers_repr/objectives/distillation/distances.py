@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_repr.objectives.gathered import gathered
+from diffusers_repr.models.gathered import gathered
 
 _EPS = 1e-6
 

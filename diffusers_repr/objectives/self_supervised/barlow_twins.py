@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffusers_repr.objectives.gathered import gathered
+from diffusers_repr.models.gathered import gathered
 from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of, mlp
 
 

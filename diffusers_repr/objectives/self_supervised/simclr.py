@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_repr.objectives.gathered import gathered
+from diffusers_repr.models.gathered import gathered
 from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of
 
 
