@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,13 +61,27 @@ def weights_hash(module: nn.Module) -> str:
         >>> weights_hash(one) == weights_hash(two)
         True
     """
-    digests = []
-    for tensor in module.state_dict().values():
-        data = tensor.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
-        digests.append(digest.digest())
+    digests = [bytes.fromhex(tensor_hash(tensor)) for tensor in module.state_dict().values()]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes.
+
+    Example:
+        >>> tensor_hash(torch.zeros(2)) == tensor_hash(torch.zeros(2, 1))
+        False
+    """
+    data = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(*modules: nn.Module | None) -> str | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -37,7 +36,7 @@ from diffusers_repr.guidance import (
 from diffusers_repr.heads import MapHead, list_heads
 from diffusers_repr.hub import load_json_config
 from diffusers_repr.hub.components import check_config
-from diffusers_repr.hub.identity import plain_hash, weights_hash
+from diffusers_repr.hub.identity import plain_hash, tensor_hash, weights_hash
 from diffusers_repr.models import NoisyClassifier
 from diffusers_repr.store.image_store import ImageKey
 
@@ -307,10 +306,7 @@ def _mark(value: Any) -> Any:
     if isinstance(value, Denoiser):
         return weights_hash(value.model)
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return tensor_hash(value)
     if isinstance(value, list | tuple):
         several = [_mark(one) for one in value]
         return several if any(several) else None

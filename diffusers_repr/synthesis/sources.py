@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from diffusers_repr.data.digits import DIGITS
 from diffusers_repr.encoders.loading import split_layer
 from diffusers_repr.hub.checked_loading import INDEX, named_components
 from diffusers_repr.hub.errors import HubError, hub_errors, is_commit_sha, is_repo_id
-from diffusers_repr.hub.identity import plain_hash
+from diffusers_repr.hub.identity import file_hash, plain_hash
 from diffusers_repr.hub.places import last_name
 from diffusers_repr.store.image_store import ImageStore, is_image_store
 from diffusers_repr.synthesis.named_guidance import GUIDANCES
@@ -87,9 +86,9 @@ def made_already(out: str | os.PathLike[str], sources: str | None) -> ImageStore
 def _of_place(name: str, kind: str, revision: str | None) -> list[Any]:
     path = Path(name).expanduser()
     if path.is_dir():
-        return [[file.relative_to(path).as_posix(), _digest(file)] for file in _files(path)]
+        return [[file.relative_to(path).as_posix(), file_hash(file)] for file in _files(path)]
     if path.is_file():
-        return [_digest(path)]
+        return [file_hash(path)]
     if kind == "dataset" and name == DIGITS:
         return [name, version("scikit-learn")]
     if not is_repo_id(name):
@@ -107,11 +106,6 @@ def _files(folder: Path) -> Iterator[Path]:
         if top.name.startswith((".", "checkpoint-")):
             continue
         yield from [top] if top.is_file() else (file for file in sorted(top.rglob("*")) if file.is_file())
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _commit(repo_id: str, kind: str, revision: str | None) -> str:

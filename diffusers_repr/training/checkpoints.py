@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_repr.hub import atomic_folder, read_json, write_json
+from diffusers_repr.hub.identity import file_hash
 from diffusers_repr.hub.schema import anything, file_name, inside, integer, mapping, number, optional, record, text
 from diffusers_repr.models.weights import check_tensor
 
@@ -240,5 +241,4 @@ def _checksum(state: Mapping[str, Any]) -> str:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
