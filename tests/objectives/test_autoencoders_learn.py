@@ -8,7 +8,7 @@ from diffusers_repr import Denoiser
 from diffusers_repr.data.digits import load_digits_splits
 from diffusers_repr.denoiser.images import to_pixels
 from diffusers_repr.models import SemanticEncoder
-from diffusers_repr.objectives import DiffusionAutoencoderObjective, PenaltyConfig
+from diffusers_repr.objectives import DiffusionAutoencoderObjective, DiffusionObjective, PenaltyConfig
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,12 @@ def unet():
                        attention_head_dim=16, resnet_time_scale_shift="scale_shift", **blocks)  # fmt: skip
 
 
-def trained(objective, images, steps):
-    drawn = torch.Generator().manual_seed(0)
+def new_denoiser():
+    return Denoiser.from_pipe(DDPMPipeline(unet(), DDPMScheduler()))
+
+
+def train(objective, images, steps, seed=0):
+    drawn = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(objective.param_groups()[0]["params"], lr=1e-3, weight_decay=0.0)
     objective.train()
     for _ in range(steps):
@@ -48,6 +52,10 @@ def trained(objective, images, steps):
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
     objective.eval()
+
+
+def trained(objective, images, steps, seed=0):
+    train(objective, images, steps, seed)
     (artifact,) = objective.artifacts()
     pipe = artifact.build(objective.state_dict())
     pipe.set_progress_bar_config(disable=True)
@@ -55,15 +63,20 @@ def trained(objective, images, steps):
 
 
 @torch.no_grad()
-def errors(pipe, images):
-    """Of the noise, at levels over the whole range: with the own code, another image's, and none beside a base."""
-    code, draws = pipe.encode(images / 2 + 0.5, None).code, torch.Generator().manual_seed(1)
+def errors(denoiser, images, conditions=(None,)):
+    """Of the noise, at levels over the whole range, by each condition."""
     t = torch.arange(len(images)) * 1000 // len(images)
-    noise = torch.randn(images.shape, generator=draws)
-    x_t = pipe.denoiser.add_noise(images, t, noise)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    x_t = denoiser.add_noise(images, t, noise)
+    found = [denoiser.predict(x_t, t, one).eps for one in conditions]
+    return [float((eps - noise).square().mean()) for eps in found]
+
+
+def errors_by_code(pipe, images):
+    """With the own code, another image's, and none beside a base."""
+    code = pipe.encode(images / 2 + 0.5, None).code
     codes = [code, code.roll(1, 0), *([None] if pipe.gradient is not None else [])]
-    eps = [pipe.denoiser.predict(x_t, t, pipe.condition(one, len(images))).eps for one in codes]
-    return [float((one - noise).square().mean()) for one in eps]
+    return errors(pipe.denoiser, images, [pipe.condition(one, len(images)) for one in codes])
 
 
 def distance(pipe, images, code, noise, steps=50):
@@ -73,10 +86,9 @@ def distance(pipe, images, code, noise, steps=50):
 
 def test_diffae_uses_its_code(digits):
     torch.manual_seed(0)
-    denoiser = Denoiser.from_pipe(DDPMPipeline(unet(), DDPMScheduler()))
-    made = DiffusionAutoencoderObjective(denoiser, encoder(), modulation="scale")
+    made = DiffusionAutoencoderObjective(new_denoiser(), encoder(), modulation="scale")
     pipe, images = trained(made, digits["train"], 300), digits["test"]
-    own, permuted = errors(pipe, images)
+    own, permuted = errors_by_code(pipe, images)
     assert permuted > own + 0.032
     images, inferred = images[:64], {}
     code = pipe.encode(images / 2 + 0.5, None).code
@@ -87,21 +99,30 @@ def test_diffae_uses_its_code(digits):
     assert inferred[50][1] < inferred[100][1] < 1.1
     random = distance(pipe, images, code, None, 100)
     wrong = distance(pipe, images, code.roll(1, 0), noise, 100)
-    assert inferred[100][0] < random
+    assert inferred[100][0] < random < wrong
     assert inferred[100][0] < wrong / 4
+    torch.manual_seed(0)
+    plain = new_denoiser()
+    train(DiffusionObjective(plain), digits["train"], 600)
+    (alone,) = errors(plain, digits["test"])
+    own, permuted = errors_by_code(trained(made, digits["train"], 300, seed=1), digits["test"])
+    assert own < alone < permuted
 
 
 def test_infodiffusion_keeps_codes_normal(digits):
-    torch.manual_seed(0)
-    denoiser = Denoiser.from_pipe(DDPMPipeline(unet(), DDPMScheduler()))
-    made = DiffusionAutoencoderObjective(denoiser, encoder(), PenaltyConfig(penalty="mmd"))
-    pipe = trained(made, digits["train"], 400)
+    pipes = {}
+    for penalty in ("none", "mmd"):
+        torch.manual_seed(0)
+        made = DiffusionAutoencoderObjective(new_denoiser(), encoder(), PenaltyConfig(penalty=penalty))
+        pipes[penalty] = trained(made, digits["train"], 400)
+    pipe = pipes["mmd"]
     code = pipe.encode(digits["train"] / 2 + 0.5, None).code
     assert float(code.mean(0).abs().mean()) < 0.24
     assert 0.56 < float(code.var(0).mean()) < 1.44
     assert float(torch.linalg.eigvalsh(code.T.cov())[-1]) < 3
-    own, permuted = errors(pipe, digits["test"])
+    own, permuted = errors_by_code(pipe, digits["test"])
     assert own < permuted
+    assert own < 1.1 * errors_by_code(pipes["none"], digits["test"])[0]
 
 
 def test_pdae_closes_the_gap_of_its_base(digits):
@@ -109,7 +130,7 @@ def test_pdae_closes_the_gap_of_its_base(digits):
     base = Denoiser.from_pretrained("examples/models/digits-ddpm", dtype=torch.float32)
     made = DiffusionAutoencoderObjective(base, encoder(), PenaltyConfig(weighting="snr"), frozen_base=True)
     pipe = trained(made, digits["train"], 300)
-    own, permuted, frozen = errors(pipe, digits["test"])
+    own, permuted, frozen = errors_by_code(pipe, digits["test"])
     assert own < 0.9 * frozen
     assert frozen < permuted
     images = digits["test"][:64]
