@@ -6,6 +6,7 @@
 `dataset_name` is what `diffusers-repr generate` made. A share of it is held out, and chooses by its accuracy the step
 that is taken: `selected/` is the classifier of that step, the folder itself that of the last one. Real images are read
 once, at the end, and choose nothing: `test_accuracy` in `evaluation.jsonl` and on the card is the chosen classifier's.
+Of images that were made by class ids, the classes get the names that the real images have for those ids.
 Both load by `AutoModelForImageClassification.from_pretrained`.
 """
 
@@ -13,13 +14,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from datasets import ClassLabel
 
 from diffusers_repr.cli.guard import SCRIPT_HELP, run_script
 from diffusers_repr.config import parse_recipe
 from diffusers_repr.config.made import check_made
 from diffusers_repr.config.recipe import setting
 from diffusers_repr.data import DataConfig, load_train_data
-from diffusers_repr.data.image_data import load_images
+from diffusers_repr.data.image_data import ImageData, load_images
 from diffusers_repr.objectives import FinetuneStudentConfig, FinetuneStudentObjective, StudentConfig
 from diffusers_repr.sweep import hold_out
 from diffusers_repr.tasks import SelectedStep
@@ -47,8 +49,8 @@ class ZeroShotSetConfig:
             raise ValueError(f"`held_out_share` lies between 0 and 1; got {self.held_out_share}.")
 
 
-def generated(data_config: DataConfig, own: ZeroShotSetConfig, side: int):
-    """The images to learn from, and those that choose the step, as they are."""
+def generated(data_config: DataConfig, own: ZeroShotSetConfig, side: int, names: list[str] | None):
+    """The images to learn from, and those that choose the step, as they are; `names` are of the real ones' classes."""
     if data_config.label_column == "none":
         raise ValueError("A classifier learns classes, and `label_column` is none; drop it.")
     columns = {name: getattr(data_config, name) for name in ("image_column", "label_column")}
@@ -56,12 +58,21 @@ def generated(data_config: DataConfig, own: ZeroShotSetConfig, side: int):
     images = load_images(data_config.dataset_name, data_config.dataset_split, **columns)
     if not images.label_names:
         raise ValueError("The generated images have no classes; make images of classes, or name --label_column.")
-    train_part, held_out = hold_out(images, own.held_out_share)
+    train_part, held_out = hold_out(named(images, names), own.held_out_share)
     still = data_config.held_out(data_config.dataset_split)
     return (
         load_train_data(data_config, own.image_channels, side, train_part.dataset),
         load_train_data(still, own.image_channels, side, held_out.dataset),
     )
+
+
+def named(images: ImageData, names: list[str] | None) -> ImageData:
+    """The images, whose classes have these names if all that is known of them is their ids."""
+    if names is None or images.label_names != [str(number) for number in range(len(names))]:
+        return images
+    assert images.label_column is not None
+    renamed = images.dataset.cast_column(images.label_column, ClassLabel(names=names))
+    return dataclasses.replace(images, dataset=renamed, label_names=names)
 
 
 def real(data_config: DataConfig, own: ZeroShotSetConfig, side: int):
@@ -83,10 +94,10 @@ def main(argv: list[str]) -> None:
         raise ValueError("`validation_steps` is 0, and among the steps at which it measures one is chosen; set it.")
     config = dataclasses.replace(config, eval_batch_size=0)  # a classifier has no samples
     side = data_config.size()[0]
-    data, held_out = generated(data_config, own, side)
+    test = real(data_config, own, side)
+    data, held_out = generated(data_config, own, side, None if test is None else test.class_names)
     torch.manual_seed(config.seed)
     objective = FinetuneStudentObjective(backbone.build(own.image_channels, (side, side)), data.class_names, tuned)
-    test = real(data_config, own, side)
     if test is not None:
         objective.check_data(test)
     measured = (config.output_dir, config.train_batch_size, config.max_train_steps, test)

@@ -1,11 +1,11 @@
 """Do generated images help? Classifiers without a real image, few labels with variants, encoders on generated views.
 
     python examples/studies/generated_data.py --results docs/results/generated
-    python examples/studies/generated_data.py --parts few views --dataset_name data/cifar10 --train_images 2000 \\
-        --model examples/models/cifar10-ddpm --results docs/results/generated/cifar10
+    python examples/studies/generated_data.py --parts zero few views --dataset_name data/cifar10 --train_images 2000 \\
+        --model examples/models/cifar10-ddpm --class_model FOLDER --results docs/results/generated/cifar10
 
-- `zero` (digits): a classifier of generated digits alone, at guidance scales that are fixed and drawn, beside one of
-  the real ones. The generator saw labelled digits of the training split; the classifier sees none.
+- `zero`: a classifier of generated images alone, at guidance scales that are fixed and drawn, beside one of the real
+  ones. The generator (`--class_model`) saw labelled images of the training split; the classifier sees none.
 - `tricks` (scenes): the same by prompts: the class, with a colour as domain, with drawn guidance (MA-ZSC's tricks).
 - `few`: some labelled images of each class, alone and with variants of them by a generator that knows no labels.
 - `views`: linear and k-NN probes of encoders by every method, on plain views and with variants of each image as second
@@ -187,14 +187,14 @@ class Study:
     # Parts: row -> scores
 
     def zero(self, seed: int) -> dict[str, Callable[[], dict]]:
-        model, test = str(MODELS / "digits-class-ddim"), self.real()
-        rows = {REAL: lambda: self.zero_shot("zero real", test, test, DIGITS, seed)}
+        model, test = str(self.args.class_model), self.real()
+        rows = {REAL: lambda: self.zero_shot("zero real", test, test, self.kind, seed)}
         for name, scales in SCALES.items():
 
             def row(name: str = name, scales: list[float] = scales) -> dict:
                 recipe = {"model": model, "method": "class", "count": self.args.per_class, "guidance_scale": scales}
                 made, seconds = self.generated(f"classes {name}", seed, **recipe)
-                return {**self.zero_shot(f"zero {name}", made, test, DIGITS, seed), "generation": seconds}
+                return {**self.zero_shot(f"zero {name}", made, test, self.kind, seed), "generation": seconds}
 
             rows[name] = row
         return rows
@@ -354,6 +354,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dataset_name", default="digits", help="another one: few and views")
     parser.add_argument("--model", type=Path, default=MODELS / "digits-ddpm", help="makes variants; unconditional")
+    parser.add_argument("--class_model", type=Path, help="generator of zero; of digits digits-class-ddim")
     parser.add_argument("--train_images", type=int, help="drawn; default: all")
     parser.add_argument("--test_images", type=int, help="drawn; default: all, of scenes 500")
     parser.add_argument("--per_class", type=int, default=100, help="generated images of each class")
@@ -373,8 +374,12 @@ def main(argv: list[str]) -> None:
     args = parsed(argv)
     study = Study(args)
     parts = args.parts or (["zero", "tricks", "few", "views"] if study.digits else ["few", "views"])
-    if not study.digits and {"zero", "tricks"} & set(parts):
-        raise ValueError(f"zero and tricks are of the digits; on {args.dataset_name} there are few and views.")
+    if not study.digits and "tricks" in parts:
+        raise ValueError(f"tricks are of the digits; on {args.dataset_name} there are zero, few and views.")
+    if args.class_model is None and "zero" in parts:
+        if not study.digits:
+            raise ValueError(f"zero needs a generator of classes of {args.dataset_name}; name it by --class_model.")
+        args.class_model = MODELS / "digits-class-ddim"
     file = args.results / "rows.jsonl"
     args.results.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

@@ -11,6 +11,7 @@ from train_zero_shot_set import main
 from transformers import AutoModelForImageClassification
 
 from diffusers_repr.data.digits import load_digits_splits
+from diffusers_repr.data.scenes import DIGIT_NAMES
 from diffusers_repr.store.image_store import ImageKey, write_images
 from tests.examples.scripts import run_script
 
@@ -30,6 +31,15 @@ def store(tmp_path_factory) -> Path:
     return folder
 
 
+def folder_of(place: Path, images: list, labels: list[int], names: list[str]) -> Path:
+    """Real images with names of their classes."""
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    (place / "data").mkdir(parents=True)
+    data = Dataset.from_dict({"image": images, "label": labels}, features=features)
+    data.to_parquet(place / "data" / "test-00000-of-00001.parquet")
+    return place
+
+
 def flags(store: Path, output: Path, **changes) -> list[str]:
     given = {"dataset_name": store, "output_dir": output, "image_channels": 1, "resolution": 8, "cache_images": True,
              "test_dataset_name": "digits", "student": json.dumps(STUDENT), "max_train_steps": 24,
@@ -39,17 +49,18 @@ def flags(store: Path, output: Path, **changes) -> list[str]:
 
 
 def test_the_step_is_chosen_by_generated_images_and_tested_on_real_ones(store, tmp_path):
-    output = tmp_path / "out"
-    run_script(main, "train_zero_shot_set", *flags(store, output))
+    output, test = tmp_path / "out", load_digits_splits()["test"]
+    named = folder_of(tmp_path / "named", test["image"], test["label"], list(DIGIT_NAMES))
+    run_script(main, "train_zero_shot_set", *flags(store, output, test_dataset_name=named))
     lines = [json.loads(line) for line in (output / "evaluation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [6, 12, 18, 24]
     assert [("test_accuracy" in line) for line in lines] == [False, False, False, True]
     accuracies = [line["held_out_accuracy"] for line in lines]
     best = accuracies.index(max(accuracies))
     assert lines[-1]["selected_step"] == lines[best]["step"]
-    test = load_digits_splits()["test"]
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in test["image"]])[:, None] / 127.5 - 1
     chosen = AutoModelForImageClassification.from_pretrained(output / "selected").eval()
+    assert list(chosen.config.id2label.values()) == list(DIGIT_NAMES)  # the store knows ids alone
     with torch.no_grad():
         logits = chosen(pixels).logits
         alone = torch.cat([chosen(row[None]).logits for row in pixels[:20]])
@@ -77,9 +88,6 @@ def test_bad_settings(store, tmp_path, changes, message):
 
 def test_other_classes_are_refused(store, tmp_path):
     rows = load_digits_splits()["test"][:4]
-    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
-    other = Dataset.from_dict({"image": rows["image"], "label": [0, 1, 0, 1]}, features=features)
-    (tmp_path / "real" / "data").mkdir(parents=True)
-    other.to_parquet(tmp_path / "real" / "data" / "test-00000-of-00001.parquet")
+    other = folder_of(tmp_path / "real", rows["image"], [0, 1, 0, 1], ["cat", "dog"])
     with pytest.raises(ValueError, match=r"classes \['cat', 'dog'\]"):
-        main(flags(store, tmp_path / "out", test_dataset_name=tmp_path / "real"))
+        main(flags(store, tmp_path / "out", test_dataset_name=other))

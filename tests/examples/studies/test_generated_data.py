@@ -46,8 +46,10 @@ def test_rows_are_kept_and_the_table_is_of_all_seeds(tmp_path, monkeypatch):
     told = (tmp_path / "table.md").read_text()
     assert "| one | 0.550 ± 0.071 | 3 | 2 |" in told
     assert "| two | 0.500 | 3 | 1 |" in told
-    with pytest.raises(ValueError, match="are of the digits"):
+    with pytest.raises(ValueError, match="name it by --class_model"):
         study.main([*flags, "0", "--dataset_name", "photographs"])
+    with pytest.raises(ValueError, match="are of the digits"):
+        study.main([*flags, "0", "--dataset_name", "photographs", "--parts", "tricks"])
 
 
 def test_few_labels_are_mixed_with_as_many_variants(tmp_path, monkeypatch):
