@@ -41,9 +41,11 @@ def new_denoiser():
     return Denoiser.from_pipe(DDPMPipeline(unet(), DDPMScheduler()))
 
 
-def train(objective, images, steps, seed=0):
+def train(objective, images, steps, seed=0, end=1.0):
+    """`end` is the share of the rate that the last step has."""
     drawn = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(objective.param_groups()[0]["params"], lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, steps)
     objective.train()
     for _ in range(steps):
         rows = torch.randint(len(images), (BATCH,), generator=drawn)
@@ -51,11 +53,12 @@ def train(objective, images, steps, seed=0):
         objective({"pixel_values": images[rows]})["loss"].backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
     objective.eval()
 
 
-def trained(objective, images, steps, seed=0):
-    train(objective, images, steps, seed)
+def trained(objective, images, steps, **how):
+    train(objective, images, steps, **how)
     (artifact,) = objective.artifacts()
     pipe = artifact.build(objective.state_dict())
     pipe.set_progress_bar_config(disable=True)
@@ -90,6 +93,13 @@ def test_diffae_uses_its_code(digits):
     pipe, images = trained(made, digits["train"], 300), digits["test"]
     own, permuted = errors_by_code(pipe, images)
     assert permuted > own + 0.032
+    pipe = trained(made, digits["train"], 300, seed=1)  # 600 in all
+    torch.manual_seed(0)
+    plain = new_denoiser()
+    train(DiffusionObjective(plain), digits["train"], 600)
+    (alone,) = errors(plain, images)
+    own, permuted = errors_by_code(pipe, images)
+    assert own < alone < permuted
     images, inferred = images[:64], {}
     code = pipe.encode(images / 2 + 0.5, None).code
     for steps in (50, 100):
@@ -99,14 +109,8 @@ def test_diffae_uses_its_code(digits):
     assert inferred[50][1] < inferred[100][1] < 1.1
     random = distance(pipe, images, code, None, 100)
     wrong = distance(pipe, images, code.roll(1, 0), noise, 100)
-    assert inferred[100][0] < random < wrong
-    assert inferred[100][0] < wrong / 4
-    torch.manual_seed(0)
-    plain = new_denoiser()
-    train(DiffusionObjective(plain), digits["train"], 600)
-    (alone,) = errors(plain, digits["test"])
-    own, permuted = errors_by_code(trained(made, digits["train"], 300, seed=1), digits["test"])
-    assert own < alone < permuted
+    assert inferred[100][0] < random / 4
+    assert random < 0.8 * wrong
 
 
 def test_infodiffusion_keeps_codes_normal(digits):
@@ -114,7 +118,7 @@ def test_infodiffusion_keeps_codes_normal(digits):
     for penalty in ("none", "mmd"):
         torch.manual_seed(0)
         made = DiffusionAutoencoderObjective(new_denoiser(), encoder(), PenaltyConfig(penalty=penalty))
-        pipes[penalty] = trained(made, digits["train"], 400)
+        pipes[penalty] = trained(made, digits["train"], 400, end=0.0)  # or the kept mean of features lags behind
     pipe = pipes["mmd"]
     code = pipe.encode(digits["train"] / 2 + 0.5, None).code
     assert float(code.mean(0).abs().mean()) < 0.24
@@ -129,7 +133,7 @@ def test_pdae_closes_the_gap_of_its_base(digits):
     torch.manual_seed(0)
     base = Denoiser.from_pretrained("examples/models/digits-ddpm", dtype=torch.float32)
     made = DiffusionAutoencoderObjective(base, encoder(), PenaltyConfig(weighting="snr"), frozen_base=True)
-    pipe = trained(made, digits["train"], 300)
+    pipe = trained(made, digits["train"], 600)
     own, permuted, frozen = errors_by_code(pipe, digits["test"])
     assert own < 0.9 * frozen
     assert frozen < permuted

@@ -1,5 +1,6 @@
 """l-DAE: levels by hand, the loss in loops over patches and coordinates, where the noise lies, the product."""
 
+import itertools
 import math
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_bad_settings():
 
 @pytest.mark.slow
 def test_digits_learn_a_representation():
-    """400 steps: 5-shot probes, of d = 8 above d = 2, and both above the untrained network."""
+    """400 steps, three seeds: 5-shot probes, of d = 16 above d = 2, and both above the untrained network."""
     from diffusers_repr.data import DataConfig, load_train_data
     from diffusers_repr.sweep import few_shot_probe
 
@@ -173,11 +174,11 @@ def test_digits_learn_a_representation():
     (x, y), (held, truth) = whole(data), whole(test)
 
     def score(objective):
-        return few_shot_probe(objective.encode(x), y, objective.encode(held), truth, shots=5, draws=5).mean
+        return few_shot_probe(objective.encode(x), y, objective.encode(held), truth, shots=5, draws=10).mean
 
-    found = {}
-    for d in (2, 8):
-        torch.manual_seed(0)
+    found: dict[int, list[float]] = {2: [], 16: []}
+    for seed, d in itertools.product(range(3), found):
+        torch.manual_seed(seed)
         model = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "num_layers": 4, "hidden_size": 64,
                  "num_attention_heads": 4}  # fmt: skip
         config = LDAEConfig(model=model, num_directions=d)
@@ -187,6 +188,6 @@ def test_digits_learn_a_representation():
             optimizer.zero_grad()
             objective({"pixel_values": x[torch.randint(len(x), (128,))]})["loss"].backward()
             optimizer.step()
-        found[d] = score(objective)
-        assert found[d] > before
-    assert found[8] >= found[2] + 0.008
+        found[d].append(score(objective))
+        assert found[d][-1] > before
+    assert sum(found[16]) / 3 >= sum(found[2]) / 3 + 0.008

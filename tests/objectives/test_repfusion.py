@@ -274,4 +274,5 @@ def test_a_policy_on_digits_beats_random_levels_and_needs_no_image():
         if level == "policy":
             assert objective.metrics()["mutual_information"] < 0.05
             assert objective.metrics()["level_share"] > 0.7
-    assert errors["policy"] < 0.6 < 1.2 < errors["uniform"]
+    assert errors["policy"] < 0.3
+    assert errors["uniform"] > 5 * errors["policy"]
