@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -176,6 +177,8 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         if not is_scheduler(kind):
             raise ValueError(f"`scheduler` {recipe.scheduler!r} is none of diffusers.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    if recipe.scales is not None and recipe.scales.high > 1:
+        _warn_of_clipping(pipe.scheduler)
     denoiser = Denoiser.from_pipe(pipe.to(device), name=denoiser.name)
     how: dict[str, Any] = {"num_inference_steps": recipe.num_inference_steps, "seed": recipe.seed}
     how |= {
@@ -235,6 +238,17 @@ def _classes_of_classifier(guidance: Sequence[Guidance]) -> int:
     """Of the classifier that guides a network without classes; 0 for none."""
     found = [one.classifier for one in guidance if isinstance(one, ClassifierGuidance)]
     return int(getattr(found[0], "config", {}).get("num_classes", 0)) if found else 0
+
+
+def _warn_of_clipping(scheduler: Any) -> None:
+    """DDIM steps along the noise that belonged to x_0 before it was clipped: guidance clips much of it."""
+    config = scheduler.config
+    if isinstance(scheduler, diffusers.DDIMScheduler) and (config.clip_sample or config.thresholding):
+        warnings.warn(
+            "DDIMScheduler clips x_0 here and keeps the noise of the unclipped one, which ruins images at large "
+            "guidance scales; look at some, or set `scheduler: DDPMScheduler`.",
+            stacklevel=3,
+        )
 
 
 def is_scheduler(kind: object) -> bool:

@@ -133,10 +133,11 @@ def test_pdae_closes_the_gap_of_its_base(digits):
     torch.manual_seed(0)
     base = Denoiser.from_pretrained("examples/models/digits-ddpm", dtype=torch.float32)
     made = DiffusionAutoencoderObjective(base, encoder(), PenaltyConfig(weighting="snr"), frozen_base=True)
-    pipe = trained(made, digits["train"], 600)
+    pipe = trained(made, digits["train"], 300)
     own, permuted, frozen = errors_by_code(pipe, digits["test"])
     assert own < 0.9 * frozen
     assert frozen < permuted
+    pipe = trained(made, digits["train"], 300, seed=1)  # 600 in all
     images = digits["test"][:64]
     code = pipe.encode(images / 2 + 0.5, None).code
     start = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))

@@ -275,4 +275,4 @@ def test_a_policy_on_digits_beats_random_levels_and_needs_no_image():
             assert objective.metrics()["mutual_information"] < 0.05
             assert objective.metrics()["level_share"] > 0.7
     assert errors["policy"] < 0.3
-    assert errors["uniform"] > 5 * errors["policy"]
+    assert errors["uniform"] > 7 * errors["policy"]  # the method's own numbers: nine times, of another teacher

@@ -22,7 +22,7 @@ from diffusers_repr.synthesis import ClassMaker, GenerationRecipe, recipe, sourc
 from tests.training.loop_cases import in_a_fork
 
 RECIPE = {"model": "examples/models/digits-class-ddim", "method": "class", "count": 4, "classes": ["1", "7"],
-          "num_inference_steps": 2, "guidance_scale": [1, 5]}  # fmt: skip
+          "num_inference_steps": 2, "guidance_scale": [1, 5], "scheduler": "DDPMScheduler"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

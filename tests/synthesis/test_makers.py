@@ -238,7 +238,8 @@ def test_the_command_makes_what_its_recipe_tells_and_goes_on(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, "guidance_scale": [1, 5]}))
     command = ["generate", str(path), "--out", str(tmp_path / "out"), "--quiet"]
-    assert main(command) == 0
+    with pytest.warns(UserWarning, match="set `scheduler: DDPMScheduler`"):  # guided, and the saved DDIM clips
+        assert main(command) == 0
     first = [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()]
     assert main(command) == 0  # nothing is made again
     assert [image.tobytes() for image in ImageStore.open(tmp_path / "out").pictures()] == first

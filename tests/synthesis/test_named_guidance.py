@@ -89,7 +89,8 @@ CASES = {
         {**VARIANTS, "model": str(saved("short_sd")), "dataset_name": str(at / "images.parquet")}, 2, PAG(2.0)
     ),
     "SAG": lambda at: (
-        by_class(guidance_scale=[1, 4]), {"scale": 1, "layers": "mid_block.*"}, SAG(1.0, layers="mid_block.*")
+        by_class(guidance_scale=[1, 4], scheduler="DDPMScheduler"), {"scale": 1, "layers": "mid_block.*"},
+        SAG(1.0, layers="mid_block.*"),
     ),
     "AutoGuidance": lambda at: (
         of_images(at, "digits", DIGITS), {"weaker_model": str(at / "weaker"), "scale": 2},
