@@ -1,10 +1,12 @@
 """The package as a whole: light to import, lazy, its public names documented, its extras named."""
 
+import ast
 import dataclasses
 import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,21 @@ def test_import_is_light():
     assert measured["seconds"] < 0.3
     ours = [name for name in measured["modules"] if name.startswith("diffusers_repr")]
     assert ours == ["diffusers_repr"]
+
+
+def test_studies_import_the_scripts_above_them_after_naming_their_folder():
+    """Python puts a script's own folder on the path, not the one above; the tests have both on it."""
+    examples = Path(__file__).parents[1] / "examples"
+    scripts, found = {script.stem for script in examples.glob("*.py")}, 0
+    for study in examples.glob("studies/*.py"):
+        named = False
+        for line in ast.parse(study.read_text()).body:
+            named |= ast.unparse(line).startswith("sys.path.insert(0, str(")
+            names = {name.name for name in line.names} if isinstance(line, ast.Import) else set()
+            names |= {line.module} if isinstance(line, ast.ImportFrom) else set()
+            assert named or not names & scripts, f"{study.name} imports {names & scripts} too early"
+            found += bool(names & scripts)
+    assert found > 10
 
 
 def test_public_names_load_and_are_documented():

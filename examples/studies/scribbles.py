@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_scenes import main as make_scenes
-
 from diffusers_repr.cli import main as command
 from diffusers_repr.cli.guard import run_script
 from diffusers_repr.config.recipe import read_recipe, to_yaml
 from diffusers_repr.hub.files import write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from make_scenes import main as make_scenes
 
 EXAMPLES = Path(__file__).parents[1]
 CONFIGS, MODEL = EXAMPLES / "configs", EXAMPLES / "models" / "digits-text"
