@@ -177,7 +177,7 @@ def open_maker(recipe: GenerationRecipe, device: str = "cpu") -> tuple[ImageMake
         if not is_scheduler(kind):
             raise ValueError(f"`scheduler` {recipe.scheduler!r} is none of diffusers.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    if recipe.scales is not None and recipe.scales.high > 1:
+    if "CFG" in (recipe.guidance or {}) or (recipe.scales is not None and recipe.scales.high > 1):
         _warn_of_clipping(pipe.scheduler)
     denoiser = Denoiser.from_pipe(pipe.to(device), name=denoiser.name)
     how: dict[str, Any] = {"num_inference_steps": recipe.num_inference_steps, "seed": recipe.seed}

@@ -84,7 +84,9 @@ def of_images(folder, name, model):
 
 # The recipe without its guidance, what it says of it, and the same from Python.
 CASES = {
-    "CFG": lambda at: (by_class(), {"scale": 3, "interval": [100, 900]}, CFG(3.0, interval=(100, 900))),
+    "CFG": lambda at: (
+        by_class(scheduler="DDPMScheduler"), {"scale": 3, "interval": [100, 900]}, CFG(3.0, interval=(100, 900))
+    ),
     "PAG": lambda at: (
         {**VARIANTS, "model": str(saved("short_sd")), "dataset_name": str(at / "images.parquet")}, 2, PAG(2.0)
     ),
