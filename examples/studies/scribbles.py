@@ -6,12 +6,13 @@ Scenes of digits and shapes with a line through each thing (`examples/make_scene
 trained on them (`controlnet_scenes.yaml`), makes a variant of each at every encode ratio, and a segmenter is trained
 (`scribble_scenes.yaml`) for equal steps in every row, also in those without variants. Measured is the mean IoU
 of 16 classes on test scenes, whose digits are in no training scene and whose every pixel has a class. What is made is
-kept: the same command goes on where it was. `--results` gets rows.jsonl and table.md.
+kept: the same command goes on where it was. `--results` gets rows.jsonl, table.md and variants.png.
 """
 
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -21,10 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffusers_repr.cli import main as command
 from diffusers_repr.cli.guard import run_script
 from diffusers_repr.config.recipe import read_recipe, to_yaml
+from diffusers_repr.data.masks import IGNORE_INDEX
+from diffusers_repr.data.splits import open_split
 from diffusers_repr.hub.files import write_json
+from diffusers_repr.pictures.grid import image_grid
+from diffusers_repr.store.image_store import ImageStore
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -33,6 +40,7 @@ from make_scenes import main as make_scenes
 EXAMPLES = Path(__file__).parents[1]
 CONFIGS, MODEL = EXAMPLES / "configs", EXAMPLES / "models" / "digits-text"
 RATIOS = (0.25, 0.5, 0.75, 1.0)
+SHOWN = 10  # scenes in the picture
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,16 @@ class Study:
             if command(["generate", str(file), "--out", str(folder), "--quiet"]):
                 raise RuntimeError(f"The variants of {file} were not made; what was wrong is told above.")
         return folder
+
+    def picture(self, seed: int) -> Image.Image:
+        """Scenes, their scribbles, and their variants by each ratio."""
+        rows = open_split(str(self.scenes()), "train").select(range(min(SHOWN, self.args.images)))
+        lines = [mask.point(lambda value: 255 if value == IGNORE_INDEX else 14 * value) for mask in rows["scribble"]]
+        shown = [*rows["image"], *lines]
+        for ratio in RATIOS:
+            shown += itertools.islice(ImageStore.open(self.variants(ratio, seed)).pictures(), len(rows))
+        titles = ["scene", "scribbles", *(f"encode ratio {ratio:g}" for ratio in RATIOS)]
+        return image_grid(shown, columns=len(rows), row_titles=titles).quantize(256)
 
     def measured(self, name: str, seed: int) -> dict[str, Any]:
         """A row: how well the segmenter does on real test scenes."""
@@ -210,6 +228,8 @@ def main(argv: list[str]) -> None:
             ordered = sorted(known.values(), key=lambda line: (list(ROWS).index(line["row"]), line["seed"]))
             file.write_text("".join(json.dumps(line) + "\n" for line in ordered))
             (args.results / "table.md").write_text(table(ordered, study.hint_errors()))
+    if args.rows is None:
+        study.picture(args.seeds[0]).save(args.results / "variants.png", optimize=True)
 
 
 if __name__ == "__main__":
