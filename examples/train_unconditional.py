@@ -44,7 +44,9 @@ class ModelConfig:
         None,
         "folder or Hub id of a trained pipeline to go on with by perceptual loss; no `model` and `scheduler` then",
     )
-    perceptual_layer: str | None = setting(None, "layer of its features; default: the middle block")
+    perceptual_layer: str | None = setting(
+        None, "layer of its features; default: a U-Net's middle block, or a third of the depth"
+    )
     denoising_weight: float = setting(0.0, "of the denoising loss beside the perceptual one")
 
     def __post_init__(self) -> None:
