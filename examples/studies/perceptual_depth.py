@@ -21,6 +21,7 @@ from diffusers_repr.pipelines.sit import SiTPipeline
 from digits_metrics import AUGMENTATION, CLASSES, DigitsJudge
 
 from diffusers_repr.cli.guard import run_script
+from diffusers_repr.config.recipe import read_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,9 +31,8 @@ import train_unconditional
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODEL = {"num_layers": 12, "hidden_size": 96, "num_attention_heads": 4}
 LAYERS = ("blocks.3", "blocks.5")  # a third and a half of its depth
-PLAIN, SAMPLES, CHUNK = "plain loss", 2000, 500
+PLAIN, CHUNK = "plain loss", 500
 MOVES = {f"random_{name}": AUGMENTATION[name] for name in ("rotation", "shift", "scale")}
-SECOND = {"learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "ema_max_decay": 0.99}
 
 
 def trained(script, folder: Path, **given: object) -> Path:
@@ -45,23 +45,22 @@ def trained(script, folder: Path, **given: object) -> Path:
 
 
 def second_stage(row: str, base: Path, seed: int, args: argparse.Namespace) -> Path:
-    """The base after a second stage."""
-    given = {"max_train_steps": args.steps, "train_batch_size": 64, "seed": seed}
+    """The base after a second stage, of the recipe's settings in either loss."""
+    given = read_recipe(CONFIGS / "perceptual_digits.yaml") | {"train_batch_size": 64, "eval_batch_size": 0}
+    given |= {"max_train_steps": args.steps, "seed": seed}
+    del given["output_dir"], given["perceptual_base"]
     folder = args.work / f"{row.replace(' ', '-')}-{seed}"
     if row == PLAIN:
-        given |= {"dataset_name": "digits", "cache_images": True, "checkpointing_steps": args.steps, **MOVES, **SECOND}
-        return trained(train_repa, folder, pretrained_model=base, encoder="none", mixed_precision="no", **given)
-    config, looked_at = CONFIGS / "perceptual_digits.yaml", {"eval_batch_size": 0}
-    stage = {"perceptual_base": base, "perceptual_layer": row, **looked_at, **given}
-    return trained(train_unconditional, folder, config=config, **stage)
+        return trained(train_repa, folder, pretrained_model=base, encoder="none", **given)
+    return trained(train_unconditional, folder, perceptual_base=base, perceptual_layer=row, **given)
 
 
-def measured(folder: Path, judge: DigitsJudge) -> dict[str, float]:
-    """Of 200 samples of each class."""
+def measured(folder: Path, judge: DigitsJudge, samples: int) -> dict[str, float]:
+    """Of samples of every class in turn."""
     pipe = SiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    labels, images = [i % CLASSES for i in range(SAMPLES)], []
-    for start in range(0, SAMPLES, CHUNK):
+    labels, images = [i % CLASSES for i in range(samples)], []
+    for start in range(0, samples, CHUNK):
         how = {"num_inference_steps": 50, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(start)}
         images.append(torch.as_tensor(pipe(labels[start : start + CHUNK], output_type="pt", **how).images))
     made = torch.cat(images)
@@ -76,6 +75,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the second stage")
     parser.add_argument("--base_steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=400, help="of the second stage")
+    parser.add_argument("--samples", type=int, default=2000, help="of each row")
     args = parser.parse_args(argv)
     judge, file = DigitsJudge.train(0), args.results / "perceptual_depth.jsonl"
     args.results.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         since = time.process_time()
         folder = base if row == "base" else second_stage(row, base, seed, args)
         spent = round(time.process_time() - since, 1)
-        lines.append({"row": row, "seed": seed, **measured(folder, judge), "cpu_seconds": spent})
+        lines.append({"row": row, "seed": seed, **measured(folder, judge, args.samples), "cpu_seconds": spent})
         print(json.dumps(lines[-1]), flush=True)
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -51,3 +51,4 @@ def test_some_rows_at_toy_size(tmp_path, monkeypatch):
     told = (tmp_path / "results/table.md").read_text()
     assert "| append 1 |" in told
     assert "other hint" in told
+    assert study.Study(study.parsed(flags)).picture(0).height > 6 * 32  # scenes, scribbles, four ratios
