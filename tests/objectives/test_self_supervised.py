@@ -79,6 +79,17 @@ def byol(**settings) -> BYOLObjective:
     return BYOLObjective(VIT, [0.5], [0.5], projection_dim=4, **settings)
 
 
+@pytest.mark.parametrize("method", [SimSiamObjective, BYOLObjective])
+def test_the_predictor_alone_has_a_learning_rate_of_its_own(method):
+    objective = method(VIT, [0.5], [0.5], projection_dim=4, predictor_lr_scale=3.0)
+    rest, own = objective.param_groups()
+    assert (rest.get("lr_scale", 1.0), own["lr_scale"]) == (1.0, 3.0)
+    named = {id(p): name for name, p in objective.named_parameters() if p.requires_grad}
+    found = [[named[id(p)] for p in group["params"]] for group in (rest, own)]
+    assert sorted(found[0] + found[1]) == sorted(named.values())
+    assert set(found[1]) == {name for name in named.values() if name.startswith("predictor.")}
+
+
 def test_the_target_is_the_average_of_its_formula():
     objective, base, steps = byol(decay=0.8, steps=4), 0.8, 4
     views = {"views": torch.rand(2, 4, 1, 8, 8) * 2 - 1}
@@ -145,6 +156,7 @@ def test_a_stopped_run_goes_on_with_its_target(tmp_path):
     [
         ({"method": "simsiam", "temperature": 0.1}, "`temperature` would do nothing: it is of simclr"),
         ({"method": "simclr", "prediction_dim": 4}, "it is of simsiam and byol"),
+        ({"method": "byol", "predictor_lr_scale": 0}, "`predictor_lr_scale` must be positive, got 0"),
         ({"method": "barlow_twins", "redundancy_weight": 0.0}, "must be positive"),
     ],
 )

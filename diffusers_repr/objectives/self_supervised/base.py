@@ -84,6 +84,41 @@ class SelfSupervisedObjective(Objective):
         return encoder(pixel_values=pixels).last_hidden_state
 
 
+class PredictingObjective(SelfSupervisedObjective):
+    """Base of methods without negatives: a predictor is all that keeps them from collapse.
+
+    It must stay ahead of the network: BYOL (arXiv 2006.07733, section 5) learns even without its moving average when
+    the predictor's learning rate is higher than the network's, and Tian et al. (arXiv 2102.06810) show why.
+
+    Args:
+        model: As `SelfSupervisedObjective`, and so are mean and std.
+        mean: See there.
+        std: See there.
+        predictor_lr_scale: Learning rate of the predictor, times that of the rest.
+
+    Raises:
+        ValueError: If `predictor_lr_scale` is not positive.
+    """
+
+    predictor: nn.Module
+    discarded = ("projector", "predictor")
+
+    def __init__(
+        self, model: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], *, predictor_lr_scale: float
+    ) -> None:
+        super().__init__(model, mean, std)
+        if not predictor_lr_scale > 0:
+            raise ValueError(f"`predictor_lr_scale` must be positive, got {predictor_lr_scale}.")
+        self.predictor_lr_scale = predictor_lr_scale
+
+    def param_groups(self, phase: str = "main") -> list[dict[str, Any]]:
+        """What is trained but the predictor, and the predictor at a rate of its own."""
+        own = list(self.predictor.parameters())
+        inner = {id(p) for p in own}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in inner]
+        return [{"params": rest}, {"params": own, "lr_scale": self.predictor_lr_scale}]
+
+
 def card_of(method: str) -> dict[str, Any]:
     """What the card of an encoder tells, by the tag of its method."""
     return {"kind": "`ViTModel`", "library_name": "transformers", "pipeline_tag": "image-feature-extraction",
@@ -122,4 +157,4 @@ def crossed_cosine(pair: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -
     return ((unit(one) * unit(second.detach())).sum(-1) + (unit(two) * unit(first.detach())).sum(-1)).mean()
 
 
-__all__ = ["SelfSupervisedObjective", "card_of", "crossed_cosine", "mlp", "unit"]
+__all__ = ["PredictingObjective", "SelfSupervisedObjective", "card_of", "crossed_cosine", "mlp", "unit"]

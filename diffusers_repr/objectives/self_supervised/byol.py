@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusers_repr.objectives.auxiliary.self_teacher import SelfTeacher
-from diffusers_repr.objectives.self_supervised.base import SelfSupervisedObjective, card_of, crossed_cosine, mlp
+from diffusers_repr.objectives.self_supervised.base import PredictingObjective, card_of, crossed_cosine, mlp
 
 
 def byol_loss(predicted: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
@@ -35,7 +35,7 @@ def target_decay(base: float, step: int, steps: int | None) -> float:
     return 1 - (1 - base) * (math.cos(math.pi * min(step / steps, 1)) + 1) / 2
 
 
-class BYOLObjective(SelfSupervisedObjective):
+class BYOLObjective(PredictingObjective):
     """BYOL (Grill et al. 2020, arXiv 2006.07733): no negatives; the target is an average of encoder and projector.
 
     A checkpoint holds the target. It is apart from the run's moving average, which is what is saved.
@@ -46,12 +46,13 @@ class BYOLObjective(SelfSupervisedObjective):
         std: See there.
         projection_dim: Width of the vectors that are compared.
         prediction_dim: Hidden width of the predictor; that of the projector if None.
+        predictor_lr_scale: Learning rate of the predictor, times that of the rest. The paper has 1 for large networks;
+            by 1 small ones lose here what they see untrained, by 10 they learn (docs/generated_data.md).
         decay: Of the target at the first step.
         steps: Of the run, over which the decay rises to 1 as a cosine; None: it stays.
     """
 
     card = card_of("byol")
-    discarded = ("projector", "predictor")
 
     def __init__(
         self,
@@ -61,10 +62,11 @@ class BYOLObjective(SelfSupervisedObjective):
         *,
         projection_dim: int = 128,
         prediction_dim: int | None = None,
+        predictor_lr_scale: float = 10.0,
         decay: float = 0.99,
         steps: int | None = None,
     ) -> None:
-        super().__init__(model, mean, std)
+        super().__init__(model, mean, std, predictor_lr_scale=predictor_lr_scale)
         self.decay, self.steps, self._used = decay, steps, False
         hidden = 2 * self.width
         self.projector = mlp(self.width, hidden, projection_dim)

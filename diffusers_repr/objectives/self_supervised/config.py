@@ -26,6 +26,7 @@ METHODS: dict[str, Any] = {
 _OWN = {
     "temperature": ("temperature", ("simclr",)),
     "prediction_dim": ("prediction_dim", ("simsiam", "byol")),
+    "predictor_lr_scale": ("predictor_lr_scale", ("simsiam", "byol")),
     "target_decay": ("decay", ("byol",)),
     "redundancy_weight": ("redundancy_weight", ("barlow_twins",)),
 }
@@ -45,6 +46,7 @@ class SelfSupervisedConfig:
     projection_dim: int = setting(128, "width of the vectors that the loss compares")
     temperature: float | None = setting(None, "simclr: of the softmax over similarities; default 0.2")
     prediction_dim: int | None = setting(None, "simsiam, byol: hidden width of the predictor; default: the paper's")
+    predictor_lr_scale: float | None = setting(None, "simsiam, byol: its learning rate, times the rest's; default 10")
     target_decay: float | None = setting(None, "byol: of the target at first, rising to 1; default 0.99")
     redundancy_weight: float | None = setting(None, "barlow_twins: of correlations of different numbers; 0.005")
     eval_split: str | None = setting(None, "split whose labels measure the result; none: no measurement")
@@ -60,7 +62,7 @@ class SelfSupervisedConfig:
         for name, (_, methods) in _OWN.items():
             if getattr(self, name) is not None and self.method not in methods:
                 raise ValueError(f"`{name}` would do nothing: it is of {' and '.join(methods)}; drop it.")
-        for name in ("projection_dim", "temperature", "prediction_dim", "redundancy_weight"):
+        for name in ("projection_dim", "temperature", "prediction_dim", "predictor_lr_scale", "redundancy_weight"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
