@@ -123,8 +123,11 @@ class Study:
         return self.folder(REAL, lambda: {split: rows_of(self.part(split, n)) for split, n in counts.items()})
 
     def scenes(self) -> Path:
-        """Real scenes of one digit, by its class."""
-        return self.folder("scenes", lambda: {"test": single_digits(self.args.test_images or 500)})
+        """Real scenes of one digit, by its class: as many to train on as are generated."""
+        counts = {"train": self.args.per_class * len(DIGIT_NAMES), "test": self.args.test_images or 500}
+        return self.folder(
+            "scenes of a digit", lambda: {split: single_digits(split, n) for split, n in counts.items()}
+        )
 
     # Generation
 
@@ -204,7 +207,7 @@ class Study:
         return rows
 
     def tricks(self, seed: int) -> dict[str, Callable[[], dict]]:
-        rows: dict[str, Callable[[], dict]] = {}
+        rows = {REAL: lambda: self.zero_shot("tricks real", self.scenes(), self.scenes(), SCENES, seed)}
         for name, (templates, domains, scales) in TRICKS.items():
 
             def row(name=name, templates=templates, domains=domains, scales=scales) -> dict:
@@ -309,10 +312,10 @@ def dataset(images: Sequence, labels: Sequence[int], names: Sequence[str]) -> Da
     return Dataset.from_dict({"image": list(images), "label": list(labels)}, features=features)
 
 
-def single_digits(count: int) -> Dataset:
-    """Real scenes with one digit and nothing else, of the test split of the digits."""
+def single_digits(split: str, count: int) -> Dataset:
+    """Real scenes with one digit and nothing else, of a split of the digits."""
     images, labels, asked = [], [], 20 * count
-    for row in load_scenes("test", asked):
+    for row in load_scenes(split, asked):
         if len(row["things"]) == 1 and row["things"][0]["kind"] < len(DIGIT_NAMES):
             images.append(row["image"])
             labels.append(row["things"][0]["kind"])

@@ -147,7 +147,11 @@ class Study:
         if self.args.steps is not None:
             return self.args.steps
         images = len(load_images(self.args.dataset_name, "train"))
-        return max(1, round(self.args.passes * images / int(read_recipe(file)["train_batch_size"])))
+        return max(1, round(self.args.passes * images / self.batch(file)))
+
+    def batch(self, file: Path) -> int:
+        """Images a step: `--train_batch_size`, or the recipe's."""
+        return self.args.train_batch_size or int(read_recipe(file)["train_batch_size"])
 
     def trained(self, recipe: str, seed: int, row: str) -> Path:
         """The folder of a recipe's run with a seed, trained if it is not, what it stands on before it."""
@@ -159,6 +163,7 @@ class Study:
             return folder
         keys = {key: value for key, value in read_recipe(file).items() if key != "eval_split"}  # measured here, alike
         given = {"output_dir": str(folder), "seed": seed, "max_train_steps": self.steps(file)}
+        given["train_batch_size"] = self.batch(file)
         given |= {key: str(place) for key, place in before.items()}
         given |= {"pretrained_model_name_or_path": self.model} if "pretrained_model_name_or_path" in keys else {}
         given |= {} if self.digits else {"dataset_name": self.args.dataset_name}
@@ -171,9 +176,9 @@ class Study:
             script = importlib.import_module(script_of(file))
             script.main(["--config", str(changed), *self.args.flags])
         seconds = time.process_time() - since
-        batch = int(keys["train_batch_size"])
-        write_json(done, {"recipe": recipe, "seed": seed, "steps": given["max_train_steps"], "batch": batch,
-                          "cpu_seconds": round(seconds, 1), "before": sorted(map(str, before.values()))})  # fmt: skip
+        write_json(done, {"recipe": recipe, "seed": seed, "steps": given["max_train_steps"],
+                          "batch": given["train_batch_size"], "cpu_seconds": round(seconds, 1),
+                          "before": sorted(map(str, before.values()))})  # fmt: skip
         return folder
 
     def cost(self, folder: Path | None) -> dict:
@@ -308,6 +313,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--passes", type=int, default=80, help="over the training images, of every stage")
     parser.add_argument("--steps", type=int, help="optimizer steps of every stage, in place of --passes")
+    parser.add_argument("--train_batch_size", type=int, help="images a step; default: the recipe's")
     parser.add_argument("--dataset_name", default="digits", help="another data set: rows that take any base alone")
     parser.add_argument("--test_split", default="test")
     parser.add_argument("--train_images", type=int, help="that probes learn from, drawn; default: all")

@@ -88,7 +88,7 @@ def test_a_short_run_of_all(tmp_path):
         part: [line["row"] for line in lines if line["part"] == part] for part in ("zero", "tricks", "few", "views")
     }
     assert rows["zero"] == [study.REAL, *study.SCALES]
-    assert rows["tricks"] == list(study.TRICKS)
+    assert rows["tricks"] == [study.REAL, *study.TRICKS]
     assert rows["few"] == ["1 labels a class", "1 labels a class, strength 0.5"]
     assert [row.partition(", ")[2] for row in rows["views"]] == [
         "", "strength 0.5", "code", "representation", "longer by the making of strength 0.5"

@@ -71,6 +71,11 @@ def test_what_stands_on_what_is_found_and_steps_are_equal_passes(tmp_path, monke
     assert (cost["steps"], cost["stages"], cost["cpu_seconds"]) == (7, 3, round(9 + sum(seconds), 1))  # each once
     made.trained("then_digits", 5, "then")
     assert len(ran) == 2  # it is there
+    given = ["--passes", "3", "--train_batch_size", "20", "--work", str(tmp_path / "other")]
+    other = study.Study(study.parsed(given))
+    folder = other.trained("then_digits", 5, "then")
+    assert [(told["train_batch_size"], told["max_train_steps"]) for told in ran[2:]] == [(20, 150)] * 2
+    assert (other.cost(folder)["batch"], other.cost(folder)["steps"]) == (20, 150)
 
 
 def test_the_table_shows_spread_and_the_untrained_network():
