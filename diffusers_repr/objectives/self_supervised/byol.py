@@ -47,7 +47,7 @@ class BYOLObjective(PredictingObjective):
         projection_dim: Width of the vectors that are compared.
         prediction_dim: Hidden width of the predictor; that of the projector if None.
         predictor_lr_scale: Learning rate of the predictor, times that of the rest. The paper has 1 for large networks;
-            by 1 small ones lose here what they see untrained, by 10 they learn (docs/generated_data.md).
+            by 1 small ones unlearn here what they see untrained, by 10 they learn (docs/results/generated).
         decay: Of the target at the first step.
         steps: Of the run, over which the decay rises to 1 as a cosine; None: it stays.
     """

@@ -30,7 +30,7 @@ class SimSiamObjective(PredictingObjective):
         projection_dim: Width of the vectors that are compared.
         prediction_dim: Hidden width of the predictor; a quarter of `projection_dim`, as in the paper, if None.
         predictor_lr_scale: Learning rate of the predictor, times that of the rest. The paper has 1 for large networks;
-            by 1 small ones lose here what they see untrained, by 10 they learn (docs/generated_data.md).
+            by 1 small ones unlearn here what they see untrained, by 10 they learn (docs/results/generated).
     """
 
     card = card_of("simsiam")
