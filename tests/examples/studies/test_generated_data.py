@@ -11,15 +11,15 @@ from diffusers_repr.data.scenes import load_scenes
 
 
 def test_real_scenes_of_one_digit(monkeypatch):
-    found = study.single_digits(2)
+    found = study.single_digits("train", 2)
     assert found.features["label"].names == list(study.DIGIT_NAMES)
-    scenes = [row for row in load_scenes("test", 40) if len(row["things"]) == 1]
+    scenes = [row for row in load_scenes("train", 40) if len(row["things"]) == 1]
     digits = [row for row in scenes if row["things"][0]["kind"] < 10]
     assert found["label"][:] == [row["things"][0]["kind"] for row in digits[:2]]
     assert [image.tobytes() for image in found["image"]] == [row["image"].tobytes() for row in digits[:2]]
     monkeypatch.setattr(study, "load_scenes", lambda *given: [])
     with pytest.raises(ValueError, match="fewer than the 1 asked for"):
-        study.single_digits(1)
+        study.single_digits("test", 1)
 
 
 def test_rows_are_kept_and_the_table_is_of_all_seeds(tmp_path, monkeypatch):
